@@ -1,0 +1,389 @@
+"""The command line: each command reads and checks what it was given, calls one function, and prints what came out.
+
+Imported without torch, transformers or pydantic, so that ``--help`` and shell completion answer at once: whatever
+needs them is imported inside the command, after the arguments are known. Results go to standard output, all else to
+standard error. Exit codes: 0 done, 1 a run failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+
+from qtool import __version__
+from qtool.errors import InputError, QtoolError, RunError
+
+METHOD_COMMANDS = {
+    "ptq": "Quantize a model without training it.",
+    "qat": "Quantize a model while training it.",
+    "efficientqat": "Train block by block, then the scales end to end.",
+    "lrqat": "Train low-rank terms inside the rounding.",
+}
+READY = ("ptq",)  # the others are hidden until the first method that runs under them is there
+
+
+class _Interrupted(QtoolError):
+    """Ctrl-C, with what it left behind."""
+
+    exit_code = 130
+
+
+class DescribedCommand(TyperCommand):
+    """A command whose options carry the descriptions of the recipe keys they set."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
+        """Fill in the descriptions, then write the options as usual."""
+        from qtool import config, recipe
+
+        sections = {"eval": (config.EvalConfig, config.ModelConfig)}.get(
+            str(self.name), (config.ExportConfig, config.OutputConfig)
+        )
+        fields = {name: field for section in sections for name, field in section.model_fields.items()}
+        for param in self.params:
+            field = fields.get(str(param.name).rstrip("_"))
+            if field is not None and not getattr(param, "help", None):
+                param.help = recipe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
+        super().format_options(ctx, formatter)
+
+
+class RecipeCommand(DescribedCommand):
+    """A command that runs a recipe; its help ends with the recipe's keys."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write every key with its default and description, by section."""
+        from qtool import recipe
+
+        width = formatter.width
+        formatter.write_paragraph()
+        formatter.write_text("Recipe keys, in the file or as --set section.key=value:")
+        for section, (text, keys) in recipe.keys(self.name).items():
+            formatter.write_paragraph()
+            formatter.write(_wrapped(f"  {section or '(top level)'}", f"{text}", width, 22))
+            for key in keys:
+                default = f" [{key.default}]" if key.default else ""
+                formatter.write(_wrapped(f"    {key.name}", key.description + default, width, 22))
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Values are YAML. List entries go by number: export.0.path=out. In quant.overrides all between "
+            "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'."
+        )
+
+
+def _wrapped(left: str, right: str, width: int, column: int) -> str:
+    from textwrap import wrap
+
+    lines = wrap(right, max(width - column, 20)) or [""]
+    return "".join(f"{left if i == 0 else '':<{column - 1}} {line}".rstrip() + "\n" for i, line in enumerate(lines))
+
+
+app = typer.Typer(
+    name="qtool",
+    help="Make large language models small: quantize, evaluate and export them.",
+    epilog="Start with: qtool ptq quickstart",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from qtool import recipe
+
+    return [name for name in recipe.packaged() if name.startswith(incomplete)]
+
+
+def _format_names(incomplete: str) -> list[str]:
+    from qtool import recipe
+
+    return [name for name in recipe.export_formats() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=_recipe_names
+    ),
+]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, errors too.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"qtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _add_method_command(name: str, summary: str) -> None:
+    @app.command(name, cls=RecipeCommand, help=summary, hidden=name not in READY)
+    def command(
+        recipe: RecipeArgument,
+        set_: Set = [],  # noqa: B006 (typer copies it)
+        overwrite: Overwrite = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        _quantize(name, recipe, [*set_, *(["output.overwrite=true"] if overwrite else [])], quiet, as_json)
+
+
+for _name, _summary in METHOD_COMMANDS.items():
+    _add_method_command(_name, _summary)
+
+
+def _quantize(command: str, path: str, overrides: Sequence[str], quiet: bool, as_json: bool) -> None:
+    from qtool import methods, recipe
+
+    checked = recipe.load(path, overrides)
+    right = methods.get(checked.method.name).command
+    if right != command:
+        raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
+    with _running(quiet, checked.output.path):
+        from qtool import run
+
+        outcome = run.quantize(checked, command)
+    _show(outcome, as_json)
+
+
+@app.command("eval", cls=DescribedCommand)
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A model folder, a hub name, or a recipe: one with a method section stands for the folder it writes.",
+            autocompletion=_recipe_names,
+        ),
+    ],
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,...")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N|auto")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", metavar="N")] = None,
+    context: Annotated[int | None, typer.Option("--context", metavar="N")] = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
+    float_model: Annotated[
+        str | None,
+        typer.Option(
+            "--float-model", metavar="PATH", help="Compare with this model; left out: the one it was made from."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the report.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, KL divergence and lm-eval tasks."""
+    from qtool import recipe
+
+    options: dict[str, dict[str, Any]] = {
+        "model": {"dtype": dtype, "device": device},
+        "eval": {
+            "tasks": [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None,
+            "limit": limit,
+            "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
+            "num_fewshot": num_fewshot,
+            "context": context,
+        },
+    }
+    given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
+    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in recipe.packaged():
+        checked = recipe.load_eval(target, given)
+    else:
+        given["model"]["path"] = target
+        checked = recipe.check(recipe.EvalRecipe, given, "the command line")
+    where = output or (checked.output.path if checked.output else None)
+    with _running(quiet, where):
+        from qtool import run
+
+        outcome = run.evaluate(checked.model.path, checked.eval, checked.model, float_model, where, checked.seed)
+    _show(outcome, as_json)
+
+
+@app.command("export", cls=DescribedCommand)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=_format_names)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")],
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in the format of another engine."""
+    from qtool import recipe
+
+    entry = {"format": format_, "path": output, **({} if dtype is None else {"dtype": dtype})}
+    config = recipe.check_export(entry)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
+    with _running(quiet, output):
+        from qtool import run
+
+        path = run.export(folder, config, overwrite)
+    print(json.dumps({"path": str(path), "format": config.format}) if as_json else path)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=_recipe_names)
+    ] = None,
+) -> None:
+    """List the packaged recipes, or print one to start from."""
+    from qtool import recipe
+
+    packaged = recipe.packaged()
+    if name is None:
+        for each, path in packaged.items():
+            with path.open(encoding="utf-8") as file:
+                print(f"{each:<{max(map(len, packaged))}}  {file.readline().lstrip('# ').rstrip()}")
+    elif name in packaged:
+        print(packaged[name].read_text(encoding="utf-8"), end="")
+    else:
+        raise InputError(f"no packaged recipe {name}; there are: {', '.join(packaged)}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from qtool import recipe
+
+    print(json.dumps(recipe.schema(), indent=2))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices and data, and what is wrong."""
+    from qtool import doctor as examination
+
+    found = examination.doctor()
+    print(json.dumps(found, indent=2) if as_json else examination.render(found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _running(quiet: bool, output: Path | None) -> Iterator[None]:
+    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
+    from qtool import progress
+
+    if quiet:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+    before = _identity(output)
+    try:
+        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt as error:
+        if output is None:
+            raise _Interrupted("interrupted") from error
+        if _identity(output) == before:
+            raise _Interrupted(f"interrupted; nothing was written under {output}") from error
+        raise _Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
+
+
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "LMEVAL_LOG_LEVEL": "ERROR",
+}
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    try:
+        status = path.stat() if path else None
+    except OSError:
+        return None
+    return (status.st_ino, status.st_mtime_ns) if status else None
+
+
+def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not imported before it is needed
+    paths = [str(path) for path in (outcome.path, *outcome.exports) if path is not None]
+    if as_json:
+        from pydantic_core import to_json
+
+        result = {
+            "path": str(outcome.path) if outcome.path else None,
+            "exports": [str(path) for path in outcome.exports],
+            "seconds": round(outcome.seconds, 3),
+            "report": outcome.report.model_dump(mode="json"),
+        }
+        print(to_json(result, inf_nan_mode="null").decode())
+        return
+    if sys.stdout.isatty() and hasattr(outcome.report, "render"):
+        from rich.console import Console
+
+        outcome.report.render(Console())
+    else:
+        print(outcome.report.markdown())
+    if paths:
+        print()
+    for path in paths:
+        print(path)
+
+
+def _describe(error: BaseException) -> tuple[str, int, str]:
+    """The kind, exit code and message of what ended a command."""
+    match error:
+        case InputError() | RunError() | _Interrupted():
+            kind = {2: "input", 1: "run", 130: "interrupted"}[error.exit_code]
+            return kind, error.exit_code, str(error)
+        case TyperException():
+            return "usage", 2, error.format_message()
+        case KeyboardInterrupt():
+            return "interrupted", 130, "interrupted"
+        case OSError():
+            return "run", 1, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        case MemoryError():
+            return "run", 1, "out of memory"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return "run", 1, f"out of GPU memory: {error}"
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    return "bug", 1, f"{text}\nThis is a bug in qtool, not in what you gave it; QTOOL_DEBUG=1 shows the traceback."
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    command: Callable[..., Any] = typer.main.get_command(app).main
+    try:
+        code = command(args or ["--help"], prog_name="qtool", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        return (code if isinstance(code, int) else 0) if args else 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        kind, code, message = _describe(error)
+        if os.environ.get("QTOOL_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exception(error)
+        print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
+        if context := getattr(error, "ctx", None):  # of a usage error
+            print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)
+        if "--json" in args:
+            print(json.dumps({"error": message, "kind": kind, "exit_code": code}))
+        return code

@@ -1,0 +1,153 @@
+"""The sections of a recipe that every method shares, and ``QuantSpec``, the grid of one weight.
+
+A leaf: pydantic only. A method's own section derives from :class:`MethodConfig` in that method's file.
+"""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
+SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+def _check_group_size(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("use a positive number of input channels, or -1 for one group per row")
+    return value
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantSpec(Section):
+    """The grid of one weight ``[out, in]``: codes ``0 .. 2**num_bits - 1``, one scale and zero point per group."""
+
+    num_bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per code.")
+    group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
+        128, description="Input channels that share one scale; must divide the channels; -1: one group per row."
+    )
+    symmetric: bool = Field(True, description="Hold the zero point at the middle code (nothing stored for it).")
+    scale_dtype: ScaleDtype = Field(
+        "float16", description="What scales are stored as, and rounded to before they are used."
+    )
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code, always 0."""
+        return 0
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return int(2**self.num_bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return int(2 ** (self.num_bits - 1))
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups in one row of ``in_features`` weights."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits per weight with scales and zero points counted (methods: storage cost, ``b + (b + 16) / g``)."""
+        per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.num_bits)
+        return self.num_bits + per_group * self.num_groups(in_features) / in_features
+
+    def label(self) -> str:
+        """The usual short name, e.g. ``w4g128`` or ``w2g64 asym``."""
+        group = "pc" if self.group_size == -1 else f"g{self.group_size}"
+        return f"w{self.num_bits}{group}" + ("" if self.symmetric else " asym")
+
+
+class QuantOverride(QuantSpec):
+    """What is different for the linears that match a pattern; keys left out keep the section's value."""
+
+    skip: bool = Field(False, description="Leave these linears in floating point.")
+
+
+class QuantConfig(QuantSpec):
+    """How weights are quantized: one grid for all linears of the decoder blocks, and overrides by name."""
+
+    overrides: dict[str, QuantOverride] = Field(
+        default_factory=dict,
+        description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true.",
+    )
+
+    def spec_for(self, name: str) -> QuantSpec | None:
+        """The grid of the linear ``name``; later patterns win; ``None`` when it stays in floating point."""
+        values = self.model_dump(include=set(QuantSpec.model_fields))
+        skip = False
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                changes = override.model_dump(exclude_unset=True)
+                skip = changes.pop("skip", skip)
+                values |= changes
+        return None if skip else QuantSpec(**values)
+
+
+class ModelConfig(Section):
+    """Which model, in which precision, where."""
+
+    path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of computation; auto: float32 on CPU, the checkpoint's own on an accelerator."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: the first GPU when there is one.")
+
+
+class MethodConfig(Section):
+    """The base of every method's own section."""
+
+    name: str = Field(description="The method: the name of its file in qtool/methods.")
+
+
+class DataConfig(Section):
+    """Calibration text, cut into windows of equal length."""
+
+    source: str = Field(
+        "generated", description="generated, wikitext2, enwiki, c4, or a path to a .txt, .jsonl or .parquet file."
+    )
+    num_samples: int = Field(128, ge=1, description="Number of windows.")
+    seq_len: int = Field(512, ge=2, description="Tokens in a window.")
+
+
+class EvalConfig(Section):
+    """What is measured after quantization, for the quantized model and the float one."""
+
+    tasks: tuple[str, ...] = Field(
+        ("wikitext2",), description="wikitext2 and generated (token perplexity), kl, or any lm-eval task: boolq, mmlu."
+    )
+    num_fewshot: int | dict[str, int] = Field(
+        default_factory=dict, description="Examples in the prompt, for all tasks or by task; unset: the task's own."
+    )
+    limit: int | None = Field(None, ge=1, description="Evaluate only the first N windows or examples of a task.")
+    batch_size: int | Literal["auto"] = Field("auto", description="Windows or requests in one forward pass.")
+    context: int = Field(2048, ge=2, description="Perplexity window in tokens; the model's maximum when that is less.")
+
+
+class ExportConfig(Section):
+    """One export written after quantization."""
+
+    format: str = Field(description="The export format: the name of its file in qtool/export.")
+    path: Path = Field(description="Folder to write; must not exist unless output.overwrite is set.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of tensors that stay in floating point; auto: the smallest that holds every value exactly."
+    )
+
+
+class OutputConfig(Section):
+    """Where the checkpoint goes."""
+
+    path: Path = Field(description="Folder to write; it appears under this name only when complete.")
+    overwrite: bool = Field(False, description="Replace an existing folder.")
+
+
+BITS: tuple[int, ...] = get_args(QuantSpec.model_fields["num_bits"].annotation)

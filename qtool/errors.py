@@ -1,0 +1,17 @@
+"""Errors that a person can act on; anything else keeps its traceback, because it is our bug."""
+
+
+class QtoolError(Exception):
+    """The base of every error that the command line prints as a message; says what was found, expected and what to do."""
+
+    exit_code = 1
+
+
+class InputError(QtoolError):
+    """What the user gave cannot be used: a recipe, a model, data, a path, a format. Nothing was lost."""
+
+    exit_code = 2
+
+
+class RunError(QtoolError):
+    """A run that began could not be finished: disk full, a matrix that cannot be factorised, a check that failed."""

@@ -1,0 +1,40 @@
+"""Method plugins: ``method.name: gptq`` is ``qtool/methods/gptq.py``. Nothing is registered."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from qtool.config import MethodConfig
+
+Command = Literal["ptq", "qat", "efficientqat", "lrqat"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method file exports as ``METHOD``.
+
+    ``run(model, tokens, quant, config, seed)`` leaves every target linear of ``model`` a ``PackedLinear`` and no
+    other, and returns named series of numbers for the manifest (e.g. ``{"block_error": [...]}``). The result
+    depends on its arguments only. ``tokens`` is ``[n, t]`` int64, or ``None`` when ``needs_data`` says so.
+    """
+
+    command: Command
+    summary: str
+    config: type[MethodConfig]
+    run: Callable[..., dict[str, list[float]]]
+    needs_data: Callable[[Any], bool] = lambda config: True
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Every method, by file name."""
+    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
+
+
+def get(name: str) -> Method:
+    """The method called ``name``, which must be one of ``names()``."""
+    method: Method = import_module(f"{__name__}.{name}").METHOD
+    return method

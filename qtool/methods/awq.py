@@ -1,0 +1,254 @@
+"""AWQ: scale up the input channels that carry large activations, so that rounding hurts them less, and scale the
+activations down to match.
+
+For a scale ``s`` per input channel, ``W x = (W diag(s)) (x / s)``. The division is folded into whatever makes ``x``: a
+norm's weight, or the rows of a linear (v before o, up before down). The scale is ``s = mean|x| ** ratio``, normalised
+by ``sqrt(max s * min s)``; the ratio is searched on a grid so that the output of the surrounding module (attention or
+MLP) changes least when the scaled weights are quantized (Lin et al., arXiv 2306.00978; methods section 7). Then the
+range of each group is clipped where that lowers ``sum (x w - x Q(clip w))**2``, not for queries and keys.
+
+Which module can absorb a scale is not a table: a fold is accepted when scaling source and readers leaves the block's
+output as it was. That covers plain norms, norms that multiply by ``1 + weight``, gated and ReLU MLPs, and leaves out
+whatever does not commute.
+
+Where we differ: the folded norm is rounded to its stored dtype first and the weights take the scale that this leaves,
+so nothing is lost on disk; the clip search uses the group's whole second moment and not 512 tokens; blocks are fed by
+the quantized blocks before them.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qtool.blocks import BlockTask, run_blocks
+from qtool.config import MethodConfig, QuantConfig
+from qtool.methods import Method
+from qtool.models import LoadedModel, Target
+from qtool.quant.affine import (
+    QuantizedWeight,
+    fake_quantize,
+    from_codes,
+    grouped,
+    minmax_qparams,
+    quantize,
+    round_to_codes,
+    scale_and_zero_point,
+    to_grid,
+)
+
+NOT_CLIPPED = ("*q_proj", "*k_proj", "*query*", "*qkv*", "*Wqkv", "*c_attn")  # their product passes through softmax
+INVARIANT = 0.01  # of the change that the readers' half of a fold makes alone
+
+
+class Config(MethodConfig):
+    """AWQ: activation-aware scales, then clipping."""
+
+    name: Literal["awq"] = "awq"
+    num_ratios: int = Field(20, ge=1, description="Ratios tried: 0, 1/n, ... (n - 1)/n; 1 scales nothing.")
+    search_samples: int = Field(16, ge=1, description="Calibration windows that judge a ratio.")
+    clip: bool = Field(True, description="Search for a smaller range of each group after scaling.")
+    clip_steps: int = Field(10, ge=1, description="Ranges tried: 1, 0.95, 0.9, ... of the largest weight of a group.")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A source whose output can be divided by ``s`` per channel, and the linears whose columns are multiplied."""
+
+    source: nn.Module
+    offset: float  # 1 for a norm that multiplies by 1 + weight
+    readers: tuple[Target, ...]
+    exact_source: bool  # stays in floating point: its tensors must remain values of their stored dtype
+
+    @torch.no_grad()
+    def apply(self, s: Tensor, storage: torch.dtype) -> None:
+        """Divide the source by ``s`` ``[channels]`` and multiply the readers' columns."""
+        weight = self.source.weight
+        assert isinstance(weight, nn.Parameter)
+        if weight.dim() == 1:
+            old = weight.float() + self.offset
+            self._set(weight, old / s - self.offset, storage)
+            new = weight.float() + self.offset
+            s = torch.where((old != 0) & (new != 0), old / new, s)  # what rounding the norm has left to do
+        else:
+            rows = s if isinstance(self.source, Conv1D) else s.unsqueeze(1)
+            self._set(weight, weight.float() / rows, storage)
+        bias = getattr(self.source, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            self._set(bias, bias.float() / s, storage)
+        for reader in self.readers:
+            columns = s.unsqueeze(1) if isinstance(reader.linear, Conv1D) else s
+            reader.linear.weight.mul_(columns.to(reader.linear.weight.dtype))
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, storage: torch.dtype) -> None:
+        parameter.copy_(value.to(storage) if self.exact_source else value)
+
+
+def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
+    """Every fold of this block that leaves its output as it is, at most one for each group of linears."""
+    targets = {target.linear for target in task.targets}
+    norms = [
+        module
+        for module in task.block.modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.dim() == 1
+        and not any(True for _ in module.children())
+    ]
+    folds = []
+    for group in task.groups:
+        channels = group[0].weight.shape[1]
+        earlier = [t.linear for g in task.groups[: task.groups.index(group)] for t in g]
+        candidates = [Fold(norm, offset, tuple(group), True) for norm in norms for offset in (0.0, 1.0)]
+        candidates += [Fold(linear, 0.0, tuple(group), linear not in targets) for linear in reversed(earlier)]
+        fitting = (fold for fold in candidates if _out_channels(fold.source) == channels)
+        found = next((fold for fold in fitting if _is_invariant(task, fold, channels, probe)), None)
+        if found is not None:
+            folds.append(found)
+    return folds
+
+
+def _out_channels(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]
+
+
+def _is_invariant(task: BlockTask, fold: Fold, channels: int, probe: Tensor) -> bool:
+    """Whether scaling source and readers leaves the output of the block, where scaling the readers alone does not."""
+    device = probe.device
+    s = torch.exp2(torch.linspace(-1, 1, channels, device=device)[torch.randperm(channels, generator=_generator())])
+    touched = [fold.source, *(reader.linear for reader in fold.readers)]
+    saved = [(p, p.detach().clone()) for module in touched for p in module.parameters(recurse=False)]
+    before = task.forward(probe)
+    fold.apply(s, torch.float32)
+    both = float((task.forward(probe) - before).norm())
+    for parameter, value in saved[len(list(fold.source.parameters(recurse=False))) :]:
+        parameter.data.copy_(value)
+    alone_source = float((task.forward(probe) - before).norm())
+    for parameter, value in saved:
+        parameter.data.copy_(value)
+    return both < INVARIANT * alone_source
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def judged_module(block: nn.Module, fold: Fold) -> nn.Module:
+    """The module whose output decides: the smallest around all readers (attention, MLP), or the one linear after a linear."""
+    linears = [reader.linear for reader in fold.readers]
+    if len(linears) == 1 and fold.source.weight.dim() == 2:  # type: ignore[union-attr,operator]
+        return linears[0]
+    around = [m for m in block.modules() if m not in linears and set(linears) <= set(m.modules())]
+    return around[-1]  # modules() walks outside in
+
+
+@torch.no_grad()
+def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samples: list[Tensor]) -> Tensor:
+    """The scale ``[channels]`` with the smallest change of the judged module's output; ``mean`` is mean ``|x|``."""
+    module = judged_module(task.block, fold)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    task.observe([module], lambda _, args, kwargs: calls.append((args, kwargs)), samples)
+    reference = [_first(module(*args, **kwargs)) for args, kwargs in calls]
+    originals = [reader.linear.weight.detach().clone() for reader in fold.readers]
+    best_error, best = float("inf"), torch.ones_like(mean)
+    for i in range(config.num_ratios):
+        s = mean.pow(i / config.num_ratios).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        for reader in fold.readers:
+            scaled = reader.weight * s
+            rounded = fake_quantize(scaled, *minmax_qparams(scaled, reader.spec), reader.spec) / s
+            reader.linear.weight.copy_(rounded.T if isinstance(reader.linear, Conv1D) else rounded)
+        error = sum(
+            float((_first(module(*args, **kwargs)) - out).float().square().mean())
+            for (args, kwargs), out in zip(calls, reference, strict=True)
+        )
+        for reader, weight in zip(fold.readers, originals, strict=True):
+            reader.linear.weight.copy_(weight)
+        if error < best_error:
+            best_error, best = error, s
+    return best
+
+
+def _first(out: Any) -> Tensor:
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+@torch.no_grad()
+def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Grid of each group with the range that changes the output least; ``moment`` ``[groups, g, g]`` is sum ``x x^T``."""
+    spec = target.spec
+    weight = grouped(target.weight, spec)
+    largest = weight.abs().amax(-1)
+    scale, zero_point = minmax_qparams(target.weight, spec)
+    if not config.clip or any(fnmatchcase(target.name, pattern) for pattern in NOT_CLIPPED):
+        return scale, zero_point
+    best = torch.full_like(scale, float("inf"))
+    for i in range(config.clip_steps):
+        bound = largest * (1 - i / 20)
+        low, high = torch.maximum(weight.amin(-1), -bound), torch.minimum(weight.amax(-1), bound)
+        grid = scale_and_zero_point(low.clamp(max=0), high.clamp(min=0), spec)
+        codes = round_to_codes(to_grid(target.weight, *grid, spec), spec)
+        change = grouped(from_codes(codes, *grid), spec) - weight
+        error = torch.einsum("rgi,gij,rgj->rg", change, moment, change)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero_point = torch.where(better, grid[0], scale), torch.where(better, grid[1], zero_point)
+    return scale, zero_point
+
+
+def quantize_block(task: BlockTask, config: Config, storage: torch.dtype) -> None:
+    """Fold scales, then clip and round, all on the block's float weights."""
+    samples = _first_windows(task, config.search_samples)
+    for fold in find_folds(task, samples[0][:1]):
+        leader = fold.readers[0].linear
+        sums = torch.zeros(_out_channels(fold.source), device=samples[0].device)
+        count = 0
+
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: Any, sums: Tensor = sums) -> None:
+            nonlocal count
+            x = args[0].float().flatten(0, -2)
+            sums.add_(x.abs().sum(0))
+            count += x.shape[0]
+
+        task.observe([leader], add, samples)
+        fold.apply(search_scale(task, fold, sums / count, config, samples), storage)
+    moments: dict[nn.Module, Tensor] = {}
+
+    def add_moment(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        target = leaders[module]
+        x = grouped(args[0].float().flatten(0, -2), target.spec).transpose(0, 1)  # [groups, tokens, g]
+        moment = x.transpose(1, 2) @ x
+        moments[module] = moments[module] + moment if module in moments else moment
+
+    leaders = {target.linear: target for target in task.targets}
+    if config.clip:
+        task.observe(leaders, add_moment, samples)
+    for target in task.targets:
+        grid = clipped_qparams(target, moments.get(target.linear, torch.empty(0)), config)
+        task.pack(target, QuantizedWeight(quantize(target.weight, *grid, target.spec), *grid, target.spec))
+
+
+def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
+    """Whole batches that hold at least ``count`` windows, or all there are."""
+    chosen: list[Tensor] = []
+    for hidden in task.inputs:
+        if sum(x.shape[0] for x in chosen) >= count:
+            break
+        chosen.append(hidden)
+    return chosen
+
+
+def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
+    """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
+    step = partial(quantize_block, config=config, storage=loaded.storage_dtype)
+    return {"block_error": run_blocks(loaded, tokens, loaded.targets(quant), step)}
+
+
+METHOD = Method("ptq", "activation-aware scales folded into norms, then clipping", Config, run)

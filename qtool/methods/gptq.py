@@ -1,0 +1,206 @@
+"""GPTQ: quantize one input channel at a time, and let the channels still to come make up for the error.
+
+For a linear with inputs ``x`` the output error of a weight change ``d`` is ``d H d^T`` with ``H = 2/n sum x x^T``.
+Rounding column ``i`` by ``e`` leaves an optimal correction of the later columns, ``-e U_i,i: / U_ii`` with ``U`` the
+upper Cholesky factor of ``H^-1`` (Frantar et al., arXiv 2210.17323; methods 6.2). Rows share ``H`` and do not touch
+each other, so linears that read the same input (q, k, v; gate, up) are stacked and solved at once.
+
+The blocks run in order on the quantized stream, and so do the linears inside a block (the paper's "true sequential"):
+each group sees inputs made by the quantized linears before it. Columns are taken in one of three orders: as they lie; ``group`` (GPTQModel's group-aware order:
+groups by their largest ``diag H``, columns by ``diag H`` inside, so that groups stay whole and nothing is stored); or
+``full`` (descending ``diag H``, which needs the grids fixed beforehand, ``static_groups``).
+
+GPTAQ (arXiv 2504.02692; methods 6.4) also steers towards the float model's outputs: it adds the term
+``w_i P_i`` with ``P = a [(D U^T) strictly upper] U`` and ``D = 2/n sum (x_float - x) x^T``.
+
+Where we differ: a dead channel (never active in calibration) keeps its weights and is rounded to nearest, where the
+reference zeroes them; column blocks always end where groups end, so a group's grid is fitted on weights that carry
+every correction made so far; one factorisation serves all linears of a group.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from qtool import progress
+from qtool.blocks import BlockTask, Stage, run_blocks
+from qtool.config import MethodConfig, QuantConfig, QuantSpec
+from qtool.errors import RunError
+from qtool.methods import Method
+from qtool.models import LoadedModel, Target
+from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
+from qtool.quant.ranges import search_qparams
+
+DAMP_LADDER = (1, 2, 5, 10, 30, 100)
+
+
+class Config(MethodConfig):
+    """GPTQ, with group-aware ordering."""
+
+    name: Literal["gptq"] = "gptq"
+    damp: float = Field(0.01, gt=0, description="Added to the Hessian's diagonal, as a share of its mean.")
+    act_order: Literal["off", "group", "full"] = Field(
+        "group", description="Order of columns: as they lie, by activation inside whole groups, or fully by activation."
+    )
+    static_groups: bool = Field(False, description="Fix all grids on the original weights before the first column.")
+    range: Literal["minmax", "search"] = Field(
+        "search", description="A group's range: its extremes, or a search for the smallest error."
+    )
+    norm: float = Field(2.4, gt=0, description="Exponent of the weight error that the range search lowers.")
+    block_size: int = Field(128, ge=1, description="Columns corrected one by one before the rest is corrected at once.")
+    gptaq: float = Field(0.0, ge=0, le=1, description="Strength a of GPTAQ's correction towards the float stream.")
+
+    @model_validator(mode="after")
+    def _full_order_needs_static_groups(self) -> "Config":
+        if self.act_order == "full" and not self.static_groups:
+            raise ValueError("act_order: full needs static_groups: true, or groups would not be contiguous on disk")
+        return self
+
+
+class Statistics(NamedTuple):
+    """What calibration says about one shared input of ``in`` channels."""
+
+    hessian: Tensor  # [in, in] float32, 2/n sum x x^T
+    drift: Tensor | None  # [in, in] float32, 2/n sum (x_float - x) x^T
+
+
+class Factor(NamedTuple):
+    """The order of the columns, and what a column's error does to the later ones."""
+
+    order: Tensor  # [in]
+    upper: Tensor  # U [in, in]: upper Cholesky factor of the inverse of the damped, ordered Hessian
+    drift: Tensor | None  # P [in, in], of GPTAQ
+
+
+def collect(stage: Stage, config: Config) -> Statistics:
+    """The statistics of what the linears of ``stage`` read."""
+    size = stage.inputs[0].shape[1]
+    hessian = torch.zeros(size, size, device=stage.inputs[0].device)
+    for x in stage.inputs:
+        hessian.addmm_(x.float().T, x.float())
+    scale = 2 / sum(x.shape[0] for x in stage.inputs)
+    if stage.float_inputs is None:
+        return Statistics(hessian.mul_(scale), None)
+    drift = torch.zeros_like(hessian)
+    for x, x_float in zip(stage.inputs, stage.float_inputs, strict=True):
+        drift.addmm_((x_float - x).float().T, x.float())
+    return Statistics(hessian.mul_(scale), drift.mul_(scale))
+
+
+def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
+    """The order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``."""
+    if kind == "off":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if kind == "full":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    by_group = diagonal.view(spec.num_groups(diagonal.numel()), -1)
+    size = by_group.shape[1]
+    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
+    inside = torch.argsort(by_group, dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * size + inside[groups]).flatten()
+
+
+def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str) -> Factor:
+    """Order, damp, invert and factorise the Hessian, with more damping each time that this fails.
+
+    Raises:
+        RunError: naming the linear, when the strongest damping does not help.
+    """
+    hessian = statistics.hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    order = column_order(diagonal, spec, config.act_order)
+    hessian = hessian[order][:, order]
+    mean = float(hessian.diagonal().mean())
+    for step in DAMP_LADDER:
+        damped = hessian.clone()
+        damped.diagonal().add_(step * config.damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                break
+        progress.note(f"{name}: the Hessian is not positive definite at damping {step * config.damp:g}; trying more")
+    else:
+        raise RunError(
+            f"{name}: the Hessian cannot be factorised even with damping {DAMP_LADDER[-1] * config.damp:g} "
+            f"(mean diagonal {mean:.3g}); use more or other calibration text, or a larger method.damp"
+        )
+    if statistics.drift is None:
+        return Factor(order, upper, None)
+    drift = statistics.drift[order][:, order]
+    return Factor(order, upper, config.gptaq * (drift @ upper.T).triu(1) @ upper)
+
+
+def fit_grid(weight: Tensor, spec: QuantSpec, config: Config) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of whole groups of ``weight``."""
+    return minmax_qparams(weight, spec) if config.range == "minmax" else search_qparams(weight, spec, config.norm)
+
+
+def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> QuantizedWeight:
+    """Quantize ``weight`` ``[out, in]`` column by column."""
+    rows, columns = weight.shape
+    num_groups = spec.num_groups(columns)
+    group_size = columns // num_groups
+    group_of = factor.order // group_size  # [in], of each column in its new place
+    width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
+    scale, zero_point = fit_grid(weight, spec, config)
+    column_spec = spec.model_copy(update={"group_size": -1})
+    work = weight[:, factor.order].contiguous()
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    for start in range(0, columns, width):
+        stop = start + width
+        if start % group_size == 0 and not config.static_groups:
+            group = int(group_of[start])
+            grid = fit_grid(work[:, start : start + group_size], column_spec, config)
+            scale[:, group], zero_point[:, group] = grid[0][:, 0], grid[1][:, 0]
+        block = work[:, start:stop].clone()
+        errors = torch.empty_like(block)
+        upper = factor.upper[start:stop, start:stop]
+        for i in range(width):
+            group = int(group_of[start + i])
+            column = block[:, i : i + 1].clone()
+            grid = scale[:, group : group + 1], zero_point[:, group : group + 1]
+            codes[:, start + i : start + i + 1] = quantize(column, *grid, column_spec)
+            rounded = dequantize(codes[:, start + i : start + i + 1], *grid, column_spec)
+            error = (column - rounded) / upper[i, i]
+            block[:, i:] -= error * upper[i, i:]
+            if factor.drift is not None:
+                block[:, i:] += column * factor.drift[start + i, start + i : stop]
+            errors[:, i : i + 1] = error
+            work[:, start + i : start + i + 1] = rounded
+        if stop < columns:
+            work[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+            if factor.drift is not None:
+                work[:, stop:] += work[:, start:stop] @ factor.drift[start:stop, stop:]
+    restored = torch.empty_like(codes)
+    restored[:, factor.order] = codes
+    return QuantizedWeight(restored, scale, zero_point, spec)
+
+
+def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
+    """Quantize linears that read one input: those with equal grids are stacked and solved together."""
+    for spec in dict.fromkeys(target.spec for target in group):
+        same = [target for target in group if target.spec == spec]
+        factor = factorise(statistics, spec, config, same[0].name)
+        weight = torch.cat([target.weight for target in same])
+        codes, scale, zero_point, _ = solve(weight, factor, spec, config)
+        sizes = [target.weight.shape[0] for target in same]
+        for target, *parts in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
+            task.pack(target, QuantizedWeight(*parts, spec))
+
+
+def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
+    """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
+
+    def quantize_block(task: BlockTask) -> None:
+        for stage in task.stages():
+            quantize_group(task, stage.targets, collect(stage, config), config)
+
+    errors = run_blocks(loaded, tokens, loaded.targets(quant), quantize_block, float_stream=config.gptaq > 0)
+    return {"block_error": errors}
+
+
+METHOD = Method("ptq", "second-order error compensation, column by column", Config, run)

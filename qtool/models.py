@@ -1,0 +1,300 @@
+"""The model: loading it, walking to its decoder blocks, and saying which linears to quantize and how.
+
+Blocks and linears are found in the module tree: the blocks are the ``ModuleList`` of equal modules that holds the most
+parameters, the linears are every ``nn.Linear`` or ``Conv1D`` inside. Nothing is copied from an architecture.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from qtool.config import ModelConfig, QuantConfig, QuantSpec
+from qtool.errors import InputError
+from qtool.quant.affine import check_weight
+from qtool.quant.linear import PackedLinear
+
+BUILTIN = Path(__file__).parent / "builtin"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to quantize: its full name, the float module, its grid, and the index of its block."""
+
+    name: str
+    linear: nn.Module
+    spec: QuantSpec
+    block: int
+
+    @property
+    def weight(self) -> Tensor:
+        """Float32 weight ``[out, in]``, a copy where the module stores another dtype or the transpose."""
+        return dense_weight(self.linear)
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model in evaluation mode, its tokenizer, and where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    folder: Path | None
+    storage_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision the model computes in."""
+        return self.model.dtype
+
+    @property
+    def max_length(self) -> int:
+        """The longest context in tokens that the model was made for."""
+        config = self.model.config.get_text_config()
+        length: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2048
+        return length
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Name and module of each decoder block, in order."""
+        prefix, blocks = decoder_blocks(self.model)
+        return [(f"{prefix}.{i}", block) for i, block in enumerate(blocks)]
+
+    def targets(self, quant: QuantConfig) -> list[Target]:
+        """Every linear to quantize, in module order, checked.
+
+        Raises:
+            InputError: all faults at once: an override that matches nothing, a group size that does not divide,
+                values that are not finite.
+        """
+        linears = [
+            (f"{block_name}.{name}", module, index)
+            for index, (block_name, block) in enumerate(self.blocks())
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        ]
+        names = [name for name, _, _ in linears]
+        faults = list(_unmatched(quant, names))
+        targets = []
+        for name, module, index in linears:
+            spec = quant.spec_for(name)
+            if spec is None:
+                continue
+            target = Target(name, module, spec, index)
+            try:
+                check_weight(target.weight, spec, f"{name}.weight")
+            except InputError as error:
+                faults.append(str(error))
+            targets.append(target)
+        if not targets and not faults:
+            faults.append("quant.overrides skip every linear; there is nothing to quantize")
+        if faults:
+            more = [f"... and {len(faults) - 8} more of this kind"] if len(faults) > 8 else []
+            raise InputError("\n  ".join([f"{self.path} cannot be quantized with this recipe:", *faults[:8], *more]))
+        return targets
+
+
+def _unmatched(quant: QuantConfig, names: list[str]) -> Iterator[str]:
+    for pattern in quant.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=1, cutoff=0.0)
+            yield f"quant.overrides: no linear matches '{pattern}'; the nearest of {len(names)} names is {near[0]}"
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Float32 weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` (which stores the transpose)."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return (weight.T if isinstance(linear, Conv1D) else weight).detach().float()
+
+
+def linear_bias(linear: nn.Module) -> Tensor | None:
+    """The bias ``[out]`` of a linear, if it has one."""
+    bias = linear.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks.
+
+    Raises:
+        InputError: when there are none, or when they hold fused experts (3-D parameters).
+    """
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+        and any(isinstance(part, nn.Linear | Conv1D | PackedLinear) for part in module.modules())
+    ]
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported")
+    _, name, blocks = max(lists, key=lambda entry: entry[0])
+    fused = [key for key, p in blocks.named_parameters() if p.dim() > 2]
+    if fused:
+        raise InputError(
+            f"{name}.{fused[0]} is a fused {blocks.get_parameter(fused[0]).dim()}-D parameter (mixture of experts); "
+            "such models are not supported yet: only linears with 2-D weights are"
+        )
+    return name, blocks
+
+
+def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the module called ``name``."""
+    model.set_submodule(name, layer)
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed linear by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names; ``auto`` is the first GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device: {name} was asked for, and this torch sees no GPU; use cpu or auto")
+    return device
+
+
+def resolve(path: str) -> Path | None:
+    """The local folder that ``path`` names, or ``None`` when it is a name on the hub.
+
+    Raises:
+        InputError: a built-in that does not exist, or a path that is neither a folder nor a possible hub name.
+    """
+    if path.startswith("builtin:"):
+        folder = BUILTIN / path.removeprefix("builtin:")
+        if not folder.is_dir():
+            known = sorted(f"builtin:{p.name}" for p in BUILTIN.iterdir() if p.is_dir())
+            raise InputError(f"there is no model {path}; built in: {', '.join(known)}")
+        return folder
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"model.path: {path} is a file; a folder with config.json and safetensors is needed")
+    if path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
+        raise InputError(f"model.path: there is no folder {path}")
+    return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no config.json; is it a Hugging Face model folder?") from None
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds a {type(config).__name__}; a JSON object was expected")
+    return config
+
+
+def check_files(folder: Path) -> None:
+    """Refuse pickled weights and safetensors files that cannot be read to the end, before anything is loaded."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
+        if pickled:
+            raise InputError(
+                f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; "
+                "convert them to safetensors first"
+            )
+        raise InputError(f"{folder} has no *.safetensors file")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(listed - {file.name for file in files})
+        if missing:
+            raise InputError(f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing)")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                reader.keys()
+        except SafetensorError as error:
+            raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
+
+
+def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
+    """Load a model for quantization, or, with ``quantized``, any folder for evaluation.
+
+    Raises:
+        InputError: missing, damaged, pickled, incomplete, already quantized or needing code from the checkpoint.
+    """
+    device = choose_device(config.device)
+    folder = resolve(config.path)
+    if folder is not None:
+        raw = read_config(folder)
+        if not quantized and "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
+        if "auto_map" in raw:
+            raise InputError(f"{config.path} needs code from its own folder (auto_map); qtool never runs such code")
+        check_files(folder)
+    source = str(folder or config.path)
+    try:
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        experts = [key for key in EXPERT_COUNTS if getattr(model_config.get_text_config(), key, None)]
+        if experts and not quantized:
+            raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
+        storage = model_config.dtype or torch.float32
+        dtype = _compute_dtype(config.dtype, storage, device)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "" if folder else " (no local folder has this name, so it was looked up on the hub)"
+        raise InputError(f"{config.path} cannot be loaded{where}: {first}") from error
+    _check_complete(config.path, info)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model.to(device), tokenizer, config.path, folder, storage)
+
+
+def _compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on CPU: exact for any half-precision checkpoint, and no slower there."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    return torch.float32 if device.type == "cpu" else storage
+
+
+def _check_complete(path: str, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers; we refuse."""
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise InputError(f"{path}: {name} has shape {list(found)} in the file, and the config asks for {list(expected)}")
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"{path} lacks {len(missing)} tensor(s) that its config asks for, the first is {missing[0]}")

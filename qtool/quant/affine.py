@@ -1,0 +1,123 @@
+"""The uniform affine grid: ``w ~ (code - zero_point) * scale`` with codes ``0 .. 2**num_bits - 1``.
+
+Symmetric means that the zero point is held at the middle code ``2**(num_bits - 1)``; nothing else differs.
+A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive input channels, each with one scale and one
+zero point ``[out, groups]``. All arithmetic is float32, and every scale is rounded to the dtype it is stored in
+*before* it is used, so that the weight in training, on disk and in an engine are the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtool.config import QuantSpec
+from qtool.errors import InputError
+from qtool.quant.rounding import ste, straight_through
+
+
+class QuantizedWeight(NamedTuple):
+    """What every method produces for a linear, and all that packing, saving, loading and exporting need."""
+
+    codes: Tensor  # [out, in] uint8
+    scale: Tensor  # [out, groups] float32, holding values of spec.scale_dtype
+    zero_point: Tensor  # [out, groups] float32, holding integers 0 .. qmax
+    spec: QuantSpec
+
+
+def grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """View of ``[out, in]`` as ``[out, groups, group_size]``."""
+    out_features, in_features = weight.shape
+    return weight.reshape(out_features, spec.num_groups(in_features), -1)
+
+
+def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """``scale`` as float32 holding only values of ``spec.scale_dtype``; the gradient passes unchanged.
+
+    Scales below the smallest positive number of the stored dtype become that number: a stored zero would lose the
+    whole group.
+    """
+    dtype = getattr(torch, spec.scale_dtype)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounded = scale.detach().to(dtype).float().clamp(min=smallest)
+    return straight_through(scale, rounded)
+
+
+def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Grid that covers ``[low, high]`` per group, each ``[out, groups]``, with ``low <= 0 <= high``.
+
+    Asymmetric: ``scale = (high - low) / qmax``, ``zero_point = round(-low / scale)`` inside ``0 .. qmax``.
+    Symmetric: ``scale = 2 max(-low, high) / qmax``, ``zero_point = 2**(num_bits - 1)``.
+    An empty range (an all-zero group) is taken as ``[-1, 1]``, so that zero is held exactly.
+    """
+    empty = (low == 0) & (high == 0)
+    low = torch.where(empty, -1.0, low.float())
+    high = torch.where(empty, 1.0, high.float())
+    if spec.symmetric:
+        scale = stored_scale(2 * torch.maximum(-low, high) / spec.qmax, spec)
+        return scale, torch.full_like(scale, spec.middle)
+    scale = stored_scale((high - low) / spec.qmax, spec)
+    return scale, torch.round(-low / scale).clamp(0, spec.qmax)
+
+
+def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point ``[out, groups]`` that cover the range of each group of ``weight`` ``[out, in]``.
+
+    The range always includes zero, as in every round-to-nearest reference (methods 6.1).
+    """
+    groups = grouped(weight, spec)
+    return scale_and_zero_point(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), spec)
+
+
+def to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """``weight`` in grid units before rounding, ``[out, groups, group_size]``."""
+    return grouped(weight.float(), spec) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)
+
+
+def round_to_codes(grid: Tensor, spec: QuantSpec) -> Tensor:
+    """Nearest code of each grid value, as float32, half to even; the gradient is one inside the grid, zero outside."""
+    return ste(grid).clamp(spec.qmin, spec.qmax)
+
+
+def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Float32 weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in all arguments."""
+    return ((codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes ``[out, in]`` uint8 of ``weight`` on the grid given by ``scale`` and ``zero_point`` ``[out, groups]``."""
+    return round_to_codes(to_grid(weight, scale, zero_point, spec), spec).to(torch.uint8).flatten(1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Float32 weight ``[out, in]`` of ``codes``; differentiable in ``scale`` and ``zero_point``."""
+    return from_codes(grouped(codes, spec).float(), scale, zero_point)
+
+
+def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """``dequantize(quantize(weight))``, the same bits, with gradients to ``weight``, ``scale`` and ``zero_point``."""
+    return from_codes(round_to_codes(to_grid(weight, scale, zero_point, spec), spec), scale, zero_point)
+
+
+def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
+    """Refuse what the grid cannot hold, naming the tensor.
+
+    Raises:
+        InputError: NaN or infinite values, a group size that does not divide, or a scale above its stored dtype.
+    """
+    in_features = weight.shape[1]
+    if spec.group_size != -1 and in_features % spec.group_size:
+        raise InputError(
+            f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that; "
+            f"choose a divisor or add an override for it (quant.overrides)"
+        )
+    largest = weight.detach().abs().amax().item()
+    if not largest < float("inf"):  # also true for NaN
+        found = int((~torch.isfinite(weight)).sum())
+        raise InputError(f"{name} holds {found} NaN or infinite value(s) of {weight.numel()}; repair the checkpoint")
+    limit = torch.finfo(getattr(torch, spec.scale_dtype)).max
+    if 2 * largest / spec.qmax > limit:
+        raise InputError(
+            f"{name} has weights up to {largest:.3g}, whose scale is above the largest {spec.scale_dtype} ({limit:.3g});"
+            " set quant.scale_dtype: float32 (or an override for it)"
+        )

@@ -1,0 +1,145 @@
+"""The two linear layers: ``QuantLinear`` is trained, ``PackedLinear`` is shipped, ``freeze`` changes no bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qtool.config import QuantSpec
+from qtool.quant import affine
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.packing import num_words, pack, unpack
+
+FORMAT_VERSION = 1
+
+
+class QuantLinear(nn.Module):
+    """A linear whose weight passes through its grid in every forward; weight, scale and zero point can train.
+
+    ``grid_weight`` is the seam for methods that add something inside the rounding; ``qparams`` for those that
+    move the range.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec) -> None:
+        """Start from round-to-nearest: ``weight`` ``[out, in]``, ``bias`` ``[out]``, min-max range."""
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        scale, zero_point = affine.minmax_qparams(self.weight.detach(), spec)
+        self.scale = nn.Parameter(scale)
+        # zero gradient where nothing clips, and none at all when symmetric: there it is no parameter to train
+        self.zero_point = nn.Parameter(zero_point, requires_grad=not spec.symmetric)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale as stored and integer zero point inside the grid, ``[out, groups]``, with straight-through gradients."""
+        zero_point = self.zero_point.detach().round().clamp(self.spec.qmin, self.spec.qmax)
+        return (
+            affine.stored_scale(self.scale, self.spec),
+            affine.straight_through(self.zero_point, zero_point),
+        )
+
+    def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Weight in grid units before rounding, ``[out, groups, group_size]``."""
+        return affine.to_grid(self.weight, scale, zero_point, self.spec)
+
+    def quantized_weight(self) -> Tensor:
+        """Float32 weight ``[out, in]`` on the grid, with gradients."""
+        scale, zero_point = self.qparams()
+        codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec)
+        return affine.from_codes(codes, scale, zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
+        return F.linear(x, self.quantized_weight().to(x.dtype), self.bias)
+
+    @torch.no_grad()
+    def freeze(self) -> "PackedLinear":
+        """The packed layer with the same output, bit for bit."""
+        scale, zero_point = self.qparams()
+        codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec)
+        weight = QuantizedWeight(codes.to(torch.uint8).flatten(1), scale, zero_point, self.spec)
+        return PackedLinear.from_quantized(weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight is held as packed codes; buffer names and shapes are those of ``pack-quantized``.
+
+    The buffer ``weight`` is one byte, the format version. Its shape makes a loader that does not know qtool stop at
+    a size mismatch instead of filling the layer with random numbers.
+    """
+
+    weight: Tensor
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    weight_shape: Tensor
+
+    def __init__(self, in_features: int, out_features: int, spec: QuantSpec, bias: torch.dtype | None = None) -> None:
+        """An empty layer of the right shapes, to load tensors into."""
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        groups = spec.num_groups(in_features)
+        self.register_buffer("weight", torch.full((1,), FORMAT_VERSION, dtype=torch.uint8))
+        words = num_words(in_features, spec.num_bits)
+        self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
+        scale_dtype = getattr(torch, spec.scale_dtype)
+        self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=scale_dtype))
+        if not spec.symmetric:
+            words = num_words(out_features, spec.num_bits)
+            self.register_buffer("weight_zero_point", torch.zeros(words, groups, dtype=torch.int32))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
+        self.bias = None if bias is None else nn.Parameter(torch.zeros(out_features, dtype=bias), requires_grad=False)
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> "PackedLinear":
+        """Pack ``weight``; ``bias`` ``[out]`` is kept as it is."""
+        codes, scale, zero_point, spec = weight
+        out_features, in_features = codes.shape
+        with torch.device(codes.device):
+            layer = cls(in_features, out_features, spec, None if bias is None else bias.dtype)
+        layer.weight_packed = pack(codes, spec.num_bits)
+        layer.weight_scale = scale.to(layer.weight_scale.dtype)
+        assert torch.equal(layer.weight_scale.float(), scale), "a scale that its stored dtype does not hold"
+        if spec.symmetric:
+            assert bool((zero_point == spec.middle).all()), "a symmetric grid with a zero point off the middle"
+        else:
+            layer.weight_zero_point = pack(zero_point.to(torch.uint8).T.contiguous(), spec.num_bits).T.contiguous()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The unpacked weight."""
+        spec = self.spec
+        codes = unpack(self.weight_packed, spec.num_bits, self.in_features)
+        scale = self.weight_scale.float()
+        if spec.symmetric:
+            zero_point = torch.full_like(scale, spec.middle)
+        else:
+            words = self.weight_zero_point.T.contiguous()
+            zero_point = unpack(words, spec.num_bits, self.out_features).T.float()
+        return QuantizedWeight(codes, scale, zero_point, spec)
+
+    def dequantized(self) -> Tensor:
+        """Float32 weight ``[out, in]``."""
+        return affine.dequantize(*self.quantized)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]`` in the dtype of ``x``; the weight is expanded for this call only."""
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the model, but keep scales in their stored dtype: ``model.half()`` must not change a weight."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and grid, for ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.label()}"

@@ -1,0 +1,58 @@
+"""One packer: a dense bit stream, least significant bit first, in 32-bit words.
+
+Code ``i`` of a row occupies bits ``i * b .. i * b + b - 1`` of the row's stream; bit ``t`` of the stream is bit
+``t % 32`` of word ``t // 32``. GPTQ (transposed), compressed-tensors >= 0.18 and MLX use this very stream, and the
+32-codes-in-3-words layout known from 3-bit GPTQ is nothing else.
+"""
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+WORD = 32
+
+
+def _period(num_bits: int) -> tuple[int, int]:
+    """Codes and words after which the stream is word-aligned again."""
+    num_codes = WORD // gcd(WORD, num_bits)
+    return num_codes, num_codes * num_bits // WORD
+
+
+def num_words(num_codes: int, num_bits: int) -> int:
+    """32-bit words that hold ``num_codes`` codes."""
+    return -(-num_codes * num_bits // WORD)
+
+
+def pack(codes: Tensor, num_bits: int) -> Tensor:
+    """Pack ``[rows, n]`` codes (any integer dtype, each ``0 .. 2**num_bits - 1``) to ``[rows, ceil(n b / 32)]`` int32."""
+    rows, n = codes.shape
+    per_period, words_per_period = _period(num_bits)
+    periods = -(-n // per_period)
+    padded = torch.nn.functional.pad(codes, (0, periods * per_period - n)).view(rows, periods, per_period)
+    words = torch.zeros(rows, periods, words_per_period, dtype=torch.int32, device=codes.device)
+    for i in range(per_period):
+        word, shift = divmod(i * num_bits, WORD)
+        code = padded[..., i].to(torch.int32)
+        words[..., word] |= code << shift  # wraps to two's complement: the bits are kept
+        if shift + num_bits > WORD:
+            words[..., word + 1] |= code >> (WORD - shift)
+    return words.flatten(1)[:, : num_words(n, num_bits)].contiguous()
+
+
+def unpack(words: Tensor, num_bits: int, num_codes: int) -> Tensor:
+    """The first ``num_codes`` codes of each row of ``words`` ``[rows, w]`` int32, as ``[rows, num_codes]`` uint8."""
+    rows = words.shape[0]
+    per_period, words_per_period = _period(num_bits)
+    periods = -(-num_codes // per_period)
+    padded = torch.nn.functional.pad(words, (0, periods * words_per_period - words.shape[1]))
+    padded = padded.view(rows, periods, words_per_period)
+    codes = torch.empty(rows, periods, per_period, dtype=torch.uint8, device=words.device)
+    mask = 2**num_bits - 1
+    for i in range(per_period):
+        word, shift = divmod(i * num_bits, WORD)
+        low = padded[..., word] >> shift  # arithmetic shift: the mask drops the copied sign bits
+        if shift + num_bits > WORD:
+            low = (low & (2 ** (WORD - shift) - 1)) | (padded[..., word + 1] << (WORD - shift))
+        codes[..., i] = (low & mask).to(torch.uint8)
+    return codes.flatten(1)[:, :num_codes].contiguous()

@@ -1,0 +1,353 @@
+"""The recipe: YAML and ``--set`` overrides to one checked, frozen ``Recipe``, or every fault at once.
+
+Reading a recipe imports one method file, the one that ``method.name`` asks for (its section is defined there);
+importing this module imports none.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
+
+import yaml
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from qtool import faults, methods
+from qtool.config import (
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    MethodConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantConfig,
+    Section,
+)
+from qtool.errors import InputError
+
+S = TypeVar("S", bound=Section)
+_HERE = Path(__file__).parent
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with qtool, by name."""
+    return {path.stem: path for path in sorted((_HERE / "recipes").glob("*.yaml"))}
+
+
+def export_formats() -> tuple[str, ...]:
+    """The export formats by name: ``compressed-tensors`` is ``qtool/export/compressed_tensors.py``."""
+    return tuple(sorted(path.stem.replace("_", "-") for path in (_HERE / "export").glob("[a-z]*.py")))
+
+
+def _unknown(key: str, found: str, what: str, known: Sequence[str]) -> InitErrorDetails:
+    nearest = get_close_matches(found, known, n=1)
+    hint = f"the nearest is {nearest[0]}; " if nearest else ""
+    message = f"no such {what}; {hint}known: {', '.join(known) or 'none'}"
+    kind = PydanticCustomError("unknown_name", "{message}", {"message": message})
+    return InitErrorDetails(type=kind, loc=(key,), input=found)
+
+
+def _method_section(value: object) -> object:
+    """Check a method's section with the config class of its own file."""
+    if not isinstance(value, Mapping):
+        return value
+    name = value.get("name")
+    if not isinstance(name, str):  # the keys of a section depend on its method: without one, only that is said
+        return MethodConfig.model_validate({"name": name} if "name" in value else {})
+    if name not in methods.names():
+        raise ValidationError.from_exception_data("method", [_unknown("name", name, "method", methods.names())])
+    return methods.get(name).config.model_validate(value)
+
+
+def _export_section(value: object) -> object:
+    """Check that the format exists, together with the other keys of the entry."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("format"), str):
+        return value
+    value = {**value, "format": value["format"].replace("_", "-")}
+    if value["format"] in export_formats():
+        return value
+    wrong = [_unknown("format", value["format"], "export format", export_formats())]
+    try:
+        ExportConfig.model_validate(value)
+    except ValidationError as error:
+        for row in error.errors():
+            wrong.append(InitErrorDetails(type=row["type"], loc=row["loc"], input=row["input"], ctx=row.get("ctx", {})))
+    raise ValidationError.from_exception_data("export", wrong)
+
+
+Export = Annotated[ExportConfig, BeforeValidator(_export_section)]
+
+
+class Recipe(Section):
+    """A whole quantization run."""
+
+    model: ModelConfig = Field(description="Which model, in which precision, where.")
+    method: Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_method_section)] = Field(
+        description="How to quantize: the method's name, and keys of its own."
+    )
+    quant: QuantConfig = Field(default_factory=QuantConfig, description="The grid of the weights.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Calibration text.")
+    eval: EvalConfig | None = Field(None, description="What to measure afterwards; left out: nothing.")
+    export: tuple[Export, ...] = Field((), description="A list of exports to write afterwards.")
+    output: OutputConfig = Field(description="Where the checkpoint goes.")
+    seed: int = Field(0, ge=0, description="Of everything random: same recipe, same machine, same bits.")
+
+
+class EvalRecipe(Section):
+    """An evaluation alone: the recipe of ``qtool eval``, without a ``method`` section."""
+
+    model: ModelConfig = Field(description="Which model, in which precision, where.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="What to measure.")
+    output: OutputConfig | None = Field(None, description="Where the report goes; left out: only printed.")
+    seed: int = Field(0, ge=0, description="Of everything random.")
+
+
+def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: Sequence[str] = ()) -> S:
+    """``raw`` as a ``kind``; ``source`` names it in messages, ``wrong`` are faults that were already found.
+
+    Raises:
+        InputError: With every fault on a line of its own: dotted key, what is wrong, and the value found.
+    """
+    lines = list(wrong)
+    checked = None
+    try:
+        checked = kind.model_validate(raw)
+    except ValidationError as error:
+        lines += faults.explain(kind, raw, error)
+    if checked is None or lines:
+        raise InputError("\n  ".join([f"{source} has {len(lines)} fault(s):", *lines]))
+    return checked
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at ``path`` (a file, or the name of a packaged one) with ``--set`` overrides applied.
+
+    Raises:
+        InputError: The file cannot be read, or the recipe has faults; the message lists all of them.
+    """
+    raw, wrong = _override(read_yaml(path), overrides)
+    return check(Recipe, raw, f"{path} with --set" if overrides else path, wrong)
+
+
+def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> EvalRecipe:
+    """What ``qtool eval`` measures for a recipe; ``options`` are keys by section that replace the recipe's.
+
+    For a recipe with a ``method`` section that is the checkpoint it writes.
+
+    Raises:
+        InputError: The recipe has faults, or its checkpoint is not there yet.
+    """
+    raw = read_yaml(path)
+    for section, values in options.items():
+        base = raw.get(section) or {}
+        if values and isinstance(base, dict):
+            raw[section] = {**base, **values}
+    if "method" not in raw:
+        return check(EvalRecipe, raw, path)
+    recipe = check(Recipe, raw, path)
+    if not recipe.output.path.is_dir():
+        command = methods.get(recipe.method.name).command
+        raise InputError(f"{path} writes {recipe.output.path}, which is not there yet; run: qtool {command} {path}")
+    model = recipe.model.model_copy(update={"path": str(recipe.output.path)})
+    return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), seed=recipe.seed)
+
+
+class _OneExport(Section):
+    export: Export
+
+
+def check_export(values: Mapping[str, object]) -> ExportConfig:
+    """The export that the options of ``qtool export`` ask for.
+
+    Raises:
+        InputError: With every fault on a line of its own.
+    """
+    return check(_OneExport, {"export": values}, "the command line").export
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with every default filled in; ``Recipe.model_validate`` reads it back."""
+    data = recipe.model_dump(mode="json")
+    # an override's defaults are not choices: filled in, they would replace the section's own values
+    data["quant"]["overrides"] = {
+        pattern: override.model_dump(mode="json", exclude_unset=True)
+        for pattern, override in recipe.quant.overrides.items()
+    }
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice; dates stay text, and so do on, off, yes and no (as in YAML 1.2)."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (a class attribute by PyYAML's design)
+        first: [(tag, pattern) for tag, pattern in rows if not tag.endswith((":timestamp", ":bool"))]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _parse(text: str) -> Any:
+    """YAML as data; every failure as a ``ValueError`` that says where."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"character {error.position + 1}: {error.reason}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # from PyYAML: !!bool maybe, 0b_
+        raise ValueError("a value does not fit its tag") from error
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors: a ``method`` section has the keys of the method it names."""
+    whole = Recipe.model_json_schema()
+    sections = []
+    for name in methods.names():
+        section = methods.get(name).config.model_json_schema()
+        whole["$defs"] |= section.pop("$defs", {})
+        section["properties"]["name"] = {"const": name, "description": methods.get(name).summary}
+        section["required"] = sorted({"name", *section.get("required", ())})
+        sections.append(section)
+    del whole["$defs"]["MethodConfig"]
+    whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
+    whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(export_formats())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "qtool recipe"}
+
+
+class Key(NamedTuple):
+    """One line of a recipe as ``--help`` shows it."""
+
+    name: str
+    default: str
+    description: str
+
+
+def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
+    """Description and keys of each section; ``method gptq`` and the like are the methods (of ``command``, or all)."""
+    table: dict[str, tuple[str, list[Key]]] = {}
+    alone = []
+    for name, field in Recipe.model_fields.items():
+        hint = faults.bare(field.annotation)
+        text = field.description or ""
+        if hint is MethodConfig:
+            fitting = [each for each in methods.names() if command in (None, methods.get(each).command)]
+            table[name] = text, [Key("name", "required", f"One of: {', '.join(fitting)}.")]
+            for method in fitting:
+                own = [key for key in _keys(methods.get(method).config) if key.name != "name"]
+                table[f"{name} {method}"] = methods.get(method).summary, own
+        elif get_origin(hint) is tuple:
+            rows = _keys(faults.bare(get_args(hint)[0]))
+            table[f"{name}.N"] = text, [Key("format", "required", f"One of: {', '.join(export_formats())}."), *rows[1:]]
+        elif issubclass(hint, Section):
+            table[name] = text, _keys(hint)
+        else:
+            alone.append(_key(name, field))
+    return {**table, "": ("Of the whole run.", alone)}
+
+
+def _keys(section: type[Section]) -> list[Key]:
+    return [_key(name, field) for name, field in section.model_fields.items()]
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    if field.is_required():
+        return Key(name, "required", describe(field))
+    default = field.get_default(call_default_factory=True)
+    empty = default is None or default in ({}, ())
+    return Key(name, "" if empty else faults.found(default).replace('"', "").strip("[]"), describe(field))
+
+
+def describe(field: FieldInfo) -> str:
+    """What a key means, with the values it can have where they are few."""
+    hint = faults.bare(field.annotation)
+    choices = f" One of: {', '.join(map(str, get_args(hint)))}." if get_origin(hint) is Literal else ""
+    return (field.description or "") + choices
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The sections of a recipe file, or of a packaged recipe's name, unchecked.
+
+    Raises:
+        InputError: Missing, a folder, not UTF-8, not YAML, empty, or no mapping.
+    """
+    path = Path(path)
+    names = packaged()
+    if path.is_dir() and str(path) not in names:
+        raise InputError(f"{path} is a folder; a recipe is a YAML file")
+    if not path.is_file() and str(path) not in names:
+        nearest = get_close_matches(path.stem, names, n=1)
+        hint = f"did you mean the packaged recipe {nearest[0]}?" if nearest else "qtool recipes lists those that exist"
+        raise InputError(f"{path} does not exist; {hint}")
+    try:
+        text = (path if path.is_file() else names[str(path)]).read_bytes().decode("utf-8-sig")
+        raw = _parse(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {line}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if raw is None:
+        raise InputError(f"{path} is empty; qtool recipes quickstart prints a recipe to start from")
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds {faults.found(raw)}, not sections (model:, method:, ...)")
+    return raw
+
+
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """``raw`` with each ``section.key=value`` put in, and what is wrong with those that cannot be."""
+    wrong = []
+    for text in overrides:
+        try:
+            key, equals, value = text.partition("=")
+            if not equals or not re.fullmatch(r"[^.]+(\.[^.]+)*|quant\.overrides\..+", key):
+                raise ValueError("write section.key=value")
+            parts, data = key.split("."), _parse(value)
+            if parts[:2] == ["quant", "overrides"] and len(parts) > 2:  # a pattern may hold dots
+                last = 1 if len(parts) > 3 and not isinstance(data, dict) else 0
+                parts = [*parts[:2], ".".join(parts[2 : len(parts) - last]), *parts[len(parts) - last :]]
+            raw = cast(dict[str, Any], _put(raw, parts, data))
+        except ValueError as error:
+            wrong.append(f"--set {text}: {error}")
+    return raw, wrong
+
+
+def _put(target: object, parts: Sequence[str], value: object, before: str = "") -> object:
+    """``target`` with ``value`` at the path ``parts``; sections and list entries on the way are made."""
+    if not parts:
+        return value
+    part, *rest = parts
+    here = f"{before}.{part}" if before else part
+    if target is None:
+        target = [] if before in ("export", "eval.tasks") else {}
+    if isinstance(target, dict):
+        return {**target, part: _put(target.get(part), rest, value, here)}
+    if not isinstance(target, list):
+        raise ValueError(f"{before} is {faults.found(target)}, which has no keys")
+    if not part.isdecimal() or int(part) > len(target):
+        raise ValueError(f"{before} is a list of {len(target)}: go on with a number from 0 to {len(target)}")
+    index = int(part)
+    return [
+        *target[:index],
+        _put(target[index] if index < len(target) else None, rest, value, here),
+        *target[index + 1 :],
+    ]

@@ -1,0 +1,204 @@
+"""The report of a run: the schema of ``report.json``, and the same as Markdown and as a table for a terminal."""
+
+import math
+import platform
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JSON_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
+PACKAGES = ("qtool", "torch", "transformers", "lm_eval", "datasets")
+
+
+class Record(BaseModel):
+    """A frozen part of a report; keys of other versions are ignored; infinities and NaN survive JSON as strings."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+
+class Metric(Record):
+    """A measured number."""
+
+    value: float
+    stderr: float | None = Field(None, description="Standard error; null where it cannot be estimated.")
+    n: int = Field(description="Observations behind it: tokens predicted, or examples.")
+
+
+class TaskResult(Record):
+    """One metric of one task for the model and, beside it, for the float model it was made from."""
+
+    task: str
+    metric: str
+    value: float | None = Field(description="Of the model that was evaluated; null: not measured, and note says why.")
+    stderr: float | None = None
+    float_value: float | None = Field(None, description="Of the float model, by the same code and data.")
+    float_stderr: float | None = None
+    delta: float | None = Field(None, description="value - float_value.")
+    delta_stderr: float | None = Field(None, description="Of the difference on the same windows; perplexity only.")
+    higher_is_better: bool | None = None
+    num_fewshot: int | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
+    limit: int | None = Field(None, description="Only the first N windows, or examples of each subtask.")
+    n: int | None = Field(None, description="Tokens predicted, or examples.")
+    detail: bool = Field(False, description="Summed up in the row of its group; left out of tables.")
+    note: str = Field("", description="What a reader must know to compare this number with others.")
+
+
+def task_result(
+    task: str, metric: str, measured: Metric, reference: Metric | None, **fields: bool | int | float | str | None
+) -> TaskResult:
+    """A row from the model's number and the float model's; ``fields`` are further fields of the row."""
+    row = {"task": task, "metric": metric, "value": measured.value, "stderr": measured.stderr, "n": measured.n}
+    if reference is not None:
+        row |= {
+            "float_value": reference.value,
+            "float_stderr": reference.stderr,
+            "delta": measured.value - reference.value,
+        }
+    return TaskResult.model_validate(row | fields)
+
+
+class Report(Record):
+    """What was run, how large the result is, and how good."""
+
+    model: str = Field(description="The float model, as the user gave it.")
+    quantized: str | None = Field(None, description="Folder of the quantized model; null: only the float model was run.")
+    label: str | None = Field(None, description="Grid in short, e.g. w4g128.")
+    method: str | None = None
+    bits_per_weight: float | None = Field(None, description="Of the quantized linears, scales and zero points counted.")
+    float_bytes: int | None = Field(None, description="Weights of the float model on disk.")
+    quantized_bytes: int | None = Field(None, description="Weights of the quantized model on disk.")
+    seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
+    results: tuple[TaskResult, ...] = ()
+    dtype: str | None = Field(None, description="Precision of computation, of both models.")
+    device: str | None = None
+    seed: int | None = None
+    environment: dict[str, str] = Field(default_factory=lambda: environment())
+    date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def markdown(self) -> str:
+        """The report as a Markdown page."""
+        lines = [f"# {self.title()}", "", *(f"* {name}: {text}" for name, text in self.facts()), ""]
+        if self.results:
+            rows = [self.header(), ["---"] * 2 + ["---:"] * (len(self.header()) - 2), *self.rows("±")]
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+        lines += [f"{mark}. {note}" for mark, note in self.notes().values()]
+        lines += [""] * bool(self.notes())
+        lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
+        return "\n".join(lines) + "\n"
+
+    def render(self, console: "Console") -> None:
+        """Print the report as a table that fits 80 columns."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        say = partial(console.print, markup=False, highlight=False)
+        say(self.title(), style="bold")
+        for name, text in self.facts():
+            say(f"  {name}: {text}")
+        if self.results:
+            table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+            for index, name in enumerate(self.header()):
+                side: Literal["left", "right"] = "left" if index < 2 else "right"
+                table.add_column(name, justify=side, overflow="fold")
+            for row in self.rows("±" if console.encoding.startswith("utf") else "+-"):
+                table.add_row(*row)
+            console.print(table, markup=False, highlight=False)
+        for mark, note in self.notes().values():
+            say(f"{mark}. {note}")
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json`` and ``report.md`` into ``folder``."""
+        (folder / JSON_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
+
+    def title(self) -> str:
+        """One line: the model, and what was done to it."""
+        done = " ".join(part for part in (self.method, self.label) if part)
+        return f"{self.model}, {done}" if done else self.model
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What is known of the run, as name and text."""
+        facts = []
+        if self.quantized:
+            facts.append(("quantized model", self.quantized))
+        if self.bits_per_weight is not None:
+            facts.append(("bits per weight", f"{self.bits_per_weight:.3f} (scales and zero points counted)"))
+        sizes = [(self.float_bytes, "float"), (self.quantized_bytes, "quantized")]
+        if known := [f"{size / 1e6:.2f} MB {name}" for size, name in sizes if size is not None]:
+            facts.append(("weights on disk", ", ".join(known)))
+        if self.seconds:
+            facts.append(("seconds", ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.seconds.items())))
+        computed = [part for part in (self.dtype, self.device and f"on {self.device}") if part]
+        if computed:
+            facts.append(("computed in", " ".join(computed)))
+        return [*facts, ("date", self.date)]
+
+    def header(self) -> list[str]:
+        """Names of the columns; the float model has one where it was measured."""
+        both = ["float", "quantized", "change"] if self.compared() else ["value"]
+        return ["task", "metric", *both, "shots", "n"]
+
+    def compared(self) -> bool:
+        """Whether a float model was measured beside."""
+        return any(row.float_value is not None for row in self.results)
+
+    def rows(self, plus_minus: str) -> list[list[str]]:
+        """Cells of each row that is shown."""
+        notes = self.notes()
+        table = []
+        for row in self.results:
+            if row.detail:
+                continue
+            value = "not measured" if row.value is None else _number(row.value, row.stderr, plus_minus)
+            cells = [row.task + (f" [{notes[row.note][0]}]" if row.note else ""), row.metric]
+            if self.compared():
+                cells += [_number(row.float_value, row.float_stderr, plus_minus), value]
+                cells.append(_number(row.delta, row.delta_stderr, plus_minus, sign="+"))
+            else:
+                cells.append(value)
+            shots = "" if row.num_fewshot is None else str(row.num_fewshot)
+            table.append([*cells, shots, _count(row)])
+        return table
+
+    def notes(self) -> dict[str, tuple[int, str]]:
+        """Each different note of the rows that are shown -> its number and its text."""
+        texts = dict.fromkeys(row.note for row in self.results if row.note and not row.detail)
+        return {text: (number, text) for number, text in enumerate(texts, 1)}
+
+
+def _count(row: TaskResult) -> str:
+    """``3270``, or ``100 (limit 100)``."""
+    if row.n is None:
+        return ""
+    return str(row.n) if row.limit is None else f"{row.n} (limit {row.limit})"
+
+
+def _number(value: float | None, stderr: float | None, plus_minus: str, sign: str = "") -> str:
+    """``34.07 ± 0.41``: as many decimals as the standard error deserves, two digits of it."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    if stderr is None or not math.isfinite(stderr):
+        return f"{value:{sign}.4g}" if abs(value) < 1e4 else f"{value:{sign}.3e}"
+    decimals = 4 if stderr == 0 else min(6, max(0, 1 - math.floor(math.log10(stderr))))
+    return f"{value:{sign}.{decimals}f} {plus_minus} {stderr:.{decimals}f}"
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

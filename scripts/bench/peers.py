@@ -1,0 +1,297 @@
+"""qtool's GPTQ beside the GPTQ of other tools: one model, the same calibration tokens, one measure of the result.
+
+    python scripts/bench/peers.py --gptqmodel-python PYTHON --llmcompressor-python PYTHON --json peers.json
+
+Each peer lives in an environment of its own (their pins do not agree); give the path of its interpreter, or leave a
+peer out. What is compared:
+
+* Cost: the whole process its user starts (import, load, read the tokens or text, quantize, save), as the kernel counts
+  it: wall seconds, CPU seconds, peak resident memory. Runs are interleaved (A B C A B C) so that a busy machine
+  slows all alike, and one unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
+* Quality: WikiText-2 test perplexity in float32. A peer's own reader unpacks its result; the weights then go into one
+  plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it.
+
+Calibration is GPTQ's usual, symmetric weights in groups, and each tool's defaults for all else. Peers get token
+windows, qtool gets the text that they were cut from: articles in order, the end token after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# No torch in this process: Linux counts the memory of the process that starts a child into the child's own peak.
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One contestant, by the name of its package: its interpreter and its child program (qtool has none)."""
+
+    name: str
+    python: str
+    program: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every tool is asked to do."""
+
+    model: Path
+    tokens: Path  # .npy int64 [num_samples, seq_len], for the peers
+    text: Path  # .jsonl of {"text": article} that tokenizes to the same windows, for qtool
+    num_samples: int
+    seq_len: int
+    num_bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one child process used."""
+
+    wall_s: float
+    cpu_s: float  # user and system
+    peak_mb: float  # of 10**6 bytes; the largest single process where a tool starts more
+
+
+def prepare(model: Path, data: Path, work: Path, num_samples: int, seq_len: int) -> tuple[Path, Path]:
+    """Write the calibration twice, as windows (.npy) and as the text that gives exactly these windows (.jsonl)."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    articles = lzma.decompress((data / "enwiki" / "train.txt.xz").read_bytes()).decode().split("\n\n\n")
+    needed = num_samples * seq_len
+    texts: list[str] = []
+    tokens: list[int] = []
+    for article in articles:
+        text, encoded, missing = article, tokenizer(article, return_offsets_mapping=True), needed - len(tokens)
+        ids = encoded.input_ids
+        if len(ids) > missing + 16:
+            # Cut the last article a few tokens past the last window, so that the text holds no further window.
+            text = article[: encoded.offset_mapping[missing + 16][1]]
+            ids = tokenizer(text).input_ids
+            if ids[:missing] != encoded.input_ids[:missing]:
+                raise ValueError(f"article {len(texts)} cut at character {len(text)} starts with other tokens")
+        texts.append(text)
+        tokens += [*ids, tokenizer.eos_token_id]
+        if len(tokens) >= needed:
+            break
+    else:
+        raise ValueError(f"{data} holds {len(tokens)} tokens of calibration text, {needed} are needed")
+
+    tokens_file, text_file = work / "calibration.npy", work / "calibration.jsonl"
+    np.save(tokens_file, np.array(tokens[:needed], dtype=np.int64).reshape(num_samples, seq_len))
+    text_file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return tokens_file, text_file
+
+
+def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval_len: int, num_windows: int) -> float:
+    """exp(mean NLL per token) over disjoint windows of a WikiText .jsonl, of which each predicts ``eval_len - 1``.
+
+    ``weights_file``: dense weights that replace those of ``model_dir``. ``num_windows`` 0 takes every full window.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if json.loads((model_dir / "config.json").read_text()).get("quantization_config"):
+        import qtool  # noqa: F401 - teaches transformers to load qtool's folders
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)  # in evaluation mode
+    if weights_file is not None:
+        for name, weight in load_file(weights_file).items():
+            model.get_parameter(name).data.copy_(weight)
+    with text_file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line)["text"] for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokens = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False).input_ids[0]
+    windows = tokens[: len(tokens) // eval_len * eval_len].reshape(-1, eval_len)[: num_windows or None]
+
+    total = 0.0
+    with torch.inference_mode():
+        for batch in windows.split(4):
+            logits = model(input_ids=batch).logits[:, :-1].float()
+            total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / (len(windows) * (eval_len - 1)))
+
+
+def apart(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function in a fresh process, to keep what it imports out of this one."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def child_environment() -> dict[str, str]:
+    """This environment, with no hub, and with the worker count GPTQModel cannot do without on a small machine."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return environment if (os.cpu_count() or 1) >= 4 else {"GPTQMODEL_CPU_WORKERS": "2"} | environment
+
+
+def run_child(command: list[str], log: Path) -> Cost:
+    """What a command used, run to its end. RuntimeError, with the end of its log, if it failed."""
+    with log.open("wb") as output:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment())
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise RuntimeError(f"{command} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e6)
+
+
+def quantize(tool: Tool, job: Job, output: Path) -> Cost:
+    """Have a tool quantize into the new folder ``output``."""
+    shutil.rmtree(output, ignore_errors=True)
+    if tool.program is None:
+        recipe = {
+            "model": {"path": str(job.model)},
+            "method": {"name": "gptq"},
+            "quant": {"num_bits": job.num_bits, "group_size": job.group_size, "symmetric": True},
+            "data": {"source": str(job.text), "num_samples": job.num_samples, "seq_len": job.seq_len},
+            "output": {"path": str(output)},
+            "seed": 0,
+        }
+        recipe_file = output.with_suffix(".yaml")
+        recipe_file.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
+        command = [tool.python, "-m", "qtool", "ptq", str(recipe_file)]
+    else:
+        command = [tool.python, str(tool.program), "quantize", str(job.model), str(job.tokens), str(output)]
+        command += ["--num-bits", str(job.num_bits), "--group-size", str(job.group_size)]
+    return run_child(command, output.with_suffix(".log"))
+
+
+def expand(tool: Tool, job: Job, output: Path) -> tuple[Path, Path | None]:
+    """A model folder that holds a tool's result, and the dense weights to put into it if it is a peer's."""
+    if tool.program is None:
+        return output, None
+    dense_file = output.with_suffix(".dense.safetensors")
+    command = [tool.python, str(tool.program), "expand", str(output), str(dense_file)]
+    run_child(command, output.with_suffix(".expand.log"))
+    return job.model, dense_file
+
+
+def versions(tool: Tool) -> dict[str, str]:
+    """Versions of what the result depends on, as the tool's interpreter has them installed."""
+    ask = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    packages = [tool.name, "torch", "transformers"]
+    answer = subprocess.run([tool.python, "-c", ask, *packages], check=True, capture_output=True, text=True).stdout
+    return dict(zip(packages, answer.split(), strict=True))
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(float_perplexity: float, rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of the results, times as medians."""
+    reference = {row["num_bits"]: row["median"]["wall_s"] for row in rows if row["tool"] == "qtool"}
+    lines = [
+        "| tool | bits | perplexity | wall s | CPU s | peak MB | wall / qtool |",
+        "|---|---|---|---|---|---|---|",
+        f"| none | float | {float_perplexity:.2f} | | | | |",
+    ]
+    for row in rows:
+        cost, base = row["median"], reference.get(row["num_bits"])
+        ratio = f"{cost['wall_s'] / base:.2f}" if base else ""
+        lines.append(
+            f"| {row['tool']} | {row['num_bits']} | {row['perplexity']:.2f} | {cost['wall_s']:.1f} "
+            f"| {cost['cpu_s']:.1f} | {cost['peak_mb']:.0f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    data = Path(os.environ.get("QTOOL_DATA_DIR", "../shared/data"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gptqmodel-python", help="interpreter that has gptqmodel")
+    parser.add_argument("--llmcompressor-python", help="interpreter that has llmcompressor")
+    parser.add_argument("--no-qtool", action="store_true", help="measure the peers only")
+    parser.add_argument("--data", type=Path, default=data, help="has enwiki/ and wikitext2/ (default: QTOOL_DATA_DIR)")
+    parser.add_argument("--model", type=Path, default=data.parent / "models" / "wiki-llama-3m")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
+    parser.add_argument("--eval-len", type=int, default=1024, help="tokens in an evaluation window")
+    parser.add_argument("--eval-windows", type=int, default=0, help="evaluate on the first so many; 0: all")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each tool at each width")
+    parser.add_argument("--work", type=Path, help="keep results and logs in this folder (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    return parser.parse_args()
+
+
+def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str, Any]:
+    """Run all tools and gather what they cost and what they are worth."""
+    model, wikitext = args.model.resolve(), args.data / "wikitext2" / "test.jsonl"
+    tokens, text = apart(prepare, model, args.data, work, args.num_samples, args.seq_len)
+    rows: list[dict[str, Any]] = []
+    for num_bits in args.bits:
+        job = Job(model, tokens, text, args.num_samples, args.seq_len, num_bits, args.group_size)
+        outputs = {tool: work / f"{tool.name}-w{num_bits}" for tool in tools}
+        costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
+        warm_ups = 1 if num_bits == args.bits[0] else 0
+        for repeat in range(-warm_ups, args.repeats):
+            for tool in tools:
+                cost = quantize(tool, job, outputs[tool])
+                print(f"w{num_bits} run {repeat + 1} {tool.name}: {cost.wall_s:.1f} s", file=sys.stderr, flush=True)
+                if repeat >= 0:
+                    costs[tool].append(cost)
+        for tool in tools:
+            runs = [asdict(cost) for cost in costs[tool]]
+            median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            folder, weights = expand(tool, job, outputs[tool])
+            quality = apart(perplexity, folder, weights, wikitext, args.eval_len, args.eval_windows)
+            row = {"tool": tool.name, "num_bits": num_bits, "perplexity": quality, "median": median, "runs": runs}
+            rows.append(row)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {tool.name: versions(tool) for tool in tools},
+        "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | list)},
+        "float_perplexity": apart(perplexity, model, None, wikitext, args.eval_len, args.eval_windows),
+        "results": rows,
+    }
+
+
+def main() -> None:
+    args = parse()
+    tools = [] if args.no_qtool else [Tool("qtool", sys.executable)]
+    for name in ("gptqmodel", "llmcompressor"):
+        if python := getattr(args, f"{name}_python"):
+            tools.append(Tool(name, python, Path(__file__).resolve().with_name(f"peer_{name}.py")))
+    if not tools:
+        raise SystemExit("nothing to measure: --no-qtool and no peer's interpreter")
+    with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
+        work = (args.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        outcome = compare(args, tools, work)
+    print(table(outcome["float_perplexity"], outcome["results"]))
+    if args.json:
+        args.json.write_text(json.dumps(outcome, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

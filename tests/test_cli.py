@@ -1,0 +1,382 @@
+"""Each command reads and checks what it was given, calls one function, and prints what came out."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+
+import qtool
+from qtool import cli, doctor, methods, progress
+from qtool.config import MethodConfig
+from qtool.errors import RunError
+
+
+class Demo(MethodConfig):
+    name: Literal["demo"] = "demo"
+
+
+class Report:
+    def markdown(self) -> str:
+        return "| perplexity |\n|---|\n| inf |"
+
+    def model_dump(self, mode: str) -> dict[str, Any]:
+        return {"perplexity": float("inf"), "mode": mode}
+
+
+def outcome(path: Path | None = Path("out/x"), exports: tuple[str, ...] = ()) -> SimpleNamespace:
+    return SimpleNamespace(path=path, report=Report(), exports=[Path(each) for each in exports], seconds=1.5)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A ``qtool.run`` that records its calls, and one method, so that no torch is loaded."""
+    fake: Any = ModuleType("qtool.run")
+    fake.calls = []
+    fake.quantize = lambda *args: fake.calls.append(args) or outcome(exports=("out/y",))
+    fake.evaluate = lambda *args: fake.calls.append(args) or outcome(None)
+    fake.export = lambda *args: fake.calls.append(args) or args[1].path
+    monkeypatch.setitem(sys.modules, "qtool.run", fake)
+    monkeypatch.setattr(qtool, "run", fake, raising=False)
+    demo = {"demo": methods.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
+    monkeypatch.setattr(methods, "names", lambda: tuple(demo))
+    monkeypatch.setattr(methods, "get", demo.__getitem__)
+    monkeypatch.setattr("qtool.recipe.export_formats", lambda: ("dense",))
+    return fake  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("model: {path: x}\nmethod: {name: demo}\noutput: {path: out/x}\n")
+    return "r.yaml"
+
+
+def test_ptq_checks_the_recipe_and_prints_report_and_paths(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ptq", recipe, "--set", "seed=3", "--set", "quant.num_bits=2", "--overwrite"]) == 0
+    ((checked, command),) = run.calls
+    assert (checked.seed, checked.quant.num_bits, checked.output.overwrite, command) == (3, 2, True, "ptq")
+    assert capsys.readouterr().out == "| perplexity |\n|---|\n| inf |\n\nout/x\nout/y\n"
+
+
+def test_json_is_exactly_one_object_whatever_else_is_printed(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(*_: object) -> SimpleNamespace:
+        print("some library says hello")
+        progress.note("damping raised")
+        return outcome()
+
+    run.quantize = noisy
+    assert cli.main(["ptq", recipe, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "path": "out/x",
+        "exports": [],
+        "seconds": 1.5,
+        "report": {"perplexity": None, "mode": "json"},
+    }
+    assert err == "some library says hello\nnote: damping raised\n"
+
+
+def test_quiet_shows_no_progress(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cli.QUIET:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that monkeypatch takes back what the command sets
+        monkeypatch.delenv(name)
+    run.quantize = lambda *_: progress.note("damping raised") or outcome()
+    assert cli.main(["ptq", recipe, "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    assert os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_a_method_under_the_wrong_command_is_refused_before_any_work(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["qat", recipe]) == 2
+    assert capsys.readouterr().err == "error: method demo runs as: qtool ptq, not qtool qat\n"
+    assert run.calls == []
+
+
+def test_all_faults_of_a_recipe_are_printed(run: Any, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ptq", recipe, "--set", "quant.num_bit=3", "--set", "seed=x"]) == 2
+    assert capsys.readouterr().err == (
+        "error: r.yaml with --set has 2 fault(s):\n"
+        "  quant.num_bit: unknown key; the nearest is quant.num_bits; found 3\n"
+        '  seed: should be a whole number; found "x"\n'
+    )
+    assert run.calls == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["ptq"], "Missing argument 'RECIPE'."),
+        (["ptqq"], "No such command 'ptqq'. Did you mean 'ptq'?"),
+        (["ptq", "r.yaml", "--sett", "a=b"], "No such option: --sett"),
+        (["ptq", "nothing.yaml"], "nothing.yaml does not exist; qtool recipes lists those that exist"),
+        (["export", "."], "Missing option '--format' / '-f'."),
+        (["eval", ".", "--limit", "x"], "Invalid value for '--limit'"),
+        (["recipes", "nope"], "no packaged recipe nope; there are: awq-w4g64"),
+    ],
+)
+def test_wrong_input_ends_with_exit_code_2(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}")
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind", "message"),
+    [
+        (RunError("disk is full"), 1, "run", "disk is full"),
+        (OSError(28, "No space left on device", "out/a"), 1, "run", "No space left on device: out/a"),
+        (MemoryError(), 1, "run", "out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted", "interrupted; nothing was written under out/x"),
+        (KeyError("scale"), 1, "bug", "KeyError: 'scale'\nThis is a bug in qtool"),
+    ],
+)
+def test_what_ends_a_run_has_a_kind_an_exit_code_and_no_traceback(
+    run: Any,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    kind: str,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    run.quantize = fail
+    monkeypatch.delenv("QTOOL_DEBUG", raising=False)
+    assert cli.main(["ptq", recipe, "--json"]) == code
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["kind"], found["exit_code"]) == (kind, code)
+    assert found["error"].startswith(message)
+    assert message in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("QTOOL_DEBUG", "1")
+    assert cli.main(["ptq", recipe]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_usage_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ptq", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "Missing argument 'RECIPE'.",
+        "kind": "usage",
+        "exit_code": 2,
+    }
+
+
+def test_ctrl_c_after_the_checkpoint_has_its_name_does_not_deny_it(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(checked: Any, _: str) -> None:
+        checked.output.path.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    run.quantize = fail
+    assert cli.main(["ptq", recipe]) == 130
+    assert capsys.readouterr().err == "interrupted; out/x is complete, but not what was to follow it\n"
+    run.quantize = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert cli.main(["ptq", recipe, "--overwrite"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written under out/x\n"
+
+
+def test_ctrl_c_before_a_run_is_one_word(
+    run: Any, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods, "get", fail)
+    assert cli.main(["ptq", recipe]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--tasks boolq,mmlu --limit 5 --batch-size 8 --num-fewshot 2 --context 64 --dtype float32 --device cpu"
+    args = ["eval", str(tmp_path), *options.split(), "--float-model", "org/m", "-o", "out"]
+    assert cli.main(args) == 0
+    ((target, config, model, float_model, output, seed),) = run.calls
+    assert (target, model.path, model.dtype, model.device) == (str(tmp_path), str(tmp_path), "float32", "cpu")
+    assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
+    assert (config.num_fewshot, config.context) == (2, 64)
+    assert (float_model, output, seed) == ("org/m", Path("out"), 0)
+    assert capsys.readouterr().out.endswith("| inf |\n")
+
+
+def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: str) -> None:
+    Path("e.yaml").write_text("model: {path: m}\neval: {tasks: [kl], limit: 3}\noutput: {path: o}\nseed: 4\n")
+    assert cli.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
+    ((target, config, _, float_model, output, seed),) = run.calls
+    assert (target, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
+    assert (float_model, output, seed) == (None, Path("o"), 4)
+
+
+def test_eval_lists_what_is_wrong_with_its_options(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "x", "--limit", "0", "--dtype", "int8"]) == 2
+    err = capsys.readouterr().err
+    assert "the command line has 2 fault(s):\n" in err
+    assert "  eval.limit: should be greater than or equal to 1; found 0\n" in err
+    assert run.calls == []
+
+
+def test_export_calls_the_exporter(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["export", str(tmp_path), "--format", "dense", "-o", "out", "--dtype", "float16", "--overwrite"]
+    assert cli.main([*args, "--json"]) == 0
+    ((folder, config, overwrite),) = run.calls
+    assert (folder, config.format, config.path, config.dtype) == (tmp_path, "dense", Path("out"), "float16")
+    assert overwrite
+    assert json.loads(capsys.readouterr().out) == {"path": "out", "format": "dense"}
+    assert cli.main(["export", str(tmp_path / "no"), "-f", "dense", "-o", "out"]) == 2
+    assert "is not a folder; give one that qtool ptq wrote" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path), "-f", "dens", "-o", "out"]) == 2
+    assert "no such export format; the nearest is dense" in capsys.readouterr().err
+
+
+def test_recipes_lists_all_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
+    assert all(len(line) <= 120 and len(line.split()) > 4 for line in lines)
+    assert cli.main(["recipes", "quickstart"]) == 0
+    text = (Path(qtool.__file__).parent / "recipes" / "quickstart.yaml").read_text()
+    assert capsys.readouterr().out == text
+
+
+def test_help_of_ptq_ends_with_every_key(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ptq", "--help"]) == 0
+    text = capsys.readouterr().out
+    for each in ("One of: demo.", "num_bits ", "Bits per code. One of: 2, 3, 4, 8. [4]", "(top level)", "down_proj"):
+        assert each in text
+    assert all(len(line) <= 110 for line in text.splitlines())
+
+
+def test_no_arguments_print_the_help_and_count_as_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert capsys.readouterr().out.startswith("Usage: qtool")
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qtool {qtool.__version__}\n"
+
+
+def test_options_are_described_by_the_recipe_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "--help"]) == 0
+    assert "Perplexity window in tokens" in capsys.readouterr().out
+    assert cli.main(["export", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Of tensors that stay in floating point" in text
+    assert "Replace an existing folder." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "expected"),
+    [("qtool ", 1, "recipes"), ("qtool ptq qui", 2, "quickstart"), ("qtool eval gptq-w3", 2, "gptq-w3g64")],
+)
+def test_the_shell_completes_commands_and_recipes(words: str, number: int, expected: str) -> None:
+    env = {**os.environ, "COMP_WORDS": words, "COMP_CWORD": str(number), "_QTOOL_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-m", "qtool"], env=env, capture_output=True, text=True, check=True)
+    assert expected in done.stdout.split()
+    assert "qat" not in done.stdout.split()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_sees_no_traceback(unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "qtool", "recipes"]
+    done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+# doctor
+
+
+def _distribution(monkeypatch: pytest.MonkeyPatch, requires: list[str], versions: dict[str, str]) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: requires)
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(doctor, "_devices", lambda: (DEVICES, None))
+    monkeypatch.setattr(doctor, "_data", lambda: {"folder": None, "found": []})
+
+
+DEVICES: dict[str, Any] = {
+    "cpu": "A CPU",
+    "cores": 2,
+    "memory_bytes": 16 * 10**9,
+    "torch_threads": 2,
+    "cuda": "13.0",
+    "gpus": [{"name": "A GPU", "memory_bytes": 24 * 10**9, "free_bytes": 20 * 10**9}],
+}
+
+
+def test_doctor_finds_what_is_missing_or_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requires = ["torch>=2.6,<3", "rich", "typer>=1", 'pytest; extra == "test"', 'gone; python_version < "3"']
+    _distribution(monkeypatch, requires, {"torch": "2.13.0+cpu", "typer": "0.29.2"})
+    assert cli.main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["packages"]) == {"torch", "rich", "typer"}
+    assert found["packages"]["torch"] == {"version": "2.13.0+cpu", "needs": "<3,>=2.6", "ok": True}
+    assert found["problems"] == [
+        "rich is missing: pip install 'rich'",
+        "typer 0.29.2 does not fit, it must be >=1: pip install 'typer>=1'",
+    ]
+
+
+def test_doctor_is_content_where_all_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _distribution(monkeypatch, ["torch>=2.6"], {"torch": "2.13.0", "wandb": "1.0"})
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for each in ("A GPU, 24.0 GB, 20.0 GB free", "2 cores, 2 threads, 16.0 GB", "set QTOOL_DATA_DIR", "all is well"):
+        assert each in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_doctor_says_when_torch_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes its import fail
+    found, fault = doctor._devices()
+    assert fault is not None
+    assert fault.startswith("torch cannot be imported")
+    assert found["torch_threads"] is None
+
+
+def test_memory_is_limited_by_the_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    real: Callable[..., Path] = doctor.Path
+
+    def path(name: str) -> Path:
+        return limit if name == "/sys/fs/cgroup/memory.max" else real(tmp_path / "none")
+
+    monkeypatch.setattr(doctor, "Path", path)
+    limit.write_text("max")
+    whole = doctor._memory_bytes()
+    limit.write_text("1000000")
+    assert doctor._memory_bytes() == 1_000_000 < whole

@@ -1,0 +1,215 @@
+"""Progress goes to standard error, is silent by default, short in logs, and says how things ended."""
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qtool import progress
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Recorder(progress.Lines):
+    """Lines, kept with the time they were written at."""
+
+    def __init__(self, clock: Clock, every: float = 10.0) -> None:
+        super().__init__(every)
+        self.clock = clock
+        self.lines: list[tuple[float, str]] = []
+
+    def _write(self, text: str) -> None:
+        self.lines.append((self.clock(), text))
+
+    @property
+    def texts(self) -> list[str]:
+        """The lines without peak memory, which is the machine's."""
+        return [text.partition(", peak")[0] for _, text in self.lines]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "_now", clock)
+    return clock
+
+
+def busy(clock: Clock, seconds: list[float]) -> None:
+    for each in progress.track(seconds, "blocks", len(seconds)):
+        clock.now += each
+
+
+def test_the_library_is_silent_by_default(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.stage("loading"):
+        progress.note("hello")
+    assert list(progress.track([1, 2], "blocks", 2)) == [1, 2]
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_lines_say_start_end_and_how_long(clock: Clock) -> None:
+    sink = Recorder(clock)
+    with progress.use(sink):
+        with progress.stage("loading"):
+            clock.now += 2.5
+        progress.note("damping raised")
+        busy(clock, [15.0, 15.0, 15.0])
+    assert sink.texts == [
+        "loading ...",
+        "loading: done in 2.5 s",
+        "note: damping raised",
+        "blocks: 0/3",
+        "blocks: 1/3, 15.0 s, 30.0 s to go",
+        "blocks: 2/3, 30.0 s, 15.0 s to go",
+        "blocks: 3/3 done in 45.0 s",
+    ]
+
+
+@given(seconds=st.lists(st.floats(0, 30), min_size=1, max_size=40), every=st.floats(1, 20))
+def test_a_log_stays_short_and_has_its_first_and_last_line(seconds: list[float], every: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        patch.setattr(progress, "_now", clock)
+        sink = Recorder(clock, every)
+        with progress.use(sink):
+            busy(clock, seconds)
+    assert sink.texts[0] == f"blocks: 0/{len(seconds)}"
+    assert sink.texts[-1].startswith(f"blocks: {len(seconds)}/{len(seconds)} done in")
+    between = [time for time, _ in sink.lines[:-1]]
+    assert all(later - earlier >= every for earlier, later in zip(between, between[1:], strict=False))
+
+
+def test_steps_inside_an_item_write_no_lines(clock: Clock) -> None:
+    sink = Recorder(clock)
+    with progress.use(sink):
+        for _ in progress.track(range(50), "blocks", 50):
+            with progress.stage("solving"):
+                busy(clock, [0.0] * 10)
+    assert sink.texts == ["blocks: 0/50", "blocks: 50/50 done in 0.0 s"]
+
+
+def test_what_is_inside_a_stage_is_indented(clock: Clock) -> None:
+    sink = Recorder(clock)
+    with progress.use(sink), progress.stage("evaluating"):
+        busy(clock, [1.0])
+    assert sink.texts == ["evaluating ...", "  blocks: 0/1", "  blocks: 1/1 done in 1.0 s", "evaluating: done in 1.0 s"]
+
+
+def test_a_failure_says_where_it_stopped_and_leaves_nothing_open(clock: Clock) -> None:
+    sink = Recorder(clock)
+    with progress.use(sink):
+        with pytest.raises(KeyError), progress.stage("exporting"):
+            raise KeyError
+        for i in progress.track(range(4), "blocks", 4):
+            if i == 2:
+                break
+    assert sink.texts[-1] == "blocks: 2/4 stopped after 0.0 s"
+    assert sink.texts[1] == "exporting: stopped after 0.0 s"
+    assert progress._current is None
+
+
+def test_items_are_taken_one_by_one(clock: Clock) -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for i in range(3):
+            taken.append(i)
+            yield i
+
+    for i in progress.track(items(), "blocks", 3):
+        assert taken == list(range(i + 1))
+
+
+def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(progress.for_terminal(quiet=False), progress.Lines)  # pytest's standard error is no terminal
+    with progress.use(progress.for_terminal(quiet=False)):
+        progress.note("hello")
+    assert tuple(capsys.readouterr()) == ("", "note: hello\n")
+    with progress.use(progress.for_terminal(quiet=True)):
+        progress.note("hello")
+    assert tuple(capsys.readouterr()) == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(progress.for_terminal(quiet=False), progress.Live)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(progress.for_terminal(quiet=False), progress.Lines)
+
+
+def test_the_live_display_shows_bar_count_time_to_go_and_memory(clock: Clock) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    sink = progress.Live(console)
+    with progress.use(sink), progress.stage("quantizing"):
+        for i in progress.track(range(3), "blocks", 3):
+            clock.now += 61
+            if i == 1:
+                console.print(sink._view())
+            with progress.stage("solving"):
+                pass
+    text = screen.getvalue()
+    assert "blocks" in text
+    # the first item took 61 s, and as much of the second has passed
+    assert re.search(r"1/3 +2:02 +1:01 to go", text)
+    assert "peak " in text
+    assert "done  blocks  3/3  3:03" in text
+    assert "done  quantizing  3:03" in text
+    assert "done  solving" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1:00"), (185, "3:05"), (3725, "1:02:05")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 MB"), (812e6, "812 MB"), (999.6e6, "1.0 GB"), (3.44e9, "3.4 GB")]
+)
+def test_sizes_read_well(num_bytes: float, text: str) -> None:
+    assert progress.size(num_bytes) == text
+
+
+def test_peak_memory_counts_this_process() -> None:
+    before = progress.peak_memory_bytes()
+    block = bytearray(before)  # as much again
+    block[::4096] = b"x" * len(block[::4096])
+    assert progress.peak_memory_bytes() >= 1.5 * before > 1e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts the parent on Linux")
+def test_peak_memory_does_not_count_the_parent() -> None:
+    ballast = bytearray(300_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from qtool import progress; print(progress.peak_memory_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1e6 < int(child.stdout) < 200e6
+
+
+def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert progress.peak_gpu_bytes() == 0
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        max_memory_allocated=lambda i: (i + 1) * 10**9,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))  # type: ignore[arg-type]
+    assert progress.memory().endswith(", GPU 2.0 GB")
+    cuda.is_initialized = lambda: False
+    assert "GPU" not in progress.memory()

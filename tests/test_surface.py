@@ -1,0 +1,78 @@
+"""Pins what users and other code rely on: commands, recipe keys, and what is not imported."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from qtool import cli, methods, recipe
+
+HEAVY = ("torch", "transformers", "pydantic", "datasets", "lm_eval", "yaml", "numpy", "rich.progress")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which of the heavy packages a fresh Python holds after ``code``."""
+    code += f"\nimport sys; print(); print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import qtool.cli",
+        "from qtool.cli import main; main(['--help'])",
+        "from qtool.cli import main; main(['pqt'])",
+        "import qtool.progress",
+    ],
+)
+def test_nothing_heavy_is_loaded_to_answer_at_once(code: str) -> None:
+    assert loaded_after(code) == set()
+
+
+def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
+    assert loaded_after("from qtool import recipe; recipe.read_yaml('quickstart')") == {"pydantic", "yaml"}
+
+
+def test_commands() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    shown = [name for name, command in commands.items() if not command.hidden]
+    assert shown == ["ptq", "eval", "export", "recipes", "schema", "doctor"]
+    assert sorted(set(commands) - set(shown)) == ["efficientqat", "lrqat", "qat"]
+
+
+def test_a_command_is_shown_once_a_method_runs_under_it() -> None:
+    assert {methods.get(name).command for name in methods.names()} == set(cli.READY)
+
+
+def test_options() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
+    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--quiet", "--json"]
+    evaluation = "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --float-model --output"
+    assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
+    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
+
+
+def test_recipe_keys() -> None:
+    found = {section: [key.name for key in keys] for section, (_, keys) in recipe.keys().items()}
+    own = {section for section in found if section.startswith("method ")}
+    assert own == {f"method {name}" for name in methods.names()}
+    assert {section: names for section, names in found.items() if section not in own} == {
+        "model": ["path", "dtype", "device"],
+        "method": ["name"],
+        "quant": ["num_bits", "group_size", "symmetric", "scale_dtype", "overrides"],
+        "data": ["source", "num_samples", "seq_len"],
+        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context"],
+        "export.N": ["format", "path", "dtype"],
+        "output": ["path", "overwrite"],
+        "": ["seed"],
+    }
+
+
+def test_every_key_is_described() -> None:
+    for section, (text, keys) in recipe.keys().items():
+        assert text, section
+        for key in keys:
+            assert key.description.endswith("."), f"{section}.{key.name}"
