@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+FORMAT_VERSION = 1  # of the native checkpoint
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 

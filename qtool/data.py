@@ -155,9 +155,7 @@ def _joined(rows: Iterable[str], size: int) -> Iterator[str]:
         yield "\n\n".join(piece)
 
 
-def _token_stream(
-    texts: Iterator[str], joined: bool, loaded: LoadedModel, data: DataConfig
-) -> tuple[Tensor, int]:
+def _token_stream(texts: Iterator[str], joined: bool, loaded: LoadedModel, data: DataConfig) -> tuple[Tensor, int]:
     """Tokens of as many texts as are needed, and how many texts were read."""
     tokenizer = loaded.tokenizer
     adds_special = bool(tokenizer.num_special_tokens_to_add())
@@ -195,7 +193,7 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int | None, seed: int) -> Tensor:
-    """Disjoint windows ``[n, t]`` int64 for perplexity, ``t`` being ``context`` or the model's maximum when that is less.
+    """Disjoint windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's maximum when that is less.
 
     ``wikitext2``: the test split joined by two newlines and tokenized once, as the papers do; a last part that does not
     fill a window is left out. ``generated``: text from ``loaded`` by another seed than the calibration text.
@@ -211,7 +209,9 @@ def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int 
     ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     num_windows = len(ids) // length
     if not num_windows:
-        raise InputError(f"{name} has only {len(ids)} tokens here, less than one window of {length}; lower eval.context")
+        raise InputError(
+            f"{name} has only {len(ids)} tokens here, less than one window of {length}; lower eval.context"
+        )
     return ids[: num_windows * length].view(num_windows, length)[:limit]
 
 
@@ -291,7 +291,7 @@ class _Preallocated(DynamicLayer):
     """A cache layer of known capacity: nothing is copied as it grows (three times faster on a CPU)."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.capacity = capacity
         self.length = 0
 
@@ -315,7 +315,7 @@ def _batch_size(loaded: LoadedModel, length: int) -> int:
     config = loaded.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * loaded.model.dtype.itemsize
+    per_token: int = 2 * config.num_hidden_layers * heads * head_dim * loaded.model.dtype.itemsize
     return max(1, CACHE_BYTES.get(loaded.device.type, CACHE_BYTES["cpu"]) // (per_token * length))
 
 

@@ -69,7 +69,9 @@ class Report(Record):
     """What was run, how large the result is, and how good."""
 
     model: str = Field(description="The float model, as the user gave it.")
-    quantized: str | None = Field(None, description="Folder of the quantized model; null: only the float model was run.")
+    quantized: str | None = Field(
+        None, description="Folder of the quantized model; null: only the float model was run."
+    )
     label: str | None = Field(None, description="Grid in short, e.g. w4g128.")
     method: str | None = None
     bits_per_weight: float | None = Field(None, description="Of the quantized linears, scales and zero points counted.")

@@ -100,7 +100,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         text = row.get("text")
         if not isinstance(text, str):
             fields = ", ".join(row) or "none"
-            raise InputError(f"{path}: line {number} has the fields {fields}; a field 'text' with a string was expected")
+            raise InputError(
+                f"{path}: line {number} has the fields {fields}; a field 'text' with a string was expected"
+            )
         yield text
 
 
@@ -188,8 +190,11 @@ def load_hub(repository: str, name: str, split: str, streaming: bool) -> Iterato
         for row in rows:
             yield row["text"]
     except Exception as error:  # the hub's clients raise many kinds, and all of them mean: there is no such data here
-        raise UnreachableError(f"{repository} cannot be read from the Hugging Face hub ({_first_line(error)})") from error
+        raise UnreachableError(
+            f"{repository} cannot be read from the Hugging Face hub ({first_line(error)})"
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something, or its kind."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
@@ -93,7 +93,12 @@ def test_quiet_shows_no_progress(
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that monkeypatch takes back what the command sets
         monkeypatch.delenv(name)
-    run.quantize = lambda *_: progress.note("damping raised") or outcome()
+
+    def note(*_: object) -> SimpleNamespace:
+        progress.note("damping raised")
+        return outcome()
+
+    run.quantize = note
     assert cli.main(["ptq", recipe, "-q"]) == 0
     assert capsys.readouterr().err == ""
     assert os.environ["TQDM_DISABLE"] == "1"
@@ -315,11 +320,11 @@ def test_a_reader_that_leaves_sees_no_traceback(unbuffered: str) -> None:
 def _distribution(monkeypatch: pytest.MonkeyPatch, requires: list[str], versions: dict[str, str]) -> None:
     def version(name: str) -> str:
         if name not in versions:
-            raise doctor.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(doctor.metadata, "requires", lambda _: requires)
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(metadata, "requires", lambda _: requires)
+    monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(doctor, "_devices", lambda: (DEVICES, None))
     monkeypatch.setattr(doctor, "_data", lambda: {"folder": None, "found": []})
 
@@ -370,10 +375,9 @@ def test_doctor_says_when_torch_does_not_load(monkeypatch: pytest.MonkeyPatch) -
 
 def test_memory_is_limited_by_the_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
-    real: Callable[..., Path] = doctor.Path
 
     def path(name: str) -> Path:
-        return limit if name == "/sys/fs/cgroup/memory.max" else real(tmp_path / "none")
+        return limit if name == "/sys/fs/cgroup/memory.max" else tmp_path / "none"
 
     monkeypatch.setattr(doctor, "Path", path)
     limit.write_text("max")

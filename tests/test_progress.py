@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_log_stays_short_and_has_its_first_and_last_line(seconds: list[float],
     assert sink.texts[0] == f"blocks: 0/{len(seconds)}"
     assert sink.texts[-1].startswith(f"blocks: {len(seconds)}/{len(seconds)} done in")
     between = [time for time, _ in sink.lines[:-1]]
-    assert all(later - earlier >= every for earlier, later in zip(between, between[1:], strict=False))
+    assert all(later - earlier >= every for earlier, later in pairwise(between))
 
 
 def test_steps_inside_an_item_write_no_lines(clock: Clock) -> None:
@@ -209,7 +210,7 @@ def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.Monk
         device_count=lambda: 2,
         max_memory_allocated=lambda i: (i + 1) * 10**9,
     )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     assert progress.memory().endswith(", GPU 2.0 GB")
     cuda.is_initialized = lambda: False
     assert "GPU" not in progress.memory()

@@ -23,7 +23,6 @@ def loaded_after(code: str) -> set[str]:
     [
         "import qtool.cli",
         "from qtool.cli import main; main(['--help'])",
-        "from qtool.cli import main; main(['pqt'])",
         "import qtool.progress",
     ],
 )

@@ -34,7 +34,7 @@ def pseudo_text(num_documents: int, seed: int) -> str:
         document = [generator.choice(vocabulary)]
         for _ in range(generator.randint(60, 200)):
             document.append(generator.choice(followers[document[-1]]))
-        documents.append(" ".join(document) + f" {generator.randint(0, 9999)}.")
+        documents.append(" ".join(document) + f" in {generator.randint(1990, 2029)}.")
     return "\n\n\n".join(documents)
 
 

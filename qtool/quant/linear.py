@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.config import QuantSpec
+from qtool.config import FORMAT_VERSION, QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
-
-FORMAT_VERSION = 1
 
 
 class QuantLinear(nn.Module):

@@ -1,0 +1,221 @@
+"""The native checkpoint: the only place that knows its tensor names, its config section and its files.
+
+A folder as Hugging Face writes it: ``config.json`` with ``quantization_config``, safetensors shards, tokenizer files,
+and last ``qtool.json``, whose presence means that the write finished. A quantized linear ``p`` is ``p.weight_packed``
+int32 ``[out, ceil(in b / 32)]``, ``p.weight_scale`` ``[out, groups]``, ``p.weight_shape`` int64 ``[2]``, and
+``p.weight_zero_point`` int32 ``[ceil(out b / 32), groups]`` (packed along rows) when the grid is asymmetric: the names
+and layout of compressed-tensors' ``pack-quantized``. ``p.weight`` is one byte that makes other loaders stop.
+"""
+
+import copy
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qtool.config import QuantSpec
+from qtool.errors import InputError, RunError
+from qtool.layout import describe, specs_of
+from qtool.models import LoadedModel, packed_linears, read_config
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.linear import PackedLinear
+
+MANIFEST = "qtool.json"
+MAX_SHARD_SIZE = "4GB"
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder ``<path>.partial`` to write into, renamed to ``path`` when the block ends well, removed when not.
+
+    Raises:
+        InputError: ``path`` exists and ``overwrite`` is not set, or its parent cannot be written.
+        RunError: the disk is full.
+    """
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another folder, or pass --overwrite to replace it")
+    if path.exists() and not (path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir()))):
+        raise InputError(f"{path} exists and is not a model folder; --overwrite replaces only those")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+    try:
+        yield partial
+        if path.exists():
+            old = path.with_name(f"{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full" if full else str(error)
+        raise RunError(f"writing {path} failed: {reason}; nothing was left under that name") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuse to start when ``needed`` bytes do not fit where ``path`` will be."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{path} needs about {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
+
+
+def stored_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by name, on CPU; tied ones once; what stays float in its stored dtype."""
+    packed = {f"{name}.{part}" for name in packed_linears(loaded.model) for part in PARTS}
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in loaded.model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key in seen:
+            continue  # tied: transformers ties it again when it loads
+        seen.add(key)
+        if name not in packed and tensor.is_floating_point():
+            stored = tensor.to(loaded.storage_dtype)
+            assert torch.equal(stored.to(tensor.dtype), tensor), f"{name} is not held exactly by {loaded.storage_dtype}"
+            tensor = stored
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Safetensors file(s), with an index when there are several."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Readable JSON that ends in a newline."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save(folder: Path, loaded: LoadedModel) -> None:
+    """Write everything but the manifest and the model card into ``folder``, then read the tensors back and compare.
+
+    Raises:
+        RunError: what was read is not what was written.
+    """
+    specs = {name: layer.spec for name, layer in packed_linears(loaded.model).items()}
+    tensors = stored_tensors(loaded)
+    write_shards(tensors, folder)
+    config = copy.deepcopy(loaded.model.config)
+    config.dtype = loaded.storage_dtype
+    config.quantization_config = describe(specs)
+    config.save_pretrained(folder)
+    if loaded.model.can_generate() and loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    source = Source(folder)
+    for name, tensor in tensors.items():
+        if not torch.equal(source.tensor(name), tensor):
+            raise RunError(f"{name} read back from {folder} differs from what was written; the disk may be failing")
+
+
+class Source:
+    """A native checkpoint, read tensor by tensor: where exporters and verification start. No model is built."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open ``folder``; reads only its config and the shards' headers."""
+        self.folder = folder
+        self.config = read_config(folder)
+        if "quantization_config" not in self.config:
+            raise InputError(f"{folder} is a float model; a qtool checkpoint is needed (qtool ptq makes one)")
+        try:
+            self.specs = specs_of(self.config["quantization_config"])
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                reader = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise InputError(f"{file} is truncated or damaged ({error})") from None
+            files |= dict.fromkeys(reader.keys(), reader)
+        return files
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """``qtool.json``, empty when the folder was written by ``save_pretrained``."""
+        file = self.folder / MANIFEST
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        if name not in self._files:
+            raise InputError(f"{self.folder} lacks the tensor {name}; the checkpoint is incomplete")
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """Codes, scale and zero point of the linear ``name``."""
+        spec = self.specs[name]
+        out_features, in_features = self.tensor(f"{name}.weight_shape").tolist()
+        layer = PackedLinear(in_features, out_features, spec)
+        for part, buffer in list(layer.named_buffers()):
+            stored = self.tensor(f"{name}.{part}")
+            if stored.shape != buffer.shape or stored.dtype != buffer.dtype:
+                raise InputError(
+                    f"{self.folder}: {name}.{part} is {stored.dtype} {list(stored.shape)}; "
+                    f"its grid asks for {buffer.dtype} {list(buffer.shape)}"
+                )
+            setattr(layer, part, stored)
+        return layer.quantized
+
+    def float_names(self) -> list[str]:
+        """Tensors that are not part of a quantized weight, biases of quantized linears included."""
+        packed = {f"{name}.{part}" for name in self.specs for part in PARTS}
+        return [name for name in self._files if name not in packed]
+
+    def num_bytes(self) -> int:
+        """Size of the safetensors files."""
+        return folder_bytes(self.folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a model folder."""
+    return sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))
+
+
+def bits_per_weight(specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> float:
+    """Average stored bits of the quantized weights, scales and zero points counted."""
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    bits = sum(spec.bits_per_weight(shapes[name][1]) * sizes[name] for name, spec in specs.items())
+    return bits / sum(sizes.values())
+
+

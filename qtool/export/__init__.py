@@ -1,0 +1,42 @@
+"""Export formats: ``--format gptq`` is ``qtool/export/gptq.py``. Nothing is registered.
+
+An exporter starts from the integer codes of a native checkpoint and never quantizes again. What a format cannot hold
+exactly is refused with the reason; what it wrote is read back by ``verify`` before it gets its name.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qtool.checkpoint import Source
+from qtool.config import ExportConfig
+
+
+class Exporter(NamedTuple):
+    """What a format's file exports as ``EXPORTER``."""
+
+    summary: str
+    refuses: Callable[[Source, ExportConfig], str | None]
+    """Why this checkpoint cannot be written in this format, and what to do; ``None`` when it can."""
+    write: Callable[[Source, Path, ExportConfig], list[str]]
+    """Write the folder; returns what a user of the result must know, one sentence each."""
+    read: Callable[[Path, str], Tensor]
+    """Float32 weight ``[out, in]`` of a linear in a written folder, by code that shares nothing with ``write``."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Every format, by file name."""
+    return tuple(sorted(path.stem.replace("_", "-") for path in Path(__file__).parent.glob("[a-z]*.py")))
+
+
+def get(name: str) -> Exporter:
+    """The exporter for the format ``name``, which must be one of ``names()``."""
+    exporter: Exporter = import_module(f"{__name__}.{name.replace('-', '_')}").EXPORTER
+    return exporter
+
+

@@ -1,0 +1,105 @@
+"""What every export writes the same way, and reads back without the code that wrote it."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from qtool.checkpoint import Source, write_json, write_shards
+from qtool.config import ExportConfig
+
+NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.json", "report.md")
+
+
+def write_folder(
+    source: Source, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
+) -> None:
+    """Shards, ``config.json`` with ``section`` as its quantization config, and the files of the tokenizer."""
+    write_shards(tensors, out)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config["dtype"] = dtype
+    write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
+    for file in sorted(source.folder.iterdir()):
+        if file.is_file() and file.name not in NOT_COPIED and ".safetensors" not in file.name:
+            shutil.copy(file, out / file.name)
+
+
+def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and that dtype's name."""
+    name = default if config.dtype == "auto" else config.dtype
+    dtype = getattr(torch, name)
+    return {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in ((key, source.tensor(key)) for key in source.float_names())
+    }, name
+
+
+def stored_dtype(source: Source) -> str:
+    """The dtype that the checkpoint's config names."""
+    return str(source.config.get("dtype", "float32"))
+
+
+def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
+    """Largest relative change when the tensors are rounded to ``dtype``; 0 when all are held exactly."""
+    worst = 0.0
+    for tensor in tensors:
+        change = (tensor.to(getattr(torch, dtype)).float() - tensor.float()).abs()
+        worst = max(worst, float((change / tensor.float().abs().clamp(min=1e-30)).amax()) if change.any() else 0.0)
+    return worst
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model of a folder's ``config.json`` without weights, as plain float modules."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def transposed(source: Source) -> set[str]:
+    """Quantized linears that the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+    return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
+
+
+def float_linears(source: Source) -> list[str]:
+    """Linears of the model that the checkpoint leaves in floating point, the head among them."""
+    return [
+        name
+        for name, module in skeleton(source.folder).named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name not in source.specs
+    ]
+
+
+def shared_block_prefix(source: Source) -> str:
+    """What the names of all decoder blocks begin with, e.g. ``model.layers.``."""
+    first = next(iter(source.specs))
+    parts = first.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
+
+
+def read_tensor(folder: Path, name: str) -> Tensor:
+    """One tensor of a written folder, whichever shard holds it."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            if name in reader.keys():
+                tensor: Tensor = reader.get_tensor(name)
+                return tensor
+    raise KeyError(f"{folder} has no tensor {name}")
+
+
+def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
+    """Codes of each row of ``words`` ``[rows, w]`` int32, by expansion to single bits: the witness of the packer."""
+    rows = []
+    for row in words.numpy().astype("<i4"):
+        bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: count * num_bits].reshape(count, num_bits)
+        rows.append((bits * (1 << np.arange(num_bits))).sum(1))
+    return torch.from_numpy(np.stack(rows)).float()

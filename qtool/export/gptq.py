@@ -1,0 +1,124 @@
+"""``gptq``: the layout that GPTQModel, transformers (with gptqmodel or auto-round), vLLM and SGLang read.
+
+Per linear ``p``, with ``K`` inputs and ``N`` outputs: ``p.qweight`` int32 ``[K b / 32, N]`` (each column its own
+stream along K), ``p.qzeros`` int32 ``[G, N b / 32]``, ``p.scales`` float16 ``[G, N]``, ``p.g_idx`` int32 ``[K]``.
+
+Version 1 stores ``zero_point - 1`` and readers add one to a whole word: a zero point of 0 would carry into its
+neighbour. So symmetric checkpoints are written as version 1, which most software reads, and asymmetric ones as
+version 2, which stores the zero point as it is (formats 2.2). ``gptq-v2`` writes version 2 for both.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool import __version__
+from qtool.checkpoint import Source, write_json
+from qtool.config import ExportConfig, QuantSpec
+from qtool.export import Exporter
+from qtool.export._folder import (
+    float_linears,
+    float_tensors,
+    inexact,
+    read_tensor,
+    shared_block_prefix,
+    stored_dtype,
+    transposed,
+    unpack_bits,
+    write_folder,
+)
+from qtool.quant.packing import pack
+
+ALIGNMENT = 32
+
+
+def refuses(source: Source, config: ExportConfig) -> str | None:
+    """Mixed grids, linears left in float, shapes off the alignment, and scales or biases beyond float16."""
+    specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
+    if len(specs) > 1:
+        return (
+            f"it has {len(specs)} different grids, and a GPTQ config that transformers reads holds one; "
+            "export compressed-tensors instead"
+        )
+    left = [name for name in float_linears(source) if name.startswith(shared_block_prefix(source))]
+    if left:
+        return f"{left[0]} is left in floating point, which a GPTQ config cannot say; export compressed-tensors instead"
+    flipped = transposed(source)
+    if flipped:
+        return f"{min(flipped)} is a Conv1D, whose GPTQ layout is not settled between readers; export dense instead"
+    for name in source.specs:
+        rows, columns = source.tensor(f"{name}.weight_shape").tolist()
+        if rows % ALIGNMENT or columns % ALIGNMENT:
+            return f"{name} is {rows} x {columns}, and GPTQ readers need multiples of {ALIGNMENT}"
+        floats = [f"{name}.weight_scale", *([f"{name}.bias"] if f"{name}.bias" in source.float_names() else [])]
+        for key in floats:
+            if inexact([source.tensor(key)], "float16"):
+                return f"{key} has values that float16 does not hold; quantize with scale_dtype: float16"
+    return None
+
+
+def section(spec: QuantSpec, version: int) -> dict[str, Any]:
+    """The ``quantization_config``, also written as ``quantize_config.json``."""
+    name = "gptq" if version == 1 else "gptq_v2"
+    return {
+        "quant_method": "gptq",
+        "bits": spec.num_bits,
+        "group_size": spec.group_size,
+        "sym": spec.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": name,
+        "format": name,
+        "pack_dtype": "int32",
+        "true_sequential": True,
+        "damp_percent": 0.01,
+        "meta": {"quantizer": [f"qtool:{__version__}"]},
+    }
+
+
+def write_version(source: Source, out: Path, config: ExportConfig, version: int) -> list[str]:
+    """Write the folder in the layout of ``version`` 1 or 2."""
+    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    spec = next(iter(source.specs.values()))
+    for name in source.specs:
+        codes, scale, zero_point, _ = source.quantized(name)
+        zeros = zero_point.to(torch.int32) - (1 if version == 1 else 0)
+        assert int(zeros.min()) >= 0, f"{name}: version 1 cannot hold a zero point of 0"
+        tensors[f"{name}.qweight"] = pack(codes, spec.num_bits).T.contiguous()
+        tensors[f"{name}.qzeros"] = pack(zeros.T.contiguous(), spec.num_bits)
+        tensors[f"{name}.scales"] = scale.T.to(torch.float16).contiguous()
+        tensors[f"{name}.g_idx"] = torch.arange(codes.shape[1], dtype=torch.int32) // (codes.shape[1] // scale.shape[1])
+        if f"{name}.bias" in tensors:
+            tensors[f"{name}.bias"] = source.tensor(f"{name}.bias").to(torch.float16)
+    described = section(spec, version)
+    write_folder(source, out, tensors, described, dtype)
+    write_json(out / "quantize_config.json", described)
+    notes = [f"written as {described['format']}"]
+    if spec.num_bits in (2, 3):
+        notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; there, use compressed-tensors")
+    elif not spec.symmetric:
+        notes.append("vLLM and SGLang refuse asymmetric GPTQ; there, use compressed-tensors")
+    return notes
+
+
+def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    """Version 1 when symmetric, else version 2."""
+    symmetric = next(iter(source.specs.values())).symmetric
+    return write_version(source, out, config, 1 if symmetric else 2)
+
+
+def read(folder: Path, name: str) -> Tensor:
+    """The weight ``[out, in]``, bit by bit."""
+    config = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
+    bits, offset = config["bits"], 1 if config["checkpoint_format"] == "gptq" else 0
+    scales = read_tensor(folder, f"{name}.scales").float()  # [G, N]
+    groups = read_tensor(folder, f"{name}.g_idx").long()  # [K]
+    codes = unpack_bits(read_tensor(folder, f"{name}.qweight").T.contiguous(), bits, len(groups)).T  # [K, N]
+    zeros = unpack_bits(read_tensor(folder, f"{name}.qzeros"), bits, scales.shape[1]) + offset  # [G, N]
+    return ((codes - zeros[groups]) * scales[groups]).T
+
+
+EXPORTER = Exporter("GPTQ: version 1 when symmetric, version 2 when not", refuses, write, read)

@@ -1,0 +1,60 @@
+"""transformers: after ``import qtool``, ``from_pretrained`` loads our checkpoints and keeps the weights packed.
+
+Only the stable part of the quantizer interface is defined, so that one file serves every supported 5.x (formats 3).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtool.layout import specs_of
+from qtool.quant.linear import PackedLinear
+
+
+@register_quantization_config("qtool")
+class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+    """The ``quantization_config`` section of a native checkpoint, kept as it stands in ``config.json``."""
+
+    def __init__(self, **section: Any) -> None:
+        """Keep ``section``; it is checked here, before any tensor is read."""
+        section.setdefault("quant_method", "qtool")
+        self.specs = specs_of(section)
+        self.section = section
+        self.quant_method = "qtool"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section, for ``config.json``."""
+        return dict(self.section)
+
+
+@register_quantizer("qtool")
+class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts ``PackedLinear`` in the place of each listed linear before the weights are loaded."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beyond torch is needed."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, spec in self.quantization_config.specs.items():
+            linear = model.get_submodule(name)
+            shape = linear.weight.shape
+            out_features, in_features = shape if isinstance(linear, nn.Linear) else shape[::-1]  # Conv1D: transposed
+            bias = linear.bias.dtype if isinstance(linear.bias, nn.Parameter) else None
+            with torch.device("meta"):
+                model.set_submodule(name, PackedLinear(in_features, out_features, spec, bias))
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` writes the packed tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes do not train."""
+        return False

@@ -1,0 +1,48 @@
+"""The ``quantization_config`` section of a native checkpoint: which linears are packed, and on which grids.
+
+A leaf, so that transformers can be taught our format while ``qtool.models`` is itself being imported.
+"""
+
+from collections import Counter
+from typing import Any
+
+from pydantic import ValidationError
+
+from qtool.config import FORMAT_VERSION, QuantSpec
+from qtool.errors import InputError
+
+SPEC_KEYS = tuple(QuantSpec.model_fields)
+
+
+def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
+    """The ``quantization_config`` of a native checkpoint: the most common grid, the linears, and who differs."""
+    common = Counter(specs.values()).most_common(1)[0][0].model_dump()
+    overrides = {
+        name: {key: value for key, value in spec.model_dump().items() if value != common[key]}
+        for name, spec in specs.items()
+    }
+    return {
+        "quant_method": "qtool",
+        "format_version": FORMAT_VERSION,
+        **common,
+        "linears": list(specs),
+        "overrides": {name: changes for name, changes in overrides.items() if changes},
+    }
+
+
+def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
+    """The grid of each quantized linear that a ``quantization_config`` lists.
+
+    Raises:
+        InputError: not ours, or written by a later version.
+    """
+    if section.get("quant_method") != "qtool":
+        raise InputError(f"quantization_config names {section.get('quant_method')!r}, not a qtool checkpoint")
+    version = section.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"the checkpoint has format version {version}, this qtool reads {FORMAT_VERSION}; upgrade qtool")
+    try:
+        common = {key: section[key] for key in SPEC_KEYS}
+        return {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
+    except (KeyError, TypeError, ValidationError) as error:
+        raise InputError(f"quantization_config is damaged: {error}") from None
