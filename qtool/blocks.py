@@ -11,7 +11,7 @@ many groups it has, where recomputing costs one for each.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ class BlockTask:
             return paused_forward
 
         for target in self.targets:
-            target.linear.forward = pausing(target.linear)  # type: ignore[method-assign]  # removed below
+            target.linear.forward = pausing(target.linear)  # on the instance, removed below
         try:
             inputs = [run.switch(hidden) for run, hidden in zip(runs, self.inputs, strict=True)]
             float_inputs = [run.switch(hidden) for run, hidden in zip(float_runs, self.float_inputs or (), strict=True)]
@@ -201,7 +201,7 @@ def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, Call], An
         return forward
 
     for index, block in enumerate(blocks):
-        block.forward = recorder(index)  # type: ignore[method-assign]  # on the instance, removed below
+        block.forward = recorder(index)  # on the instance, removed below
     try:
         yield
     finally:
@@ -243,9 +243,6 @@ def _first_hidden(loaded: LoadedModel, batch: Tensor, block: nn.Module) -> Tenso
         found.append(hidden)
         raise _Stop
 
-    with _recording([block], record):
-        try:
-            loaded.model(input_ids=batch, use_cache=False)
-        except _Stop:
-            pass
+    with _recording([block], record), suppress(_Stop):
+        loaded.model(input_ids=batch, use_cache=False)
     return found[0]

@@ -66,7 +66,11 @@ def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             partial.rename(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )
         reason = "the disk is full" if full else str(error)
         raise RunError(f"writing {path} failed: {reason}; nothing was left under that name") from error
     except BaseException:
@@ -166,7 +170,7 @@ class Source:
                 reader = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise InputError(f"{file} is truncated or damaged ({error})") from None
-            files |= dict.fromkeys(reader.keys(), reader)
+            files |= dict.fromkeys(reader.keys(), reader)  # type: ignore[no-untyped-call]
         return files
 
     @property
@@ -207,6 +211,28 @@ class Source:
         return folder_bytes(self.folder)
 
 
+class Planned(Source):
+    """The checkpoint that a run is about to make, for asking an exporter early; its scales are not known yet."""
+
+    def __init__(self, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> None:
+        """Describe what ``loaded`` becomes with these grids."""
+        self.folder = Path(loaded.folder or loaded.path)
+        self.config = {"dtype": str(loaded.storage_dtype).removeprefix("torch.")}
+        self.specs = specs
+        self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}
+        self._tensors |= {f"{name}.weight_scale": torch.ones(1) for name in specs}
+        quantized = {f"{name}.weight" for name in specs}
+        self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that is known before the run."""
+        return self._tensors[name]
+
+    def float_names(self) -> list[str]:
+        """Tensors that stay in floating point."""
+        return [name for name in self._tensors if not name.endswith((".weight_shape", ".weight_scale"))]
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of the safetensors files of a model folder."""
     return sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))
@@ -217,5 +243,3 @@ def bits_per_weight(specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, in
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     bits = sum(spec.bits_per_weight(shapes[name][1]) * sizes[name] for name, spec in specs.items())
     return bits / sum(sizes.values())
-
-

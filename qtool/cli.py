@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
-from typer.exceptions import TyperException
 
 from qtool import __version__
 from qtool.errors import InputError, QtoolError, RunError
@@ -344,13 +343,13 @@ def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not
 
 def _describe(error: BaseException) -> tuple[str, int, str]:
     """The kind, exit code and message of what ended a command."""
+    if usage := getattr(error, "format_message", None):  # the class is private to typer
+        return "usage", 2, str(usage())
     match error:
         case InputError() | RunError() | _Interrupted():
             kind = {2: "input", 1: "run", 130: "interrupted"}[error.exit_code]
             return kind, error.exit_code, str(error)
-        case TyperException():
-            return "usage", 2, error.format_message()
-        case KeyboardInterrupt():
+        case KeyboardInterrupt() | typer.Abort():
             return "interrupted", 130, "interrupted"
         case OSError():
             return "run", 1, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")

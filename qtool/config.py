@@ -58,7 +58,7 @@ class QuantSpec(Section):
         return 1 if self.group_size == -1 else in_features // self.group_size
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Stored bits per weight with scales and zero points counted (methods: storage cost, ``b + (b + 16) / g``)."""
+        """Stored bits per weight with scales and zero points counted: ``b + (b + 16) / g``."""
         per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.num_bits)
         return self.num_bits + per_group * self.num_groups(in_features) / in_features
 

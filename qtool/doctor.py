@@ -81,7 +81,11 @@ def _required() -> dict[str, dict[str, Any]]:
             continue
         version = _version(want.name)
         fits = version is not None and want.specifier.contains(version, prereleases=True)
-        rows[want.name] = {"version": version, "needs": str(want.specifier), "ok": fits}
+        rows[want.name] = {
+            "version": version,
+            "needs": ",".join(sorted(map(str, want.specifier), reverse=True)),
+            "ok": fits,
+        }
     return rows
 
 

@@ -2,7 +2,7 @@
 
 
 class QtoolError(Exception):
-    """The base of every error that the command line prints as a message; says what was found, expected and what to do."""
+    """The base of errors that are printed as a message: what was found, what was expected, what to do."""
 
     exit_code = 1
 

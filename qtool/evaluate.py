@@ -41,7 +41,7 @@ class WindowScores(NamedTuple):
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: BatchSize) -> Metric:
-    """Token perplexity on ``windows [n, t]``: exp of the mean negative log-likelihood of the ``t - 1`` predictions each.
+    """Token perplexity on ``windows [n, t]``: exp of the mean negative log-likelihood of ``t - 1`` predictions in each.
 
     The standard error is over windows, by the delta method.
     """

@@ -123,10 +123,12 @@ def run(
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 
+    tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
+    tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
     with progress.stage(title), _harness() as seen:
         model = HFLM(
             pretrained=loaded.model,
-            tokenizer=copy.deepcopy(loaded.tokenizer),  # it sets a padding token
+            tokenizer=tokenizer,
             batch_size=_batch_size(loaded) if batch_size == "auto" else batch_size,
             max_length=loaded.max_length,
         )
@@ -138,7 +140,8 @@ def run(
             log_samples=False,
             task_manager=_manager(task),
         )
-    return list(_scores(results, seen, loaded.max_length))
+    scores = list(_scores(results, seen, loaded.max_length))
+    return sorted(scores, key=lambda score: (score.task != task, score.detail))
 
 
 def _batch_size(loaded: LoadedModel) -> int | str:
@@ -169,7 +172,7 @@ def _scores(results: dict[str, Any], seen: "_Seen", max_length: int) -> Iterator
                     stderr=error if isinstance(error, int | float) else None,
                     n=sum(results["n-samples"][part]["effective"] for part in parts),
                 ),
-                higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
+                higher_is_better=results["higher_is_better"][parts[0]].get(metric),
                 num_fewshot=results["n-shot"].get(name, results["n-shot"].get(parts[0])),
                 detail=name in leaves and name in within,
                 note="" if name in within else seen.note(parts, max_length),
@@ -279,9 +282,7 @@ def _read_folder(folder: Path, pages: bool) -> tuple[Any, str]:
     note = ""
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits["validation"]
-        note = (
-            f"the validation split ({len(splits['test'])} examples), because the test split is not below QTOOL_DATA_DIR"
-        )
+        note = f"validation split ({len(splits['test'])} examples): the test split is not below QTOOL_DATA_DIR"
     if "train" not in splits:
         splits["train"] = splits[min(splits)].select([])  # lm-eval lists it even for 0 examples in the prompt
     return splits, note

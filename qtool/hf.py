@@ -1,6 +1,6 @@
 """transformers: after ``import qtool``, ``from_pretrained`` loads our checkpoints and keeps the weights packed.
 
-Only the stable part of the quantizer interface is defined, so that one file serves every supported 5.x (formats 3).
+Only the stable part of the quantizer interface is defined, so that one file serves every supported 5.x.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from qtool.quant.linear import PackedLinear
 
 
 @register_quantization_config("qtool")
-class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+class QtoolConfig(QuantizationConfigMixin):
     """The ``quantization_config`` section of a native checkpoint, kept as it stands in ``config.json``."""
 
     def __init__(self, **section: Any) -> None:
@@ -25,7 +25,7 @@ class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         section.setdefault("quant_method", "qtool")
         self.specs = specs_of(section)
         self.section = section
-        self.quant_method = "qtool"
+        self.quant_method: Any = "qtool"  # the mixin wants its own enum, and compares by value
 
     def to_dict(self) -> dict[str, Any]:
         """The section, for ``config.json``."""
@@ -33,7 +33,7 @@ class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
 
 
 @register_quantizer("qtool")
-class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
+class QtoolQuantizer(HfQuantizer):
     """Puts ``PackedLinear`` in the place of each listed linear before the weights are loaded."""
 
     requires_calibration = True
@@ -42,8 +42,10 @@ class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
         """Nothing beyond torch is needed."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        assert isinstance(self.quantization_config, QtoolConfig)
         for name, spec in self.quantization_config.specs.items():
             linear = model.get_submodule(name)
+            assert isinstance(linear.weight, nn.Parameter)
             shape = linear.weight.shape
             out_features, in_features = shape if isinstance(linear, nn.Linear) else shape[::-1]  # Conv1D: transposed
             bias = linear.bias.dtype if isinstance(linear.bias, nn.Parameter) else None

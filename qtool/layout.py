@@ -40,7 +40,9 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
         raise InputError(f"quantization_config names {section.get('quant_method')!r}, not a qtool checkpoint")
     version = section.get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(f"the checkpoint has format version {version}, this qtool reads {FORMAT_VERSION}; upgrade qtool")
+        raise InputError(
+            f"the checkpoint has format version {version}, this qtool reads {FORMAT_VERSION}; upgrade qtool"
+        )
     try:
         common = {key: section[key] for key in SPEC_KEYS}
         return {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}

@@ -118,11 +118,17 @@ def _unmatched(quant: QuantConfig, names: list[str]) -> Iterator[str]:
             yield f"quant.overrides: no linear matches '{pattern}'; the nearest of {len(names)} names is {near[0]}"
 
 
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The parameter ``weight`` of a linear or a norm, as it is stored."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def dense_weight(linear: nn.Module) -> Tensor:
     """Float32 weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` (which stores the transpose)."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return (weight.T if isinstance(linear, Conv1D) else weight).detach().float()
+    weight = weight_of(linear).detach()
+    return (weight.T if isinstance(linear, Conv1D) else weight).float()
 
 
 def linear_bias(linear: nn.Module) -> Tensor | None:
@@ -145,7 +151,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         and any(isinstance(part, nn.Linear | Conv1D | PackedLinear) for part in module.modules())
     ]
     if not lists:
-        raise InputError(f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported")
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
+        )
     _, name, blocks = max(lists, key=lambda entry: entry[0])
     fused = [key for key, p in blocks.named_parameters() if p.dim() > 2]
     if fused:
@@ -265,7 +273,7 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
         storage = model_config.dtype or torch.float32
         dtype = _compute_dtype(config.dtype, storage, device)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
             source,
             dtype=dtype,
             use_safetensors=True,
@@ -273,6 +281,7 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+        model, info = loading
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         where = "" if folder else " (no local folder has this name, so it was looked up on the hub)"
@@ -294,7 +303,9 @@ def _check_complete(path: str, info: dict[str, Any]) -> None:
     """transformers fills what is missing with random numbers; we refuse."""
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise InputError(f"{path}: {name} has shape {list(found)} in the file, and the config asks for {list(expected)}")
+        raise InputError(
+            f"{path}: {name} has shape {list(found)} in the file, and the config asks for {list(expected)}"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{path} lacks {len(missing)} tensor(s) that its config asks for, the first is {missing[0]}")

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,17 +18,25 @@ MARKDOWN_NAME = "report.md"
 PACKAGES = ("qtool", "torch", "transformers", "lm_eval", "datasets")
 
 
-class Record(BaseModel):
-    """A frozen part of a report; keys of other versions are ignored; infinities and NaN survive JSON as strings."""
+def _strict(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+# JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
+Number = Annotated[float, PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")]
+
+
+class Record(BaseModel):
+    """A frozen part of a report; keys of other versions are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Metric(Record):
     """A measured number."""
 
-    value: float
-    stderr: float | None = Field(None, description="Standard error; null where it cannot be estimated.")
+    value: Number
+    stderr: Number | None = Field(None, description="Standard error; null where it cannot be estimated.")
     n: int = Field(description="Observations behind it: tokens predicted, or examples.")
 
 
@@ -37,12 +45,12 @@ class TaskResult(Record):
 
     task: str
     metric: str
-    value: float | None = Field(description="Of the model that was evaluated; null: not measured, and note says why.")
-    stderr: float | None = None
-    float_value: float | None = Field(None, description="Of the float model, by the same code and data.")
-    float_stderr: float | None = None
-    delta: float | None = Field(None, description="value - float_value.")
-    delta_stderr: float | None = Field(None, description="Of the difference on the same windows; perplexity only.")
+    value: Number | None = Field(description="Of the model that was evaluated; null: not measured, and note says why.")
+    stderr: Number | None = None
+    float_value: Number | None = Field(None, description="Of the float model, by the same code and data.")
+    float_stderr: Number | None = None
+    delta: Number | None = Field(None, description="value - float_value.")
+    delta_stderr: Number | None = Field(None, description="Of the difference on the same windows; perplexity only.")
     higher_is_better: bool | None = None
     num_fewshot: int | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
     limit: int | None = Field(None, description="Only the first N windows, or examples of each subtask.")
@@ -89,10 +97,15 @@ class Report(Record):
         """The report as a Markdown page."""
         lines = [f"# {self.title()}", "", *(f"* {name}: {text}" for name, text in self.facts()), ""]
         if self.results:
-            rows = [self.header(), ["---"] * 2 + ["---:"] * (len(self.header()) - 2), *self.rows("±")]
+            header = ["task", "metric", *self.columns(), "shots", "n"]
+            cells = [
+                [row.task + self.mark(row), row.metric, *self.numbers(row, "±"), _shots(row), _count(row)]
+                for row in self.shown()
+            ]
+            rows = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
             lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
-        lines += [f"{mark}. {note}" for mark, note in self.notes().values()]
-        lines += [""] * bool(self.notes())
+        if notes := self.notes():
+            lines += [*(f"{mark}. {note}" for mark, note in enumerate(notes, 1)), ""]
         lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
         return "\n".join(lines) + "\n"
 
@@ -100,20 +113,25 @@ class Report(Record):
         """Print the report as a table that fits 80 columns."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
+        from rich.text import Text
 
         say = partial(console.print, markup=False, highlight=False)
         say(self.title(), style="bold")
         for name, text in self.facts():
             say(f"  {name}: {text}")
         if self.results:
-            table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-            for index, name in enumerate(self.header()):
-                side: Literal["left", "right"] = "left" if index < 2 else "right"
-                table.add_column(name, justify=side, overflow="fold")
-            for row in self.rows("±" if console.encoding.startswith("utf") else "+-"):
-                table.add_row(*row)
-            console.print(table, markup=False, highlight=False)
-        for mark, note in self.notes().values():
+            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+            table.add_column("", overflow="fold")
+            for name in self.columns():
+                table.add_column(name, justify="right", overflow="fold")
+            for row in self.shown():
+                name = row.task if row.task == row.metric else f"{row.task} {row.metric}"
+                numbers = self.numbers(row, "±" if console.encoding.startswith("utf") else "+-")
+                table.add_row(*(Text(cell) for cell in (name + self.mark(row), *numbers)))
+            say()
+            say(table)
+            say()
+        for mark, note in enumerate(self.notes(), 1):
             say(f"{mark}. {note}")
 
     def write(self, folder: Path) -> None:
@@ -143,44 +161,49 @@ class Report(Record):
             facts.append(("computed in", " ".join(computed)))
         return [*facts, ("date", self.date)]
 
-    def header(self) -> list[str]:
-        """Names of the columns; the float model has one where it was measured."""
-        both = ["float", "quantized", "change"] if self.compared() else ["value"]
-        return ["task", "metric", *both, "shots", "n"]
+    def shown(self) -> list[TaskResult]:
+        """The rows that tables have."""
+        return [row for row in self.results if not row.detail]
 
-    def compared(self) -> bool:
-        """Whether a float model was measured beside."""
-        return any(row.float_value is not None for row in self.results)
+    def columns(self) -> list[str]:
+        """Names of the columns of numbers: one, or three where a float model was measured beside."""
+        compared = any(row.float_value is not None for row in self.results)
+        return ["float", "quantized", "change"] if compared else ["value"]
 
-    def rows(self, plus_minus: str) -> list[list[str]]:
-        """Cells of each row that is shown."""
-        notes = self.notes()
-        table = []
-        for row in self.results:
-            if row.detail:
-                continue
-            value = "not measured" if row.value is None else _number(row.value, row.stderr, plus_minus)
-            cells = [row.task + (f" [{notes[row.note][0]}]" if row.note else ""), row.metric]
-            if self.compared():
-                cells += [_number(row.float_value, row.float_stderr, plus_minus), value]
-                cells.append(_number(row.delta, row.delta_stderr, plus_minus, sign="+"))
-            else:
-                cells.append(value)
-            shots = "" if row.num_fewshot is None else str(row.num_fewshot)
-            table.append([*cells, shots, _count(row)])
-        return table
+    def numbers(self, row: TaskResult, plus_minus: str) -> list[str]:
+        """A cell for each of ``columns()``."""
+        value = "not measured" if row.value is None else _number(row.value, row.stderr, plus_minus)
+        if len(self.columns()) == 1:
+            return [value]
+        change = _number(row.delta, row.delta_stderr, plus_minus, sign="+")
+        return [_number(row.float_value, row.float_stderr, plus_minus), value, change]
 
-    def notes(self) -> dict[str, tuple[int, str]]:
-        """Each different note of the rows that are shown -> its number and its text."""
-        texts = dict.fromkeys(row.note for row in self.results if row.note and not row.detail)
-        return {text: (number, text) for number, text in enumerate(texts, 1)}
+    def mark(self, row: TaskResult) -> str:
+        """Where the note of a row stands among ``notes()``: `` [2]``, or nothing."""
+        note = _note(row)
+        return f" [{self.notes().index(note) + 1}]" if note else ""
+
+    def notes(self) -> list[str]:
+        """Each different note of the rows that are shown."""
+        return list(dict.fromkeys(_note(row) for row in self.shown() if _note(row)))
+
+
+def _note(row: TaskResult) -> str:
+    """How the row was measured, in words."""
+    parts = [
+        "" if row.num_fewshot is None else f"{row.num_fewshot}-shot",
+        "" if row.limit is None else f"limit {row.limit}",
+        row.note,
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _shots(row: TaskResult) -> str:
+    return "" if row.num_fewshot is None else str(row.num_fewshot)
 
 
 def _count(row: TaskResult) -> str:
-    """``3270``, or ``100 (limit 100)``."""
-    if row.n is None:
-        return ""
-    return str(row.n) if row.limit is None else f"{row.n} (limit {row.limit})"
+    return "" if row.n is None else str(row.n)
 
 
 def _number(value: float | None, stderr: float | None, plus_minus: str, sign: str = "") -> str:

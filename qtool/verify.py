@@ -1,16 +1,22 @@
-"""Every export is read back, by code that shares nothing with the writer, before it gets its name."""
+"""Every export is read back, by code that shares nothing with the writer, before it gets its name.
 
+The same readers let ``qtool eval`` measure an export, ours or another tool's, without that engine being installed.
+"""
+
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
+from qtool import export as formats
 from qtool.checkpoint import Source
 from qtool.config import ModelConfig
 from qtool.errors import RunError
 from qtool.export import Exporter
-from qtool.export._folder import read_tensor
-from qtool.models import load_model, packed_linears, replace_linear
+from qtool.export._folder import copy_float_folder, read_tensor, tensor_names
+from qtool.models import LoadedModel, check_files, load_model, packed_linears, read_config, replace_linear, resolve
 from qtool.quant.affine import dequantize
 
 TOLERANCE = 1e-5  # of the largest logit, float32 on CPU: the weights are equal, the order of sums may not be
@@ -46,6 +52,33 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
     if not rounded and not logits <= TOLERANCE:
         raise RunError(f"logits differ after export by {logits:.3g} of the largest (allowed: {TOLERANCE:g})")
     return {"weight_difference": worst, "logit_difference": logits}
+
+
+READABLE = {"gptq": "gptq", "compressed-tensors": "compressed-tensors"}  # quant_method -> our format that reads it
+
+
+def load_exported(config: ModelConfig) -> LoadedModel | None:
+    """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
+    folder = resolve(config.path)
+    section = read_config(folder).get("quantization_config") if folder is not None else None
+    if folder is None or section is None or section.get("quant_method") not in READABLE:
+        return None
+    check_files(folder)
+    exporter = formats.get(READABLE[section["quant_method"]])
+    stored = tensor_names(folder)
+    packed = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
+    with TemporaryDirectory() as temporary:
+        dense = Path(temporary)
+        tensors = {name: read_tensor(folder, name) for name in stored if name.rpartition(".")[0] not in packed}
+        tensors |= {
+            name: read_tensor(folder, name)
+            for name in stored
+            if name.rpartition(".")[0] in packed and name.endswith(".bias")
+        }
+        tensors |= {f"{name}.weight": exporter.read(folder, name).contiguous() for name in packed}
+        copy_float_folder(folder, dense, tensors)
+        loaded = load_model(config.model_copy(update={"path": str(dense)}))
+    return replace(loaded, path=config.path, folder=folder)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -97,10 +97,15 @@ def test_a_log_stays_short_and_has_its_first_and_last_line(seconds: list[float],
 def test_steps_inside_an_item_write_no_lines(clock: Clock) -> None:
     sink = Recorder(clock)
     with progress.use(sink):
-        for _ in progress.track(range(50), "blocks", 50):
+        for _ in progress.track(range(3), "all", 3):
             with progress.stage("solving"):
-                busy(clock, [0.0] * 10)
-    assert sink.texts == ["blocks: 0/50", "blocks: 50/50 done in 0.0 s"]
+                busy(clock, [20.0] * 2)
+    assert sink.texts == [
+        "all: 0/3",
+        "all: 1/3, 40.0 s, 1:20 to go",
+        "all: 2/3, 1:20, 40.0 s to go",
+        "all: 3/3 done in 2:00",
+    ]
 
 
 def test_what_is_inside_a_stage_is_indented(clock: Clock) -> None:

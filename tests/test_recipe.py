@@ -270,6 +270,7 @@ def test_what_is_set_is_there_and_nothing_else_changed(path: list[str], value: A
 
 
 def test_faults_of_set_are_listed_with_the_others(write: Any) -> None:
+    assert faults_of(write(GOOD), "seed") == ["--set seed: write section.key=value"]
     path = write(GOOD + "seed: -1")
     wrong = ["seed", "=3", "a..b=1", "model.path.x=1", "eval.tasks.2=a", "quant.num_bits=[1,"]
     assert faults_of(path, "eval.tasks=[]", *wrong) == [

@@ -34,7 +34,7 @@ def pseudo_text(num_documents: int, seed: int) -> str:
         document = [generator.choice(vocabulary)]
         for _ in range(generator.randint(60, 200)):
             document.append(generator.choice(followers[document[-1]]))
-        documents.append(" ".join(document) + f" in {generator.randint(1990, 2029)}.")
+        documents.append(" ".join(word + generator.choice(["", "", "", " 2024,"]) for word in document))
     return "\n\n\n".join(documents)
 
 
@@ -44,7 +44,7 @@ def start(*args: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 

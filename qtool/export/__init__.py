@@ -38,5 +38,3 @@ def get(name: str) -> Exporter:
     """The exporter for the format ``name``, which must be one of ``names()``."""
     exporter: Exporter = import_module(f"{__name__}.{name.replace('-', '_')}").EXPORTER
     return exporter
-
-

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoint import Source, write_json, write_shards
 from qtool.config import ExportConfig
+from qtool.models import read_config
 
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.json", "report.md")
 
@@ -26,7 +27,21 @@ def write_folder(
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     config["dtype"] = dtype
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
-    for file in sorted(source.folder.iterdir()):
+    _copy_rest(source.folder, out)
+
+
+def copy_float_folder(folder: Path, out: Path, tensors: dict[str, Tensor]) -> None:
+    """A plain float32 model folder from a quantized one whose weights have been expanded to ``tensors``."""
+    write_shards({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, out)
+    config = {
+        key: value for key, value in read_config(folder).items() if key not in ("quantization_config", "torch_dtype")
+    }
+    write_json(out / "config.json", config | {"dtype": "float32"})
+    _copy_rest(folder, out)
+
+
+def _copy_rest(folder: Path, out: Path) -> None:
+    for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in NOT_COPIED and ".safetensors" not in file.name:
             shutil.copy(file, out / file.name)
 
@@ -86,11 +101,20 @@ def shared_block_prefix(source: Source) -> str:
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Every tensor of a folder's safetensors files."""
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            names += reader.keys()
+    return names
+
+
 def read_tensor(folder: Path, name: str) -> Tensor:
     """One tensor of a written folder, whichever shard holds it."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as reader:
-            if name in reader.keys():
+            if name in set(reader.keys()):
                 tensor: Tensor = reader.get_tensor(name)
                 return tensor
     raise KeyError(f"{folder} has no tensor {name}")

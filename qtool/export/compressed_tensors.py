@@ -2,7 +2,7 @@
 ``compressed-tensors`` package.
 
 Our tensors already have its names and layout; only the marker goes and the config section is another. Hazards that a
-reader may meet are returned as notes (formats 2.4). The scale is written in the dtype it was rounded to.
+reader may meet are returned as notes. The scale is written in the dtype it was rounded to.
 """
 
 import json
@@ -48,7 +48,7 @@ def model_dtype(source: Source) -> str:
 
 def scheme(spec: QuantSpec) -> dict[str, Any]:
     """The arguments of one group of weights."""
-    strategy = {"strategy": "channel", "group_size": None}
+    strategy: dict[str, Any] = {"strategy": "channel", "group_size": None}
     if spec.group_size != -1:
         strategy = {"strategy": "group", "group_size": spec.group_size}
     return {

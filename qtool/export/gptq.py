@@ -5,7 +5,7 @@ stream along K), ``p.qzeros`` int32 ``[G, N b / 32]``, ``p.scales`` float16 ``[G
 
 Version 1 stores ``zero_point - 1`` and readers add one to a whole word: a zero point of 0 would carry into its
 neighbour. So symmetric checkpoints are written as version 1, which most software reads, and asymmetric ones as
-version 2, which stores the zero point as it is (formats 2.2). ``gptq-v2`` writes version 2 for both.
+version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
 """
 
 import json

@@ -4,7 +4,7 @@ activations down to match.
 For a scale ``s`` per input channel, ``W x = (W diag(s)) (x / s)``. The division is folded into whatever makes ``x``: a
 norm's weight, or the rows of a linear (v before o, up before down). The scale is ``s = mean|x| ** ratio``, normalised
 by ``sqrt(max s * min s)``; the ratio is searched on a grid so that the output of the surrounding module (attention or
-MLP) changes least when the scaled weights are quantized (Lin et al., arXiv 2306.00978; methods section 7). Then the
+MLP) changes least when the scaled weights are quantized (Lin et al., arXiv 2306.00978). Then the
 range of each group is clipped where that lowers ``sum (x w - x Q(clip w))**2``, not for queries and keys.
 
 Which module can absorb a scale is not a table: a fold is accepted when scaling source and readers leaves the block's
@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from qtool.blocks import BlockTask, run_blocks
 from qtool.config import MethodConfig, QuantConfig
 from qtool.methods import Method
-from qtool.models import LoadedModel, Target
+from qtool.models import LoadedModel, Target, weight_of
 from qtool.quant.affine import (
     QuantizedWeight,
     fake_quantize,
@@ -60,33 +60,30 @@ class Config(MethodConfig):
 class Fold:
     """A source whose output can be divided by ``s`` per channel, and the linears whose columns are multiplied."""
 
-    source: nn.Module
+    source: nn.Module  # with a weight
     offset: float  # 1 for a norm that multiplies by 1 + weight
     readers: tuple[Target, ...]
-    exact_source: bool  # stays in floating point: its tensors must remain values of their stored dtype
+    exact_source: bool  # its weight stays in floating point, so it must remain a value of the stored dtype
 
     @torch.no_grad()
     def apply(self, s: Tensor, storage: torch.dtype) -> None:
         """Divide the source by ``s`` ``[channels]`` and multiply the readers' columns."""
-        weight = self.source.weight
-        assert isinstance(weight, nn.Parameter)
+        weight = weight_of(self.source)
         if weight.dim() == 1:
             old = weight.float() + self.offset
-            self._set(weight, old / s - self.offset, storage)
+            weight.copy_((old / s - self.offset).to(storage))
             new = weight.float() + self.offset
             s = torch.where((old != 0) & (new != 0), old / new, s)  # what rounding the norm has left to do
         else:
             rows = s if isinstance(self.source, Conv1D) else s.unsqueeze(1)
-            self._set(weight, weight.float() / rows, storage)
+            divided = weight.float() / rows
+            weight.copy_(divided.to(storage) if self.exact_source else divided)
         bias = getattr(self.source, "bias", None)
         if isinstance(bias, nn.Parameter):
-            self._set(bias, bias.float() / s, storage)
+            bias.copy_((bias.float() / s).to(storage))
         for reader in self.readers:
             columns = s.unsqueeze(1) if isinstance(reader.linear, Conv1D) else s
-            reader.linear.weight.mul_(columns.to(reader.linear.weight.dtype))
-
-    def _set(self, parameter: nn.Parameter, value: Tensor, storage: torch.dtype) -> None:
-        parameter.copy_(value.to(storage) if self.exact_source else value)
+            weight_of(reader.linear).mul_(columns)
 
 
 def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
@@ -96,7 +93,7 @@ def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
         module
         for module in task.block.modules()
         if isinstance(getattr(module, "weight", None), nn.Parameter)
-        and module.weight.dim() == 1
+        and weight_of(module).dim() == 1
         and not any(True for _ in module.children())
     ]
     folds = []
@@ -113,8 +110,7 @@ def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
 
 
 def _out_channels(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     return weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]
 
 
@@ -140,9 +136,9 @@ def _generator() -> torch.Generator:
 
 
 def judged_module(block: nn.Module, fold: Fold) -> nn.Module:
-    """The module whose output decides: the smallest around all readers (attention, MLP), or the one linear after a linear."""
+    """The module whose output decides: the smallest around all readers (attention, MLP), or a lone linear itself."""
     linears = [reader.linear for reader in fold.readers]
-    if len(linears) == 1 and fold.source.weight.dim() == 2:  # type: ignore[union-attr,operator]
+    if len(linears) == 1 and weight_of(fold.source).dim() == 2:
         return linears[0]
     around = [m for m in block.modules() if m not in linears and set(linears) <= set(m.modules())]
     return around[-1]  # modules() walks outside in
@@ -155,7 +151,7 @@ def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samp
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     task.observe([module], lambda _, args, kwargs: calls.append((args, kwargs)), samples)
     reference = [_first(module(*args, **kwargs)) for args, kwargs in calls]
-    originals = [reader.linear.weight.detach().clone() for reader in fold.readers]
+    originals = [weight_of(reader.linear).detach().clone() for reader in fold.readers]
     best_error, best = float("inf"), torch.ones_like(mean)
     for i in range(config.num_ratios):
         s = mean.pow(i / config.num_ratios).clamp(min=1e-4)
@@ -163,13 +159,13 @@ def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samp
         for reader in fold.readers:
             scaled = reader.weight * s
             rounded = fake_quantize(scaled, *minmax_qparams(scaled, reader.spec), reader.spec) / s
-            reader.linear.weight.copy_(rounded.T if isinstance(reader.linear, Conv1D) else rounded)
+            weight_of(reader.linear).copy_(rounded.T if isinstance(reader.linear, Conv1D) else rounded)
         error = sum(
             float((_first(module(*args, **kwargs)) - out).float().square().mean())
             for (args, kwargs), out in zip(calls, reference, strict=True)
         )
         for reader, weight in zip(fold.readers, originals, strict=True):
-            reader.linear.weight.copy_(weight)
+            weight_of(reader.linear).copy_(weight)
         if error < best_error:
             best_error, best = error, s
     return best
@@ -182,7 +178,7 @@ def _first(out: Any) -> Tensor:
 
 @torch.no_grad()
 def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Grid of each group with the range that changes the output least; ``moment`` ``[groups, g, g]`` is sum ``x x^T``."""
+    """Grid of each group with the range that changes the output least; ``moment`` ``[groups, g, g]``, sum ``x x^T``."""
     spec = target.spec
     weight = grouped(target.weight, spec)
     largest = weight.abs().amax(-1)

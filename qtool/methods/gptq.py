@@ -2,15 +2,15 @@
 
 For a linear with inputs ``x`` the output error of a weight change ``d`` is ``d H d^T`` with ``H = 2/n sum x x^T``.
 Rounding column ``i`` by ``e`` leaves an optimal correction of the later columns, ``-e U_i,i: / U_ii`` with ``U`` the
-upper Cholesky factor of ``H^-1`` (Frantar et al., arXiv 2210.17323; methods 6.2). Rows share ``H`` and do not touch
+upper Cholesky factor of ``H^-1`` (Frantar et al., arXiv 2210.17323). Rows share ``H`` and do not touch
 each other, so linears that read the same input (q, k, v; gate, up) are stacked and solved at once.
 
-The blocks run in order on the quantized stream, and so do the linears inside a block (the paper's "true sequential"):
-each group sees inputs made by the quantized linears before it. Columns are taken in one of three orders: as they lie; ``group`` (GPTQModel's group-aware order:
-groups by their largest ``diag H``, columns by ``diag H`` inside, so that groups stay whole and nothing is stored); or
-``full`` (descending ``diag H``, which needs the grids fixed beforehand, ``static_groups``).
+The blocks run in order on the quantized stream, and so do the linears inside a block ("true sequential"): each group
+sees inputs made by the quantized linears before it. Columns are taken in one of three orders: as they lie; ``group``
+(GPTQModel's group-aware order: groups by their largest ``diag H``, columns by ``diag H`` inside, so that groups stay
+whole and nothing is stored); or ``full`` (descending ``diag H``, which needs grids fixed beforehand).
 
-GPTAQ (arXiv 2504.02692; methods 6.4) also steers towards the float model's outputs: it adds the term
+GPTAQ (arXiv 2504.02692) also steers towards the float model's outputs: it adds the term
 ``w_i P_i`` with ``P = a [(D U^T) strictly upper] U`` and ``D = 2/n sum (x_float - x) x^T``.
 
 Where we differ: a dead channel (never active in calibration) keeps its weights and is rounded to nearest, where the
@@ -189,7 +189,7 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
         codes, scale, zero_point, _ = solve(weight, factor, spec, config)
         sizes = [target.weight.shape[0] for target in same]
         for target, *parts in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
-            task.pack(target, QuantizedWeight(*parts, spec))
+            task.pack(target, QuantizedWeight(parts[0], parts[1], parts[2], spec))
 
 
 def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Round-to-nearest (RTN): each weight goes to the nearest code of its group's grid. No data is needed.
 
-The range of a group is its minimum and maximum (methods 6.1), or is searched: the min-max range is shrunk to whatever
-lowers ``sum |w - Q(w)|**norm`` (methods 2.6 and 6.2; the scaling factor gamma of methods 4.3 is the same search).
+The range of a group is its minimum and maximum, or is searched: the min-max range is shrunk to whatever lowers
+``sum |w - Q(w)|**norm``, as LR-QAT (arXiv 2406.06385) and GPTQ's range search do.
 A norm above 2 cares more for the large weights. There is nothing to train and no order to keep.
 """
 
@@ -14,7 +14,7 @@ from qtool import progress
 from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.methods import Method
 from qtool.models import LoadedModel, linear_bias, replace_linear
-from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 
@@ -36,14 +36,20 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, config: Config) -> Quantiz
 
 
 def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Quantize every target; ``tokens`` and ``seed`` are not used."""
+    """Quantize every target; ``tokens`` and ``seed`` are not used.
+
+    Returns ``weight_error`` of each block: ``|Q(w) - w|**2 / |w|**2`` over its linears.
+    """
     targets = loaded.targets(quant)
+    changes = [[0.0, 0.0] for _ in loaded.blocks()]
     for target in progress.track(targets, "rounding linears", len(targets)):
-        packed = PackedLinear.from_quantized(
-            round_to_nearest(target.weight, target.spec, config), linear_bias(target.linear)
-        )
+        weight = target.weight
+        rounded = round_to_nearest(weight, target.spec, config)
+        changes[target.block][0] += float((dequantize(*rounded) - weight).square().sum())
+        changes[target.block][1] += float(weight.square().sum())
+        packed = PackedLinear.from_quantized(rounded, linear_bias(target.linear))
         replace_linear(loaded.model, target.name, packed)
-    return {}
+    return {"weight_error": [change / total if total else 0.0 for change, total in changes]}
 
 
 METHOD = Method("ptq", "round to nearest, min-max or searched range", Config, run, needs_data=lambda config: False)

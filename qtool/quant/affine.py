@@ -63,7 +63,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
 def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point ``[out, groups]`` that cover the range of each group of ``weight`` ``[out, in]``.
 
-    The range always includes zero, as in every round-to-nearest reference (methods 6.1).
+    The range always includes zero.
     """
     groups = grouped(weight, spec)
     return scale_and_zero_point(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), spec)
@@ -118,6 +118,6 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
     limit = torch.finfo(getattr(torch, spec.scale_dtype)).max
     if 2 * largest / spec.qmax > limit:
         raise InputError(
-            f"{name} has weights up to {largest:.3g}, whose scale is above the largest {spec.scale_dtype} ({limit:.3g});"
-            " set quant.scale_dtype: float32 (or an override for it)"
+            f"{name} has weights up to {largest:.3g}, and their scale is above the largest {spec.scale_dtype}"
+            f" ({limit:.3g}); set quant.scale_dtype: float32 (or an override for it)"
         )

@@ -11,6 +11,7 @@ from qtool.config import FORMAT_VERSION, QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
+from qtool.quant.rounding import straight_through
 
 
 class QuantLinear(nn.Module):
@@ -32,11 +33,11 @@ class QuantLinear(nn.Module):
         self.zero_point = nn.Parameter(zero_point, requires_grad=not spec.symmetric)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale as stored and integer zero point inside the grid, ``[out, groups]``, with straight-through gradients."""
+        """Scale as stored and integer zero point inside the grid, ``[out, groups]``; straight-through gradients."""
         zero_point = self.zero_point.detach().round().clamp(self.spec.qmin, self.spec.qmax)
         return (
             affine.stored_scale(self.scale, self.spec),
-            affine.straight_through(self.zero_point, zero_point),
+            straight_through(self.zero_point, zero_point),
         )
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep scales in their stored dtype: ``model.half()`` must not change a weight."""
         scale = self.weight_scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self

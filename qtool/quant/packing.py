@@ -25,7 +25,7 @@ def num_words(num_codes: int, num_bits: int) -> int:
 
 
 def pack(codes: Tensor, num_bits: int) -> Tensor:
-    """Pack ``[rows, n]`` codes (any integer dtype, each ``0 .. 2**num_bits - 1``) to ``[rows, ceil(n b / 32)]`` int32."""
+    """Pack codes ``[rows, n]`` (integers ``0 .. 2**num_bits - 1``) to int32 words ``[rows, ceil(n b / 32)]``."""
     rows, n = codes.shape
     per_period, words_per_period = _period(num_bits)
     periods = -(-n // per_period)

@@ -2,8 +2,8 @@
 
 Clipping a few large weights buys resolution for all others. The error is ``sum_j h_j |w_j - Q(w_j)|**norm``, with
 ``h`` one, or the second moment of the input channel when it is known (then norm 2 is the output error of the group
-under uncorrelated inputs). Symmetric grids shrink one number, as in LR-QAT (methods 2.6); asymmetric grids shrink both
-ends together, as GPTQ's "mse" option does (methods 6.2), and then each end alone. No absolute margin is used.
+under uncorrelated inputs). Symmetric grids shrink one number, as LR-QAT does (arXiv 2406.06385); asymmetric grids
+shrink both ends together, as GPTQ's range search does, and then each end alone. No absolute margin is used.
 """
 
 import torch
@@ -16,7 +16,7 @@ SHRINKS = tuple(1 - i / 100 for i in range(1, 80))
 
 
 def range_error(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, norm: float, h: Tensor) -> Tensor:
-    """``sum h |w - Q(w)|**norm`` of each group, ``[out, groups]``; ``h`` broadcasts to ``[out, groups, group_size]``."""
+    """``sum h |w - Q(w)|**norm`` of groups, ``[out, groups]``; ``h`` broadcasts to ``[out, groups, group_size]``."""
     codes = round_to_codes(to_grid(weight, scale, zero_point, spec), spec)
     error = grouped((from_codes(codes, scale, zero_point) - weight).abs_(), spec)
     return (error.square_() if norm == 2 else error.pow_(norm)).mul_(h).sum(-1)
@@ -45,7 +45,10 @@ def search_qparams(
         better = error < best
         best = torch.where(better, error, best)
         scale, zero_point = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero_point)
-        best_low, best_high = torch.where(better, candidate_low, best_low), torch.where(better, candidate_high, best_high)
+        best_low, best_high = (
+            torch.where(better, candidate_low, best_low),
+            torch.where(better, candidate_high, best_high),
+        )
 
     for shrink in SHRINKS:
         consider(low * shrink, high * shrink)

@@ -14,7 +14,7 @@ class _StraightThrough(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -23,7 +23,7 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
 
     A Function and not ``x + (value - x).detach()``: the sum need not return ``value`` once magnitudes differ.
     """
-    result: Tensor = _StraightThrough.apply(x, value.detach())
+    result: Tensor = _StraightThrough.apply(x, value.detach())  # type: ignore[no-untyped-call]
     return result
 
 

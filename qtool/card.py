@@ -1,0 +1,68 @@
+"""Model cards, made from measured numbers only."""
+
+from pathlib import Path
+
+from qtool import __version__
+from qtool.checkpoint import MANIFEST, Source
+from qtool.config import ExportConfig
+from qtool.report import Report
+
+LOADING = {
+    "dense": "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
+    "gptq": "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 "
+    "bits when symmetric.",
+    "compressed-tensors": "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
+}
+
+
+def _header(base: str) -> list[str]:
+    is_hub_name = not base.startswith((".", "/", "~", "builtin:"))
+    return [
+        "---",
+        *([f"base_model: {base}"] if is_hub_name else []),
+        "library_name: transformers",
+        "tags: [qtool]",
+        "---",
+    ]
+
+
+def write(folder: Path, report: Report) -> None:
+    """``README.md`` of a native checkpoint."""
+    lines = [
+        *_header(report.model),
+        report.markdown().rstrip(),
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        "import qtool  # teaches transformers to read this folder; without it, loading stops at a size mismatch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.name.removesuffix(".partial")}")',
+        "```",
+        "",
+        f"Weights stay packed in memory. `qtool export` writes it for other engines; `{MANIFEST}` holds the recipe.",
+        f"Made by qtool {__version__}.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_export(
+    folder: Path, source: Source, config: ExportConfig, notes: list[str], differences: dict[str, float]
+) -> None:
+    """``README.md`` of an export: how to load it, what to know, and what reading it back showed."""
+    manifest = source.manifest
+    base = str(manifest["recipe"]["model"]["path"]) if manifest else source.folder.name
+    how = LOADING.get(config.format.removesuffix("-v2"), "")
+    lines = [
+        *_header(base),
+        f"# {base}, {manifest.get('label', 'quantized')}, as {config.format}",
+        "",
+        *([how, ""] if how else []),
+        *(f"* {note}." for note in notes),
+        f"* Read back after writing: largest weight difference {differences['weight_difference']:.3g}, "
+        f"largest logit difference {differences['logit_difference']:.3g} of the largest logit.",
+        "",
+        f"Exported by qtool {__version__} from integer codes; nothing was quantized again.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

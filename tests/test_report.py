@@ -1,0 +1,146 @@
+"""The report: what it says, what it leaves out, and that it survives the disk."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from qtool.report import Metric, Report, TaskResult, task_result
+
+
+def row(task, metric, value, reference=None, **fields):
+    other = None if reference is None else Metric(value=reference[0], stderr=reference[1], n=10)
+    return task_result(task, metric, Metric(value=value[0], stderr=value[1], n=10), other, **fields)
+
+
+@pytest.fixture
+def report():
+    chance = {"num_fewshot": 5, "limit": 20, "higher_is_better": True}
+    groups = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
+    subjects = tuple(row(f"mmlu_subject_{i}", "acc", (0.25, 0.1), (0.2, 0.1), detail=True, **chance) for i in range(57))
+    return Report(
+        model="builtin:wiki-llama-3m",
+        quantized="out/w4",
+        label="w4g64",
+        method="gptq",
+        bits_per_weight=4.25,
+        float_bytes=6_824_448,
+        quantized_bytes=3_000_000,
+        seconds={"quantize": 4.2, "evaluate": 61.0},
+        results=(
+            row(
+                "wikitext2", "perplexity", (35.1234, 0.4321), (34.0712, 0.4123), delta_stderr=0.0321, note="417 windows"
+            ),
+            row("kl", "kl", (0.0312345, 0.000456), note="against the float model"),
+            TaskResult(task="generated", metric="perplexity", value=None, note="not measured: no reason"),
+            *(row(name, "acc", (0.25, 0.0112), (0.255, 0.0113), **chance) for name in groups),
+            *subjects,
+        ),
+        dtype="float32",
+        device="cpu",
+        seed=0,
+        environment={"python": "3.11.0", "torch": "2.13.0"},
+        date="2025-01-01T00:00:00+00:00",
+    )
+
+
+def rendered(report, width=80, encoding="utf-8"):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    report.render(Console(file=file, width=width, force_terminal=False))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)
+
+
+def test_the_change_is_quantized_minus_float():
+    assert row("t", "m", (3.0, 0.1), (2.5, 0.1)).delta == 0.5
+    assert row("t", "m", (3.0, 0.1)).delta is None
+
+
+def test_the_json_file_holds_everything_and_comes_back_equal(report, tmp_path):
+    report.write(tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert Report.model_validate_json(text) == report
+    assert len(json.loads(text)["results"]) == 8 + 57
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == report.markdown()
+
+
+def test_numbers_that_are_none_stay_what_they_are_in_strict_json(tmp_path):
+    results = (row("a", "perplexity", (math.inf, math.nan)), row("b", "perplexity", (math.nan, None)))
+    report = Report(model="m", results=results)
+    report.write(tmp_path)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = (tmp_path / "report.json").read_text()
+    json.loads(text, parse_constant=refuse)
+    first, second = Report.model_validate_json(text).results
+    assert first.value == math.inf
+    assert math.isnan(second.value)
+    json.dumps(report.model_dump(mode="json"), allow_nan=False)
+    assert "inf" in rendered(report)
+    assert "nan" in report.markdown()
+
+
+def test_a_report_of_a_later_version_can_be_read(report):
+    later = json.loads(report.model_dump_json()) | {"new": 1}
+    assert Report.model_validate(later) == report
+
+
+def test_tables_show_groups_and_not_their_parts(report):
+    for text in (report.markdown(), rendered(report)):
+        assert "mmlu_humanities" in text
+        assert "mmlu_subject_1" not in text
+
+
+def test_markdown_has_float_and_quantized_side_by_side_with_standard_errors(report):
+    lines = report.markdown().splitlines()
+    assert lines[0] == "# builtin:wiki-llama-3m, gptq w4g64"
+    assert "| task | metric | float | quantized | change | shots | n |" in lines
+    assert "| wikitext2 [1] | perplexity | 34.07 ± 0.41 | 35.12 ± 0.43 | +1.052 ± 0.032 |  | 10 |" in lines
+    assert "| kl [2] | kl |  | 0.03123 ± 0.00046 |  |  | 10 |" in lines
+    assert "| mmlu [4] | acc | 0.255 ± 0.011 | 0.250 ± 0.011 | -0.005 | 5 | 10 |" in lines
+    assert "| generated [3] | perplexity |  | not measured |  |  |  |" in lines
+    assert "3. not measured: no reason" in lines
+    assert "4. 5-shot; limit 20" in lines
+    assert "* bits per weight: 4.250 (scales and zero points counted)" in lines
+    assert "* weights on disk: 6.82 MB float, 3.00 MB quantized" in lines
+    assert lines[-1] == "Environment: python 3.11.0, torch 2.13.0."
+
+
+def test_the_table_fits_80_columns_and_is_complete(report):
+    text = rendered(report)
+    assert max(map(len, text.splitlines())) <= 80
+    for part in (
+        "34.07 ± 0.41",
+        "35.12 ± 0.43",
+        "+1.052 ± 0.032",
+        "mmlu_social_sciences acc [4] ",
+        "not measured",
+        "3. not measured",
+    ):
+        assert part in text, part
+
+
+def test_the_table_is_readable_on_a_terminal_without_unicode(report):
+    assert "34.07 +- 0.41" in rendered(report, encoding="ascii")
+
+
+def test_a_float_model_alone_has_one_column_of_values():
+    report = Report(model="m", results=(row("wikitext2", "perplexity", (34.0712, 0.4123), limit=3),))
+    assert "| task | metric | value | shots | n |" in report.markdown()
+    assert "1. limit 3" in report.markdown()
+    assert "| wikitext2 [1] | perplexity | 34.07 ± 0.41 |  | 10 |" in report.markdown()
+
+
+def test_markup_in_names_is_text():
+    report = Report(model="[red]m[/red]", results=(row("a|b", "[bold]x", (1.0, None)),))
+    assert "[red]m[/red]" in rendered(report)
+    assert "[bold]x" in rendered(report)
+    assert "a\\|b" in report.markdown()
+
+
+def test_the_environment_names_what_numbers_depend_on():
+    assert {"python", "platform", "torch", "transformers", "lm_eval"} <= Report(model="m").environment.keys()
