@@ -45,8 +45,10 @@ class Config(MethodConfig):
         "group", description="Order of columns: as they lie, by activation inside whole groups, or fully by activation."
     )
     static_groups: bool = Field(False, description="Fix all grids on the original weights before the first column.")
-    range: Literal["minmax", "search"] = Field(
-        "search", description="A group's range: its extremes, or a search for the smallest error."
+    range: Literal["minmax", "search", "weighted"] = Field(
+        "weighted",
+        description="A group's range: its extremes, a search for the smallest weight error (norm), or for the smallest "
+        "error of the layer's output.",
     )
     norm: float = Field(2.4, gt=0, description="Exponent of the weight error that the range search lowers.")
     block_size: int = Field(128, ge=1, description="Columns corrected one by one before the rest is corrected at once.")
@@ -134,9 +136,16 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
     return Factor(order, upper, config.gptaq * (drift @ upper.T).triu(1) @ upper)
 
 
-def fit_grid(weight: Tensor, spec: QuantSpec, config: Config) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of whole groups of ``weight``."""
-    return minmax_qparams(weight, spec) if config.range == "minmax" else search_qparams(weight, spec, config.norm)
+def fit_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, config: Config) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of whole groups of ``weight``; ``importance`` ``[in]`` is ``1 / U_jj**2``.
+
+    The squared error of column ``j`` times ``1 / U_jj**2`` is what its rounding costs after all later corrections.
+    """
+    if config.range == "minmax":
+        return minmax_qparams(weight, spec)
+    if config.range == "search":
+        return search_qparams(weight, spec, config.norm)
+    return search_qparams(weight, spec, 2, importance)
 
 
 def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> QuantizedWeight:
@@ -146,7 +155,8 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     group_size = columns // num_groups
     group_of = factor.order // group_size  # [in], of each column in its new place
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
-    scale, zero_point = fit_grid(weight, spec, config)
+    cost = factor.upper.diagonal().square().reciprocal()
+    scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
     column_spec = spec.model_copy(update={"group_size": -1})
     work = weight[:, factor.order].contiguous()
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
@@ -154,7 +164,8 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
         stop = start + width
         if start % group_size == 0 and not config.static_groups:
             group = int(group_of[start])
-            grid = fit_grid(work[:, start : start + group_size], column_spec, config)
+            whole = slice(start, start + group_size)
+            grid = fit_grid(work[:, whole], cost[whole], column_spec, config)
             scale[:, group], zero_point[:, group] = grid[0][:, 0], grid[1][:, 0]
         block = work[:, start:stop].clone()
         errors = torch.empty_like(block)

@@ -1,0 +1,73 @@
+# Everything runs in a virtual environment of its own, .venv. The first use of a target installs what it needs.
+#
+# torch: on Linux without an NVIDIA GPU the CPU build of TORCH_VERSION is installed, from your package index when that
+# has it, else from PyTorch's own CPU index; everywhere else the ordinary build. To choose another, name it:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+CPU_ONLY := $(shell [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+.PHONY: help demo test test-slow test-gpu check fix bench clean
+
+help:
+	@echo "make demo       install, quantize the built-in model, show the report"
+	@echo "make test       install what tests need, run them"
+	@echo "make check      format, lint, types, layers, fast tests"
+	@echo "make fix        format and repair what can be repaired"
+	@echo "make test-slow  tests that take minutes or need outside software (see CONTRIBUTING.md)"
+	@echo "make test-gpu   tests that need a CUDA GPU"
+	@echo "make bench      timings; docs/benchmarks.md says what was measured"
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH),)
+	$(PIP) $(TORCH)
+else ifeq ($(CPU_ONLY),yes)
+	$(PIP) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || $(PIP) --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH_VERSION)"
+else
+	$(PIP) "torch==$(TORCH_VERSION)"
+endif
+	touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) --editable ".[test,dev]"
+	touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/qtool ptq recipes/quickstart.yaml --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_quant.py tests/test_recipe.py tests/test_recipes.py tests/test_surface.py
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python scripts/bench/table.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
