@@ -164,7 +164,7 @@ def run_blocks(
 ) -> list[float]:
     """Call ``quantize_block`` for each block in order, and carry its new outputs to the next.
 
-    ``tokens`` ``[n, t]``. Returns each block's relative output error on the first batch,
+    ``tokens`` ``[n, t]``. Returns each block's relative output error on the first window,
     ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
     """
     batches = list(tokens.to(loaded.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
@@ -176,14 +176,14 @@ def run_blocks(
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         mine = [target for target in targets if target.block == index]
         task = BlockTask(index, name, block, inputs, float_inputs, mine, {b: c[index] for b, c in calls.items()})
-        before = task.forward(inputs[0])
+        before = task.forward(inputs[0][:1])
         quantize_block(task)
         left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
         assert not left, f"the method left these as they were: {sorted(left)}"
         inputs = task.outputs or [task.forward(x) for x in inputs]
         float_inputs = task.float_outputs
         assert (float_inputs is not None) == float_stream, "a method that asks for the float stream must use stages()"
-        errors.append(float((inputs[0] - before).square().sum() / before.square().sum()))
+        errors.append(float((inputs[0][:1] - before).square().sum() / before.square().sum()))
     return errors
 
 

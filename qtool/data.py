@@ -241,7 +241,8 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
     _check_length("the window of generated text", length, loaded)
     tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)
-    allowed = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    size = min(len(tokenizer), loaded.model.config.get_text_config().vocab_size)  # either may be the larger
+    allowed = torch.tensor([i for i in range(size) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.empty(num, length, dtype=torch.int64)
     start = allowed[torch.randint(len(allowed), (num,), generator=generator)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import qtool
@@ -85,17 +86,34 @@ def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded, tmp
     assert sorted(windows.tolist()) == sorted(other.tolist())
 
 
-def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(loaded, tmp_path, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
-    from tokenizers.processors import TemplateProcessing
-
+@pytest.fixture
+def beginning(loaded):
+    """The same model with a tokenizer that begins every text with a token of its own, number 1."""
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN, bos_token="!")
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="!:0 $A", special_tokens=[("!", 1)])
-    changed = LoadedModel(loaded.model, tokenizer, "tiny", None, torch.float32)
+    return LoadedModel(loaded.model, tokenizer, "tiny", None, torch.float32)
+
+
+def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginning, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three four"}] * 8)
-    tokens = data.calibration_tokens(config(path, 1, 16), changed, seed=0)[0].tolist()
+    tokens = data.calibration_tokens(config(path, 1, 16), beginning, seed=0)[0].tolist()
     assert tokens[0] == 1
     assert tokens.count(1) > 1
-    assert tokenizer.eos_token_id not in tokens
+    assert beginning.tokenizer.eos_token_id not in tokens
+
+
+def test_joined_rows_begin_once(beginning, tmp_path, monkeypatch):
+    monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(data, "CHARACTERS_PER_BATCH", 100)
+    (tmp_path / "wikitext2").mkdir()
+    write_jsonl(tmp_path / "wikitext2/train.jsonl", [{"text": ENGLISH}] * 20)
+    tokens = data.calibration_tokens(config("wikitext2", 4, 32), beginning, seed=0)
+    assert (tokens == 1).sum() == 1
+
+
+def test_generated_text_begins_as_the_tokenizer_begins_texts(beginning, loaded):
+    assert (data.generated_tokens(beginning, 4, 8, seed=0)[:, 0] == 1).all()
+    assert len(set(data.generated_tokens(loaded, 4, 8, seed=0)[:, 0].tolist())) > 1
 
 
 def test_no_more_of_a_file_is_read_than_is_needed(loaded, tmp_path):

@@ -339,6 +339,8 @@ def test_lm_eval_leaves_no_trace(loaded, local, capfd):
 
     before = traces()
     harness.run(loaded, "boolq", None, 4, "auto", "boolq")
+    with harness._harness():
+        print("lm-eval prints now and then")
     assert traces() == before
     assert capfd.readouterr().out == ""
 

@@ -30,7 +30,7 @@ from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.errors import RunError
 from qtool.methods import Method
 from qtool.models import LoadedModel, Target
-from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
@@ -153,7 +153,7 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     rows, columns = weight.shape
     num_groups = spec.num_groups(columns)
     group_size = columns // num_groups
-    group_of = factor.order // group_size  # [in], of each column in its new place
+    group_of = (factor.order // group_size).tolist()  # of each column in its new place
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
     scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
@@ -163,7 +163,7 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     for start in range(0, columns, width):
         stop = start + width
         if start % group_size == 0 and not config.static_groups:
-            group = int(group_of[start])
+            group = group_of[start]
             whole = slice(start, start + group_size)
             grid = fit_grid(work[:, whole], cost[whole], column_spec, config)
             scale[:, group], zero_point[:, group] = grid[0][:, 0], grid[1][:, 0]
@@ -171,17 +171,16 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
         errors = torch.empty_like(block)
         upper = factor.upper[start:stop, start:stop]
         for i in range(width):
-            group = int(group_of[start + i])
-            column = block[:, i : i + 1].clone()
-            grid = scale[:, group : group + 1], zero_point[:, group : group + 1]
-            codes[:, start + i : start + i + 1] = quantize(column, *grid, column_spec)
-            rounded = dequantize(codes[:, start + i : start + i + 1], *grid, column_spec)
-            error = (column - rounded) / upper[i, i]
-            block[:, i:] -= error * upper[i, i:]
+            group = group_of[start + i]
+            s, z = scale[:, group], zero_point[:, group]
+            column = block[:, i].clone()
+            code = (column / s).add_(z).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, for one column
+            rounded = (code - z).mul_(s)
+            error = (column - rounded).div_(upper[i, i])
+            block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
             if factor.drift is not None:
-                block[:, i:] += column * factor.drift[start + i, start + i : stop]
-            errors[:, i : i + 1] = error
-            work[:, start + i : start + i + 1] = rounded
+                block[:, i + 1 :].addr_(column, factor.drift[start + i, start + i + 1 : stop])
+            codes[:, start + i], errors[:, i], work[:, start + i] = code, error, rounded
         if stop < columns:
             work[:, stop:] -= errors @ factor.upper[start:stop, stop:]
             if factor.drift is not None:

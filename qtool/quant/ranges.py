@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from qtool.config import QuantSpec
-from qtool.quant.affine import from_codes, grouped, minmax_qparams, round_to_codes, scale_and_zero_point, to_grid
+from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point
 
-SHRINKS = tuple(1 - i / 100 for i in range(1, 80))
+SHRINKS = tuple(1 - i / 50 for i in range(1, 40))
+NUMBERS_AT_ONCE = 1 << 21  # weights times candidates evaluated together
 
 
-def range_error(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, norm: float, h: Tensor) -> Tensor:
-    """``sum h |w - Q(w)|**norm`` of groups, ``[out, groups]``; ``h`` broadcasts to ``[out, groups, group_size]``."""
-    codes = round_to_codes(to_grid(weight, scale, zero_point, spec), spec)
-    error = grouped((from_codes(codes, scale, zero_point) - weight).abs_(), spec)
-    return (error.square_() if norm == 2 else error.pow_(norm)).mul_(h).sum(-1)
+def range_error(
+    groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, norm: float, importance: Tensor
+) -> Tensor:
+    """``sum h |w - Q(w)|**norm`` over the last dimension of ``groups`` ``[..., out, groups, group_size]``.
+
+    ``scale`` and ``zero_point`` ``[..., out, groups]`` may have leading dimensions of their own: candidates.
+    """
+    scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+    error = (groups / scale).add_(zero_point).round_().clamp_(spec.qmin, spec.qmax)
+    error.sub_(zero_point).mul_(scale).sub_(groups)
+    return (error.square_() if norm == 2 else error.abs_().pow_(norm)).mul_(importance).sum(-1)
 
 
 @torch.no_grad()
@@ -30,33 +37,34 @@ def search_qparams(
 
     ``importance`` ``[in]`` weighs input channels. Never worse than ``minmax_qparams`` under the same measure.
     """
-    weight = weight.float()
-    h = weight.new_ones(1) if importance is None else importance.float().view(1, spec.num_groups(weight.shape[1]), -1)
-    groups = grouped(weight, spec)
+    groups = grouped(weight.float(), spec)
+    h = groups.new_ones(1) if importance is None else importance.float().view(1, groups.shape[1], -1)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale, zero_point = minmax_qparams(weight, spec)
-    best = range_error(weight, scale, zero_point, spec, norm, h)
+    best = range_error(groups, scale, zero_point, spec, norm, h)
     best_low, best_high = low, high
+    shrinks = torch.tensor(SHRINKS, device=weight.device).view(-1, 1, 1)
 
-    def consider(candidate_low: Tensor, candidate_high: Tensor) -> None:
+    def consider(lows: Tensor, highs: Tensor) -> None:
+        """Try candidates ``[c, out, groups]``, the better ones replace what was best."""
         nonlocal scale, zero_point, best, best_low, best_high
-        candidate = scale_and_zero_point(candidate_low, candidate_high, spec)
-        error = range_error(weight, *candidate, spec, norm, h)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, candidate[0], scale), torch.where(better, candidate[1], zero_point)
-        best_low, best_high = (
-            torch.where(better, candidate_low, best_low),
-            torch.where(better, candidate_high, best_high),
-        )
+        scales, zero_points = scale_and_zero_point(lows, highs, spec)
+        errors, index = range_error(groups, scales, zero_points, spec, norm, h).min(0)
+        better, index = errors < best, index.unsqueeze(0)
+        best = torch.where(better, errors, best)
+        scale = torch.where(better, scales.gather(0, index)[0], scale)
+        zero_point = torch.where(better, zero_points.gather(0, index)[0], zero_point)
+        best_low = torch.where(better, lows.gather(0, index)[0], best_low)
+        best_high = torch.where(better, highs.gather(0, index)[0], best_high)
 
-    for shrink in SHRINKS:
-        consider(low * shrink, high * shrink)
+    def shrink(shrink_low: bool, shrink_high: bool) -> None:
+        from_low, from_high = (low if shrink_low else best_low), (high if shrink_high else best_high)
+        for some in shrinks.split(max(1, NUMBERS_AT_ONCE // weight.numel())):
+            ones = torch.ones_like(some)
+            consider(from_low * (some if shrink_low else ones), from_high * (some if shrink_high else ones))
+
+    shrink(True, True)
     if not spec.symmetric:
-        joint_low, joint_high = best_low, best_high
-        for shrink in SHRINKS:
-            consider(low * shrink, joint_high)
-        joint_low = best_low
-        for shrink in SHRINKS:
-            consider(joint_low, high * shrink)
+        shrink(True, False)
+        shrink(False, True)
     return scale, zero_point

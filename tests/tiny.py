@@ -1,0 +1,177 @@
+"""Tiny random models in real folders, with a real tokenizer, and what is needed to quantize and change them.
+
+Blocks are 64 wide, so that every width packs without a remainder and GPTQ's layout can hold them.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from qtool import checkpoint
+from qtool.config import ModelConfig, QuantConfig
+from qtool.methods import rtn
+from qtool.models import LoadedModel, load_model
+
+END = "<|endoftext|>"
+VOCABULARY = 320
+HIDDEN = 64
+CONTEXT = 128
+PROSE = (
+    "The river runs through the old town, and the mill by the bridge is still used in autumn.",
+    "Every stone of the wall was carried up the hill by hand; it took eleven years and two winters.",
+    "She wrote down what the instrument showed, then what she thought it meant, and kept the two apart.",
+    "Nobody knew who had planted the pear trees, but everyone who passed in September took one.",
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges; ends no text by itself."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(PROSE, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END, model_max_length=CONTEXT
+    )
+
+
+def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Path:
+    """Norms and biases get values of their own, so that losing one shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, bias: bool = False) -> Path:
+    """Two blocks with grouped-query attention; no weight of it is shared unless ``tied``."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _save(LlamaForCausalLM(config), folder, dtype)
+
+
+def gpt2(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Two blocks whose linears are ``Conv1D`` (the weight is stored transposed); embeddings tied."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        n_positions=CONTEXT,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _save(GPT2LMHeadModel(config), folder, dtype)
+
+
+def opt(folder: Path, *, dtype: torch.dtype = torch.float16) -> Path:
+    """Two blocks with a bias in every linear; embeddings tied."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        word_embed_proj_dim=HIDDEN,
+        init_std=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _save(OPTForCausalLM(config), folder, dtype)
+
+
+FAMILIES = {"llama": llama, "gpt2": gpt2, "opt": opt}
+
+
+def load(folder: Path) -> LoadedModel:
+    """The float model, computing in float32."""
+    return load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
+
+
+def packed(folder: Path, quant: QuantConfig) -> LoadedModel:
+    """The model of ``folder``, rounded to nearest."""
+    loaded = load(folder)
+    rtn.run(loaded, None, quant, rtn.Config(), 0)
+    return loaded
+
+
+def quantize(folder: Path, out: Path, quant: QuantConfig) -> LoadedModel:
+    """Write a native checkpoint (without manifest and model card) and return the model it was written from."""
+    loaded = packed(folder, quant)
+    with checkpoint.atomic_folder(out, overwrite=False) as partial:
+        checkpoint.save(partial, loaded)
+    return loaded
+
+
+def text(folder: Path, lines: int = 60) -> Path:
+    """A ``.txt`` file with enough text for a few windows of calibration."""
+    file = folder / "prose.txt"
+    file.write_text("\n".join(PROSE[i % len(PROSE)] for i in range(lines)) + "\n", encoding="utf-8")
+    return file
+
+
+def probe() -> Tensor:
+    """Two windows of 24 tokens."""
+    return torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Logits of ``probe()``."""
+    result: Tensor = model.eval()(probe()).logits
+    return result
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the safetensors files of ``folder``."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def change(folder: Path, **tensors: Tensor) -> None:
+    """Replace tensors in the one safetensors file of ``folder``; the names are written with ``__`` for a dot."""
+    file = folder / "model.safetensors"
+    given = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    content = load_file(file)
+    assert set(given) <= set(content), sorted(content)
+    save_file(content | given, file, metadata={"format": "pt"})
