@@ -207,14 +207,14 @@ def _count(row: TaskResult) -> str:
 
 
 def _number(value: float | None, stderr: float | None, plus_minus: str, sign: str = "") -> str:
-    """``34.07 ± 0.41``: as many decimals as the standard error deserves, two digits of it."""
+    """``34.07 ± 0.41``: two decimals, or more where the standard error deserves them."""
     if value is None:
         return ""
     if not math.isfinite(value):
         return str(value)
     if stderr is None or not math.isfinite(stderr):
         return f"{value:{sign}.4g}" if abs(value) < 1e4 else f"{value:{sign}.3e}"
-    decimals = 4 if stderr == 0 else min(6, max(0, 1 - math.floor(math.log10(stderr))))
+    decimals = 4 if stderr == 0 else min(6, max(2, 1 - math.floor(math.log10(stderr))))
     return f"{value:{sign}.{decimals}f} {plus_minus} {stderr:.{decimals}f}"
 
 

@@ -268,7 +268,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
             rows.append(row)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {tool.name: versions(tool) for tool in tools},
         "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | list)},
         "float_perplexity": apart(perplexity, model, None, wikitext, args.eval_len, args.eval_windows),
