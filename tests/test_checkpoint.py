@@ -337,6 +337,11 @@ def fill(partial: Path) -> None:
     (partial / "data").write_text("new")
 
 
+def fail(partial: Path, error: BaseException) -> None:
+    fill(partial)
+    raise error
+
+
 def test_a_folder_has_its_name_only_after_the_block_and_parents_are_made(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     with atomic_folder(path, overwrite=False) as partial:
@@ -355,8 +360,7 @@ def test_nothing_new_is_left_when_the_block_ends_badly(tmp_path: Path, error: Ba
         path.mkdir()
         (path / "config.json").write_text("{}")
     with pytest.raises(type(error)), atomic_folder(path, overwrite=there) as partial:
-        fill(partial)
-        raise error
+        fail(partial, error)
     assert [each.name for each in tmp_path.iterdir()] == (["out"] if there else [])
     assert not (path / "data").exists()
 
@@ -367,8 +371,7 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, number: int) -> None:
         pytest.raises(RunError, match=r"writing .*out failed: the disk is full; nothing was left"),
         atomic_folder(tmp_path / "out", overwrite=False) as partial,
     ):
-        fill(partial)
-        raise OSError(number, os.strerror(number), str(partial / "x"))
+        fail(partial, OSError(number, os.strerror(number), str(partial / "x")))
     assert not list(tmp_path.iterdir())
 
 

@@ -322,6 +322,7 @@ def test_a_tensor_that_is_not_there_is_refused_by_name(damaged: Path, part: str)
 
 # in a fresh Python
 
+Run = tuple[Path, subprocess.Popen[bytes]]
 LOGITS = "import torch; torch.save(model.eval()(torch.load('probe.pt')).logits.detach(), 'logits.pt')"
 SCRIPTS = {
     "without": (
@@ -341,7 +342,7 @@ SCRIPTS = {
 
 
 @pytest.fixture(scope="module")
-def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, subprocess.Popen]]]:
+def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     """Each script in a Python of its own, all at once: most of their time is spent on imports."""
     started = {}
     environment = os.environ | {
@@ -366,16 +367,14 @@ def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 @pytest.mark.parametrize("name", ["first", "last"])
-def test_qtool_may_be_imported_before_or_after_transformers(
-    name: str, fresh: dict[str, tuple[Path, subprocess.Popen]], llama: Native
-) -> None:
+def test_qtool_may_be_imported_before_or_after_transformers(name: str, fresh: dict[str, Run], llama: Native) -> None:
     folder, process = fresh[name]
     assert process.wait(120) == 0, (folder / "stderr").read_text()
     assert torch.equal(torch.load(folder / "logits.pt"), llama.logits)
 
 
 def test_without_import_qtool_transformers_stops_at_a_size_mismatch(
-    fresh: dict[str, tuple[Path, subprocess.Popen]],
+    fresh: dict[str, Run],
 ) -> None:
     folder, process = fresh["without"]
     said = (folder / "stderr").read_text()

@@ -64,13 +64,20 @@ def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, bias: bool = False) -> Path:
+def llama(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = False,
+    bias: bool = False,
+    intermediate: int = 96,
+) -> Path:
     """Two blocks with grouped-query attention; no weight of it is shared unless ``tied``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

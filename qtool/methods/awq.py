@@ -86,8 +86,28 @@ class Fold:
             weight_of(reader.linear).mul_(columns)
 
 
+Found = dict[tuple[str, ...], list[tuple[str, float, tuple[str, ...]]]]
+
+
+def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
+    """The folds of this block; blocks of one class with equal linears have equal folds, found once."""
+    local = {target.name.removeprefix(f"{task.name}."): target for target in task.targets}
+    kind = (type(task.block).__qualname__, *local)
+    if kind not in found:
+        names = {module: name for name, module in task.block.named_modules()}
+        found[kind] = [
+            (names[fold.source], fold.offset, tuple(names[reader.linear] for reader in fold.readers))
+            for fold in find_folds(task, probe)
+        ]
+    return [
+        Fold(task.block.get_submodule(source), offset, tuple(local[name] for name in readers), source not in local)
+        for source, offset, readers in found[kind]
+    ]
+
+
 def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
     """Every fold of this block that leaves its output as it is, at most one for each group of linears."""
+    before = task.forward(probe)
     targets = {target.linear for target in task.targets}
     norms = [
         module
@@ -103,7 +123,7 @@ def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
         candidates = [Fold(norm, offset, tuple(group), True) for norm in norms for offset in (0.0, 1.0)]
         candidates += [Fold(linear, 0.0, tuple(group), linear not in targets) for linear in reversed(earlier)]
         fitting = (fold for fold in candidates if _out_channels(fold.source) == channels)
-        found = next((fold for fold in fitting if _is_invariant(task, fold, channels, probe)), None)
+        found = next((fold for fold in fitting if _is_invariant(task, fold, channels, probe, before)), None)
         if found is not None:
             folds.append(found)
     return folds
@@ -114,13 +134,12 @@ def _out_channels(module: nn.Module) -> int:
     return weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]
 
 
-def _is_invariant(task: BlockTask, fold: Fold, channels: int, probe: Tensor) -> bool:
+def _is_invariant(task: BlockTask, fold: Fold, channels: int, probe: Tensor, before: Tensor) -> bool:
     """Whether scaling source and readers leaves the output of the block, where scaling the readers alone does not."""
     device = probe.device
     s = torch.exp2(torch.linspace(-1, 1, channels, device=device)[torch.randperm(channels, generator=_generator())])
     touched = [fold.source, *(reader.linear for reader in fold.readers)]
     saved = [(p, p.detach().clone()) for module in touched for p in module.parameters(recurse=False)]
-    before = task.forward(probe)
     fold.apply(s, torch.float32)
     both = float((task.forward(probe) - before).norm())
     for parameter, value in saved[len(list(fold.source.parameters(recurse=False))) :]:
@@ -199,10 +218,10 @@ def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Ten
     return scale, zero_point
 
 
-def quantize_block(task: BlockTask, config: Config, storage: torch.dtype) -> None:
+def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found: Found) -> None:
     """Fold scales, then clip and round, all on the block's float weights."""
     samples = _first_windows(task, config.search_samples)
-    for fold in find_folds(task, samples[0][:1]):
+    for fold in folds_of(task, samples[0][:1], found):
         leader = fold.readers[0].linear
         sums = torch.zeros(_out_channels(fold.source), device=samples[0].device)
         count = 0
@@ -243,7 +262,7 @@ def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
 
 def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
     """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
-    step = partial(quantize_block, config=config, storage=loaded.storage_dtype)
+    step = partial(quantize_block, config=config, storage=loaded.storage_dtype, found={})
     return {"block_error": run_blocks(loaded, tokens, loaded.targets(quant), step)}
 
 

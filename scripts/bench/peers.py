@@ -149,7 +149,8 @@ def run_child(command: list[str], log: Path) -> Cost:
     """What a command used, run to its end. RuntimeError, with the end of its log, if it failed."""
     with log.open("wb") as output:
         start = time.perf_counter()
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment())
+        # In the log's folder: GPTQModel writes logs/ wherever it is started.
+        child = subprocess.Popen(command, stdout=output, stderr=output, env=child_environment(), cwd=log.parent)
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -281,6 +282,7 @@ def main() -> None:
     tools = [] if args.no_qtool else [Tool("qtool", sys.executable)]
     for name in ("gptqmodel", "llmcompressor"):
         if python := getattr(args, f"{name}_python"):
+            python = os.path.abspath(shutil.which(python) or python)  # not resolved: a venv's is a link
             tools.append(Tool(name, python, Path(__file__).resolve().with_name(f"peer_{name}.py")))
     if not tools:
         raise SystemExit("nothing to measure: --no-qtool and no peer's interpreter")
