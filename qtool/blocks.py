@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from qtool import progress
 from qtool.models import LoadedModel, Target, packed_linears, replace_linear
@@ -37,6 +38,13 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        """The same with floating-point tensors (masks, rotary tables) in ``dtype``."""
+        args, kwargs = tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (self.args, self.kwargs)
+        )
+        return Call(args, kwargs)
 
 
 class Stage(NamedTuple):
@@ -58,6 +66,7 @@ class BlockTask:
     float_inputs: list[Tensor] | None  # the same from the float model, for methods that ask for it
     targets: list[Target]
     calls: dict[int, Call]  # by batch size, 1 among them
+    compute: torch.dtype  # of the block while it is worked on
     outputs: list[Tensor] | None = None  # set by stages(): what the quantized block makes of the inputs
     float_outputs: list[Tensor] | None = None
     _groups: list[list[Target]] = field(default_factory=list)
@@ -65,9 +74,9 @@ class BlockTask:
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[b, t, d]`` after the block as it is now."""
         call = self.calls[hidden.shape[0]]
-        out = self.block(hidden, *call.args, **call.kwargs)
+        out = self.block(hidden.to(self.compute), *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        return result.to(hidden.dtype)
 
     @property
     def groups(self) -> list[list[Target]]:
@@ -161,10 +170,12 @@ def run_blocks(
     quantize_block: Callable[[BlockTask], None],
     *,
     float_stream: bool = False,
+    compute: torch.dtype | None = None,
 ) -> list[float]:
     """Call ``quantize_block`` for each block in order, and carry its new outputs to the next.
 
-    ``tokens`` ``[n, t]``. Returns each block's relative output error on the first window,
+    ``tokens`` ``[n, t]``. The hidden states between blocks have the model's dtype; a block computes in that too, or in
+    ``compute`` for a method that changes float weights. Returns each block's relative output error on the first window,
     ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
     """
     batches = list(tokens.to(loaded.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
@@ -173,9 +184,13 @@ def run_blocks(
     inputs = [_first_hidden(loaded, batch, blocks[0][1]) for batch in batches]
     float_inputs = list(inputs) if float_stream else None
     errors = []
+    compute = compute or loaded.dtype
+    calls = {size: [call.to(compute) for call in each] for size, each in calls.items()}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         mine = [target for target in targets if target.block == index]
-        task = BlockTask(index, name, block, inputs, float_inputs, mine, {b: c[index] for b, c in calls.items()})
+        block.to(compute)
+        mine_calls = {size: each[index] for size, each in calls.items()}
+        task = BlockTask(index, name, block, inputs, float_inputs, mine, mine_calls, compute)
         before = task.forward(inputs[0][:1])
         quantize_block(task)
         left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
@@ -183,7 +198,8 @@ def run_blocks(
         inputs = task.outputs or [task.forward(x) for x in inputs]
         float_inputs = task.float_outputs
         assert (float_inputs is not None) == float_stream, "a method that asks for the float stream must use stages()"
-        errors.append(float((inputs[0][:1] - before).square().sum() / before.square().sum()))
+        block.to(loaded.dtype)
+        errors.append(float((inputs[0][:1].float() - before.float()).square().sum() / before.float().square().sum()))
     return errors
 
 

@@ -99,7 +99,8 @@ class ModelConfig(Section):
 
     path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of computation; auto: float32 on CPU, the checkpoint's own on an accelerator."
+        "auto",
+        description="Precision of computation; auto: the checkpoint's own where the device has it, else float32.",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: the first GPU when there is one.")
 

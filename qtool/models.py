@@ -292,11 +292,15 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
 
 
 def _compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:
-    """``auto`` is float32 on CPU: exact for any half-precision checkpoint, and no slower there."""
+    """``auto`` is the checkpoint's own where the device multiplies it natively, else float32, which holds it."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    return torch.float32 if device.type == "cpu" else storage
+    if device.type != "cpu":
+        return storage
+    able = torch.cpu.get_capabilities()
+    native = storage == torch.bfloat16 and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return storage if native else torch.float32
 
 
 def _check_complete(path: str, info: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
 from qtool import blocks
-from qtool.blocks import BlockTask, Stage, run_blocks
+from qtool.blocks import BlockTask, Call, Stage, run_blocks
 from qtool.config import QuantConfig
 from qtool.methods import rtn
 from qtool.models import LoadedModel, Target, packed_linears, replace_linear
@@ -350,6 +350,31 @@ def test_the_size_of_batches_does_not_matter(
         assert torch.allclose(result, results[0], rtol=1e-4, atol=1e-5 * float(results[0].abs().max()))
 
 
+def test_a_block_is_called_with_what_was_recorded_for_that_size_of_batch(llama: LoadedModel, tokens: Tensor) -> None:
+    calls = {size: Call((float(size),), {"shift": torch.tensor(size)}) for size in (1, 2, 3)}
+
+    def visit(task: BlockTask) -> None:
+        scaled = replace(task, block=lambda x, scale, shift: (x * scale + shift,), calls=calls)
+        assert [float(scaled.forward(torch.ones(size, 1, 1))[0]) for size in (3, 1, 2)] == [6.0, 2.0, 4.0]
+
+    run_blocks(llama, tokens, [], visit)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_masks_are_recorded_for_every_size_of_batch_and_every_block(tokens: Tensor) -> None:
+    masks: list[dict[int, Tensor | None]] = []
+
+    def walk(task: BlockTask) -> None:
+        masks.append({size: call.kwargs["attention_mask"] for size, call in task.calls.items()})
+
+    run_blocks(make("gemma3"), tokens, [], walk)
+    local, everything = masks
+    assert {size: mask.shape[0] for size, mask in local.items()} == {1: 1, 2: 2}
+    assert local[1][0, 0].sum(-1).tolist() == [min(position, 8) for position in range(1, 25)]
+    assert set(everything) == {1, 2}
+    assert all(mask is None or not torch.equal(mask, local[size]) for size, mask in everything.items())
+
+
 @pytest.mark.usefixtures("small_batches")
 def test_the_errors_are_relative_output_errors_on_the_first_window(llama: LoadedModel, tokens: Tensor) -> None:
     expected: list[float] = []
@@ -370,12 +395,10 @@ def test_a_method_that_leaves_a_target_is_caught(llama: LoadedModel, tokens: Ten
         run_blocks(llama, tokens, llama.targets(W2), lambda task: [task.pack(t, nearest(t)) for t in task.targets[:-1]])
 
 
-@pytest.mark.xfail(strict=True, reason="qtool.blocks: sums of squares overflow float16")
 def test_the_errors_are_numbers_in_half_precision(llama: LoadedModel, tokens: Tensor) -> None:
+    """Sums of squares of hidden states are beyond float16."""
     with torch.no_grad():
         llama.model.get_input_embeddings().weight.mul_(100)
-    exact = run_blocks(copy.deepcopy(llama), tokens, [], lambda task: None)
     llama.model.half()
     errors = run_blocks(llama, tokens, llama.targets(W2), pack_in_stages)
-    assert exact == [0.0, 0.0]
     assert all(0 < error < 1 for error in errors), errors

@@ -355,11 +355,13 @@ def test_overrides_choose_the_grid_by_name_and_later_ones_win(llama: LoadedModel
         "*.down_proj": {"num_bits": 8, "symmetric": False},
         "model.layers.1.*": {"skip": True},
         "model.layers.1.self_attn.q_proj": {"skip": False, "group_size": -1},
+        "*.k_proj": {"symmetric": False},  # says nothing about skipping
     }
     targets = llama.targets(QuantConfig(num_bits=4, group_size=16, overrides=overrides))
     labels = {target.name.removeprefix("model.layers."): target.spec.label() for target in targets}
     assert labels == {
-        **{f"0.self_attn.{part}_proj": "w4g16" for part in "qkvo"},
+        **{f"0.self_attn.{part}_proj": "w4g16" for part in "qvo"},
+        "0.self_attn.k_proj": "w4g16 asym",
         "0.mlp.gate_proj": "w2g16",
         "0.mlp.up_proj": "w2g16",
         "0.mlp.down_proj": "w8g16 asym",
@@ -454,9 +456,15 @@ def test_a_loaded_model_does_not_train_and_says_what_it_is(folder: Path) -> None
     assert (loaded.storage_dtype, loaded.dtype, loaded.max_length) == (torch.float32, torch.float32, tiny.CONTEXT)
 
 
-def test_half_precision_checkpoints_compute_in_float32_on_a_cpu(tmp_path: Path) -> None:
-    loaded = load_model(ModelConfig(path=str(tiny.llama(tmp_path / "m", dtype=torch.bfloat16)), device="cpu"))
-    assert (loaded.storage_dtype, loaded.dtype) == (torch.bfloat16, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_precision_holds_the_checkpoint_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    """``auto`` may compute in more than the checkpoint has, never in less."""
+    folder = tiny.llama(tmp_path / "m", dtype=dtype)
+    loaded = load_model(ModelConfig(path=str(folder), device="cpu"))
+    assert loaded.storage_dtype == dtype
+    assert loaded.dtype in (dtype, torch.float32)
+    for name, tensor in tiny.stored(folder).items():
+        assert torch.equal(loaded.model.get_parameter(name).float(), tensor.float()), name
 
 
 def test_fused_experts_are_refused(tmp_path: Path) -> None:

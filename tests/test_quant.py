@@ -233,6 +233,15 @@ def test_zero_is_held_exactly(spec: QuantSpec, rows: int) -> None:
     assert torch.equal(affine.dequantize(*rounded_to_nearest(weight, spec)), weight)
 
 
+def test_the_range_of_an_all_zero_group_is_taken_as_one_to_either_side() -> None:
+    """Golden: a scale of 2 / 15, as good as any, where the smallest float16 would be no use to whoever trains it."""
+    for symmetric in (True, False):
+        spec = QuantSpec(num_bits=4, group_size=4, symmetric=symmetric, scale_dtype="float32")
+        scale, zero_point = affine.minmax_qparams(torch.zeros(1, 8), spec)
+        assert scale.tolist() == [[pytest.approx(2 / 15)] * 2]
+        assert zero_point[0, 0] in ((8,) if symmetric else (7, 8))  # 7.5, but for the rounding of the scale
+
+
 @given(cases(-3, 3))
 def test_zeros_among_other_weights_stay_zero(case: Case) -> None:
     weight = case.weight.clone()

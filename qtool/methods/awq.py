@@ -263,7 +263,8 @@ def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
 def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
     """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
     step = partial(quantize_block, config=config, storage=loaded.storage_dtype, found={})
-    return {"block_error": run_blocks(loaded, tokens, loaded.targets(quant), step)}
+    # float32: scaling a half-precision weight in place would round it
+    return {"block_error": run_blocks(loaded, tokens, loaded.targets(quant), step, compute=torch.float32)}
 
 
 METHOD = Method("ptq", "activation-aware scales folded into norms, then clipping", Config, run)

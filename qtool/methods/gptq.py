@@ -40,17 +40,17 @@ class Config(MethodConfig):
     """GPTQ, with group-aware ordering."""
 
     name: Literal["gptq"] = "gptq"
-    damp: float = Field(0.01, gt=0, description="Added to the Hessian's diagonal, as a share of its mean.")
+    damp: float = Field(0.05, gt=0, description="Added to the Hessian's diagonal, as a share of its mean.")
     act_order: Literal["off", "group", "full"] = Field(
         "group", description="Order of columns: as they lie, by activation inside whole groups, or fully by activation."
     )
     static_groups: bool = Field(False, description="Fix all grids on the original weights before the first column.")
     range: Literal["minmax", "search", "weighted"] = Field(
         "weighted",
-        description="A group's range: its extremes, a search for the smallest weight error (norm), or for the smallest "
-        "error of the layer's output.",
+        description="A group's range: its extremes, a search for the smallest error of its weights, or a search that "
+        "weighs each column by what its error costs the output.",
     )
-    norm: float = Field(2.4, gt=0, description="Exponent of the weight error that the range search lowers.")
+    norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
     block_size: int = Field(128, ge=1, description="Columns corrected one by one before the rest is corrected at once.")
     gptaq: float = Field(0.0, ge=0, le=1, description="Strength a of GPTAQ's correction towards the float stream.")
 
@@ -87,7 +87,7 @@ def collect(stage: Stage, config: Config) -> Statistics:
         return Statistics(hessian.mul_(scale), None)
     drift = torch.zeros_like(hessian)
     for x, x_float in zip(stage.inputs, stage.float_inputs, strict=True):
-        drift.addmm_((x_float - x).float().T, x.float())
+        drift.addmm_((x_float.float() - x.float()).T, x.float())
     return Statistics(hessian.mul_(scale), drift.mul_(scale))
 
 
@@ -140,12 +140,43 @@ def fit_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, config: Config
     """Scale and zero point of whole groups of ``weight``; ``importance`` ``[in]`` is ``1 / U_jj**2``.
 
     The squared error of column ``j`` times ``1 / U_jj**2`` is what its rounding costs after all later corrections.
+    An exponent above 2 was better at 2 bits and no worse above: docs/benchmarks.md.
     """
     if config.range == "minmax":
         return minmax_qparams(weight, spec)
-    if config.range == "search":
-        return search_qparams(weight, spec, config.norm)
-    return search_qparams(weight, spec, 2, importance)
+    return search_qparams(weight, spec, config.norm, importance if config.range == "weighted" else None)
+
+
+class Columns(NamedTuple):
+    """Consecutive columns after rounding, each ``[rows, width]``."""
+
+    codes: Tensor
+    errors: Tensor  # (w - Q(w)) / U_ii: what the later columns have to make up for
+    rounded: Tensor
+
+
+def compensate(
+    block: Tensor, scale: Tensor, zero_point: Tensor, factor: Factor, start: int, spec: QuantSpec
+) -> Columns:
+    """Round the columns ``[rows, width]`` that begin at ``start``, each correcting those after it in the block.
+
+    ``scale`` and ``zero_point`` are ``[rows, width]``, of each column.
+    """
+    block = block.clone()
+    stop = start + block.shape[1]
+    upper = factor.upper[start:stop, start:stop]
+    result = Columns(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))
+    for i in range(block.shape[1]):
+        s, z = scale[:, i], zero_point[:, i]
+        column = block[:, i].clone()
+        code = (column / s).add_(z).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, for one column
+        rounded = (code - z).mul_(s)
+        error = (column - rounded).div_(upper[i, i])
+        block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
+        if factor.drift is not None:
+            block[:, i + 1 :].addr_(column, factor.drift[start + i, start + i + 1 : stop])
+        result.codes[:, i], result.errors[:, i], result.rounded[:, i] = code, error, rounded
+    return result
 
 
 def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> QuantizedWeight:
@@ -153,7 +184,7 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     rows, columns = weight.shape
     num_groups = spec.num_groups(columns)
     group_size = columns // num_groups
-    group_of = (factor.order // group_size).tolist()  # of each column in its new place
+    group_of = factor.order // group_size  # [in], of each column in its new place
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
     scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
@@ -163,28 +194,15 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     for start in range(0, columns, width):
         stop = start + width
         if start % group_size == 0 and not config.static_groups:
-            group = group_of[start]
-            whole = slice(start, start + group_size)
-            grid = fit_grid(work[:, whole], cost[whole], column_spec, config)
-            scale[:, group], zero_point[:, group] = grid[0][:, 0], grid[1][:, 0]
-        block = work[:, start:stop].clone()
-        errors = torch.empty_like(block)
-        upper = factor.upper[start:stop, start:stop]
-        for i in range(width):
-            group = group_of[start + i]
-            s, z = scale[:, group], zero_point[:, group]
-            column = block[:, i].clone()
-            code = (column / s).add_(z).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, for one column
-            rounded = (code - z).mul_(s)
-            error = (column - rounded).div_(upper[i, i])
-            block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-            if factor.drift is not None:
-                block[:, i + 1 :].addr_(column, factor.drift[start + i, start + i + 1 : stop])
-            codes[:, start + i], errors[:, i], work[:, start + i] = code, error, rounded
+            group, whole = group_of[start : start + 1], slice(start, start + group_size)
+            scale[:, group], zero_point[:, group] = fit_grid(work[:, whole], cost[whole], column_spec, config)
+        of = group_of[start:stop]
+        done = compensate(work[:, start:stop], scale[:, of], zero_point[:, of], factor, start, spec)
+        codes[:, start:stop], work[:, start:stop] = done.codes, done.rounded
         if stop < columns:
-            work[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+            work[:, stop:] -= done.errors @ factor.upper[start:stop, stop:]
             if factor.drift is not None:
-                work[:, stop:] += work[:, start:stop] @ factor.drift[start:stop, stop:]
+                work[:, stop:] += done.rounded @ factor.drift[start:stop, stop:]
     restored = torch.empty_like(codes)
     restored[:, factor.order] = codes
     return QuantizedWeight(restored, scale, zero_point, spec)
