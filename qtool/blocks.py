@@ -26,6 +26,7 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
 
 TOKENS_PER_BATCH = 8192
+PROBED_WINDOWS = 4  # that measure a block's error
 
 
 class _Stop(Exception):
@@ -139,18 +140,32 @@ class BlockTask:
         try:
             inputs = [run.switch(hidden) for run, hidden in zip(runs, self.inputs, strict=True)]
             float_inputs = [run.switch(hidden) for run, hidden in zip(float_runs, self.float_inputs or (), strict=True)]
+            # below, float runs see the float linears wherever they look, whatever has been packed
             for group in self.groups:
                 yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
                 del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
                 for run in runs:
                     inputs.append(run.switch())
-                for run in float_runs:
-                    float_inputs.append(run.switch())
+                with self._unpacked():
+                    for run in float_runs:
+                        float_inputs.append(run.switch())
             self.outputs = list(inputs)
             self.float_outputs = list(float_inputs) if self.float_inputs is not None else None
         finally:
             for target in self.targets:
                 del target.linear.forward
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        """The float linears back in their places, for as long as the context lasts."""
+        packed = {target: self.block.get_submodule(self._local(target.name)) for target in self.targets}
+        for target in packed:
+            replace_linear(self.block, self._local(target.name), target.linear)
+        try:
+            yield
+        finally:
+            for target, layer in packed.items():
+                replace_linear(self.block, self._local(target.name), layer)
 
     def pack(self, target: Target, weight: QuantizedWeight) -> None:
         """Put the packed layer in the place of the target."""
@@ -175,12 +190,14 @@ def run_blocks(
     """Call ``quantize_block`` for each block in order, and carry its new outputs to the next.
 
     ``tokens`` ``[n, t]``. The hidden states between blocks have the model's dtype; a block computes in that too, or in
-    ``compute`` for a method that changes float weights. Returns each block's relative output error on the first window,
-    ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
+    ``compute`` for a method that changes float weights. Returns each block's relative output error on the
+    first windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
     """
     batches = list(tokens.to(loaded.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
     blocks = loaded.blocks()
-    calls = _record_calls(loaded, {1: tokens[:1].to(loaded.device)} | {b.shape[0]: b for b in batches}, blocks)
+    num_probed = min(PROBED_WINDOWS, batches[0].shape[0])
+    sizes = {n: batches[0][:n] for n in (1, num_probed)} | {batch.shape[0]: batch for batch in batches}
+    calls = _record_calls(loaded, sizes, blocks)
     inputs = [_first_hidden(loaded, batch, blocks[0][1]) for batch in batches]
     float_inputs = list(inputs) if float_stream else None
     errors = []
@@ -188,19 +205,38 @@ def run_blocks(
     calls = {size: [call.to(compute) for call in each] for size, each in calls.items()}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         mine = [target for target in targets if target.block == index]
-        block.to(compute)
+        names = _cast(block, None, loaded.dtype, compute)
         mine_calls = {size: each[index] for size, each in calls.items()}
         task = BlockTask(index, name, block, inputs, float_inputs, mine, mine_calls, compute)
-        before = task.forward(inputs[0][:1])
+        before = task.forward(inputs[0][:num_probed])
         quantize_block(task)
         left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
         assert not left, f"the method left these as they were: {sorted(left)}"
         inputs = task.outputs or [task.forward(x) for x in inputs]
         float_inputs = task.float_outputs
         assert (float_inputs is not None) == float_stream, "a method that asks for the float stream must use stages()"
-        block.to(loaded.dtype)
-        errors.append(float((inputs[0][:1].float() - before.float()).square().sum() / before.float().square().sum()))
+        _cast(block, names, compute, loaded.dtype)
+        errors.append(_relative_error(inputs[0][: before.shape[0]], before))
     return errors
+
+
+def _cast(block: nn.Module, names: set[str] | None, old: torch.dtype, new: torch.dtype) -> set[str]:
+    """Bring the tensors of ``block`` that are ``old`` (and in ``names``, when given) to ``new``; returns their names.
+
+    What has another dtype keeps it: tables and norms that an architecture holds in float32.
+    """
+    if old == new:
+        return set()
+    found = set()
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if tensor.dtype == old and (names is None or name in names):
+            tensor.data = tensor.data.to(new)
+            found.add(name)
+    return found
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).square().sum() / expected.float().square().sum())
 
 
 @contextmanager

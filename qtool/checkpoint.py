@@ -87,7 +87,7 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def stored_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name, on CPU; tied ones once; what stays float in its stored dtype."""
+    """Every tensor of the checkpoint by name, on CPU; tied ones once; what stays float in its file's dtype."""
     packed = {f"{name}.{part}" for name in packed_linears(loaded.model) for part in PARTS}
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -97,9 +97,9 @@ def stored_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
             continue  # tied: transformers ties it again when it loads
         seen.add(key)
         if name not in packed and tensor.is_floating_point():
-            stored = tensor.to(loaded.storage_dtype)
-            assert torch.equal(stored.to(tensor.dtype), tensor), f"{name} is not held exactly by {loaded.storage_dtype}"
-            tensor = stored
+            stored = tensor.to(loaded.file_dtypes.get(name, loaded.storage_dtype))
+            if torch.equal(stored.to(tensor.dtype), tensor):  # else a method made a value that needs more
+                tensor = stored
         tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
 
@@ -216,7 +216,7 @@ class Planned(Source):
 
     def __init__(self, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> None:
         """Describe what ``loaded`` becomes with these grids."""
-        self.folder = Path(loaded.folder or loaded.path)
+        self.folder = loaded.folder
         self.config = {"dtype": str(loaded.storage_dtype).removeprefix("torch.")}
         self.specs = specs
         self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}

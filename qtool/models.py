@@ -6,6 +6,7 @@ parameters, the linears are every ``nn.Linear`` or ``Conv1D`` inside. Nothing is
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from qtool import progress
 from qtool.config import ModelConfig, QuantConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.quant.affine import check_weight
@@ -27,6 +30,8 @@ from qtool.quant.linear import PackedLinear
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -51,9 +56,14 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    path: str
-    folder: Path | None
-    storage_dtype: torch.dtype
+    path: str  # as the recipe gives it
+    folder: Path  # where its files are
+    file_dtypes: dict[str, torch.dtype]  # of each floating-point tensor in the files
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The dtype that most tensors are stored in."""
+        return Counter(self.file_dtypes.values()).most_common(1)[0][0]
 
     @property
     def device(self) -> torch.device:
@@ -187,11 +197,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def resolve(path: str) -> Path | None:
-    """The local folder that ``path`` names, or ``None`` when it is a name on the hub.
+def resolve(path: str) -> Path:
+    """The local folder of a model; one that is named as on the hub is fetched into the hub's cache.
 
     Raises:
-        InputError: a built-in that does not exist, or a path that is neither a folder nor a possible hub name.
+        InputError: there is no such built-in, folder or model, or the hub cannot be reached.
     """
     if path.startswith("builtin:"):
         folder = BUILTIN / path.removeprefix("builtin:")
@@ -206,7 +216,16 @@ def resolve(path: str) -> Path | None:
         raise InputError(f"model.path: {path} is a file; a folder with config.json and safetensors is needed")
     if path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
         raise InputError(f"model.path: there is no folder {path}")
-    return None
+    try:
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises many kinds: no such model, no permission, no network
+        raise InputError(
+            f"model.path: there is no folder {path}, and it cannot be had from the hub either: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -223,8 +242,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_files(folder: Path) -> None:
-    """Refuse pickled weights and safetensors files that cannot be read to the end, before anything is loaded."""
+def check_files(folder: Path) -> dict[str, torch.dtype]:
+    """Refuse pickled weights and safetensors files that cannot be read to the end, before anything is loaded.
+
+    Returns the dtype of every floating-point tensor by its name in the files.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
@@ -234,61 +256,83 @@ def check_files(folder: Path) -> None:
                 "convert them to safetensors first"
             )
         raise InputError(f"{folder} has no *.safetensors file")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(listed - {file.name for file in files})
-        if missing:
-            raise InputError(f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing)")
+    _check_index(folder / "model.safetensors.index.json", {file.name for file in files})
+    dtypes: dict[str, torch.dtype] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
-                reader.keys()
+                for name in reader.keys():  # noqa: SIM118  (not a dict)
+                    dtype = FLOATS.get(reader.get_slice(name).get_dtype())
+                    if dtype is not None:
+                        dtypes[name] = dtype
         except SafetensorError as error:
             raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
+    return dtypes
+
+
+def _check_index(index: Path, files: set[str]) -> None:
+    if not index.exists():
+        return
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is not an index of shards ({error!r}); copy or download it again") from None
+    if missing := sorted(listed - files):
+        raise InputError(f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing)")
 
 
 def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
     """Load a model for quantization, or, with ``quantized``, any folder for evaluation.
 
     Raises:
-        InputError: missing, damaged, pickled, incomplete, already quantized or needing code from the checkpoint.
+        InputError: missing, damaged, pickled, incomplete, already quantized, with values that are not finite, or
+            needing code from the checkpoint.
     """
     device = choose_device(config.device)
     folder = resolve(config.path)
-    if folder is not None:
-        raw = read_config(folder)
-        if not quantized and "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
-        if "auto_map" in raw:
-            raise InputError(f"{config.path} needs code from its own folder (auto_map); qtool never runs such code")
-        check_files(folder)
-    source = str(folder or config.path)
+    raw = read_config(folder)
+    if not quantized and raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
+    if "auto_map" in raw:
+        raise InputError(f"{config.path} needs code from its own folder (auto_map); qtool never runs such code")
+    file_dtypes = check_files(folder)
+    if not file_dtypes:
+        raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
-        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         experts = [key for key in EXPERT_COUNTS if getattr(model_config.get_text_config(), key, None)]
         if experts and not quantized:
             raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
-        storage = model_config.dtype or torch.float32
-        dtype = _compute_dtype(config.dtype, storage, device)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        storage = Counter(file_dtypes.values()).most_common(1)[0][0]
         loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
-            source,
-            dtype=dtype,
+            folder,
+            dtype=_compute_dtype(config.dtype, storage, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
         model, info = loading
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "" if folder else " (no local folder has this name, so it was looked up on the hub)"
-        raise InputError(f"{config.path} cannot be loaded{where}: {first}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever transformers finds wrong with a folder, the folder is what is wrong
+        raise InputError(f"{config.path} cannot be loaded: {_first_line(error)}") from error
     _check_complete(config.path, info)
+    if not quantized:
+        _check_finite(model)
     model.eval().requires_grad_(False)
-    return LoadedModel(model.to(device), tokenizer, config.path, folder, storage)
+    return LoadedModel(model.to(device), tokenizer, config.path, folder, file_dtypes)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            found = int((~torch.isfinite(parameter)).sum())
+            raise InputError(
+                f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
+            )
 
 
 def _compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:
@@ -304,7 +348,7 @@ def _compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> tor
 
 
 def _check_complete(path: str, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers; we refuse."""
+    """transformers fills what is missing with random numbers and drops what it does not know; we say so."""
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise InputError(
@@ -313,3 +357,6 @@ def _check_complete(path: str, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{path} lacks {len(missing)} tensor(s) that its config asks for, the first is {missing[0]}")
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        progress.note(f"{path}: {len(unused)} tensor(s) in the files are not used by its config, e.g. {unused[0]}")

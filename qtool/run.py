@@ -129,7 +129,7 @@ def evaluate(
     clock = _Clock()
     evaluation.check_tasks(config)
     folder = resolve(target)
-    source = Source(folder) if folder is not None and (folder / MANIFEST).exists() else None
+    source = Source(folder) if (folder / MANIFEST).exists() else None
     origin = float_model or (source.manifest["recipe"]["model"]["path"] if source is not None else None)
     with clock.phase("load", f"loading {target}"):
         loaded = load_exported(model) or load_model(model, quantized=True)
@@ -146,11 +146,11 @@ def evaluate(
             "bits_per_weight": checkpoint.bits_per_weight(source.specs, shapes),
             "quantized_bytes": source.num_bytes(),
         }
-    elif origin is not None and folder is not None:
+    elif origin is not None:
         described = {"quantized": target, "quantized_bytes": checkpoint.folder_bytes(folder)}
     report = Report(
         model=origin or target,
-        float_bytes=checkpoint.folder_bytes(reference.folder) if reference and reference.folder else None,
+        float_bytes=checkpoint.folder_bytes(reference.folder) if reference else None,
         seconds=clock.seconds,
         results=tuple(results),
         dtype=_name(loaded.dtype),

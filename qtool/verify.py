@@ -60,8 +60,8 @@ READABLE = {"gptq": "gptq", "compressed-tensors": "compressed-tensors"}  # quant
 def load_exported(config: ModelConfig) -> LoadedModel | None:
     """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
     folder = resolve(config.path)
-    section = read_config(folder).get("quantization_config") if folder is not None else None
-    if folder is None or section is None or section.get("quant_method") not in READABLE:
+    section = read_config(folder).get("quantization_config")
+    if not section or section.get("quant_method") not in READABLE:
         return None
     check_files(folder)
     exporter = formats.get(READABLE[section["quant_method"]])

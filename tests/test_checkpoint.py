@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import resource
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,17 +61,6 @@ def copied(folder: Path, to: Path) -> Path:
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     return to
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: what a full disk or a quota does to a writer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -385,7 +372,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_and_keeps_what_was_there(
     before = sorted(file.name for file in tmp_path.rglob("*"))
     with (
         pytest.raises(RunError, match=r"writing .*out failed: .*; nothing was left"),
-        files_up_to(20_000),
+        tiny.files_up_to(20_000),
         atomic_folder(tmp_path / "out", overwrite=there) as partial,
     ):
         checkpoint.save(partial, loaded)

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -322,62 +322,70 @@ def test_a_tensor_that_is_not_there_is_refused_by_name(damaged: Path, part: str)
 
 # in a fresh Python
 
-Run = tuple[Path, subprocess.Popen[bytes]]
-LOGITS = "import torch; torch.save(model.eval()(torch.load('probe.pt')).logits.detach(), 'logits.pt')"
+HEAVY = "torch, torch._dynamo, torch.distributed.tensor, scipy.optimize, accelerate, transformers"
+LOAD = "model = LlamaForCausalLM.from_pretrained('native', dtype='float32')"
+LOGITS = "torch.save(model.eval()(torch.load('probe.pt')).logits.detach(), '{}.pt')"
 SCRIPTS = {
-    "without": (
-        "import sys; from transformers import LlamaForCausalLM; assert 'qtool' not in sys.modules;"
-        "LlamaForCausalLM.from_pretrained('native')"
-    ),
-    "first": (
-        "import sys, qtool; assert not {'torch', 'transformers'} & set(sys.modules);"
-        "from transformers import LlamaForCausalLM;"
-        f"model = LlamaForCausalLM.from_pretrained('native', dtype='float32'); {LOGITS}"
-    ),
-    "last": (
-        "from transformers import LlamaForCausalLM; import qtool;"
-        f"model = LlamaForCausalLM.from_pretrained('native', dtype='float32'); {LOGITS}"
-    ),
+    "without": f"from transformers import LlamaForCausalLM; assert 'qtool' not in sys.modules; {LOAD}",
+    "first": f"import qtool; from transformers import LlamaForCausalLM; {LOAD}; {LOGITS.format('first')}",
+    "last": f"from transformers import LlamaForCausalLM; import qtool; {LOAD}; {LOGITS.format('last')}",
 }
+FORKS = f"""
+import os, sys, traceback, {HEAVY}
+assert not [name for name in sys.modules if name == 'transformers.modeling_utils' or name.startswith('qtool')]
+children = {{}}
+for name, script in {SCRIPTS!r}.items():
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(name + '.err', os.O_WRONLY | os.O_CREAT), 2)
+        try:
+            exec(script)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        sys.stderr.flush()
+        os._exit(0)
+    children[name] = child
+for name, child in children.items():
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+Fresh = tuple[Path, dict[str, int]]
 
 
 @pytest.fixture(scope="module")
-def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """Each script in a Python of its own, all at once: most of their time is spent on imports."""
-    started = {}
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TQDM_DISABLE": "1",
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(Path(qtool.__file__).parents[1]), os.environ.get("PYTHONPATH")])
-        ),
-    }
-    for name, script in SCRIPTS.items():
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "native").symlink_to(llama.folder)
-        torch.save(tiny.probe(), folder / "probe.pt")
-        with (folder / "stderr").open("w") as stderr:
-            command = [sys.executable, "-c", script]
-            started[name] = folder, subprocess.Popen(command, cwd=folder, env=environment, stderr=stderr)
-    yield started
-    for _, process in started.values():
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
+    """Exit codes of the scripts, each in a Python that has loaded neither qtool nor the models of transformers.
+
+    They are forked from one that has the slow imports behind it, which are none of the question.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    (folder / "native").symlink_to(llama.folder)
+    torch.save(tiny.probe(), folder / "probe.pt")
+    path = [str(Path(qtool.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return folder, {name: int(code) for name, code in (line.split() for line in done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("name", ["first", "last"])
-def test_qtool_may_be_imported_before_or_after_transformers(name: str, fresh: dict[str, Run], llama: Native) -> None:
-    folder, process = fresh[name]
-    assert process.wait(120) == 0, (folder / "stderr").read_text()
-    assert torch.equal(torch.load(folder / "logits.pt"), llama.logits)
+def test_qtool_may_be_imported_before_or_after_transformers(name: str, fresh: Fresh, llama: Native) -> None:
+    folder, codes = fresh
+    assert codes[name] == 0, (folder / f"{name}.err").read_text()
+    assert torch.equal(torch.load(folder / f"{name}.pt"), llama.logits)
 
 
-def test_without_import_qtool_transformers_stops_at_a_size_mismatch(
-    fresh: dict[str, Run],
-) -> None:
-    folder, process = fresh["without"]
-    said = (folder / "stderr").read_text()
-    assert process.wait(120) != 0, "a random model was given"
-    assert "size mismatch" in said.lower() or "mismatched" in said.lower(), said
-    assert "torch.Size([1])" in said or "[1]" in said, said
+def test_importing_qtool_imports_neither_torch_nor_transformers() -> None:
+    script = "import sys, qtool; print(*{'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_without_import_qtool_transformers_stops_at_a_size_mismatch(fresh: Fresh) -> None:
+    folder, codes = fresh
+    said = (folder / "without.err").read_text()
+    assert codes["without"] != 0, "a random model was given"
+    assert "mismatch" in said.lower()
+    assert "torch.Size([1])" in said  # the marker, where a weight was expected

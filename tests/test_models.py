@@ -503,10 +503,10 @@ def test_a_missing_folder_is_refused(path: str) -> None:
 
 def test_a_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(source: str, **_: object) -> None:
-        raise OSError(f"{source} is not a local folder and is not a valid model identifier\nmore lines\nof advice")
+        raise OSError(f"{source} is not a valid model identifier\nmore lines\nof advice")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
-    text = refuse("someone/nothing", r"no local folder has this name, so it was looked up on the hub")
+    monkeypatch.setattr(models, "snapshot_download", fail)
+    text = refuse("someone/nothing", r"there is no folder someone/nothing, and it cannot be had from the hub either")
     assert text.endswith("not a valid model identifier")
 
 
@@ -582,40 +582,32 @@ def test_a_missing_tensor_is_refused(folder: Path) -> None:
 def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: float) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
     change_tensors(folder, lambda tensors: tensors[name].view(-1)[5:8].fill_(value))
-    loaded = tiny.load(folder)
-    with pytest.raises(InputError, match=r"1\.self_attn\.v_proj\.weight holds 3 NaN or infinite value\(s\)"):
-        loaded.targets(W4)
+    refuse(folder, r"1\.self_attn\.v_proj\.weight holds 3 NaN or infinite value\(s\)")
 
 
-@pytest.mark.xfail(strict=True, reason="qtool.models: only targets are checked; rtn and awq ship such a model")
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_tensors_beside_the_targets_that_are_not_finite_are_refused_by_name(folder: Path, name: str) -> None:
     change_tensors(folder, lambda tensors: tensors[name].view(-1)[5:8].fill_(float("nan")))
-    with pytest.raises(InputError, match=name):
-        tiny.load(folder).targets(W4)
+    refuse(folder, name)
 
 
-@pytest.mark.xfail(strict=True, reason="qtool.models: no handling of these; a person sees a traceback")
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_an_index_that_cannot_be_read_is_refused(folder: Path, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
     refuse(folder, r"model\.safetensors\.index\.json")
 
 
-@pytest.mark.xfail(strict=True, reason="qtool.models: transformers' own validation errors are no ValueError")
 @pytest.mark.parametrize("changes", [{"hidden_size": 65}, {"hidden_size": "wide"}], ids=str)
 def test_a_config_that_transformers_refuses_is_refused(folder: Path, changes: dict[str, object]) -> None:
     change_config(folder, **changes)
     refuse(folder, "cannot be loaded: ")
 
 
-@pytest.mark.xfail(strict=True, reason="qtool.models: None has no get()")
 def test_a_quantization_config_of_null_is_none(folder: Path) -> None:
     change_config(folder, quantization_config=None)
     tiny.load(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="qtool.models: storage_dtype is the config's word; checkpoint.save then asserts")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
     folder: Path, tmp_path: Path, dtype: str

@@ -3,6 +3,9 @@
 Blocks are 64 wide, so that every width packs without a remainder and GPTQ's layout can hold them.
 """
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,14 +74,15 @@ def llama(
     tied: bool = False,
     bias: bool = False,
     intermediate: int = 96,
+    blocks: int = 2,
 ) -> Path:
-    """Two blocks with grouped-query attention; no weight of it is shared unless ``tied``."""
+    """Grouped-query attention; no weight is shared unless ``tied``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=intermediate,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
@@ -182,3 +186,14 @@ def change(folder: Path, **tensors: Tensor) -> None:
     content = load_file(file)
     assert set(given) <= set(content), sorted(content)
     save_file(content | given, file, metadata={"format": "pt"})
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: what a full disk or a quota does to a writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -43,7 +43,7 @@ from qtool.quant.affine import (
 )
 
 NOT_CLIPPED = ("*q_proj", "*k_proj", "*query*", "*qkv*", "*Wqkv", "*c_attn")  # their product passes through softmax
-INVARIANT = 0.01  # of the change that the readers' half of a fold makes alone
+INVARIANT = 0.01  # of the change that the source's half of a fold makes alone
 
 
 class Config(MethodConfig):
@@ -51,7 +51,7 @@ class Config(MethodConfig):
 
     name: Literal["awq"] = "awq"
     num_ratios: int = Field(20, ge=1, description="Ratios tried: 0, 1/n, ... (n - 1)/n; 1 scales nothing.")
-    search_samples: int = Field(16, ge=1, description="Calibration windows that judge a ratio.")
+    search_samples: int = Field(16, ge=1, description="Calibration windows that scales and clipping are judged on.")
     clip: bool = Field(True, description="Search for a smaller range of each group after scaling.")
     clip_steps: int = Field(10, ge=1, description="Ranges tried: 1, 0.95, 0.9, ... of the largest weight of a group.")
 
@@ -92,7 +92,7 @@ Found = dict[tuple[str, ...], list[tuple[str, float, tuple[str, ...]]]]
 def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
     """The folds of this block; blocks of one class with equal linears have equal folds, found once."""
     local = {target.name.removeprefix(f"{task.name}."): target for target in task.targets}
-    kind = (type(task.block).__qualname__, *local)
+    kind = (type(task.block).__qualname__, *(f"{name} {tuple(t.weight.shape)}" for name, t in local.items()))
     if kind not in found:
         names = {module: name for name, module in task.block.named_modules()}
         found[kind] = [
@@ -135,7 +135,7 @@ def _out_channels(module: nn.Module) -> int:
 
 
 def _is_invariant(task: BlockTask, fold: Fold, channels: int, probe: Tensor, before: Tensor) -> bool:
-    """Whether scaling source and readers leaves the output of the block, where scaling the readers alone does not."""
+    """Whether scaling source and readers leaves the output of the block, where scaling the source alone does not."""
     device = probe.device
     s = torch.exp2(torch.linspace(-1, 1, channels, device=device)[torch.randperm(channels, generator=_generator())])
     touched = [fold.source, *(reader.linear for reader in fold.readers)]

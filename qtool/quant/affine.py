@@ -47,16 +47,16 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     """Grid that covers ``[low, high]`` per group, each ``[out, groups]``, with ``low <= 0 <= high``.
 
     Asymmetric: ``scale = (high - low) / qmax``, ``zero_point = round(-low / scale)`` inside ``0 .. qmax``.
-    Symmetric: ``scale = 2 max(-low, high) / qmax``, ``zero_point = 2**(num_bits - 1)``.
+    Symmetric: ``scale = max(-low, high) * 2 / qmax``, ``zero_point = 2**(num_bits - 1)``.
     An empty range (an all-zero group) is taken as ``[-1, 1]``, so that zero is held exactly.
     """
     empty = (low == 0) & (high == 0)
     low = torch.where(empty, -1.0, low.float())
     high = torch.where(empty, 1.0, high.float())
     if spec.symmetric:
-        scale = stored_scale(2 * torch.maximum(-low, high) / spec.qmax, spec)
+        scale = stored_scale(torch.maximum(-low, high) * (2 / spec.qmax), spec)
         return scale, torch.full_like(scale, spec.middle)
-    scale = stored_scale((high - low) / spec.qmax, spec)
+    scale = stored_scale(high / spec.qmax - low / spec.qmax, spec)  # divided first: no overflow
     return scale, torch.round(-low / scale).clamp(0, spec.qmax)
 
 
