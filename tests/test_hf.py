@@ -1,6 +1,6 @@
 """After ``import qtool``, transformers loads a native folder bit for bit, and keeps its weights packed.
 
-The same file is run with the oldest transformers that pyproject.toml allows; see CONTRIBUTING.md.
+Run this file also with the oldest transformers that pyproject.toml allows, in an environment of its own.
 """
 
 import copy
