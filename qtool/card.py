@@ -16,7 +16,7 @@ LOADING = {
 
 
 def _header(base: str) -> list[str]:
-    is_hub_name = not base.startswith((".", "/", "~", "builtin:"))
+    is_hub_name = not base.startswith((".", "/", "~", "builtin:")) and not Path(base).exists()
     return [
         "---",
         *([f"base_model: {base}"] if is_hub_name else []),

@@ -12,7 +12,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtool.config import QuantSpec
+from qtool.config import PARTS, SCALE_BITS, QuantSpec
 from qtool.errors import InputError, RunError
 from qtool.layout import describe, specs_of
 from qtool.models import LoadedModel, packed_linears, read_config
@@ -33,49 +34,79 @@ from qtool.quant.linear import PackedLinear
 
 MANIFEST = "qtool.json"
 MAX_SHARD_SIZE = "4GB"
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
     """A folder ``<path>.partial`` to write into, renamed to ``path`` when the block ends well, removed when not.
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is not set, or its parent cannot be written.
+        InputError: ``path`` exists and ``overwrite`` is not set, its parent cannot be written, or it holds ``source``.
         RunError: the disk is full.
     """
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; choose another folder, or pass --overwrite to replace it")
-    if path.exists() and not (path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir()))):
-        raise InputError(f"{path} exists and is not a model folder; --overwrite replaces only those")
+    check_folder(path, overwrite=overwrite, source=source)
     partial = path.with_name(f"{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+    replaced = None
     try:
         yield partial
         if path.exists():
-            old = path.with_name(f"{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
+            replaced = _swap(path, partial)
         else:
             partial.rename(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = "No space left" in str(error) or getattr(error, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        )
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = "No space left" in str(error) or getattr(error, "errno", None) in codes
         reason = "the disk is full" if full else str(error)
-        raise RunError(f"writing {path} failed: {reason}; nothing was left under that name") from error
+        left = "the old folder is as it was" if path.exists() else "nothing was left under that name"
+        raise RunError(f"writing {path} failed: {reason}; {left}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_folder(path: Path, *, overwrite: bool, source: Path | None) -> None:
+    """Whether ``path`` may be written or replaced.
+
+    Raises:
+        InputError: it may not.
+    """
+    if not path.name:
+        raise InputError(f"{path} cannot be the output folder; give it a name")
+    if source is not None:
+        here, there = path.resolve(), source.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise InputError(f"{path} is, holds or lies in {source}, which is read; choose another folder")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise InputError(f"{path} cannot be written: {above} is a file")
+    if not path.exists():
+        return
+    if not path.is_dir() or not ((path / "config.json").exists() or not any(path.iterdir())):
+        raise InputError(f"{path} exists and is not a model folder, so it will not be replaced; choose another folder")
+    if not overwrite:
+        raise InputError(f"{path} exists; choose another folder, or pass --overwrite to replace it")
+
+
+def _swap(path: Path, partial: Path) -> Path:
+    """Put ``partial`` in the place of ``path``; returns where the old folder went, to be removed."""
+    path = path.resolve()  # through a link: the folder is replaced, the link stays
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(aside / path.name)
+    try:
+        partial.rename(path)
+    except OSError:
+        (aside / path.name).rename(path)
+        aside.rmdir()
+        raise
+    return aside
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -91,14 +122,18 @@ def stored_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
     packed = {f"{name}.{part}" for name in packed_linears(loaded.model) for part in PARTS}
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
+    originals = Files(loaded.folder)
     for name, tensor in loaded.model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
         if key in seen:
             continue  # tied: transformers ties it again when it loads
         seen.add(key)
         if name not in packed and tensor.is_floating_point():
-            stored = tensor.to(loaded.file_dtypes.get(name, loaded.storage_dtype))
-            if torch.equal(stored.to(tensor.dtype), tensor):  # else a method made a value that needs more
+            # the file's own tensor, unless a method changed it; the model may compute in less than the file holds
+            stored = originals.tensor(name) if name in originals.names else tensor.to(loaded.storage_dtype)
+            if not torch.equal(stored.to(tensor), tensor):
+                stored = tensor.to(stored.dtype)
+            if torch.equal(stored.to(tensor), tensor):  # else the changed value needs more
                 tensor = stored
         tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
@@ -148,6 +183,30 @@ def save(folder: Path, loaded: LoadedModel) -> None:
             raise RunError(f"{name} read back from {folder} differs from what was written; the disk may be failing")
 
 
+class Files:
+    """The tensors of a folder's safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file; only headers are read."""
+        self._readers: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                reader = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise InputError(f"{file} is truncated or damaged ({error})") from None
+            self._readers |= dict.fromkeys(reader.keys(), reader)  # type: ignore[no-untyped-call]
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor."""
+        return self._readers.keys()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        tensor: Tensor = self._readers[name].get_tensor(name)
+        return tensor
+
+
 class Source:
     """A native checkpoint, read tensor by tensor: where exporters and verification start. No model is built."""
 
@@ -163,28 +222,27 @@ class Source:
             raise InputError(f"{folder}: {error}") from None
 
     @cached_property
-    def _files(self) -> dict[str, Any]:
-        files: dict[str, Any] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            try:
-                reader = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise InputError(f"{file} is truncated or damaged ({error})") from None
-            files |= dict.fromkeys(reader.keys(), reader)  # type: ignore[no-untyped-call]
-        return files
+    def _files(self) -> Files:
+        return Files(self.folder)
 
     @property
     def manifest(self) -> dict[str, Any]:
         """``qtool.json``, empty when the folder was written by ``save_pretrained``."""
         file = self.folder / MANIFEST
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not file.exists():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            _ = found["recipe"]["model"]["path"], found["recipe"]["method"]["name"], found["label"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is damaged ({error!r}); remove it to use the folder without it") from None
+        return dict(found)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
-        if name not in self._files:
+        if name not in self._files.names:
             raise InputError(f"{self.folder} lacks the tensor {name}; the checkpoint is incomplete")
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return self._files.tensor(name)
 
     def quantized(self, name: str) -> QuantizedWeight:
         """Codes, scale and zero point of the linear ``name``."""
@@ -204,7 +262,7 @@ class Source:
     def float_names(self) -> list[str]:
         """Tensors that are not part of a quantized weight, biases of quantized linears included."""
         packed = {f"{name}.{part}" for name in self.specs for part in PARTS}
-        return [name for name in self._files if name not in packed]
+        return [name for name in self._files.names if name not in packed]
 
     def num_bytes(self) -> int:
         """Size of the safetensors files."""
@@ -220,7 +278,11 @@ class Planned(Source):
         self.config = {"dtype": str(loaded.storage_dtype).removeprefix("torch.")}
         self.specs = specs
         self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}
-        self._tensors |= {f"{name}.weight_scale": torch.ones(1) for name in specs}
+        # not known yet: a value that needs every bit of its dtype stands for all scales
+        worst = {dtype: 1 + torch.finfo(getattr(torch, dtype)).eps for dtype in SCALE_BITS}
+        self._tensors |= {
+            f"{name}.weight_scale": torch.tensor([worst[spec.scale_dtype]]) for name, spec in specs.items()
+        }
         quantized = {f"{name}.weight" for name in specs}
         self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
 

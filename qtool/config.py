@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 FORMAT_VERSION = 1  # of the native checkpoint
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a packed linear
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
@@ -131,7 +132,9 @@ class EvalConfig(Section):
         default_factory=dict, description="Examples in the prompt, for all tasks or by task; unset: the task's own."
     )
     limit: int | None = Field(None, ge=1, description="Evaluate only the first N windows or examples of a task.")
-    batch_size: int | Literal["auto"] = Field("auto", description="Windows or requests in one forward pass.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Windows or requests in one forward pass."
+    )
     context: int = Field(2048, ge=2, description="Perplexity window in tokens; the model's maximum when that is less.")
 
 

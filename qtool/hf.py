@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qtool.errors import InputError
 from qtool.layout import specs_of
 from qtool.quant.linear import PackedLinear
 
@@ -43,14 +44,31 @@ class QtoolQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(self.quantization_config, QtoolConfig)
-        for name, spec in self.quantization_config.specs.items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear.weight, nn.Parameter)
+        linears = dict(model.named_modules())
+        # AutoModel has no head, and its names lack the prefix of the body
+        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+        for full_name, spec in self.quantization_config.specs.items():
+            name = full_name.removeprefix(prefix)
+            linear = linears.get(name)
+            if (
+                linear is None
+                or not isinstance(getattr(linear, "weight", None), nn.Parameter)
+                or linear.weight.dim() != 2
+            ):
+                raise InputError(f"quantization_config lists {full_name}, which is no linear of {type(model).__name__}")
             shape = linear.weight.shape
             out_features, in_features = shape if isinstance(linear, nn.Linear) else shape[::-1]  # Conv1D: transposed
             bias = linear.bias.dtype if isinstance(linear.bias, nn.Parameter) else None
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(in_features, out_features, spec, bias))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Refuse tensors that do not fit their grid: older transformers do not compare shapes under a quantizer."""
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                _check_loaded(name, module)
+            elif isinstance(module, nn.Linear) and module.weight.dim() != 2:
+                raise InputError(f"{name} is packed in the files, and quantization_config does not list it")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """``save_pretrained`` writes the packed tensors back."""
@@ -60,3 +78,18 @@ class QtoolQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed codes do not train."""
         return False
+
+
+def _check_loaded(name: str, layer: PackedLinear) -> None:
+    with torch.device("meta"):
+        expected = PackedLinear(layer.in_features, layer.out_features, layer.spec)
+    for part, buffer in expected.named_buffers():
+        found = layer.get_buffer(part)
+        if found.shape != buffer.shape or found.dtype != buffer.dtype:
+            raise InputError(
+                f"{name}.{part} is {found.dtype} {list(found.shape)}; its grid {layer.spec.label()} asks for "
+                f"{buffer.dtype} {list(buffer.shape)}"
+            )
+    shape = [layer.out_features, layer.in_features]
+    if layer.weight_shape.device.type != "meta" and layer.weight_shape.tolist() != shape:
+        raise InputError(f"{name}.weight_shape is {layer.weight_shape.tolist()}; the model's config asks for {shape}")

@@ -36,6 +36,8 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
     Raises:
         InputError: not ours, or written by a later version.
     """
+    if not isinstance(section, dict):
+        raise InputError(f"quantization_config is a {type(section).__name__}; an object was expected")
     if section.get("quant_method") != "qtool":
         raise InputError(f"quantization_config names {section.get('quant_method')!r}, not a qtool checkpoint")
     version = section.get("format_version")
@@ -45,6 +47,9 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
         )
     try:
         common = {key: section[key] for key in SPEC_KEYS}
-        return {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
-    except (KeyError, TypeError, ValidationError) as error:
+        specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
+        if not specs or not all(isinstance(name, str) for name in specs):
+            raise TypeError("linears must be a list of names")
+        return specs
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise InputError(f"quantization_config is damaged: {error}") from None

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from qtool import progress
-from qtool.config import ModelConfig, QuantConfig, QuantSpec
+from qtool.config import PARTS, ModelConfig, QuantConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.quant.affine import check_weight
 from qtool.quant.linear import PackedLinear
@@ -63,7 +63,7 @@ class LoadedModel:
     @property
     def storage_dtype(self) -> torch.dtype:
         """The dtype that most tensors are stored in."""
-        return Counter(self.file_dtypes.values()).most_common(1)[0][0]
+        return _most_common(self.file_dtypes)
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +116,17 @@ class LoadedModel:
         if not targets and not faults:
             faults.append("quant.overrides skip every linear; there is nothing to quantize")
         if faults:
-            more = [f"... and {len(faults) - 8} more of this kind"] if len(faults) > 8 else []
-            raise InputError("\n  ".join([f"{self.path} cannot be quantized with this recipe:", *faults[:8], *more]))
+            raise InputError("\n  ".join([f"{self.path} cannot be quantized with this recipe:", *_shortened(faults)]))
         return targets
+
+
+def _shortened(faults: list[str]) -> Iterator[str]:
+    """Each fault, those that differ only in block numbers and counts once, with how many more there are."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(re.sub(r"\d+", "0", fault), []).append(fault)
+    for same in kinds.values():
+        yield same[0] + (f" (and {len(same) - 1} more like it)" if len(same) > 1 else "")
 
 
 def _unmatched(quant: QuantConfig, names: list[str]) -> Iterator[str]:
@@ -305,7 +313,7 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
         if experts and not quantized:
             raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        storage = Counter(file_dtypes.values()).most_common(1)[0][0]
+        storage = _most_common(file_dtypes)
         loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
             folder,
             dtype=_compute_dtype(config.dtype, storage, device),
@@ -318,7 +326,8 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
     except InputError:
         raise
     except Exception as error:  # whatever transformers finds wrong with a folder, the folder is what is wrong
-        raise InputError(f"{config.path} cannot be loaded: {_first_line(error)}") from error
+        missing = "" if any(folder.glob("tokenizer*")) else " (it has no tokenizer files)"
+        raise InputError(f"{config.path} cannot be loaded{missing}: {_first_line(error)}") from error
     _check_complete(config.path, info)
     if not quantized:
         _check_finite(model)
@@ -333,6 +342,12 @@ def _check_finite(model: nn.Module) -> None:
             raise InputError(
                 f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
             )
+
+
+def _most_common(dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """Of all tensors but the scales of packed linears."""
+    counted = [dtype for name, dtype in dtypes.items() if name.rpartition(".")[2] not in (*PARTS[1:], "scales")]
+    return Counter(counted or dtypes.values()).most_common(1)[0][0]
 
 
 def _compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:

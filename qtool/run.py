@@ -67,8 +67,9 @@ def quantize(recipe: Recipe, command: str) -> Outcome:
     clock = _Clock()
     method = methods.get(recipe.method.name)
     assert method.command == command
-    with atomic_folder(recipe.output.path, overwrite=recipe.output.overwrite) as partial:
-        _check_early(recipe)
+    _check_early(recipe)
+    folder = resolve(recipe.model.path)
+    with atomic_folder(recipe.output.path, overwrite=recipe.output.overwrite, source=folder) as partial:
         with clock.phase("load", f"loading {recipe.model.path}"):
             loaded = load_model(recipe.model)
             targets = loaded.targets(recipe.quant)
@@ -102,11 +103,14 @@ def quantize(recipe: Recipe, command: str) -> Outcome:
             write_json(partial / MANIFEST, _manifest(recipe, report, tokens, series, clock.seconds))
             card.write(partial, report)
     if recipe.eval is not None:
+        progress.note(f"{recipe.output.path} is complete; what follows reads it")
         with clock.phase("eval", "evaluating"):
             reference = load_model(recipe.model)
             results = evaluation.evaluate(loaded, recipe.eval, reference, recipe.seed)
-            report = report.model_copy(update={"results": tuple(results)})
+            report = report.model_copy(update={"results": tuple(results), "seconds": clock.seconds})
             del reference
+        report.write(recipe.output.path)
+        card.write(recipe.output.path, report)
     exports = []
     for entry in recipe.export:
         with clock.phase(f"export {entry.format}", f"exporting {entry.format}"):
@@ -129,8 +133,14 @@ def evaluate(
     clock = _Clock()
     evaluation.check_tasks(config)
     folder = resolve(target)
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{output} cannot be the folder of the report: {error.strerror}") from None
     source = Source(folder) if (folder / MANIFEST).exists() else None
-    origin = float_model or (source.manifest["recipe"]["model"]["path"] if source is not None else None)
+    manifest = source.manifest if source is not None else {}
+    origin = float_model or (manifest["recipe"]["model"]["path"] if manifest else None)
     with clock.phase("load", f"loading {target}"):
         loaded = load_exported(model) or load_model(model, quantized=True)
         reference = _reference(origin, model, required=float_model is not None)
@@ -142,7 +152,7 @@ def evaluate(
         described = {
             "quantized": target,
             "label": _label(source.specs),
-            "method": source.manifest["recipe"]["method"]["name"],
+            "method": manifest["recipe"]["method"]["name"],
             "bits_per_weight": checkpoint.bits_per_weight(source.specs, shapes),
             "quantized_bytes": source.num_bytes(),
         }
@@ -159,7 +169,6 @@ def evaluate(
         **described,
     )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         report.write(output)
     return Outcome(output, report, [], clock.total)
 
@@ -174,7 +183,7 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
     source = Source(folder)
     exporter = formats.get(config.format)
     _refuse(exporter.refuses(source, config), config, str(folder))
-    with atomic_folder(config.path, overwrite=overwrite) as partial:
+    with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
         differences = verify(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
         card.write_export(partial, source, config, notes, differences)
@@ -194,8 +203,7 @@ def _check_early(recipe: Recipe) -> None:
         if count > 1:
             raise InputError(f"{path} is named {count} times as an output folder; give each its own")
     for entry in recipe.export:
-        if entry.path.exists() and not recipe.output.overwrite:
-            raise InputError(f"export.path: {entry.path} exists; choose another folder, or pass --overwrite")
+        checkpoint.check_folder(entry.path, overwrite=recipe.output.overwrite, source=recipe.output.path)
 
 
 def _check_exports(recipe: Recipe, planned: Source) -> None:

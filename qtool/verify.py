@@ -48,6 +48,11 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
         stored, read = source.tensor(name), read_tensor(out, name)
         if not rounded and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
+    ignored = ("quantization_config", "dtype", "torch_dtype")
+    theirs, mine = ({k: v for k, v in read_config(f).items() if k not in ignored} for f in (out, source.folder))
+    if theirs != mine:
+        changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
+        raise RunError(f"config.json has another {changed} after export; the export was not kept")
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not rounded and not logits <= TOLERANCE:
         raise RunError(f"logits differ after export by {logits:.3g} of the largest (allowed: {TOLERANCE:g})")

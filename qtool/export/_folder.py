@@ -31,12 +31,10 @@ def write_folder(
 
 
 def copy_float_folder(folder: Path, out: Path, tensors: dict[str, Tensor]) -> None:
-    """A plain float32 model folder from a quantized one whose weights have been expanded to ``tensors``."""
-    write_shards({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, out)
-    config = {
-        key: value for key, value in read_config(folder).items() if key not in ("quantization_config", "torch_dtype")
-    }
-    write_json(out / "config.json", config | {"dtype": "float32"})
+    """A plain model folder from a quantized one whose weights have been expanded to ``tensors``."""
+    write_shards(tensors, out)
+    config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
+    write_json(out / "config.json", config)
     _copy_rest(folder, out)
 
 
@@ -56,17 +54,29 @@ def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[d
     }, name
 
 
+def unfit(source: Source, config: ExportConfig) -> str | None:
+    """Why the dtype that was asked for by name cannot be used: a tensor that it does not hold exactly."""
+    if config.dtype == "auto":
+        return None
+    for name in source.float_names():
+        tensor = source.tensor(name)
+        if tensor.is_floating_point() and inexact([tensor], config.dtype):
+            return f"{name} is not held exactly by {config.dtype}; use dtype: auto"
+    return None
+
+
 def stored_dtype(source: Source) -> str:
     """The dtype that the checkpoint's config names."""
     return str(source.config.get("dtype", "float32"))
 
 
 def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
-    """Largest relative change when the tensors are rounded to ``dtype``; 0 when all are held exactly."""
+    """Largest change when the tensors are rounded to ``dtype``, as a share of each one's largest value; 0 if exact."""
     worst = 0.0
     for tensor in tensors:
         change = (tensor.to(getattr(torch, dtype)).float() - tensor.float()).abs()
-        worst = max(worst, float((change / tensor.float().abs().clamp(min=1e-30)).amax()) if change.any() else 0.0)
+        if change.any():
+            worst = max(worst, float(change.amax() / tensor.float().abs().amax()))
     return worst
 
 

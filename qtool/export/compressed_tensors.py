@@ -5,14 +5,15 @@ Our tensors already have its names and layout; only the marker goes and the conf
 reader may meet are returned as notes. The scale is written in the dtype it was rounded to.
 """
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qtool.checkpoint import PARTS, Source
-from qtool.config import ExportConfig, QuantSpec
+from qtool.checkpoint import Source
+from qtool.config import BITS, PARTS, ExportConfig, QuantSpec
+from qtool.errors import InputError
 from qtool.export import Exporter
 from qtool.export._folder import (
     float_linears,
@@ -21,9 +22,11 @@ from qtool.export._folder import (
     read_tensor,
     stored_dtype,
     transposed,
+    unfit,
     unpack_bits,
     write_folder,
 )
+from qtool.models import read_config
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
@@ -35,7 +38,7 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
     scales = (source.tensor(f"{name}.weight_scale") for name in source.specs)
     if config.dtype != "auto" and inexact(scales, dtype):
         return f"scales are not held exactly by {dtype}; use dtype: auto, or quantize with scale_dtype: {dtype}"
-    return None
+    return unfit(source, config)
 
 
 def model_dtype(source: Source) -> str:
@@ -108,18 +111,27 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     if not all(spec.symmetric for spec in specs):
         notes.append(
             "asymmetric: transformers with compressed-tensors 0.18 to 0.20 loads this only with "
-            "CompressedTensorsConfig(dequantize=True)"
+            "CompressedTensorsConfig(dequantize=True), which multiplies in the dtype of the scales"
         )
     if len(specs) > 1:
         notes.append("several grids: never load this with dequantize=True, which applies the first grid to all")
     return notes
 
 
+def _matches(target: str, name: str) -> bool:
+    """Whether a target of a config group means the linear ``name``: by class, by pattern or by name."""
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target in ("Linear", name)
+
+
 def read(folder: Path, name: str) -> Tensor:
     """The weight ``[out, in]``, bit by bit."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    groups = list(config["config_groups"].values())
-    weights = next(g["weights"] for g in groups if g["targets"] == ["Linear"] or name in g["targets"])
+    config = read_config(folder)["quantization_config"]
+    groups = list(config.get("config_groups", {}).values())
+    weights = next((g["weights"] for g in groups if any(_matches(t, name) for t in g["targets"])), None)
+    if config.get("format") != "pack-quantized" or weights is None or weights["num_bits"] not in BITS:
+        raise InputError(f"{folder}: {name} is in a compressed-tensors format that cannot be read here")
     rows, columns = read_tensor(folder, f"{name}.weight_shape").tolist()
     scale = read_tensor(folder, f"{name}.weight_scale").float()
     codes = unpack_bits(read_tensor(folder, f"{name}.weight_packed"), weights["num_bits"], columns)

@@ -34,7 +34,7 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     tensors |= {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
     write_folder(source, out, tensors, None, dtype)
     if error:
-        return [f"{dtype} was asked for: weights are rounded by up to {error:.1e} of their size"]
+        return [f"{dtype} was asked for: tensors are rounded by up to {error:.1e} of their largest value"]
     return [] if dtype == own else [f"written in {dtype}: {own} would not hold the dequantized weights exactly"]
 
 

@@ -8,7 +8,6 @@ neighbour. So symmetric checkpoints are written as version 1, which most softwar
 version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from qtool import __version__
 from qtool.checkpoint import Source, write_json
-from qtool.config import ExportConfig, QuantSpec
+from qtool.config import BITS, ExportConfig, QuantSpec
+from qtool.errors import InputError
 from qtool.export import Exporter
 from qtool.export._folder import (
     float_linears,
@@ -27,9 +27,11 @@ from qtool.export._folder import (
     shared_block_prefix,
     stored_dtype,
     transposed,
+    unfit,
     unpack_bits,
     write_folder,
 )
+from qtool.models import read_config
 from qtool.quant.packing import pack
 
 ALIGNMENT = 32
@@ -57,7 +59,7 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
         for key in floats:
             if inexact([source.tensor(key)], "float16"):
                 return f"{key} has values that float16 does not hold; quantize with scale_dtype: float16"
-    return None
+    return unfit(source, config)
 
 
 def section(spec: QuantSpec, version: int) -> dict[str, Any]:
@@ -112,8 +114,11 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
 
 def read(folder: Path, name: str) -> Tensor:
     """The weight ``[out, in]``, bit by bit."""
-    config = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
-    bits, offset = config["bits"], 1 if config["checkpoint_format"] == "gptq" else 0
+    config = read_config(folder)["quantization_config"]
+    kind = config.get("checkpoint_format", "gptq")
+    if kind not in ("gptq", "gptq_v2") or config.get("bits") not in BITS:
+        raise InputError(f"{folder}: GPTQ variant {kind!r} with {config.get('bits')} bits cannot be read here")
+    bits, offset = config["bits"], 1 if kind == "gptq" else 0
     scales = read_tensor(folder, f"{name}.scales").float()  # [G, N]
     groups = read_tensor(folder, f"{name}.g_idx").long()  # [K]
     codes = unpack_bits(read_tensor(folder, f"{name}.qweight").T.contiguous(), bits, len(groups)).T  # [K, N]
