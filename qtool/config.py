@@ -126,7 +126,9 @@ class EvalConfig(Section):
     """What is measured after quantization, for the quantized model and the float one."""
 
     tasks: tuple[str, ...] = Field(
-        ("wikitext2",), description="wikitext2 and generated (token perplexity), kl, or any lm-eval task: boolq, mmlu."
+        ("wikitext2",),
+        min_length=1,
+        description="wikitext2 and generated (token perplexity), kl, or any lm-eval task: boolq, mmlu.",
     )
     num_fewshot: int | dict[str, int] = Field(
         default_factory=dict, description="Examples in the prompt, for all tasks or by task; unset: the task's own."

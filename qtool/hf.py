@@ -49,14 +49,11 @@ class QtoolQuantizer(HfQuantizer):
         prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         for full_name, spec in self.quantization_config.specs.items():
             name = full_name.removeprefix(prefix)
-            linear = linears.get(name)
-            if (
-                linear is None
-                or not isinstance(getattr(linear, "weight", None), nn.Parameter)
-                or linear.weight.dim() != 2
-            ):
+            linear: Any = linears.get(name)
+            weight = getattr(linear, "weight", None)
+            if not hasattr(linear, "bias") or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
                 raise InputError(f"quantization_config lists {full_name}, which is no linear of {type(model).__name__}")
-            shape = linear.weight.shape
+            shape = weight.shape
             out_features, in_features = shape if isinstance(linear, nn.Linear) else shape[::-1]  # Conv1D: transposed
             bias = linear.bias.dtype if isinstance(linear.bias, nn.Parameter) else None
             with torch.device("meta"):

@@ -63,7 +63,7 @@ class LoadedModel:
     @property
     def storage_dtype(self) -> torch.dtype:
         """The dtype that most tensors are stored in."""
-        return _most_common(self.file_dtypes)
+        return most_common(self.file_dtypes)
 
     @property
     def device(self) -> torch.device:
@@ -313,10 +313,10 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
         if experts and not quantized:
             raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        storage = _most_common(file_dtypes)
+        storage = most_common(file_dtypes)
         loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
             folder,
-            dtype=_compute_dtype(config.dtype, storage, device),
+            dtype=compute_dtype(config.dtype, storage, device),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -326,8 +326,9 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
     except InputError:
         raise
     except Exception as error:  # whatever transformers finds wrong with a folder, the folder is what is wrong
-        missing = "" if any(folder.glob("tokenizer*")) else " (it has no tokenizer files)"
-        raise InputError(f"{config.path} cannot be loaded{missing}: {_first_line(error)}") from error
+        found = (folder / "tokenizer.json").exists() or any(folder.glob("*.model")) or (folder / "vocab.json").exists()
+        hint = "" if found else " (the folder has no tokenizer.json)"
+        raise InputError(f"{config.path} cannot be loaded: {_first_line(error).rstrip(':')}{hint}") from error
     _check_complete(config.path, info)
     if not quantized:
         _check_finite(model)
@@ -344,13 +345,13 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
-def _most_common(dtypes: dict[str, torch.dtype]) -> torch.dtype:
+def most_common(dtypes: dict[str, torch.dtype]) -> torch.dtype:
     """Of all tensors but the scales of packed linears."""
     counted = [dtype for name, dtype in dtypes.items() if name.rpartition(".")[2] not in (*PARTS[1:], "scales")]
     return Counter(counted or dtypes.values()).most_common(1)[0][0]
 
 
-def _compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:
     """``auto`` is the checkpoint's own where the device multiplies it natively, else float32, which holds it."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)

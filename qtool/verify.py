@@ -16,7 +16,18 @@ from qtool.config import ModelConfig
 from qtool.errors import RunError
 from qtool.export import Exporter
 from qtool.export._folder import copy_float_folder, read_tensor, tensor_names
-from qtool.models import LoadedModel, check_files, load_model, packed_linears, read_config, replace_linear, resolve
+from qtool.models import (
+    LoadedModel,
+    check_files,
+    choose_device,
+    compute_dtype,
+    load_model,
+    most_common,
+    packed_linears,
+    read_config,
+    replace_linear,
+    resolve,
+)
 from qtool.quant.affine import dequantize
 
 TOLERANCE = 1e-5  # of the largest logit, float32 on CPU: the weights are equal, the order of sums may not be
@@ -52,7 +63,7 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
     theirs, mine = ({k: v for k, v in read_config(f).items() if k not in ignored} for f in (out, source.folder))
     if theirs != mine:
         changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
-        raise RunError(f"config.json has another {changed} after export; the export was not kept")
+        raise RunError(f"config.json differs after export, in {changed}; the export was not kept")
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not rounded and not logits <= TOLERANCE:
         raise RunError(f"logits differ after export by {logits:.3g} of the largest (allowed: {TOLERANCE:g})")
@@ -68,7 +79,9 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     section = read_config(folder).get("quantization_config")
     if not section or section.get("quant_method") not in READABLE:
         return None
-    check_files(folder)
+    # expanded weights are float32, whatever the export computes in
+    dtype = compute_dtype(config.dtype, most_common(check_files(folder)), choose_device(config.device))
+    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     exporter = formats.get(READABLE[section["quant_method"]])
     stored = tensor_names(folder)
     packed = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}

@@ -551,7 +551,7 @@ SKIPPED = {"overrides": {"*.1.mlp.up_proj": {"skip": True}}}
         ("llama", {"scale_dtype": "float32"}, {"format": "compressed-tensors", "dtype": "bfloat16"}, "scale"),
         ("gpt2", {}, {"format": "dense", "path": "r.yaml/x"}, "cannot be written"),
         ("llama", {}, {"format": "dense", "path": "out/q"}, "named 2 times as an output folder"),
-        ("llama", {}, {"format": "dense", "path": "there"}, "there exists; choose another folder"),
+        ("llama", {}, {"format": "dense", "path": "there"}, "there exists"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused_before_quantization(
@@ -703,9 +703,9 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "empty text": ({"data": {"source": "empty.txt"}}, r"data\.source: empty\.txt is empty"),
     "little text": ({"data": {"source": "little.txt", "num_samples": 4, "seq_len": 64}}, r"too little text: \d+ wind"),
     "windows too long": ({"data": {"source": "little.txt", "seq_len": 4096}}, r"made for at most 128 tokens"),
-    "output exists": ({"output": {"path": "there"}}, r"there exists; choose another folder, or pass --overwrite"),
+    "output exists": ({"output": {"path": "there"}}, r"there exists"),
     "output is a file": ({"output": {"path": "r.yaml"}}, r"r\.yaml exists"),
-    "output below a file": ({"output": {"path": "r.yaml/q"}}, r"r\.yaml/q cannot be written: Not a directory"),
+    "output below a file": ({"output": {"path": "r.yaml/q"}}, r"r\.yaml/q cannot be written: .* is a file"),
 }
 
 
@@ -772,7 +772,8 @@ def test_all_that_the_walk_finds_is_said_at_once(qtool_: Callable[..., Result], 
     result = qtool_("ptq", recipe(quant={"overrides": overrides}))
     assert result.code == 2
     assert "no linear matches '*q_prj'" in result.message
-    assert result.message.count("group_size 24 does not divide") == 2
+    assert result.message.count("group_size 24 does not divide") == 1
+    assert "(and 1 more like it)" in result.message
 
 
 @pytest.mark.usefixtures("no_work")
