@@ -280,6 +280,7 @@ def test_faults_of_set_are_listed_with_the_others(write: Any) -> None:
         '--set model.path.x=1: model.path is "somewhere", which has no keys',
         "--set eval.tasks.2=a: eval.tasks is a list of 0: go on with a number from 0 to 0",
         "--set quant.num_bits=[1,: line 1, column 4: expected the node content, but found '<stream end>'",
+        "eval.tasks: Tuple should have at least 1 item after validation, not 0; found []",
         "seed: should be greater than or equal to 0; found -1",
     ]
 
