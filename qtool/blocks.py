@@ -13,9 +13,11 @@ many groups it has, where recomputing costs one for each.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -143,6 +145,7 @@ class BlockTask:
             # below, float runs see the float linears wherever they look, whatever has been packed
             for group in self.groups:
                 yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
+                self._expand(group)
                 del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
                 for run in runs:
                     inputs.append(run.switch())
@@ -154,6 +157,16 @@ class BlockTask:
         finally:
             for target in self.targets:
                 del target.linear.forward
+            for layer in packed_linears(self.block).values():
+                vars(layer).pop("forward", None)
+
+    def _expand(self, group: list[Target]) -> None:
+        """Let the packed layers of ``group`` expand their weight once, not in every call of the stages; same bits."""
+        for target in group:
+            layer = self.block.get_submodule(self._local(target.name))
+            if isinstance(layer, PackedLinear):
+                dense = layer.dequantized().to(self.compute)
+                layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
 
     @contextmanager
     def _unpacked(self) -> Iterator[None]:

@@ -80,8 +80,9 @@ def collect(stage: Stage, config: Config) -> Statistics:
     """The statistics of what the linears of ``stage`` read."""
     size = stage.inputs[0].shape[1]
     hessian = torch.zeros(size, size, device=stage.inputs[0].device)
-    for x in stage.inputs:
-        hessian.addmm_(x.float().T, x.float())
+    for batch in stage.inputs:
+        x = batch.float()
+        hessian.addmm_(x.T, x)
     scale = 2 / sum(x.shape[0] for x in stage.inputs)
     if stage.float_inputs is None:
         return Statistics(hessian.mul_(scale), None)
