@@ -2,17 +2,17 @@
 
 import shutil
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qtool.checkpoint import Source, write_json, write_shards
+from qtool.checkpoint import Files, Source, write_json, write_shards
 from qtool.config import ExportConfig
 from qtool.models import read_config
 
@@ -81,7 +81,12 @@ def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The model of a folder's ``config.json`` without weights, as plain float modules."""
+    """The model of a folder's ``config.json`` without weights, as plain float modules. Only look at it."""
+    return _skeleton(folder, (folder / "config.json").read_bytes())
+
+
+@lru_cache(maxsize=2)  # asked for once per linear; the text tells two folders of one name apart
+def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -113,21 +118,12 @@ def shared_block_prefix(source: Source) -> str:
 
 def tensor_names(folder: Path) -> list[str]:
     """Every tensor of a folder's safetensors files."""
-    names: list[str] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as reader:
-            names += reader.keys()
-    return names
+    return list(Files(folder).names)
 
 
 def read_tensor(folder: Path, name: str) -> Tensor:
     """One tensor of a written folder, whichever shard holds it."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as reader:
-            if name in set(reader.keys()):
-                tensor: Tensor = reader.get_tensor(name)
-                return tensor
-    raise KeyError(f"{folder} has no tensor {name}")
+    return Files(folder).tensor(name)
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
