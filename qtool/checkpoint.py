@@ -249,14 +249,9 @@ class Source:
         spec = self.specs[name]
         out_features, in_features = self.tensor(f"{name}.weight_shape").tolist()
         layer = PackedLinear(in_features, out_features, spec)
-        for part, buffer in list(layer.named_buffers()):
-            stored = self.tensor(f"{name}.{part}")
-            if stored.shape != buffer.shape or stored.dtype != buffer.dtype:
-                raise InputError(
-                    f"{self.folder}: {name}.{part} is {stored.dtype} {list(stored.shape)}; "
-                    f"its grid asks for {buffer.dtype} {list(buffer.shape)}"
-                )
-            setattr(layer, part, stored)
+        for part, _ in list(layer.named_buffers()):
+            setattr(layer, part, self.tensor(f"{name}.{part}"))
+        layer.check(f"{self.folder}: {name}")
         return layer.quantized
 
     def float_names(self) -> list[str]:

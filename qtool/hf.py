@@ -63,7 +63,7 @@ class QtoolQuantizer(HfQuantizer):
         """Refuse tensors that do not fit their grid: older transformers do not compare shapes under a quantizer."""
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                _check_loaded(name, module)
+                module.check(name)
             elif isinstance(module, nn.Linear) and module.weight.dim() != 2:
                 raise InputError(f"{name} is packed in the files, and quantization_config does not list it")
 
@@ -75,18 +75,3 @@ class QtoolQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed codes do not train."""
         return False
-
-
-def _check_loaded(name: str, layer: PackedLinear) -> None:
-    with torch.device("meta"):
-        expected = PackedLinear(layer.in_features, layer.out_features, layer.spec)
-    for part, buffer in expected.named_buffers():
-        found = layer.get_buffer(part)
-        if found.shape != buffer.shape or found.dtype != buffer.dtype:
-            raise InputError(
-                f"{name}.{part} is {found.dtype} {list(found.shape)}; its grid {layer.spec.label()} asks for "
-                f"{buffer.dtype} {list(buffer.shape)}"
-            )
-    shape = [layer.out_features, layer.in_features]
-    if layer.weight_shape.device.type != "meta" and layer.weight_shape.tolist() != shape:
-        raise InputError(f"{name}.weight_shape is {layer.weight_shape.tolist()}; the model's config asks for {shape}")

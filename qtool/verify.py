@@ -15,7 +15,7 @@ from qtool.checkpoint import Source
 from qtool.config import ModelConfig
 from qtool.errors import RunError
 from qtool.export import Exporter
-from qtool.export._folder import copy_float_folder, read_tensor, tensor_names
+from qtool.export._folder import read_tensor, tensor_names, write_folder
 from qtool.models import (
     LoadedModel,
     check_files,
@@ -94,7 +94,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
             if name.rpartition(".")[0] in packed and name.endswith(".bias")
         }
         tensors |= {f"{name}.weight": exporter.read(folder, name).contiguous() for name in packed}
-        copy_float_folder(folder, dense, tensors)
+        write_folder(folder, dense, tensors, None, config.dtype)
         loaded = load_model(config.model_copy(update={"path": str(dense)}))
     return replace(loaded, path=config.path, folder=folder)
 

@@ -20,25 +20,13 @@ NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.json", "report.m
 
 
 def write_folder(
-    source: Source, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
+    folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
 ) -> None:
-    """Shards, ``config.json`` with ``section`` as its quantization config, and the files of the tokenizer."""
-    write_shards(tensors, out)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    config["dtype"] = dtype
-    write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
-    _copy_rest(source.folder, out)
-
-
-def copy_float_folder(folder: Path, out: Path, tensors: dict[str, Tensor]) -> None:
-    """A plain model folder from a quantized one whose weights have been expanded to ``tensors``."""
+    """Shards, ``folder``'s config with ``section`` as its quantization config, and the files of its tokenizer."""
     write_shards(tensors, out)
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
-    write_json(out / "config.json", config)
-    _copy_rest(folder, out)
-
-
-def _copy_rest(folder: Path, out: Path) -> None:
+    config["dtype"] = dtype
+    write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in NOT_COPIED and ".safetensors" not in file.name:
             shutil.copy(file, out / file.name)

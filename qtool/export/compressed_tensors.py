@@ -34,10 +34,12 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
     flipped = transposed(source)
     if flipped:
         return f"{min(flipped)} is a Conv1D, and compressed-tensors replaces nn.Linear only; export dense instead"
-    dtype = stored_dtype(source) if config.dtype == "auto" else config.dtype
     scales = (source.tensor(f"{name}.weight_scale") for name in source.specs)
-    if config.dtype != "auto" and inexact(scales, dtype):
-        return f"scales are not held exactly by {dtype}; use dtype: auto, or quantize with scale_dtype: {dtype}"
+    if config.dtype != "auto" and inexact(scales, config.dtype):
+        return (
+            f"scales are not held exactly by {config.dtype}; use dtype: auto, or quantize with "
+            f"scale_dtype: {config.dtype}"
+        )
     return unfit(source, config)
 
 
@@ -98,7 +100,7 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
         for part in PARTS[1:]:
             if part != "weight_zero_point" or not spec.symmetric:
                 tensors[f"{name}.{part}"] = source.tensor(f"{name}.{part}")
-    write_folder(source, out, tensors, section(source), dtype)
+    write_folder(source.folder, out, tensors, section(source), dtype)
     notes = []
     if dtype != own and config.dtype == "auto":
         notes.append(

@@ -32,7 +32,7 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     tensors, dtype = float_tensors(source, config, default)
     error = inexact([*weights.values(), *(source.tensor(key) for key in source.float_names())], dtype)
     tensors |= {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
-    write_folder(source, out, tensors, None, dtype)
+    write_folder(source.folder, out, tensors, None, dtype)
     if error:
         return [f"{dtype} was asked for: tensors are rounded by up to {error:.1e} of their largest value"]
     return [] if dtype == own else [f"written in {dtype}: {own} would not hold the dequantized weights exactly"]

@@ -96,7 +96,7 @@ def write_version(source: Source, out: Path, config: ExportConfig, version: int)
         if f"{name}.bias" in tensors:
             tensors[f"{name}.bias"] = source.tensor(f"{name}.bias").to(torch.float16)
     described = section(spec, version)
-    write_folder(source, out, tensors, described, dtype)
+    write_folder(source.folder, out, tensors, described, dtype)
     write_json(out / "quantize_config.json", described)
     notes = [f"written as {described['format']}"]
     if spec.num_bits in (2, 3):

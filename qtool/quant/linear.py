@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.config import FORMAT_VERSION, QuantSpec
+from qtool.errors import InputError
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
@@ -109,6 +110,25 @@ class PackedLinear(nn.Module):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
+
+    def check(self, name: str) -> None:
+        """Refuse loaded tensors that do not fit the grid.
+
+        Raises:
+            InputError: naming the tensor, with ``name`` before it.
+        """
+        with torch.device("meta"):
+            fitting = PackedLinear(self.in_features, self.out_features, self.spec)
+        for part, buffer in fitting.named_buffers():
+            found = self.get_buffer(part)
+            if found.shape != buffer.shape or found.dtype != buffer.dtype:
+                raise InputError(
+                    f"{name}.{part} is {found.dtype} {list(found.shape)}; its grid {self.spec.label()} asks for "
+                    f"{buffer.dtype} {list(buffer.shape)}"
+                )
+        shape = [self.out_features, self.in_features]
+        if self.weight_shape.device.type != "meta" and self.weight_shape.tolist() != shape:
+            raise InputError(f"{name}.weight_shape is {self.weight_shape.tolist()}; the model asks for {shape}")
 
     @property
     def quantized(self) -> QuantizedWeight:
