@@ -5,21 +5,19 @@ import json
 import lzma
 import os
 import struct
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-import qtool
 from qtool import data, texts
 from qtool.config import DataConfig
 from qtool.errors import InputError
 from qtool.models import LoadedModel
 from qtool.texts import UnreachableError
 
-BUILTIN = Path(qtool.__file__).parent / "builtin" / "wiki-llama-3m"
 ENGLISH = "The river runs through the old town, and the mill by the bridge is still used in autumn.\n"
 
 needs_data = pytest.mark.skipif(data.data_dir() is None, reason="no data: set QTOOL_DATA_DIR to a folder that has it")
@@ -28,18 +26,7 @@ needs_data = pytest.mark.skipif(data.data_dir() is None, reason="no data: set QT
 @pytest.fixture(scope="module")
 def loaded():
     """A tiny random Llama with the tokenizer of the built-in model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = LlamaForCausalLM(config).eval()
-    return LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), "tiny", None, torch.float32)
+    return tiny.with_builtin_tokenizer(0, 128)
 
 
 @pytest.fixture
@@ -89,7 +76,7 @@ def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded, tmp
 @pytest.fixture
 def beginning(loaded):
     """The same model with a tokenizer that begins every text with a token of its own, number 1."""
-    tokenizer = AutoTokenizer.from_pretrained(BUILTIN, bos_token="!")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.BUILTIN, bos_token="!")
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="!:0 $A", special_tokens=[("!", 1)])
     return LoadedModel(loaded.model, tokenizer, "tiny", None, torch.float32)
 

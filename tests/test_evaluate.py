@@ -5,20 +5,17 @@ import json
 import math
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qtool
 from qtool import data, evaluate, harness, texts
 from qtool.config import EvalConfig
 from qtool.errors import InputError
 from qtool.models import LoadedModel
-
-BUILTIN = Path(qtool.__file__).parent / "builtin" / "wiki-llama-3m"
 
 
 def missing(*files):
@@ -30,32 +27,21 @@ def needs(*files):
     return pytest.mark.skipif(missing(*files), reason=f"QTOOL_DATA_DIR has no {', '.join(files)}")
 
 
-def tiny(seed, **changes):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        **changes,
-    )
-    model = LlamaForCausalLM(config).eval()
+def random_llama(seed, **changes):
+    loaded = tiny.with_builtin_tokenizer(seed, 256, **changes)
     with torch.no_grad():
-        model.lm_head.weight.mul_(10)  # logits that are not all alike
-    return LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), f"tiny-{seed}", None, torch.float32)
+        loaded.model.lm_head.weight.mul_(10)  # logits that are not all alike
+    return loaded
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return tiny(0)
+    return random_llama(0)
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return tiny(1)
+    return random_llama(1)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +121,7 @@ def test_divergence_is_kl_from_the_float_model_in_float64(loaded, reference, win
 
 
 def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows):
-    broken = tiny(0)
+    broken = random_llama(0)
     with torch.no_grad():
         broken.model.lm_head.weight[5] = torch.inf
     assert not math.isfinite(evaluate.perplexity(broken.model, windows, "auto").value)
@@ -144,8 +130,8 @@ def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows):
 @needs("wikitext2/test.jsonl")
 def test_the_built_in_model_on_the_first_windows_of_wikitext2():
     """The full number, 34.07 over 417 windows, is the slow test below; these two are enough to see a change."""
-    model = AutoModelForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32).eval()
-    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), "builtin", BUILTIN, torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
     [row] = evaluate.evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
     with torch.no_grad():
         chosen = data.perplexity_windows("wikitext2", loaded, 512, 2, seed=0)
@@ -157,8 +143,8 @@ def test_the_built_in_model_on_the_first_windows_of_wikitext2():
 @pytest.mark.slow
 @needs("wikitext2/test.jsonl")
 def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2():
-    model = AutoModelForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32).eval()
-    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), "builtin", BUILTIN, torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
     [row] = evaluate.evaluate(loaded, EvalConfig(), None, seed=0)
     assert row.value == pytest.approx(34.07, abs=0.005)
     assert row.n == 417 * 1023

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -23,11 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import qtool
 from qtool import checkpoint
 from qtool.config import ModelConfig, QuantConfig
 from qtool.methods import rtn
 from qtool.models import LoadedModel, load_model
 
+BUILTIN = Path(qtool.__file__).parent / "builtin" / "wiki-llama-3m"
 END = "<|endoftext|>"
 VOCABULARY = 320
 HIDDEN = 64
@@ -197,3 +200,21 @@ def files_up_to(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> LoadedModel:
+    """A tiny random Llama in memory, no folder behind it, that reads the tokens of the built-in model."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        **changes,
+    )
+    model = LlamaForCausalLM(config).eval()
+    dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
+    return LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), f"tiny-{seed}", BUILTIN, dtypes)
