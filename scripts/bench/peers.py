@@ -9,7 +9,8 @@ peer out. What is compared:
   it: wall seconds, CPU seconds, peak resident memory. Runs are interleaved (A B C A B C) so that a busy machine
   slows all alike, and one unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
 * Quality: WikiText-2 test perplexity in float32. A peer's own reader unpacks its result; the weights then go into one
-  plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it.
+  plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it. Rounding moves a
+  perplexity by chance, so every repeat calibrates on text of its own and the mean over repeats is given.
 
 Calibration is GPTQ's usual, symmetric weights in groups, and each tool's defaults for all else. Peers get token
 windows, qtool gets the text that they were cut from: articles in order, the end token after each.
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -50,12 +51,19 @@ class Tool:
 
 
 @dataclass(frozen=True)
+class Text:
+    """One calibration set."""
+
+    tokens: Path  # .npy int64 [num_samples, seq_len], for the peers
+    text: Path  # .jsonl of {"text": article} that tokenizes to the same windows, for qtool
+
+
+@dataclass(frozen=True)
 class Job:
     """What every tool is asked to do."""
 
     model: Path
-    tokens: Path  # .npy int64 [num_samples, seq_len], for the peers
-    text: Path  # .jsonl of {"text": article} that tokenizes to the same windows, for qtool
+    calibration: Text
     num_samples: int
     seq_len: int
     num_bits: int
@@ -71,13 +79,19 @@ class Cost:
     peak_mb: float  # of 10**6 bytes; the largest single process where a tool starts more
 
 
-def prepare(model: Path, data: Path, work: Path, num_samples: int, seq_len: int) -> tuple[Path, Path]:
-    """Write the calibration twice, as windows (.npy) and as the text that gives exactly these windows (.jsonl)."""
-    import numpy as np
+def prepare(model: Path, data: Path, work: Path, num_samples: int, seq_len: int, draws: int) -> list[Text]:
+    """Calibration sets cut from one text, one after another."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    articles = lzma.decompress((data / "enwiki" / "train.txt.xz").read_bytes()).decode().split("\n\n\n")
+    articles = iter(lzma.decompress((data / "enwiki" / "train.txt.xz").read_bytes()).decode().split("\n\n\n"))
+    return [cut(articles, tokenizer, work / f"calibration{i}", num_samples, seq_len) for i in range(draws)]
+
+
+def cut(articles: Iterator[str], tokenizer: Any, stem: Path, num_samples: int, seq_len: int) -> Text:
+    """Write a calibration set twice: as windows (.npy), and as the text that gives exactly these windows (.jsonl)."""
+    import numpy as np
+
     needed = num_samples * seq_len
     texts: list[str] = []
     tokens: list[int] = []
@@ -95,12 +109,12 @@ def prepare(model: Path, data: Path, work: Path, num_samples: int, seq_len: int)
         if len(tokens) >= needed:
             break
     else:
-        raise ValueError(f"{data} holds {len(tokens)} tokens of calibration text, {needed} are needed")
+        raise ValueError(f"{len(tokens)} tokens of calibration text are left for {stem.name}, {needed} are needed")
 
-    tokens_file, text_file = work / "calibration.npy", work / "calibration.jsonl"
-    np.save(tokens_file, np.array(tokens[:needed], dtype=np.int64).reshape(num_samples, seq_len))
-    text_file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return tokens_file, text_file
+    made = Text(stem.with_suffix(".npy"), stem.with_suffix(".jsonl"))
+    np.save(made.tokens, np.array(tokens[:needed], dtype=np.int64).reshape(num_samples, seq_len))
+    made.text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return made
 
 
 def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval_len: int, num_windows: int) -> float:
@@ -168,7 +182,7 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
             "model": {"path": str(job.model)},
             "method": {"name": "gptq"},
             "quant": {"num_bits": job.num_bits, "group_size": job.group_size, "symmetric": True},
-            "data": {"source": str(job.text), "num_samples": job.num_samples, "seq_len": job.seq_len},
+            "data": {"source": str(job.calibration.text), "num_samples": job.num_samples, "seq_len": job.seq_len},
             "output": {"path": str(output)},
             "seed": 0,
         }
@@ -176,7 +190,7 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
         recipe_file.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
         command = [tool.python, "-m", "qtool", "ptq", str(recipe_file)]
     else:
-        command = [tool.python, str(tool.program), "quantize", str(job.model), str(job.tokens), str(output)]
+        command = [tool.python, str(tool.program), "quantize", str(job.model), str(job.calibration.tokens), str(output)]
         command += ["--num-bits", str(job.num_bits), "--group-size", str(job.group_size)]
     return run_child(command, output.with_suffix(".log"))
 
@@ -238,7 +252,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--eval-len", type=int, default=1024, help="tokens in an evaluation window")
     parser.add_argument("--eval-windows", type=int, default=0, help="evaluate on the first so many; 0: all")
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each tool at each width")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="measured runs of each tool at each width, each on calibration text of its own",
+    )
     parser.add_argument("--work", type=Path, help="keep results and logs in this folder (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser.parse_args()
@@ -247,26 +266,31 @@ def parse() -> argparse.Namespace:
 def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str, Any]:
     """Run all tools and gather what they cost and what they are worth."""
     model, wikitext = args.model.resolve(), args.data / "wikitext2" / "test.jsonl"
-    tokens, text = apart(prepare, model, args.data, work, args.num_samples, args.seq_len)
+    texts = apart(prepare, model, args.data, work, args.num_samples, args.seq_len, args.repeats)
     rows: list[dict[str, Any]] = []
     for num_bits in args.bits:
-        job = Job(model, tokens, text, args.num_samples, args.seq_len, num_bits, args.group_size)
-        outputs = {tool: work / f"{tool.name}-w{num_bits}" for tool in tools}
         costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
+        qualities: dict[Tool, list[float]] = {tool: [] for tool in tools}
         warm_ups = 1 if num_bits == args.bits[0] else 0
         for repeat in range(-warm_ups, args.repeats):
-            for tool in tools:
-                cost = quantize(tool, job, outputs[tool])
-                print(f"w{num_bits} run {repeat + 1} {tool.name}: {cost.wall_s:.1f} s", file=sys.stderr, flush=True)
-                if repeat >= 0:
-                    costs[tool].append(cost)
+            job = Job(model, texts[max(repeat, 0)], args.num_samples, args.seq_len, num_bits, args.group_size)
+            outputs = {tool: work / f"{tool.name}-w{num_bits}-{max(repeat, 0)}" for tool in tools}
+            measured = {tool: quantize(tool, job, output) for tool, output in outputs.items()}
+            if repeat < 0:
+                continue
+            for tool, output in outputs.items():
+                folder, weights = expand(tool, job, output)
+                quality = apart(perplexity, folder, weights, wikitext, args.eval_len, args.eval_windows)
+                costs[tool].append(measured[tool])
+                qualities[tool].append(quality)
+                done = f"w{num_bits} run {repeat + 1} {tool.name}: {measured[tool].wall_s:.1f} s, {quality:.2f}"
+                print(done, file=sys.stderr, flush=True)
         for tool in tools:
             runs = [asdict(cost) for cost in costs[tool]]
             median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            folder, weights = expand(tool, job, outputs[tool])
-            quality = apart(perplexity, folder, weights, wikitext, args.eval_len, args.eval_windows)
-            row = {"tool": tool.name, "num_bits": num_bits, "perplexity": quality, "median": median, "runs": runs}
-            rows.append(row)
+            quality = statistics.mean(qualities[tool])
+            row = {"tool": tool.name, "num_bits": num_bits, "perplexity": quality, "perplexities": qualities[tool]}
+            rows.append(row | {"median": median, "runs": runs})
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
