@@ -375,7 +375,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_and_keeps_what_was_there(
         tiny.files_up_to(20_000),
         atomic_folder(tmp_path / "out", overwrite=there) as partial,
     ):
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
     assert sorted(file.name for file in tmp_path.rglob("*")) == before
 
 
@@ -388,7 +388,7 @@ def test_a_disk_that_is_really_full_leaves_nothing_and_keeps_what_was_there(fold
         pytest.raises(RunError, match=r"writing .*out failed: the disk is full; (nothing was left|the old folder)"),
         atomic_folder(small_disk / "out", overwrite=True) as partial,
     ):
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
     assert [str(each.relative_to(small_disk)) for each in small_disk.rglob("*")] == ["out", "out/config.json"]
 
 

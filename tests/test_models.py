@@ -618,7 +618,7 @@ def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
         loaded = tiny.load(folder)
         rtn.run(loaded, None, W4, rtn.Config(), 0)
         with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-            checkpoint.save(partial, loaded)
+            checkpoint.save(partial, loaded, tiny.specs(loaded))
 
 
 def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:

@@ -18,6 +18,7 @@ reference zeroes them; column blocks always end where groups end, so a group's g
 every correction made so far; one factorisation serves all linears of a group.
 """
 
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from qtool.blocks import BlockTask, Stage, run_blocks
 from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.errors import RunError
 from qtool.methods import Method
-from qtool.models import LoadedModel, Target
+from qtool.models import LoadedModel, Target, weight_of
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
 
@@ -78,18 +79,29 @@ class Factor(NamedTuple):
 
 def collect(stage: Stage, config: Config) -> Statistics:
     """The statistics of what the linears of ``stage`` read."""
-    size = stage.inputs[0].shape[1]
-    hessian = torch.zeros(size, size, device=stage.inputs[0].device)
-    for batch in stage.inputs:
+    size = stage.targets[0].weight_shape[1]
+    device = weight_of(stage.targets[0].linear).device
+    hessian = torch.zeros(size, size, device=device)
+    drift = None if stage.float_inputs is None else torch.zeros_like(hessian)
+    count = 0
+    floats = stage.float_inputs if stage.float_inputs is not None else repeat(None)
+    for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
         x = batch.float()
-        hessian.addmm_(x.T, x)
-    scale = 2 / sum(x.shape[0] for x in stage.inputs)
-    if stage.float_inputs is None:
-        return Statistics(hessian.mul_(scale), None)
-    drift = torch.zeros_like(hessian)
-    for x, x_float in zip(stage.inputs, stage.float_inputs, strict=True):
-        drift.addmm_((x_float.float() - x.float()).T, x.float())
-    return Statistics(hessian.mul_(scale), drift.mul_(scale))
+        _add_gram(hessian, x)
+        if drift is not None and batch_float is not None:
+            drift.addmm_((batch_float.float() - x).T, x)
+        count += x.shape[0]
+    hessian.tril_().add_(hessian.tril(-1).T).mul_(2 / count)
+    return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; what is above it is not to be used."""
+    size = x.shape[1]
+    width = max(size // 4, 128)
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
 
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
@@ -111,19 +123,20 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
     Raises:
         RunError: naming the linear, when the strongest damping does not help.
     """
-    hessian = statistics.hessian.clone()
-    diagonal = hessian.diagonal()
+    diagonal = statistics.hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1.0
     order = column_order(diagonal, spec, config.act_order)
-    hessian = hessian[order][:, order]
-    mean = float(hessian.diagonal().mean())
+    diagonal = diagonal[order]
+    mean = float(diagonal.mean())
     for step in DAMP_LADDER:
-        damped = hessian.clone()
-        damped.diagonal().add_(step * config.damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # each result takes the place of what it was made from: these are the largest tensors of a run
+        matrix = statistics.hessian[order.unsqueeze(1), order]
+        matrix.diagonal().copy_(diagonal + step * config.damp * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
+            matrix = torch.cholesky_inverse(matrix)
+            upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if not failed and bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite at damping {step * config.damp:g}; trying more")
     else:
@@ -188,7 +201,10 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     group_of = factor.order // group_size  # [in], of each column in its new place
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
-    scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+    if config.static_groups:
+        scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+    else:
+        scale, zero_point = weight.new_empty(rows, num_groups), weight.new_empty(rows, num_groups)
     column_spec = spec.model_copy(update={"group_size": -1})
     work = weight[:, factor.order].contiguous()
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
@@ -228,8 +244,7 @@ def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config,
         for stage in task.stages():
             quantize_group(task, stage.targets, collect(stage, config), config)
 
-    errors = run_blocks(loaded, tokens, loaded.targets(quant), quantize_block, float_stream=config.gptaq > 0)
-    return {"block_error": errors}
+    return run_blocks(loaded, tokens, loaded.targets(quant), quantize_block, float_stream=config.gptaq > 0)
 
 
 METHOD = Method("ptq", "second-order error compensation, column by column", Config, run)
