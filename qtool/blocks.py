@@ -213,9 +213,8 @@ class _Reader:
             found.append(args[0].flatten(0, -2))
             raise Stop
 
-        with self.task._unpacked() if self.unpacked else nullcontext():
-            with suppress(Stop):
-                self.task.observe([self.target.linear], stop, [hidden])
+        with self.task._unpacked() if self.unpacked else nullcontext(), suppress(Stop):
+            self.task.observe([self.target.linear], stop, [hidden])
         return found[0]
 
 
@@ -270,12 +269,14 @@ def run_blocks(
                     task.float_outputs = task.through(float_inputs)
                 _restore(task, done[0])
                 flow.advance(task)
-            _cast_back(block, stored_dtypes)
+            if not finished:
+                _cast_back(block, stored_dtypes)
         if finished:
             if done is None:
                 tensors = {f"{name}.{part}": value for part, value in block.state_dict().items()}
                 finished.write(index, tensors, figures)
-            block.to_empty(device=torch.device("meta"))
+            for part in (block, *(target.linear for target in targets if target.block == index)):
+                part.to_empty(device=torch.device("meta"))
             memory.return_freed()
         for key, value in figures.items():
             series.setdefault(key, []).append(value)
@@ -341,7 +342,7 @@ def _bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> di
 
 def _cast_back(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
-        if name in dtypes:
+        if name in dtypes and tensor.is_floating_point():  # a packed layer has a marker where the weight was
             tensor.data = tensor.data.to(dtypes[name])
 
 

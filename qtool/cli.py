@@ -161,7 +161,7 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     with _running(quiet, checked.output.path):
         from qtool import run
 
-        outcome = run.quantize(checked, command, fresh=fresh)
+        outcome = run.quantize(checked, command, fresh)
     _show(outcome, as_json)
 
 

@@ -60,7 +60,7 @@ class _Clock:
         return time.perf_counter() - self.started
 
 
-def quantize(recipe: Recipe, command: str, *, fresh: bool = False) -> Outcome:
+def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
     """Run a recipe whose method belongs to ``command``, or go on where an earlier start of it was stopped.
 
     ``fresh`` forgets an unfinished run.

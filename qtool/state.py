@@ -25,7 +25,7 @@ from torch import Tensor
 from qtool import progress
 from qtool.checkpoint import Files, as_stored, check_folder, failed, file_hashes, shard_name, swap, write_shard
 from qtool.data import token_hash
-from qtool.errors import InputError
+from qtool.errors import InputError, RunError
 from qtool.models import LoadedModel, packed_linears
 
 Lock = dict[str, Any]
@@ -129,7 +129,7 @@ def run_state(path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: P
             state.model.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise failed(path, error) from error
+        raise RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on") from error
     except BaseException:
         if begun and not any(state.folder.glob("block-*.json")):
             shutil.rmtree(partial, ignore_errors=True)  # nothing is lost

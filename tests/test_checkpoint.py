@@ -156,16 +156,15 @@ def test_others_may_read_the_files_as_far_as_the_umask_says(folder: Path, tmp_pa
 def test_a_write_that_reads_back_differently_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.write_shards
+    save_file = checkpoint.save_file
 
-    def failing(tensors: dict[str, torch.Tensor], out: Path) -> None:
-        write(tensors, out)
-        file = out / "model.safetensors"
+    def failing(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, file, metadata=metadata)
         raw = bytearray(file.read_bytes())
         raw[-1] ^= 1
         file.write_bytes(raw)
 
-    monkeypatch.setattr(checkpoint, "write_shards", failing)
+    monkeypatch.setattr(checkpoint, "save_file", failing)
     with pytest.raises(RunError, match=r"read back from .* differs"):
         tiny.quantize(folder, tmp_path / "out", QuantConfig(group_size=32))
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ reference zeroes them; column blocks always end where groups end, so a group's g
 every correction made so far; one factorisation serves all linears of a group.
 """
 
+from collections.abc import Callable
 from itertools import repeat
 from typing import Literal, NamedTuple
 
@@ -30,11 +31,12 @@ from qtool.blocks import BlockTask, Stage, run_blocks
 from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.errors import RunError
 from qtool.methods import Method
-from qtool.models import LoadedModel, Target, weight_of
+from qtool.models import LoadedModel, Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
+ONE_BY_ONE = 16  # columns; more of them are corrected by a product
 
 
 class Config(MethodConfig):
@@ -79,18 +81,18 @@ class Factor(NamedTuple):
 
 def collect(stage: Stage, config: Config) -> Statistics:
     """The statistics of what the linears of ``stage`` read."""
-    size = stage.targets[0].weight_shape[1]
-    device = weight_of(stage.targets[0].linear).device
-    hessian = torch.zeros(size, size, device=device)
-    drift = None if stage.float_inputs is None else torch.zeros_like(hessian)
+    hessian = drift = None
     count = 0
     floats = stage.float_inputs if stage.float_inputs is not None else repeat(None)
     for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
         x = batch.float()
+        hessian = x.new_zeros(x.shape[1], x.shape[1]) if hessian is None else hessian
         _add_gram(hessian, x)
-        if drift is not None and batch_float is not None:
+        if batch_float is not None:
+            drift = torch.zeros_like(hessian) if drift is None else drift
             drift.addmm_((batch_float.float() - x).T, x)
         count += x.shape[0]
+    assert hessian is not None
     hessian.tril_().add_(hessian.tril(-1).T).mul_(2 / count)
     return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
 
@@ -161,36 +163,44 @@ def fit_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, config: Config
     return search_qparams(weight, spec, config.norm, importance if config.range == "weighted" else None)
 
 
-class Columns(NamedTuple):
-    """Consecutive columns after rounding, each ``[rows, width]``."""
+class Work(NamedTuple):
+    """A weight on its way to the grid, transposed: one row for each input channel, in the order they are rounded."""
 
-    codes: Tensor
-    errors: Tensor  # (w - Q(w)) / U_ii: what the later columns have to make up for
-    rounded: Tensor
+    weight: Tensor  # [in, rows] float32: rounded so far, corrected from there on
+    codes: Tensor  # [in, rows] uint8
+    errors: Tensor  # [in, rows] (w - Q(w)) / U_ii of the current block: what later channels have to make up for
+    before: Tensor | None  # [in, rows] the current block before rounding, for GPTAQ
 
 
 def compensate(
-    block: Tensor, scale: Tensor, zero_point: Tensor, factor: Factor, start: int, spec: QuantSpec
-) -> Columns:
-    """Round the columns ``[rows, width]`` that begin at ``start``, each correcting those after it in the block.
+    work: Work, grid: Callable[[int], tuple[Tensor, Tensor]], factor: Factor, start: int, stop: int, spec: QuantSpec
+) -> None:
+    """Round the channels ``start .. stop``, each correcting those after it in that range.
 
-    ``scale`` and ``zero_point`` are ``[rows, width]``, of each column.
+    By halves: a half that is done corrects the other in one product. ``grid(i)`` is scale and zero point ``[rows]``.
     """
-    block = block.clone()
-    stop = start + block.shape[1]
-    upper = factor.upper[start:stop, start:stop]
-    result = Columns(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))
-    for i in range(block.shape[1]):
-        s, z = scale[:, i], zero_point[:, i]
-        column = block[:, i].clone()
-        code = (column / s).add_(z).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, for one column
-        rounded = (code - z).mul_(s)
-        error = (column - rounded).div_(upper[i, i])
-        block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-        if factor.drift is not None:
-            block[:, i + 1 :].addr_(column, factor.drift[start + i, start + i + 1 : stop])
-        result.codes[:, i], result.errors[:, i], result.rounded[:, i] = code, error, rounded
-    return result
+    weight, codes, errors, before = work
+    if stop - start > ONE_BY_ONE:
+        middle = (start + stop) // 2
+        compensate(work, grid, factor, start, middle, spec)
+        done, rest = slice(start, middle), slice(middle, stop)
+        weight[rest].addmm_(factor.upper[done, rest].T, errors[done], alpha=-1)
+        if factor.drift is not None and before is not None:
+            weight[rest].addmm_(factor.drift[done, rest].T, before[done])
+        compensate(work, grid, factor, middle, stop, spec)
+        return
+    for i in range(start, stop):
+        scale, zero_point = grid(i)
+        column = weight[i]
+        code = (column / scale).add_(zero_point).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, one column
+        rounded = (code - zero_point).mul_(scale)
+        torch.sub(column, rounded, out=errors[i]).div_(factor.upper[i, i])
+        later = slice(i + 1, stop)
+        weight[later].addr_(factor.upper[i, later], errors[i], alpha=-1)
+        if factor.drift is not None and before is not None:
+            before[i] = column
+            weight[later].addr_(factor.drift[i, later], column)
+        codes[i], weight[i] = code, rounded
 
 
 def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> QuantizedWeight:
@@ -198,31 +208,36 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     rows, columns = weight.shape
     num_groups = spec.num_groups(columns)
     group_size = columns // num_groups
-    group_of = factor.order // group_size  # [in], of each column in its new place
+    group_of = (factor.order // group_size).tolist()  # of each column in its new place
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
     if config.static_groups:
-        scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+        found = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+        scale, zero_point = (side.T.contiguous() for side in found)
     else:
-        scale, zero_point = weight.new_empty(rows, num_groups), weight.new_empty(rows, num_groups)
+        scale, zero_point = weight.new_empty(num_groups, rows), weight.new_empty(num_groups, rows)
     column_spec = spec.model_copy(update={"group_size": -1})
-    work = weight[:, factor.order].contiguous()
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    current = weight.T.index_select(0, factor.order)
+    del weight
+    work = Work(
+        current,
+        torch.empty_like(current, dtype=torch.uint8),
+        torch.empty_like(current),
+        None if factor.drift is None else torch.empty_like(current),
+    )
     for start in range(0, columns, width):
-        stop = start + width
+        done, rest = slice(start, start + width), slice(start + width, columns)
         if start % group_size == 0 and not config.static_groups:
-            group, whole = group_of[start : start + 1], slice(start, start + group_size)
-            scale[:, group], zero_point[:, group] = fit_grid(work[:, whole], cost[whole], column_spec, config)
-        of = group_of[start:stop]
-        done = compensate(work[:, start:stop], scale[:, of], zero_point[:, of], factor, start, spec)
-        codes[:, start:stop], work[:, start:stop] = done.codes, done.rounded
-        if stop < columns:
-            work[:, stop:] -= done.errors @ factor.upper[start:stop, stop:]
-            if factor.drift is not None:
-                work[:, stop:] += done.rounded @ factor.drift[start:stop, stop:]
-    restored = torch.empty_like(codes)
-    restored[:, factor.order] = codes
-    return QuantizedWeight(restored, scale, zero_point, spec)
+            group, whole = group_of[start], slice(start, start + group_size)
+            ends = fit_grid(current[whole].T.contiguous(), cost[whole], column_spec, config)
+            scale[group], zero_point[group] = ends[0][:, 0], ends[1][:, 0]
+        compensate(work, lambda i: (scale[group_of[i]], zero_point[group_of[i]]), factor, done.start, done.stop, spec)
+        current[rest].addmm_(factor.upper[done, rest].T, work.errors[done], alpha=-1)
+        if factor.drift is not None:
+            current[rest].addmm_(factor.drift[done, rest].T, current[done])
+    codes = torch.empty_like(work.codes)
+    codes[factor.order] = work.codes
+    return QuantizedWeight(codes.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), spec)
 
 
 def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
@@ -230,8 +245,8 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
     for spec in dict.fromkeys(target.spec for target in group):
         same = [target for target in group if target.spec == spec]
         factor = factorise(statistics, spec, config, same[0].name)
-        weight = torch.cat([target.weight for target in same])
-        codes, scale, zero_point, _ = solve(weight, factor, spec, config)
+        stacked = torch.cat([target.weight for target in same]) if len(same) > 1 else same[0].weight
+        codes, scale, zero_point, _ = solve(stacked, factor, spec, config)
         sizes = [target.weight.shape[0] for target in same]
         for target, *parts in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
             task.pack(target, QuantizedWeight(parts[0], parts[1], parts[2], spec))
