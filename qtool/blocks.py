@@ -55,6 +55,7 @@ class BlockTask:
     calls: dict[int, Call]  # by batch size, 1 among them
     compute: torch.dtype  # of the block while it is worked on
     pausing: bool = True  # whether memory allows every batch's forward to be held in the middle of the block
+    streamed: bool = False  # whether float weights may go as soon as they are packed
     outputs: Stream | None = None  # what the quantized block makes of the inputs; made by the driver when left out
     float_outputs: Stream | None = None
     _groups: list[list[Target]] = field(default_factory=list)
@@ -149,6 +150,9 @@ class BlockTask:
             for group in self.groups:
                 yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
                 self._expand(group)
+                if self.streamed and self.float_inputs is None:
+                    for target in group:
+                        target.linear.to_empty(device=torch.device("meta"))
                 memory.return_freed()
                 del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
                 for run in runs:
@@ -156,13 +160,13 @@ class BlockTask:
                 with self._unpacked():
                     for run in float_runs:
                         float_inputs.append(run.switch())
+                self._contract(group)
             self.outputs = Stream(None, inputs)
             self.float_outputs = Stream(None, float_inputs) if self.float_inputs is not None else None
         finally:
             for target in self.targets:
                 del target.linear.forward
-            for layer in packed_linears(self.block).values():
-                vars(layer).pop("forward", None)
+            self._contract(self.targets)
 
     def _expand(self, group: list[Target]) -> None:
         """Let the packed layers of ``group`` expand their weight once, not in every call of the stages; same bits."""
@@ -171,6 +175,11 @@ class BlockTask:
             if isinstance(layer, PackedLinear):
                 dense = layer.dequantized().to(self.compute)
                 layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
+
+    def _contract(self, group: list[Target]) -> None:
+        """Forget the expanded weights of ``group``."""
+        for target in group:
+            vars(self.block.get_submodule(self._local(target.name))).pop("forward", None)
 
     @contextmanager
     def _unpacked(self) -> Iterator[None]:
@@ -255,7 +264,9 @@ def run_blocks(
                 memory.read_ahead(blocks[index + 1][1].parameters())
             stored_dtypes = _bring_in(block, loaded, compute)
             inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
-            task = BlockTask(index, name, block, inputs, float_inputs, mine, calls, compute, pausing)
+            task = BlockTask(
+                index, name, block, inputs, float_inputs, mine, calls, compute, pausing, loaded.streaming is not None
+            )
             if done is None:
                 before = task.forward(inputs[0][:PROBED_WINDOWS]) if flow else None
                 figures = quantize_block(task) or {}
@@ -296,8 +307,9 @@ class _Flow:
         self._calls = record_calls(loaded, {len(batch): batch for batch in sizes.values()}, blocks, compute)
         first = first_hidden(loaded, batches[0], blocks)
         stream_bytes = 2 * first[0].nbytes * len(tokens) * (2 if float_stream else 1)  # what enters, and what leaves
-        widest = max((sum(sum(t.weight_shape) for t in targets if t.block == i) for i in range(len(blocks))), default=0)
-        paused_bytes = widest * compute.itemsize * tokens.numel() * (2 if float_stream else 1)
+        widest = max((target.weight_shape[1] for target in targets), default=0)
+        # a paused forward holds what the next linear reads, its residual, and about as much again in callers
+        paused_bytes = (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if float_stream else 1)
         budget = loaded.streaming.budget if loaded.streaming else None
         on_disk = budget is not None and stream_bytes > budget
         self._pausing = budget is None or stream_bytes + paused_bytes <= budget

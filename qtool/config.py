@@ -121,7 +121,7 @@ class DataConfig(Section):
     num_samples: int = Field(128, ge=1, description="Number of windows.")
     seq_len: int = Field(512, ge=2, description="Tokens in a window.")
     memory_budget: ByteSize = Field(
-        ByteSize(4_000_000_000),
+        ByteSize(8_000_000_000),
         ge=0,
         description="Memory for hidden states, e.g. 4GB: within it they are held in the middle of a block as well; "
         "above it those are made again when needed, and at last all are kept on disk. The result is the same.",

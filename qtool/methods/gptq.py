@@ -130,14 +130,16 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
     order = column_order(diagonal, spec, config.act_order)
     diagonal = diagonal[order]
     mean = float(diagonal.mean())
+    info = torch.empty(0, dtype=torch.int32, device=diagonal.device)
     for step in DAMP_LADDER:
         # each result takes the place of what it was made from: these are the largest tensors of a run
         matrix = statistics.hessian[order.unsqueeze(1), order]
         matrix.diagonal().copy_(diagonal + step * config.damp * mean)
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        failed = torch.linalg.cholesky_ex(matrix, out=(matrix, info)).info
         if not failed:
-            matrix = torch.cholesky_inverse(matrix)
-            upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            torch.cholesky_inverse(matrix, out=matrix)
+            failed = torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info)).info
+            upper = matrix
             if not failed and bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite at damping {step * config.damp:g}; trying more")
@@ -168,8 +170,9 @@ class Work(NamedTuple):
 
     weight: Tensor  # [in, rows] float32: rounded so far, corrected from there on
     codes: Tensor  # [in, rows] uint8
-    errors: Tensor  # [in, rows] (w - Q(w)) / U_ii of the current block: what later channels have to make up for
-    before: Tensor | None  # [in, rows] the current block before rounding, for GPTAQ
+    first: int  # of the block of channels at work
+    errors: Tensor  # [block, rows] (w - Q(w)) / U_ii: what later channels have to make up for
+    before: Tensor | None  # [block, rows] the block before rounding, for GPTAQ
 
 
 def compensate(
@@ -179,14 +182,14 @@ def compensate(
 
     By halves: a half that is done corrects the other in one product. ``grid(i)`` is scale and zero point ``[rows]``.
     """
-    weight, codes, errors, before = work
+    weight, codes, first, errors, before = work
     if stop - start > ONE_BY_ONE:
         middle = (start + stop) // 2
         compensate(work, grid, factor, start, middle, spec)
-        done, rest = slice(start, middle), slice(middle, stop)
-        weight[rest].addmm_(factor.upper[done, rest].T, errors[done], alpha=-1)
+        done, rest, here = slice(start, middle), slice(middle, stop), slice(start - first, middle - first)
+        weight[rest].addmm_(factor.upper[done, rest].T, errors[here], alpha=-1)
         if factor.drift is not None and before is not None:
-            weight[rest].addmm_(factor.drift[done, rest].T, before[done])
+            weight[rest].addmm_(factor.drift[done, rest].T, before[here])
         compensate(work, grid, factor, middle, stop, spec)
         return
     for i in range(start, stop):
@@ -194,11 +197,11 @@ def compensate(
         column = weight[i]
         code = (column / scale).add_(zero_point).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, one column
         rounded = (code - zero_point).mul_(scale)
-        torch.sub(column, rounded, out=errors[i]).div_(factor.upper[i, i])
+        error = torch.sub(column, rounded, out=errors[i - first]).div_(factor.upper[i, i])
         later = slice(i + 1, stop)
-        weight[later].addr_(factor.upper[i, later], errors[i], alpha=-1)
+        weight[later].addr_(factor.upper[i, later], error, alpha=-1)
         if factor.drift is not None and before is not None:
-            before[i] = column
+            before[i - first] = column
             weight[later].addr_(factor.drift[i, later], column)
         codes[i], weight[i] = code, rounded
 
@@ -219,25 +222,23 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     column_spec = spec.model_copy(update={"group_size": -1})
     current = weight.T.index_select(0, factor.order)
     del weight
-    work = Work(
-        current,
-        torch.empty_like(current, dtype=torch.uint8),
-        torch.empty_like(current),
-        None if factor.drift is None else torch.empty_like(current),
-    )
+    codes = torch.empty_like(current, dtype=torch.uint8)
+    errors = current.new_empty(width, rows)
+    before = None if factor.drift is None else torch.empty_like(errors)
     for start in range(0, columns, width):
         done, rest = slice(start, start + width), slice(start + width, columns)
         if start % group_size == 0 and not config.static_groups:
             group, whole = group_of[start], slice(start, start + group_size)
             ends = fit_grid(current[whole].T.contiguous(), cost[whole], column_spec, config)
             scale[group], zero_point[group] = ends[0][:, 0], ends[1][:, 0]
-        compensate(work, lambda i: (scale[group_of[i]], zero_point[group_of[i]]), factor, done.start, done.stop, spec)
-        current[rest].addmm_(factor.upper[done, rest].T, work.errors[done], alpha=-1)
+        work = Work(current, codes, start, errors, before)
+        compensate(work, lambda i: (scale[group_of[i]], zero_point[group_of[i]]), factor, start, start + width, spec)
+        current[rest].addmm_(factor.upper[done, rest].T, errors, alpha=-1)
         if factor.drift is not None:
             current[rest].addmm_(factor.drift[done, rest].T, current[done])
-    codes = torch.empty_like(work.codes)
-    codes[factor.order] = work.codes
-    return QuantizedWeight(codes.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), spec)
+    restored = torch.empty_like(codes)
+    restored[factor.order] = codes
+    return QuantizedWeight(restored.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), spec)
 
 
 def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
