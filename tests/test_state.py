@@ -300,7 +300,7 @@ def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back
 
     with monkeypatch.context() as patch:
         patch.setattr(state.RunState, "write", losing)
-        with pytest.raises(RunError, match="is no longer in .*; put its file back"):
+        with pytest.raises(RunError, match=r"is no longer in .*; put its file back"):
             quantize(checked)
     with pytest.raises(InputError, match=f"lists {shard.name}, which is not there"):
         quantize(checked)
