@@ -19,8 +19,9 @@ from qtool import card, checkpoint, data, methods, progress
 from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
-from qtool.config import FORMAT_VERSION, EvalConfig, ExportConfig, ModelConfig, QuantSpec
+from qtool.config import FORMAT_VERSION, EvalConfig, ExportConfig, ModelConfig
 from qtool.errors import InputError
+from qtool.layout import label as _label
 from qtool.models import LoadedModel, load_model, packed_linears, resolve
 from qtool.recipe import Recipe, resolved
 from qtool.report import Report, environment
@@ -107,7 +108,8 @@ def quantize(recipe: Recipe, command: str) -> Outcome:
         with clock.phase("eval", "evaluating"):
             reference = load_model(recipe.model)
             results = evaluation.evaluate(loaded, recipe.eval, reference, recipe.seed)
-            report = report.model_copy(update={"results": tuple(results), "seconds": clock.seconds})
+            found = {"results": tuple(results), "seconds": clock.seconds, "backend": recipe.eval.backend}
+            report = report.model_copy(update=found)
             del reference
         report.write(recipe.output.path)
         card.write(recipe.output.path, report)
@@ -165,6 +167,7 @@ def evaluate(
         results=tuple(results),
         dtype=_name(loaded.dtype),
         device=str(loaded.device),
+        backend=config.backend if packed_linears(loaded.model) else None,
         seed=seed,
         **described,
     )
@@ -250,11 +253,6 @@ def _manifest(
         "versions": environment(),
         "date": report.date,
     }
-
-
-def _label(specs: dict[str, QuantSpec]) -> str:
-    labels = Counter(spec.label() for spec in specs.values())
-    return next(iter(labels)) if len(labels) == 1 else "mixed " + " ".join(labels)
 
 
 def _name(dtype: torch.dtype) -> str:

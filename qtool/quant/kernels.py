@@ -33,7 +33,7 @@ PROBE_CHANNELS = 64  # nonzero in each row of a probe: few, so that the toleranc
 
 
 class Backend(NamedTuple):
-    """A way to multiply by packed codes. ``state`` is what ``prepare`` returns; it does not depend on the model's dtype."""
+    """A way to multiply by packed codes; its state is what ``prepare`` returns, whatever the model's dtype."""
 
     name: str
     device: str  # type of the device it runs on
@@ -148,7 +148,8 @@ def _tried(backend: Backend) -> str | None:
     codes = torch.arange(256 * 256, dtype=torch.int32).mul(7).remainder(spec.qmax + 1).view(256, 256).to(torch.uint8)
     scale = torch.linspace(0.5, 1.5, 256 * spec.num_groups(256)).bfloat16().float().view(256, -1)
     zero_point = torch.full_like(scale, spec.middle)
-    weight = QuantizedWeight(*(t.to(backend.device) for t in (codes, scale, zero_point)), spec)
+    codes, scale, zero_point = (tensor.to(backend.device) for tensor in (codes, scale, zero_point))
+    weight = QuantizedWeight(codes, scale, zero_point, spec)
     try:
         return wrong(Kernel(backend, backend.prepare(weight)), weight)
     except Exception as problem:  # as above

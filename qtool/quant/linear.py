@@ -14,7 +14,6 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.quant.rounding import straight_through
 
-
 CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 
 
@@ -172,7 +171,7 @@ class PackedLinear(nn.Module):
         return reason
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in the dtype of ``x``; without a kernel the weight is expanded for this call."""
+        """``x [..., in] -> [..., out]`` in the dtype of ``x``; where no kernel serves, the weight is expanded."""
         if self.kernel is not None and self.kernel.takes(x) and not self.weight_scale.requires_grad:
             y = self.kernel(x)
             return y if self.bias is None else y.add_(self.bias)
