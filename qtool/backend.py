@@ -28,7 +28,7 @@ class Backends:
     num_bytes: int = 0  # memory of the kernels' layouts, beside the packed weights
 
     def __str__(self) -> str:
-        parts = [f"{count} linears by {name}" for name, count in self.kernels.items()]
+        parts = [f"{count} linears by {name}" for name, count in self.kernels.most_common()]
         parts += [
             f"{len(names)} by the exact path ({names[0]}{', ...' if names[1:] else ''}: {reason})"
             for reason, names in self.exact.items()

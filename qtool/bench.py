@@ -21,9 +21,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtool import energy, progress
+from qtool import energy, memory, progress
 from qtool.backend import held_bytes, use_backend
-from qtool.blocks import return_freed_memory
 from qtool.checkpoint import Source
 from qtool.config import ModelConfig
 from qtool.errors import InputError
@@ -86,7 +85,7 @@ def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto
     started = time.perf_counter()
     source = Source(folder)
     config = ModelConfig.model_validate({"path": str(folder), "dtype": dtype, "device": device})
-    memory = _Memory(choose_device(device))
+    held = _Memory(choose_device(device))
     with progress.stage(f"loading {folder}"):
         loaded = load_model(config, quantized=True)
     tokens = _prompts(loaded, plan)
@@ -95,7 +94,7 @@ def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto
     speeds: dict[str, dict[str, Speed]] = {}
 
     def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:
-        peak = memory.peak(lambda: _next_logits(model, tokens))
+        peak = held.peak(lambda: _next_logits(model, tokens))
         return _Subject(name, title, model, file_bytes, linears, _tensor_bytes(model) + held_bytes(model), peak)
 
     with torch.inference_mode():
@@ -106,7 +105,7 @@ def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto
         serving = use_backend(loaded.model, FAST)
         fast = subject(FAST, f"{grid} fast", loaded.model, source.num_bytes(), str(serving))
         difference = (_next_logits(loaded.model, tokens) - logits).abs().max() / logits.abs().max()
-        memory.begin()
+        held.begin()
         with progress.stage("loading the dense model"):
             model = _dense(load_model(config, quantized=True))
         dense = subject(DENSE, f"dense {name}", model, _tensor_bytes(model), "none: ordinary linears")
@@ -278,7 +277,7 @@ class _Memory:
 
     def _reset(self) -> bool:
         """Forget earlier peaks."""
-        return_freed_memory()
+        memory.return_freed()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return True
@@ -288,7 +287,7 @@ class _Memory:
         return False
 
     def _held(self, field: str) -> int | None:
-        return_freed_memory()
+        memory.return_freed()
         if self.device.type == "cuda":
             peak = field == "VmHWM"
             return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)

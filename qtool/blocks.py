@@ -33,7 +33,7 @@ TOKENS_PER_BATCH = 2048  # more are no faster on a processor, and need more memo
 PROBED_WINDOWS = 4  # that measure a block's error
 
 
-def return_freed_memory() -> None:
+def _return_freed_memory() -> None:
     """Give the system what has been freed. glibc keeps the holes between paused batches: a fifth of our peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
@@ -155,7 +155,7 @@ class BlockTask:
             for group in self.groups:
                 yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
                 self._expand(group)
-                return_freed_memory()
+                _return_freed_memory()
                 del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
                 for run in runs:
                     inputs.append(run.switch())

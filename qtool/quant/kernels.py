@@ -29,7 +29,7 @@ from qtool.quant.affine import QuantizedWeight
 
 TOLERANCE = 2.0**-6
 GROUPS = (256, 128, 64, 32)  # that the int4 products know
-PROBE_CHANNELS = 64  # nonzero in each row of a probe: few, so that the tolerance is tight
+PROBE_ROWS, PROBE_CHANNELS = 8, 4  # nonzero in each row of a probe: few, so that the tolerance is tight
 
 
 class Backend(NamedTuple):
@@ -61,7 +61,7 @@ class Kernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
         y = self.backend.matmul(rows, *self.state)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
@@ -117,13 +117,14 @@ def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 @torch.no_grad()
 def wrong(kernel: Kernel, weight: QuantizedWeight) -> str | None:
-    """Compare with the exact product on two sparse random rows; what is wrong, if anything."""
+    """Compare with the exact product on sparse random rows, all at once and one alone; what is wrong, if anything."""
     out_features, in_features = weight.codes.shape
     generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(2, in_features, generator=generator) * in_features < PROBE_CHANNELS
-    x = (torch.randn(2, in_features, generator=generator) * kept).to(weight.codes.device)
+    kept = torch.rand(PROBE_ROWS, in_features, generator=generator) * in_features < PROBE_CHANNELS
+    x = (torch.randn(PROBE_ROWS, in_features, generator=generator) * kept).to(weight.codes.device)
     try:
-        error = (kernel(x) - x @ affine.dequantize(*weight).T).abs()
+        found = torch.cat([kernel(x[:1]), kernel(x)[1:]])
+        error = (found - x @ affine.dequantize(*weight).T).abs()
     except Exception as problem:  # a library's own kernel, on a machine it was not made for
         return f"failed when it was tried: {type(problem).__name__}: {problem}"
     share = (error / tolerance(x, weight).clamp(min=torch.finfo(torch.float32).tiny)).max().item()
@@ -219,7 +220,7 @@ def _int4_cpu(x: Tensor, packed: Tensor, group: int, grid: Tensor) -> Tensor:
 
 
 def _int4_cuda(x: Tensor, packed: Tensor, group: int, grid: Tensor) -> Tensor:
-    y: Tensor = torch.ops.aten._weight_int4pack_mm(x.contiguous(), packed, group, grid)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm(x, packed, group, grid)
     return y
 
 
@@ -287,7 +288,7 @@ def _prepare_gemlite(weight: QuantizedWeight) -> tuple[Any, ...]:
 
 
 def _gemlite(x: Tensor, linear: Any) -> Tensor:
-    y: Tensor = linear(x.contiguous())
+    y: Tensor = linear(x)
     return y
 
 
