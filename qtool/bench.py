@@ -9,7 +9,7 @@ slows both; the exact path is measured by itself, on as few tokens as fill ``ENO
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from qtool.speed import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant
 
 BATCHES = (1, 8)
 WARM_STEPS = 2
-ENOUGH = 5.0  # seconds of decoding in one repeat
+ENOUGH = 2.0  # seconds of decoding in one repeat
 SELF = Path("/proc/self")
 
 
@@ -95,7 +95,8 @@ def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto
 
     def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:
         peak = held.peak(lambda: _next_logits(model, tokens))
-        return _Subject(name, title, model, file_bytes, linears, _tensor_bytes(model) + held_bytes(model), peak)
+        weights = _num_bytes([*model.parameters(), *model.buffers()])
+        return _Subject(name, title, model, file_bytes, linears, weights + held_bytes(model), peak)
 
     with torch.inference_mode():
         exact = subject(EXACT, f"{grid} exact", loaded.model, source.num_bytes(), "expanded for each product")
@@ -108,7 +109,9 @@ def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto
         held.begin()
         with progress.stage("loading the dense model"):
             model = _dense(load_model(config, quantized=True))
-        dense = subject(DENSE, f"dense {name}", model, _tensor_bytes(model), "none: ordinary linears")
+        dense = subject(
+            DENSE, f"dense {name}", model, _num_bytes(model.state_dict().values()), "none: ordinary linears"
+        )
         with progress.stage("dense and fast in turns"):
             speeds |= _measure([dense, fast], tokens, plan, clock)
 
@@ -150,9 +153,9 @@ def _dense(loaded: LoadedModel) -> PreTrainedModel:
     return loaded.model
 
 
-def _tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, tied ones once."""
-    return sum(t.nbytes for t in {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values())
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, tied ones once."""
+    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
 
 
 def _remarks(loaded: LoadedModel) -> list[str]:

@@ -279,7 +279,7 @@ def test_weights_that_leave_memory_take_their_kernel_along(layer: PackedLinear) 
 def broken(monkeypatch: pytest.MonkeyPatch) -> kernels.Backend:
     """The only backend, and nothing remembered of earlier trials."""
     backend = next(b for b in kernels.BACKENDS if (b.name, b.device) == ("int4", "cpu"))
-    monkeypatch.setattr(kernels, "_found_wrong", {})
+    monkeypatch.setattr(kernels, "_found", {})
     return backend
 
 
@@ -293,6 +293,7 @@ def fails(*_: object) -> Tensor:
         ({"matmul": lambda *args: 1.1 * kernels._int4_cpu(*args)}, "times its tolerance on a weight 48 x 128"),
         ({"matmul": lambda *args: kernels._int4_cpu(*args).roll(1, -1)}, "times its tolerance"),
         ({"matmul": fails}, "int4: failed when it was tried: RuntimeError: no image for this machine"),
+        ({"prepare": fails}, "int4: failed when it was tried: RuntimeError: no image for this machine"),
         ({"missing": lambda: "torch has no such product"}, "int4: torch has no such product"),
     ],
 )
@@ -308,11 +309,22 @@ def test_a_backend_that_is_wrong_on_this_machine_is_not_used(
     assert found["reason"]
 
 
+def test_the_next_backend_serves_where_the_first_is_wrong(
+    broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BACKENDS", (broken._replace(name="first", matmul=fails), broken))
+    layer = layer_of(random_weight(w(4, 64), 48, 128))
+    assert layer.accelerate() == ""
+    assert layer.kernel is not None
+    assert layer.kernel.backend is broken
+
+
 def test_each_shape_is_tried_once(broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[torch.Size] = []
 
-    def watched(kernel: kernels.Kernel, weight: QuantizedWeight) -> None:
+    def watched(kernel: kernels.Kernel, weight: QuantizedWeight) -> str:
         tried.append(weight.codes.shape)
+        return ""
 
     monkeypatch.setattr(kernels, "wrong", watched)
     for rows in (48, 48, 32):

@@ -73,38 +73,37 @@ class Kernel:
         return sum(t.nbytes for t in [*tensors, *(p for module in modules for p in module.parameters())])
 
 
-def fitting(spec: QuantSpec, out_features: int, in_features: int, device: str) -> tuple[Backend | None, str]:
-    """The first backend for a weight ``[out, in]``, or ``None`` and why there is none."""
-    reasons = []
-    for backend in BACKENDS:
-        if backend.device != device:
-            continue
-        reason = backend.refuses(spec, out_features, in_features) or backend.missing()
-        if reason is None:
-            return backend, ""
-        reasons.append(f"{backend.name}: {reason}")
-    return None, "; ".join(reasons) or f"no backend for {device}"
-
-
-_found_wrong: dict[tuple[Any, ...], str | None] = {}
+_found: dict[tuple[Any, ...], str] = {}  # what was wrong with a backend on a shape: "" where it was right
 
 
 @torch.no_grad()
 def prepare(weight: QuantizedWeight) -> tuple[Kernel | None, str]:
     """``weight`` in the layout of the first backend that fits and is right, or ``None`` and why there is none."""
-    out_features, in_features = weight.codes.shape
-    device = weight.codes.device
-    backend, reason = fitting(weight.spec, out_features, in_features, device.type)
-    if backend is None:
-        return None, reason
-    key = (backend.name, weight.spec, out_features, in_features, device)
-    if _found_wrong.get(key) is None:
-        kernel = Kernel(backend, backend.prepare(weight))
-        if key not in _found_wrong:
-            _found_wrong[key] = wrong(kernel, weight)
-    if reason := _found_wrong[key] or "":
-        return None, f"{backend.name}: {reason}"
-    return kernel, ""
+    reasons = []
+    for backend in BACKENDS:
+        if backend.device != weight.codes.device.type:
+            continue
+        reason = backend.refuses(weight.spec, *weight.codes.shape) or backend.missing()
+        if reason is None:
+            kernel, reason = _attempt(backend, weight)
+            if kernel is not None:
+                return kernel, ""
+        reasons.append(f"{backend.name}: {reason}")
+    return None, "; ".join(reasons) or f"there is no backend for {weight.codes.device.type}"
+
+
+def _attempt(backend: Backend, weight: QuantizedWeight) -> tuple[Kernel | None, str]:
+    """``weight`` in the layout of ``backend``; the first weight of a shape is multiplied and compared."""
+    key = (backend, weight.spec, weight.codes.shape, weight.codes.device)
+    kernel = None
+    if not _found.get(key):
+        try:
+            kernel = Kernel(backend, backend.prepare(weight))
+            if key not in _found:
+                _found[key] = wrong(kernel, weight)
+        except Exception as problem:  # a library's own kernel, on a machine that it may not have been made for
+            _found[key] = f"failed when it was tried: {type(problem).__name__}: {problem}"
+    return (None, _found[key]) if _found[key] else (kernel, "")
 
 
 def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -115,20 +114,15 @@ def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return TOLERANCE * x.abs().float() @ (steps * scale.unsqueeze(-1)).flatten(1).T
 
 
-@torch.no_grad()
-def wrong(kernel: Kernel, weight: QuantizedWeight) -> str | None:
+def wrong(kernel: Kernel, weight: QuantizedWeight) -> str:
     """Compare with the exact product on sparse random rows, all at once and one alone; what is wrong, if anything."""
     out_features, in_features = weight.codes.shape
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(PROBE_ROWS, in_features, generator=generator) * in_features < PROBE_CHANNELS
     x = (torch.randn(PROBE_ROWS, in_features, generator=generator) * kept).to(weight.codes.device)
-    try:
-        found = torch.cat([kernel(x[:1]), kernel(x)[1:]])
-        error = (found - x @ affine.dequantize(*weight).T).abs()
-    except Exception as problem:  # a library's own kernel, on a machine it was not made for
-        return f"failed when it was tried: {type(problem).__name__}: {problem}"
+    error = (torch.cat([kernel(x[:1]), kernel(x)[1:]]) - x @ affine.dequantize(*weight).T).abs()
     share = (error / tolerance(x, weight).clamp(min=torch.finfo(torch.float32).tiny)).max().item()
-    return None if share <= 1 else f"off by {share:.3g} times its tolerance on a weight {out_features} x {in_features}"
+    return "" if share <= 1 else f"off by {share:.3g} times its tolerance on a weight {out_features} x {in_features}"
 
 
 def examine() -> list[dict[str, Any]]:
@@ -138,23 +132,20 @@ def examine() -> list[dict[str, Any]]:
             "name": backend.name,
             "device": backend.device,
             "serves": backend.serves,
-            "reason": _device_missing(backend.device) or backend.missing() or _tried(backend),
+            "reason": _device_missing(backend.device) or backend.missing() or _tried(backend) or None,
         }
         for backend in BACKENDS
     ]
 
 
-def _tried(backend: Backend) -> str | None:
+@torch.no_grad()
+def _tried(backend: Backend) -> str:
     spec = backend.sample
     codes = torch.arange(256 * 256, dtype=torch.int32).mul(7).remainder(spec.qmax + 1).view(256, 256).to(torch.uint8)
-    scale = torch.linspace(0.5, 1.5, 256 * spec.num_groups(256)).bfloat16().float().view(256, -1)
+    scale = torch.linspace(0.5, 1.5, 256 * spec.num_groups(256)).view(256, -1)
     zero_point = torch.full_like(scale, spec.middle)
     codes, scale, zero_point = (tensor.to(backend.device) for tensor in (codes, scale, zero_point))
-    weight = QuantizedWeight(codes, scale, zero_point, spec)
-    try:
-        return wrong(Kernel(backend, backend.prepare(weight)), weight)
-    except Exception as problem:  # as above
-        return f"failed when it was tried: {type(problem).__name__}: {problem}"
+    return _attempt(backend, QuantizedWeight(codes, scale, zero_point, spec))[1]
 
 
 def _device_missing(device: str) -> str | None:
@@ -282,8 +273,16 @@ def _prepare_gemlite(weight: QuantizedWeight) -> tuple[Any, ...]:
     codes, scale, zero_point, spec = weight
     out_features, in_features = codes.shape
     group = in_features if spec.group_size == -1 else spec.group_size
-    linear = GemLiteLinear(spec.num_bits, group, in_features, out_features, DType.BF16, DType.BF16)
-    linear.pack(codes, scale.bfloat16(), zero_point.bfloat16(), None)
+    linear = GemLiteLinear(
+        spec.num_bits,
+        group_size=group,
+        in_features=in_features,
+        out_features=out_features,
+        input_dtype=DType.BF16,
+        output_dtype=DType.BF16,
+    )
+    # not as codes * scale + offset: the offset would be rounded to bfloat16
+    linear.pack(codes, scale.bfloat16(), zero_point.bfloat16(), bias=None, fma_mode=False)
     return (linear,)
 
 
