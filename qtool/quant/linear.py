@@ -14,7 +14,7 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.quant.rounding import straight_through
 
-CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
+CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 
 
 class QuantLinear(nn.Module):
@@ -158,8 +158,9 @@ class PackedLinear(nn.Module):
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scale.device)
         parts = (tensor.split(size) for tensor in (weight, self.weight_packed, scale, zero_point))
         for rows, words, row_scale, row_zero_point in zip(*parts, strict=True):
-            codes = unpack(words, self.spec.num_bits, self.in_features)
-            rows.copy_(affine.dequantize(codes, row_scale, row_zero_point, self.spec))
+            codes = affine.grouped(unpack(words, self.spec.num_bits, self.in_features), self.spec).float()
+            codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # as affine.dequantize, in place
+            rows.copy_(codes.flatten(1))
         return weight
 
     def accelerate(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 WORD = 32
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 def _period(num_bits: int, unit: int) -> tuple[int, int]:
@@ -42,19 +43,22 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, num_bits: int, num_codes: int) -> Tensor:
-    """The first ``num_codes`` codes of each row of ``words`` ``[rows, w]`` int32, as ``[rows, num_codes]`` uint8."""
+    """The first ``num_codes`` codes of each row of ``words`` ``[rows, w]`` int32, as ``[rows, num_codes]`` uint8.
+
+    The codes of a period lie together in one integer of as many bytes, which is halved until each has a byte.
+    """
     assert sys.byteorder == "little", "the bytes of a word are read as a part of the stream"
-    per_period, bytes_per_period = _period(num_bits, 8)  # bytes: four times as many to an instruction as words
-    stream = words.flatten().view(torch.uint8).view(words.shape[0], -1)
+    per_period, bytes_per_period = _period(num_bits, 8)
     periods = -(-num_codes // per_period)
+    stream = words.flatten().view(torch.uint8).view(words.shape[0], -1)
     stream = torch.nn.functional.pad(stream, (0, periods * bytes_per_period - stream.shape[1]))  # or cut
-    octets = [octet.contiguous() for octet in stream.view(-1, periods, bytes_per_period).unbind(-1)]
-    mask = 2**num_bits - 1
-    codes = []
-    for i in range(per_period):
-        byte, shift = divmod(i * num_bits, 8)
-        code = octets[byte] >> shift
-        if shift + num_bits > 8:
-            code |= octets[byte + 1] << (8 - shift)
-        codes.append(code if shift + num_bits == 8 else code & mask)
-    return torch.stack(codes, -1).flatten(1)[:, :num_codes].contiguous()
+    octets = stream.view(-1, periods, bytes_per_period).to(INTEGERS[per_period]).unbind(-1)
+    lanes = octets[0]
+    for i, octet in enumerate(octets[1:], 1):
+        lanes = lanes | octet << 8 * i
+    step = per_period
+    while step > 1:
+        step //= 2
+        lanes = lanes | lanes << step * (8 - num_bits)
+        lanes &= sum((2 ** (step * num_bits) - 1) << 8 * i for i in range(0, per_period, step))
+    return lanes.contiguous().view(torch.uint8)[:, :num_codes].contiguous()
