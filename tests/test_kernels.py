@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.config import BITS, SCALE_BITS, QuantSpec
-from qtool.quant import affine, kernels
+from qtool.quant import affine, kernels, linear
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
 
@@ -172,6 +172,33 @@ def test_two_and_three_bits_take_what_four_take(num_bits: int) -> None:
     assert four is not None
     assert small.backend is four.backend
     assert small.num_bytes == four.num_bytes == 64 * 256 // 2 + 64 * 2 * 2 * 2
+
+
+# the exact path
+
+
+@pytest.mark.parametrize("numbers", [1, 200, 512, 10**6])
+@pytest.mark.parametrize(
+    "spec", [w(b, g, s) for b in BITS for g in (-1, 16) for s in (True, False)], ids=QuantSpec.label
+)
+def test_a_weight_is_the_same_however_many_rows_are_expanded_at_once(
+    spec: QuantSpec, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "CHUNK_NUMBERS", {"cpu": numbers})
+    weight = random_weight(spec, 23, 80)
+    layer, dense = layer_of(weight), affine.dequantize(*weight)
+    assert torch.equal(layer.dequantized(), dense)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.equal(layer.dequantized(dtype), dense.to(dtype))
+
+
+def test_an_expanded_weight_passes_gradients_to_its_scale() -> None:
+    layer = layer_of(random_weight(w(3, 16), 8, 32))
+    layer.weight_scale = layer.weight_scale.float().requires_grad_()
+    layer(probe(2, 32)).sum().backward()
+    steps = layer.quantized.codes.float() - 4
+    expected = (steps * probe(2, 32).sum(0)).view(8, 2, 16).sum(-1)
+    assert torch.allclose(layer.weight_scale.grad, expected, atol=1e-4)  # type: ignore[arg-type]
 
 
 # who is served
