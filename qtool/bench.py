@@ -75,18 +75,17 @@ class _Subject:
         )
 
 
-def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto") -> BenchReport:
-    """Measure the native checkpoint ``folder``.
+def bench(config: ModelConfig, plan: Plan) -> BenchReport:
+    """Measure a native checkpoint in the precision and on the device of ``config``.
 
     Raises:
         InputError: not a native checkpoint, or sequences longer than the model's context.
     """
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
-    source = Source(folder)
-    config = ModelConfig.model_validate({"path": str(folder), "dtype": dtype, "device": device})
-    held = _Memory(choose_device(device))
-    with progress.stage(f"loading {folder}"):
+    source = Source(Path(config.path))
+    held = _Memory(choose_device(config.device))
+    with progress.stage(f"loading {config.path}"):
         loaded = load_model(config, quantized=True)
     tokens = _prompts(loaded, plan)
     clock = _Clock(loaded.device, energy.meter(_uuid(loaded.device)))
@@ -116,7 +115,7 @@ def bench(folder: Path, plan: Plan, dtype: str = "bfloat16", device: str = "auto
             speeds |= _measure([dense, fast], tokens, plan, clock)
 
     return BenchReport(
-        path=str(folder),
+        path=config.path,
         label=grid,
         dtype=name,
         device=str(loaded.device),
@@ -159,10 +158,10 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _remarks(loaded: LoadedModel) -> list[str]:
-    remarks = []
+    remarks, name = [], str(loaded.dtype).removeprefix("torch.")
     float_bytes = sum(p.nbytes for name, p in loaded.model.named_parameters() if p.dim() == 2)
     if float_bytes:
-        remarks.append(f"{progress.size(float_bytes)} of embeddings and head stay {loaded.dtype} in every column")
+        remarks.append(f"{progress.size(float_bytes)} of embeddings and head stay {name} in every column")
     if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
         able = torch.cpu.get_capabilities()
         if not (able.get("avx512_bf16") or able.get("amx_bf16")):

@@ -209,11 +209,14 @@ def bench(
     """Measure speed, memory and energy beside the same weights held densely."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
+    from qtool import recipe
+
+    model = {"path": str(folder), "dtype": dtype, "device": device}
+    checked = recipe.check(recipe.EvalRecipe, {"model": model}, "the command line")
     with _running(quiet, None):
         from qtool import bench as measuring
 
-        plan = measuring.Plan(prompt_tokens, new_tokens, repeats)
-        report = measuring.bench(folder, plan, dtype or "auto", device)
+        report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
     _show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
 
 

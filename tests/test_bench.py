@@ -16,7 +16,7 @@ from rich.console import Console
 import qtool
 from qtool import bench, cli, energy, speed
 from qtool.bench import Plan
-from qtool.config import QuantConfig
+from qtool.config import ModelConfig, QuantConfig
 from qtool.energy import Counter, Meter
 from qtool.errors import InputError
 from qtool.models import packed_linears
@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at / "native"
 
 
-class Work(tuple):  # type: ignore[type-arg]
-    """Which variant was timed, its rows, and its steps."""
+def run(folder: Path, plan: Plan = SMALL) -> BenchReport:
+    return bench.bench(ModelConfig(path=str(folder), dtype="float32", device="cpu"), plan)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> list[tuple[str, str, int]]:
@@ -56,13 +56,14 @@ def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> l
         return seconds(name), clock.meter.joules(before, clock.meter.read())
 
     monkeypatch.setattr(bench._Clock, "time", time)
+    monkeypatch.setattr(bench, "ENOUGH", 5.0)
     return timed
 
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> BenchReport:
     """One that was really measured."""
-    return bench.bench(folder, SMALL, "float32", "cpu")
+    return run(folder)
 
 
 def test_the_report_has_every_number(report: BenchReport, folder: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: Any) -> None:
 
 def test_dense_and_fast_take_turns_and_exact_goes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = watch(monkeypatch, lambda _: 0.01)
-    bench.bench(folder, SMALL, "float32", "cpu")
+    run(folder)
     steps = {measure: 0 if measure == PREFILL else 4 for measure in MEASURES}
     turn = [(name, measure, steps[measure]) for measure in MEASURES for name in (DENSE, FAST)]
     assert timed == [(EXACT, measure, steps[measure]) for _ in range(3) for measure in MEASURES] + 3 * turn
@@ -147,7 +148,7 @@ def test_dense_and_fast_take_turns_and_exact_goes_first(folder: Path, monkeypatc
 def test_a_slow_path_decodes_fewer_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {DENSE: 2.0, FAST: 0.1, EXACT: 60.0}
     timed = watch(monkeypatch, times.__getitem__)
-    report = bench.bench(folder, SMALL, "float32", "cpu")
+    report = run(folder)
     assert {(name, steps) for name, measure, steps in timed if measure != PREFILL} == {
         (DENSE, 2),
         (FAST, 4),
@@ -205,11 +206,11 @@ def test_it_says_where_low_bits_do_not_help() -> None:
 
 def test_it_says_so_from_measured_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch(monkeypatch, {DENSE: 1.0, FAST: 1.25, EXACT: 1.0}.__getitem__)
-    text = bench.bench(folder, SMALL, "float32", "cpu").markdown()
+    text = run(folder).markdown()
     for measure in MEASURES:
         assert f"* {measure}: low bits do not help on this machine, 0.80 x dense" in text
     watch(monkeypatch, {DENSE: 1.0, FAST: 0.25, EXACT: 1.0}.__getitem__)
-    text = bench.bench(folder, SMALL, "float32", "cpu").markdown()
+    text = run(folder).markdown()
     assert "tokens/s, batch" not in text
     assert not any(f"{measure}: low bits" in text for measure in MEASURES)
     assert "| decode, batch 1, tokens/s | 4.00 | 16.0 (4.00 x) | 4.00 (1.00 x) |" in text
@@ -228,7 +229,7 @@ def test_a_system_that_cannot_reset_its_peak_has_no_peak(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench, "SELF", tmp_path / "none")
-    report = bench.bench(folder, SMALL, "float32", "cpu")
+    report = run(folder)
     assert {variant.peak_bytes for variant in report.variants} == {None}
     assert "| peak memory | not measured | not measured | not measured |" in report.markdown()
 
@@ -323,7 +324,7 @@ def test_joules_reach_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     meter = Meter((Counter("a counter", lambda: 8 * next(ticks), 1.0),), "a counter")
     monkeypatch.setattr(energy, "meter", lambda _: meter)
     watch(monkeypatch, lambda _: 0.01)
-    report = bench.bench(folder, SMALL, "float32", "cpu")
+    report = run(folder)
     joules = {name: found.joules_per_token for name, found in report.variant(FAST).speeds.items()}
     assert joules == {"decode, batch 1": 2.0, "decode, batch 8": 0.25, "prefill": 1.0}
     assert "| decode, batch 1, J/token | 2 | 2 | 2 |" in report.markdown()
@@ -335,12 +336,14 @@ def test_joules_reach_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_cannot_be_measured_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="is a float model; a qtool checkpoint is needed"):
-        bench.bench(folder.parent / "float", SMALL)
+        run(folder.parent / "float")
     with pytest.raises(InputError, match=r"256 tokens and 5 x 32 more do not fit the context of .* \(128\); ask for"):
-        bench.bench(folder, Plan(), "float32", "cpu")
+        run(folder, Plan())
     assert cli.main(["bench", str(folder / "nothing")]) == 2
     assert "is not a folder; give one that qtool ptq wrote" in capsys.readouterr().err
     assert cli.main(["bench", str(folder), "--repeats", "0"]) == 2
+    assert cli.main(["bench", str(folder), "--dtype", "int8"]) == 2
+    assert "model.dtype: should be 'auto', 'float32'" in capsys.readouterr().err
 
 
 def test_the_command_prints_one_object_or_a_table(
@@ -358,4 +361,8 @@ def test_the_command_prints_one_object_or_a_table(
     assert found["report"]["variants"][1]["speeds"]["decode, batch 1"]["tokens_per_second"] == 3.0
     assert cli.main(["bench", str(folder), "--dtype", "float32"]) == 0
     assert "| decode, batch 1, tokens/s | 1.00 | 3.00 (3.00 x) | 1.00 (1.00 x) |" in capsys.readouterr().out
-    assert asked == [(folder, Plan(16, 4, 2), "bfloat16", "cpu"), (folder, Plan(), "float32", "auto")]
+    path = str(folder)
+    assert asked == [
+        (ModelConfig(path=path, dtype="bfloat16", device="cpu"), Plan(16, 4, 2)),
+        (ModelConfig(path=path, dtype="float32", device="auto"), Plan()),
+    ]
