@@ -9,9 +9,9 @@ decoding. All of them compute in bfloat16 with float32 sums. What carries all bu
 * 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0`` on any grid.
 * 8 bits: ``k`` is the upper half of a code under ``16 s``, and its lower half under ``s``, in twice as many rows.
 
-So codes are exact; scales that are not stored in bfloat16, and ``m`` where it is not 0, are rounded to it. Each output is
-within ``TOLERANCE * sum_j |x_j| s (|code - zero_point| + |middle - zero_point| + 2**(num_bits - 4))`` of the exact one:
-eight roundings of half a bfloat16 step. Each backend is held to that when a shape is first prepared.
+So codes are exact; scales that are not stored in bfloat16, and ``m`` where it is not 0, are rounded to it. Each output
+is within ``TOLERANCE * sum_j |x_j| s (|code - zero_point| + |middle - zero_point| + 2**(num_bits - 4))`` of the exact
+one: eight roundings of half a bfloat16 step. Each backend is held to that when a shape is first prepared.
 """
 
 from collections.abc import Callable
