@@ -10,10 +10,8 @@ about to read its input; when the group is packed, all batches go on from there.
 many groups it has, where recomputing costs one for each.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,49 +20,26 @@ import torch
 import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from qtool import progress
+from qtool import memory, progress
+from qtool.calls import Call, Stop, first_hidden, record_calls
 from qtool.models import LoadedModel, Target, packed_linears, replace_linear
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
+from qtool.streams import Stream
 
 TOKENS_PER_BATCH = 2048  # more are no faster on a processor, and need more memory
 PROBED_WINDOWS = 4  # that measure a block's error
-
-
-def _return_freed_memory() -> None:
-    """Give the system what has been freed. glibc keeps the holes between paused batches: a fifth of our peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # musl has none
-        trim(0)
-
-
-class _Stop(Exception):
-    """Ends a forward early; never leaves this file."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def to(self, dtype: torch.dtype) -> "Call":
-        """The same with floating-point tensors (masks, rotary tables) in ``dtype``."""
-        args, kwargs = tree_map_only(
-            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (self.args, self.kwargs)
-        )
-        return Call(args, kwargs)
+Figures = dict[str, float]
+Series = dict[str, list[float]]
 
 
 class Stage(NamedTuple):
     """Linears that read the same tensor, and what they read, ``[tokens, in]`` for each batch."""
 
     targets: list[Target]
-    inputs: list[Tensor]
-    float_inputs: list[Tensor] | None
+    inputs: Iterable[Tensor]  # may be made anew each time they are gone through
+    float_inputs: Iterable[Tensor] | None
 
 
 @dataclass
@@ -74,13 +49,15 @@ class BlockTask:
     index: int
     name: str
     block: nn.Module
-    inputs: list[Tensor]  # each [b, t, d]: from the quantized blocks before
-    float_inputs: list[Tensor] | None  # the same from the float model, for methods that ask for it
+    inputs: Stream  # each [b, t, d]: from the quantized blocks before
+    float_inputs: Stream | None  # the same from the float model, for methods that ask for it
     targets: list[Target]
     calls: dict[int, Call]  # by batch size, 1 among them
     compute: torch.dtype  # of the block while it is worked on
-    outputs: list[Tensor] | None = None  # set by stages(): what the quantized block makes of the inputs
-    float_outputs: list[Tensor] | None = None
+    pausing: bool = True  # whether memory allows every batch's forward to be held in the middle of the block
+    streamed: bool = False  # whether float weights may go as soon as they are packed
+    outputs: Stream | None = None  # what the quantized block makes of the inputs; made by the driver when left out
+    float_outputs: Stream | None = None
     _groups: list[list[Target]] = field(default_factory=list)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -89,6 +66,13 @@ class BlockTask:
         out = self.block(hidden.to(self.compute), *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result.to(hidden.dtype)
+
+    def through(self, stream: Stream) -> Stream:
+        """What the block as it is now makes of ``stream``, kept where that is kept."""
+        outputs = stream.like()
+        for hidden in stream:
+            outputs.append(self.forward(hidden))
+        return outputs
 
     @property
     def groups(self) -> list[list[Target]]:
@@ -114,7 +98,7 @@ class BlockTask:
         self,
         modules: Iterable[nn.Module],
         visit: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
-        inputs: list[Tensor],
+        inputs: Iterable[Tensor],
     ) -> list[Tensor]:
         """Run the block on ``inputs``; ``visit`` gets each module's arguments just before it runs. Returns outputs."""
         hooks = [module.register_forward_pre_hook(visit, with_kwargs=True) for module in modules]
@@ -126,6 +110,17 @@ class BlockTask:
 
     def stages(self) -> Iterator[Stage]:
         """Each group of linears in the order they run; the caller packs them before it asks for the next group."""
+        if self.pausing:
+            yield from self._paused_stages()
+            return
+        for group in self.groups:
+            read = partial(_Reader, self, group[0])
+            yield Stage(group, read(self.inputs), read(self.float_inputs, True) if self.float_inputs else None)
+        if self.float_inputs is not None:
+            with self._unpacked():
+                self.float_outputs = self.through(self.float_inputs)
+
+    def _paused_stages(self) -> Iterator[Stage]:
         leaders = [group[0] for group in self.groups]
         runs = [greenlet(self.forward) for _ in self.inputs]
         float_runs = [greenlet(self.forward) for _ in self.float_inputs or ()]
@@ -155,20 +150,23 @@ class BlockTask:
             for group in self.groups:
                 yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
                 self._expand(group)
-                _return_freed_memory()
+                if self.streamed and self.float_inputs is None:
+                    for target in group:
+                        target.linear.to_empty(device=torch.device("meta"))
+                memory.return_freed()
                 del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
                 for run in runs:
                     inputs.append(run.switch())
                 with self._unpacked():
                     for run in float_runs:
                         float_inputs.append(run.switch())
-            self.outputs = list(inputs)
-            self.float_outputs = list(float_inputs) if self.float_inputs is not None else None
+                self._contract(group)
+            self.outputs = Stream(None, inputs)
+            self.float_outputs = Stream(None, float_inputs) if self.float_inputs is not None else None
         finally:
             for target in self.targets:
                 del target.linear.forward
-            for layer in packed_linears(self.block).values():
-                vars(layer).pop("forward", None)
+            self._contract(self.targets)
 
     def _expand(self, group: list[Target]) -> None:
         """Let the packed layers of ``group`` expand their weight once, not in every call of the stages; same bits."""
@@ -177,6 +175,11 @@ class BlockTask:
             if isinstance(layer, PackedLinear):
                 dense = layer.dequantized().to(self.compute)
                 layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
+
+    def _contract(self, group: list[Target]) -> None:
+        """Forget the expanded weights of ``group``."""
+        for target in group:
+            vars(self.block.get_submodule(self._local(target.name))).pop("forward", None)
 
     @contextmanager
     def _unpacked(self) -> Iterator[None]:
@@ -200,124 +203,172 @@ class BlockTask:
         return name.removeprefix(f"{self.name}.")
 
 
+@dataclass
+class _Reader:
+    """What a linear reads, ``[tokens, in]`` for each batch, made anew each time: slower than pausing, and smaller."""
+
+    task: BlockTask
+    target: Target
+    stream: Stream
+    unpacked: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self._read, self.stream)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0].flatten(0, -2))
+            raise Stop
+
+        with self.task._unpacked() if self.unpacked else nullcontext(), suppress(Stop):
+            self.task.observe([self.target.linear], stop, [hidden])
+        return found[0]
+
+
 @torch.no_grad()
 def run_blocks(
     loaded: LoadedModel,
-    tokens: Tensor,
+    tokens: Tensor | None,
     targets: list[Target],
-    quantize_block: Callable[[BlockTask], None],
+    quantize_block: Callable[[BlockTask], Figures | None],
     *,
     float_stream: bool = False,
     compute: torch.dtype | None = None,
-) -> list[float]:
+) -> Series:
     """Call ``quantize_block`` for each block in order, and carry its new outputs to the next.
 
-    ``tokens`` ``[n, t]``. The hidden states between blocks have the model's dtype; a block computes in that too, or in
-    ``compute`` for a method that changes float weights. Returns each block's relative output error on the
-    first windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
+    ``tokens`` ``[n, t]``, or ``None`` for a method that reads no text and gets empty streams. The hidden states between
+    blocks have the model's dtype; a block computes in that too, or in ``compute`` for a method that changes float
+    weights. The blocks of a streamed model are kept by its run when they are done, and let go here; those that were
+    kept before are only passed through.
+
+    Returns the figures of every block: those that ``quantize_block`` gave, and with tokens ``block_error`` on the first
+    windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
     """
-    batches = list(tokens.to(loaded.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
     blocks = loaded.blocks()
-    num_probed = min(PROBED_WINDOWS, batches[0].shape[0])
-    sizes = {n: batches[0][:n] for n in (1, num_probed)} | {batch.shape[0]: batch for batch in batches}
-    calls = _record_calls(loaded, sizes, blocks)
-    inputs = [_first_hidden(loaded, batch, blocks[0][1]) for batch in batches]
-    float_inputs = list(inputs) if float_stream else None
-    errors = []
+    finished = loaded.streaming.finished if loaded.streaming else None
+    kept: list[tuple[dict[str, Tensor], Figures] | None] = []
+    for index in range(len(blocks)):  # in order: a block that is done after one that is not was made from other inputs
+        kept.append(finished.read(index) if finished and all(kept) else None)
     compute = compute or loaded.dtype
-    calls = {size: [call.to(compute) for call in each] for size, each in calls.items()}
+    flow = None if tokens is None or all(kept) else _Flow(loaded, tokens, targets, compute, float_stream)
+    series: Series = {}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
-        mine = [target for target in targets if target.block == index]
-        names = _cast(block, None, loaded.dtype, compute)
-        mine_calls = {size: each[index] for size, each in calls.items()}
-        task = BlockTask(index, name, block, inputs, float_inputs, mine, mine_calls, compute)
-        before = task.forward(inputs[0][:num_probed])
-        quantize_block(task)
-        left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
-        assert not left, f"the method left these as they were: {sorted(left)}"
-        inputs = task.outputs or [task.forward(x) for x in inputs]
-        float_inputs = task.float_outputs
-        assert (float_inputs is not None) == float_stream, "a method that asks for the float stream must use stages()"
-        _cast(block, names, compute, loaded.dtype)
-        errors.append(_relative_error(inputs[0][: before.shape[0]], before))
-    return errors
+        done = kept[index]
+        figures = done[1] if done else {}
+        if done is None or flow:
+            mine = [target for target in targets if target.block == index]
+            if finished and index + 1 < len(blocks):
+                memory.read_ahead(blocks[index + 1][1].parameters())
+            stored_dtypes = _bring_in(block, loaded, compute)
+            inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
+            task = BlockTask(
+                index, name, block, inputs, float_inputs, mine, calls, compute, pausing, loaded.streaming is not None
+            )
+            if done is None:
+                before = task.forward(inputs[0][:PROBED_WINDOWS]) if flow else None
+                figures = quantize_block(task) or {}
+                left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
+                assert not left, f"the method left these as they were: {sorted(left)}"
+                if flow and before is not None:
+                    flow.advance(task)
+                    figures["block_error"] = _relative_error(flow.inputs[0][: len(before)], before)
+            elif flow:
+                if float_inputs is not None:
+                    task.float_outputs = task.through(float_inputs)
+                _restore(task, done[0])
+                flow.advance(task)
+            if not finished:
+                _cast_back(block, stored_dtypes)
+        if finished:
+            if done is None:
+                tensors = {f"{name}.{part}": value for part, value in block.state_dict().items()}
+                finished.write(index, tensors, figures)
+            for part in (block, *(target.linear for target in targets if target.block == index)):
+                part.to_empty(device=torch.device("meta"))
+            memory.return_freed()
+        for key, value in figures.items():
+            series.setdefault(key, []).append(value)
+    return series
 
 
-def _cast(block: nn.Module, names: set[str] | None, old: torch.dtype, new: torch.dtype) -> set[str]:
-    """Bring the tensors of ``block`` that are ``old`` (and in ``names``, when given) to ``new``; returns their names.
+class _Flow:
+    """The hidden states on their way through the blocks, and how the model calls each block."""
 
-    What has another dtype keeps it: tables and norms that an architecture holds in float32.
+    def __init__(
+        self, loaded: LoadedModel, tokens: Tensor, targets: list[Target], compute: torch.dtype, float_stream: bool
+    ) -> None:
+        """Bring every batch to the first block, and choose what is held in memory."""
+        blocks = loaded.blocks()
+        batches = list(tokens.to(loaded.model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
+        sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
+        self._calls = record_calls(loaded, {len(batch): batch for batch in sizes.values()}, blocks, compute)
+        first = first_hidden(loaded, batches[0], blocks)
+        stream_bytes = 2 * first[0].nbytes * len(tokens) * (2 if float_stream else 1)  # what enters, and what leaves
+        widest = max((target.weight_shape[1] for target in targets), default=0)
+        # a paused forward holds what the next linear reads, its residual, and about as much again in callers
+        paused_bytes = (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if float_stream else 1)
+        budget = loaded.streaming.budget if loaded.streaming else None
+        on_disk = budget is not None and stream_bytes > budget
+        self._pausing = budget is None or stream_bytes + paused_bytes <= budget
+        if on_disk:
+            progress.note(f"hidden states take {progress.size(stream_bytes)}, above data.memory_budget: kept on disk")
+        folder = loaded.streaming.finished.folder if loaded.streaming and on_disk else None
+        self.inputs = Stream(folder, [first])
+        for batch in batches[1:]:
+            self.inputs.append(first_hidden(loaded, batch, blocks))
+        self.float_inputs = self.inputs if float_stream else None
+
+    def at(self, index: int) -> tuple[Stream, Stream | None, dict[int, Call], bool]:
+        """What block ``index`` gets: both streams, its calls by batch size, and whether forwards may be paused."""
+        return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
+
+    def advance(self, task: BlockTask) -> None:
+        """Go on to what the quantized block made."""
+        if self.float_inputs is not None:
+            assert task.float_outputs is not None, "a method that asks for the float stream hands its outputs over"
+            self.float_inputs = task.float_outputs
+        self.inputs = task.outputs or task.through(self.inputs)
+
+
+def _bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dict[str, torch.dtype]:
+    """Bring the tensors of ``block`` that have the model's dtype to ``compute``; returns their dtypes by name.
+
+    What has another dtype keeps it: tables and norms that an architecture holds in float32. A streamed block is copied
+    out of its file.
     """
-    if old == new:
-        return set()
-    found = set()
+    own = loaded.storage_dtype if loaded.streaming else loaded.dtype
+    dtypes = {}
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
-        if tensor.dtype == old and (names is None or name in names):
-            tensor.data = tensor.data.to(new)
-            found.add(name)
-    return found
+        stored = tensor.data
+        if stored.dtype == own and own != compute:
+            dtypes[name] = own
+        dtype = compute if stored.dtype == own else stored.dtype
+        tensor.data = stored.to(loaded.device, dtype, copy=loaded.streaming is not None)
+        if loaded.streaming:
+            memory.drop_pages([stored])
+    return dtypes
+
+
+def _cast_back(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if name in dtypes and tensor.is_floating_point():  # a packed layer has a marker where the weight was
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def _restore(task: BlockTask, tensors: dict[str, Tensor]) -> None:
+    """Make a block what it was when its tensors were kept."""
+    for target in task.targets:
+        rows, columns = target.weight_shape
+        bias = target.linear.bias
+        with torch.device(task.inputs[0].device):
+            layer = PackedLinear(columns, rows, target.spec, task.compute if isinstance(bias, Tensor) else None)
+        replace_linear(task.block, target.name.removeprefix(f"{task.name}."), layer)
+    for name, tensor in task.block.state_dict(keep_vars=True).items():
+        tensor.data = tensors[f"{task.name}.{name}"].to(tensor)
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).square().sum() / expected.float().square().sum())
-
-
-@contextmanager
-def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
-    """Replace each block's forward by ``record(index, hidden, call)`` for one forward of the model."""
-
-    def recorder(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                return record(index, args[0], Call(args[1:], kwargs))
-            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            return record(index, kwargs["hidden_states"], Call((), rest))
-
-        return forward
-
-    for index, block in enumerate(blocks):
-        block.forward = recorder(index)  # on the instance, removed below
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _record_calls(
-    loaded: LoadedModel, batches: dict[int, Tensor], blocks: list[tuple[str, nn.Module]]
-) -> dict[int, list[Call]]:
-    """How the model calls each block, by batch size: windows are full, so nothing else varies between batches."""
-    calls: dict[int, list[Call]] = {}
-    modules = [block for _, block in blocks]
-    kind: list[type] = []
-
-    def record(index: int, hidden: Tensor, call: Call) -> Any:
-        calls.setdefault(hidden.shape[0], []).append(call)
-        if index == 0 and not kind:  # one real call shows whether blocks return a tensor or a tuple
-            out = type(modules[0]).forward(modules[0], hidden, *call.args, **call.kwargs)
-            kind.append(type(out))
-        if index == len(modules) - 1:
-            raise _Stop
-        return (hidden,) if kind[0] is tuple else hidden
-
-    for batch in batches.values():
-        with _recording(modules, record):
-            try:
-                loaded.model(input_ids=batch, use_cache=False)
-            except _Stop:
-                continue
-    return calls
-
-
-def _first_hidden(loaded: LoadedModel, batch: Tensor, block: nn.Module) -> Tensor:
-    """Hidden states ``[b, t, d]`` that enter the first block."""
-    found: list[Tensor] = []
-
-    def record(index: int, hidden: Tensor, call: Call) -> Any:
-        found.append(hidden)
-        raise _Stop
-
-    with _recording([block], record), suppress(_Stop):
-        loaded.model(input_ids=batch, use_cache=False)
-    return found[0]

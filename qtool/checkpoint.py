@@ -9,6 +9,7 @@ and layout of compressed-tensors' ``pack-quantized``. ``p.weight`` is one byte t
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -25,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qtool import memory
 from qtool.config import PARTS, SCALE_BITS, QuantSpec
 from qtool.errors import InputError, RunError
 from qtool.layout import describe, specs_of
-from qtool.models import LoadedModel, packed_linears, read_config
+from qtool.models import LoadedModel, read_config
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
 
@@ -55,21 +57,26 @@ def atomic_folder(path: Path, *, overwrite: bool, source: Path | None = None) ->
     try:
         yield partial
         if path.exists():
-            replaced = _swap(path, partial)
+            replaced = swap(path, partial)
         else:
             partial.rename(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = "No space left" in str(error) or getattr(error, "errno", None) in codes
-        reason = "the disk is full" if full else str(error)
-        left = "the old folder is as it was" if path.exists() else "nothing was left under that name"
-        raise RunError(f"writing {path} failed: {reason}; {left}") from error
+        raise failed(path, error) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def failed(path: Path, error: Exception) -> RunError:
+    """What ``error`` means for a folder that was being written."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = "No space left" in str(error) or getattr(error, "errno", None) in codes
+    reason = "the disk is full" if full else str(error)
+    left = "the old folder is as it was" if path.exists() else "nothing was left under that name"
+    return RunError(f"writing {path} failed: {reason}; {left}")
 
 
 def check_folder(path: Path, *, overwrite: bool, source: Path | None) -> None:
@@ -95,7 +102,7 @@ def check_folder(path: Path, *, overwrite: bool, source: Path | None) -> None:
         raise InputError(f"{path} exists; choose another folder, or pass --overwrite to replace it")
 
 
-def _swap(path: Path, partial: Path) -> Path:
+def swap(path: Path, partial: Path) -> Path:
     """Put ``partial`` in the place of ``path``; returns where the old folder went, to be removed."""
     path = path.resolve()  # through a link: the folder is replaced, the link stays
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -117,34 +124,57 @@ def check_space(path: Path, needed: int) -> None:
         raise InputError(f"{path} needs about {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
 
 
-def stored_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name, on CPU; tied ones once; what stays float in its file's dtype."""
-    packed = {f"{name}.{part}" for name in packed_linears(loaded.model) for part in PARTS}
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
+def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: LoadedModel) -> dict[str, Tensor]:
+    """Tensors of a model as its checkpoint holds them: on CPU, and what stays float in its file's dtype.
+
+    ``packed``: names of quantized linears, whose parts stay as they are. Of tied tensors the first is kept:
+    transformers ties them again when it loads.
+    """
+    parts = {f"{name}.{part}" for name in packed for part in PARTS}
     originals = Files(loaded.folder)
-    for name, tensor in loaded.model.state_dict().items():
+    stored: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape)
         if key in seen:
-            continue  # tied: transformers ties it again when it loads
+            continue
         seen.add(key)
-        if name not in packed and tensor.is_floating_point():
+        if name not in parts and tensor.is_floating_point():
             # the file's own tensor, unless a method changed it; the model may compute in less than the file holds
-            stored = originals.tensor(name) if name in originals.names else tensor.to(loaded.storage_dtype)
-            if not torch.equal(stored.to(tensor), tensor):
-                stored = tensor.to(stored.dtype)
-            if torch.equal(stored.to(tensor), tensor):  # else the changed value needs more
-                tensor = stored
-        tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
+            own = originals.tensor(name) if name in originals.names else tensor.to(loaded.storage_dtype)
+            if not torch.equal(own.to(tensor), tensor):
+                own = tensor.to(own.dtype)
+            if torch.equal(own.to(tensor), tensor):  # else the changed value needs more
+                tensor = own
+        stored[name] = tensor.detach().cpu().contiguous()
+    return stored
+
+
+def write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+    """One safetensors file, on the disk when this returns, and read back.
+
+    Raises:
+        RunError: what was read is not what was written.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.rename(file)
+    with safe_open(file, framework="pt") as reader:
+        for name, tensor in tensors.items():
+            found = reader.get_tensor(name)
+            if not torch.equal(found, tensor):
+                raise RunError(f"{name} read back from {file} differs from what was written; the disk may be failing")
+            memory.drop_pages([found, tensor])
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """Safetensors file(s), with an index when there are several."""
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+        write_shard({name: tensors[name] for name in names}, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
@@ -161,15 +191,24 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save(folder: Path, loaded: LoadedModel) -> None:
-    """Write everything but the manifest and the model card into ``folder``, then read the tensors back and compare.
+def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None:
+    """Write everything but the manifest and the model card into ``folder``; ``specs`` are the quantized linears.
+
+    What a streamed run has written there, one shard for each block, stays; the rest is added.
 
     Raises:
-        RunError: what was read is not what was written.
+        RunError: what was read back is not what was written.
     """
-    specs = {name: layer.spec for name, layer in packed_linears(loaded.model).items()}
-    tensors = stored_tensors(loaded)
-    write_shards(tensors, folder)
+    rest = folder / shard_name(0, len(loaded.blocks()))
+    rest.unlink(missing_ok=True)  # of a run that was killed after it
+    written = Files(folder)
+    tensors = {k: v for k, v in loaded.model.state_dict().items() if k not in written.names and v.device.type != "meta"}
+    tensors = as_stored(tensors, specs, loaded)
+    if written.names:
+        write_shard(tensors, rest)
+        write_index(folder)
+    else:
+        write_shards(tensors, folder)
     config = copy.deepcopy(loaded.model.config)
     config.dtype = loaded.storage_dtype
     config.quantization_config = describe(specs)
@@ -177,19 +216,42 @@ def save(folder: Path, loaded: LoadedModel) -> None:
     if loaded.model.can_generate() and loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    source = Source(folder)
-    for name, tensor in tensors.items():
-        if not torch.equal(source.tensor(name), tensor):
-            raise RunError(f"{name} read back from {folder} differs from what was written; the disk may be failing")
+
+
+def shard_name(index: int, num_blocks: int) -> str:
+    """The file of block ``index - 1``; shard 0 is what lies around the blocks."""
+    return f"model-{index + 1:05d}-of-{num_blocks + 1:05d}.safetensors"
+
+
+def write_index(folder: Path) -> None:
+    """The index of the shards in ``folder``."""
+    weight_map, total = {}, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            for name in sorted(reader.keys()):
+                weight_map[name] = file.name
+                tensor = reader.get_tensor(name)
+                total += tensor.nbytes
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
+    """SHA-256 of each file that matches, by name."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    hashes = {}
+    for file in files:
+        with file.open("rb") as content:
+            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
 
 
 class Files:
     """The tensors of a folder's safetensors files."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open every file; only headers are read."""
+    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
+        """Open every file that matches; only headers are read."""
         self._readers: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob(pattern)):
             try:
                 reader = safe_open(file, framework="pt")
             except SafetensorError as error:

@@ -7,9 +7,10 @@ standard error. Exit codes: 0 done, 1 a run failed, 2 the user's input is wrong,
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import typer
 
 from qtool import __version__
 from qtool.errors import InputError, QtoolError, RunError
-from qtool.help import DescribedCommand, RecipeCommand
+from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -45,26 +46,15 @@ app = typer.Typer(
 )
 
 
-def _recipe_names(incomplete: str) -> list[str]:
-    from qtool import recipe
-
-    return [name for name in recipe.packaged() if name.startswith(incomplete)]
-
-
-def _format_names(incomplete: str) -> list[str]:
-    from qtool import recipe
-
-    return [name for name in recipe.export_formats() if name.startswith(incomplete)]
-
-
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=_recipe_names
+        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=recipe_names
     ),
 ]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over where an unfinished run was left.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, errors too.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
@@ -91,17 +81,18 @@ def _add_method_command(name: str, summary: str) -> None:
         recipe: RecipeArgument,
         set_: Set = [],  # noqa: B006 (typer copies it)
         overwrite: Overwrite = False,
+        fresh: Fresh = False,
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        _quantize(name, recipe, [*set_, *(["output.overwrite=true"] if overwrite else [])], quiet, as_json)
+        _quantize(name, recipe, [*set_, *(["output.overwrite=true"] if overwrite else [])], fresh, quiet, as_json)
 
 
 for _name, _summary in METHOD_COMMANDS.items():
     _add_method_command(_name, _summary)
 
 
-def _quantize(command: str, path: str, overrides: Sequence[str], quiet: bool, as_json: bool) -> None:
+def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, quiet: bool, as_json: bool) -> None:
     from qtool import methods, recipe
 
     checked = recipe.load(path, overrides)
@@ -111,7 +102,7 @@ def _quantize(command: str, path: str, overrides: Sequence[str], quiet: bool, as
     with _running(quiet, checked.output.path):
         from qtool import run
 
-        outcome = run.quantize(checked, command)
+        outcome = run.quantize(checked, command, fresh)
     _show(outcome, as_json)
 
 
@@ -122,7 +113,7 @@ def evaluate(
         typer.Argument(
             metavar="TARGET",
             help="A model folder, a hub name, or a recipe: one with a method section stands for the folder it writes.",
-            autocompletion=_recipe_names,
+            autocompletion=recipe_names,
         ),
     ],
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,...")] = None,
@@ -174,7 +165,7 @@ def evaluate(
 @app.command("export", cls=DescribedCommand)
 def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
-    format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=_format_names)],
+    format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=format_names)],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")],
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -221,9 +212,36 @@ def bench(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint's files against its manifest."""
+    from qtool import audit
+
+    found = audit.verify(folder)
+    lines = [f"{folder}: {found['files']} file(s) and {found['linears']} quantized linears are as they were written"]
+    print(json.dumps({"path": str(folder), **found}) if as_json else "\n".join(lines))
+
+
+@app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize again as a checkpoint says it was made, and compare."""
+    with _running(quiet, None):
+        from qtool import audit
+
+        found = audit.reproduce(folder)
+    print(json.dumps({"path": str(folder), **found}) if as_json else f"{folder}: made again, the same bytes")
+
+
+@app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=_recipe_names)
+        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=recipe_names)
     ] = None,
 ) -> None:
     """List the packaged recipes, or print one to start from."""
@@ -275,7 +293,9 @@ def _running(quiet: bool, output: Path | None) -> Iterator[None]:
         if output is None:
             raise _Interrupted("interrupted") from error
         if _identity(output) == before:
-            raise _Interrupted(f"interrupted; nothing was written under {output}") from error
+            begun = output.with_name(f"{output.name}.partial") / "state"
+            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
+            raise _Interrupted(f"interrupted; nothing was written under {output}{then}") from error
         raise _Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
 
 
@@ -341,10 +361,17 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
     return "bug", 1, f"{text}\nThis is a bug in qtool, not in what you gave it; QTOOL_DEBUG=1 shows the traceback."
 
 
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = list(sys.argv[1:] if args is None else args)
     command: Callable[..., Any] = typer.main.get_command(app).main
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = command(args or ["--help"], prog_name="qtool", standalone_mode=False)
         sys.stdout.flush()

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
 
 FORMAT_VERSION = 1  # of the native checkpoint
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
@@ -120,6 +120,12 @@ class DataConfig(Section):
     )
     num_samples: int = Field(128, ge=1, description="Number of windows.")
     seq_len: int = Field(512, ge=2, description="Tokens in a window.")
+    memory_budget: ByteSize = Field(
+        ByteSize(8_000_000_000),
+        ge=0,
+        description="Memory for hidden states, e.g. 4GB: within it they are held in the middle of a block as well; "
+        "above it those are made again when needed, and at last all are kept on disk. The result is the same.",
+    )
 
 
 class EvalConfig(Section):

@@ -1,4 +1,4 @@
-"""Help texts of commands that are made from the recipe's own descriptions; pydantic is loaded only to print them."""
+"""Help texts that are made from the recipe's own descriptions, and completions; pydantic is loaded only for them."""
 
 from typing import Any
 
@@ -51,3 +51,17 @@ def _wrapped(left: str, right: str, width: int, column: int) -> str:
 
     lines = wrap(right, max(width - column, 20)) or [""]
     return "".join(f"{left if i == 0 else '':<{column - 1}} {line}".rstrip() + "\n" for i, line in enumerate(lines))
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Packaged recipes, for the shell."""
+    from qtool import recipe
+
+    return [name for name in recipe.packaged() if name.startswith(incomplete)]
+
+
+def format_names(incomplete: str) -> list[str]:
+    """Export formats, for the shell."""
+    from qtool import recipe
+
+    return [name for name in recipe.export_formats() if name.startswith(incomplete)]

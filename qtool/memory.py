@@ -1,14 +1,67 @@
-"""Memory that the process holds without need."""
+"""Memory that the process holds without need: pages of mapped weight files, and holes left by the allocator.
+
+safetensors maps files, so a loaded model occupies memory only where it has been touched, and whatever was touched can
+be dropped: it is read again from the file when it is needed. That is how a model larger than memory goes through a run
+block by block. On systems without these calls nothing is dropped; the system then reclaims such pages by itself, later.
+"""
 
 import ctypes
 import sys
+from bisect import bisect_right
+from collections.abc import Iterable
+from mmap import PAGESIZE
+from pathlib import Path
+
+from torch import Tensor
+
+_WILL_NEED, _DO_NOT_NEED = 3, 4  # of Linux's madvise
+
+
+def drop_pages(tensors: Iterable[Tensor]) -> None:
+    """Let go of the pages of tensors that lie in mapped files.
+
+    Only for tensors whose values nobody has changed since they were mapped: changes would be lost.
+    """
+    _advise(tensors, _DO_NOT_NEED)
+
+
+def read_ahead(tensors: Iterable[Tensor]) -> None:
+    """Have the system read tensors that lie in mapped files, while the caller goes on."""
+    _advise(tensors, _WILL_NEED)
 
 
 def return_freed() -> None:
-    """Give the system what has been freed: glibc keeps the holes between tensors."""
+    """Give the system what has been freed: glibc keeps the holes between tensors, a fifth of the peak."""
     trim = getattr(_libc, "malloc_trim", None)  # musl has none
     if trim is not None:
         trim(0)
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _advise(tensors: Iterable[Tensor], advice: int) -> None:
+    if _libc is None:
+        return
+    starts, ends = _mapped_files()
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            continue
+        # whole pages only: those at the edges may hold a part of another tensor
+        start = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
+        at = bisect_right(starts, start) - 1
+        if start < end and at >= 0 and end <= ends[at]:  # else it is ordinary memory, and would be lost
+            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
+
+
+def _mapped_files() -> tuple[list[int], list[int]]:
+    """Where the process's mappings of files begin and end, in order of address."""
+    starts, ends = [], []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, _, _, inode = line.split(maxsplit=5)[:5]
+        if inode != "0":
+            start, end = (int(side, 16) for side in span.split("-"))
+            starts.append(start)
+            ends.append(end)
+    return starts, ends

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qtool import progress
+from qtool import memory, progress
 from qtool.config import PARTS, ModelConfig, QuantConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.quant.affine import check_weight
@@ -49,16 +49,50 @@ class Target:
         """Float32 weight ``[out, in]``, a copy where the module stores another dtype or the transpose."""
         return dense_weight(self.linear)
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """``(out, in)``, without touching the weight."""
+        shape = weight_of(self.linear).shape
+        return (shape[1], shape[0]) if isinstance(self.linear, Conv1D) else (shape[0], shape[1])
+
+
+class FinishedBlocks(Protocol):
+    """Where a run keeps the blocks it has done; what is there need not be done again."""
+
+    @property
+    def folder(self) -> Path:
+        """For what a run must put on disk meanwhile."""
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """Tensors by full name and figures of a block; ``None`` when it is not done yet."""
+
+    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
+        """Keep a block."""
+
+
+class Streaming(NamedTuple):
+    """How a model is worked on that is never whole in memory."""
+
+    finished: FinishedBlocks
+    dtype: torch.dtype  # the precision of computation
+    device: torch.device  # where the block at work is
+    budget: int  # bytes of hidden states and what is between them that may be held in memory
+
 
 @dataclass
 class LoadedModel:
-    """A causal language model in evaluation mode, its tokenizer, and where it came from."""
+    """A causal language model in evaluation mode, its tokenizer, and where it came from.
+
+    When it is streamed its tensors lie in mapped files, on the CPU and in their stored dtype: ``blocks.run_blocks``
+    brings in one block at a time, and lets it go when it is kept elsewhere.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     path: str  # as the recipe gives it
     folder: Path  # where its files are
     file_dtypes: dict[str, torch.dtype]  # of each floating-point tensor in the files
+    streaming: Streaming | None = None
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -68,12 +102,12 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.model.device
+        return self.streaming.device if self.streaming else self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision the model computes in."""
-        return self.model.dtype
+        return self.streaming.dtype if self.streaming else self.model.dtype
 
     @property
     def max_length(self) -> int:
@@ -107,12 +141,13 @@ class LoadedModel:
             spec = quant.spec_for(name)
             if spec is None:
                 continue
-            target = Target(name, module, spec, index)
+            weight = weight_of(module)
             try:
-                check_weight(target.weight, spec, f"{name}.weight")
+                check_weight(weight.T if isinstance(module, Conv1D) else weight, spec, f"{name}.weight")
             except InputError as error:
                 faults.append(str(error))
-            targets.append(target)
+            memory.drop_pages([weight])
+            targets.append(Target(name, module, spec, index))
         if not targets and not faults:
             faults.append("quant.overrides skip every linear; there is nothing to quantize")
         if faults:
@@ -289,8 +324,12 @@ def _check_index(index: Path, files: set[str]) -> None:
         raise InputError(f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing)")
 
 
-def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
+def load_model(
+    config: ModelConfig, *, quantized: bool = False, finished: FinishedBlocks | None = None, budget: int = 0
+) -> LoadedModel:
     """Load a model for quantization, or, with ``quantized``, any folder for evaluation.
+
+    With ``finished`` it is streamed within ``budget`` bytes, and only checked here: see ``LoadedModel``.
 
     Raises:
         InputError: missing, damaged, pickled, incomplete, already quantized, with values that are not finite, or
@@ -314,9 +353,10 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
             raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         storage = most_common(file_dtypes)
+        dtype = compute_dtype(config.dtype, storage, device)
         loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
             folder,
-            dtype=compute_dtype(config.dtype, storage, device),
+            dtype=storage if finished else dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -333,12 +373,17 @@ def load_model(config: ModelConfig, *, quantized: bool = False) -> LoadedModel:
     if not quantized:
         _check_finite(model)
     model.eval().requires_grad_(False)
-    return LoadedModel(model.to(device), tokenizer, config.path, folder, file_dtypes)
+    if finished is None:
+        return LoadedModel(model.to(device), tokenizer, config.path, folder, file_dtypes)
+    streaming = Streaming(finished, dtype, device, budget)
+    return LoadedModel(model, tokenizer, config.path, folder, file_dtypes, streaming)
 
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        low, high = parameter.aminmax()
+        memory.drop_pages([parameter])
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
             found = int((~torch.isfinite(parameter)).sum())
             raise InputError(
                 f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"

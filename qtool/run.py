@@ -24,8 +24,12 @@ from qtool.errors import InputError
 from qtool.layout import label as _label
 from qtool.models import LoadedModel, load_model, packed_linears, resolve
 from qtool.recipe import Recipe, resolved
-from qtool.report import Report, environment
+from qtool.report import Report, environment, processor
+from qtool.state import RunState, run_state
 from qtool.verify import load_exported, verify
+
+LOCKED_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.model", "vocab*", "merges*")
+LOCKED_PACKAGES = ("qtool", "torch", "transformers", "tokenizers")
 
 
 @dataclass
@@ -57,8 +61,10 @@ class _Clock:
         return time.perf_counter() - self.started
 
 
-def quantize(recipe: Recipe, command: str) -> Outcome:
-    """Run a recipe whose method belongs to ``command``.
+def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
+    """Run a recipe whose method belongs to ``command``, or go on where an earlier start of it was stopped.
+
+    ``fresh`` forgets an unfinished run.
 
     Raises:
         InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
@@ -70,57 +76,89 @@ def quantize(recipe: Recipe, command: str) -> Outcome:
     assert method.command == command
     _check_early(recipe)
     folder = resolve(recipe.model.path)
-    with atomic_folder(recipe.output.path, overwrite=recipe.output.overwrite, source=folder) as partial:
+    lock = lock_of(recipe, folder)
+    output = recipe.output
+    with run_state(output.path, lock, overwrite=output.overwrite, fresh=fresh, source=folder) as state:
         with clock.phase("load", f"loading {recipe.model.path}"):
-            loaded = load_model(recipe.model)
+            loaded = load_model(recipe.model, finished=state, budget=recipe.data.memory_budget)
+            state.loaded = loaded
             targets = loaded.targets(recipe.quant)
         specs = {target.name: target.spec for target in targets}
-        shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
+        shapes = {target.name: target.weight_shape for target in targets}
         bits = checkpoint.bits_per_weight(specs, shapes)
         float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
-        checkpoint.check_space(recipe.output.path, float_bytes)  # never more than the float model
+        checkpoint.check_space(output.path, float_bytes)  # never more than the float model
         _check_exports(recipe, Planned(loaded, specs, shapes))
         tokens = None
         if method.needs_data(recipe.method):
             with clock.phase("data", f"reading calibration text: {recipe.data.source}"):
-                tokens = data.calibration_tokens(recipe.data, loaded, recipe.seed)
+                tokens = _calibration(recipe, loaded, state)
         with clock.phase("quantize", f"{recipe.method.name}, {_label(specs)}"):
             series = method.run(loaded, tokens, recipe.quant, recipe.method, recipe.seed)
-        assert set(packed_linears(loaded.model)) == set(specs), "the method did not quantize exactly its targets"
-        with clock.phase("save", f"writing {recipe.output.path}"):
-            checkpoint.save(partial, loaded)
+        assert set(packed_linears(loaded.model)) <= set(specs), "the method quantized more than its targets"
+        with clock.phase("save", f"writing {output.path}"):
+            checkpoint.save(state.model, loaded, specs)
             report = Report(
                 model=recipe.model.path,
-                quantized=str(recipe.output.path),
+                quantized=str(output.path),
                 label=_label(specs),
                 method=recipe.method.name,
                 bits_per_weight=bits,
                 float_bytes=float_bytes,
-                quantized_bytes=checkpoint.folder_bytes(partial),
+                quantized_bytes=checkpoint.folder_bytes(state.model),
                 dtype=_name(loaded.dtype),
                 device=str(loaded.device),
                 seed=recipe.seed,
             )
-            write_json(partial / MANIFEST, _manifest(recipe, report, tokens, series, clock.seconds))
-            card.write(partial, report)
+            manifest = _manifest(recipe, report, tokens, series, clock.seconds)
+            files = checkpoint.file_hashes(state.model, "*.safetensors")
+            write_json(state.model / MANIFEST, manifest | {"command": command, "lock": lock, "files": files})
+            card.write(state.model, report)
+        del loaded
     if recipe.eval is not None:
-        progress.note(f"{recipe.output.path} is complete; what follows reads it")
+        progress.note(f"{output.path} is complete; what follows reads it")
         with clock.phase("eval", "evaluating"):
+            written = load_model(recipe.model.model_copy(update={"path": str(output.path)}), quantized=True)
             reference = load_model(recipe.model)
-            results = evaluation.evaluate(loaded, recipe.eval, reference, recipe.seed)
+            results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed)
             found = {"results": tuple(results), "seconds": clock.seconds, "backend": recipe.eval.backend}
             report = report.model_copy(update=found)
-            del reference
-        report.write(recipe.output.path)
-        card.write(recipe.output.path, report)
+            del written, reference
+        report.write(output.path)
+        card.write(output.path, report)
     exports = []
     for entry in recipe.export:
         with clock.phase(f"export {entry.format}", f"exporting {entry.format}"):
-            exports.append(export(recipe.output.path, entry, recipe.output.overwrite))
+            exports.append(export(output.path, entry, output.overwrite))
     report = report.model_copy(update={"seconds": clock.seconds})
-    report.write(recipe.output.path)
-    card.write(recipe.output.path, report)
-    return Outcome(recipe.output.path, report, exports, clock.total)
+    report.write(output.path)
+    card.write(output.path, report)
+    return Outcome(output.path, report, exports, clock.total)
+
+
+def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What the bytes of the result depend on."""
+    recipe_keys = resolved(recipe)
+    recipe_keys["data"].pop("memory_budget")
+    return {
+        **{section: recipe_keys[section] for section in ("model", "method", "quant", "data", "seed")},
+        "model_files": checkpoint.file_hashes(folder, *LOCKED_FILES),
+        "versions": {name: version for name, version in environment().items() if name in LOCKED_PACKAGES},
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> torch.Tensor:
+    if recipe.data.source != "generated":
+        tokens = data.calibration_tokens(recipe.data, loaded, recipe.seed)
+    elif (before := state.tokens()) is not None:
+        return before
+    else:
+        # to write text a model must be whole
+        tokens = data.calibration_tokens(recipe.data, load_model(recipe.model), recipe.seed)
+    state.keep_tokens(tokens)
+    return tokens
 
 
 def evaluate(

@@ -156,16 +156,15 @@ def test_others_may_read_the_files_as_far_as_the_umask_says(folder: Path, tmp_pa
 def test_a_write_that_reads_back_differently_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.write_shards
+    save_file = checkpoint.save_file
 
-    def failing(tensors: dict[str, torch.Tensor], out: Path) -> None:
-        write(tensors, out)
-        file = out / "model.safetensors"
+    def failing(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, file, metadata=metadata)
         raw = bytearray(file.read_bytes())
         raw[-1] ^= 1
         file.write_bytes(raw)
 
-    monkeypatch.setattr(checkpoint, "write_shards", failing)
+    monkeypatch.setattr(checkpoint, "save_file", failing)
     with pytest.raises(RunError, match=r"read back from .* differs"):
         tiny.quantize(folder, tmp_path / "out", QuantConfig(group_size=32))
     assert not list(tmp_path.iterdir())
@@ -375,7 +374,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_and_keeps_what_was_there(
         tiny.files_up_to(20_000),
         atomic_folder(tmp_path / "out", overwrite=there) as partial,
     ):
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
     assert sorted(file.name for file in tmp_path.rglob("*")) == before
 
 
@@ -388,7 +387,7 @@ def test_a_disk_that_is_really_full_leaves_nothing_and_keeps_what_was_there(fold
         pytest.raises(RunError, match=r"writing .*out failed: the disk is full; (nothing was left|the old folder)"),
         atomic_folder(small_disk / "out", overwrite=True) as partial,
     ):
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
     assert [str(each.relative_to(small_disk)) for each in small_disk.rglob("*")] == ["out", "out/config.json"]
 
 

@@ -61,8 +61,14 @@ def test_ptq_checks_the_recipe_and_prints_report_and_paths(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["ptq", recipe, "--set", "seed=3", "--set", "quant.num_bits=2", "--overwrite"]) == 0
-    ((checked, command),) = run.calls
-    assert (checked.seed, checked.quant.num_bits, checked.output.overwrite, command) == (3, 2, True, "ptq")
+    ((checked, command, fresh),) = run.calls
+    assert (checked.seed, checked.quant.num_bits, checked.output.overwrite, command, fresh) == (
+        3,
+        2,
+        True,
+        "ptq",
+        False,
+    )
     assert capsys.readouterr().out == "| perplexity |\n|---|\n| inf |\n\nout/x\nout/y\n"
 
 
@@ -193,7 +199,7 @@ def test_json_usage_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> N
 def test_ctrl_c_after_the_checkpoint_has_its_name_does_not_deny_it(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(checked: Any, _: str) -> None:
+    def fail(checked: Any, *_: object) -> None:
         checked.output.path.mkdir(parents=True)
         raise KeyboardInterrupt
 

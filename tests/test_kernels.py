@@ -174,6 +174,17 @@ def test_two_and_three_bits_take_what_four_take(num_bits: int) -> None:
     assert small.num_bytes == four.num_bytes == 64 * 256 // 2 + 64 * 2 * 2 * 2
 
 
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_zero_points_between_codes_are_kept(num_bits: int, group_size: int) -> None:
+    codes, scale, zero_point, spec = random_weight(w(num_bits, group_size, False), 32, 96)
+    weight = QuantizedWeight(codes, scale, (zero_point + 0.37).clamp(max=spec.qmax), spec)
+    kernel, reason = kernels.prepare(weight)
+    assert kernel is not None, reason
+    x = probe(3, 96)
+    assert ((kernel(x) - exact(weight, None, x)).abs() <= bound(weight, x)).all()
+
+
 # the exact path
 
 

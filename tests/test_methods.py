@@ -109,7 +109,7 @@ def test_survives_disk_with_equal_logits(method: methods.Method, family: str, tm
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / "float"))
     run(method, loaded, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False))
     with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert set(packed_linears(restored)) == set(packed_linears(loaded.model))
     assert torch.equal(tiny.logits(restored), tiny.logits(loaded.model))

@@ -209,7 +209,7 @@ def test_the_block_walk_is_the_plain_forward(loaded: LoadedModel, tokens: Tensor
         walked.append((task.inputs[0].clone(), task.forward(task.inputs[0])))
 
     errors = run_blocks(loaded, tokens, [], quantize_block)
-    assert errors == [0.0, 0.0]
+    assert errors == {"block_error": [0.0, 0.0]}
     assert len(walked) == len(plain) == 2
     for one, other in zip(walked, plain, strict=True):
         assert torch.equal(one[0], other[0])
@@ -618,7 +618,7 @@ def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
         loaded = tiny.load(folder)
         rtn.run(loaded, None, W4, rtn.Config(), 0)
         with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-            checkpoint.save(partial, loaded)
+            checkpoint.save(partial, loaded, tiny.specs(loaded))
 
 
 def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:

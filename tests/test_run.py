@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import tiny
@@ -41,7 +41,10 @@ NATIVE_FILES = {
     "README.md",
     "config.json",
     "generation_config.json",
-    "model.safetensors",
+    "model-00001-of-00003.safetensors",
+    "model-00002-of-00003.safetensors",
+    "model-00003-of-00003.safetensors",
+    "model.safetensors.index.json",
     "qtool.json",
     "report.json",
     "report.md",
@@ -100,6 +103,12 @@ def qtool_(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, printed.out, printed.err)
 
     return run
+
+
+def weights_digest() -> str:
+    """One hash for all weights of ``out/q``."""
+    files = sorted(Path("out/q").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def write_recipe(models: Path, **sections: Any) -> str:
@@ -193,7 +202,8 @@ def whole(finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> Res
 def test_a_run_leaves_the_checkpoint_and_the_exports_and_nothing_else(whole: Result) -> None:
     assert {path.name for path in Path("out").iterdir()} == {"q", "gptq", "dense"}
     assert {path.name for path in Path("out/q").iterdir()} == NATIVE_FILES
-    exported = NATIVE_FILES - {"qtool.json", "report.json", "report.md"}
+    sharded = {name for name in NATIVE_FILES if name.startswith("model")}
+    exported = NATIVE_FILES - {"qtool.json", "report.json", "report.md"} - sharded | {"model.safetensors"}
     assert {path.name for path in Path("out/dense").iterdir()} == exported
     assert {path.name for path in Path("out/gptq").iterdir()} == exported | {"quantize_config.json"}
     assert {path.name for path in Path().iterdir()} == {"out", "r.yaml"}
@@ -218,6 +228,9 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
         "data",
         "label",
         "bits_per_weight",
+        "command",
+        "files",
+        "lock",
         "float_bytes",
         "quantized_bytes",
         "series",
@@ -241,7 +254,7 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
     assert len(manifest["series"]["block_error"]) == 2
     assert all(0 < error < 0.1 for error in manifest["series"]["block_error"])
     assert {"load", "data", "quantize"} <= set(manifest["seconds"])
-    assert manifest["quantized_bytes"] == Path("out/q/model.safetensors").stat().st_size
+    assert manifest["quantized_bytes"] == sum(p.stat().st_size for p in Path("out/q").glob("*.safetensors"))
     assert manifest["float_bytes"] == sum(tensor.nbytes for tensor in tiny.stored(models / "llama").values())
     assert {"python", "platform", "qtool", "torch", "transformers"} <= set(manifest["versions"])
     assert manifest["versions"]["qtool"] == qtool.__version__
@@ -338,10 +351,10 @@ def test_the_same_recipe_gives_the_same_bytes(
     sums = []
     for _ in range(2):
         assert qtool_("ptq", recipe(method=gptq["method"], data=gptq["data"]), "--overwrite").code == 0
-        sums.append(hashlib.sha256(Path("out/q/model.safetensors").read_bytes()).hexdigest())
+        sums.append(weights_digest())
     assert sums[0] == sums[1]
     assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=3").code == 0
-    assert hashlib.sha256(Path("out/q/model.safetensors").read_bytes()).hexdigest() != sums[0]
+    assert weights_digest() != sums[0]
 
 
 def test_set_changes_one_key_and_the_manifest_says_so(
@@ -440,20 +453,20 @@ def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
 
 
 class Stage(NamedTuple):
-    """A place in the run, and what is there after it fails."""
+    """A place in the run, and what is there after it fails: nothing, finished blocks to go on with, or all."""
 
     owner: object
     name: str
-    kept: bool
+    kept: Literal["nothing", "blocks", "all"]
 
 
 STAGES = {
-    "loading": Stage(pipeline, "load_model", False),
-    "reading data": Stage(pipeline.data, "calibration_tokens", False),
-    "saving": Stage(pipeline.checkpoint, "save", False),
-    "writing the card": Stage(card, "write", False),
-    "evaluating": Stage(evaluation, "evaluate", True),
-    "exporting": Stage(pipeline, "verify", True),
+    "loading": Stage(pipeline, "load_model", "nothing"),
+    "reading data": Stage(pipeline.data, "calibration_tokens", "nothing"),
+    "saving": Stage(pipeline.checkpoint, "save", "blocks"),
+    "writing the card": Stage(card, "write", "blocks"),
+    "evaluating": Stage(evaluation, "evaluate", "all"),
+    "exporting": Stage(pipeline, "verify", "all"),
 }
 
 
@@ -468,18 +481,26 @@ def test_ctrl_c_leaves_the_whole_checkpoint_or_nothing_and_says_which(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(STAGES[stage].owner, STAGES[stage].name, interrupt)
-    result = qtool_("ptq", recipe(**gptq))
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[stage].owner, STAGES[stage].name, interrupt)
+        result = qtool_("ptq", recipe(**gptq))
     assert result.code == 130
     last = result.err.splitlines()[-1]
-    if STAGES[stage].kept:
+    kept = STAGES[stage].kept
+    if kept == "all":
         assert last == "interrupted; out/q is complete, but not what was to follow it"
         assert complete("out/q")
         assert left()[0] == "out/q"
+        assert not [path for path in left() if "partial" in path]
+    elif kept == "blocks":
+        expected = "interrupted; nothing was written under out/q; the same command goes on from out/q.partial"
+        assert last == expected
+        assert not Path("out/q").exists()
+        assert qtool_("ptq", "r.yaml").code == 0
+        assert not Path("out/q.partial").exists()
     else:
         assert last == "interrupted; nothing was written under out/q"
         assert left() == []
-    assert not [path for path in left() if "partial" in path]
 
 
 @pytest.mark.parametrize("stage", ["saving", "writing the card"])
@@ -492,12 +513,16 @@ def test_an_error_while_writing_keeps_what_overwrite_was_to_replace(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device", "out/q.partial/x")
 
-    monkeypatch.setattr(STAGES[stage].owner, STAGES[stage].name, full)
-    result = qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[stage].owner, STAGES[stage].name, full)
+        result = qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8")
     assert result.code == 1
     assert "writing out/q failed: the disk is full" in result.message
+    assert "out/q.partial holds what is done, and the same command goes on" in result.message
     assert digest(Path("out/q")) == before
+    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
     assert {path.name for path in Path("out").iterdir()} == {"q"}
+    assert digest(Path("out/q")) != before
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -507,17 +532,19 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_new(
     if there:
         assert qtool_("ptq", recipe()).code == 0
     before = digest(Path("out/q")) if there else {}
-    with tiny.files_up_to(60_000):
+    with tiny.files_up_to(25_000):
         result = qtool_("ptq", recipe(), "--json", "--overwrite", "--set", "quant.num_bits=8")
     assert result.code == 1
     assert "Traceback" not in result.err
     printed = json.loads(result.out)
     assert printed["kind"] == "run"
     assert printed["error"].startswith("writing out/q failed: ")
-    assert printed["error"].endswith("; nothing was left under that name" if not there else "")
-    assert {path.name for path in Path("out").iterdir()} == ({"q"} if there else set())
+    assert ("; nothing was left under that name;" in printed["error"]) == (not there)
+    assert Path("out/q").exists() == there
     if there:
         assert digest(Path("out/q")) == before
+    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
+    assert {path.name for path in Path("out").iterdir()} == {"q"}
 
 
 # refused before the work

@@ -37,7 +37,7 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     shown = [name for name, command in commands.items() if not command.hidden]
-    assert shown == ["ptq", "eval", "export", "bench", "recipes", "schema", "doctor"]
+    assert shown == ["ptq", "eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
     assert sorted(set(commands) - set(shown)) == ["efficientqat", "lrqat", "qat"]
 
 
@@ -48,7 +48,7 @@ def test_a_command_is_shown_once_a_method_runs_under_it() -> None:
 def test_options() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
-    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--quiet", "--json"]
+    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
     evaluation = (
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
@@ -64,7 +64,7 @@ def test_recipe_keys() -> None:
         "model": ["path", "dtype", "device"],
         "method": ["name"],
         "quant": ["num_bits", "group_size", "symmetric", "scale_dtype", "overrides"],
-        "data": ["source", "num_samples", "seq_len"],
+        "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
         "export.N": ["format", "path", "dtype"],
         "output": ["path", "overwrite"],

@@ -26,9 +26,9 @@ from transformers import (
 
 import qtool
 from qtool import checkpoint
-from qtool.config import ModelConfig, QuantConfig
+from qtool.config import ModelConfig, QuantConfig, QuantSpec
 from qtool.methods import rtn
-from qtool.models import LoadedModel, load_model
+from qtool.models import LoadedModel, load_model, packed_linears
 
 BUILTIN = Path(qtool.__file__).parent / "builtin" / "wiki-llama-3m"
 END = "<|endoftext|>"
@@ -154,7 +154,7 @@ def quantize(folder: Path, out: Path, quant: QuantConfig) -> LoadedModel:
     """Write a native checkpoint (without manifest and model card) and return the model it was written from."""
     loaded = packed(folder, quant)
     with checkpoint.atomic_folder(out, overwrite=False) as partial:
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, specs(loaded))
     return loaded
 
 
@@ -171,6 +171,11 @@ def probe() -> Tensor:
 
 
 @torch.no_grad()
+def specs(loaded: LoadedModel) -> dict[str, QuantSpec]:
+    """The grids of the quantized linears."""
+    return {name: layer.spec for name, layer in packed_linears(loaded.model).items()}
+
+
 def logits(model: nn.Module) -> Tensor:
     """Logits of ``probe()``."""
     result: Tensor = model.eval()(probe()).logits

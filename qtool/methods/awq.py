@@ -264,7 +264,7 @@ def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config,
     """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
     step = partial(quantize_block, config=config, storage=loaded.storage_dtype, found={})
     # float32: scaling a half-precision weight in place would round it
-    return {"block_error": run_blocks(loaded, tokens, loaded.targets(quant), step, compute=torch.float32)}
+    return run_blocks(loaded, tokens, loaded.targets(quant), step, compute=torch.float32)
 
 
 METHOD = Method("ptq", "activation-aware scales folded into norms, then clipping", Config, run)

@@ -18,6 +18,8 @@ reference zeroes them; column blocks always end where groups end, so a group's g
 every correction made so far; one factorisation serves all linears of a group.
 """
 
+from collections.abc import Callable
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
+ONE_BY_ONE = 16  # columns; more of them are corrected by a product
 
 
 class Config(MethodConfig):
@@ -78,18 +81,29 @@ class Factor(NamedTuple):
 
 def collect(stage: Stage, config: Config) -> Statistics:
     """The statistics of what the linears of ``stage`` read."""
-    size = stage.inputs[0].shape[1]
-    hessian = torch.zeros(size, size, device=stage.inputs[0].device)
-    for batch in stage.inputs:
+    hessian = drift = None
+    count = 0
+    floats = stage.float_inputs if stage.float_inputs is not None else repeat(None)
+    for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
         x = batch.float()
-        hessian.addmm_(x.T, x)
-    scale = 2 / sum(x.shape[0] for x in stage.inputs)
-    if stage.float_inputs is None:
-        return Statistics(hessian.mul_(scale), None)
-    drift = torch.zeros_like(hessian)
-    for x, x_float in zip(stage.inputs, stage.float_inputs, strict=True):
-        drift.addmm_((x_float.float() - x.float()).T, x.float())
-    return Statistics(hessian.mul_(scale), drift.mul_(scale))
+        hessian = x.new_zeros(x.shape[1], x.shape[1]) if hessian is None else hessian
+        _add_gram(hessian, x)
+        if batch_float is not None:
+            drift = torch.zeros_like(hessian) if drift is None else drift
+            drift.addmm_((batch_float.float() - x).T, x)
+        count += x.shape[0]
+    assert hessian is not None
+    hessian.tril_().add_(hessian.tril(-1).T).mul_(2 / count)
+    return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; what is above it is not to be used."""
+    size = x.shape[1]
+    width = max(size // 4, 128)
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
 
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
@@ -111,19 +125,22 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
     Raises:
         RunError: naming the linear, when the strongest damping does not help.
     """
-    hessian = statistics.hessian.clone()
-    diagonal = hessian.diagonal()
+    diagonal = statistics.hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1.0
     order = column_order(diagonal, spec, config.act_order)
-    hessian = hessian[order][:, order]
-    mean = float(hessian.diagonal().mean())
+    diagonal = diagonal[order]
+    mean = float(diagonal.mean())
+    info = torch.empty(0, dtype=torch.int32, device=diagonal.device)
     for step in DAMP_LADDER:
-        damped = hessian.clone()
-        damped.diagonal().add_(step * config.damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # each result takes the place of what it was made from: these are the largest tensors of a run
+        matrix = statistics.hessian[order.unsqueeze(1), order]
+        matrix.diagonal().copy_(diagonal + step * config.damp * mean)
+        failed = torch.linalg.cholesky_ex(matrix, out=(matrix, info)).info
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
+            torch.cholesky_inverse(matrix, out=matrix)
+            failed = torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info)).info
+            upper = matrix
+            if not failed and bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite at damping {step * config.damp:g}; trying more")
     else:
@@ -148,36 +165,45 @@ def fit_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, config: Config
     return search_qparams(weight, spec, config.norm, importance if config.range == "weighted" else None)
 
 
-class Columns(NamedTuple):
-    """Consecutive columns after rounding, each ``[rows, width]``."""
+class Work(NamedTuple):
+    """A weight on its way to the grid, transposed: one row for each input channel, in the order they are rounded."""
 
-    codes: Tensor
-    errors: Tensor  # (w - Q(w)) / U_ii: what the later columns have to make up for
-    rounded: Tensor
+    weight: Tensor  # [in, rows] float32: rounded so far, corrected from there on
+    codes: Tensor  # [in, rows] uint8
+    first: int  # of the block of channels at work
+    errors: Tensor  # [block, rows] (w - Q(w)) / U_ii: what later channels have to make up for
+    before: Tensor | None  # [block, rows] the block before rounding, for GPTAQ
 
 
 def compensate(
-    block: Tensor, scale: Tensor, zero_point: Tensor, factor: Factor, start: int, spec: QuantSpec
-) -> Columns:
-    """Round the columns ``[rows, width]`` that begin at ``start``, each correcting those after it in the block.
+    work: Work, grid: Callable[[int], tuple[Tensor, Tensor]], factor: Factor, start: int, stop: int, spec: QuantSpec
+) -> None:
+    """Round the channels ``start .. stop``, each correcting those after it in that range.
 
-    ``scale`` and ``zero_point`` are ``[rows, width]``, of each column.
+    By halves: a half that is done corrects the other in one product. ``grid(i)`` is scale and zero point ``[rows]``.
     """
-    block = block.clone()
-    stop = start + block.shape[1]
-    upper = factor.upper[start:stop, start:stop]
-    result = Columns(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))
-    for i in range(block.shape[1]):
-        s, z = scale[:, i], zero_point[:, i]
-        column = block[:, i].clone()
-        code = (column / s).add_(z).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, for one column
-        rounded = (code - z).mul_(s)
-        error = (column - rounded).div_(upper[i, i])
-        block[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-        if factor.drift is not None:
-            block[:, i + 1 :].addr_(column, factor.drift[start + i, start + i + 1 : stop])
-        result.codes[:, i], result.errors[:, i], result.rounded[:, i] = code, error, rounded
-    return result
+    weight, codes, first, errors, before = work
+    if stop - start > ONE_BY_ONE:
+        middle = (start + stop) // 2
+        compensate(work, grid, factor, start, middle, spec)
+        done, rest, here = slice(start, middle), slice(middle, stop), slice(start - first, middle - first)
+        weight[rest].addmm_(factor.upper[done, rest].T, errors[here], alpha=-1)
+        if factor.drift is not None and before is not None:
+            weight[rest].addmm_(factor.drift[done, rest].T, before[here])
+        compensate(work, grid, factor, middle, stop, spec)
+        return
+    for i in range(start, stop):
+        scale, zero_point = grid(i)
+        column = weight[i]
+        code = (column / scale).add_(zero_point).round_().clamp_(spec.qmin, spec.qmax)  # affine.quantize, one column
+        rounded = (code - zero_point).mul_(scale)
+        error = torch.sub(column, rounded, out=errors[i - first]).div_(factor.upper[i, i])
+        later = slice(i + 1, stop)
+        weight[later].addr_(factor.upper[i, later], error, alpha=-1)
+        if factor.drift is not None and before is not None:
+            before[i - first] = column
+            weight[later].addr_(factor.drift[i, later], column)
+        codes[i], weight[i] = code, rounded
 
 
 def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> QuantizedWeight:
@@ -185,28 +211,34 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     rows, columns = weight.shape
     num_groups = spec.num_groups(columns)
     group_size = columns // num_groups
-    group_of = factor.order // group_size  # [in], of each column in its new place
+    group_of = (factor.order // group_size).tolist()  # of each column in its new place
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
-    scale, zero_point = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+    if config.static_groups:
+        found = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+        scale, zero_point = (side.T.contiguous() for side in found)
+    else:
+        scale, zero_point = weight.new_empty(num_groups, rows), weight.new_empty(num_groups, rows)
     column_spec = spec.model_copy(update={"group_size": -1})
-    work = weight[:, factor.order].contiguous()
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    current = weight.T.index_select(0, factor.order)
+    del weight
+    codes = torch.empty_like(current, dtype=torch.uint8)
+    errors = current.new_empty(width, rows)
+    before = None if factor.drift is None else torch.empty_like(errors)
     for start in range(0, columns, width):
-        stop = start + width
+        done, rest = slice(start, start + width), slice(start + width, columns)
         if start % group_size == 0 and not config.static_groups:
-            group, whole = group_of[start : start + 1], slice(start, start + group_size)
-            scale[:, group], zero_point[:, group] = fit_grid(work[:, whole], cost[whole], column_spec, config)
-        of = group_of[start:stop]
-        done = compensate(work[:, start:stop], scale[:, of], zero_point[:, of], factor, start, spec)
-        codes[:, start:stop], work[:, start:stop] = done.codes, done.rounded
-        if stop < columns:
-            work[:, stop:] -= done.errors @ factor.upper[start:stop, stop:]
-            if factor.drift is not None:
-                work[:, stop:] += done.rounded @ factor.drift[start:stop, stop:]
+            group, whole = group_of[start], slice(start, start + group_size)
+            ends = fit_grid(current[whole].T.contiguous(), cost[whole], column_spec, config)
+            scale[group], zero_point[group] = ends[0][:, 0], ends[1][:, 0]
+        work = Work(current, codes, start, errors, before)
+        compensate(work, lambda i: (scale[group_of[i]], zero_point[group_of[i]]), factor, start, start + width, spec)
+        current[rest].addmm_(factor.upper[done, rest].T, errors, alpha=-1)
+        if factor.drift is not None:
+            current[rest].addmm_(factor.drift[done, rest].T, current[done])
     restored = torch.empty_like(codes)
-    restored[:, factor.order] = codes
-    return QuantizedWeight(restored, scale, zero_point, spec)
+    restored[factor.order] = codes
+    return QuantizedWeight(restored.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), spec)
 
 
 def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
@@ -214,8 +246,8 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
     for spec in dict.fromkeys(target.spec for target in group):
         same = [target for target in group if target.spec == spec]
         factor = factorise(statistics, spec, config, same[0].name)
-        weight = torch.cat([target.weight for target in same])
-        codes, scale, zero_point, _ = solve(weight, factor, spec, config)
+        stacked = torch.cat([target.weight for target in same]) if len(same) > 1 else same[0].weight
+        codes, scale, zero_point, _ = solve(stacked, factor, spec, config)
         sizes = [target.weight.shape[0] for target in same]
         for target, *parts in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
             task.pack(target, QuantizedWeight(parts[0], parts[1], parts[2], spec))
@@ -228,8 +260,7 @@ def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config,
         for stage in task.stages():
             quantize_group(task, stage.targets, collect(stage, config), config)
 
-    errors = run_blocks(loaded, tokens, loaded.targets(quant), quantize_block, float_stream=config.gptaq > 0)
-    return {"block_error": errors}
+    return run_blocks(loaded, tokens, loaded.targets(quant), quantize_block, float_stream=config.gptaq > 0)
 
 
 METHOD = Method("ptq", "second-order error compensation, column by column", Config, run)

@@ -10,12 +10,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from qtool import progress
+from qtool.blocks import BlockTask, run_blocks
 from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.methods import Method
-from qtool.models import LoadedModel, linear_bias, replace_linear
+from qtool.models import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
-from qtool.quant.linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 
 
@@ -40,16 +39,18 @@ def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, s
 
     Returns ``weight_error`` of each block: ``|Q(w) - w|**2 / |w|**2`` over its linears.
     """
-    targets = loaded.targets(quant)
-    changes = [[0.0, 0.0] for _ in loaded.blocks()]
-    for target in progress.track(targets, "rounding linears", len(targets)):
-        weight = target.weight
-        rounded = round_to_nearest(weight, target.spec, config)
-        changes[target.block][0] += float((dequantize(*rounded) - weight).square().sum())
-        changes[target.block][1] += float(weight.square().sum())
-        packed = PackedLinear.from_quantized(rounded, linear_bias(target.linear))
-        replace_linear(loaded.model, target.name, packed)
-    return {"weight_error": [change / total if total else 0.0 for change, total in changes]}
+
+    def quantize_block(task: BlockTask) -> dict[str, float]:
+        change = total = 0.0
+        for target in task.targets:
+            weight = target.weight
+            rounded = round_to_nearest(weight, target.spec, config)
+            change += float((dequantize(*rounded) - weight).square().sum())
+            total += float(weight.square().sum())
+            task.pack(target, rounded)
+        return {"weight_error": change / total if total else 0.0}
+
+    return run_blocks(loaded, tokens, loaded.targets(quant), quantize_block)
 
 
 METHOD = Method("ptq", "round to nearest, min-max or searched range", Config, run, needs_data=lambda config: False)

@@ -111,7 +111,8 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
             f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that; "
             f"choose a divisor or add an override for it (quant.overrides)"
         )
-    largest = weight.detach().abs().amax().item()
+    low, high = (float(end) for end in weight.detach().aminmax())  # needs no memory, and keeps NaN
+    largest = max(-low, high) if low == low else low
     if not largest < float("inf"):  # also true for NaN
         found = int((~torch.isfinite(weight)).sum())
         raise InputError(f"{name} holds {found} NaN or infinite value(s) of {weight.numel()}; repair the checkpoint")

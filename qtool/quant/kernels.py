@@ -6,7 +6,8 @@ decoding. All of them compute in bfloat16 with float32 sums. What carries all bu
     w = (k - 8) * s + m        k in 0 .. 15; s and m bfloat16, for each row and group of 32, 64, 128 or 256 channels.
 
 * 4 bits: ``k`` is the code and ``m = (8 - zero_point) * s``, which is 0 on a symmetric grid.
-* 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0`` on any grid.
+* 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0``; of a zero point
+  between two codes, ``m`` holds what is left.
 * 8 bits: ``k`` is the upper half of a code under ``16 s``, and its lower half under ``s``, in twice as many rows.
 
 So codes are exact; scales that are not stored in bfloat16, and ``m`` where it is not 0, are rounded to it. Each output
@@ -179,8 +180,9 @@ def _int4_grid(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
     assert group is not None
     s = scale.bfloat16().float()
     if spec.num_bits < 4:
-        codes = (affine.grouped(codes, spec) + (8 - zero_point.to(torch.uint8)).unsqueeze(-1)).flatten(1)
-        m = torch.zeros_like(s)
+        nearest = zero_point.round().clamp(spec.qmin, spec.qmax)
+        codes = (affine.grouped(codes, spec) + (8 - nearest).to(torch.uint8).unsqueeze(-1)).flatten(1)
+        m = (nearest - zero_point) * s
     elif spec.num_bits == 4:
         m = (8 - zero_point) * s
     else:

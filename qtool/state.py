@@ -1,0 +1,186 @@
+"""A run that can be killed at any moment: ``<output>.partial`` holds what is done, and the same command goes on.
+
+    <output>.partial/state/lock.json         what the result depends on: recipe, model files, versions, threads
+    <output>.partial/state/block-00003.json  figures of a finished block and the SHA-256 of its shard
+    <output>.partial/state/tokens.safetensors
+    <output>.partial/model/                  becomes <output>: one shard for each finished block, and at last the rest
+
+A block counts as done when its ``.json`` is there, which is written after its shard is on the disk. A run with another
+lock is refused with the difference. ``model`` is renamed last, so nothing unfinished ever has the final name.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import Tensor
+
+from qtool import progress
+from qtool.checkpoint import Files, as_stored, check_folder, failed, file_hashes, shard_name, swap, write_shard
+from qtool.data import token_hash
+from qtool.errors import InputError, RunError
+from qtool.models import LoadedModel, packed_linears
+
+Lock = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """The folder of a run: keeps finished blocks (``models.FinishedBlocks``) and tokens."""
+
+    partial: Path
+    lock: Lock
+    loaded: LoadedModel | None = field(default=None, init=False)  # set when it is loaded, before any block is done
+
+    @property
+    def folder(self) -> Path:
+        """Where the run puts its own files."""
+        return self.partial / "state"
+
+    @property
+    def model(self) -> Path:
+        """What becomes the checkpoint."""
+        return self.partial / "model"
+
+    def _record(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.json"
+
+    def _shard(self, index: int) -> Path:
+        assert self.loaded is not None
+        return self.model / shard_name(index + 1, len(self.loaded.blocks()))
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """Tensors and figures of a finished block; ``None`` when it is not done, or its shard is damaged."""
+        try:
+            record = json.loads(self._record(index).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        shard = self._shard(index)
+        if file_hashes(self.model, shard.name) != {shard.name: record["sha256"]}:
+            progress.note(f"{shard} is not what was written; block {index} is done again")
+            return None
+        files = Files(self.model, shard.name)
+        return {name: files.tensor(name) for name in files.names}, record["figures"]
+
+    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
+        """Keep a finished block."""
+        assert self.loaded is not None
+        shard = self._shard(index)
+        write_shard(as_stored(tensors, packed_linears(self.loaded.model), self.loaded), shard)
+        record = {"sha256": file_hashes(self.model, shard.name)[shard.name], "figures": figures}
+        write_durably(self._record(index), record)
+
+    def tokens(self) -> Tensor | None:
+        """The calibration windows ``[n, t]`` of the earlier start of this run."""
+        file = self.folder / "tokens.safetensors"
+        return Files(self.folder, file.name).tensor("tokens") if file.exists() else None
+
+    def keep_tokens(self, tokens: Tensor) -> None:
+        """Keep the calibration windows.
+
+        Raises:
+            InputError: they are not those of the earlier start: its text has changed since.
+        """
+        before = self.tokens()
+        if before is None:
+            write_shard({"tokens": tokens.cpu()}, self.folder / "tokens.safetensors")
+        elif token_hash(before) != token_hash(tokens):
+            raise InputError(
+                f"the calibration text has changed since {self.partial} was begun; restore it, or pass --fresh to "
+                "start over"
+            )
+
+
+@contextmanager
+def run_state(path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: Path) -> Iterator[RunState]:
+    """Begin or go on with the run that writes ``path``; at the end its checkpoint gets that name.
+
+    Raises:
+        InputError: ``path`` may not be written, an unfinished run there has another lock (``fresh`` removes it), or
+            another process works on it.
+        RunError: the disk is full or fails; what is done stays.
+    """
+    check_folder(path, overwrite=overwrite, source=source)
+    partial = path.with_name(f"{path.name}.partial")
+    state = RunState(partial, lock)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        busy = FileLock(partial / "busy", mode=0o666)
+        busy.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"another run is writing {path}; wait for it, or choose another output.path") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+    begun = False
+    try:
+        _begin(state, fresh)
+        begun = True
+        yield state
+        if path.exists():
+            shutil.rmtree(swap(path, state.model), ignore_errors=True)
+        else:
+            state.model.rename(path)
+        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on") from error
+    except BaseException:
+        if begun and not any(state.folder.glob("block-*.json")):
+            shutil.rmtree(partial, ignore_errors=True)  # nothing is lost
+        raise
+    finally:
+        busy.release()
+
+
+def _begin(state: RunState, fresh: bool) -> None:
+    file = state.folder / "lock.json"
+    before = None
+    if file.exists() and not fresh:
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            progress.note(f"{file} is damaged; starting over")
+    if before is not None:
+        changes = list(differences(before, json.loads(json.dumps(state.lock))))
+        if changes:
+            raise InputError(
+                "\n  ".join([f"{state.partial} was begun by another run; pass --fresh to start over:", *changes])
+            )
+        count = len(list(state.folder.glob("block-*.json")))
+        progress.note(f"going on with {state.partial}: {count} block(s) are done")
+        return
+    shutil.rmtree(state.folder, ignore_errors=True)
+    shutil.rmtree(state.model, ignore_errors=True)
+    state.folder.mkdir()
+    state.model.mkdir()
+    write_durably(file, state.lock)
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """``dotted.key: before -> now`` for every value that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield f"{key}: {_short(before)} -> {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def write_durably(file: Path, content: dict[str, Any]) -> None:
+    """JSON that is on the disk, whole, when this returns."""
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as text:
+        json.dump(content, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
+    partial.rename(file)
