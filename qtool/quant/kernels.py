@@ -6,8 +6,8 @@ decoding. All of them compute in bfloat16 with float32 sums. What carries all bu
     w = (k - 8) * s + m        k in 0 .. 15; s and m bfloat16, for each row and group of 32, 64, 128 or 256 channels.
 
 * 4 bits: ``k`` is the code and ``m = (8 - zero_point) * s``, which is 0 on a symmetric grid.
-* 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0``; of a zero point
-  between two codes, ``m`` holds what is left.
+* 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0``; where a zero
+  point lies between two codes, the nearer one is taken, and ``m`` is the rest.
 * 8 bits: ``k`` is the upper half of a code under ``16 s``, and its lower half under ``s``, in twice as many rows.
 
 So codes are exact; scales that are not stored in bfloat16, and ``m`` where it is not 0, are rounded to it. Each output
