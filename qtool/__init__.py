@@ -4,7 +4,14 @@
 imports neither torch nor transformers, so that the command line starts at once.
 """
 
+from typing import TYPE_CHECKING
+
 import wrapt
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qtool.backend import Backends
 
 __version__ = "0.1.0"
 
@@ -12,3 +19,18 @@ __version__ = "0.1.0"
 @wrapt.when_imported("transformers.modeling_utils")
 def _register(_: object) -> None:
     import qtool.hf  # noqa: F401  # registers by decorators
+
+
+def use_backend(model: "nn.Module", name: str = "fast") -> "Backends":
+    """Let a loaded model decode with this machine's packed kernels (``fast``), or exactly again (``exact``).
+
+    Returns what serves which linears; a linear without a kernel stays exact, and that is warned about.
+    """
+    import warnings
+
+    from qtool import backend
+
+    found = backend.use_backend(model, name)
+    if name == "fast" and found.exact:
+        warnings.warn(f"qtool.use_backend: {found}", stacklevel=2)
+    return found

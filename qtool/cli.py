@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from qtool import __version__
 from qtool.errors import InputError, QtoolError, RunError
+from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -35,54 +36,6 @@ class _Interrupted(QtoolError):
     exit_code = 130
 
 
-class DescribedCommand(TyperCommand):
-    """A command whose options carry the descriptions of the recipe keys they set."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
-        """Fill in the descriptions, then write the options as usual."""
-        from qtool import config, recipe
-
-        sections = {"eval": (config.EvalConfig, config.ModelConfig)}.get(
-            str(self.name), (config.ExportConfig, config.OutputConfig)
-        )
-        fields = {name: field for section in sections for name, field in section.model_fields.items()}
-        for param in self.params:
-            field = fields.get(str(param.name).rstrip("_"))
-            if field is not None and not getattr(param, "help", None):
-                param.help = recipe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
-        super().format_options(ctx, formatter)
-
-
-class RecipeCommand(DescribedCommand):
-    """A command that runs a recipe; its help ends with the recipe's keys."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write every key with its default and description, by section."""
-        from qtool import recipe
-
-        width = formatter.width
-        formatter.write_paragraph()
-        formatter.write_text("Recipe keys, in the file or as --set section.key=value:")
-        for section, (text, keys) in recipe.keys(self.name).items():
-            formatter.write_paragraph()
-            formatter.write(_wrapped(f"  {section or '(top level)'}", f"{text}", width, 22))
-            for key in keys:
-                default = f" [{key.default}]" if key.default else ""
-                formatter.write(_wrapped(f"    {key.name}", key.description + default, width, 22))
-        formatter.write_paragraph()
-        formatter.write_text(
-            "Values are YAML. List entries go by number: export.0.path=out. In quant.overrides all between "
-            "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'."
-        )
-
-
-def _wrapped(left: str, right: str, width: int, column: int) -> str:
-    from textwrap import wrap
-
-    lines = wrap(right, max(width - column, 20)) or [""]
-    return "".join(f"{left if i == 0 else '':<{column - 1}} {line}".rstrip() + "\n" for i, line in enumerate(lines))
-
-
 app = typer.Typer(
     name="qtool",
     help="Make large language models small: quantize, evaluate and export them.",
@@ -93,22 +46,10 @@ app = typer.Typer(
 )
 
 
-def _recipe_names(incomplete: str) -> list[str]:
-    from qtool import recipe
-
-    return [name for name in recipe.packaged() if name.startswith(incomplete)]
-
-
-def _format_names(incomplete: str) -> list[str]:
-    from qtool import recipe
-
-    return [name for name in recipe.export_formats() if name.startswith(incomplete)]
-
-
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=_recipe_names
+        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=recipe_names
     ),
 ]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
@@ -172,7 +113,7 @@ def evaluate(
         typer.Argument(
             metavar="TARGET",
             help="A model folder, a hub name, or a recipe: one with a method section stands for the folder it writes.",
-            autocompletion=_recipe_names,
+            autocompletion=recipe_names,
         ),
     ],
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,...")] = None,
@@ -182,6 +123,7 @@ def evaluate(
     context: Annotated[int | None, typer.Option("--context", metavar="N")] = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", metavar="NAME")] = None,
     float_model: Annotated[
         str | None,
         typer.Option(
@@ -203,6 +145,7 @@ def evaluate(
             "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
             "num_fewshot": num_fewshot,
             "context": context,
+            "backend": backend,
         },
     }
     given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
@@ -222,7 +165,7 @@ def evaluate(
 @app.command("export", cls=DescribedCommand)
 def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
-    format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=_format_names)],
+    format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=format_names)],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")],
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -241,6 +184,31 @@ def export(
 
         path = run.export(folder, config, overwrite)
     print(json.dumps({"path": str(path), "format": config.format}) if as_json else path)
+
+
+@app.command("bench", cls=DescribedCommand)
+def bench(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    prompt_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of the prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens decoded in each repeat.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Of each number; the median is shown.")] = 5,
+    dtype: Dtype = "bfloat16",
+    device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, memory and energy beside the same weights held densely."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
+    from qtool import recipe
+
+    model = {"path": str(folder), "dtype": dtype, "device": device}
+    checked = recipe.check(recipe.EvalRecipe, {"model": model}, "the command line")
+    with _running(quiet, None):
+        from qtool import bench as measuring
+
+        report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
+    _show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
 
 
 @app.command()
@@ -273,7 +241,7 @@ def reproduce(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=_recipe_names)
+        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=recipe_names)
     ] = None,
 ) -> None:
     """List the packaged recipes, or print one to start from."""

@@ -144,6 +144,9 @@ class EvalConfig(Section):
         "auto", description="Windows or requests in one forward pass."
     )
     context: int = Field(2048, ge=2, description="Perplexity window in tokens; the model's maximum when that is less.")
+    backend: Literal["exact", "fast"] = Field(
+        "exact", description="Arithmetic of packed linears; fast: this machine's kernels for inputs of few rows."
+    )
 
 
 class ExportConfig(Section):

@@ -55,6 +55,7 @@ def doctor() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": packages,
         "devices": devices,
+        "kernels": _kernels() if fault is None else [],
         "data": _data(),
         "hub": _hub(),
         "optional": {name: _version(name) for name in OPTIONAL},
@@ -134,6 +135,15 @@ def _memory_bytes() -> int:
     return total
 
 
+def _kernels() -> list[dict[str, Any]]:
+    """The backends of packed linears, each tried on a small weight; ``reason``: why it is not active."""
+    try:
+        from qtool.quant import kernels
+    except ImportError:  # a package is missing, which is said among the problems
+        return []
+    return kernels.examine()
+
+
 def _data() -> dict[str, Any]:
     """The folder with data sets, and what lies in it."""
     try:
@@ -177,6 +187,9 @@ def render(found: dict[str, Any]) -> str:
             ("", f"{devices['cores']} cores, {threads}, {memory}", ""),
             *[(f"GPU {i}", gpu, "") for i, gpu in enumerate(gpus)],
             *([] if gpus else [("GPU", no_gpu, "")]),
+        ],
+        "packed kernels (qtool.use_backend, --backend fast)": [
+            (f"{row['name']}, {row['device']}", row["serves"], row["reason"] or "active") for row in found["kernels"]
         ],
         "data": [
             ("local", where, ""),

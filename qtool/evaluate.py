@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qtool import progress
+from qtool import backend, progress
 from qtool.config import EvalConfig
 from qtool.data import GENERATED, perplexity_windows
 from qtool.errors import InputError
@@ -159,10 +159,11 @@ def evaluate(loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | N
     Raises:
         InputError: a task of lm-eval that is unknown or without data.
     """
-    own = _own_tasks(loaded, config, reference, seed)
-    rows: list[TaskResult] = []
-    for task in config.tasks:
-        rows += own[task] if task in OWN_TASKS else _lm_eval_task(task, loaded, config, reference)
+    with backend.using(loaded.model, config.backend):
+        own = _own_tasks(loaded, config, reference, seed)
+        rows: list[TaskResult] = []
+        for task in config.tasks:
+            rows += own[task] if task in OWN_TASKS else _lm_eval_task(task, loaded, config, reference)
     return rows
 
 

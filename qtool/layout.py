@@ -30,6 +30,12 @@ def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
     }
 
 
+def label(specs: dict[str, QuantSpec]) -> str:
+    """The grids in short: ``w4g128``, or ``mixed w4g128 w2g64``."""
+    labels = Counter(spec.label() for spec in specs.values())
+    return next(iter(labels)) if len(labels) == 1 else "mixed " + " ".join(labels)
+
+
 def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
     """The grid of each quantized linear that a ``quantization_config`` lists.
 

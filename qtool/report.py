@@ -89,6 +89,7 @@ class Report(Record):
     results: tuple[TaskResult, ...] = ()
     dtype: str | None = Field(None, description="Precision of computation, of both models.")
     device: str | None = None
+    backend: str | None = Field(None, description="Arithmetic of packed linears: exact or fast; null: nothing packed.")
     seed: int | None = None
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -156,7 +157,8 @@ class Report(Record):
             facts.append(("weights on disk", ", ".join(known)))
         if self.seconds:
             facts.append(("seconds", ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.seconds.items())))
-        computed = [part for part in (self.dtype, self.device and f"on {self.device}") if part]
+        fast = "with fast kernels" if self.backend == "fast" else None
+        computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
         return [*facts, ("date", self.date)]

@@ -19,8 +19,9 @@ from qtool import card, checkpoint, data, methods, progress
 from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
-from qtool.config import FORMAT_VERSION, EvalConfig, ExportConfig, ModelConfig, QuantSpec
+from qtool.config import FORMAT_VERSION, EvalConfig, ExportConfig, ModelConfig
 from qtool.errors import InputError
+from qtool.layout import label as _label
 from qtool.models import LoadedModel, check_files, load_model, packed_linears, resolve
 from qtool.recipe import Recipe, resolved
 from qtool.report import Report, environment, processor
@@ -120,7 +121,8 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
             written = load_model(recipe.model.model_copy(update={"path": str(output.path)}), quantized=True)
             reference = load_model(recipe.model)
             results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed)
-            report = report.model_copy(update={"results": tuple(results), "seconds": clock.seconds})
+            found = {"results": tuple(results), "seconds": clock.seconds, "backend": recipe.eval.backend}
+            report = report.model_copy(update=found)
             del written, reference
         report.write(output.path)
         card.write(output.path, report)
@@ -204,6 +206,7 @@ def evaluate(
         results=tuple(results),
         dtype=_name(loaded.dtype),
         device=str(loaded.device),
+        backend=config.backend if packed_linears(loaded.model) else None,
         seed=seed,
         **described,
     )
@@ -289,11 +292,6 @@ def _manifest(
         "versions": environment(),
         "date": report.date,
     }
-
-
-def _label(specs: dict[str, QuantSpec]) -> str:
-    labels = Counter(spec.label() for spec in specs.values())
-    return next(iter(labels)) if len(labels) == 1 else "mixed " + " ".join(labels)
 
 
 def _name(dtype: torch.dtype) -> str:

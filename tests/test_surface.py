@@ -37,7 +37,7 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     shown = [name for name, command in commands.items() if not command.hidden]
-    assert shown == ["ptq", "eval", "export", "verify", "reproduce", "recipes", "schema", "doctor"]
+    assert shown == ["ptq", "eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
     assert sorted(set(commands) - set(shown)) == ["efficientqat", "lrqat", "qat"]
 
 
@@ -49,7 +49,9 @@ def test_options() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
     assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
-    evaluation = "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --float-model --output"
+    evaluation = (
+        "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
+    )
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
 
@@ -63,7 +65,7 @@ def test_recipe_keys() -> None:
         "method": ["name"],
         "quant": ["num_bits", "group_size", "symmetric", "scale_dtype", "overrides"],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
-        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context"],
+        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
         "export.N": ["format", "path", "dtype"],
         "output": ["path", "overwrite"],
         "": ["seed"],

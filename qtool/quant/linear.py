@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from qtool.config import FORMAT_VERSION, QuantSpec
 from qtool.errors import InputError
-from qtool.quant import affine
+from qtool.quant import affine, kernels
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.quant.rounding import straight_through
+
+CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 
 
 class QuantLinear(nn.Module):
@@ -69,6 +71,8 @@ class PackedLinear(nn.Module):
 
     The buffer ``weight`` is one byte, the format version. Its shape makes a loader that does not know qtool stop at
     a size mismatch instead of filling the layer with random numbers.
+
+    Arithmetic is exact unless ``accelerate`` was called; then ``kernel`` serves inputs of few rows.
     """
 
     weight: Tensor
@@ -81,6 +85,7 @@ class PackedLinear(nn.Module):
         """An empty layer of the right shapes, to load tensors into."""
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.kernel: kernels.Kernel | None = None  # no part of the state: made from the buffers, and made again
         groups = spec.num_groups(in_features)
         self.register_buffer("weight", torch.full((1,), FORMAT_VERSION, dtype=torch.uint8))
         words = num_words(in_features, spec.num_bits)
@@ -133,23 +138,45 @@ class PackedLinear(nn.Module):
     @property
     def quantized(self) -> QuantizedWeight:
         """The unpacked weight."""
-        spec = self.spec
-        codes = unpack(self.weight_packed, spec.num_bits, self.in_features)
-        scale = self.weight_scale.float()
-        if spec.symmetric:
-            zero_point = torch.full_like(scale, spec.middle)
-        else:
-            words = self.weight_zero_point.T.contiguous()
-            zero_point = unpack(words, spec.num_bits, self.out_features).T.float()
-        return QuantizedWeight(codes, scale, zero_point, spec)
+        codes = unpack(self.weight_packed, self.spec.num_bits, self.in_features)
+        return QuantizedWeight(codes, *self.qparams(), self.spec)
 
-    def dequantized(self) -> Tensor:
-        """Float32 weight ``[out, in]``."""
-        return affine.dequantize(*self.quantized)
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, float32 ``[out, groups]``."""
+        scale = self.weight_scale.float()
+        if self.spec.symmetric:
+            return scale, torch.full_like(scale, self.spec.middle)
+        words = self.weight_zero_point.T.contiguous()
+        return scale, unpack(words, self.spec.num_bits, self.out_features).T.float()
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Weight ``[out, in]``, computed in float32 and rounded to ``dtype``; some rows at a time."""
+        scale, zero_point = self.qparams()
+        if scale.requires_grad and torch.is_grad_enabled():
+            return affine.dequantize(*self.quantized).to(dtype)
+        size = max(1, CHUNK_NUMBERS.get(scale.device.type, CHUNK_NUMBERS["cpu"]) // self.in_features)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scale.device)
+        parts = (tensor.split(size) for tensor in (weight, self.weight_packed, scale, zero_point))
+        for rows, words, row_scale, row_zero_point in zip(*parts, strict=True):
+            codes = affine.grouped(unpack(words, self.spec.num_bits, self.in_features), self.spec).float()
+            codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # as affine.dequantize, in place
+            rows.copy_(codes.flatten(1))
+        return weight
+
+    def accelerate(self) -> str:
+        """Prepare a kernel for inputs of few rows; returns why there is none, or nothing.
+
+        The kernel holds the weight a second time, in its own layout; the state dict does not change.
+        """
+        self.kernel, reason = kernels.prepare(self.quantized)
+        return reason
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in the dtype of ``x``; the weight is expanded for this call only."""
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        """``x [..., in] -> [..., out]`` in the dtype of ``x``; where no kernel serves, the weight is expanded."""
+        if self.kernel is not None and self.kernel.takes(x) and not self.weight_scale.requires_grad:
+            y = self.kernel(x)
+            return y if self.bias is None else y.add_(self.bias)
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep scales in their stored dtype: ``model.half()`` must not change a weight."""
@@ -157,7 +184,20 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
+        if self.weight_scale.device != scale.device:
+            self._renew()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._renew()
+
+    def _renew(self) -> None:
+        """Make the kernel again from buffers that have changed or moved."""
+        if self.kernel is not None:
+            self.kernel = None
+            if self.weight_scale.device.type != "meta":
+                self.accelerate()
 
     def extra_repr(self) -> str:
         """Shape and grid, for ``print(model)``."""

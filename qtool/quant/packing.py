@@ -5,18 +5,20 @@ Code ``i`` of a row occupies bits ``i * b .. i * b + b - 1`` of the row's stream
 32-codes-in-3-words layout known from 3-bit GPTQ is nothing else.
 """
 
+import sys
 from math import gcd
 
 import torch
 from torch import Tensor
 
 WORD = 32
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
-def _period(num_bits: int) -> tuple[int, int]:
-    """Codes and words after which the stream is word-aligned again."""
-    num_codes = WORD // gcd(WORD, num_bits)
-    return num_codes, num_codes * num_bits // WORD
+def _period(num_bits: int, unit: int) -> tuple[int, int]:
+    """Codes and units of ``unit`` bits after which the stream is aligned to a unit again."""
+    num_codes = unit // gcd(unit, num_bits)
+    return num_codes, num_codes * num_bits // unit
 
 
 def num_words(num_codes: int, num_bits: int) -> int:
@@ -27,7 +29,7 @@ def num_words(num_codes: int, num_bits: int) -> int:
 def pack(codes: Tensor, num_bits: int) -> Tensor:
     """Pack codes ``[rows, n]`` (integers ``0 .. 2**num_bits - 1``) to int32 words ``[rows, ceil(n b / 32)]``."""
     rows, n = codes.shape
-    per_period, words_per_period = _period(num_bits)
+    per_period, words_per_period = _period(num_bits, WORD)
     periods = -(-n // per_period)
     padded = torch.nn.functional.pad(codes, (0, periods * per_period - n)).view(rows, periods, per_period)
     words = torch.zeros(rows, periods, words_per_period, dtype=torch.int32, device=codes.device)
@@ -41,18 +43,22 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, num_bits: int, num_codes: int) -> Tensor:
-    """The first ``num_codes`` codes of each row of ``words`` ``[rows, w]`` int32, as ``[rows, num_codes]`` uint8."""
-    rows = words.shape[0]
-    per_period, words_per_period = _period(num_bits)
+    """The first ``num_codes`` codes of each row of ``words`` ``[rows, w]`` int32, as ``[rows, num_codes]`` uint8.
+
+    The codes of a period lie together in one integer of as many bytes, which is halved until each has a byte.
+    """
+    assert sys.byteorder == "little", "the bytes of a word are read as a part of the stream"
+    per_period, bytes_per_period = _period(num_bits, 8)
     periods = -(-num_codes // per_period)
-    padded = torch.nn.functional.pad(words, (0, periods * words_per_period - words.shape[1]))
-    padded = padded.view(rows, periods, words_per_period)
-    codes = torch.empty(rows, periods, per_period, dtype=torch.uint8, device=words.device)
-    mask = 2**num_bits - 1
-    for i in range(per_period):
-        word, shift = divmod(i * num_bits, WORD)
-        low = padded[..., word] >> shift  # arithmetic shift: the mask drops the copied sign bits
-        if shift + num_bits > WORD:
-            low = (low & (2 ** (WORD - shift) - 1)) | (padded[..., word + 1] << (WORD - shift))
-        codes[..., i] = (low & mask).to(torch.uint8)
-    return codes.flatten(1)[:, :num_codes].contiguous()
+    stream = words.flatten().view(torch.uint8).view(words.shape[0], -1)
+    stream = torch.nn.functional.pad(stream, (0, periods * bytes_per_period - stream.shape[1]))  # or cut
+    octets = stream.view(-1, periods, bytes_per_period).to(INTEGERS[per_period]).unbind(-1)
+    lanes = octets[0]
+    for i, octet in enumerate(octets[1:], 1):
+        lanes = lanes | octet << 8 * i
+    step = per_period
+    while step > 1:
+        step //= 2
+        lanes = lanes | lanes << step * (8 - num_bits)
+        lanes &= sum((2 ** (step * num_bits) - 1) << 8 * i for i in range(0, per_period, step))
+    return lanes.contiguous().view(torch.uint8)[:, :num_codes].contiguous()

@@ -1,0 +1,67 @@
+"""Help texts that are made from the recipe's own descriptions, and completions; pydantic is loaded only for them."""
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+
+class DescribedCommand(TyperCommand):
+    """A command whose options carry the descriptions of the recipe keys they set."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
+        """Fill in the descriptions, then write the options as usual."""
+        from qtool import config, recipe
+
+        sections = {"eval": (config.EvalConfig, config.ModelConfig), "bench": (config.ModelConfig,)}.get(
+            str(self.name), (config.ExportConfig, config.OutputConfig)
+        )
+        fields = {name: field for section in sections for name, field in section.model_fields.items()}
+        for param in self.params:
+            field = fields.get(str(param.name).rstrip("_"))
+            if field is not None and not getattr(param, "help", None):
+                param.help = recipe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
+        super().format_options(ctx, formatter)
+
+
+class RecipeCommand(DescribedCommand):
+    """A command that runs a recipe; its help ends with the recipe's keys."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write every key with its default and description, by section."""
+        from qtool import recipe
+
+        width = formatter.width
+        formatter.write_paragraph()
+        formatter.write_text("Recipe keys, in the file or as --set section.key=value:")
+        for section, (text, keys) in recipe.keys(self.name).items():
+            formatter.write_paragraph()
+            formatter.write(_wrapped(f"  {section or '(top level)'}", f"{text}", width, 22))
+            for key in keys:
+                default = f" [{key.default}]" if key.default else ""
+                formatter.write(_wrapped(f"    {key.name}", key.description + default, width, 22))
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Values are YAML. List entries go by number: export.0.path=out. In quant.overrides all between "
+            "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'."
+        )
+
+
+def _wrapped(left: str, right: str, width: int, column: int) -> str:
+    from textwrap import wrap
+
+    lines = wrap(right, max(width - column, 20)) or [""]
+    return "".join(f"{left if i == 0 else '':<{column - 1}} {line}".rstrip() + "\n" for i, line in enumerate(lines))
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Packaged recipes, for the shell."""
+    from qtool import recipe
+
+    return [name for name in recipe.packaged() if name.startswith(incomplete)]
+
+
+def format_names(incomplete: str) -> list[str]:
+    """Export formats, for the shell."""
+    from qtool import recipe
+
+    return [name for name in recipe.export_formats() if name.startswith(incomplete)]

@@ -1,0 +1,75 @@
+"""A random bfloat16 Llama of about 0.5 B parameters, and native checkpoints of it, for ``qtool bench``.
+
+    python scripts/bench/random_llama.py out/llama --vocabulary 16384 --grids w4g128,w8pc,w8g128,w3g128,w2g64a
+    qtool bench out/llama/w4g128
+
+The shape of a block is that of Llama 3.2 1B: hidden 2048, MLP 8192, 32 heads, 8 of keys and values. Weights are
+random and rounded to nearest: speed does not depend on their values.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qtool import checkpoint
+from qtool.config import ModelConfig, QuantConfig
+from qtool.methods import rtn
+from qtool.models import BUILTIN, load_model
+
+
+def quant(grid: str) -> QuantConfig:
+    """The grid that a short name such as ``w4g64``, ``w8pc`` (one group per row) or ``w2g64a`` (asymmetric) means."""
+    name = grid.removesuffix("a")
+    bits, group = int(name[1]), -1 if name.endswith("pc") else int(name[3:])
+    return QuantConfig.model_validate({"num_bits": bits, "group_size": group, "symmetric": name == grid})
+
+
+def make_float(folder: Path, vocabulary: int, blocks: int) -> None:
+    """Write the float model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=blocks,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype=torch.bfloat16,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUILTIN / "wiki-llama-3m").save_pretrained(folder)
+
+
+def main() -> None:
+    """Make what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--grids", default="w4g128")
+    args = parser.parse_args()
+    if not (args.folder / "float").exists():
+        make_float(args.folder / "float", args.vocabulary, args.blocks)
+    for grid in args.grids.split(","):
+        if (args.folder / grid).exists():
+            continue
+        loaded = load_model(ModelConfig(path=str(args.folder / "float"), dtype="bfloat16", device="cpu"))
+        rtn.run(loaded, None, quant(grid), rtn.Config(), 0)
+        with checkpoint.atomic_folder(args.folder / grid, overwrite=False) as partial:
+            checkpoint.save(partial, loaded)
+        print(args.folder / grid)
+
+
+if __name__ == "__main__":
+    main()
