@@ -118,6 +118,17 @@ def test_survives_disk_with_equal_logits(method: methods.Method, family: str, tm
     assert torch.equal(tiny.logits(restored), tiny.logits(loaded.model))
 
 
+def test_keeps_zero_points_between_codes_where_asked_to(
+    method: methods.Method, llama: LoadedModel, tmp_path: Path, tokens: Tensor
+) -> None:
+    result = run(method, llama, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False, float_zero=True))
+    assert all(bool((weight.zero_point != weight.zero_point.round()).any()) for weight in result.values())
+    with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+        checkpoint.save(partial, llama)
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(tiny.logits(restored), tiny.logits(llama.model))
+
+
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_8_bits_leave_the_model_as_good_as_it_was(
     method: methods.Method, family: str, tmp_path: Path, tokens: Tensor

@@ -101,18 +101,22 @@ def alternate(weight: Tensor, start: Grid, spec: QuantSpec, config: Config) -> G
     return best
 
 
+def initial(weight: Tensor, spec: QuantSpec, config: Config) -> Grid:
+    """The grid that round-to-nearest would take."""
+    return Grid(*(minmax_qparams(weight, spec) if config.range == "minmax" else search_qparams(weight, spec, 2.0)))
+
+
 def optimise(weight: Tensor, spec: QuantSpec, config: Config) -> tuple[QuantizedWeight, Tensor]:
     """``weight`` ``[out, in]`` quantized, never worse than round-to-nearest under ``objective``.
 
     Also returns the float32 weight ``[out, in]`` that it would be if its zero points could lie between codes.
     """
-    start = Grid(*(minmax_qparams(weight, spec) if config.range == "minmax" else search_qparams(weight, spec, 2.0)))
     free = spec if spec.symmetric else spec.model_copy(update={"float_zero": True})
-    best = alternate(weight, start, free, config)
+    best = alternate(weight, initial(weight, free, config), free, config)
     unsnapped = dequantize(quantize(weight, *best, free), *best, free)
     if free != spec:
-        snapped = Grid(best.scale, stored_zero_point(best.zero_point, spec))
-        best = better(weight, start, alternate(weight, snapped, spec, config), spec, config.norm)
+        snapped = alternate(weight, Grid(best.scale, stored_zero_point(best.zero_point, spec)), spec, config)
+        best = better(weight, initial(weight, spec, config), snapped, spec, config.norm)
     return QuantizedWeight(quantize(weight, *best, spec), *best, spec), unsnapped
 
 
@@ -136,8 +140,8 @@ def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, s
         return {"weight_error": after}
     change = 100 * (sum(after) / sum(before) - 1) if sum(before) else 0.0
     progress.note(
-        f"hqq: with integer zero points the squared weight error is {change:+.1f} % of that with zero points between "
-        "codes; quant.float_zero: true keeps those (native format and dense export only)"
+        f"hqq: making zero points integers changed the squared weight error by {change:+.1f} %; quant.float_zero: true "
+        "leaves them between codes (native format and dense export only)"
     )
     return {"weight_error": after, "float_zero_error": before}
 
