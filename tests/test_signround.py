@@ -180,8 +180,8 @@ def test_every_trainable_parameter_moves_and_none_beyond_its_travel(
     for layer in (layer for training in trainings for layer in training.layers):
         assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["offset", "factors"]
         assert float((layer.offset != 0).float().mean()) > 0.7  # but for weights outside their range all the time
-        assert float(layer.offset.abs().max()) <= 0.3 * 1.0001
-        for end in layer.factors:
+        assert float(layer.offset.detach().abs().max()) <= 0.3 * 1.0001
+        for end in layer.factors.detach():
             assert float((end != 1).float().mean()) > 0.7
             assert float((end - 1).abs().max()) <= 0.2 * 1.0001
 
@@ -303,7 +303,7 @@ def test_scales_stay_positive_however_far_ranges_travel(
 
 
 def test_the_seed_decides_the_minibatches(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
-    many = tokens.repeat(80, 5)  # several batches of several windows
+    many = tokens.repeat(16, 5)  # several batches of several windows
     first, again, other = make_llama(), make_llama(), make_llama()
     for loaded, seed in ((first, 0), (again, 0), (other, 1)):
         run(loaded, many, W3, seed, iterations=4)
