@@ -8,7 +8,7 @@ peer out. What is compared:
 
 * Cost: the whole process its user starts (import, load, read the tokens or text, quantize, save), as the kernel counts
   it: wall seconds, CPU seconds, peak resident memory. Runs are interleaved (A B C A B C) so that a busy machine
-  slows all alike, and one unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
+  slows all alike, and an unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
 * Quality: WikiText-2 test perplexity in float32. A peer's own reader unpacks its result; the weights then go into one
   plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it. Rounding moves a
   perplexity by chance, so every repeat calibrates on text of its own and the mean over repeats is given.
@@ -272,6 +272,7 @@ def parse() -> argparse.Namespace:
         default=3,
         help="measured runs of each tool at each width, each on calibration text of its own",
     )
+    parser.add_argument("--warm-ups", type=int, default=1, help="unmeasured runs of each tool before the first width")
     parser.add_argument("--work", type=Path, help="keep results and logs in this folder (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args()
@@ -288,7 +289,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
     for num_bits in args.bits:
         costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
         qualities: dict[Tool, list[float]] = {tool: [] for tool in tools}
-        warm_ups = 1 if num_bits == args.bits[0] else 0
+        warm_ups = args.warm_ups if num_bits == args.bits[0] else 0
         for repeat in range(-warm_ups, args.repeats):
             text, shape = texts[max(repeat, 0)], (args.num_samples, args.seq_len)
             job = Job(model, text, *shape, num_bits, args.group_size, not args.asymmetric, args.method, args.preset)
