@@ -51,9 +51,9 @@ class Config(MethodConfig):
         f"default, 200; best, 1000 on {BEST_SAMPLES} windows.",
     )
     iterations: int = Field(200, ge=0, description="Steps of signed gradient descent for each block.")
-    batch_size: int = Field(8, ge=1, description="Calibration windows in a step.")
+    batch_size: int = Field(4, ge=1, description="Calibration windows in a step.")
     travel: float = Field(0.5, ge=0, description="How far an offset can move in all steps together, in codes.")
-    range_travel: float = Field(0.5, ge=0, description="How far the factor of a range can move in all steps together.")
+    range_travel: float = Field(0.2, ge=0, description="How far the factor of a range can move in all steps together.")
     range: Literal["minmax", "search"] = Field(
         "search", description="Ranges at the start: the extremes, or searched with each input channel's importance."
     )
