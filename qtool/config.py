@@ -5,9 +5,11 @@ A leaf: pydantic only. A method's own section derives from :class:`MethodConfig`
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from qtool.errors import InputError
 
 FORMAT_VERSION = 1  # of the native checkpoint
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
@@ -38,6 +40,15 @@ class QuantSpec(Section):
     scale_dtype: ScaleDtype = Field(
         "float16", description="What scales are stored as, and rounded to before they are used."
     )
+    float_zero: bool = Field(
+        False, description="Zero points may lie between codes, and are stored like scales; native and dense only."
+    )
+
+    @model_validator(mode="after")
+    def _float_zero_needs_asymmetric(self) -> Self:
+        if self.float_zero and self.symmetric:
+            raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
+        return self
 
     @property
     def qmin(self) -> int:
@@ -60,19 +71,25 @@ class QuantSpec(Section):
 
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits per weight with scales and zero points counted: ``b + (b + 16) / g``."""
-        per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.num_bits)
+        zero_bits = SCALE_BITS[self.scale_dtype] if self.float_zero else self.num_bits
+        per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else zero_bits)
         return self.num_bits + per_group * self.num_groups(in_features) / in_features
 
     def label(self) -> str:
-        """The usual short name, e.g. ``w4g128`` or ``w2g64 asym``."""
+        """The usual short name, e.g. ``w4g128``, ``w2g64 asym`` or ``w4g64 float zero``."""
         group = "pc" if self.group_size == -1 else f"g{self.group_size}"
-        return f"w{self.num_bits}{group}" + ("" if self.symmetric else " asym")
+        kind = " float zero" if self.float_zero else " asym"
+        return f"w{self.num_bits}{group}" + ("" if self.symmetric else kind)
 
 
 class QuantOverride(QuantSpec):
     """What is different for the linears that match a pattern; keys left out keep the section's value."""
 
     skip: bool = Field(False, description="Leave these linears in floating point.")
+
+    @model_validator(mode="after")
+    def _float_zero_needs_asymmetric(self) -> Self:
+        return self  # half a grid: the section's own keys complete it
 
 
 class QuantConfig(QuantSpec):
@@ -92,7 +109,10 @@ class QuantConfig(QuantSpec):
                 changes = override.model_dump(exclude_unset=True)
                 skip = changes.pop("skip", skip)
                 values |= changes
-        return None if skip else QuantSpec(**values)
+        try:
+            return None if skip else QuantSpec(**values)
+        except ValidationError as error:  # one by one they are right, or they would have been refused
+            raise InputError(f"quant.overrides that match {name}: {error.errors()[0]['msg']}") from None
 
 
 class ModelConfig(Section):
@@ -110,6 +130,11 @@ class MethodConfig(Section):
     """The base of every method's own section."""
 
     name: str = Field(description="The method: the name of its file in qtool/methods.")
+
+    @property
+    def data_defaults(self) -> dict[str, int]:
+        """Keys of the data section that have another default under this method."""
+        return {}
 
 
 class DataConfig(Section):

@@ -52,6 +52,7 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
             f"the checkpoint has format version {version}, this qtool reads {FORMAT_VERSION}; upgrade qtool"
         )
     try:
+        section = {"float_zero": False, **section}  # folders from before that key lack it
         common = {key: section[key] for key in SPEC_KEYS}
         specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
         if not specs or not all(isinstance(name, str) for name in specs):

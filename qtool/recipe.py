@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -94,6 +94,12 @@ class Recipe(Section):
     export: tuple[Export, ...] = Field((), description="A list of exports to write afterwards.")
     output: OutputConfig = Field(description="Where the checkpoint goes.")
     seed: int = Field(0, ge=0, description="Of everything random: same recipe, same machine, same bits.")
+
+    @model_validator(mode="after")
+    def _fill_data(self) -> "Recipe":
+        """A copy with the method's own defaults in the data section, where the recipe sets nothing else."""
+        own = {key: value for key, value in self.method.data_defaults.items() if key not in self.data.model_fields_set}
+        return self.model_copy(update={"data": self.data.model_copy(update=own)}) if own else self
 
 
 class EvalRecipe(Section):

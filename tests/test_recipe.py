@@ -95,9 +95,10 @@ group_size: 4
         "method.dmp: unknown key; the nearest is method.damp; found 0.1",
         "quant.num_bits: should be 2, 3, 4 or 8; found 5",
         "quant.overrides.*.q_proj.num_bits: should be 2, 3, 4 or 8; found 7",
-        "quant.overrides.*.q_proj.foo: unknown key; known: num_bits, group_size, symmetric, scale_dtype, skip; found 1",
+        "quant.overrides.*.q_proj.foo: unknown key; known: num_bits, group_size, symmetric, scale_dtype, float_zero, "
+        "skip; found 1",
         "quant.overrides.b.c: should be a mapping with keys "
-        "num_bits, group_size, symmetric, scale_dtype, skip; found 3",
+        "num_bits, group_size, symmetric, scale_dtype, float_zero, skip; found 3",
         "quant.num_bit: unknown key; the nearest is quant.num_bits; found 4",
         'data: should be a mapping with keys source, num_samples, seq_len, memory_budget; found "nope"',
         'eval.tasks: should be a list; found "wikitext2"',

@@ -25,6 +25,8 @@ METHODS = {
     "gptq": {"name": "gptq"},
     "gptaq": {"name": "gptq", "gptaq": 0.25},
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
+    "signround": {"name": "signround", "iterations": 8},
+    "hqq": {"name": "hqq"},
 }
 
 

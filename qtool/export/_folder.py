@@ -53,6 +53,17 @@ def unfit(source: Source, config: ExportConfig) -> str | None:
     return None
 
 
+def float_zeros(source: Source, format: str) -> str | None:
+    """Why a format of integer zero points cannot hold the checkpoint: a linear whose zero points lie between codes."""
+    name = next((name for name, spec in source.specs.items() if spec.float_zero), None)
+    if name is None:
+        return None
+    return (
+        f"{name} has zero points between codes (float_zero), and {format} stores integers; "
+        "export dense instead, or quantize with float_zero: false"
+    )
+
+
 def stored_dtype(source: Source) -> str:
     """The dtype that the checkpoint's config names."""
     return str(source.config.get("dtype", "float32"))

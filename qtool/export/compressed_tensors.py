@@ -18,6 +18,7 @@ from qtool.export import Exporter
 from qtool.export._folder import (
     float_linears,
     float_tensors,
+    float_zeros,
     inexact,
     read_tensor,
     stored_dtype,
@@ -30,7 +31,9 @@ from qtool.models import read_config
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
-    """``Conv1D`` layers, and scales that would change when the engine casts them to the model's dtype."""
+    """Float zero points, ``Conv1D`` layers, and scales that the engine would change when it casts them."""
+    if refusal := float_zeros(source, "compressed-tensors"):
+        return refusal
     flipped = transposed(source)
     if flipped:
         return f"{min(flipped)} is a Conv1D, and compressed-tensors replaces nn.Linear only; export dense instead"

@@ -22,6 +22,7 @@ from qtool.export import Exporter
 from qtool.export._folder import (
     float_linears,
     float_tensors,
+    float_zeros,
     inexact,
     read_tensor,
     shared_block_prefix,
@@ -38,8 +39,10 @@ ALIGNMENT = 32
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
-    """Mixed grids, linears left in float, shapes off the alignment, and scales or biases beyond float16."""
+    """Float zero points, mixed grids, linears left in float, odd shapes, and scales or biases beyond float16."""
     specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
+    if refusal := float_zeros(source, "GPTQ"):
+        return refusal
     if len(specs) > 1:
         return (
             f"it has {len(specs)} different grids, and a GPTQ config that transformers reads holds one; "

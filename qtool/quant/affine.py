@@ -2,8 +2,9 @@
 
 Symmetric means that the zero point is held at the middle code ``2**(num_bits - 1)``; nothing else differs.
 A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive input channels, each with one scale and one
-zero point ``[out, groups]``. All arithmetic is float32, and every scale is rounded to the dtype it is stored in
-*before* it is used, so that the weight in training, on disk and in an engine are the same bits.
+zero point ``[out, groups]``, an integer on the grid unless ``float_zero`` lets it lie between codes. All arithmetic is
+float32, and every scale and zero point is rounded to what is stored *before* it is used, so that the weight in
+training, on disk and in an engine are the same bits.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class QuantizedWeight(NamedTuple):
 
     codes: Tensor  # [out, in] uint8
     scale: Tensor  # [out, groups] float32, holding values of spec.scale_dtype
-    zero_point: Tensor  # [out, groups] float32, holding integers 0 .. qmax
+    zero_point: Tensor  # [out, groups] float32, holding integers 0 .. qmax, or with float_zero values of scale_dtype
     spec: QuantSpec
 
 
@@ -43,10 +44,21 @@ def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     return straight_through(scale, rounded)
 
 
+def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """``zero_point`` as float32 holding what is stored: the nearest code, or, with ``float_zero``, the nearest value of
+    ``spec.scale_dtype``; the gradient passes unchanged.
+    """
+    if spec.float_zero:
+        rounded = zero_point.detach().to(getattr(torch, spec.scale_dtype)).float()
+    else:
+        rounded = zero_point.detach().round().clamp(spec.qmin, spec.qmax)
+    return straight_through(zero_point, rounded)
+
+
 def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Grid that covers ``[low, high]`` per group, each ``[out, groups]``, with ``low <= 0 <= high``.
 
-    Asymmetric: ``scale = (high - low) / qmax``, ``zero_point = round(-low / scale)`` inside ``0 .. qmax``.
+    Asymmetric: ``scale = (high - low) / qmax``, ``zero_point = -low / scale``, to the nearest that can be stored.
     Symmetric: ``scale = max(-low, high) * 2 / qmax``, ``zero_point = 2**(num_bits - 1)``.
     An empty range (an all-zero group) is taken as ``[-1, 1]``, so that zero is held exactly.
     """
@@ -57,7 +69,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
         scale = stored_scale(torch.maximum(-low, high) * (2 / spec.qmax), spec)
         return scale, torch.full_like(scale, spec.middle)
     scale = stored_scale(high / spec.qmax - low / spec.qmax, spec)  # divided first: no overflow
-    return scale, torch.round(-low / scale).clamp(0, spec.qmax)
+    return scale, stored_zero_point(-low / scale, spec)
 
 
 def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from qtool.errors import InputError
 from qtool.quant import affine, kernels
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
-from qtool.quant.rounding import straight_through
 
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 
@@ -36,12 +35,8 @@ class QuantLinear(nn.Module):
         self.zero_point = nn.Parameter(zero_point, requires_grad=not spec.symmetric)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale as stored and integer zero point inside the grid, ``[out, groups]``; straight-through gradients."""
-        zero_point = self.zero_point.detach().round().clamp(self.spec.qmin, self.spec.qmax)
-        return (
-            affine.stored_scale(self.scale, self.spec),
-            straight_through(self.zero_point, zero_point),
-        )
+        """Scale and zero point as stored, ``[out, groups]``; straight-through gradients."""
+        return affine.stored_scale(self.scale, self.spec), affine.stored_zero_point(self.zero_point, self.spec)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Weight in grid units before rounding, ``[out, groups, group_size]``."""
@@ -57,13 +52,17 @@ class QuantLinear(nn.Module):
         """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
         return F.linear(x, self.quantized_weight().to(x.dtype), self.bias)
 
+    @property
     @torch.no_grad()
-    def freeze(self) -> "PackedLinear":
-        """The packed layer with the same output, bit for bit."""
+    def quantized(self) -> QuantizedWeight:
+        """What ``freeze`` packs."""
         scale, zero_point = self.qparams()
         codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec)
-        weight = QuantizedWeight(codes.to(torch.uint8).flatten(1), scale, zero_point, self.spec)
-        return PackedLinear.from_quantized(weight, self.bias)
+        return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale, zero_point, self.spec)
+
+    def freeze(self) -> "PackedLinear":
+        """The packed layer with the same output, bit for bit."""
+        return PackedLinear.from_quantized(self.quantized, self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -92,7 +91,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
         scale_dtype = getattr(torch, spec.scale_dtype)
         self.register_buffer("weight_scale", torch.zeros(out_features, groups, dtype=scale_dtype))
-        if not spec.symmetric:
+        if spec.float_zero:
+            self.register_buffer("weight_zero_point", torch.zeros(out_features, groups, dtype=scale_dtype))
+        elif not spec.symmetric:
             words = num_words(out_features, spec.num_bits)
             self.register_buffer("weight_zero_point", torch.zeros(words, groups, dtype=torch.int32))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
@@ -110,6 +111,9 @@ class PackedLinear(nn.Module):
         assert torch.equal(layer.weight_scale.float(), scale), "a scale that its stored dtype does not hold"
         if spec.symmetric:
             assert bool((zero_point == spec.middle).all()), "a symmetric grid with a zero point off the middle"
+        elif spec.float_zero:
+            layer.weight_zero_point = zero_point.to(layer.weight_zero_point.dtype)
+            assert torch.equal(layer.weight_zero_point.float(), zero_point), "a zero point that its dtype does not hold"
         else:
             layer.weight_zero_point = pack(zero_point.to(torch.uint8).T.contiguous(), spec.num_bits).T.contiguous()
         if bias is not None:
@@ -146,6 +150,8 @@ class PackedLinear(nn.Module):
         scale = self.weight_scale.float()
         if self.spec.symmetric:
             return scale, torch.full_like(scale, self.spec.middle)
+        if self.spec.float_zero:
+            return scale, self.weight_zero_point.float()
         words = self.weight_zero_point.T.contiguous()
         return scale, unpack(words, self.spec.num_bits, self.out_features).T.float()
 
@@ -179,12 +185,14 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.dequantized(x.dtype), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move with the model, but keep scales in their stored dtype: ``model.half()`` must not change a weight."""
-        scale = self.weight_scale
+        """Move with the model, but keep the grid in its stored dtype: ``model.half()`` must not change a weight."""
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        if self.weight_scale.device != scale.device:
+        for name, buffer in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        if self.weight_scale.device != before["weight_scale"].device:
             self._renew()
         return self
 

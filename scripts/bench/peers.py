@@ -1,18 +1,20 @@
-"""qtool's GPTQ beside the GPTQ of other tools: one model, the same calibration tokens, one measure of the result.
+"""A method of qtool beside the same method of other tools: one model, the same calibration tokens, one measure.
 
     python scripts/bench/peers.py --gptqmodel-python PYTHON --llmcompressor-python PYTHON --json peers.json
+    python scripts/bench/peers.py --method signround --auto-round-python PYTHON [--bits 2 --asymmetric]
 
 Each peer lives in an environment of its own (their pins do not agree); give the path of its interpreter, or leave a
 peer out. What is compared:
 
 * Cost: the whole process its user starts (import, load, read the tokens or text, quantize, save), as the kernel counts
   it: wall seconds, CPU seconds, peak resident memory. Runs are interleaved (A B C A B C) so that a busy machine
-  slows all alike, and one unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
+  slows all alike, and an unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
 * Quality: WikiText-2 test perplexity in float32. A peer's own reader unpacks its result; the weights then go into one
   plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it. Rounding moves a
   perplexity by chance, so every repeat calibrates on text of its own and the mean over repeats is given.
 
-Calibration is GPTQ's usual, symmetric weights in groups, and each tool's defaults for all else. Peers get token
+Calibration is GPTQ's usual, weights are in groups, symmetric if not told otherwise, and each tool's defaults hold for
+all else. Peers get token
 windows, qtool gets the text that they were cut from: articles in order, the end token after each.
 """
 
@@ -39,6 +41,9 @@ from pathlib import Path
 from typing import Any
 
 # No torch in this process: Linux counts the memory of the process that starts a child into the child's own peak.
+
+
+PEERS = {"gptq": ("gptqmodel", "llmcompressor"), "signround": ("auto-round",)}  # who has each method, by package
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Job:
     seq_len: int
     num_bits: int
     group_size: int
+    symmetric: bool
+    method: str
+    preset: str  # of SignRound
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,8 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
     if tool.program is None:
         recipe = {
             "model": {"path": str(job.model)},
-            "method": {"name": "gptq"},
-            "quant": {"num_bits": job.num_bits, "group_size": job.group_size, "symmetric": True},
+            "method": {"name": job.method} | ({"preset": job.preset} if job.method == "signround" else {}),
+            "quant": {"num_bits": job.num_bits, "group_size": job.group_size, "symmetric": job.symmetric},
             "data": {"source": str(job.calibration.text), "num_samples": job.num_samples, "seq_len": job.seq_len},
             "output": {"path": str(output)},
             "seed": 0,
@@ -192,6 +200,8 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
     else:
         command = [tool.python, str(tool.program), "quantize", str(job.model), str(job.calibration.tokens), str(output)]
         command += ["--num-bits", str(job.num_bits), "--group-size", str(job.group_size)]
+        if job.method == "signround":
+            command += ["--preset", job.preset, *([] if job.symmetric else ["--asymmetric"])]
     return run_child(command, output.with_suffix(".log"))
 
 
@@ -241,13 +251,17 @@ def table(float_perplexity: float, rows: list[dict[str, Any]]) -> str:
 def parse() -> argparse.Namespace:
     data = Path(os.environ.get("QTOOL_DATA_DIR", "../shared/data"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=sorted(PEERS), default="gptq")
     parser.add_argument("--gptqmodel-python", help="interpreter that has gptqmodel")
     parser.add_argument("--llmcompressor-python", help="interpreter that has llmcompressor")
+    parser.add_argument("--auto-round-python", help="interpreter that has auto-round")
+    parser.add_argument("--preset", choices=["light", "default", "best"], default="default", help="of signround")
     parser.add_argument("--no-qtool", action="store_true", help="measure the peers only")
     parser.add_argument("--data", type=Path, default=data, help="has enwiki/ and wikitext2/ (default: QTOOL_DATA_DIR)")
     parser.add_argument("--model", type=Path, default=data.parent / "models" / "wiki-llama-3m")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true", help="of signround only")
     parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--eval-len", type=int, default=1024, help="tokens in an evaluation window")
@@ -258,9 +272,13 @@ def parse() -> argparse.Namespace:
         default=3,
         help="measured runs of each tool at each width, each on calibration text of its own",
     )
+    parser.add_argument("--warm-ups", type=int, default=1, help="unmeasured runs of each tool before the first width")
     parser.add_argument("--work", type=Path, help="keep results and logs in this folder (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.asymmetric and args.method != "signround":
+        parser.error("--asymmetric is for --method signround")
+    return args
 
 
 def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str, Any]:
@@ -271,9 +289,10 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
     for num_bits in args.bits:
         costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
         qualities: dict[Tool, list[float]] = {tool: [] for tool in tools}
-        warm_ups = 1 if num_bits == args.bits[0] else 0
+        warm_ups = args.warm_ups if num_bits == args.bits[0] else 0
         for repeat in range(-warm_ups, args.repeats):
-            job = Job(model, texts[max(repeat, 0)], args.num_samples, args.seq_len, num_bits, args.group_size)
+            text, shape = texts[max(repeat, 0)], (args.num_samples, args.seq_len)
+            job = Job(model, text, *shape, num_bits, args.group_size, not args.asymmetric, args.method, args.preset)
             outputs = {tool: work / f"{tool.name}-w{num_bits}-{max(repeat, 0)}" for tool in tools}
             measured = {tool: quantize(tool, job, output) for tool, output in outputs.items()}
             if repeat < 0:
@@ -295,7 +314,8 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {tool.name: versions(tool) for tool in tools},
-        "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | list)},
+        "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
+        | {"method": args.method, "preset": args.preset},
         "float_perplexity": apart(perplexity, model, None, wikitext, args.eval_len, args.eval_windows),
         "results": rows,
     }
@@ -304,10 +324,11 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
 def main() -> None:
     args = parse()
     tools = [] if args.no_qtool else [Tool("qtool", sys.executable)]
-    for name in ("gptqmodel", "llmcompressor"):
-        if python := getattr(args, f"{name}_python"):
+    for name in PEERS[args.method]:
+        if python := getattr(args, f"{name.replace('-', '_')}_python"):
             python = os.path.abspath(shutil.which(python) or python)  # not resolved: a venv's is a link
-            tools.append(Tool(name, python, Path(__file__).resolve().with_name(f"peer_{name}.py")))
+            program = f"peer_{name.replace('-', '')}.py"
+            tools.append(Tool(name, python, Path(__file__).resolve().with_name(program)))
     if not tools:
         raise SystemExit("nothing to measure: --no-qtool and no peer's interpreter")
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:

@@ -53,7 +53,7 @@ def main() -> None:
     """Fill in the cells that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench-table.json"))
-    parser.add_argument("--methods", default="rtn,gptq,awq")
+    parser.add_argument("--methods", default="rtn,hqq,gptq,awq,signround")
     parser.add_argument("--grids", default=",".join([*GRIDS, *(f"{grid}a" for grid in GRIDS)]))
     parser.add_argument("--limit", type=int, default=None, help="only the first N windows")
     args = parser.parse_args()

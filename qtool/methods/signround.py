@@ -1,0 +1,226 @@
+"""SignRound: learn for each weight whether it is rounded up or down, so that the block's output stays what it was.
+
+A weight goes to ``round(w / scale + V)`` with an offset ``V`` of its own, zero at first, and the ends of each group's
+range get factors, one at first. Both follow only the sign of their gradient, ``p -= rate * sign(dL/dp)``, at a rate
+that falls linearly to zero: how far they can move is known beforehand, whatever the size of the loss (Cheng et al.,
+arXiv 2309.05516). All linears of a block are trained at once. The loss is the squared difference between the quantized
+block on the quantized stream and the float block on the float stream, so a block also makes up for those before it.
+
+From SignRoundV2 (arXiv 2512.04746) come the start and the loss: ranges are searched first, each input channel weighed
+by its mean square, and below 4 bits the largest differences are left out, or a few outliers would steer everything.
+
+Where we differ: what is kept is the best of several states on windows that stay the same, where the reference compares
+losses of different minibatches, which differ more by their windows than by their state; asymmetric ranges are searched
+as well; and scales are never negative, which several engines do not load (the searched range may end inside the
+weights, and the symmetric grid's extra level is the lowest one).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from qtool import progress
+from qtool.blocks import BlockTask, run_blocks
+from qtool.config import MethodConfig, QuantConfig, QuantSpec
+from qtool.methods import Method
+from qtool.models import LoadedModel, Target, linear_bias, replace_linear
+from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
+from qtool.quant.linear import QuantLinear
+from qtool.quant.ranges import search_qparams
+
+PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
+BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
+FACTORS = (0.05, 2.0)  # bounds of what a range is multiplied by
+NUM_CHECKS = 8  # states that are compared with the start
+FEW_BITS = 3  # up to which outliers are left out of the loss
+
+
+class Config(MethodConfig):
+    """SignRound: rounding and ranges learned block by block from the signs of gradients."""
+
+    name: Literal["signround"] = "signround"
+    preset: Literal["light", "default", "best"] = Field(
+        "default",
+        description="What the other keys, and data.num_samples, are unless they are given: light, 50 iterations; "
+        f"default, 200; best, 1000 on {BEST_SAMPLES} windows.",
+    )
+    iterations: int = Field(200, ge=0, description="Steps of signed gradient descent for each block.")
+    batch_size: int = Field(4, ge=1, description="Calibration windows in a step.")
+    travel: float = Field(0.5, ge=0, description="How far an offset can move in all steps together, in codes.")
+    range_travel: float = Field(0.2, ge=0, description="How far the factor of a range can move in all steps together.")
+    range: Literal["minmax", "search"] = Field(
+        "search", description="Ranges at the start: the extremes, or searched with each input channel's importance."
+    )
+    outliers: float = Field(
+        0.001, ge=0, lt=1, description="Share of the largest differences that the loss leaves out at 2 and 3 bits."
+    )
+    check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+    @property
+    def data_defaults(self) -> dict[str, int]:
+        """The preset's number of calibration windows."""
+        return {"num_samples": BEST_SAMPLES} if self.preset == "best" else {}
+
+
+class SignRoundLinear(QuantLinear):
+    """A linear whose rounding offsets and range factors train, and nothing else.
+
+    ``forward`` multiplies by ``expanded``, which is set for many calls at once.
+    """
+
+    expanded: Tensor  # quantized_weight() in the dtype of computation
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, grid: tuple[Tensor, Tensor]) -> None:
+        """Start on ``grid``: scale and zero point ``[out, groups]``."""
+        super().__init__(weight, bias, spec)
+        self.requires_grad_(False)
+        self.scale.data, self.zero_point.data = grid
+        self.offset = nn.Parameter(torch.zeros_like(grouped(self.weight, spec)))
+        # [1, out, groups], or of the lower and the upper end
+        self.factors = nn.Parameter(self.scale.new_ones(1 if spec.symmetric else 2, *self.scale.shape))
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """The grid with its range multiplied by the factors, as stored; factors of one change no bit of it."""
+        if self.spec.symmetric:
+            return stored_scale(self.scale * self.factors[0], self.spec), self.zero_point
+        below, above = self.factors[0] * self.zero_point, self.factors[1] * (self.spec.qmax - self.zero_point)
+        scale = stored_scale(self.scale * ((below + above) / self.spec.qmax), self.spec)
+        return scale, stored_zero_point(below * self.scale / scale, self.spec)
+
+    def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Weight in grid units plus its offset, ``[out, groups, group_size]``."""
+        return super().grid_weight(scale, zero_point) + self.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        return F.linear(x, self.expanded, self.bias)
+
+    @torch.no_grad()
+    def move(self, by: float, factors_by: float) -> None:
+        """Move each offset and each factor by so much against the sign of its gradient, which is spent."""
+        for parameter, rate in ((self.offset, by), (self.factors, factors_by)):
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad.sign_(), alpha=rate)
+            parameter.grad = None
+        self.factors.clamp_(*FACTORS)
+
+
+def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Indices of ``size`` batches, without end; each batch comes once before any comes again."""
+
+    def indices() -> Iterator[int]:
+        while True:
+            yield from torch.randperm(num_batches, generator=generator).tolist()
+
+    every = indices()
+    while True:
+        yield list(islice(every, size))
+
+
+class Training:
+    """The layers of one block, and how far its output is from the float block's."""
+
+    def __init__(self, task: BlockTask, goal: Sequence[Tensor], layers: list[SignRoundLinear], config: Config) -> None:
+        """``goal`` has the float block's output for each batch of ``task.inputs``."""
+        self.task, self.goal, self.layers, self.config = task, goal, layers, config
+        few_bits = min(layer.spec.num_bits for layer in layers) <= FEW_BITS
+        self.outliers = config.outliers if few_bits else 0.0
+
+    def loss(self, index: int) -> Tensor:
+        """Summed squared differences of one batch, in float32. A sum, so that half-precision gradients stay normal."""
+        difference = self.task.forward(self.task.inputs[index]).float() - self.goal[index].float()
+        dropped = round(self.outliers * difference.numel())
+        if dropped:
+            size = difference.detach().abs()
+            difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
+        return difference.square().sum()
+
+    @torch.no_grad()
+    def measure(self, indices: list[int]) -> float:
+        """The loss of some batches."""
+        for layer in self.layers:
+            layer.expanded = layer.quantized_weight().to(self.task.compute)
+        return sum(float(self.loss(index)) for index in indices)
+
+    @torch.enable_grad()
+    def step(self, indices: list[int], share: float) -> None:
+        """Move every parameter by ``share`` of its travel, by the gradient of some batches."""
+        weights = [
+            layer.quantized_weight() for layer in self.layers
+        ]  # rounded once for all batches, then differentiated
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.expanded = weight.detach().to(self.task.compute).requires_grad_()
+        for index in indices:
+            self.loss(index).backward()
+        for layer, weight in zip(self.layers, weights, strict=True):
+            assert layer.expanded.grad is not None
+            weight.backward(layer.expanded.grad.float())
+            layer.move(share * self.config.travel, share * self.config.range_travel)
+
+    def run(self, generator: torch.Generator) -> list[QuantizedWeight]:
+        """Train, and return the best state of each layer."""
+        num_batches, batch = len(self.task.inputs), self.task.inputs[0].shape[0]
+        size = min(num_batches, max(1, round(self.config.batch_size / batch)))
+        num_checked = min(num_batches, max(1, round(self.config.check_samples / batch)))
+        checked = [i * num_batches // num_checked for i in range(num_checked)]
+        best = [layer.quantized for layer in self.layers]
+        lowest = self.measure(checked)
+        total = self.config.iterations
+        marks = {total * (i + 1) // NUM_CHECKS for i in range(NUM_CHECKS)}
+        steps = islice(minibatches(num_batches, size, generator), total)
+        for done, indices in enumerate(progress.track(steps, "training", total), start=1):
+            self.step(indices, 2 * (total - done + 1) / (total * (total + 1)))  # falls linearly, adds up to one
+            if done in marks and (found := self.measure(checked)) < lowest:
+                lowest, best = found, [layer.quantized for layer in self.layers]
+        return best
+
+
+def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
+    """Compute the float outputs, replace the targets by layers that train, train them, and pack the best state."""
+    assert task.float_inputs is not None
+    leaders = {group[0].linear: group for group in task.groups}
+    importance: dict[nn.Module, Tensor] = {}
+
+    def visit(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0].flatten(0, -2).float()
+        importance[linear] = importance.get(linear, 0) + x.square().sum(0)
+
+    goal = task.float_inputs.like()
+    for hidden in task.float_inputs:
+        goal.append(task.observe(leaders, visit, [hidden])[0])
+    task.float_outputs = goal
+    layers: dict[Target, SignRoundLinear] = {}
+    for leader, group in leaders.items():
+        for target in group:
+            weight, spec = target.weight, target.spec
+            if config.range == "search":
+                grid = search_qparams(weight, spec, 2.0, importance[leader])
+            else:
+                grid = minmax_qparams(weight, spec)
+            layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
+            replace_linear(task.block, target.name.removeprefix(f"{task.name}."), layers[target])
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + task.index)
+    best = Training(task, goal, list(layers.values()), config).run(generator)
+    for target, quantized in zip(layers, best, strict=True):
+        task.pack(target, quantized)
+
+
+def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
+    """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` and a block's index fix its minibatches."""
+    step = partial(quantize_block, config=config, seed=seed)
+    return run_blocks(loaded, tokens, loaded.targets(quant), step, float_stream=True)
+
+
+METHOD = Method("ptq", "rounding and ranges learned by signed gradients, block by block", Config, run)

@@ -1,0 +1,368 @@
+"""SignRound: its limits, its gradients in closed form, what it keeps, and what it must never do."""
+
+import copy
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qtool import methods, recipe
+from qtool.blocks import BlockTask, run_blocks
+from qtool.config import BITS, QuantConfig, QuantSpec
+from qtool.errors import InputError
+from qtool.methods import rtn, signround
+from qtool.methods.signround import SignRoundLinear, Training, minibatches
+from qtool.models import LoadedModel, packed_linears
+from qtool.quant.affine import QuantizedWeight, minmax_qparams
+from qtool.quant.ranges import search_qparams
+
+W3 = QuantConfig(num_bits=3, group_size=16)
+W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
+
+
+def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> list[float]:
+    config = signround.Config(**{"iterations": 24} | settings)
+    return signround.run(loaded, tokens, quant, config, seed)["block_error"]
+
+
+def weights(loaded: LoadedModel) -> dict[str, QuantizedWeight]:
+    return {name: layer.quantized for name, layer in packed_linears(loaded.model).items()}
+
+
+def same(one: LoadedModel, other: LoadedModel) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(a, b) for name in ours for a, b in zip(ours[name][:3], theirs[name][:3], strict=True)
+    )
+
+
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
+    """Every block's training of the runs that follow, with its layers as the last step left them."""
+    found: list[Training] = []
+    original = Training.run
+
+    def keep(self: Training, generator: torch.Generator) -> list[QuantizedWeight]:
+        found.append(self)
+        return original(self, generator)
+
+    monkeypatch.setattr(Training, "run", keep)
+    return found
+
+
+def random_layer(spec: QuantSpec, seed: int = 0) -> SignRoundLinear:
+    """A layer in the middle of its training: offsets and factors anywhere they can be."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 32, generator=generator) * 0.05
+    layer = SignRoundLinear(weight, None, spec, search_qparams(weight, spec))
+    layer.offset.data = torch.rand(layer.offset.shape, generator=generator) - 0.5
+    layer.factors.data = torch.rand(layer.factors.shape, generator=generator) * 0.6 + 0.6
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_no_iterations_on_min_max_ranges_are_round_to_nearest(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, bits: int, symmetric: bool
+) -> None:
+    quant = QuantConfig(num_bits=bits, group_size=16, symmetric=symmetric)
+    ours, nearest = make_llama(), make_llama()
+    run(ours, tokens, quant, iterations=0, range="minmax")
+    rtn.run(nearest, None, quant, rtn.Config(), 0)
+    assert same(ours, nearest)
+
+
+@pytest.mark.parametrize("quant", [W3, W2A], ids=QuantConfig.label)
+def test_parameters_that_cannot_travel_change_nothing(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, quant: QuantConfig
+) -> None:
+    still, untrained = make_llama(), make_llama()
+    run(still, tokens, quant, travel=0, range_travel=0)
+    run(untrained, tokens, quant, iterations=0)
+    assert same(still, untrained)
+
+
+def test_the_search_weighs_channels_by_the_mean_square_of_what_the_linear_reads(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor
+) -> None:
+    ours, floats = make_llama(), make_llama()
+    name = "model.layers.0.mlp.down_proj"
+    run(ours, tokens, W3, iterations=0)
+    found: list[Tensor] = []
+    linear = floats.model.get_submodule(name)
+    linear.register_forward_pre_hook(lambda module, args: found.append(args[0].flatten(0, 1)))
+    floats.model(tokens)
+    spec = weights(ours)[name].spec
+    expected = search_qparams(linear.weight.detach(), spec, 2.0, found[0].square().mean(0))
+    plain = search_qparams(linear.weight.detach(), spec, 2.0)
+    assert torch.equal(weights(ours)[name].scale, expected[0])
+    assert not torch.equal(expected[0], plain[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("quant", [W3, W2A], ids=QuantConfig.label)
+def test_training_lowers_the_error_of_every_block(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, quant: QuantConfig
+) -> None:
+    nearest = run(make_llama(), tokens, quant, iterations=0, range="minmax")
+    start = run(make_llama(), tokens, quant, iterations=0)
+    trained = run(make_llama(), tokens, quant, iterations=60)
+    assert all(ours < 0.6 * theirs for ours, theirs in zip(trained, nearest, strict=True)), (trained, nearest)
+    assert all(ours < 0.8 * theirs for ours, theirs in zip(trained, start, strict=True)), (trained, start)
+
+
+@pytest.mark.parametrize("quant", [W3, W2A], ids=QuantConfig.label)
+def test_when_every_step_does_harm_the_start_is_kept(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, quant: QuantConfig
+) -> None:
+    wild, untrained = make_llama(), make_llama()
+    run(wild, tokens, quant, iterations=8, travel=200, range_travel=0)
+    run(untrained, tokens, quant, iterations=0)
+    assert same(wild, untrained)
+
+
+@pytest.mark.parametrize("quant", [W3, W2A], ids=QuantConfig.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
+    quant: QuantConfig, dtype: torch.dtype, make_llama: Callable[[], LoadedModel], tokens: Tensor
+) -> None:
+    """So training and the packed file multiply by the same bits."""
+    loaded = make_llama()
+    loaded.model.to(dtype)
+    seen: list[float] = []
+    measure = Training.measure
+
+    def recorded(self: Training, indices: list[int]) -> float:
+        seen.append(measure(self, indices))
+        return seen[-1]
+
+    def step(task: BlockTask) -> None:
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Training, "measure", recorded)
+            signround.quantize_block(task, signround.Config(iterations=24, outliers=0), 0)
+        assert task.float_outputs is not None
+        packed = task.forward(task.inputs[0]).float()
+        assert float((packed - task.float_outputs[0].float()).square().sum()) == min(seen)
+        assert min(seen) < seen[0]
+
+    run_blocks(loaded, tokens, loaded.targets(quant), step, float_stream=True)
+
+
+def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings, loaded = captured(monkeypatch), make_llama()
+    floats = make_llama().model(tokens, output_hidden_states=True).hidden_states
+    run(loaded, tokens, W2A)
+    assert torch.equal(trainings[0].task.inputs[0], floats[0])
+    assert torch.allclose(trainings[0].goal[0], floats[1], atol=1e-5)
+    drift = (trainings[1].task.inputs[0] - floats[1]).norm() / floats[1].norm()
+    assert float(drift) > 0.01
+
+
+def test_every_trainable_parameter_moves_and_none_beyond_its_travel(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = captured(monkeypatch)
+    run(llama, tokens, W2A, travel=0.3, range_travel=0.2)
+    for layer in (layer for training in trainings for layer in training.layers):
+        assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["offset", "factors"]
+        assert float((layer.offset != 0).float().mean()) > 0.7  # but for weights outside their range all the time
+        assert float(layer.offset.detach().abs().max()) <= 0.3 * 1.0001
+        for end in layer.factors.detach():
+            assert float((end != 1).float().mean()) > 0.7
+            assert float((end - 1).abs().max()) <= 0.2 * 1.0001
+
+
+def test_the_rate_falls_linearly_and_adds_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(Training, "step", lambda self, indices, share: shares.append(share))
+    monkeypatch.setattr(Training, "measure", lambda self, indices: 0.0)
+    task: Any = SimpleNamespace(inputs=[torch.zeros(1, 2, 4)] * 3)
+    layer = random_layer(QuantSpec(group_size=16))
+    Training(task, [], [layer], signround.Config(iterations=10)).run(torch.Generator())
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([shares[-1] * n for n in range(10, 0, -1)])
+
+
+@given(st.integers(1, 9), st.integers(0, 99))
+def test_each_batch_comes_once_before_any_comes_again(num_batches: int, seed: int) -> None:
+    size = 1 + seed % num_batches
+    drawn = minibatches(num_batches, size, torch.Generator().manual_seed(seed))
+    order = [index for indices in islice(drawn, 4 * num_batches) for index in indices]
+    for start in range(0, len(order), num_batches):
+        assert sorted(order[start : start + num_batches]) == list(range(num_batches))
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(2, 90), (3, 90), (4, 100), (8, 100)])
+def test_the_largest_differences_are_left_out_below_four_bits(bits: int, kept: int) -> None:
+    x = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(0))
+    task: Any = SimpleNamespace(inputs=[x], forward=lambda hidden: hidden)
+    layer = random_layer(QuantSpec(num_bits=bits, group_size=16))
+    training = Training(task, [torch.zeros_like(x)], [layer], signround.Config(outliers=0.1))
+    expected = x.flatten().square().sort().values[:kept].sum()
+    assert float(training.loss(0)) == pytest.approx(float(expected), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the layer
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
+def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, scale_dtype: Any) -> None:
+    """With ``G`` the gradient of the weight ``(q - z) s``, ``r = w / s`` and rounding passed straight through."""
+    spec = QuantSpec(num_bits=bits, group_size=16, symmetric=symmetric, scale_dtype=scale_dtype)
+    layer = random_layer(spec)
+    upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(9))
+    (layer.quantized_weight() * upstream).sum().backward()
+
+    qmax, g = spec.qmax, upstream.view(6, 2, 16)
+    codes, scale, zero, _ = (x.view(6, 2, -1) if isinstance(x, Tensor) else x for x in layer.quantized)
+    ratio = layer.weight.view(6, 2, 16) / scale
+    grid = ratio + zero + layer.offset.detach()
+    inside = (grid.round() >= 0) & (grid.round() <= qmax)
+    assert bool(inside.any())
+    assert bool((~inside).any())
+    by_scale = (g * (codes.float() - zero - inside * ratio)).sum(-1)
+    by_zero = (g * ~inside * -scale).sum(-1)
+    s0, z0, s = layer.scale, layer.zero_point, scale.squeeze(-1)
+    if symmetric:
+        expected = (by_scale * s0).unsqueeze(0)
+    else:
+        below, above = s0 * z0 / qmax, s0 * (qmax - z0) / qmax  # ds / dfactor
+        unrounded = layer.factors[0].detach() * z0 * s0 / s
+        ends = (z0 * s0 / s - unrounded / s * below, -unrounded / s * above)  # dz / dfactor
+        expected = torch.stack([by_scale * below + by_zero * ends[0], by_scale * above + by_zero * ends[1]])
+    assert torch.allclose(layer.offset.grad, g * inside * scale, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(layer.factors.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@given(
+    st.sampled_from(BITS),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.integers(0, 999),
+)
+def test_freezing_changes_no_bit(bits: int, symmetric: bool, float_zero: bool, scale_dtype: Any, seed: int) -> None:
+    spec = QuantSpec(
+        num_bits=bits,
+        group_size=16,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        float_zero=float_zero and not symmetric,
+    )
+    layer = random_layer(spec, seed)
+    layer.expanded = layer.quantized_weight().detach()
+    packed = layer.freeze()
+    assert torch.equal(packed.dequantized(), layer.expanded)
+    assert bool((packed.weight_scale > 0).all())
+    x = torch.randn(3, 32)
+    assert torch.equal(packed(x), layer(x))
+
+
+@given(st.sampled_from(BITS), st.booleans(), st.sampled_from(["float32", "float16", "bfloat16"]), st.integers(0, 99))
+def test_factors_of_one_and_offsets_of_zero_change_no_bit(
+    bits: int, symmetric: bool, scale_dtype: Any, seed: int
+) -> None:
+    spec = QuantSpec(num_bits=bits, group_size=8, symmetric=symmetric, scale_dtype=scale_dtype)
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(seed))
+    for grid in (minmax_qparams(weight, spec), search_qparams(weight, spec)):
+        found = SignRoundLinear(weight, None, spec, grid).quantized
+        assert torch.equal(found.scale, grid[0])
+        assert torch.equal(found.zero_point, grid[1])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_stay_positive_however_far_ranges_travel(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, symmetric: bool
+) -> None:
+    trainings = captured(monkeypatch)
+    quant = QuantConfig(num_bits=2, group_size=16, symmetric=symmetric)
+    run(llama, tokens, quant, range_travel=30, iterations=6)
+    scales = [layer.qparams()[0] for training in trainings for layer in training.layers]
+    assert all(bool((scale > 0).all()) for scale in scales)
+    assert min(float(layer.factors.min()) for training in trainings for layer in training.layers) < 0.5
+    assert all(bool((weight.scale > 0).all()) for weight in weights(llama).values())
+
+
+# ---------------------------------------------------------------------------------------------- seeds, presets, keys
+
+
+def test_the_seed_decides_the_minibatches(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
+    many = tokens.repeat(16, 5)  # several batches of several windows
+    first, again, other = make_llama(), make_llama(), make_llama()
+    for loaded, seed in ((first, 0), (again, 0), (other, 1)):
+        run(loaded, many, W3, seed, iterations=4)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_a_block_does_not_depend_on_how_those_before_it_were_made(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor
+) -> None:
+    """What resuming a run relies on: its seed and its index fix a block, no state is carried over."""
+    whole, resumed = make_llama(), make_llama()
+    run(whole, tokens, W3)
+    finished = weights(whole)
+
+    def step(task: BlockTask) -> None:
+        if task.index == 1:
+            return signround.quantize_block(task, signround.Config(iterations=24), 0)
+        assert task.float_inputs is not None
+        task.float_outputs = [task.forward(hidden) for hidden in task.float_inputs]
+        for target in task.targets:
+            task.pack(target, finished[target.name])
+        return None
+
+    run_blocks(resumed, tokens, resumed.targets(W3), step, float_stream=True)
+    assert same(whole, resumed)
+
+
+def test_float_parameters_are_left_alone(llama: LoadedModel, tokens: Tensor) -> None:
+    before = copy.deepcopy(llama.model)
+    run(llama, tokens, W3)
+    for name, parameter in llama.model.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)), name
+        assert not parameter.requires_grad, name
+
+
+def test_presets_fill_what_is_not_given() -> None:
+    assert [signround.Config(preset=name).iterations for name in ("light", "default", "best")] == [50, 200, 1000]
+    assert signround.Config() == signround.Config(preset="default")
+    assert signround.Config(preset="best", iterations=7).iterations == 7
+
+
+def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path: Path) -> None:
+    def windows(*overrides: str) -> int:
+        return recipe.load("signround-w4g64", [f"output.path={tmp_path}/out", *overrides]).data.num_samples
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {{path: m}}\nmethod: {{name: signround, preset: best}}\noutput: {{path: {tmp_path}/out}}\n"
+    )
+    assert recipe.load(file).data.num_samples == signround.BEST_SAMPLES
+    assert recipe.load(file, ["data.num_samples=7"]).data.num_samples == 7
+    assert recipe.load(file, ["method.preset=light"]).data.num_samples == 128
+    resolved = recipe.resolved(recipe.load(file))
+    assert recipe.Recipe.model_validate(resolved).data.num_samples == signround.BEST_SAMPLES
+    assert windows() == 128
+
+
+def test_an_unknown_preset_is_a_fault() -> None:
+    with pytest.raises(InputError, match="preset"):
+        recipe.check(recipe.Recipe, {"method": {"name": "signround", "preset": "bestt"}}, "r")
+    assert methods.get("signround").needs_data(signround.Config())
