@@ -140,6 +140,8 @@ def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: Loade
             continue
         seen.add(key)
         if name not in parts and tensor.is_floating_point():
+            if name in loaded.file_dtypes and name not in originals.names:
+                raise RunError(f"{name} is no longer in {loaded.folder}; put its file back and run the command again")
             # the file's own tensor, unless a method changed it; the model may compute in less than the file holds
             own = originals.tensor(name) if name in originals.names else tensor.to(loaded.storage_dtype)
             if not torch.equal(own.to(tensor), tensor):

@@ -22,7 +22,7 @@ from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_jso
 from qtool.config import FORMAT_VERSION, EvalConfig, ExportConfig, ModelConfig
 from qtool.errors import InputError
 from qtool.layout import label as _label
-from qtool.models import LoadedModel, load_model, packed_linears, resolve
+from qtool.models import LoadedModel, check_files, load_model, packed_linears, resolve
 from qtool.recipe import Recipe, resolved
 from qtool.report import Report, environment, processor
 from qtool.state import RunState, run_state
@@ -138,6 +138,7 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
 
 def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """What the bytes of the result depend on."""
+    check_files(folder)
     recipe_keys = resolved(recipe)
     recipe_keys["data"].pop("memory_budget")
     return {

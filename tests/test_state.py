@@ -157,6 +157,29 @@ def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(folder, tmp_p
         assert hashes(output) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in ("gptq", "awq", "signround") if name in METHODS])
+def test_ten_random_kills_each(folder, tmp_path, whole, method):
+    """Thirty with all three methods; a run may be killed again and again before it is let finish."""
+    expected = whole(method)
+    start = time.monotonic()
+    quantize(make(folder, tmp_path / "timed", method))
+    lasts = time.monotonic() - start
+    draw = random.Random(method)
+    kills = 0
+    while kills < 10:
+        output = tmp_path / f"out-{kills}"
+        checked = make(folder, output, method)
+        while not output.exists():
+            child = in_child(lambda checked=checked: quantize(checked))
+            time.sleep(draw.uniform(0, 1.1 * lasts))
+            os.kill(child, signal.SIGKILL)
+            kills += wait(child) == -signal.SIGKILL
+            if kills >= 10 and not output.exists():
+                quantize(checked)
+        assert hashes(output) == expected
+
+
 def stop_after(monkeypatch, blocks):
     """Let the run fail when it has kept so many blocks."""
     write = state.RunState.write
@@ -245,6 +268,66 @@ def test_a_damaged_shard_is_made_again(half_done, tmp_path, whole):
 
 def test_what_does_not_change_the_result_may_change(half_done, folder, tmp_path, whole):
     quantize(make(folder, tmp_path / "out", data__memory_budget="1kB"))
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def sharded(folder, target):
+    """The float model in one file for each block."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(folder / "float").save_pretrained(target / "float", max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(folder / "float").save_pretrained(target / "float")
+    (target / "text.txt").write_text((folder / "text.txt").read_text())
+    assert len(list((target / "float").glob("*.safetensors"))) > 2
+    return target
+
+
+def test_sharded_files_give_the_same_weights(folder, tmp_path, whole):
+    quantize(make(sharded(folder, tmp_path), tmp_path / "out"))
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back(folder, tmp_path, monkeypatch, whole):
+    models = sharded(folder, tmp_path)
+    shard = sorted((models / "float").glob("*.safetensors"))[-1]
+    kept = shard.read_bytes()
+    checked = make(models, tmp_path / "out")
+    write = state.RunState.write
+
+    def losing(self, index, tensors, figures):
+        write(self, index, tensors, figures)
+        shard.unlink(missing_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.RunState, "write", losing)
+        with pytest.raises(RunError, match=r"is no longer in .*; put its file back"):
+            quantize(checked)
+    with pytest.raises(InputError, match=f"lists {shard.name}, which is not there"):
+        quantize(checked)
+    shard.write_bytes(kept)
+    quantize(checked)
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def test_a_full_disk_ends_the_run_and_what_is_done_stays(folder, tmp_path, monkeypatch, whole):
+    from qtool import checkpoint
+
+    save_file, count = checkpoint.save_file, 0
+
+    def full(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 4:  # tokens and two blocks are written
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)
+
+    checked = make(folder, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(RunError, match=r"the disk is full; .*out\.partial holds what is done"):
+            quantize(checked)
+    assert len(list((tmp_path / "out.partial" / "state").glob("block-*.json"))) == 2
+    quantize(checked)
     assert hashes(tmp_path / "out") == whole("gptq")
 
 
