@@ -8,12 +8,12 @@ block on the quantized stream and the float block on the float stream, so a bloc
 
 From SignRoundV2 (arXiv 2512.04746) come the start of symmetric grids and an option of the loss: their ranges are
 searched first, each input channel weighed by its mean square, and below 4 bits the largest differences can be left out
-(``outliers``, 0.001 there; off here, where it did not help). Asymmetric grids start at the extremes: a range that is
-searched clips weights, those have no gradient, and at 2 bits the result was much worse (docs/benchmarks.md).
+(``outliers``, 0.001 there; off here, where it did not help). Asymmetric grids start at the extremes, which was better.
 
 Where we differ: what is kept is the best of several states on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; and scales are never negative, which several engines do not load (the searched range may end inside the weights, and
+8; the search lowers the third power of errors, for squares clip so much that 2 bits get much worse (docs/benchmarks.md);
+and scales are never negative, which several engines do not load (the searched range may end inside the weights, and
 the symmetric grid's extra level is the lowest one).
 """
 
@@ -60,6 +60,7 @@ class Config(MethodConfig):
         "search",
         description="Symmetric ranges at the start: the extremes, or searched with each input channel's importance.",
     )
+    norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
     outliers: float = Field(
         0.0, ge=0, lt=1, description="Share of the largest differences that the loss leaves out at 2 and 3 bits."
     )
@@ -206,7 +207,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
         for target in group:
             weight, spec = target.weight, target.spec
             if config.range == "search" and spec.symmetric:
-                grid = search_qparams(weight, spec, 2.0, importance[leader])
+                grid = search_qparams(weight, spec, config.norm, importance[leader])
             else:
                 grid = minmax_qparams(weight, spec)
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
