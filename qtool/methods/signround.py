@@ -12,9 +12,9 @@ searched first, each input channel weighed by its mean square, and below 4 bits 
 
 Where we differ: what is kept is the best of several states on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; the search lowers the third power of errors, for squares clip so much that 2 bits get much worse (docs/benchmarks.md);
-and scales are never negative, which several engines do not load (the searched range may end inside the weights, and
-the symmetric grid's extra level is the lowest one).
+8; the search lowers the third power of errors, for squares clip so much that 2 bits get much worse; and scales are
+never negative, which several engines do not load (the searched range may end inside the weights, and the symmetric
+grid's extra level is the lowest one). docs/benchmarks.md has the figures.
 """
 
 from collections.abc import Iterator
