@@ -40,12 +40,14 @@ def expand(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoRoundConfig
 
+    folder = next(args.folder.rglob("config.json")).parent  # auto-round makes a folder inside the one it is given
     config = AutoRoundConfig(backend="torch")
-    model = AutoModelForCausalLM.from_pretrained(args.folder, quantization_config=config, device_map="cpu").float()
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
     weights = {}
     with torch.inference_mode():
         for name, layer in model.named_modules():
             if hasattr(layer, "qweight"):
+                layer.float()  # scales too, so that the product of code and scale is not rounded to half precision
                 bias = 0 if layer.bias is None else layer.bias
                 weights[f"{name}.weight"] = (layer(torch.eye(layer.infeatures)) - bias).T.contiguous()
     save_file(weights, args.dense_file)
