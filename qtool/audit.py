@@ -8,7 +8,7 @@ from typing import Any
 from qtool import progress
 from qtool.checkpoint import MANIFEST, Files, Source, bits_per_weight, file_hashes
 from qtool.errors import InputError, RunError
-from qtool.models import resolve
+from qtool.folders import resolve
 from qtool.recipe import Recipe
 from qtool.run import lock_of, quantize
 from qtool.state import differences

@@ -29,8 +29,9 @@ from torch import Tensor
 from qtool import memory
 from qtool.config import PARTS, SCALE_BITS, QuantSpec
 from qtool.errors import InputError, RunError
+from qtool.folders import read_config
 from qtool.layout import describe, specs_of
-from qtool.models import LoadedModel, read_config
+from qtool.models import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
 

@@ -21,8 +21,9 @@ from qtool import export as formats
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
 from qtool.config import FORMAT_VERSION, EvalConfig, ExportConfig, ModelConfig
 from qtool.errors import InputError
+from qtool.folders import check_files, resolve
 from qtool.layout import label as _label
-from qtool.models import LoadedModel, check_files, load_model, packed_linears, resolve
+from qtool.models import LoadedModel, load_model, packed_linears
 from qtool.recipe import Recipe, resolved
 from qtool.report import Report, environment, processor
 from qtool.state import RunState, run_state

@@ -16,17 +16,15 @@ from qtool.config import ModelConfig
 from qtool.errors import RunError
 from qtool.export import Exporter
 from qtool.export._folder import read_tensor, tensor_names, write_folder
+from qtool.folders import check_files, read_config, resolve
 from qtool.models import (
     LoadedModel,
-    check_files,
     choose_device,
     compute_dtype,
     load_model,
     most_common,
     packed_linears,
-    read_config,
     replace_linear,
-    resolve,
 )
 from qtool.quant.affine import dequantize
 

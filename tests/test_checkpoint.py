@@ -19,8 +19,9 @@ from qtool import checkpoint
 from qtool.checkpoint import Source, atomic_folder
 from qtool.config import BITS, FORMAT_VERSION, QuantConfig, QuantSpec
 from qtool.errors import InputError, RunError
+from qtool.folders import read_config
 from qtool.layout import describe, specs_of
-from qtool.models import packed_linears, read_config
+from qtool.models import packed_linears
 
 MIXED = QuantConfig.model_validate(
     {

@@ -22,7 +22,8 @@ from qtool import export, run, verify
 from qtool.checkpoint import Source, write_json
 from qtool.config import BITS, ExportConfig, ModelConfig, QuantConfig
 from qtool.errors import InputError, QtoolError, RunError
-from qtool.models import load_model, read_config
+from qtool.folders import read_config
+from qtool.models import load_model
 from qtool.quant.affine import dequantize
 
 GRIDS = {

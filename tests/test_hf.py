@@ -23,8 +23,9 @@ from qtool import checkpoint, hf
 from qtool.checkpoint import Source
 from qtool.config import FORMAT_VERSION, ModelConfig, QuantConfig
 from qtool.errors import InputError
+from qtool.folders import read_config
 from qtool.layout import describe
-from qtool.models import load_model, packed_linears, read_config, replace_linear
+from qtool.models import load_model, packed_linears, replace_linear
 from qtool.quant.affine import dequantize
 
 MIXED = QuantConfig.model_validate(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qtool import checkpoint, models
+from qtool import checkpoint
 from qtool.blocks import BlockTask, run_blocks
 from qtool.config import ModelConfig, QuantConfig
 from qtool.errors import InputError
@@ -505,7 +505,7 @@ def test_a_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.Monkey
     def fail(source: str, **_: object) -> None:
         raise OSError(f"{source} is not a valid model identifier\nmore lines\nof advice")
 
-    monkeypatch.setattr(models, "snapshot_download", fail)
+    monkeypatch.setattr(folders, "snapshot_download", fail)
     text = refuse("someone/nothing", r"there is no folder someone/nothing, and it cannot be had from the hub either")
     assert text.endswith("not a valid model identifier")
 

@@ -33,7 +33,8 @@ from qtool.checkpoint import MANIFEST, Planned, Source, write_json
 from qtool.config import FORMAT_VERSION, ExportConfig, ModelConfig, QuantConfig
 from qtool.data import calibration_tokens, token_hash
 from qtool.errors import RunError
-from qtool.models import load_model, packed_linears, read_config
+from qtool.folders import read_config
+from qtool.models import load_model, packed_linears
 from qtool.recipe import Recipe
 from qtool.report import Report
 

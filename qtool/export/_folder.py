@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoint import Files, Source, write_json, write_shards
 from qtool.config import ExportConfig
-from qtool.models import read_config
+from qtool.folders import read_config
 
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.json", "report.md")
 

@@ -27,7 +27,7 @@ from qtool.export._folder import (
     unpack_bits,
     write_folder,
 )
-from qtool.models import read_config
+from qtool.folders import read_config
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:

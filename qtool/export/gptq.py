@@ -32,7 +32,7 @@ from qtool.export._folder import (
     unpack_bits,
     write_folder,
 )
-from qtool.models import read_config
+from qtool.folders import read_config
 from qtool.quant.packing import pack
 
 ALIGNMENT = 32
