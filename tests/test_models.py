@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qtool import checkpoint
+from qtool import checkpoint, folders
 from qtool.blocks import BlockTask, run_blocks
 from qtool.config import ModelConfig, QuantConfig
 from qtool.errors import InputError
