@@ -50,7 +50,7 @@ def heavy_tailed(rows: int, columns: int, seed: int) -> Tensor:
 
 def checkpoint_of(loaded: LoadedModel, path: Path) -> Path:
     with checkpoint.atomic_folder(path, overwrite=False) as partial:
-        checkpoint.save(partial, loaded)
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
     return path
 
 

@@ -124,7 +124,7 @@ def test_keeps_zero_points_between_codes_where_asked_to(
     result = run(method, llama, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False, float_zero=True))
     assert all(bool((weight.zero_point != weight.zero_point.round()).any()) for weight in result.values())
     with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-        checkpoint.save(partial, llama)
+        checkpoint.save(partial, llama, tiny.specs(llama))
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert torch.equal(tiny.logits(restored), tiny.logits(llama.model))
 
