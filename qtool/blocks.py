@@ -261,7 +261,7 @@ def run_blocks(
         if done is None or flow:
             mine = [target for target in targets if target.block == index]
             if finished and index + 1 < len(blocks):
-                memory.read_ahead(blocks[index + 1][1].parameters())
+                memory.Pages().read_ahead(blocks[index + 1][1].parameters())
             stored_dtypes = _bring_in(block, loaded, compute)
             inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
             task = BlockTask(
@@ -340,7 +340,7 @@ def _bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> di
     out of its file.
     """
     own = loaded.storage_dtype if loaded.streaming else loaded.dtype
-    dtypes = {}
+    dtypes, pages = {}, memory.Pages()
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
         stored = tensor.data
         if stored.dtype == own and own != compute:
@@ -348,7 +348,7 @@ def _bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> di
         dtype = compute if stored.dtype == own else stored.dtype
         tensor.data = stored.to(loaded.device, dtype, copy=loaded.streaming is not None)
         if loaded.streaming:
-            memory.drop_pages([stored])
+            pages.drop(stored)
     return dtypes
 
 

@@ -166,11 +166,12 @@ def write_shard(tensors: dict[str, Tensor], file: Path) -> None:
         os.fsync(written.fileno())
     partial.rename(file)
     with safe_open(file, framework="pt") as reader:
+        pages = memory.Pages()
         for name, tensor in tensors.items():
             found = reader.get_tensor(name)
             if not torch.equal(found, tensor):
                 raise RunError(f"{name} read back from {file} differs from what was written; the disk may be failing")
-            memory.drop_pages([found, tensor])
+            pages.drop(found, tensor)
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:

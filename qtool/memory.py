@@ -17,17 +17,36 @@ from torch import Tensor
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # of Linux's madvise
 
 
-def drop_pages(tensors: Iterable[Tensor]) -> None:
-    """Let go of the pages of tensors that lie in mapped files.
+class Pages:
+    """The mappings of files that the process has now, and the tensors in them."""
 
-    Only for tensors whose values nobody has changed since they were mapped: changes would be lost.
-    """
-    _advise(tensors, _DO_NOT_NEED)
+    def __init__(self) -> None:
+        """Read where they are; files mapped later are not among them."""
+        self._starts, self._ends = _mapped_files()
 
+    def drop(self, *tensors: Tensor) -> None:
+        """Let go of the pages of tensors that lie in mapped files.
 
-def read_ahead(tensors: Iterable[Tensor]) -> None:
-    """Have the system read tensors that lie in mapped files, while the caller goes on."""
-    _advise(tensors, _WILL_NEED)
+        Only for tensors whose values nobody has changed since they were mapped: changes would be lost.
+        """
+        self._advise(tensors, _DO_NOT_NEED)
+
+    def read_ahead(self, tensors: Iterable[Tensor]) -> None:
+        """Have the system read tensors that lie in mapped files, while the caller goes on."""
+        self._advise(tensors, _WILL_NEED)
+
+    def _advise(self, tensors: Iterable[Tensor], advice: int) -> None:
+        if _libc is None:
+            return
+        for tensor in tensors:
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                continue
+            # whole pages only: those at the edges may hold a part of another tensor
+            start = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
+            end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
+            at = bisect_right(self._starts, start) - 1
+            if start < end and at >= 0 and end <= self._ends[at]:  # else it is ordinary memory, and would be lost
+                _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
 
 
 def return_freed() -> None:
@@ -40,24 +59,12 @@ def return_freed() -> None:
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _advise(tensors: Iterable[Tensor], advice: int) -> None:
-    if _libc is None:
-        return
-    starts, ends = _mapped_files()
-    for tensor in tensors:
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            continue
-        # whole pages only: those at the edges may hold a part of another tensor
-        start = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
-        at = bisect_right(starts, start) - 1
-        if start < end and at >= 0 and end <= ends[at]:  # else it is ordinary memory, and would be lost
-            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
-
-
 def _mapped_files() -> tuple[list[int], list[int]]:
     """Where the process's mappings of files begin and end, in order of address."""
-    starts, ends = [], []
+    starts: list[int] = []
+    ends: list[int] = []
+    if _libc is None:
+        return starts, ends
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         span, _, _, _, inode = line.split(maxsplit=5)[:5]
         if inode != "0":

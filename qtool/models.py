@@ -129,7 +129,7 @@ class LoadedModel:
         ]
         names = [name for name, _, _ in linears]
         faults = list(_unmatched(quant, names))
-        targets = []
+        targets, pages = [], memory.Pages()
         for name, module, index in linears:
             spec = quant.spec_for(name)
             if spec is None:
@@ -139,7 +139,7 @@ class LoadedModel:
                 check_weight(weight.T if isinstance(module, Conv1D) else weight, spec, f"{name}.weight")
             except InputError as error:
                 faults.append(str(error))
-            memory.drop_pages([weight])
+            pages.drop(weight)
             targets.append(Target(name, module, spec, index))
         if not targets and not faults:
             faults.append("quant.overrides skip every linear; there is nothing to quantize")
@@ -289,9 +289,10 @@ def load_model(
 
 
 def _check_finite(model: nn.Module) -> None:
+    pages = memory.Pages()
     for name, parameter in model.named_parameters():
         low, high = parameter.aminmax()
-        memory.drop_pages([parameter])
+        pages.drop(parameter)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             found = int((~torch.isfinite(parameter)).sum())
             raise InputError(
