@@ -11,7 +11,7 @@ def main() -> None:
     """Run the command line and end the process at once.
 
     Importing torch and transformers makes many objects and no garbage; looking for it as often as usual takes a fifth
-    of the time. Taking torch and transformers apart again takes a second or two at exit; nothing of ours is left to be closed.
+    of the time. Taking them apart again takes a second or two at exit; nothing of ours is left to be closed.
     """
     gc.set_threshold(50_000, 20, 20)
     code = cli.main()
