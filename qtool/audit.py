@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtool import progress
 from qtool.checkpoint import MANIFEST, Files, Source, bits_per_weight, file_hashes
 from qtool.errors import InputError, RunError
@@ -88,4 +90,4 @@ def _first_difference(before: Path, now: Path) -> str | None:
 
 def _same(old: Files, new: Files, name: str) -> bool:
     a, b = old.tensor(name), new.tensor(name)
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    return a.dtype == b.dtype and torch.equal(a, b)

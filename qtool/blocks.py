@@ -173,7 +173,7 @@ class BlockTask:
         for target in group:
             layer = self.block.get_submodule(self._local(target.name))
             if isinstance(layer, PackedLinear):
-                dense = layer.dequantized().to(self.compute)
+                dense = layer.dequantized(self.compute)
                 layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
 
     def _contract(self, group: list[Target]) -> None:

@@ -220,8 +220,8 @@ def verify(
     from qtool import audit
 
     found = audit.verify(folder)
-    lines = [f"{folder}: {found['files']} file(s) and {found['linears']} quantized linears are as they were written"]
-    print(json.dumps({"path": str(folder), **found}) if as_json else "\n".join(lines))
+    text = f"{folder}: {found['files']} file(s) and {found['linears']} quantized linears are as they were written"
+    print(json.dumps({"path": str(folder), **found}) if as_json else text)
 
 
 @app.command()
