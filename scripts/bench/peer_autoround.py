@@ -9,38 +9,40 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from peer import run
 from safetensors.torch import save_file
 
 
-def quantize(args: argparse.Namespace) -> None:
-    """Write the folder ``args.output``; ``args.tokens`` holds the calibration windows ``[n, t]``."""
+def quantize(
+    model: Path, tokens: Path, output: Path, num_bits: int, group_size: int, asymmetric: bool, preset: str
+) -> None:
+    """Write the folder ``output``; ``tokens`` holds the calibration windows ``[n, t]``."""
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    windows = torch.from_numpy(np.load(args.tokens))
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    windows = torch.from_numpy(np.load(tokens))
     presets = {"light": {"iters": 50, "lr": 5e-3}, "default": {}, "best": {"iters": 1000}}
     AutoRound(
-        model,
-        AutoTokenizer.from_pretrained(args.model),
-        bits=args.num_bits,
-        group_size=args.group_size,
-        sym=not args.asymmetric,
+        AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
+        AutoTokenizer.from_pretrained(model),
+        bits=num_bits,
+        group_size=group_size,
+        sym=not asymmetric,
         dataset=list(windows.split(1)),
         nsamples=len(windows),
         seqlen=windows.shape[1],
         device_map="cpu",
-        **presets[args.preset],
-    ).quantize_and_save(str(args.output), format="auto_round")
+        **presets[preset],
+    ).quantize_and_save(str(output), format="auto_round")
 
 
-def expand(args: argparse.Namespace) -> None:
-    """Write each packed weight of ``args.folder`` as float32 ``[out, in]``: what its layer makes of a unit matrix."""
+def expand(folder: Path, dense_file: Path) -> None:
+    """Write each packed weight of ``folder`` as float32 ``[out, in]``: what its layer makes of a unit matrix."""
     import torch
     from transformers import AutoModelForCausalLM, AutoRoundConfig
 
-    folder = next(args.folder.rglob("config.json")).parent  # auto-round makes a folder inside the one it is given
+    folder = next(folder.rglob("config.json")).parent  # auto-round makes a folder inside the one it is given
     config = AutoRoundConfig(backend="torch")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
     weights = {}
@@ -50,28 +52,13 @@ def expand(args: argparse.Namespace) -> None:
                 layer.float()  # scales too, so that the product of code and scale is not rounded to half precision
                 bias = 0 if layer.bias is None else layer.bias
                 weights[f"{name}.weight"] = (layer(torch.eye(layer.infeatures)) - bias).T.contiguous()
-    save_file(weights, args.dense_file)
+    save_file(weights, dense_file)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    quantizing = commands.add_parser("quantize")
-    quantizing.add_argument("model", type=Path)
-    quantizing.add_argument("tokens", type=Path)
-    quantizing.add_argument("output", type=Path)
-    quantizing.add_argument("--num-bits", type=int, required=True)
-    quantizing.add_argument("--group-size", type=int, required=True)
-    quantizing.add_argument("--asymmetric", action="store_true")
-    quantizing.add_argument("--preset", default="default", choices=["light", "default", "best"])
-    quantizing.set_defaults(function=quantize)
-    expanding = commands.add_parser("expand")
-    expanding.add_argument("folder", type=Path)
-    expanding.add_argument("dense_file", type=Path)
-    expanding.set_defaults(function=expand)
-    args = parser.parse_args()
-    args.function(args)
+def more_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--preset", default="default", choices=["light", "default", "best"])
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, quantize, expand, more_options)

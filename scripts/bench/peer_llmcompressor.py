@@ -5,31 +5,31 @@ Run by llm-compressor's own interpreter. Everything not named here is left at th
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
+from peer import run
 from safetensors.torch import save_file
 
 
-def quantize(model_dir: Path, tokens_file: Path, output_dir: Path, num_bits: int, group_size: int) -> None:
-    """Write the compressed-tensors folder ``output_dir``; ``tokens_file`` holds the calibration windows ``[n, t]``."""
+def quantize(model: Path, tokens: Path, output: Path, num_bits: int, group_size: int) -> None:
+    """Write the compressed-tensors folder ``output``; ``tokens`` holds the calibration windows ``[n, t]``."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    windows = np.load(tokens_file)
+    windows = np.load(tokens)
     columns = {"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()}
     weights = QuantizationArgs(num_bits=num_bits, type="int", symmetric=True, strategy="group", group_size=group_size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
-        model=str(model_dir),
+        model=str(model),
         dataset=Dataset.from_dict(columns),
         recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         num_calibration_samples=len(windows),
         max_seq_length=windows.shape[1],
-        output_dir=str(output_dir),
+        output_dir=str(output),
     )
 
 
@@ -47,24 +47,5 @@ def expand(folder: Path, dense_file: Path) -> None:
     save_file(weights, dense_file)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    quantizing = commands.add_parser("quantize")
-    quantizing.add_argument("model", type=Path)
-    quantizing.add_argument("tokens", type=Path)
-    quantizing.add_argument("output", type=Path)
-    quantizing.add_argument("--num-bits", type=int, required=True)
-    quantizing.add_argument("--group-size", type=int, required=True)
-    expanding = commands.add_parser("expand")
-    expanding.add_argument("folder", type=Path)
-    expanding.add_argument("dense_file", type=Path)
-    args = parser.parse_args()
-    if args.command == "quantize":
-        quantize(args.model, args.tokens, args.output, args.num_bits, args.group_size)
-    else:
-        expand(args.folder, args.dense_file)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, quantize, expand)
