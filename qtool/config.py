@@ -5,7 +5,7 @@ A leaf: pydantic only. A method's own section derives from :class:`MethodConfig`
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
@@ -135,6 +135,44 @@ class MethodConfig(Section):
     def data_defaults(self) -> dict[str, int]:
         """Keys of the data section that have another default under this method."""
         return {}
+
+
+class OptimConfig(Section):
+    """How parameters follow their gradients."""
+
+    optimizer: Literal["adamw", "adamw8bit", "signsgd"] = Field(
+        "adamw", description="adamw8bit needs bitsandbytes; signsgd: steps of the rate itself, by the gradient's sign."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of AdamW's averages of gradient and square.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of AdamW's average square.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How learning rates fall after the warm-up."
+    )
+    final_share: float = Field(0.05, ge=0, le=1, description="Rate at the end, as a share of the rate at the top.")
+    warmup_share: float = Field(0.0, ge=0, le=1, description="Share of the steps in which rates rise, linearly.")
+    max_grad_norm: float | None = Field(None, gt=0, description="Gradients longer than this are cut; unset: none is.")
+    accumulation: int = Field(1, ge=1, description="Parts that a step is worked on in, to save memory; same result.")
+
+
+class TrainedConfig(MethodConfig):
+    """The base of the section of every method that trains."""
+
+    init_from: str | None = Field(
+        None, description="Folder of a native checkpoint of the same model and grid to start from; unset: the floats."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sections(cls, values: Any) -> Any:
+        """A section of which some keys are given keeps this method's own defaults for the others."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        for name, given in values.items():
+            default = cls.model_fields[name].default if name in cls.model_fields else None
+            if isinstance(default, Section) and isinstance(given, dict):
+                filled[name] = default.model_dump() | given
+        return filled
 
 
 class DataConfig(Section):
