@@ -158,7 +158,8 @@ def evaluate(
     with _running(quiet, where):
         from qtool import run
 
-        outcome = run.evaluate(checked.model.path, checked.eval, checked.model, float_model, where, checked.seed)
+        asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
+        outcome = run.evaluate(*asked, checked.expected)
     _show(outcome, as_json)
 
 

@@ -82,16 +82,21 @@ class RunState:
         file = self.folder / "tokens.safetensors"
         return Files(self.folder, file.name).tensor("tokens") if file.exists() else None
 
-    def keep_tokens(self, tokens: Tensor) -> None:
-        """Keep the calibration windows.
+    def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+        """Keep the calibration windows, and which of their tokens are learned.
 
         Raises:
             InputError: they are not those of the earlier start: its text has changed since.
         """
-        before = self.tokens()
-        if before is None:
-            write_shard({"tokens": tokens.cpu()}, self.folder / "tokens.safetensors")
-        elif token_hash(before) != token_hash(tokens):
+        file = self.folder / "tokens.safetensors"
+        if not file.exists():
+            kept = {"tokens": tokens.cpu()} if labels is None else {"tokens": tokens.cpu(), "labels": labels.cpu()}
+            write_shard(kept, file)
+            return
+        before = Files(self.folder, file.name)
+        if token_hash(*(before.tensor(name) for name in ("tokens", "labels") if name in before.names)) != token_hash(
+            tokens, labels
+        ):
             raise InputError(
                 f"the calibration text has changed since {self.partial} was begun; restore it, or pass --fresh to "
                 "start over"
