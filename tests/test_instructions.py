@@ -86,12 +86,16 @@ def test_the_plain_format_begins_as_the_tokenizer_begins_texts_and_a_template_de
 
 
 def test_an_answer_that_the_template_shortens_once_others_follow_is_context() -> None:
-    thinking = tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content[:3] }}"))
+    thinking = tokenizer(
+        CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content[:3] }}")
+    )
     assert learned(*encode(TWO_TURNS, thinking, "here")) == "Turin, of course.<|end|>\n"
 
 
 def test_thoughts_that_a_template_opens_before_an_answer_are_not_taken_for_a_part_of_it() -> None:
-    opened = tokenizer(CHATML.replace("<|assistant|>{{ '\n' }}{% endif %}", "<|assistant|>{{ '\n' }}<think>{% endif %}"))
+    opened = tokenizer(
+        CHATML.replace("<|assistant|>{{ '\n' }}{% endif %}", "<|assistant|>{{ '\n' }}<think>{% endif %}")
+    )
     assert learned(*encode(TWO_TURNS, opened, "here")) == "The Po.<|end|>\nTurin, of course.<|end|>\n"
 
 
@@ -279,7 +283,9 @@ def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
 
 def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS[:4])
-    with pytest.raises(InputError, match=r"window\(s\) of 32 tokens were found in 4 conversation\(s\), and 99 are needed"):
+    with pytest.raises(
+        InputError, match=r"window\(s\) of 32 tokens were found in 4 conversation\(s\), and 99 are needed"
+    ):
         data.calibration(config(path, 99), loaded, 0)
 
 
@@ -339,6 +345,6 @@ def test_labels_reach_the_methods_that_take_them_and_no_other(
     ((tokens, more),) = calls
     assert torch.equal(tokens, text.tokens)
     assert text.labels is not None
-    assert (torch.equal(more["labels"], text.labels) if takes_labels else not more)
+    assert torch.equal(more["labels"], text.labels) if takes_labels else not more
     manifest = json.loads((tmp_path / "q" / "qtool.json").read_text())
     assert manifest["data"]["sha256"] == data.token_hash(*text)
