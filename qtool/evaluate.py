@@ -179,7 +179,7 @@ def _with_relation(row: TaskResult, source: str) -> TaskResult:
 
 
 def _own_tasks(
-    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int, seen: Seen | None
+    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int, seen: Seen | None = None
 ) -> dict[str, list[TaskResult]]:
     """Rows by task. Each set of windows is read once, by both models, whatever is measured on it."""
     wanted = [task for task in config.tasks if task in OWN_TASKS]

@@ -20,7 +20,7 @@ context. A window in which nothing is learned is not used.
 """
 
 from collections.abc import Iterator
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ def encode(conversation: list[Message], tokenizer: PreTrainedTokenizerBase, plac
                 before, until = render(conversation[:index]), render(conversation[: index + 1])
                 if whole.startswith(before) and whole.startswith(until):
                     # not its whole length: some templates open the thoughts there, and an answer without any has none
-                    start = len(commonprefix([render(conversation[:index], answering=True), whole]))
+                    start = _common(render(conversation[:index], answering=True), whole)
                     answers.append(range(start, len(until)))
     except Exception as error:  # templates are programs; what they raise on a conversation they do not take is theirs
         raise InputError(f"{place}: the chat template of this model refuses the conversation: {error}") from error
@@ -125,6 +125,11 @@ def encode(conversation: list[Message], tokenizer: PreTrainedTokenizerBase, plac
     encoded = tokenizer(whole, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
     learned = [any(start in answer for answer in answers) and start < end for start, end in encoded["offset_mapping"]]
     return encoded["input_ids"], learned
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def pack(

@@ -161,8 +161,8 @@ def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
     if recipe.data.source != "generated":
         text = data.calibration(recipe.data, loaded, recipe.seed)
-    elif (before := state.tokens()) is not None:
-        return Calibration(before)
+    elif (before := state.calibration()) is not None:
+        return before
     else:
         # to write text a model must be whole
         text = data.calibration(recipe.data, load_model(recipe.model), recipe.seed)

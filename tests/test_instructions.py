@@ -112,7 +112,7 @@ def test_templates_that_print_the_day_give_the_same_tokens_every_day() -> None:
 
 def test_what_a_template_refuses_is_told_with_its_place() -> None:
     strict = tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(InputError, match="a.jsonl: line 3: the chat template .* refuses .*roles must alternate"):
+    with pytest.raises(InputError, match=r"a\.jsonl: line 3: the chat template .* refuses .*roles must alternate"):
         encode(TWO_TURNS, strict, "a.jsonl: line 3")
 
 

@@ -69,7 +69,7 @@ def test_redpajama_is_a_fair_sample_from_its_beginning(hub: Path, loaded: Any, m
 
 @pytest.mark.parametrize("name", ["slimpajama", "alpaca", "deita"])
 def test_whole_repositories_are_read_by_their_usual_names(name: str, hub: Path) -> None:
-    repositories = {"slimpajama": "cerebras/SlimPajama-627B", "alpaca": "tatsu-lab/alpaca"}
+    repositories = {"slimpajama": "DKYoon/SlimPajama-6B", "alpaca": "tatsu-lab/alpaca"}
     repository = repositories.get(name, "hkust-nlp/deita-10k-v0")
     write(hub / repository / "train.jsonl", [{"text": "one"}, {"text": "two"}])
     assert data.SOURCES[name].hub.repository == repository
