@@ -187,7 +187,9 @@ class ExpectedConfig(Section):
     """A published number, to stand beside ours."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="The task it is of, or several whose mean it is.")
-    metric: str = Field(description="As our report names it: perplexity, acc, acc_norm.")
+    metric: str = Field(
+        description="As our report names it: perplexity, acc; acc_norm stands for acc where a task has no other."
+    )
     value: float = Field(allow_inf_nan=False, description="The published number; a share, not per cent: 0.6014.")
     source: str = Field(min_length=1, description="Where it was published, e.g. arXiv 2406.06385, Table 4.")
 

@@ -113,7 +113,7 @@ def _beside(expected: ExpectedConfig, results: Sequence[TaskResult]) -> Publishe
     rows = []
     for task in expected.tasks:
         known = {row.metric: row for row in results if row.task == task}
-        row = known.get(expected.metric)
+        row = known.get(expected.metric) or (known.get("acc") if expected.metric == "acc_norm" else None)
         if row is None or row.value is None:
             reason = f"{task} was not evaluated" if not known else f"{task} has {', '.join(known)} here"
             return Published(**shown, note=row.note if row else f"not measured: {reason}")

@@ -85,11 +85,6 @@ class RunState:
         kept = Files(self.folder, file.name)
         return Calibration(kept.tensor("tokens"), kept.tensor("labels") if "labels" in kept.names else None)
 
-    def tokens(self) -> Tensor | None:
-        """The tokens of ``calibration()``, ``[n, t]``."""
-        before = self.calibration()
-        return None if before is None else before.tokens
-
     def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:
         """Keep the calibration windows, and which of their tokens are learned.
 

@@ -55,6 +55,14 @@ def test_of_several_tasks_it_is_the_mean_and_its_standard_error() -> None:
     assert found.stderr is None
 
 
+def test_acc_norm_is_acc_for_a_task_that_has_no_other() -> None:
+    rows = [row("piqa", "acc", 0.5), row("piqa", "acc_norm", 0.7), row("boolq", "acc", 0.9)]
+    (found,) = compare([published("piqa", "boolq", metric="acc_norm", value=0.8)], rows)
+    assert found.difference == pytest.approx(0)
+    (found,) = compare([published("piqa", "boolq", metric="acc", value=0.7)], rows)
+    assert found.difference == pytest.approx(0)
+
+
 def test_a_limit_is_told_for_the_paper_had_none() -> None:
     (found,) = compare([published("piqa")], [row("piqa", "acc", 0.5, limit=10)])
     assert found.note == "limit 10"
