@@ -159,7 +159,8 @@ def evaluate(
     with _running(quiet, where):
         from qtool import run
 
-        outcome = run.evaluate(checked.model.path, checked.eval, checked.model, float_model, where, checked.seed)
+        asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
+        outcome = run.evaluate(*asked, checked.expected)
     _show(outcome, as_json)
 
 
@@ -251,8 +252,9 @@ def recipes(
     packaged = recipe.packaged()
     if name is None:
         for each, path in packaged.items():
+            width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
             with path.open(encoding="utf-8") as file:
-                print(f"{each:<{max(map(len, packaged))}}  {file.readline().lstrip('# ').rstrip()}")
+                print(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
     elif name in packaged:
         print(packaged[name].read_text(encoding="utf-8"), end="")
     else:

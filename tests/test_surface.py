@@ -67,6 +67,7 @@ def test_recipe_keys() -> None:
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
         "export.N": ["format", "path", "dtype"],
+        "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite"],
         "": ["seed"],
     }

@@ -8,7 +8,7 @@ Where we differ: a scale belongs to a group of weights; the ranges at the start 
 ``2 mean|w| / sqrt(Qp)`` was made for layers that still have everything to learn; gradients of scales are not divided by
 ``sqrt(n Qp)`` unless ``rounding.scale_gradient`` says so, which Adam does not notice; and the rates follow the model
 and the budget: a weight whose gradient never changes its sign moves by ``travel`` quantization steps in the whole
-training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the absolute rates of papers.
+training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the papers' rates.
 """
 
 from typing import Literal
