@@ -75,12 +75,7 @@ def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
 
 
 def run(
-    loaded: LoadedModel,
-    tokens: Tensor,
-    quant: QuantConfig,
-    config: Config,
-    seed: int,
-    labels: Tensor | None = None,
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
 ) -> dict[str, list[float]]:
     """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
     return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
