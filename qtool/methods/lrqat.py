@@ -181,16 +181,26 @@ def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[Group]
     return [Group([layer.a, layer.b], lr), Group([layer.scale], scale_lr)]
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]``, absorb the factors and pack; ``seed`` fixes B and the order of windows."""
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, absorb the factors and pack.
+
+    ``seed`` fixes B and the order of windows.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def make(target: Target, config: Config) -> LowRankLinear:
         return LowRankLinear(target.weight, linear_bias(target.linear), target.spec, config, generator)
 
-    return train_linears(loaded, tokens, quant, config, seed, make, groups_of)
+    return train_linears(loaded, tokens, quant, config, seed, make, groups_of, labels)
 
 
 METHOD = Method(
-    "lrqat", "a low-rank term inside the rounding, trained end to end", Config, run, end_to_end=lambda config: True
+    "lrqat",
+    "a low-rank term inside the rounding, trained end to end",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
 )
