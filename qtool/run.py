@@ -281,7 +281,7 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
     """
     source = Source(folder)
     exporter = formats.get(config.format)
-    _refuse(exporter.refuses(source, config), config, str(folder))
+    _refuse(formats.refusal(config.format, source, config), config, str(folder))
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
         differences = verify(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
@@ -309,7 +309,7 @@ def _check_early(recipe: Recipe) -> None:
 
 def _check_exports(recipe: Recipe, planned: Source) -> None:
     for entry in recipe.export:
-        _refuse(formats.get(entry.format).refuses(planned, entry), entry, recipe.model.path)
+        _refuse(formats.refusal(entry.format, planned, entry), entry, recipe.model.path)
 
 
 def _refuse(reason: str | None, config: ExportConfig, what: str) -> None:

@@ -63,7 +63,10 @@ def test_recipe_keys() -> None:
     assert {section: names for section, names in found.items() if section not in own} == {
         "model": ["path", "dtype", "device"],
         "method": ["name"],
-        "quant": ["num_bits", "group_size", "symmetric", "scale_dtype", "float_zero", "overrides"],
+        "quant": [
+            *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
+            *("activations", "kv_cache", "kv_group_size", "overrides", "preset"),
+        ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
         "export.N": ["format", "path", "dtype"],

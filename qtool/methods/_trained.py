@@ -50,7 +50,7 @@ class Start:
             where = "only the recipe quantizes" if odd in asked else "the recipe leaves in floating point"
             raise InputError(f"init_from: {folder} does not fit: {odd} is a linear that {where}")
         for name, target in asked.items():
-            if found[name] != target.spec:
+            if found[name].weights_only != target.spec.weights_only:
                 raise InputError(
                     f"init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
                     f"{target.spec.label()}, and all keys of quant must agree"

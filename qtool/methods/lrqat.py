@@ -14,7 +14,7 @@ of a weight lives from the forward to the backward.
 Where we differ: Phi counts from the grid's middle, so that asymmetric grids fit the same byte, which the released code
 cannot run at 2 bits; ``factors: svd`` fits what Phi lost in grid units, which is exact for every kind of group; and the
 rates follow the budget: an entry of A or B whose gradient never changes its sign moves by ``travel`` in the whole
-training, a scale by ``scale_travel`` of itself. ``lr`` and ``scale_lr`` take the paper's absolute rates.
+training, the ends of a range by ``scale_travel`` quantization steps. ``lr`` and ``scale_lr`` take the paper's rates.
 """
 
 import math
@@ -59,7 +59,9 @@ class Config(EndToEnd):
     )
     norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
     travel: float = Field(1.0, ge=0, description="How far an entry of A or B can move in all steps.")
-    scale_travel: float = Field(0.1, ge=0, description="How far a scale can move in all steps, as a share of itself.")
+    scale_travel: float = Field(
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+    )
     lr: float | None = Field(None, ge=0, description="Learning rate of A and B, in place of travel.")
     scale_lr: float | None = Field(None, ge=0, description="Learning rate of scales, in place of scale_travel.")
     checkpoint_weights: bool = Field(
@@ -177,7 +179,8 @@ def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[Group]
     """What trains of a layer; ``total`` is the sum of the schedule's factors."""
     scale = float(layer.scale.detach().mean())
     lr = config.travel / total if config.lr is None else config.lr
-    scale_lr = config.scale_travel * scale / total if config.scale_lr is None else config.scale_lr
+    ends = config.scale_travel * scale * 2 / layer.spec.qmax / total
+    scale_lr = ends if config.scale_lr is None else config.scale_lr
     return [Group([layer.a, layer.b], lr), Group([layer.scale], scale_lr)]
 
 
