@@ -137,6 +137,69 @@ class MethodConfig(Section):
         return {}
 
 
+OVERSHOOT = {"logistic": 0.2785, "gaussian": 0.1700}  # how far a soft clamp passes its end, times its sharpness
+
+
+class RoundingConfig(Section):
+    """What training takes for the gradient of rounding and clamping; the weight that it ships is the same under all."""
+
+    estimator: Literal["ste", "sigmoid", "sigmoid-local", "dsq"] = Field(
+        "ste",
+        description="Gradient of rounding: straight through; of a periodic sum of logistic steps; of one logistic step "
+        "in each code; or of steps of tanh (sigmoid-local at twice the temperature).",
+    )
+    temperature: float = Field(
+        4.0, gt=0, le=100, description="Steepness of the estimator's steps, per code; towards 0 it becomes ste."
+    )
+    temperature_end: float | None = Field(
+        None, gt=0, le=100, description="Temperature at the end of training, reached linearly; unset: constant."
+    )
+    clamp: Literal["hard", "softclamp"] = Field(
+        "hard", description="Gradient at the ends of the grid: zero beyond them, or that of smooth ramps around them."
+    )
+    gate: Literal["logistic", "gaussian"] = Field("logistic", description="Shape of the ramps of softclamp.")
+    sharpness: float = Field(
+        4.0, gt=0, le=1000, description="Steepness of the ramps of softclamp, per code; 2 bits want 4 or more."
+    )
+    scale_gradient: Literal["plain", "lsq"] = Field(
+        "plain", description="Gradient of scales as it is, or divided by the root of group size times highest level."
+    )
+    forward: Literal["hard", "soft"] = Field(
+        "hard", description="hard: train on the weight that is shipped; soft: on the estimator's own smooth values."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        fields = type(self).model_fields
+        idle = [
+            (key, needed)
+            for keys, needed, acts in (
+                (("temperature", "temperature_end"), "an estimator other than ste", self.estimator != "ste"),
+                (("gate", "sharpness"), "clamp: softclamp", self.clamp == "softclamp"),
+            )
+            for key in keys
+            if not acts and getattr(self, key) != fields[key].default
+        ]
+        if idle:
+            raise ValueError("; ".join(f"{key} acts only with {needed}: leave it out" for key, needed in idle))
+        if self.forward == "soft" and self.estimator == "ste":
+            raise ValueError("forward: soft needs an estimator other than ste, whose smooth form does not round at all")
+        least = 2 * OVERSHOOT[self.gate]
+        if self.forward == "soft" and self.clamp == "softclamp" and self.sharpness <= least:
+            raise ValueError(
+                f"forward: soft with sharpness {self.sharpness:g} passes the ends of the grid by half a code, which "
+                f"rounds to a code that is not there; use a sharpness above {least:.2f}, or forward: hard"
+            )
+        return self
+
+    def at(self, share: float) -> Self:
+        """The same with the temperature that holds after ``share`` (0 .. 1) of training."""
+        if self.temperature_end is None:
+            return self
+        temperature = self.temperature + share * (self.temperature_end - self.temperature)
+        return self.model_copy(update={"temperature": temperature, "temperature_end": None})
+
+
 class OptimConfig(Section):
     """How parameters follow their gradients."""
 
@@ -157,6 +220,7 @@ class OptimConfig(Section):
 class TrainedConfig(MethodConfig):
     """The base of the section of every method that trains."""
 
+    rounding: RoundingConfig = Field(RoundingConfig(), description="Gradients of rounding and clamping.")
     init_from: str | None = Field(
         None, description="Folder of a native checkpoint of the same model and grid to start from; unset: the floats."
     )
