@@ -220,7 +220,7 @@ class OptimConfig(Section):
 class TrainedConfig(MethodConfig):
     """The base of the section of every method that trains."""
 
-    rounding: RoundingConfig = Field(RoundingConfig(), description="Gradients of rounding and clamping.")
+    rounding: RoundingConfig = Field(RoundingConfig(), description="The gradient of rounding and clamping.")
     init_from: str | None = Field(
         None, description="Folder of a native checkpoint of the same model and grid to start from; unset: the floats."
     )
