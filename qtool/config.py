@@ -217,6 +217,13 @@ class OptimConfig(Section):
     accumulation: int = Field(1, ge=1, description="Parts that a step is worked on in, to save memory; same result.")
 
 
+def _over(default: Any, given: Any) -> Any:
+    """``given``, and where it is a section that says nothing, ``default``."""
+    if not isinstance(default, dict) or not isinstance(given, dict):
+        return given
+    return default | {name: _over(default.get(name), value) for name, value in given.items()}
+
+
 class TrainedConfig(MethodConfig):
     """The base of the section of every method that trains."""
 
@@ -231,12 +238,48 @@ class TrainedConfig(MethodConfig):
         """A section of which some keys are given keeps this method's own defaults for the others."""
         if not isinstance(values, dict):
             return values
-        filled = dict(values)
-        for name, given in values.items():
-            default = cls.model_fields[name].default if name in cls.model_fields else None
-            if isinstance(default, Section) and isinstance(given, dict):
-                filled[name] = default.model_dump() | given
-        return filled
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        own = {name: value.model_dump() for name, value in defaults.items() if isinstance(value, Section)}
+        return {name: _over(own[name], value) if name in own else value for name, value in values.items()}
+
+
+class EndToEndConfig(Section):
+    """Training of the whole model on text: what it lowers, on how much, and how that is watched."""
+
+    loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld"] = Field(
+        "kl",
+        description="ce: next-token cross entropy; the others compare with the float model, which is then held in "
+        "memory too: KL divergence, reversed, mixed with ce, of the likeliest tokens, or of both directions by its "
+        "confidence.",
+    )
+    temperature: float = Field(1.0, gt=0, description="Both models' logits are divided by this before a divergence.")
+    ce_share: float = Field(0.5, ge=0, le=1, description="Weight of ce in the loss mixed; kl has the rest.")
+    top_k: int = Field(64, ge=1, description="Tokens that topk-kl tells apart.")
+    epochs: int = Field(1, ge=1, description="How often each calibration window is seen.")
+    steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says.")
+    batch_size: int = Field(4, ge=1, description="Windows in a step, those of all processes and parts together.")
+    optim: OptimConfig = Field(OptimConfig(), description="How parameters follow their gradients.")
+    gradient_checkpointing: bool = Field(
+        False, description="Run each block a second time for its gradient and hold less meanwhile; same result."
+    )
+    validation_samples: int = Field(
+        0, ge=0, description="Windows kept out of training, on which the best state is chosen; 0: the last state is."
+    )
+    validate_every: int = Field(0, ge=0, description="Steps between validations; 0: only before and after training.")
+    save_every: int = Field(100, ge=0, description="Steps after which a killed run loses nothing; 0: only the end.")
+    tracker: Literal["auto", "tensorboard", "wandb", "mlflow", "none"] = Field(
+        "auto", description="Where losses are sent; auto: tensorboard, in OUT.logs, where that is installed."
+    )
+
+    @model_validator(mode="after")
+    def _validation_has_windows(self) -> Self:
+        if self.validate_every and not self.validation_samples:
+            raise ValueError("validate_every needs validation_samples, the number of windows to keep out of training")
+        return self
+
+
+# keys that change no bit of a result
+IMMATERIAL = ("memory_budget", "save_every", "tracker", "gradient_checkpointing")
 
 
 class DataConfig(Section):

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from qtool import ranks
 from qtool.config import OptimConfig
 from qtool.errors import InputError
 
@@ -70,6 +71,19 @@ class SignSGD(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
+def windows_of_step(step: int, size: int, num_windows: int, seed: int) -> list[int]:
+    """Which windows the zero-based ``step`` sees; every window comes once before any comes again."""
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, num_windows)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(num_windows, generator=generator).tolist()
+        chosen.append(orders[epoch][place])
+    return chosen
+
+
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
     """What the learning rates are multiplied by in the zero-based ``step``: up in the warm-up, then down."""
     warmup = round(config.warmup_share * num_steps)
@@ -123,7 +137,8 @@ def fit(
     """Train the parameters of ``groups`` in place for ``num_steps``.
 
     ``loss_of_step(i)`` gives the loss of step ``i``, or the parts that it is the sum of, one by one: each part's
-    gradient is taken before the next is asked for. ``validate`` is called without gradients before the first step,
+    gradient is taken before the next is asked for. Of several processes each gives its share, and losses and gradients
+    are averaged. ``validate`` is called without gradients before the first step,
     after every ``validate_every`` steps and after the last; the parameters end as they were when it was lowest.
     ``on_step`` gets each loss. ``keeper`` gets the whole state every ``save_every`` steps and at the end, and training
     goes on from what it holds.
@@ -176,8 +191,9 @@ class _Run:
             part.backward()
             total = part.detach() if total is None else total + part.detach()
         assert total is not None, "a step without a loss"
-        loss = float(total)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        ranks.average(total, *gradients)
+        loss = float(total)
         norm = torch.nn.utils.get_total_norm(gradients)
         for name, value in (("the loss", loss), ("the gradient", float(norm))):
             if not math.isfinite(value):
@@ -216,7 +232,8 @@ class _Run:
         for i, entries in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in entries.items()}
         state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        state["validation"] = torch.tensor(self.validation, dtype=torch.float64)
+        bits = torch.tensor(self.validation, dtype=torch.float64).view(torch.int64)  # a NaN is not equal to itself
+        state["validation"] = bits
         state["steps"] = torch.tensor([self.step, self.best_step])
         return state
 
@@ -234,5 +251,5 @@ class _Run:
                 index, _, entry = rest.partition(".")
                 whole["state"].setdefault(int(index), {})[entry] = value
         self.optimizer.load_state_dict(whole)
-        self.losses, self.validation = state["losses"].tolist(), state["validation"].tolist()
+        self.losses, self.validation = state["losses"].tolist(), state["validation"].view(torch.float64).tolist()
         self.step, self.best_step = state["steps"].tolist()

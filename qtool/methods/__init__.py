@@ -26,6 +26,7 @@ class Method:
     config: type[MethodConfig]
     run: Callable[..., dict[str, list[float]]]
     needs_data: Callable[[Any], bool] = lambda config: True
+    end_to_end: Callable[[Any], bool] = lambda config: False  # whether it trains the whole model, last of all
 
 
 @cache
