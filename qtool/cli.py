@@ -27,7 +27,7 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-READY = ("ptq", "qat")  # the others are hidden until the first method that runs under them is there
+READY = ("ptq", "qat", "efficientqat")  # the others are hidden until the first method that runs under them is there
 
 
 class _Interrupted(QtoolError):
