@@ -40,7 +40,7 @@ def generator(seed: int) -> torch.Generator:
 
 QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best result
     "signround": {"iterations": 20},
-    "lsq": {"batch_size": 2, "travel": 0.1},
+    "lsq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
     "qat": {"batch_size": 2, "travel": 0.1},
 }
 

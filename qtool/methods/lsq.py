@@ -8,7 +8,7 @@ Where we differ: a scale belongs to a group of weights; the ranges at the start 
 ``2 mean|w| / sqrt(Qp)`` was made for layers that still have everything to learn; gradients of scales are not divided by
 ``sqrt(n Qp)`` unless ``rounding.scale_gradient`` says so, which Adam does not notice; and the rates follow the model
 and the budget: a weight whose gradient never changes its sign moves by ``travel`` quantization steps in the whole
-training, a scale by ``scale_travel`` of itself. ``lr`` and ``scale_lr`` take the absolute rates of papers.
+training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the absolute rates of papers.
 """
 
 from typing import Literal
@@ -36,7 +36,7 @@ class Config(EndToEnd):
     )
     travel: float = Field(1.0, ge=0, description="How far a weight can move in all steps, in quantization steps.")
     scale_travel: float = Field(
-        0.1, ge=0, description="How far a scale can move in all steps, as a share of itself; a zero point, of qmax / 2."
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
     )
     lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
     scale_lr: float | None = Field(
@@ -67,11 +67,10 @@ def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
     """What trains of a layer; ``total`` is the sum of the schedule's factors."""
     scale = float(layer.scale.detach().mean())
     lr = config.travel * scale / total if config.lr is None else config.lr
-    share = config.scale_travel / total
-    scale_lr, zero_lr = (
-        (share * scale, share * layer.spec.qmax / 2) if config.scale_lr is None else (config.scale_lr, config.scale_lr)
-    )
+    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
+    scale_lr = ends * scale * 2 / layer.spec.qmax if config.scale_lr is None else config.scale_lr
     groups = [Group([layer.weight], lr, config.weight_decay), Group([layer.scale], scale_lr)]
+    zero_lr = ends if config.scale_lr is None else config.scale_lr
     return groups if layer.spec.symmetric else [*groups, Group([layer.zero_point], zero_lr)]
 
 
