@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -222,19 +222,18 @@ def _rerun_blocks(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
 @contextmanager
 def _tracking(loaded: LoadedModel, config: EndToEndConfig, phase: str) -> Iterator[Callable[[float], None]]:
     """Sends each step's loss to the tracker that ``config`` names, if any; beside the output of a run only."""
-    name = config.tracker
+    name, available = config.tracker, [str(each.value) for each in get_available_trackers()]
     if name == "auto":
-        name = "tensorboard" if is_tensorboard_available() else "none"
+        name = "tensorboard" if "tensorboard" in available else "none"
+    elif name not in (*available, "none"):
+        raise InputError(f"tracker: {name} is not installed; install it, or set tracker: none")
     folder = loaded.streaming.finished.folder.parent if loaded.streaming else None
     if name == "none" or folder is None or not ranks.is_first():
         yield lambda loss: None
         return
     logs = folder.with_name(f"{folder.name.removesuffix('.partial')}.logs")
-    try:
-        accelerator = Accelerator(cpu=loaded.device.type == "cpu", log_with=name, project_dir=logs)
-        accelerator.init_trackers(phase)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"the tracker {name} cannot be used: {error}; install it, or set tracker: none") from error
+    accelerator = Accelerator(cpu=loaded.device.type == "cpu", log_with=name, project_dir=logs)
+    accelerator.init_trackers(phase)
     count = 0
 
     def log(loss: float) -> None:

@@ -5,8 +5,8 @@ the weights is learned (the scheme of LLM-QAT, arXiv 2305.17888, for weights; th
 gradient passes straight through the rounding unless ``rounding`` says otherwise. What there is to gain by learning the
 grid too is the difference to ``lsq``.
 
-``init_from`` starts from the weights that a checkpoint stands for, whose own extremes then make the grid: exactly the
-checkpoint's where its ranges were the extremes, something near it where they were not.
+``init_from`` starts from weights in the cells of the checkpoint's codes, whose own extremes then make the grid: the
+checkpoint's, up to the rounding of scales, where its ranges were the extremes, and something near it where not.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from qtool.config import QuantConfig
 from qtool.methods import Method
 from qtool.methods._trained import EndToEnd, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
-from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams
+from qtool.quant.affine import minmax_qparams
 from qtool.quant.linear import QuantLinear
 from qtool.train import Group
 
@@ -38,10 +38,6 @@ class MinMaxLinear(QuantLinear):
     def qparams(self) -> tuple[Tensor, Tensor]:
         """The grid of the weights' extremes, without gradients."""
         return minmax_qparams(self.weight.detach(), self.spec)
-
-    def start_from(self, quantized: QuantizedWeight) -> None:
-        """Take the weights that ``quantized`` stands for."""
-        self.weight.data = dequantize(*quantized)
 
 
 def make_linear(target: Target, config: Config) -> QuantLinear:

@@ -1,0 +1,474 @@
+"""Training of the whole model: its limits, what it moves, what it starts from, and that processes share it."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate.utils import LoggerType
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qtool import checkpoint, endtoend, methods, ranks, recipe, run
+from qtool.blocks import run_blocks
+from qtool.config import ModelConfig, QuantConfig
+from qtool.errors import InputError, RunError
+from qtool.methods import Method, _trained, rtn
+from qtool.models import LoadedModel, Streaming, load_model, packed_linears
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.linear import QuantLinear
+from qtool.train import windows_of_step
+
+W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False)
+W4 = QuantConfig(num_bits=4, group_size=16)
+TRAINED = [name for name in methods.names() if methods.get(name).command == "qat"]
+QUICK = {"batch_size": 2, "travel": 0.3}
+
+
+@pytest.fixture(params=TRAINED)
+def method(request: pytest.FixtureRequest) -> Method:
+    return methods.get(request.param)
+
+
+def train(
+    method: Method, loaded: LoadedModel, tokens: Tensor, quant: QuantConfig = W4, **settings: Any
+) -> tuple[dict[str, QuantizedWeight], dict[str, list[float]]]:
+    series = method.run(loaded, tokens, quant, method.config(**QUICK | settings), 0)
+    return {name: layer.quantized for name, layer in packed_linears(loaded.model).items()}, series
+
+
+def same(ours: dict[str, QuantizedWeight], theirs: dict[str, QuantizedWeight]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        all(torch.equal(a, b) for a, b in zip(ours[name][:3], theirs[name][:3], strict=True)) for name in ours
+    )
+
+
+def minmax(method: Method) -> dict[str, Any]:
+    return {"init": "minmax"} if "init" in method.config.model_fields else {}
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 5))
+def test_every_window_is_seen_once_before_any_is_seen_again(size: int, num: int, seed: int) -> None:
+    steps = [windows_of_step(step, size, num, seed) for step in range(3 * num)]
+    every = [index for step in steps for index in step]
+    for epoch in range(len(every) // num):
+        assert sorted(every[epoch * num : (epoch + 1) * num]) == list(range(num))
+    assert windows_of_step(3, size, num, seed) == steps[3 % len(steps)] or num == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("still", [{"steps": 0}, {"travel": 0.0, "scale_travel": 0.0, "steps": 2}], ids=str)
+def test_no_steps_or_no_rate_is_round_to_nearest(
+    method: Method, make_llama: Callable[[], LoadedModel], tokens: Tensor, still: dict[str, Any], symmetric: bool
+) -> None:
+    quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
+    still = {key: value for key, value in still.items() if key in method.config.model_fields}
+    found, _ = train(method, make_llama(), tokens, quant, **still, **minmax(method))
+    nearest = make_llama()
+    rtn.run(nearest, None, quant, rtn.Config(), 0)
+    assert same(found, {name: layer.quantized for name, layer in packed_linears(nearest.model).items()})
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_trainable_parameter_moves(
+    method: Method, llama: LoadedModel, tokens: Tensor, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    training = _trained.train_model
+
+    def watched(loaded: LoadedModel, *args: Any, **kwargs: Any) -> Any:
+        before.update({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
+        found = training(loaded, *args, **kwargs)
+        after.update({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
+        return found
+
+    monkeypatch.setattr(_trained, "train_model", watched)
+    train(method, llama, tokens, QuantConfig(num_bits=2, group_size=16, symmetric=symmetric), **minmax(method))
+    layers = [name.removesuffix(".weight") for name in before if name.endswith("_proj.weight")]
+    learned = {"lsq": ["weight", "scale", *([] if symmetric else ["zero_point"])], "qat": ["weight"]}
+    moving = {f"{layer}.{part}" for layer in layers for part in learned[method.config.model_fields["name"].default]}
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) != (name in moving), name
+
+
+def test_training_lowers_the_loss(method: Method, llama: LoadedModel, tokens: Tensor) -> None:
+    _, series = train(method, llama, tokens, W2, epochs=40, travel=2.0)
+    losses = series["loss"]
+    assert len(losses) == 100
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+
+
+@pytest.mark.parametrize("loss", ["ce", "reverse-kl", "mixed", "topk-kl", "cakld"])
+def test_any_loss_trains(llama: LoadedModel, tokens: Tensor, loss: str) -> None:
+    _, series = train(methods.get("lsq"), llama, tokens, W2, epochs=16, loss=loss, top_k=8)
+    losses = series["loss"]
+    assert sum(losses[-10:]) < 0.97 * sum(losses[:10]), losses
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_teacher_is_held_only_where_it_is_asked(
+    llama: LoadedModel, tokens: Tensor, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nn.Module] = []
+    monkeypatch.setattr(_trained.LoadedModel, "float_copy", lambda loaded: made.append(copy.deepcopy(loaded.model)))
+    with pytest.raises(AssertionError) if loss == "kl" else copy_nothing():
+        train(methods.get("lsq"), llama, tokens, steps=1, loss=loss)
+    assert len(made) == (loss == "kl")
+
+
+def copy_nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def test_the_teacher_shares_every_tensor_and_stays_as_it_is(llama: LoadedModel, tokens: Tensor) -> None:
+    teacher = llama.float_copy()
+    for name, parameter in llama.model.named_parameters():
+        assert teacher.get_parameter(name).data_ptr() == parameter.data_ptr(), name
+    before = tiny.logits(teacher)
+    train(methods.get("lsq"), llama, tokens)
+    assert torch.equal(tiny.logits(teacher), before)
+    assert torch.equal(tiny.logits(llama.float_copy()), before), "read from its files"
+
+
+def test_what_is_packed_is_what_was_trained(
+    method: Method, llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last: list[Tensor] = []
+    pack = _trained.pack_linears
+
+    def watched(model: nn.Module, layers: dict[str, QuantLinear]) -> None:
+        last.append(tiny.logits(model).detach())
+        pack(model, layers)
+
+    monkeypatch.setattr(_trained, "pack_linears", watched)
+    train(method, llama, tokens, W2)
+    assert torch.equal(tiny.logits(llama.model), last[0])
+
+
+def test_running_blocks_again_changes_no_bit(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
+    plain, again = (
+        train(methods.get("lsq"), make_llama(), tokens, W2, gradient_checkpointing=wanted) for wanted in (False, True)
+    )
+    assert plain[1] == again[1]
+    assert same(plain[0], again[0])
+
+
+def test_running_blocks_again_holds_less(llama: LoadedModel) -> None:
+    held: Counter[bool] = Counter()
+    rows = torch.randint(tiny.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(0))
+    llama.model.requires_grad_(True)
+    for wanted in (False, True):
+
+        def pack(tensor: Tensor, wanted: bool = wanted) -> Tensor:
+            held[wanted] += tensor.nbytes
+            return tensor
+
+        with endtoend._rerun_blocks(llama, wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            llama.model(input_ids=rows, use_cache=False)
+    assert held[True] < 0.4 * held[False]
+
+
+def test_parts_of_a_step_add_up(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
+    one, parts = (
+        train(methods.get("lsq"), make_llama(), tokens, W2, batch_size=5, steps=3, optim={"accumulation": count})[1]
+        for count in (1, 3)
+    )
+    assert one["loss"] == pytest.approx(parts["loss"], rel=1e-4)
+
+
+def test_the_best_state_on_windows_kept_out_is_what_is_packed(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor
+) -> None:
+    """Steps far too long only harm, so the start is kept; and the windows kept out are not trained on."""
+    seen: set[int] = set()
+    losses = endtoend._Training._token_losses
+
+    def watched(self: Any, rows: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.update(i for i in range(len(tokens)) if any(torch.equal(row, tokens[i]) for row in rows))
+        return losses(self, rows)
+
+    options = {"validation_samples": 2, "validate_every": 1, "epochs": 2, "travel": 40.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endtoend._Training, "_token_losses", watched)
+        found, series = train(methods.get("lsq"), make_llama(), tokens, W4, **options)
+    assert seen == {0, 1, 2}
+    assert len(series["validation"]) == 1 + len(series["loss"])
+    assert series["validation"][0] == min(series["validation"])
+    assert same(found, train(methods.get("lsq"), make_llama(), tokens, W4, steps=0)[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = endtoend._Training._token_losses
+    monkeypatch.setattr(endtoend._Training, "_token_losses", lambda self, rows: losses(self, rows) * torch.nan)
+    with pytest.raises(RunError, match=r"the loss is not finite in step 1; lower the learning rates, or set optim"):
+        train(methods.get("lsq"), llama, tokens)
+
+
+def test_what_cannot_train_is_refused(llama: LoadedModel, tokens: Tensor, llama_folder: Path) -> None:
+    with pytest.raises(InputError, match="validation_samples 5 of 5 windows leave none to train on"):
+        train(methods.get("lsq"), copy.deepcopy(llama), tokens, validation_samples=5)
+    half = load_model(ModelConfig(path=str(llama_folder), dtype="float16", device="cpu"))
+    with pytest.raises(InputError, match=r"gradients do not fit float16; set model\.dtype"):
+        train(methods.get("lsq"), half, tokens)
+
+
+def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.llama(tmp_path / "float")
+    loaded = load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
+    dtypes: set[torch.dtype] = set()
+    training = _trained.train_model
+
+    def watched(loaded: LoadedModel, teacher: Any, tokens: Tensor, groups: Any, *args: Any, **kwargs: Any) -> Any:
+        dtypes.update(p.dtype for group in groups for p in group.parameters)
+        return training(loaded, teacher, tokens, groups, *args, **kwargs)
+
+    monkeypatch.setattr(_trained, "train_model", watched)
+    _, series = train(methods.get("lsq"), loaded, tokens, W2, epochs=16)
+    assert dtypes == {torch.float32}
+    assert sum(series["loss"][-10:]) < 0.9 * sum(series["loss"][:10])
+    assert tiny.logits(loaded.model).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- where it starts
+
+
+def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantConfig, **settings: Any) -> LoadedModel:
+    """A native checkpoint made by another method."""
+    loaded = tiny.load(folder)
+    chosen = methods.get(method)
+    chosen.run(loaded, tokens, quant, chosen.config(**settings), 0)
+    with checkpoint.atomic_folder(out, overwrite=False) as partial:
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
+        checkpoint.write_json(partial / checkpoint.MANIFEST, {"format_version": 1})
+    return loaded
+
+
+@pytest.mark.parametrize("other", ["gptq", "awq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_it_starts_at_exactly_the_codes_of_another_method(
+    llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor, other: str, symmetric: bool
+) -> None:
+    """AWQ changes norms too, and they come along."""
+    quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
+    before = written(other, llama_folder, tmp_path / "start", tokens, quant)
+    found, _ = train(methods.get("lsq"), llama, tokens, quant, steps=0, init_from=str(tmp_path / "start"))
+    assert same(found, {name: layer.quantized for name, layer in packed_linears(before.model).items()})
+    assert torch.equal(tiny.logits(llama.model), tiny.logits(before.model))
+
+
+def test_plain_training_starts_near_the_codes_of_another_method(
+    llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    before = written("gptq", llama_folder, tmp_path / "start", tokens, W4, range="minmax")
+    codes = {name: layer.quantized.codes for name, layer in packed_linears(before.model).items()}
+    nearest, _ = train(methods.get("qat"), copy.deepcopy(llama), tokens, W4, steps=0)
+    found, _ = train(methods.get("qat"), llama, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
+    for name, weight in found.items():
+        assert float((weight.codes == codes[name]).float().mean()) > 0.9, name
+        assert float((nearest[name].codes == codes[name]).float().mean()) < 0.9, name
+
+
+def test_the_teacher_is_the_float_model_wherever_training_starts(
+    llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written("awq", llama_folder, tmp_path / "start", tokens, W4)
+    expected = tiny.logits(llama.model)
+    training = _trained.train_model
+
+    def watched(loaded: LoadedModel, teacher: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert torch.equal(tiny.logits(teacher), expected)
+        return training(loaded, teacher, *args, **kwargs)
+
+    monkeypatch.setattr(_trained, "train_model", watched)
+    train(methods.get("lsq"), llama, tokens, W4, steps=1, init_from=str(tmp_path / "start"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_bits": 3}, r"has model\.layers\.0\.self_attn\.q_proj on w4g16, the recipe asks for w3g16"),
+        (
+            {"overrides": {"*.1.mlp.up_proj": {"skip": True}}},
+            r"1\.mlp\.up_proj is a linear that the recipe leaves in f",
+        ),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor, changes: dict[str, Any], match: str
+) -> None:
+    written("rtn", llama_folder, tmp_path / "start", tokens, W4)
+    quant = QuantConfig(**{"num_bits": 4, "group_size": 16} | changes)
+    with pytest.raises(InputError, match=f"init_from: .*{match}"):
+        train(methods.get("lsq"), llama, tokens, quant, init_from=str(tmp_path / "start"))
+    with pytest.raises(InputError, match="float model"):
+        train(methods.get("lsq"), llama, tokens, quant, init_from=str(llama_folder))
+
+
+class Kept:
+    """Finished blocks in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.blocks: dict[int, tuple[dict[str, Tensor], dict[str, float]]] = {}
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        return self.blocks.get(index)
+
+    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
+        self.blocks[index] = {name: tensor.clone() for name, tensor in tensors.items()}, figures
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("start", ["new", "again"])
+def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp_path: Path, start: str) -> None:
+    """After the block phase of the same process, and after one that ended before this process began."""
+    folder = tiny.FAMILIES[family](tmp_path / "float")
+    expected = tiny.packed(folder, W2)
+    kept = Kept(tmp_path)
+    streamed = load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"), finished=kept, budget=1 << 30)
+    assert isinstance(streamed.streaming, Streaming)
+    targets = streamed.targets(W2)
+
+    def nearest(task: Any) -> None:
+        for target in task.targets:
+            task.pack(target, rtn.round_to_nearest(target.weight, target.spec, rtn.Config()))
+
+    run_blocks(streamed, None, targets, nearest)
+    if start == "again":
+        streamed = load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"), finished=kept, budget=1)
+        targets = streamed.targets(W2)
+    streamed.gather(targets)
+    assert all(tensor.device.type == "cpu" for tensor in streamed.model.state_dict().values())
+    assert torch.equal(tiny.logits(streamed.model), tiny.logits(expected.model))
+    assert torch.equal(tiny.logits(streamed.float_copy()), tiny.logits(tiny.load(folder).model))
+
+
+# --------------------------------------------------------------------------------------------- trackers, processes
+
+
+def written_recipe(folder: Path, name: str, **method: Any) -> Path:
+    """A run on a tiny model in ``folder``."""
+    if not (folder / "float").exists():
+        tiny.llama(folder / "float")
+        tiny.text(folder)
+    raw = {
+        "model": {"path": str(folder / "float"), "device": "cpu"},
+        "method": {"name": "lsq", "batch_size": 5, "epochs": 3} | method,
+        "quant": {"num_bits": 2, "group_size": 16, "symmetric": False},
+        "data": {"source": str(folder / "prose.txt"), "num_samples": 8, "seq_len": 32},
+        "output": {"path": str(folder / name)},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return file
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
+    checked = recipe.load(written_recipe(tmp_path, "out", tracker="wandb"))
+    with pytest.raises(InputError, match="tracker: wandb is not installed; install it, or set tracker: none"):
+        run.quantize(checked, "qat")
+
+
+def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[dict[str, float], int]] = []
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            assert options["log_with"] == "tensorboard"
+            assert options["project_dir"] == tmp_path / "out.logs"
+
+        def init_trackers(self, phase: str) -> None:
+            assert phase == "training"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append((values, step))
+
+        def end_training(self) -> None:
+            sent.append(({}, 0))
+
+    monkeypatch.setattr(endtoend, "Accelerator", Recorder)
+    monkeypatch.setattr(endtoend, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    run.quantize(recipe.load(written_recipe(tmp_path, "out")), "qat")
+    losses = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]["loss"]
+    assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
+
+
+def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:
+    """As a launcher starts a process, without the others."""
+    patch.setenv("RANK", str(number))
+    patch.setenv("WORLD_SIZE", str(count))
+
+
+def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several(0, 2, monkeypatch)
+    file = written_recipe(tmp_path, "out")
+    file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
+    with pytest.raises(InputError, match="method rtn runs in one process, and there are 2"):
+        run.quantize(recipe.load(file), "ptq")
+
+
+def test_more_processes_than_windows_in_a_step_are_refused(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several(0, 3, monkeypatch)
+    with pytest.raises(InputError, match="batch_size 2 is less than the 3 processes"):
+        train(methods.get("lsq"), llama, tokens)
+
+
+def test_sharding_that_a_launcher_asks_for_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fully sharded training, which would not be done"):
+        ranks.begin(torch.device("cpu"))
+
+
+def test_a_process_alone_is_the_first_and_waits_for_nobody() -> None:
+    assert (ranks.count(), ranks.number(), ranks.is_first(), ranks.active()) == (1, 0, True, False)
+    value = torch.ones(2)
+    ranks.average(value)
+    ranks.wait()
+    assert value.tolist() == [1.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of a run in two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("processes")
+    file = written_recipe(folder, "two", validation_samples=3, validate_every=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qtool"]
+    return folder, subprocess.run([*launch, "qat", str(file)], capture_output=True, text=True)
+
+
+def test_two_processes_have_the_losses_of_one(two_processes: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Three windows for one of them and two for the other."""
+    folder, done = two_processes
+    assert done.returncode == 0, done.stderr
+    run.quantize(recipe.load(written_recipe(folder, "one", validation_samples=3, validate_every=2)), "qat")
+    two, one = (json.loads((folder / name / "qtool.json").read_text())["series"] for name in ("two", "one"))
+    assert len(one["loss"]) == 3
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["validation"] == pytest.approx(one["validation"], abs=1e-5)
+
+
+def test_only_the_first_process_writes_and_talks(two_processes: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = two_processes
+    assert done.stdout.splitlines()[-1] == str(folder / "two")
+    assert done.stdout.count("bits per weight") == 1
+    assert done.stderr.count("training on 5 windows: 0/3") == 1
+    assert not list(folder.glob("*.partial"))
+    restored = load_model(ModelConfig(path=str(folder / "two"), device="cpu"), quantized=True)
+    assert len(packed_linears(restored.model)) == 14
