@@ -37,8 +37,9 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     shown = [name for name, command in commands.items() if not command.hidden]
-    assert shown == ["ptq", "eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
-    assert sorted(set(commands) - set(shown)) == ["efficientqat", "lrqat", "qat"]
+    others = ["eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
+    assert shown == ["ptq", "qat", "efficientqat", *others]
+    assert sorted(set(commands) - set(shown)) == ["lrqat"]
 
 
 def test_a_command_is_shown_once_a_method_runs_under_it() -> None:
@@ -70,6 +71,18 @@ def test_recipe_keys() -> None:
         "output": ["path", "overwrite"],
         "": ["seed"],
     }
+
+
+def test_keys_of_efficientqat() -> None:
+    """The keys of its own; those of ``rounding``, ``optim`` and end-to-end training are pinned where they are made."""
+    found = [key.name for key in recipe.keys()["method efficientqat"][1]]
+    phase_one = (
+        "init_from init trains low_rank epochs min_steps batch_size travel scale_travel zero_travel norm_travel "
+        "weight_lr quant_lr validation_samples"
+    )
+    assert [name for name in found if "." not in name] == phase_one.split()
+    assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "optim", "e2e"}
+    assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_travel", "e2e.zero_travel", "e2e.lr"} <= set(found)
 
 
 def test_every_key_is_described() -> None:
