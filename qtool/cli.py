@@ -27,7 +27,6 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-READY = ("ptq", "qat", "lrqat")  # the others are hidden until the first method that runs under them is there
 
 
 class _Interrupted(QtoolError):
@@ -76,7 +75,7 @@ def _options(
 
 
 def _add_method_command(name: str, summary: str) -> None:
-    @app.command(name, cls=RecipeCommand, help=summary, hidden=name not in READY)
+    @app.command(name, cls=RecipeCommand, help=summary)
     def command(
         recipe: RecipeArgument,
         set_: Set = [],  # noqa: B006 (typer copies it)
