@@ -333,7 +333,9 @@ class DataConfig(Section):
     """Calibration text, cut into windows of equal length."""
 
     source: str = Field(
-        "generated", description="generated, wikitext2, enwiki, c4, or a path to a .txt, .jsonl or .parquet file."
+        "generated",
+        description="generated, wikitext2, enwiki, c4, redpajama, slimpajama; alpaca or deita, of which only answers "
+        "are learned; or a path to a .txt, .jsonl or .parquet file, or to tokens in .npy or .safetensors.",
     )
     num_samples: int = Field(128, ge=1, description="Number of windows.")
     seq_len: int = Field(512, ge=2, description="Tokens in a window.")
@@ -364,6 +366,33 @@ class EvalConfig(Section):
     backend: Literal["exact", "fast"] = Field(
         "exact", description="Arithmetic of packed linears; fast: this machine's kernels for inputs of few rows."
     )
+
+
+METRICS = {  # of what qtool measures itself; every other task is lm-eval's
+    "wikitext2": ("perplexity",),
+    "generated": ("perplexity",),
+    "kl": ("kl", "top-1 agreement"),
+}
+
+
+class ExpectedConfig(Section):
+    """A published number, to stand beside ours."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="The task it is of, or several whose mean it is.")
+    metric: str = Field(
+        description="As our report names it: perplexity, acc; acc_norm stands for acc where a task has no other."
+    )
+    value: float = Field(allow_inf_nan=False, description="The published number; a share, not per cent: 0.6014.")
+    source: str = Field(min_length=1, description="Where it was published, e.g. arXiv 2406.06385, Table 4.")
+
+    @model_validator(mode="after")
+    def _one_of_ours(self) -> Self:
+        for task in self.tasks:
+            if self.metric not in METRICS.get(task, (self.metric,)):
+                raise ValueError(f"{task} has no metric {self.metric!r}; it has {', '.join(METRICS[task])}")
+        if self.metric.startswith("acc") and not 0 <= self.value <= 1:
+            raise ValueError(f"accuracies are shares: write {self.value / 100:.4g} for {self.value:g} %")
+        return self
 
 
 class ExportConfig(Section):

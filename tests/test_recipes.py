@@ -11,7 +11,7 @@ PATHS = sorted((Path(recipe.__file__).parent / "recipes").rglob("*.yaml"))
 
 
 def test_none_is_forgotten() -> None:
-    assert len(PATHS) == 8
+    assert len(PATHS) == 9
     assert list(recipe.packaged().values()) == PATHS
 
 

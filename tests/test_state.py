@@ -28,6 +28,7 @@ METHODS = {
     "signround": {"name": "signround", "iterations": 8},
     "hqq": {"name": "hqq"},
     "lsq": {"name": "lsq", "steps": 4, "save_every": 1, "validation_samples": 2, "validate_every": 2},
+    "efficientqat": {"name": "efficientqat", "min_steps": 4, "epochs": 0.1, "e2e": {"steps": 3, "save_every": 1}},
 }
 
 
@@ -123,7 +124,7 @@ def killed_at_rename(checked, number, after):
     return wait(in_child(work))
 
 
-@pytest.mark.parametrize("method", ["gptq", "lsq"])
+@pytest.mark.parametrize("method", ["gptq", "lsq", "efficientqat"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(folder, tmp_path, whole, after, method):
     expected, number = whole(method), 0
@@ -139,8 +140,8 @@ def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(fol
         assert hashes(output) == expected, number
         assert not output.with_name(f"{output.name}.partial").exists() or after
         number += 1
-    # lock, tokens, three blocks with a record each, the rest, the folder; or four steps in place of the blocks
-    assert number >= {"gptq": 10, "lsq": 8}[method]
+    # lock, tokens, three blocks with a record each, the rest, the folder; or four steps in place of the blocks; or both
+    assert number >= {"gptq": 10, "lsq": 8, "efficientqat": 13}[method]
 
 
 @pytest.mark.parametrize("method", METHODS)

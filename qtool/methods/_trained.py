@@ -94,9 +94,11 @@ def train_linears(
     seed: int,
     make: Callable[[Target, C], L],
     groups_of: Callable[[L, C, float], list[Group]],
+    labels: Tensor | None = None,
 ) -> dict[str, list[float]]:
     """Train a layer in the place of each target on ``tokens`` ``[n, t]``, all at once, and pack.
 
+    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere.
     ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
     the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
     """
@@ -110,6 +112,6 @@ def train_linears(
         start.take_codes(layers)
     total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
     groups = [group for layer in layers.values() for group in groups_of(layer, config, total)]
-    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed)
+    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
     pack_linears(loaded.model, layers)
     return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})

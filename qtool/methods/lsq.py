@@ -8,7 +8,7 @@ Where we differ: a scale belongs to a group of weights; the ranges at the start 
 ``2 mean|w| / sqrt(Qp)`` was made for layers that still have everything to learn; gradients of scales are not divided by
 ``sqrt(n Qp)`` unless ``rounding.scale_gradient`` says so, which Adam does not notice; and the rates follow the model
 and the budget: a weight whose gradient never changes its sign moves by ``travel`` quantization steps in the whole
-training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the absolute rates of papers.
+training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the papers' rates.
 """
 
 from typing import Literal
@@ -74,11 +74,18 @@ def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
     return groups if layer.spec.symmetric else [*groups, Group([layer.zero_point], zero_lr)]
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]`` and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of)
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
 
 
 METHOD = Method(
-    "qat", "all weights and scales trained end to end (learned step size)", Config, run, end_to_end=lambda config: True
+    "qat",
+    "all weights and scales trained end to end (learned step size)",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
 )

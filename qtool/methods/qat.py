@@ -51,9 +51,18 @@ def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
     return [Group([layer.weight], lr, config.weight_decay)]
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]`` and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of)
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
 
 
-METHOD = Method("qat", "weights trained end to end on their min-max grid", Config, run, end_to_end=lambda config: True)
+METHOD = Method(
+    "qat",
+    "weights trained end to end on their min-max grid",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
+)

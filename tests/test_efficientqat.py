@@ -1,0 +1,565 @@
+"""EfficientQAT: its limits, the pitfalls of the released code one by one, what trains and how far, and its start."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qtool import checkpoint, methods, progress
+from qtool.blocks import BlockTask, run_blocks
+from qtool.config import BITS, OptimConfig, QuantConfig, QuantSpec
+from qtool.methods import _blockap, _e2eqp, awq, efficientqat, gptq, rtn
+from qtool.methods._blockap import BlockLinear, BlockTraining, LowRankLinear, Windows, split_windows
+from qtool.methods._e2eqp import ScaleLinear
+from qtool.models import LoadedModel, packed_linears
+from qtool.quant import affine
+from qtool.quant.affine import QuantizedWeight, minmax_qparams
+from qtool.quant.linear import PackedLinear
+from qtool.quant.rounding import PLAIN
+from qtool.streams import Stream
+from qtool.train import total_factor
+
+Make = Callable[[], LoadedModel]
+W3 = QuantConfig(num_bits=3, group_size=16)
+W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
+STILL: dict[str, Any] = {"travel": 0, "scale_travel": 0, "zero_travel": 0, "norm_travel": 0}
+ONE_PHASE: dict[str, Any] = {"e2e": {"steps": 0}}
+
+
+def config(**settings: Any) -> efficientqat.Config:
+    """Quick, from the extremes of each group, and Block-AP alone unless ``e2e`` is given."""
+    return efficientqat.Config(**{"init": "minmax", "min_steps": 24, "batch_size": 2} | ONE_PHASE | settings)
+
+
+def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    return efficientqat.run(loaded, tokens, quant, config(**settings), seed)
+
+
+def weights(loaded: LoadedModel) -> dict[str, QuantizedWeight]:
+    return {name: layer.quantized for name, layer in packed_linears(loaded.model).items()}
+
+
+def same(one: LoadedModel, other: LoadedModel) -> bool:
+    """Every tensor of both models is the same."""
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[BlockTraining]:
+    """Every training of a block that follows, with its layers as they ended."""
+    found: list[BlockTraining] = []
+    original = BlockTraining.__init__
+
+    def keep(self: BlockTraining, *args: Any) -> None:
+        found.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(BlockTraining, "__init__", keep)
+    return found
+
+
+def folder(loaded: LoadedModel, path: Path) -> str:
+    """``loaded`` as a native checkpoint."""
+    with checkpoint.atomic_folder(path, overwrite=False) as partial:
+        checkpoint.save(partial, loaded, tiny.specs(loaded))
+    return str(path)
+
+
+def random_layer(spec: QuantSpec, rank: int = 0, seed: int = 0) -> BlockLinear:
+    """A layer in the middle of its training, zero points beyond the grid among it."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 32, generator=generator) * 0.05
+    layer = LowRankLinear(weight, None, spec, PLAIN, rank) if rank else BlockLinear(weight, None, spec)
+    layer.scale.data *= 0.5 + torch.rand(layer.scale.shape, generator=generator)
+    if not spec.symmetric:
+        layer.zero_point.data += 4 * torch.randn(layer.zero_point.shape, generator=generator)
+    if isinstance(layer, LowRankLinear):
+        layer.up.data = torch.randn(layer.up.shape, generator=generator)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_no_epochs_are_round_to_nearest(make_llama: Make, tokens: Tensor, bits: int, symmetric: bool) -> None:
+    quant = QuantConfig(num_bits=bits, group_size=16, symmetric=symmetric)
+    ours, nearest = make_llama(), make_llama()
+    run(ours, tokens, quant, epochs=0)
+    rtn.run(nearest, None, quant, rtn.Config(), 0)
+    assert same(ours, nearest)
+
+
+@pytest.mark.parametrize("quant", [W3, W2A], ids=QuantConfig.label)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_cannot_travel_changes_nothing(make_llama: Make, tokens: Tensor, quant: QuantConfig, rank: int) -> None:
+    still, untrained = make_llama(), make_llama()
+    run(still, tokens, quant, low_rank=rank, **STILL)
+    run(untrained, tokens, quant, epochs=0)
+    assert same(still, untrained)
+
+
+@pytest.mark.parametrize("settings", [{"scale_travel": 0}, {"lr": 0}, {"steps": 0}], ids=str)
+def test_scales_that_cannot_travel_change_nothing(make_llama: Make, tokens: Tensor, settings: dict[str, Any]) -> None:
+    both, first = make_llama(), make_llama()
+    run(both, tokens, W2A, e2e=settings)
+    run(first, tokens, W2A)
+    assert same(both, first)
+
+
+def test_no_steps_are_no_phase_and_the_default_trains(llama: LoadedModel, tokens: Tensor) -> None:
+    """The released code's default of its step count, 0, trained nothing without a word."""
+    assert not efficientqat.METHOD.end_to_end(config(e2e={"steps": 0}))
+    assert efficientqat.METHOD.end_to_end(efficientqat.Config())
+    series = run(llama, tokens, W2A, e2e={"batch_size": 2, "epochs": 3})
+    assert len(series["e2e_loss"]) == 8  # 3 epochs of 5 windows, two in a step
+
+
+def test_starting_at_gptq_without_training_is_gptq(make_llama: Make, tokens: Tensor) -> None:
+    ours, theirs = make_llama(), make_llama()
+    run(ours, tokens, W2A, epochs=0, init="gptq")
+    gptq.run(theirs, tokens, W2A, gptq.Config(), 0)
+    assert same(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("quant", [W3, W2A], ids=QuantConfig.label)
+@pytest.mark.parametrize("settings", [{}, {"low_rank": 8}, {"init": "search"}], ids=str)
+def test_training_lowers_the_error_of_every_block(
+    make_llama: Make, tokens: Tensor, quant: QuantConfig, settings: dict[str, Any]
+) -> None:
+    start = run(make_llama(), tokens, quant, epochs=0)
+    trained = run(make_llama(), tokens, quant, min_steps=60, **settings)
+    pairs = list(zip(trained["block_error"], start["block_error"], strict=True))
+    most = 1.1 if "low_rank" in settings else 0.7  # the second block's inputs are those of a worse first one
+    assert all(ours < most * theirs for ours, theirs in pairs), pairs
+    assert pairs[0][0] < 0.5 * pairs[0][1]
+    assert all(ours <= theirs for ours, theirs in zip(trained["loss"], trained["start_loss"], strict=True))
+
+
+def test_the_second_phase_brings_the_model_closer(make_llama: Make, tokens: Tensor) -> None:
+    floats = make_llama()
+    one, both = make_llama(), make_llama()
+    run(one, tokens, W2A)
+    series = run(both, tokens, W2A, e2e={"batch_size": 2, "epochs": 10})
+    with torch.no_grad():
+        goal = floats.model(tokens).logits
+        first, second = (float((x.model(tokens).logits - goal).norm()) for x in (one, both))
+    assert second < 0.9 * first
+    assert sum(series["e2e_loss"][-5:]) < 0.9 * sum(series["e2e_loss"][:5])
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_the_second_phase_changes_scales_alone(make_llama: Make, tokens: Tensor, loss: str) -> None:
+    first, both = make_llama(), make_llama()
+    run(first, tokens, W2A)
+    run(both, tokens, W2A, e2e={"batch_size": 2, "loss": loss})
+    before, after = first.model.state_dict(), both.model.state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        if name.endswith("weight_scale"):
+            assert float((before[name] != after[name]).float().mean()) > 0.5, name
+        else:
+            assert torch.equal(before[name], after[name]), name
+
+
+def test_the_second_phase_moves_zero_points_where_asked_to(make_llama: Make, tokens: Tensor) -> None:
+    quant = W2A.model_copy(update={"float_zero": True})
+    first, both = make_llama(), make_llama()
+    run(first, tokens, quant)
+    run(both, tokens, quant, e2e={"batch_size": 2, "trains": ["zero_points"]})
+    for name, before in weights(first).items():
+        after = weights(both)[name]
+        assert torch.equal(before.codes, after.codes)
+        assert torch.equal(before.scale, after.scale)
+        assert float((before.zero_point != after.zero_point).float().mean()) > 0.5, name
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_every_trainable_parameter_moves(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    trainings, floats = captured(monkeypatch), copy.deepcopy(llama.model)
+    run(llama, tokens, W2A, low_rank=rank)
+    for training in trainings:
+        assert len(training.norms) == 2
+        for layer in training.layers:
+            names = {name for name, p in layer.named_parameters() if p.requires_grad}
+            assert names == {"scale", "zero_point", *(("up", "down") if rank else ("weight",))}
+    for index, training in enumerate(trainings):
+        for name, layer in zip((t.name for t in training.task.targets), training.layers, strict=True):
+            scale, zero_point = minmax_qparams(floats.get_submodule(name).weight.detach(), layer.spec)
+            assert float((layer.scale != scale).float().mean()) > 0.9, name
+            assert float((layer.zero_point != zero_point).float().mean()) > 0.2, name  # only where something clips
+            if isinstance(layer, LowRankLinear):
+                assert float((layer.up != 0).float().mean()) > 0.9
+            else:
+                moved = (layer.weight - floats.get_submodule(name).weight).abs() > 1e-6
+                assert float(moved.float().mean()) > 0.6, name  # clipped ones have no gradient
+        prefix = f"model.layers.{index}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            before = floats.get_parameter(f"{prefix}.{norm}.weight")
+            after = llama.model.get_parameter(f"{prefix}.{norm}.weight")
+            assert float((before != after).float().mean()) > 0.9, norm
+
+
+@pytest.mark.parametrize("part", _blockap.PARTS)
+def test_only_what_is_asked_for_trains(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    trainings, floats = captured(monkeypatch), copy.deepcopy(llama.model)
+    run(llama, tokens, W2A, trains=[part])
+    for training in trainings:
+        trained = {name for layer in training.layers for name, p in layer.named_parameters() if p.requires_grad}
+        assert trained == ({part.removesuffix("s")} if part != "norms" else set())
+        assert bool(training.norms) == (part == "norms")
+    changed = {
+        name
+        for name, p in floats.named_parameters()
+        if "norm" in name and not torch.equal(p, llama.model.get_parameter(name))
+    }
+    assert len(changed) == (4 if part == "norms" else 0)
+    assert not any(parameter.requires_grad for parameter in llama.model.parameters())
+
+
+def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
+    make_llama: Make, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings, loaded = captured(monkeypatch), make_llama()
+    model, last = make_llama().model, []
+    model.get_submodule("model.layers.1").register_forward_hook(lambda block, args, out: last.append(out))
+    floats = model(tokens, output_hidden_states=True).hidden_states  # of which the last is after the norm
+    run(loaded, tokens, W2A)
+    every = list(range(5))
+    assert torch.equal(trainings[0].inputs[every], floats[0])
+    assert torch.allclose(trainings[0].goal[every], floats[1], atol=1e-5)
+    assert torch.allclose(trainings[1].goal[every], last[0], atol=1e-5)
+    assert float((trainings[1].inputs[every] - floats[1]).norm() / floats[1].norm()) > 0.01
+
+
+# ---------------------------------------------------------------------------------- the pitfalls of the released code
+
+
+@given(st.sampled_from(BITS), st.booleans(), st.sampled_from([0, 3]), st.integers(0, 999))
+def test_zero_points_and_codes_stay_on_the_grid_where_they_are_used_and_packed(
+    bits: int, float_zero: bool, rank: int, seed: int
+) -> None:
+    """However far masters drift: what is packed expands to the very weight that training multiplied by."""
+    spec = QuantSpec(num_bits=bits, group_size=16, symmetric=False, float_zero=float_zero)
+    layer = random_layer(spec, rank, seed)
+    used = layer.quantized_weight().detach()
+    packed = layer.freeze()
+    assert torch.equal(packed.dequantized(), used)
+    codes, _, zero_point, _ = packed.quantized
+    assert int(codes.max()) <= spec.qmax
+    if not float_zero:
+        assert bool(((zero_point >= 0) & (zero_point <= spec.qmax) & (zero_point == zero_point.round())).all())
+
+
+def test_zero_points_that_drift_far_are_packed_as_they_were_used(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = captured(monkeypatch)
+    run(llama, tokens, W2A, zero_travel=60, travel=0)
+    masters = torch.cat([layer.zero_point.detach().flatten() for t in trainings for layer in t.layers])
+    assert bool(((masters < -0.5) | (masters > 3.5)).any())  # some are beyond the grid
+    assert all(bool(((w.zero_point >= 0) & (w.zero_point <= 3)).all()) for w in weights(llama).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
+    dtype: torch.dtype, make_llama: Make, tokens: Tensor
+) -> None:
+    """The best state of all that were measured, and not the last; norms as they are stored."""
+    loaded = make_llama()
+    loaded.model.to(dtype)
+    many = tokens.repeat(4, 1)
+    seen: list[float] = []
+    measure = BlockTraining.measure
+
+    def recorded(self: BlockTraining, indices: list[int]) -> float:
+        assert indices == [5, 15]
+        seen.append(measure(self, indices))
+        return seen[-1]
+
+    def step(task: BlockTask) -> None:
+        seen.clear()
+        training: list[BlockTraining] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BlockTraining, "measure", recorded)
+            training = captured(patch)
+            _blockap.quantize_block(task, loaded, config(travel=8, validation_samples=2), None, 0)
+        assert len(seen) == 1 + _blockap.NUM_CHECKS
+        assert training[0].measure([5, 15]) == min(seen)  # with the packed layers in their places
+
+    run_blocks(loaded, many, loaded.targets(W2A), step, float_stream=True)
+
+
+def test_when_every_step_does_harm_the_start_is_kept(make_llama: Make, tokens: Tensor) -> None:
+    wild, untrained = make_llama(), make_llama()
+    run(wild, tokens, W2A, travel=500, norm_travel=50)
+    run(untrained, tokens, W2A, epochs=0)
+    assert same(wild, untrained)
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_loss_that_is_not_finite_is_answered(
+    make_llama: Make, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """By the same training at lower rates, and at last by round-to-nearest, with a note and a figure."""
+    fine, ours = make_llama(), make_llama()
+    lower: dict[str, Any] = (
+        {key: value * _blockap.RETRIES[failures] for key, value in travels().items()} if failures < 3 else {}
+    )
+    run(fine, tokens, W2A, **(lower or {"epochs": 0}))
+    rounds, notes, loss, original = [0], [], BlockTraining.part_loss, BlockTraining.run
+    monkeypatch.setattr(progress, "note", notes.append)
+
+    def counted(self: BlockTraining, *args: Any) -> Any:
+        rounds[0] += 1
+        return original(self, *args)
+
+    def broken(self: BlockTraining, indices: list[int]) -> Tensor:
+        found = loss(self, indices)
+        return (
+            found * float("nan")
+            if torch.is_grad_enabled() and (rounds[0] - 1) % (failures + 1 if failures < 3 else 3) < failures
+            else found
+        )
+
+    monkeypatch.setattr(BlockTraining, "run", counted)
+    monkeypatch.setattr(BlockTraining, "part_loss", broken)
+    series = run(ours, tokens, W2A)
+    assert same(fine, ours)
+    assert series["retries"] == [min(failures, 2)] * 2
+    assert series["fallback"] == [float(failures == 3)] * 2
+    assert len(notes) == 2 * (failures + (failures == 3))
+    assert "model.layers.0" in notes[0]
+
+
+def travels() -> dict[str, float]:
+    """The default travels of Block-AP."""
+    return {key: getattr(config(), key) for key in STILL}
+
+
+def test_gradients_are_cut_where_asked_to(make_llama: Make, tokens: Tensor) -> None:
+    """With a large ``eps`` steps of Adam are in proportion to gradients, so a cut is seen."""
+    free, cut, untrained = make_llama(), make_llama(), make_llama()
+    optim = {"eps": 1e-3}
+    run(free, tokens, W2A, optim=optim)
+    run(cut, tokens, W2A, optim=optim | {"max_grad_norm": 1e-12})
+    run(untrained, tokens, W2A, epochs=0)
+    assert same(cut, untrained)
+    assert not same(free, untrained)
+
+
+def test_windows_are_shuffled_by_the_seed(make_llama: Make, tokens: Tensor) -> None:
+    first, again, other = make_llama(), make_llama(), make_llama()
+    for loaded, seed in ((first, 0), (again, 0), (other, 1)):
+        run(loaded, tokens, W3, seed, min_steps=5, travel=0.3)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@given(st.integers(1, 400), st.integers(1, 40))
+def test_windows_held_out_are_not_trained_on(count: int, wanted: int) -> None:
+    windows, held = split_windows(count, wanted)
+    assert windows
+    assert windows == sorted(set(windows))
+    assert 1 <= len(held) == len(set(held)) <= wanted
+    if count >= _blockap.HELD_OUT:
+        assert sorted([*windows, *held]) == list(range(count))
+        assert len(held) == min(wanted, count // _blockap.HELD_OUT)
+    else:
+        assert windows == list(range(count))
+
+
+def test_windows_come_from_any_batch_in_the_order_asked_for() -> None:
+    x = torch.arange(7 * 2 * 3.0).view(7, 2, 3)
+    windows = Windows(Stream(None, x.split(3)))
+    assert len(windows) == 7
+    assert torch.equal(windows[[6, 0, 4]], x[[6, 0, 4]])
+
+
+def test_a_step_is_worked_on_in_parts_whose_calls_are_known() -> None:
+    task: Any = SimpleNamespace(inputs=Stream(None, torch.zeros(9, 2, 3).split(3)), calls={1: None, 3: None, 4: None})
+    training = BlockTraining(task, task.inputs, [], [])
+    assert list(training.parts([5, 6, 7, 8, 0, 1, 2, 3, 4])) == [[5, 6, 7, 8], [0, 1, 2, 3], [4]]
+    assert list(training.parts([2, 1])) == [[2], [1]]
+
+
+# --------------------------------------------------------------------------------------------------------- the rates
+
+
+def test_rates_are_travels_over_the_schedule() -> None:
+    optim = OptimConfig(schedule="linear", final_share=0.0)
+    settings = config(travel=0.5, scale_travel=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
+    layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
+    norm = _blockap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
+    step = float(layer.scale.detach().mean())
+    groups = _blockap.groups_of([layer], [norm], total, settings)
+    found = {id(group.parameters[0]): group.lr * total for group in groups}
+    asked = {layer.weight: 0.5 * step, layer.scale: 0.2 * step, layer.zero_point: 3.0, norm.master: 0.1 * 2}
+    assert found == pytest.approx({id(parameter): value for parameter, value in asked.items()})
+    absolute = settings.model_copy(update={"weight_lr": 2e-5, "quant_lr": 1e-4})
+    rates = {id(group.parameters[0]): group.lr for group in _blockap.groups_of([layer], [norm], total, absolute)}
+    assert rates == {id(layer.weight): 2e-5, id(norm.master): 2e-5, id(layer.scale): 1e-4, id(layer.zero_point): 1e-4}
+
+
+def test_rates_of_the_second_phase_are_travels_over_the_schedule() -> None:
+    packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
+    layer = ScaleLinear.of(packed, True, True)
+    settings = _e2eqp.ScaleConfig(scale_travel=0.2, zero_travel=3)
+    step = float(packed.weight_scale.float().mean())
+    assert [group.lr for group in _e2eqp.groups_of(layer, 10.0, settings)] == pytest.approx([0.02 * step, 0.3])
+    fixed = settings.model_copy(update={"lr": 2e-5})
+    assert [group.lr for group in _e2eqp.groups_of(layer, 10.0, fixed)] == [2e-5, 2e-5]
+
+
+def test_no_weight_goes_far_beyond_its_travel(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's step can be a little more than its rate, when gradients grow."""
+    trainings, floats = captured(monkeypatch), copy.deepcopy(llama.model)
+    run(llama, tokens, W2A, travel=0.2)
+    for training in trainings:
+        for target, layer in zip(training.task.targets, training.layers, strict=True):
+            weight = floats.get_submodule(target.name).weight
+            step = float(minmax_qparams(weight.detach(), layer.spec)[0].mean())
+            assert 0.05 < float((layer.weight.detach() - weight).abs().max()) / step < 0.3
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, tokens: Tensor, bits: int) -> None:
+    """Parts, summed gradients and one pass through the rounding give what autograd gives on the whole."""
+
+    def step(task: BlockTask) -> None:
+        assert task.float_inputs is not None
+        task.float_outputs = task.through(task.float_inputs)
+        layers = {}
+        for target in task.targets:
+            layers[target] = BlockLinear(target.weight, None, target.spec)
+            task.block.set_submodule(target.name.removeprefix(f"{task.name}."), layers[target])
+        norms = _blockap.norms_of(task, llama)
+        training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
+        with torch.enable_grad():
+            training.loss([0, 1, 2]).backward()  # three parts of one window
+            pairs = [(layer.weight, layer.weight.grad) for layer in layers.values()]
+            pairs += [(norm.master, norm.master.grad) for norm in norms]
+            for layer in layers.values():
+                layer.weight.grad, layer.expanded = None, layer.quantized_weight()
+            found = training.part_loss([0, 1, 2, 3][:1]) + training.part_loss([1]) + training.part_loss([2])
+            (found / training.goal[[0, 1, 2]].numel()).backward()
+        for parameter, grad in pairs[: len(layers)]:
+            assert torch.allclose(parameter.grad, grad, rtol=1e-3, atol=1e-6)
+        for norm, (_, grad) in zip(norms, pairs[len(layers) :], strict=True):
+            assert torch.allclose(norm.parameter.grad, grad, rtol=1e-3, atol=1e-6)
+            norm.parameter.grad = None
+        for target, layer in layers.items():
+            task.pack(target, layer.quantized)
+
+    quant = QuantConfig(num_bits=bits, group_size=16, symmetric=False)
+    run_blocks(llama, tokens, llama.targets(quant), step, float_stream=True)
+
+
+# ------------------------------------------------------------------------------------------- the layer of the scales
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_of_scales_are_the_closed_forms(bits: int, symmetric: bool) -> None:
+    """In float64 against autograd of ``(q - z) s``; float16 scales times small integers are exact in float32."""
+    spec = QuantSpec(num_bits=bits, group_size=16, symmetric=symmetric)
+    packed = random_layer(spec).freeze()
+    layer = ScaleLinear.of(packed, True, True)
+    layer.scale.data, layer.zero_point.data = layer.scale.data.double(), layer.zero_point.data.double()
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(2, 5, n, generator=generator, dtype=torch.float64) for n in (32, 6))
+    x.requires_grad_()
+    layer(x).backward(grad)
+    codes, scale, zero_point, _ = packed.quantized
+    scale, zero_point = scale.double().requires_grad_(), zero_point.double().requires_grad_()
+    other = x.detach().requires_grad_()
+    nn.functional.linear(other, affine.dequantize(codes, scale, zero_point, spec)).backward(grad)
+    assert torch.allclose(x.grad, other.grad, rtol=1e-12)
+    assert torch.allclose(layer.scale.grad, scale.grad, rtol=1e-10)
+    if symmetric:
+        assert layer.zero_point.grad is None
+    else:
+        assert torch.allclose(layer.zero_point.grad, zero_point.grad, rtol=1e-10)
+
+
+@given(st.sampled_from(BITS), st.booleans(), st.sampled_from(["float32", "float16", "bfloat16"]), st.integers(0, 99))
+def test_packing_the_scales_changes_no_bit(bits: int, symmetric: bool, scale_dtype: Any, seed: int) -> None:
+    spec = QuantSpec(num_bits=bits, group_size=16, symmetric=symmetric, scale_dtype=scale_dtype)
+    before = random_layer(spec, seed=seed).freeze()
+    layer = ScaleLinear.of(before, True, True)
+    layer.scale.data *= 1 + 0.1 * torch.randn(layer.scale.shape, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(3, 32)
+    packed = layer.packed()
+    assert type(packed) is PackedLinear
+    assert torch.equal(packed(x), layer(x))
+    assert torch.equal(packed.weight_packed, before.weight_packed)
+    assert packed.state_dict().keys() == before.state_dict().keys()
+
+
+# ------------------------------------------------------------------------------------------- where training starts
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "signround"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_starts_from_any_checkpoint(name: str, family: str, tmp_path: Path, tokens: Tensor) -> None:
+    """At its very codes, grids, norms and biases."""
+    path = tiny.FAMILIES[family](tmp_path / "float")
+    theirs, ours = tiny.load(path), tiny.load(path)
+    method = methods.get(name)
+    quick: dict[str, Any] = {"iterations": 4} if name == "signround" else {}
+    method.run(theirs, tokens, W2A, method.config(name=name, **quick), 0)
+    start = folder(theirs, tmp_path / "packed")
+    run(ours, tokens, W2A, epochs=0, init_from=start)
+    assert same(ours, theirs)
+
+
+def test_training_goes_on_from_a_checkpoint(make_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
+    before = make_llama()
+    awq.run(before, tokens, W2A, awq.Config(), 0)
+    start = folder(before, tmp_path / "packed")
+    trained, again = make_llama(), make_llama()
+    series = run(trained, tokens, W2A, init_from=start, travel=0.3)
+    untrained = run(again, tokens, W2A, init_from=start, epochs=0)
+    assert series["start_loss"][0] == untrained["loss"][0]
+    assert all(ours < theirs for ours, theirs in zip(series["loss"], untrained["loss"], strict=True))
+
+
+def test_ranks_of_the_term_leave_the_weight_alone(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings, floats = captured(monkeypatch), copy.deepcopy(llama.model)
+    run(llama, tokens, W2A, low_rank=4)
+    for training in trainings:
+        for target, layer in zip(training.task.targets, training.layers, strict=True):
+            assert isinstance(layer, LowRankLinear)
+            assert torch.allclose(layer.weight, floats.get_submodule(target.name).weight, atol=1e-3)
+            term = (layer.up @ layer.down).detach()
+            assert int(torch.linalg.matrix_rank(term)) <= 4
+            assert float(term.abs().max()) > 0.05
+            used = round_codes(layer)
+            assert torch.equal(layer.quantized.codes, used)
+
+
+def round_codes(layer: LowRankLinear) -> Tensor:
+    """The plain formula: ``clamp(round(w / s + z + up down))``."""
+    scale, zero_point = (side.detach().repeat_interleave(16, 1) for side in layer.qparams())
+    grid = layer.weight.detach() / scale + zero_point + (layer.up @ layer.down).detach()
+    return grid.round().clamp(0, layer.spec.qmax).to(torch.uint8)
