@@ -41,7 +41,9 @@ def generator(seed: int) -> torch.Generator:
 QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best result
     "signround": {"iterations": 20},
     "lsq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
+    "paretoq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
     "qat": {"batch_size": 2, "travel": 0.1},
+    "llmqat": {"batch_size": 2, "travel": 0.1},
 }
 
 
@@ -72,7 +74,7 @@ def same(ours: dict[str, QuantizedWeight], theirs: dict[str, QuantizedWeight]) -
 
 
 def test_there_are_the_methods_that_users_know() -> None:
-    assert {"awq", "gptq", "hqq", "lsq", "qat", "rtn", "signround"} <= set(methods.names())
+    assert {"awq", "gptq", "hqq", "llmqat", "lsq", "paretoq", "qat", "rtn", "signround"} <= set(methods.names())
 
 
 def test_a_method_says_what_it_is(method: methods.Method, request: pytest.FixtureRequest) -> None:

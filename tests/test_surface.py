@@ -37,8 +37,8 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     shown = [name for name, command in commands.items() if not command.hidden]
-    assert shown == ["ptq", "eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
-    assert sorted(set(commands) - set(shown)) == ["efficientqat", "lrqat", "qat"]
+    assert shown == ["ptq", "qat", "eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
+    assert sorted(set(commands) - set(shown)) == ["efficientqat", "lrqat"]
 
 
 def test_a_command_is_shown_once_a_method_runs_under_it() -> None:
@@ -70,6 +70,27 @@ def test_recipe_keys() -> None:
         "output": ["path", "overwrite"],
         "": ["seed"],
     }
+
+
+ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gradient forward"
+OPTIM = "optimizer betas eps schedule final_share warmup_share max_grad_norm accumulation"
+TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
+END_TO_END = [
+    *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "batch_size"),
+    *(f"optim.{key}" for key in OPTIM.split()),
+    *("gradient_checkpointing", "validation_samples", "validate_every", "save_every", "tracker"),
+    *("travel", "lr", "weight_decay"),
+]
+GRID = ["scale_travel", "scale_lr"]
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("lsq", ["init", *GRID]), ("paretoq", GRID), ("qat", []), ("llmqat", [])],
+)
+def test_keys_of_trained_methods(method: str, own: list[str]) -> None:
+    found = [key.name for key in recipe.keys()[f"method {method}"][1]]
+    assert sorted(found) == sorted([*END_TO_END, *TRAINED, *own])
 
 
 def test_every_key_is_described() -> None:
