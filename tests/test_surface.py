@@ -88,6 +88,27 @@ def test_keys_of_efficientqat() -> None:
     assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_travel", "e2e.zero_travel", "e2e.lr"} <= set(found)
 
 
+ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gradient forward"
+OPTIM = "optimizer betas eps schedule final_share warmup_share max_grad_norm accumulation"
+TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
+END_TO_END = [
+    *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "batch_size"),
+    *(f"optim.{key}" for key in OPTIM.split()),
+    *("gradient_checkpointing", "validation_samples", "validate_every", "save_every", "tracker"),
+    *("travel", "lr", "weight_decay"),
+]
+GRID = ["scale_travel", "scale_lr"]
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("lsq", ["init", *GRID]), ("paretoq", GRID), ("qat", []), ("llmqat", [])],
+)
+def test_keys_of_trained_methods(method: str, own: list[str]) -> None:
+    found = [key.name for key in recipe.keys()[f"method {method}"][1]]
+    assert sorted(found) == sorted([*END_TO_END, *TRAINED, *own])
+
+
 def test_every_key_is_described() -> None:
     for section, (text, keys) in recipe.keys().items():
         assert text, section
