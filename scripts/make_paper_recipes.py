@@ -112,12 +112,7 @@ def label(num_bits: int, group_size: int) -> str:
 def entry(tasks: tuple[str, ...], metric: str, value: float, source: str) -> str:
     """One published number; accuracies come in per cent and are written as shares."""
     written = f"{value / 100:.4f}" if metric.startswith("acc") else f"{value}"
-    return (
-        f"  - tasks: [{', '.join(tasks)}]\n"
-        f"    metric: {metric}\n"
-        f"    value: {written}\n"
-        f"    source: {source}\n"
-    )
+    return f"  - tasks: [{', '.join(tasks)}]\n    metric: {metric}\n    value: {written}\n    source: {source}\n"
 
 
 def expected(entries: list[str]) -> str:
