@@ -125,7 +125,7 @@ def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
     found = EFFICIENTQAT[num_bits, group_size].get(model.name)
     rate = "2e-5" if num_bits == 2 else "1e-5"
     name = f"{model.name}-{label(num_bits, group_size)}"
-    known = "and what it reports" if found else "which has no numbers for this model"
+    known = "as in its paper, and what it reports" if found else "by the settings of its paper"
     entries = []
     if found is not None:
         perplexity, c4, accuracy = found
@@ -135,11 +135,11 @@ def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
             entries.append(entry(("c4",), "perplexity", c4, f"{paper}, perplexity at 2048 tokens"))
         entries.append(entry(FIVE, "acc", accuracy, f"{paper}, mean zero-shot accuracy"))
     return f"""\
-# EfficientQAT on {model.title} at {label(num_bits, group_size)}, as in its paper, {known}.
+# EfficientQAT on {model.title} at {label(num_bits, group_size)}, {known}.
 #   qtool efficientqat papers/efficientqat/{name}
 # arXiv 2407.11062. Other than there: both phases read the same windows, of 2048 tokens (the paper's second phase reads
 # 4096 windows of 4096 tokens of the same corpus), a block's best state is kept, not its last, and zero points stay on
-# the grid.
+# the grid.{"" if found else " The paper has no numbers for this model."}
 
 model:
   path: {model.path}
