@@ -195,6 +195,12 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def clear(folder: Path) -> None:
+    """Remove everything in ``folder``."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None:
     """Write everything but the manifest and the model card into ``folder``; ``specs`` are the quantized linears.
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qtool import __version__
+from qtool import __version__, ranks
 from qtool.errors import InputError, QtoolError, RunError
 from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
 
@@ -27,7 +27,7 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-READY = ("ptq",)  # the others are hidden until the first method that runs under them is there
+READY = ("ptq", "qat", "lrqat")  # the others are hidden until the first method that runs under them is there
 
 
 class _Interrupted(QtoolError):
@@ -99,11 +99,12 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     right = methods.get(checked.method.name).command
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
-    with _running(quiet, checked.output.path):
+    with _running(quiet or not ranks.is_first(), checked.output.path):
         from qtool import run
 
         outcome = run.quantize(checked, command, fresh)
-    _show(outcome, as_json)
+    if outcome is not None:  # else another of several processes shows it
+        _show(outcome, as_json)
 
 
 @app.command("eval", cls=DescribedCommand)
@@ -389,6 +390,8 @@ def main(args: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exception(error)
+        if code == 2 and not ranks.is_first():
+            return code  # the first process says the same
         print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
         if context := getattr(error, "ctx", None):  # of a usage error
             print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)

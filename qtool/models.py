@@ -4,9 +4,10 @@ Blocks and linears are found in the module tree: the blocks are the ``ModuleList
 parameters, the linears are every ``nn.Linear`` or ``Conv1D`` inside. Nothing is copied from an architecture.
 """
 
+import copy
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,7 +24,7 @@ from qtool.config import PARTS, ModelConfig, QuantConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.folders import check_files, first_line, read_config, resolve
 from qtool.quant.affine import check_weight
-from qtool.quant.linear import PackedLinear
+from qtool.quant.linear import PackedLinear, QuantLinear
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -114,6 +115,45 @@ class LoadedModel:
         prefix, blocks = decoder_blocks(self.model)
         return [(f"{prefix}.{i}", block) for i, block in enumerate(blocks)]
 
+    def gather(self, targets: Sequence[Target] = ()) -> None:
+        """Bring the whole of a streamed model into memory, to compute with; blocks that its run has done are packed.
+
+        ``targets`` are the linears that are quantized in those.
+        """
+        if self.streaming is None:
+            return
+        blocks = self.blocks()
+        done = [self.streaming.finished.read(index) for index in range(len(blocks))]
+        if any(done):  # what is left of the model in memory lacks these blocks, and what no file has of them
+            self.model = _from_files(self.folder, self.storage_dtype)[0].eval().requires_grad_(False)
+            for target in targets:
+                if done[target.block] is not None:
+                    bias = linear_bias(self.model.get_submodule(target.name))
+                    rows, columns = target.weight_shape
+                    layer = PackedLinear(columns, rows, target.spec, None if bias is None else bias.dtype)
+                    replace_linear(self.model, target.name, layer)
+            kept = {name: tensor for each in done if each for name, tensor in each[0].items()}
+            for name, tensor in self.model.state_dict(keep_vars=True).items():
+                if name in kept:
+                    tensor.data = kept[name].clone()
+        packed = {id(buffer) for layer in packed_linears(self.model).values() for buffer in layer.buffers()}
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            own = tensor.dtype == self.storage_dtype and id(tensor) not in packed
+            tensor.data = tensor.data.to(self.device, self.dtype if own else tensor.dtype)
+
+    def float_copy(self) -> PreTrainedModel:
+        """The float model as it is before any linear is replaced: a teacher. It shares all tensors with this one.
+
+        Where linears have been replaced, it is read from its files.
+        """
+        if any(isinstance(module, PackedLinear | QuantLinear) for module in self.model.modules()):
+            model: PreTrainedModel = _from_files(self.folder, self.dtype)[0].to(self.device).eval()
+            model.requires_grad_(False)
+            return model
+        shared: dict[int, Any] = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        teacher: PreTrainedModel = copy.deepcopy(self.model, shared)
+        return teacher
+
     def targets(self, quant: QuantConfig) -> list[Target]:
         """Every linear to quantize, in module order, checked.
 
@@ -194,7 +234,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len({type(block) for block in module}) == 1
-        and any(isinstance(part, nn.Linear | Conv1D | PackedLinear) for part in module.modules())
+        and any(isinstance(part, nn.Linear | Conv1D | PackedLinear | QuantLinear) for part in module.modules())
     ]
     if not lists:
         raise InputError(
@@ -263,15 +303,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
-        loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
-            folder,
-            dtype=storage if finished else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-        model, info = loading
+        model, info = _from_files(folder, storage if finished else dtype)
     except InputError:
         raise
     except Exception as error:  # whatever transformers finds wrong with a folder, the folder is what is wrong
@@ -286,6 +318,20 @@ def load_model(
         return LoadedModel(model.to(device), tokenizer, config.path, folder, file_dtypes)
     streaming = Streaming(finished, dtype, device, budget)
     return LoadedModel(model, tokenizer, config.path, folder, file_dtypes, streaming)
+
+
+def _from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:  # Any: of no fixed class
+    """The model of ``folder`` on the CPU, and what transformers says about its tensors."""
+    loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    model, info = loading
+    return model, info
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -276,16 +276,28 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
     return {**table, "": ("Of the whole run.", alone)}
 
 
-def _keys(section: type[Section]) -> list[Key]:
-    return [_key(name, field) for name, field in section.model_fields.items()]
+def _keys(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
+    """The keys of ``section``, those of sections inside it with the name of that before them."""
+    found = []
+    for name, field in section.model_fields.items():
+        hint, value = faults.bare(field.annotation), getattr(values, name, None)
+        if isinstance(hint, type) and issubclass(hint, Section):
+            found += _keys(hint, f"{before}{name}.", value or field.default)
+        else:
+            key = _key(f"{before}{name}", field)
+            found.append(key if values is None else key._replace(default=_shown(value)))
+    return found
 
 
 def _key(name: str, field: FieldInfo) -> Key:
     if field.is_required():
         return Key(name, "required", describe(field))
-    default = field.get_default(call_default_factory=True)
+    return Key(name, _shown(field.get_default(call_default_factory=True)), describe(field))
+
+
+def _shown(default: object) -> str:
     empty = default is None or default in ({}, ())
-    return Key(name, "" if empty else faults.found(default).replace('"', "").strip("[]"), describe(field))
+    return "" if empty else faults.found(default).replace('"', "").strip("[]")
 
 
 def describe(field: FieldInfo) -> str:

@@ -6,7 +6,7 @@ evaluation and exports come after, and a failure there loses nothing of it.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 import transformers
 
-from qtool import card, checkpoint, data, methods, progress
+from qtool import card, checkpoint, data, methods, progress, ranks
 from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
-from qtool.config import FORMAT_VERSION, DataConfig, EvalConfig, ExpectedConfig, ExportConfig, ModelConfig
+from qtool.config import FORMAT_VERSION, IMMATERIAL, DataConfig, EvalConfig, ExpectedConfig, ExportConfig, ModelConfig
 from qtool.data import Calibration
 from qtool.errors import InputError
 from qtool.folders import check_files, resolve
 from qtool.layout import label as _label
-from qtool.models import LoadedModel, load_model, packed_linears
+from qtool.models import LoadedModel, choose_device, load_model, packed_linears
 from qtool.overlap import Seen
 from qtool.recipe import Recipe, resolved
 from qtool.report import CalibrationText, Report, compare, environment, processor
@@ -64,10 +64,10 @@ class _Clock:
         return time.perf_counter() - self.started
 
 
-def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
+def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | None:
     """Run a recipe whose method belongs to ``command``, or go on where an earlier start of it was stopped.
 
-    ``fresh`` forgets an unfinished run.
+    ``fresh`` forgets an unfinished run. Of several processes the first one writes and evaluates; others get ``None``.
 
     Raises:
         InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
@@ -79,9 +79,11 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
     assert method.command == command
     _check_early(recipe)
     folder = resolve(recipe.model.path)
+    ranks.begin(choose_device(recipe.model.device))
     lock = lock_of(recipe, folder)
-    output = recipe.output
-    with run_state(output.path, lock, overwrite=output.overwrite, fresh=fresh, source=folder) as state:
+    output, end_to_end = recipe.output, method.end_to_end(recipe.method)
+    options: dict[str, Any] = {"overwrite": output.overwrite, "fresh": fresh, "source": folder}
+    with run_state(output.path, lock, end_to_end=end_to_end, **options) as state:
         with clock.phase("load", f"loading {recipe.model.path}"):
             loaded = load_model(recipe.model, finished=state, budget=recipe.data.memory_budget)
             state.loaded = loaded
@@ -100,8 +102,13 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
         masked = {"labels": labels} if method.takes_labels and labels is not None else {}
         with clock.phase("quantize", f"{recipe.method.name}, {_label(specs)}"):
             series = method.run(loaded, tokens, recipe.quant, recipe.method, recipe.seed, **masked)
+        ranks.end()
+        if not ranks.is_first():
+            return None
         assert set(packed_linears(loaded.model)) <= set(specs), "the method quantized more than its targets"
         with clock.phase("save", f"writing {output.path}"):
+            if end_to_end:  # all is in memory; what is there is of a run that was killed while it wrote this
+                checkpoint.clear(state.model)
             checkpoint.save(state.model, loaded, specs)
             report = Report(
                 model=recipe.model.path,
@@ -147,26 +154,33 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome:
 def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     check_files(folder)
-    recipe_keys = resolved(recipe)
-    recipe_keys["data"].pop("memory_budget")
+    recipe_keys = _without(resolved(recipe), IMMATERIAL)
     return {
         **{section: recipe_keys[section] for section in ("model", "method", "quant", "data", "seed")},
         "model_files": checkpoint.file_hashes(folder, *LOCKED_FILES),
         "versions": {name: version for name, version in environment().items() if name in LOCKED_PACKAGES},
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
     }
 
 
+def _without(keys: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """``keys`` without those called so, in sections inside it too."""
+    return {k: _without(v, names) if isinstance(v, dict) else v for k, v in keys.items() if k not in names}
+
+
 def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
-    if recipe.data.source != "generated":
-        text = data.calibration(recipe.data, loaded, recipe.seed)
-    elif (before := state.calibration()) is not None:
-        return before
-    else:
-        # to write text a model must be whole
-        text = data.calibration(recipe.data, load_model(recipe.model), recipe.seed)
-    state.keep_tokens(*text)
+    """The calibration windows, made by the first process and read by all."""
+    if ranks.is_first():
+        if recipe.data.source != "generated":
+            state.keep_tokens(*data.calibration(recipe.data, loaded, recipe.seed))
+        elif state.calibration() is None:
+            # to write text a model must be whole
+            state.keep_tokens(*data.calibration(recipe.data, load_model(recipe.model), recipe.seed))
+    ranks.wait()
+    text = state.calibration()
+    assert text is not None
     return text
 
 
@@ -279,6 +293,8 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
 
 def _check_early(recipe: Recipe) -> None:
     """What can be refused without the model."""
+    if ranks.count() > 1 and not methods.get(recipe.method.name).end_to_end(recipe.method):
+        raise InputError(f"method {recipe.method.name} runs in one process, and there are {ranks.count()}")
     if methods.get(recipe.method.name).needs_data(recipe.method):
         data.check_source(recipe.data)
     if recipe.eval is not None:

@@ -3,6 +3,8 @@
     <output>.partial/state/lock.json         what the result depends on: recipe, model files, versions, threads
     <output>.partial/state/block-00003.json  figures of a finished block and the SHA-256 of its shard
     <output>.partial/state/tokens.safetensors
+    <output>.partial/state/blocks/           shards of finished blocks that a later phase of the run goes on with
+    <output>.partial/state/<phase>/          what a training of the whole model has reached
     <output>.partial/model/                  becomes <output>: one shard for each finished block, and at last the rest
 
 A block counts as done when its ``.json`` is there, which is written after its shard is on the disk. A run with another
@@ -22,9 +24,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qtool import progress
+from qtool import progress, ranks
 from qtool.checkpoint import Files, as_stored, check_folder, failed, file_hashes, shard_name, swap, write_shard
 from qtool.data import Calibration, token_hash
+from qtool.endtoend import TRAINING
 from qtool.errors import InputError, RunError
 from qtool.models import LoadedModel, packed_linears
 
@@ -37,6 +40,7 @@ class RunState:
 
     partial: Path
     lock: Lock
+    end_to_end: bool = False  # whether finished blocks are only halfway
     loaded: LoadedModel | None = field(default=None, init=False)  # set when it is loaded, before any block is done
 
     @property
@@ -49,12 +53,22 @@ class RunState:
         """What becomes the checkpoint."""
         return self.partial / "model"
 
+    @property
+    def blocks(self) -> Path:
+        """Where finished blocks are."""
+        return self.folder / "blocks" if self.end_to_end else self.model
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything is done that another start can go on from."""
+        return any(self.folder.glob("block-*.json")) or any(self.folder.glob(f"*/{TRAINING}"))
+
     def _record(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
 
     def _shard(self, index: int) -> Path:
         assert self.loaded is not None
-        return self.model / shard_name(index + 1, len(self.loaded.blocks()))
+        return self.blocks / shard_name(index + 1, len(self.loaded.blocks()))
 
     def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """Tensors and figures of a finished block; ``None`` when it is not done, or its shard is damaged."""
@@ -63,19 +77,21 @@ class RunState:
         except (OSError, ValueError):
             return None
         shard = self._shard(index)
-        if file_hashes(self.model, shard.name) != {shard.name: record["sha256"]}:
+        if file_hashes(self.blocks, shard.name) != {shard.name: record["sha256"]}:
             progress.note(f"{shard} is not what was written; block {index} is done again")
             return None
-        files = Files(self.model, shard.name)
+        files = Files(self.blocks, shard.name)
         return {name: files.tensor(name) for name in files.names}, record["figures"]
 
     def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
-        """Keep a finished block."""
+        """Keep a finished block. Of several processes the first one does, and all go on when it has."""
         assert self.loaded is not None
-        shard = self._shard(index)
-        write_shard(as_stored(tensors, packed_linears(self.loaded.model), self.loaded), shard)
-        record = {"sha256": file_hashes(self.model, shard.name)[shard.name], "figures": figures}
-        write_durably(self._record(index), record)
+        if ranks.is_first():
+            shard = self._shard(index)
+            write_shard(as_stored(tensors, packed_linears(self.loaded.model), self.loaded), shard)
+            record = {"sha256": file_hashes(self.blocks, shard.name)[shard.name], "figures": figures}
+            write_durably(self._record(index), record)
+        ranks.wait()
 
     def calibration(self) -> Calibration | None:
         """The calibration windows of the earlier start of this run."""
@@ -103,8 +119,12 @@ class RunState:
 
 
 @contextmanager
-def run_state(path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: Path) -> Iterator[RunState]:
+def run_state(
+    path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: Path, end_to_end: bool = False
+) -> Iterator[RunState]:
     """Begin or go on with the run that writes ``path``; at the end its checkpoint gets that name.
+
+    Of several processes only the first one does so; the others get a state to read.
 
     Raises:
         InputError: ``path`` may not be written, an unfinished run there has another lock (``fresh`` removes it), or
@@ -113,7 +133,11 @@ def run_state(path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: P
     """
     check_folder(path, overwrite=overwrite, source=source)
     partial = path.with_name(f"{path.name}.partial")
-    state = RunState(partial, lock)
+    state = RunState(partial, lock, end_to_end)
+    if not ranks.is_first():
+        ranks.wait()
+        yield state
+        return
     try:
         partial.mkdir(parents=True, exist_ok=True)
         busy = FileLock(partial / "busy", mode=0o666)
@@ -126,6 +150,7 @@ def run_state(path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: P
     try:
         _begin(state, fresh)
         begun = True
+        ranks.wait()
         yield state
         if path.exists():
             shutil.rmtree(swap(path, state.model), ignore_errors=True)
@@ -135,7 +160,7 @@ def run_state(path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: P
     except (OSError, SafetensorError) as error:
         raise RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on") from error
     except BaseException:
-        if begun and not any(state.folder.glob("block-*.json")):
+        if begun and not state.begun:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is lost
         raise
     finally:
@@ -157,12 +182,14 @@ def _begin(state: RunState, fresh: bool) -> None:
                 "\n  ".join([f"{state.partial} was begun by another run; pass --fresh to start over:", *changes])
             )
         count = len(list(state.folder.glob("block-*.json")))
-        progress.note(f"going on with {state.partial}: {count} block(s) are done")
+        trained = "".join(f", {file.parent.name} has begun" for file in sorted(state.folder.glob(f"*/{TRAINING}")))
+        progress.note(f"going on with {state.partial}: {count} block(s) are done{trained}")
         return
     shutil.rmtree(state.folder, ignore_errors=True)
     shutil.rmtree(state.model, ignore_errors=True)
     state.folder.mkdir()
     state.model.mkdir()
+    state.blocks.mkdir(exist_ok=True)
     write_durably(file, state.lock)
 
 

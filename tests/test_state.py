@@ -13,7 +13,7 @@ import tiny
 import torch
 import yaml
 
-from qtool import audit, recipe, run, state
+from qtool import audit, endtoend, methods, recipe, run, state
 from qtool.checkpoint import file_hashes
 from qtool.errors import InputError, RunError
 
@@ -27,6 +27,7 @@ METHODS = {
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
     "signround": {"name": "signround", "iterations": 8},
     "hqq": {"name": "hqq"},
+    "lsq": {"name": "lsq", "steps": 4, "save_every": 1, "validation_samples": 2, "validate_every": 2},
 }
 
 
@@ -57,7 +58,7 @@ def make(folder, output, method="gptq", **changes):
 
 
 def quantize(checked, **options):
-    return run.quantize(checked, "ptq", **options)
+    return run.quantize(checked, methods.get(checked.method.name).command, **options)
 
 
 def hashes(output):
@@ -122,12 +123,13 @@ def killed_at_rename(checked, number, after):
     return wait(in_child(work))
 
 
+@pytest.mark.parametrize("method", ["gptq", "lsq"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(folder, tmp_path, whole, after):
-    expected, number = whole("gptq"), 0
+def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(folder, tmp_path, whole, after, method):
+    expected, number = whole(method), 0
     while True:
         output = tmp_path / f"out-{number}"
-        checked = make(folder, output)
+        checked = make(folder, output, method)
         status = killed_at_rename(checked, number, after)
         if status == 0:
             break
@@ -137,7 +139,8 @@ def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(fol
         assert hashes(output) == expected, number
         assert not output.with_name(f"{output.name}.partial").exists() or after
         number += 1
-    assert number >= 9, "lock, tokens, three blocks with a record each, the rest, the folder"
+    # lock, tokens, three blocks with a record each, the rest, the folder; or four steps in place of the blocks
+    assert number >= {"gptq": 10, "lsq": 8}[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,6 +220,42 @@ def test_finished_blocks_are_not_done_again(half_done, tmp_path, whole, monkeypa
     manifest = json.loads((tmp_path / "out" / "qtool.json").read_text())
     assert len(manifest["series"]["block_error"]) == 3
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_finished_training_is_not_done_again(folder, tmp_path, whole, monkeypatch):
+    """Neither its steps nor, once all are done, any forward of the model."""
+    checked = make(folder, tmp_path / "out", "lsq")
+    done = []
+    losses = endtoend._Training.losses
+
+    def counted(self, step):
+        done.append(step)
+        return losses(self, step)
+
+    monkeypatch.setattr(endtoend._Training, "losses", counted)
+    write = endtoend._Kept.write
+
+    def stopping(kept, state):
+        write(kept, state)
+        if int(state["steps"][0]) in (2, 4):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(endtoend._Kept, "write", stopping)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                quantize(checked)
+        assert done == [0, 1, 2, 3]
+        quantize(checked)
+    assert done == [0, 1, 2, 3]
+    assert hashes(tmp_path / "out") == whole("lsq")
+    series = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]
+    assert (len(series["loss"]), len(series["validation"])) == (4, 3)
+
+
+def test_how_often_a_training_is_kept_changes_nothing(folder, tmp_path, whole):
+    quantize(make(folder, tmp_path / "out", "lsq", method__save_every=3))
+    assert hashes(tmp_path / "out") == whole("lsq")
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(half_done, folder, tmp_path):

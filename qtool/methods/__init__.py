@@ -30,6 +30,7 @@ class Method:
     run: Callable[..., dict[str, list[float]]]
     needs_data: Callable[[Any], bool] = lambda config: True
     takes_labels: bool = False
+    end_to_end: Callable[[Any], bool] = lambda config: False  # whether it trains the whole model, last of all
 
 
 @cache

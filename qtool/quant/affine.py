@@ -3,8 +3,8 @@
 Symmetric means that the zero point is held at the middle code ``2**(num_bits - 1)``; nothing else differs.
 A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive input channels, each with one scale and one
 zero point ``[out, groups]``, an integer on the grid unless ``float_zero`` lets it lie between codes. All arithmetic is
-float32, and every scale and zero point is rounded to what is stored *before* it is used, so that the weight in
-training, on disk and in an engine are the same bits.
+in the dtype of the scales, which is float32, and every scale and zero point is rounded to what is stored *before* it is
+used, so that the weight in training, on disk and in an engine are the same bits.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.config import QuantSpec
+from qtool.config import QuantSpec, RoundingConfig
 from qtool.errors import InputError
-from qtool.quant.rounding import ste, straight_through
+from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
 
 
 class QuantizedWeight(NamedTuple):
@@ -32,15 +32,20 @@ def grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
     return weight.reshape(out_features, spec.num_groups(in_features), -1)
 
 
+def _working(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for a tensor that is in it."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """``scale`` as float32 holding only values of ``spec.scale_dtype``; the gradient passes unchanged.
+    """``scale`` with values of ``spec.scale_dtype`` only, in float32; the gradient passes unchanged.
 
     Scales below the smallest positive number of the stored dtype become that number: a stored zero would lose the
     whole group.
     """
     dtype = getattr(torch, spec.scale_dtype)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    rounded = scale.detach().to(dtype).float().clamp(min=smallest)
+    rounded = scale.detach().to(dtype).to(_working(scale)).clamp(min=smallest)
     return straight_through(scale, rounded)
 
 
@@ -49,7 +54,7 @@ def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
     ``spec.scale_dtype``; the gradient passes unchanged.
     """
     if spec.float_zero:
-        rounded = zero_point.detach().to(getattr(torch, spec.scale_dtype)).float()
+        rounded = zero_point.detach().to(getattr(torch, spec.scale_dtype)).to(_working(zero_point))
     else:
         rounded = zero_point.detach().round().clamp(spec.qmin, spec.qmax)
     return straight_through(zero_point, rounded)
@@ -83,16 +88,19 @@ def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 def to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """``weight`` in grid units before rounding, ``[out, groups, group_size]``."""
-    return grouped(weight.float(), spec) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)
+    return grouped(weight.to(scale.dtype), spec) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)
 
 
-def round_to_codes(grid: Tensor, spec: QuantSpec) -> Tensor:
-    """Nearest code of each grid value, as float32, half to even; the gradient is one inside the grid, zero outside."""
-    return ste(grid).clamp(spec.qmin, spec.qmax)
+def round_to_codes(grid: Tensor, spec: QuantSpec, rounding: RoundingConfig = PLAIN) -> Tensor:
+    """Nearest code of each grid value, half to even, as a float.
+
+    The gradient is that of ``rounding``; by default one inside the grid and zero outside.
+    """
+    return round_and_clamp(grid, spec.qmin, spec.qmax, rounding)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Float32 weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in all arguments."""
+    """Weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in all arguments."""
     return ((codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
 
 
@@ -102,8 +110,8 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Float32 weight ``[out, in]`` of ``codes``; differentiable in ``scale`` and ``zero_point``."""
-    return from_codes(grouped(codes, spec).float(), scale, zero_point)
+    """Weight ``[out, in]`` of ``codes``, float32 as ``scale`` is; differentiable in ``scale`` and ``zero_point``."""
+    return from_codes(grouped(codes, spec).to(scale.dtype), scale, zero_point)
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:

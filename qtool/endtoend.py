@@ -1,0 +1,260 @@
+"""Training of the whole model on text: what surrounds ``train.fit`` when all blocks learn together.
+
+A step's windows are a function of the seed and the step's number. Several processes share them, and average their
+gradients: the result is that of one process on the same windows, up to the order of sums. What training has reached is
+kept beside the run, so that a run killed at any moment goes on to the same bytes.
+
+The model runs in evaluation mode and, where its dtype is a half one, under autocast: what trains is float32, and the
+product is the one that evaluation takes. Blocks are run again for their gradient by torch's own checkpointing around
+each block's forward and not by the model's switch, which acts in training mode only, where dropout does too.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qtool import progress, ranks
+from qtool.checkpoint import Files, write_shard
+from qtool.config import EndToEndConfig
+from qtool.errors import InputError, RunError
+from qtool.instructions import IGNORED
+from qtool.losses import CE, confidence, token_losses
+from qtool.models import LoadedModel
+from qtool.quant.linear import QuantLinear
+from qtool.train import Fit, Group, NonFiniteError, State, fit, windows_of_step
+
+TRAINING = "training.safetensors"  # what a phase has reached
+CONFIDENCE_WINDOWS = 16  # that the teacher's confidence is measured on
+
+
+def num_steps(config: EndToEndConfig, num_windows: int) -> int:
+    """Steps of a training with so many calibration windows."""
+    if config.steps is not None:
+        return config.steps
+    return ceil(config.epochs * (num_windows - config.validation_samples) / config.batch_size)
+
+
+def train_model(
+    loaded: LoadedModel,
+    teacher: nn.Module | None,
+    tokens: Tensor,
+    groups: Sequence[Group],
+    config: EndToEndConfig,
+    *,
+    phase: str,
+    seed: int,
+    labels: Tensor | None = None,
+) -> Fit:
+    """Train the parameters of ``groups`` in ``loaded.model``, which is whole, on windows ``tokens`` ``[n, t]``.
+
+    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere; each window has some.
+    ``teacher`` is the float model, for every loss but cross entropy. ``phase`` names the folder of what is kept.
+
+    Raises:
+        InputError: fewer windows than are to be kept out, or a dtype that cannot train.
+        RunError: the loss is not finite.
+    """
+    training = _Training(loaded, teacher, tokens, tokens if labels is None else labels, config, seed)
+    total = num_steps(config, len(tokens))
+    layers = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
+    state = loaded.streaming.finished.folder if loaded.streaming else None
+    keeper = _Kept(state / phase / TRAINING) if state else None
+    with (
+        _shown(total, training.num_trained) as shown,
+        _tracking(loaded, config, phase) as track,
+        _rerun_blocks(loaded, config.gradient_checkpointing),
+    ):
+
+        def loss_of_step(step: int) -> Iterator[Tensor]:
+            while next(shown) < step:
+                pass
+            for layer in layers:
+                layer.set_progress(step / total)
+            return training.losses(step)
+
+        try:
+            found = fit(
+                groups,
+                total,
+                loss_of_step,
+                config.optim,
+                validate=training.validate if config.validation_samples else None,
+                validate_every=config.validate_every,
+                on_step=track,
+                keeper=keeper,
+                save_every=config.save_every,
+            )
+        except NonFiniteError as error:
+            raise RunError(f"training ended: {error}; lower the learning rates, or set optim.max_grad_norm") from error
+        for _ in shown:
+            pass
+    for layer in layers:
+        layer.set_progress(1.0)
+    return found
+
+
+@dataclass
+class _Training:
+    """A student, its teacher, and the windows that they read."""
+
+    loaded: LoadedModel
+    teacher: nn.Module | None
+    tokens: Tensor
+    labels: Tensor
+    config: EndToEndConfig
+    seed: int
+    gamma: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_trained < 1:
+            raise InputError(
+                f"validation_samples {self.config.validation_samples} of {len(self.tokens)} windows leave none to "
+                "train on; lower it, or raise data.num_samples"
+            )
+        if self.loaded.dtype == torch.float16:
+            raise InputError("gradients do not fit float16; set model.dtype to bfloat16 or float32")
+        if ranks.count() > self.config.batch_size:
+            raise InputError(
+                f"batch_size {self.config.batch_size} is less than the {ranks.count()} processes that share a step"
+            )
+        assert (self.teacher is None) == (self.config.loss == CE)
+        if self.config.loss == "cakld":
+            self.gamma = self._confidence()
+
+    @property
+    def num_trained(self) -> int:
+        """Windows to train on: all but the last ones, which are for validation."""
+        return len(self.tokens) - self.config.validation_samples
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """This process's parts of the loss of a step; over all processes their mean is that of all tokens."""
+        chosen = windows_of_step(step, self.config.batch_size, self.num_trained, self.seed)
+        mine = torch.tensor(chosen[ranks.number() :: ranks.count()])
+        share = ranks.count() / self._num_learned(torch.tensor(chosen))
+        for rows in mine.tensor_split(min(self.config.optim.accumulation, len(mine))):
+            yield self._token_losses(rows).sum() * share
+
+    def validate(self) -> float:
+        """Mean loss of the tokens of the windows that are kept out."""
+        held = torch.arange(self.num_trained, len(self.tokens))
+        mine = held[ranks.number() :: ranks.count()].split(max(1, self.config.batch_size // ranks.count()))
+        total = sum((self._token_losses(rows).sum() for rows in mine), torch.zeros((), device=self.loaded.device))
+        ranks.average(total)
+        return float(total) * ranks.count() / self._num_learned(held)
+
+    def _num_learned(self, rows: Tensor) -> int:
+        """How many tokens of windows ``rows`` ``[b]`` are learned; nothing predicts the first of a window."""
+        return int((self.labels[rows, 1:] != IGNORED).sum())
+
+    def _token_losses(self, rows: Tensor) -> Tensor:
+        """The loss of each learned token of windows ``rows`` ``[b]``, flat."""
+        tokens, labels = (each[rows].to(self.loaded.device) for each in (self.tokens, self.labels))
+        learned = (labels[:, 1:] != IGNORED).flatten()
+        target = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self._logits(self.teacher, tokens, learned)
+        student = self._logits(self.loaded.model, tokens, learned)
+        return token_losses(self.config, student, target, labels[:, 1:].flatten()[learned], self.gamma)
+
+    def _logits(self, model: nn.Module, tokens: Tensor, learned: Tensor) -> Tensor:
+        """Logits that predict the ``learned`` ones of the tokens after the first, ``[tokens, vocabulary]``."""
+        device, dtype = self.loaded.device.type, self.loaded.dtype
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        logits = logits[:, :-1].flatten(0, 1)
+        return logits if learned.all() else logits[learned]
+
+    @torch.no_grad()
+    def _confidence(self) -> float:
+        """The teacher's mean probability of the true tokens, on a few windows."""
+        assert self.teacher is not None
+        found = []
+        for index in range(0, self.num_trained, max(1, self.num_trained // CONFIDENCE_WINDOWS)):
+            tokens, labels = (each[index : index + 1].to(self.loaded.device) for each in (self.tokens, self.labels))
+            learned = (labels[:, 1:] != IGNORED).flatten()
+            logits = self._logits(self.teacher, tokens, learned)
+            found.append(confidence(logits, labels[:, 1:].flatten()[learned]))
+        return float(torch.cat(found).mean())
+
+
+@dataclass
+class _Kept:
+    """What a training has reached, in one file that is replaced as a whole; the first process writes it."""
+
+    file: Path
+
+    def read(self) -> State | None:
+        """The state last written."""
+        if not self.file.exists():
+            return None
+        files = Files(self.file.parent, self.file.name)
+        # copies: the file's own pages may be dropped at any time, and training changes these
+        return {name: files.tensor(name).clone() for name in files.names}
+
+    def write(self, state: State) -> None:
+        """Put ``state`` in the place of the one before."""
+        if ranks.is_first():
+            self.file.parent.mkdir(exist_ok=True)
+            write_shard({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, self.file)
+        ranks.wait()
+
+
+@contextmanager
+def _shown(total: int, num_windows: int) -> Iterator[Iterator[int]]:
+    """Shows progress as the numbers of steps are taken from it."""
+    steps = progress.track(range(total), f"training on {num_windows} windows", total)
+    assert isinstance(steps, Generator)
+    with closing(steps):
+        yield steps
+
+
+@contextmanager
+def _rerun_blocks(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
+    """Keep of each block only its input, and run it again when its gradient is taken."""
+    blocks = [block for _, block in loaded.blocks()] if wanted else []
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def _tracking(loaded: LoadedModel, config: EndToEndConfig, phase: str) -> Iterator[Callable[[float], None]]:
+    """Sends each step's loss to the tracker that ``config`` names, if any; beside the output of a run only."""
+    name = config.tracker
+    if name == "auto":
+        name = "tensorboard" if is_tensorboard_available() else "none"
+    folder = loaded.streaming.finished.folder.parent if loaded.streaming else None
+    if name == "none" or folder is None or not ranks.is_first():
+        yield lambda loss: None
+        return
+    logs = folder.with_name(f"{folder.name.removesuffix('.partial')}.logs")
+    try:
+        accelerator = Accelerator(cpu=loaded.device.type == "cpu", log_with=name, project_dir=logs)
+        accelerator.init_trackers(phase)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"the tracker {name} cannot be used: {error}; install it, or set tracker: none") from error
+    count = 0
+
+    def log(loss: float) -> None:
+        nonlocal count
+        count += 1
+        accelerator.log({"loss": loss}, step=count)
+
+    try:
+        yield log
+    finally:
+        accelerator.end_training()

@@ -1,0 +1,117 @@
+"""What methods share that train linears in place: putting them in, where they start, how fast they move, packing."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qtool.checkpoint import Source
+from qtool.config import EndToEndConfig, QuantConfig, TrainedConfig
+from qtool.endtoend import num_steps, train_model
+from qtool.errors import InputError
+from qtool.folders import resolve
+from qtool.losses import CE
+from qtool.models import LoadedModel, Target, replace_linear
+from qtool.quant.linear import QuantLinear
+from qtool.train import Group, total_factor
+
+L = TypeVar("L", bound=QuantLinear)
+
+
+def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Target], L]) -> dict[str, L]:
+    """Put ``make(target)`` in the place of each target of ``model``; returns those layers by name."""
+    layers = {}
+    for target in targets:
+        layers[target.name] = make(target)
+        replace_linear(model, target.name, layers[target.name])
+    return layers
+
+
+def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
+    """Put packed layers, the same bit for bit, in the places of ``layers``."""
+    for name, layer in layers.items():
+        replace_linear(model, name, layer.freeze())
+
+
+class Start:
+    """A native checkpoint that a training starts from instead of the float model, opened and checked."""
+
+    def __init__(self, folder: str, targets: Iterable[Target]) -> None:
+        """Compare its linears, grids and shapes with what the recipe asks for.
+
+        Raises:
+            InputError: they differ, or it is no checkpoint of ours.
+        """
+        self.source = Source(resolve(folder))
+        asked, found = {target.name: target for target in targets}, self.source.specs
+        if asked.keys() != found.keys():
+            odd = min(asked.keys() ^ found.keys())
+            where = "only the recipe quantizes" if odd in asked else "the recipe leaves in floating point"
+            raise InputError(f"init_from: {folder} does not fit: {odd} is a linear that {where}")
+        for name, target in asked.items():
+            if found[name] != target.spec:
+                raise InputError(
+                    f"init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
+                    f"{target.spec.label()}, and all keys of quant must agree"
+                )
+            if (shape := tuple(self.source.tensor(f"{name}.weight_shape").tolist())) != target.weight_shape:
+                raise InputError(f"init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}")
+        self.floats = [name for name in self.source.float_names() if name.rpartition(".")[0] not in asked]
+
+    def take_floats(self, loaded: LoadedModel, within: str = "") -> None:
+        """Give ``loaded`` the norms and all else that is not quantized; below the module ``within`` only.
+
+        The parameters are new ones: a teacher may hold the old.
+        """
+        for name in self.floats:
+            if name.startswith(within):
+                path, _, attribute = name.rpartition(".")
+                module = loaded.model.get_submodule(path)
+                own = getattr(module, attribute)
+                value = self.source.tensor(name).to(own).clone()
+                if not torch.equal(value, own):
+                    setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+
+    def take_codes(self, layers: dict[str, L]) -> None:
+        """Let each of ``layers`` start at the checkpoint's codes."""
+        for name, layer in layers.items():
+            layer.start_from(self.source.quantized(name))
+
+
+class EndToEnd(TrainedConfig, EndToEndConfig):
+    """The base of the section of a method that trains all linears at once."""
+
+
+C = TypeVar("C", bound=EndToEnd)
+
+
+def train_linears(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    quant: QuantConfig,
+    config: C,
+    seed: int,
+    make: Callable[[Target, C], L],
+    groups_of: Callable[[L, C, float], list[Group]],
+    labels: Tensor | None = None,
+) -> dict[str, list[float]]:
+    """Train a layer in the place of each target on ``tokens`` ``[n, t]``, all at once, and pack.
+
+    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere.
+    ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
+    the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
+    """
+    loaded.gather()
+    targets = loaded.targets(quant)
+    start = None if config.init_from is None else Start(config.init_from, targets)
+    teacher = None if config.loss == CE else loaded.float_copy()
+    layers = put_linears(loaded.model, targets, lambda target: make(target, config))
+    if start is not None:
+        start.take_floats(loaded)
+        start.take_codes(layers)
+    total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
+    groups = [group for layer in layers.values() for group in groups_of(layer, config, total)]
+    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
+    pack_linears(loaded.model, layers)
+    return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})

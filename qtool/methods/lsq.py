@@ -1,0 +1,91 @@
+"""LSQ: quantization-aware training of the whole model, with the steps of the grid learned beside the weights.
+
+Every forward rounds the weights, and the gradient passes through the rounding to the weights and to the scales (Esser
+et al., arXiv 1902.08153), on asymmetric grids to the zero points too (LSQ+, arXiv 2004.09576). The loss is on the
+model's output, so that later blocks make up for earlier ones. Nothing but the quantized linears trains.
+
+Where we differ: a scale belongs to a group of weights; the ranges at the start are searched, where the paper's
+``2 mean|w| / sqrt(Qp)`` was made for layers that still have everything to learn; gradients of scales are not divided by
+``sqrt(n Qp)`` unless ``rounding.scale_gradient`` says so, which Adam does not notice; and the rates follow the model
+and the budget: a weight whose gradient never changes its sign moves by ``travel`` quantization steps in the whole
+training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the absolute rates of papers.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qtool.config import QuantConfig, QuantSpec
+from qtool.methods import Method
+from qtool.methods._trained import EndToEnd, train_linears
+from qtool.models import LoadedModel, Target, linear_bias
+from qtool.quant.affine import grouped, minmax_qparams, stored_scale
+from qtool.quant.linear import QuantLinear
+from qtool.quant.ranges import search_qparams
+from qtool.train import Group
+
+
+class Config(EndToEnd):
+    """LSQ: weights, scales and zero points trained through the rounding, end to end."""
+
+    name: Literal["lsq"] = "lsq"
+    init: Literal["minmax", "search", "lsq"] = Field(
+        "search", description="Ranges at the start: the extremes, the least error of weights, or 2 mean|w| / sqrt(Qp)."
+    )
+    travel: float = Field(1.0, ge=0, description="How far a weight can move in all steps, in quantization steps.")
+    scale_travel: float = Field(
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+    )
+    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
+    scale_lr: float | None = Field(
+        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
+
+
+def lsq_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """``scale = 2 mean|w| / sqrt(Qp)`` around zero, ``Qp`` the codes above the middle; each ``[out, groups]``."""
+    highest = spec.qmax - spec.middle
+    mean = grouped(weight, spec).abs().mean(-1)
+    scale = stored_scale(torch.where(mean == 0, 1.0, mean) * (2 / highest**0.5), spec)
+    return scale, torch.full_like(scale, spec.middle)
+
+
+INITS = {"minmax": minmax_qparams, "search": search_qparams, "lsq": lsq_qparams}
+
+
+def make_linear(target: Target, config: Config) -> QuantLinear:
+    """The layer that trains in the place of a target."""
+    layer = QuantLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
+    layer.scale.data, layer.zero_point.data = INITS[config.init](target.weight, target.spec)
+    return layer
+
+
+def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
+    """What trains of a layer; ``total`` is the sum of the schedule's factors."""
+    scale = float(layer.scale.detach().mean())
+    lr = config.travel * scale / total if config.lr is None else config.lr
+    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
+    scale_lr = ends * scale * 2 / layer.spec.qmax if config.scale_lr is None else config.scale_lr
+    groups = [Group([layer.weight], lr, config.weight_decay), Group([layer.scale], scale_lr)]
+    zero_lr = ends if config.scale_lr is None else config.scale_lr
+    return groups if layer.spec.symmetric else [*groups, Group([layer.zero_point], zero_lr)]
+
+
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
+
+
+METHOD = Method(
+    "qat",
+    "all weights and scales trained end to end (learned step size)",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
+)

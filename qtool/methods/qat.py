@@ -1,0 +1,72 @@
+"""Plain quantization-aware training of the whole model: only weights train, the grid follows them.
+
+In every step the range of a group is the extremes of its weights as they are now, so nothing is clipped and nothing but
+the weights is learned (the scheme of LLM-QAT, arXiv 2305.17888, for weights; the range passes no gradient). The
+gradient passes straight through the rounding unless ``rounding`` says otherwise. What there is to gain by learning the
+grid too is the difference to ``lsq``.
+
+``init_from`` starts from the weights that a checkpoint stands for, whose own extremes then make the grid: exactly the
+checkpoint's where its ranges were the extremes, something near it where they were not.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from qtool.config import QuantConfig
+from qtool.methods import Method
+from qtool.methods._trained import EndToEnd, train_linears
+from qtool.models import LoadedModel, Target, linear_bias
+from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams
+from qtool.quant.linear import QuantLinear
+from qtool.train import Group
+
+
+class Config(EndToEnd):
+    """Plain quantization-aware training: weights trained through the rounding, end to end."""
+
+    name: Literal["qat"] = "qat"
+    travel: float = Field(1.0, ge=0, description="How far a weight can move in all steps, in quantization steps.")
+    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
+    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
+
+
+class MinMaxLinear(QuantLinear):
+    """A linear whose grid covers its weights, whatever they are."""
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """The grid of the weights' extremes, without gradients."""
+        return minmax_qparams(self.weight.detach(), self.spec)
+
+    def start_from(self, quantized: QuantizedWeight) -> None:
+        """Take the weights that ``quantized`` stands for."""
+        self.weight.data = dequantize(*quantized)
+
+
+def make_linear(target: Target, config: Config) -> QuantLinear:
+    """The layer that trains in the place of a target."""
+    return MinMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
+
+
+def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
+    """What trains of a layer; ``total`` is the sum of the schedule's factors."""
+    lr = config.travel * float(layer.qparams()[0].mean()) / total if config.lr is None else config.lr
+    return [Group([layer.weight], lr, config.weight_decay)]
+
+
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
+
+
+METHOD = Method(
+    "qat",
+    "weights trained end to end on their min-max grid",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
+)
