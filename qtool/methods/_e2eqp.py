@@ -117,8 +117,13 @@ def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[Gro
     return groups
 
 
-def train_scales(loaded: LoadedModel, tokens: Tensor, config: ScaleConfig, seed: int) -> dict[str, list[float]]:
-    """Train the scales of all packed linears on ``tokens`` ``[n, t]``; returns losses by step, and of validation."""
+def train_scales(
+    loaded: LoadedModel, tokens: Tensor, config: ScaleConfig, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train the scales of all packed linears on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned.
+
+    Returns the losses by step, and of validation.
+    """
     teacher = None if config.loss == CE else loaded.float_copy()
     layers = {}
     for name, packed in packed_linears(loaded.model).items():
@@ -126,7 +131,7 @@ def train_scales(loaded: LoadedModel, tokens: Tensor, config: ScaleConfig, seed:
         replace_linear(loaded.model, name, layers[name])
     total = total_factor(num_steps(config, len(tokens)), config.optim)
     groups = [group for layer in layers.values() for group in groups_of(layer, total, config)]
-    found = train_model(loaded, teacher, tokens, groups, config, phase=PHASE, seed=seed)
+    found = train_model(loaded, teacher, tokens, groups, config, phase=PHASE, seed=seed, labels=labels)
     for name, layer in layers.items():
         replace_linear(loaded.model, name, layer.packed())
     return {"e2e_loss": found.losses} | ({"e2e_validation": found.validation} if found.validation else {})

@@ -34,15 +34,17 @@ class Config(BlockConfig):
     e2e: ScaleConfig = Field(ScaleConfig(), description="The second phase, E2E-QP.")
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Both phases on ``tokens`` ``[n, t]``; ``seed`` fixes what each step sees."""
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Both phases on ``tokens`` ``[n, t]``, the second on those in ``labels``; ``seed`` fixes what each step sees."""
     targets = loaded.targets(quant)
     start = None if config.init_from is None else Start(config.init_from, targets)
     step = partial(quantize_block, loaded=loaded, config=config, start=start, seed=seed)
     series = run_blocks(loaded, tokens, targets, step, float_stream=True)
     if trains_scales(config):
         loaded.gather(targets)
-        series |= train_scales(loaded, tokens, config.e2e, seed)
+        series |= train_scales(loaded, tokens, config.e2e, seed, labels)
     return series
 
 
@@ -52,5 +54,10 @@ def trains_scales(config: Config) -> bool:
 
 
 METHOD = Method(
-    "efficientqat", "all of a block trained at once, then the scales end to end", Config, run, end_to_end=trains_scales
+    "efficientqat",
+    "all of a block trained at once, then the scales end to end",
+    Config,
+    run,
+    end_to_end=trains_scales,
+    takes_labels=True,
 )
