@@ -14,11 +14,7 @@ from qtool.errors import InputError
 FORMAT_VERSION = 1  # of the native checkpoint
 ACTIVATIONS_VERSION = 2  # of one whose linears round what they read or give, which a reader must not leave out
 ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
-ACTIVATION_PRESETS = {
-    "a8": {"activations": 8, "kv_cache": 8},
-    "a8kv4": {"activations": 8, "kv_cache": 4},
-    "a4kv4": {"activations": 4, "kv_cache": 4},
-}
+ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # the first two
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a packed linear
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -54,17 +50,13 @@ class QuantSpec(Section):
         False, description="Zero points may lie between codes, and are stored like scales; native and dense only."
     )
     activations: int | None = Field(
-        None,
-        ge=2,
-        le=8,
-        description="Bits of what quantized linears read, on a range of its own for each token; unset: not rounded. "
-        "Native only.",
+        None, ge=2, le=8, description="Bits of what linears read, ranged for each token; unset: float. Native only."
     )
     kv_cache: int | None = Field(
         None,
         ge=2,
         le=8,
-        description="Bits of keys and values, on a range for each token and head; unset: not rounded. Native only.",
+        description="Bits of keys and values, ranged for each token and head; unset: float. Native only.",
     )
     kv_group_size: int | None = Field(
         None, ge=1, description="Channels of keys and values that share a range; unset: those of a head."
@@ -75,9 +67,7 @@ class QuantSpec(Section):
         if self.float_zero and self.symmetric:
             raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
         if self.kv_group_size is not None and self.kv_cache is None:
-            raise ValueError(
-                "kv_group_size acts only with kv_cache, the bits of keys and values: give both, or neither"
-            )
+            raise ValueError("kv_group_size acts only with kv_cache: give both, or neither")
         return self
 
     @property
@@ -135,15 +125,14 @@ class QuantConfig(QuantSpec):
         description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true.",
     )
     preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
-        None,
-        description="What activations and kv_cache are unless they are given: 8 and 8, 8 and 4, or 4 and 4 bits.",
+        None, description="What activations and kv_cache are unless they are given: 8 and 8, 8 and 4, or 4 and 4 bits."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
-        return values if preset is None else {**preset, **values}
+        return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
 
     def spec_for(self, name: str) -> QuantSpec | None:
         """The grid of the linear ``name``; later patterns win; ``None`` when it stays in floating point."""
@@ -217,18 +206,14 @@ class RoundingConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        fields = type(self).model_fields
-        idle = [
-            (key, needed)
-            for keys, needed, acts in (
-                (("temperature", "temperature_end"), "an estimator other than ste", self.estimator != "ste"),
-                (("gate", "sharpness"), "clamp: softclamp", self.clamp == "softclamp"),
-            )
-            for key in keys
-            if not acts and getattr(self, key) != fields[key].default
-        ]
+        needs: dict[str, str] = {}
+        if self.estimator == "ste":
+            needs |= dict.fromkeys(("temperature", "temperature_end"), "an estimator other than ste")
+        if self.clamp == "hard":
+            needs |= dict.fromkeys(("gate", "sharpness"), "clamp: softclamp")
+        idle = [key for key in needs if getattr(self, key) != type(self).model_fields[key].default]
         if idle:
-            raise ValueError("; ".join(f"{key} acts only with {needed}: leave it out" for key, needed in idle))
+            raise ValueError("; ".join(f"{key} acts only with {needs[key]}: leave it out" for key in idle))
         if self.forward == "soft" and self.estimator == "ste":
             raise ValueError("forward: soft needs an estimator other than ste, whose smooth form does not round at all")
         least = 2 * OVERSHOOT[self.gate]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qtool import checkpoint, export, methods, run
 from qtool.blocks import BlockTask, run_blocks
@@ -277,6 +278,25 @@ def test_fused_projections_are_refused(family: str) -> None:
     message = r"^kv_cache: .*cannot be rounded in this model: .* makes its keys together .*; leave kv_cache out$"
     with pytest.raises(InputError, match=message):
         key_value_linears(config)
+
+
+def test_keys_that_come_from_two_linears_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sum(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(64, size), nn.Linear(64, size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.other(x)
+
+    def init(self: LlamaAttention, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.k_proj = Sum(64)
+
+    original = LlamaAttention.__init__
+    monkeypatch.setattr(LlamaAttention, "__init__", init)
+    with pytest.raises(InputError, match=r"k_proj\.one and model\.\S*k_proj\.other makes its keys together"):
+        key_value_linears(LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=64))
 
 
 def test_a_model_that_does_not_run_without_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
