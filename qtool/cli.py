@@ -27,7 +27,6 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-READY = ("ptq", "qat", "efficientqat")  # the others are hidden until the first method that runs under them is there
 
 
 class _Interrupted(QtoolError):
@@ -76,7 +75,7 @@ def _options(
 
 
 def _add_method_command(name: str, summary: str) -> None:
-    @app.command(name, cls=RecipeCommand, help=summary, hidden=name not in READY)
+    @app.command(name, cls=RecipeCommand, help=summary)
     def command(
         recipe: RecipeArgument,
         set_: Set = [],  # noqa: B006 (typer copies it)
@@ -159,7 +158,8 @@ def evaluate(
     with _running(quiet, where):
         from qtool import run
 
-        outcome = run.evaluate(checked.model.path, checked.eval, checked.model, float_model, where, checked.seed)
+        asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
+        outcome = run.evaluate(*asked, checked.expected)
     _show(outcome, as_json)
 
 
@@ -251,8 +251,9 @@ def recipes(
     packaged = recipe.packaged()
     if name is None:
         for each, path in packaged.items():
+            width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
             with path.open(encoding="utf-8") as file:
-                print(f"{each:<{max(map(len, packaged))}}  {file.readline().lstrip('# ').rstrip()}")
+                print(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
     elif name in packaged:
         print(packaged[name].read_text(encoding="utf-8"), end="")
     else:

@@ -12,6 +12,13 @@ from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, Val
 from qtool.errors import InputError
 
 FORMAT_VERSION = 1  # of the native checkpoint
+ACTIVATIONS_VERSION = 2  # of one whose linears round what they read or give, which a reader must not leave out
+ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
+ACTIVATION_PRESETS = {
+    "a8": {"activations": 8, "kv_cache": 8},
+    "a8kv4": {"activations": 8, "kv_cache": 4},
+    "a4kv4": {"activations": 4, "kv_cache": 4},
+}
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a packed linear
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -30,7 +37,10 @@ class Section(BaseModel):
 
 
 class QuantSpec(Section):
-    """The grid of one weight ``[out, in]``: codes ``0 .. 2**num_bits - 1``, one scale and zero point per group."""
+    """The grid of one weight ``[out, in]``: codes ``0 .. 2**num_bits - 1``, one scale and zero point per group.
+
+    And to how many bits its linear rounds what it reads, and, where that is keys or values, what it gives.
+    """
 
     num_bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per code.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
@@ -43,12 +53,37 @@ class QuantSpec(Section):
     float_zero: bool = Field(
         False, description="Zero points may lie between codes, and are stored like scales; native and dense only."
     )
+    activations: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="Bits of what quantized linears read, on a range of its own for each token; unset: not rounded. "
+        "Native only.",
+    )
+    kv_cache: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="Bits of keys and values, on a range for each token and head; unset: not rounded. Native only.",
+    )
+    kv_group_size: int | None = Field(
+        None, ge=1, description="Channels of keys and values that share a range; unset: those of a head."
+    )
 
     @model_validator(mode="after")
-    def _float_zero_needs_asymmetric(self) -> Self:
+    def _keys_fit(self) -> Self:
         if self.float_zero and self.symmetric:
             raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
+        if self.kv_group_size is not None and self.kv_cache is None:
+            raise ValueError(
+                "kv_group_size acts only with kv_cache, the bits of keys and values: give both, or neither"
+            )
         return self
+
+    @property
+    def weights_only(self) -> "QuantSpec":
+        """The grid of the weight alone."""
+        return QuantSpec(**self.model_dump(include=set(QuantSpec.model_fields), exclude=set(ACTIVATION_KEYS)))
 
     @property
     def qmin(self) -> int:
@@ -88,7 +123,7 @@ class QuantOverride(QuantSpec):
     skip: bool = Field(False, description="Leave these linears in floating point.")
 
     @model_validator(mode="after")
-    def _float_zero_needs_asymmetric(self) -> Self:
+    def _keys_fit(self) -> Self:
         return self  # half a grid: the section's own keys complete it
 
 
@@ -99,6 +134,16 @@ class QuantConfig(QuantSpec):
         default_factory=dict,
         description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true.",
     )
+    preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
+        None,
+        description="What activations and kv_cache are unless they are given: 8 and 8, 8 and 4, or 4 and 4 bits.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
+        return values if preset is None else {**preset, **values}
 
     def spec_for(self, name: str) -> QuantSpec | None:
         """The grid of the linear ``name``; later patterns win; ``None`` when it stays in floating point."""
@@ -108,6 +153,8 @@ class QuantConfig(QuantSpec):
             if fnmatchcase(name, pattern):
                 changes = override.model_dump(exclude_unset=True)
                 skip = changes.pop("skip", skip)
+                if changes.get("kv_cache", 0) is None:  # then what it was to be grouped by means nothing
+                    values["kv_group_size"] = None
                 values |= changes
         try:
             return None if skip else QuantSpec(**values)
@@ -286,7 +333,9 @@ class DataConfig(Section):
     """Calibration text, cut into windows of equal length."""
 
     source: str = Field(
-        "generated", description="generated, wikitext2, enwiki, c4, or a path to a .txt, .jsonl or .parquet file."
+        "generated",
+        description="generated, wikitext2, enwiki, c4, redpajama, slimpajama; alpaca or deita, of which only answers "
+        "are learned; or a path to a .txt, .jsonl or .parquet file, or to tokens in .npy or .safetensors.",
     )
     num_samples: int = Field(128, ge=1, description="Number of windows.")
     seq_len: int = Field(512, ge=2, description="Tokens in a window.")
@@ -317,6 +366,33 @@ class EvalConfig(Section):
     backend: Literal["exact", "fast"] = Field(
         "exact", description="Arithmetic of packed linears; fast: this machine's kernels for inputs of few rows."
     )
+
+
+METRICS = {  # of what qtool measures itself; every other task is lm-eval's
+    "wikitext2": ("perplexity",),
+    "generated": ("perplexity",),
+    "kl": ("kl", "top-1 agreement"),
+}
+
+
+class ExpectedConfig(Section):
+    """A published number, to stand beside ours."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="The task it is of, or several whose mean it is.")
+    metric: str = Field(
+        description="As our report names it: perplexity, acc; acc_norm stands for acc where a task has no other."
+    )
+    value: float = Field(allow_inf_nan=False, description="The published number; a share, not per cent: 0.6014.")
+    source: str = Field(min_length=1, description="Where it was published, e.g. arXiv 2406.06385, Table 4.")
+
+    @model_validator(mode="after")
+    def _one_of_ours(self) -> Self:
+        for task in self.tasks:
+            if self.metric not in METRICS.get(task, (self.metric,)):
+                raise ValueError(f"{task} has no metric {self.metric!r}; it has {', '.join(METRICS[task])}")
+        if self.metric.startswith("acc") and not 0 <= self.value <= 1:
+            raise ValueError(f"accuracies are shares: write {self.value / 100:.4g} for {self.value:g} %")
+        return self
 
 
 class ExportConfig(Section):

@@ -26,6 +26,7 @@ from qtool import progress, ranks
 from qtool.checkpoint import Files, write_shard
 from qtool.config import EndToEndConfig
 from qtool.errors import InputError, RunError
+from qtool.instructions import IGNORED
 from qtool.losses import CE, confidence, token_losses
 from qtool.models import LoadedModel
 from qtool.quant.linear import QuantLinear
@@ -51,16 +52,18 @@ def train_model(
     *,
     phase: str,
     seed: int,
+    labels: Tensor | None = None,
 ) -> Fit:
     """Train the parameters of ``groups`` in ``loaded.model``, which is whole, on windows ``tokens`` ``[n, t]``.
 
+    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere; each window has some.
     ``teacher`` is the float model, for every loss but cross entropy. ``phase`` names the folder of what is kept.
 
     Raises:
         InputError: fewer windows than are to be kept out, or a dtype that cannot train.
         RunError: the loss is not finite.
     """
-    training = _Training(loaded, teacher, tokens, config, seed)
+    training = _Training(loaded, teacher, tokens, tokens if labels is None else labels, config, seed)
     total = num_steps(config, len(tokens))
     layers = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
     state = loaded.streaming.finished.folder if loaded.streaming else None
@@ -106,6 +109,7 @@ class _Training:
     loaded: LoadedModel
     teacher: nn.Module | None
     tokens: Tensor
+    labels: Tensor
     config: EndToEndConfig
     seed: int
     gamma: float = field(default=0.0, init=False)
@@ -135,43 +139,51 @@ class _Training:
         """This process's parts of the loss of a step; over all processes their mean is that of all tokens."""
         chosen = windows_of_step(step, self.config.batch_size, self.num_trained, self.seed)
         mine = torch.tensor(chosen[ranks.number() :: ranks.count()])
-        share = ranks.count() / (len(chosen) * (self.tokens.shape[1] - 1))
+        share = ranks.count() / self._num_learned(torch.tensor(chosen))
         for rows in mine.tensor_split(min(self.config.optim.accumulation, len(mine))):
-            yield self._token_losses(self.tokens[rows]).sum() * share
+            yield self._token_losses(rows).sum() * share
 
     def validate(self) -> float:
         """Mean loss of the tokens of the windows that are kept out."""
-        held = self.tokens[self.num_trained :]
+        held = torch.arange(self.num_trained, len(self.tokens))
         mine = held[ranks.number() :: ranks.count()].split(max(1, self.config.batch_size // ranks.count()))
         total = sum((self._token_losses(rows).sum() for rows in mine), torch.zeros((), device=self.loaded.device))
         ranks.average(total)
-        return float(total) * ranks.count() / (len(held) * (held.shape[1] - 1))
+        return float(total) * ranks.count() / self._num_learned(held)
+
+    def _num_learned(self, rows: Tensor) -> int:
+        """How many tokens of windows ``rows`` ``[b]`` are learned; nothing predicts the first of a window."""
+        return int((self.labels[rows, 1:] != IGNORED).sum())
 
     def _token_losses(self, rows: Tensor) -> Tensor:
-        """The loss of each token but the first of windows ``[b, t]``, flat."""
-        rows = rows.to(self.loaded.device)
-        labels = rows[:, 1:].flatten()
+        """The loss of each learned token of windows ``rows`` ``[b]``, flat."""
+        tokens, labels = (each[rows].to(self.loaded.device) for each in (self.tokens, self.labels))
+        learned = (labels[:, 1:] != IGNORED).flatten()
         target = None
         if self.teacher is not None:
             with torch.no_grad():
-                target = self._logits(self.teacher, rows)
-        return token_losses(self.config, self._logits(self.loaded.model, rows), target, labels, self.gamma)
+                target = self._logits(self.teacher, tokens, learned)
+        student = self._logits(self.loaded.model, tokens, learned)
+        return token_losses(self.config, student, target, labels[:, 1:].flatten()[learned], self.gamma)
 
-    def _logits(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """Logits that predict each token but the first, ``[tokens, vocabulary]``."""
+    def _logits(self, model: nn.Module, tokens: Tensor, learned: Tensor) -> Tensor:
+        """Logits that predict the ``learned`` ones of the tokens after the first, ``[tokens, vocabulary]``."""
         device, dtype = self.loaded.device.type, self.loaded.dtype
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits: Tensor = model(input_ids=rows, use_cache=False).logits
-        return logits[:, :-1].flatten(0, 1)
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        logits = logits[:, :-1].flatten(0, 1)
+        return logits if learned.all() else logits[learned]
 
     @torch.no_grad()
     def _confidence(self) -> float:
         """The teacher's mean probability of the true tokens, on a few windows."""
         assert self.teacher is not None
-        windows = self.tokens[: self.num_trained][:: max(1, self.num_trained // CONFIDENCE_WINDOWS)]
         found = []
-        for rows in windows.to(self.loaded.device).split(1):
-            found.append(confidence(self._logits(self.teacher, rows), rows[:, 1:].flatten()))
+        for index in range(0, self.num_trained, max(1, self.num_trained // CONFIDENCE_WINDOWS)):
+            tokens, labels = (each[index : index + 1].to(self.loaded.device) for each in (self.tokens, self.labels))
+            learned = (labels[:, 1:] != IGNORED).flatten()
+            logits = self._logits(self.teacher, tokens, learned)
+            found.append(confidence(logits, labels[:, 1:].flatten()[learned]))
         return float(torch.cat(found).mean())
 
 

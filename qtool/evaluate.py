@@ -15,16 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtool import backend, progress
-from qtool.config import EvalConfig
+from qtool.config import METRICS, EvalConfig
 from qtool.data import GENERATED, perplexity_windows
 from qtool.errors import InputError
 from qtool.models import LoadedModel
+from qtool.overlap import Seen, overlap, relation
 from qtool.report import Metric, TaskResult, task_result
 from qtool.texts import UnreachableError
 
 WIKITEXT = "wikitext2"
 DIVERGENCE = "kl"
-OWN_TASKS = (WIKITEXT, GENERATED, DIVERGENCE)
+OWN_TASKS = tuple(METRICS)
 LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # of one forward pass
 CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits worked on at once in float32; on a CPU, what its caches hold
 BatchSize = int | Literal["auto"]
@@ -150,8 +151,12 @@ def check_tasks(config: EvalConfig) -> None:
         harness.check(theirs, config.num_fewshot)
 
 
-def evaluate(loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int) -> list[TaskResult]:
+def evaluate(
+    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int, seen: Seen | None = None
+) -> list[TaskResult]:
     """Measure ``config.tasks``, for ``loaded`` and, beside it, for the float model ``reference`` it was made from.
+
+    Of windows of text it is measured, too, how much of them the calibration text ``seen`` holds.
 
     ``kl`` is measured on WikiText-2 windows, or on generated text where WikiText-2 cannot be had. What cannot be
     measured (WikiText-2 out of reach, ``kl`` without a reference) has a row that says so.
@@ -160,15 +165,21 @@ def evaluate(loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | N
         InputError: a task of lm-eval that is unknown or without data.
     """
     with backend.using(loaded.model, config.backend):
-        own = _own_tasks(loaded, config, reference, seed)
+        own = _own_tasks(loaded, config, reference, seed, seen)
         rows: list[TaskResult] = []
         for task in config.tasks:
             rows += own[task] if task in OWN_TASKS else _lm_eval_task(task, loaded, config, reference)
-    return rows
+    return [row if seen is None else _with_relation(row, seen.source) for row in rows]
+
+
+def _with_relation(row: TaskResult, source: str) -> TaskResult:
+    """``row`` with what a reader must know of its text and the calibration text."""
+    known = relation(source, row.task) if row.value is not None else ""
+    return row.model_copy(update={"note": "; ".join(filter(None, (row.note, known)))})
 
 
 def _own_tasks(
-    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int
+    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int, seen: Seen | None = None
 ) -> dict[str, list[TaskResult]]:
     """Rows by task. Each set of windows is read once, by both models, whatever is measured on it."""
     wanted = [task for task in config.tasks if task in OWN_TASKS]
@@ -197,6 +208,10 @@ def _own_tasks(
         rows[name] = [_perplexity_row(name, scores, windows[name], config, reference is not None)]
         if name == kl_on:
             rows[DIVERGENCE] = _divergence_rows(name, scores, windows[name], config)
+        if seen is not None and seen.tokens is not None:
+            share = overlap(seen.tokens, windows[name])
+            for task in {name, DIVERGENCE} if name == kl_on else {name}:
+                rows[task] = [row.model_copy(update={"overlap": share}) for row in rows[task]]
     return rows
 
 

@@ -8,7 +8,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +23,7 @@ from qtool import memory, progress
 from qtool.config import PARTS, ModelConfig, QuantConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.folders import check_files, first_line, read_config, resolve
+from qtool.keyvalues import with_heads
 from qtool.quant.affine import check_weight
 from qtool.quant.linear import PackedLinear, QuantLinear
 
@@ -181,6 +182,11 @@ class LoadedModel:
                 faults.append(str(error))
             pages.drop(weight)
             targets.append(Target(name, module, spec, index))
+        if any(target.spec.kv_cache is not None for target in targets):
+            asked = {target.name: target.spec for target in targets}
+            specs, wrong = with_heads(asked, {t.name: t.weight_shape[0] for t in targets}, self.model.config)
+            targets = [replace(target, spec=specs[target.name]) for target in targets]
+            faults += wrong
         if not targets and not faults:
             faults.append("quant.overrides skip every linear; there is nothing to quantize")
         if faults:

@@ -19,6 +19,7 @@ from qtool import faults, methods
 from qtool.config import (
     DataConfig,
     EvalConfig,
+    ExpectedConfig,
     ExportConfig,
     MethodConfig,
     ModelConfig,
@@ -33,8 +34,10 @@ _HERE = Path(__file__).parent
 
 
 def packaged() -> dict[str, Path]:
-    """The recipes that come with qtool, by name."""
-    return {path.stem: path for path in sorted((_HERE / "recipes").glob("*.yaml"))}
+    """The recipes that come with qtool, by name: the path below ``recipes``, without the suffix."""
+    folder = _HERE / "recipes"
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(names.items(), key=lambda item: (item[0].count("/"), item[0])))
 
 
 def export_formats() -> tuple[str, ...]:
@@ -92,6 +95,7 @@ class Recipe(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration text.")
     eval: EvalConfig | None = Field(None, description="What to measure afterwards; left out: nothing.")
     export: tuple[Export, ...] = Field((), description="A list of exports to write afterwards.")
+    expected: tuple[ExpectedConfig, ...] = Field((), description="Published numbers, to print ours beside them.")
     output: OutputConfig = Field(description="Where the checkpoint goes.")
     seed: int = Field(0, ge=0, description="Of everything random: same recipe, same machine, same bits.")
 
@@ -107,6 +111,7 @@ class EvalRecipe(Section):
 
     model: ModelConfig = Field(description="Which model, in which precision, where.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="What to measure.")
+    expected: tuple[ExpectedConfig, ...] = Field((), description="Published numbers, to print ours beside them.")
     output: OutputConfig | None = Field(None, description="Where the report goes; left out: only printed.")
     seed: int = Field(0, ge=0, description="Of everything random.")
 
@@ -158,7 +163,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
         command = methods.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which is not there yet; run: qtool {command} {path}")
     model = recipe.model.model_copy(update={"path": str(recipe.output.path)})
-    return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), seed=recipe.seed)
+    return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
 
 
 class _OneExport(Section):
@@ -261,7 +266,9 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
                 table[f"{name} {method}"] = methods.get(method).summary, own
         elif get_origin(hint) is tuple:
             rows = _keys(faults.bare(get_args(hint)[0]))
-            table[f"{name}.N"] = text, [Key("format", "required", f"One of: {', '.join(export_formats())}."), *rows[1:]]
+            if name == "export":
+                rows[0] = Key("format", "required", f"One of: {', '.join(export_formats())}.")
+            table[f"{name}.N"] = text, rows
         elif issubclass(hint, Section):
             table[name] = text, _keys(hint)
         else:
@@ -356,7 +363,7 @@ def _put(target: object, parts: Sequence[str], value: object, before: str = "") 
     part, *rest = parts
     here = f"{before}.{part}" if before else part
     if target is None:
-        target = [] if before in ("export", "eval.tasks") else {}
+        target = [] if before in ("export", "expected", "eval.tasks") else {}
     if isinstance(target, dict):
         return {**target, part: _put(target.get(part), rest, value, here)}
     if not isinstance(target, list):

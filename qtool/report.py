@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from qtool.config import ExpectedConfig
+from qtool.overlap import ALARM, RUN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +60,10 @@ class TaskResult(Record):
     limit: int | None = Field(None, description="Only the first N windows, or examples of each subtask.")
     n: int | None = Field(None, description="Tokens predicted, or examples.")
     detail: bool = Field(False, description="Summed up in the row of its group; left out of tables.")
+    overlap: Number | None = Field(
+        None,
+        description=f"Share of the text's runs of {RUN} tokens that the calibration text holds; null: not measured.",
+    )
     note: str = Field("", description="What a reader must know to compare this number with others.")
 
 
@@ -73,6 +81,51 @@ def task_result(
     return TaskResult.model_validate(row | fields)
 
 
+class CalibrationText(Record):
+    """What a method learned from."""
+
+    source: str
+    num_samples: int
+    seq_len: int
+
+
+class Published(Record):
+    """A published number, and ours beside it."""
+
+    task: str
+    metric: str
+    value: Number = Field(description="As published.")
+    source: str
+    measured: Number | None = Field(None, description="Ours; null: not measured, and note says why.")
+    stderr: Number | None = None
+    difference: Number | None = Field(None, description="measured - value.")
+    note: str = ""
+
+
+def compare(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:
+    """Published numbers beside those of ``results``; of several tasks the plain mean."""
+    return tuple(_beside(each, results) for each in expected)
+
+
+def _beside(expected: ExpectedConfig, results: Sequence[TaskResult]) -> Published:
+    name = expected.tasks[0] if len(expected.tasks) == 1 else f"mean of {', '.join(expected.tasks)}"
+    shown = {"task": name, "metric": expected.metric, "value": expected.value, "source": expected.source}
+    rows = []
+    for task in expected.tasks:
+        known = {row.metric: row for row in results if row.task == task}
+        row = known.get(expected.metric) or (known.get("acc") if expected.metric == "acc_norm" else None)
+        if row is None or row.value is None:
+            reason = f"{task} was not evaluated" if not known else f"{task} has {', '.join(known)} here"
+            return Published(**shown, note=row.note if row else f"not measured: {reason}")
+        rows.append(row)
+    measured = sum(row.value for row in rows if row.value is not None) / len(rows)
+    errors = [row.stderr for row in rows if row.stderr is not None]
+    stderr = math.hypot(*errors) / len(rows) if len(errors) == len(rows) else None
+    limits = {f"limit {row.limit}" for row in rows if row.limit is not None}
+    difference = measured - expected.value
+    return Published(**shown, measured=measured, stderr=stderr, difference=difference, note=", ".join(sorted(limits)))
+
+
 class Report(Record):
     """What was run, how large the result is, and how good."""
 
@@ -86,7 +139,9 @@ class Report(Record):
     float_bytes: int | None = Field(None, description="Weights of the float model on disk.")
     quantized_bytes: int | None = Field(None, description="Weights of the quantized model on disk.")
     seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
+    calibration: CalibrationText | None = Field(None, description="null: no text, or not known.")
     results: tuple[TaskResult, ...] = ()
+    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
     dtype: str | None = Field(None, description="Precision of computation, of both models.")
     device: str | None = None
     backend: str | None = Field(None, description="Arithmetic of packed linears: exact or fast; null: nothing packed.")
@@ -97,16 +152,21 @@ class Report(Record):
     def markdown(self) -> str:
         """The report as a Markdown page."""
         lines = [f"# {self.title()}", "", *(f"* {name}: {text}" for name, text in self.facts()), ""]
+        for warning in self.warnings():
+            lines += [f"> **Warning:** {warning}", ""]
         if self.results:
             header = ["task", "metric", *self.columns(), "shots", "n"]
             cells = [
                 [row.task + self.mark(row), row.metric, *self.numbers(row, "±"), _shots(row), _count(row)]
                 for row in self.shown()
             ]
-            rows = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
-            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+            lines += _markdown_table([header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells])
         if notes := self.notes():
             lines += [*(f"{mark}. {note}" for mark, note in enumerate(notes, 1)), ""]
+        if self.expected:
+            header = ["task", "metric", *PUBLISHED_COLUMNS]
+            cells = [[row.task, row.metric, *_published_cells(row, "±")] for row in self.expected]
+            lines += _markdown_table([header, ["---"] * 2 + ["---:"] * 3 + ["---"], *cells])
         lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
         return "\n".join(lines) + "\n"
 
@@ -120,6 +180,9 @@ class Report(Record):
         say(self.title(), style="bold")
         for name, text in self.facts():
             say(f"  {name}: {text}")
+        for warning in self.warnings():
+            say(f"warning: {warning}", style="bold")
+        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
         if self.results:
             table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
             table.add_column("", overflow="fold")
@@ -127,13 +190,23 @@ class Report(Record):
                 table.add_column(name, justify="right", overflow="fold")
             for row in self.shown():
                 name = row.task if row.task == row.metric else f"{row.task} {row.metric}"
-                numbers = self.numbers(row, "±" if console.encoding.startswith("utf") else "+-")
+                numbers = self.numbers(row, plus_minus)
                 table.add_row(*(Text(cell) for cell in (name + self.mark(row), *numbers)))
             say()
             say(table)
             say()
         for mark, note in enumerate(self.notes(), 1):
             say(f"{mark}. {note}")
+        if self.expected:
+            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+            for name, justify in zip(("", *PUBLISHED_COLUMNS), ("left", *["right"] * 3, "left"), strict=True):
+                table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type] # both are allowed
+            for each in self.expected:
+                cells = (f"{each.task} {each.metric}", *_published_cells(each, plus_minus))
+                table.add_row(*(Text(cell) for cell in cells))
+            say()
+            say(table)
+            say()
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
@@ -161,7 +234,31 @@ class Report(Record):
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
+        if (text := self.calibration) is not None:
+            shape = f"{text.num_samples} windows of {text.seq_len} tokens"
+            facts.append(("calibrated on", f"{text.source}, {shape}"))
+        if shares := self.overlaps():
+            parts = ", ".join(f"{share:.2g} of {task}" for task, share in shares.items())
+            facts.append(("already in the calibration text", f"{parts} (share of its runs of {RUN} tokens)"))
         return [*facts, ("date", self.date)]
+
+    def overlaps(self) -> dict[str, float]:
+        """The share of each evaluated text that the calibration text holds, once for each text."""
+        shares: dict[str, float] = {}
+        for row in self.results:
+            if row.overlap is not None and row.overlap not in shares.values():
+                shares.setdefault(row.task, row.overlap)
+        return shares
+
+    def warnings(self) -> list[str]:
+        """What makes numbers of this report say something else than they seem to."""
+        source = self.calibration.source if self.calibration else "the calibration text"
+        return [
+            f"{share:.1%} of the text of {task} is in {source} as it was used for calibration "
+            f"(runs of {RUN} tokens): what is measured on it is partly memory."
+            for task, share in self.overlaps().items()
+            if share >= ALARM
+        ]
 
     def shown(self) -> list[TaskResult]:
         """The rows that tables have."""
@@ -188,6 +285,20 @@ class Report(Record):
     def notes(self) -> list[str]:
         """Each different note of the rows that are shown."""
         return list(dict.fromkeys(_note(row) for row in self.shown() if _note(row)))
+
+
+PUBLISHED_COLUMNS = ("published", "ours", "difference", "source")
+
+
+def _published_cells(row: Published, plus_minus: str) -> list[str]:
+    """A cell for each of ``PUBLISHED_COLUMNS``."""
+    ours = "not measured" if row.measured is None else _number(row.measured, row.stderr, plus_minus)
+    source = "; ".join(part for part in (row.source, row.note) if part)
+    return [f"{row.value:.6g}", ours, _number(row.difference, None, plus_minus, sign="+"), source]
+
+
+def _markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
 
 
 def _note(row: TaskResult) -> str:

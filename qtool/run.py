@@ -6,7 +6,7 @@ evaluation and exports come after, and a failure there loses nothing of it.
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,15 @@ from qtool import card, checkpoint, data, methods, progress, ranks
 from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
-from qtool.config import FORMAT_VERSION, IMMATERIAL, EvalConfig, ExportConfig, ModelConfig
+from qtool.config import FORMAT_VERSION, IMMATERIAL, DataConfig, EvalConfig, ExpectedConfig, ExportConfig, ModelConfig
+from qtool.data import Calibration
 from qtool.errors import InputError
 from qtool.folders import check_files, resolve
 from qtool.layout import label as _label
 from qtool.models import LoadedModel, choose_device, load_model, packed_linears
+from qtool.overlap import Seen
 from qtool.recipe import Recipe, resolved
-from qtool.report import Report, environment, processor
+from qtool.report import CalibrationText, Report, compare, environment, processor
 from qtool.state import RunState, run_state
 from qtool.verify import load_exported, verify
 
@@ -92,12 +94,14 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
         float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
         checkpoint.check_space(output.path, float_bytes)  # never more than the float model
         _check_exports(recipe, Planned(loaded, specs, shapes))
-        tokens = None
+        text = None
         if method.needs_data(recipe.method):
             with clock.phase("data", f"reading calibration text: {recipe.data.source}"):
-                tokens = _calibration(recipe, loaded, state)
+                text = _calibration(recipe, loaded, state)
+        tokens, labels = text or (None, None)
+        masked = {"labels": labels} if method.takes_labels and labels is not None else {}
         with clock.phase("quantize", f"{recipe.method.name}, {_label(specs)}"):
-            series = method.run(loaded, tokens, recipe.quant, recipe.method, recipe.seed)
+            series = method.run(loaded, tokens, recipe.quant, recipe.method, recipe.seed, **masked)
         ranks.end()
         if not ranks.is_first():
             return None
@@ -117,8 +121,10 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
                 dtype=_name(loaded.dtype),
                 device=str(loaded.device),
                 seed=recipe.seed,
+                calibration=None if tokens is None else _described(recipe.data),
+                expected=compare(recipe.expected, ()),
             )
-            manifest = _manifest(recipe, report, tokens, series, clock.seconds)
+            manifest = _manifest(recipe, report, text, series, clock.seconds)
             files = checkpoint.file_hashes(state.model, "*.safetensors")
             write_json(state.model / MANIFEST, manifest | {"command": command, "lock": lock, "files": files})
             card.write(state.model, report)
@@ -128,9 +134,10 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
         with clock.phase("eval", "evaluating"):
             written = load_model(recipe.model.model_copy(update={"path": str(output.path)}), quantized=True)
             reference = load_model(recipe.model)
-            results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed)
+            seen = None if tokens is None else Seen(recipe.data.source, tokens)
+            results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed, seen)
             found = {"results": tuple(results), "seconds": clock.seconds, "backend": recipe.eval.backend}
-            report = report.model_copy(update=found)
+            report = report.model_copy(update=found | {"expected": compare(recipe.expected, results)})
             del written, reference
         report.write(output.path)
         card.write(output.path, report)
@@ -163,24 +170,36 @@ def _without(keys: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {k: _without(v, names) if isinstance(v, dict) else v for k, v in keys.items() if k not in names}
 
 
-def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> torch.Tensor:
+def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
     """The calibration windows, made by the first process and read by all."""
     if ranks.is_first():
         if recipe.data.source != "generated":
-            state.keep_tokens(data.calibration_tokens(recipe.data, loaded, recipe.seed))
-        elif state.tokens() is None:
+            state.keep_tokens(*data.calibration(recipe.data, loaded, recipe.seed))
+        elif state.calibration() is None:
             # to write text a model must be whole
-            state.keep_tokens(data.calibration_tokens(recipe.data, load_model(recipe.model), recipe.seed))
+            state.keep_tokens(*data.calibration(recipe.data, load_model(recipe.model), recipe.seed))
     ranks.wait()
-    tokens = state.tokens()
-    assert tokens is not None
-    return tokens
+    text = state.calibration()
+    assert text is not None
+    return text
+
+
+def _described(config: DataConfig) -> CalibrationText:
+    return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
 
 
 def evaluate(
-    target: str, config: EvalConfig, model: ModelConfig, float_model: str | None, output: Path | None, seed: int
+    target: str,
+    config: EvalConfig,
+    model: ModelConfig,
+    float_model: str | None,
+    output: Path | None,
+    seed: int,
+    expected: Sequence[ExpectedConfig] = (),
 ) -> Outcome:
     """Measure a native, exported or plain model; beside it its float model, where that is known and there.
+
+    Published numbers are those ``expected``, or else those that the recipe of a native checkpoint names.
 
     Raises:
         InputError: a task, model or output folder that cannot be used.
@@ -201,11 +220,16 @@ def evaluate(
         loaded = load_exported(model) or load_model(model, quantized=True)
         reference = _reference(origin, model, required=float_model is not None)
     with clock.phase("eval", "evaluating"):
-        results = evaluation.evaluate(loaded, config, reference, seed)
+        seen = _seen(manifest, loaded, config)
+        results = evaluation.evaluate(loaded, config, reference, seed, seen)
     described: dict[str, Any] = {}
+    if manifest:
+        recorded = manifest["recipe"]
+        expected = expected or [ExpectedConfig.model_validate(each) for each in recorded.get("expected", ())]
+        described["calibration"] = _described(DataConfig.model_validate(recorded["data"])) if manifest["data"] else None
     if source is not None:
         shapes = {name: tuple(source.tensor(f"{name}.weight_shape").tolist()) for name in source.specs}
-        described = {
+        described |= {
             "quantized": target,
             "label": _label(source.specs),
             "method": manifest["recipe"]["method"]["name"],
@@ -219,6 +243,7 @@ def evaluate(
         float_bytes=checkpoint.folder_bytes(reference.folder) if reference else None,
         seconds=clock.seconds,
         results=tuple(results),
+        expected=compare(expected, results),
         dtype=_name(loaded.dtype),
         device=str(loaded.device),
         backend=config.backend if packed_linears(loaded.model) else None,
@@ -230,6 +255,23 @@ def evaluate(
     return Outcome(output, report, [], clock.total)
 
 
+def _seen(manifest: dict[str, Any], loaded: LoadedModel, config: EvalConfig) -> Seen | None:
+    """The text that a checkpoint was calibrated on, read again where that is cheap and gives the same tokens."""
+    if not manifest.get("data") or not set(config.tasks) & set(evaluation.OWN_TASKS):
+        return None
+    recorded = DataConfig.model_validate(manifest["recipe"]["data"])
+    if not data.is_local(recorded):
+        return Seen(recorded.source, None)
+    try:
+        text = data.calibration(recorded, loaded, manifest["seed"])
+        if data.token_hash(*text) != manifest["data"]["sha256"]:
+            raise InputError(f"{recorded.source} has changed since")
+    except InputError as error:
+        progress.note(f"the overlap with the calibration text is not measured: {error}")
+        return Seen(recorded.source, None)
+    return Seen(recorded.source, text.tokens)
+
+
 def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
     """Write one export of a native checkpoint, read back and compared before it gets its name.
 
@@ -239,7 +281,7 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
     """
     source = Source(folder)
     exporter = formats.get(config.format)
-    _refuse(exporter.refuses(source, config), config, str(folder))
+    _refuse(formats.refusal(config.format, source, config), config, str(folder))
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
         differences = verify(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
@@ -267,7 +309,7 @@ def _check_early(recipe: Recipe) -> None:
 
 def _check_exports(recipe: Recipe, planned: Source) -> None:
     for entry in recipe.export:
-        _refuse(formats.get(entry.format).refuses(planned, entry), entry, recipe.model.path)
+        _refuse(formats.refusal(entry.format, planned, entry), entry, recipe.model.path)
 
 
 def _refuse(reason: str | None, config: ExportConfig, what: str) -> None:
@@ -291,7 +333,7 @@ def _reference(path: str | None, model: ModelConfig, *, required: bool) -> Loade
 def _manifest(
     recipe: Recipe,
     report: Report,
-    tokens: torch.Tensor | None,
+    text: Calibration | None,
     series: dict[str, list[float]],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -299,7 +341,7 @@ def _manifest(
         "format_version": FORMAT_VERSION,
         "recipe": resolved(recipe),
         "seed": recipe.seed,
-        "data": None if tokens is None else {"tokens": list(tokens.shape), "sha256": data.token_hash(tokens)},
+        "data": None if text is None else {"tokens": list(text.tokens.shape), "sha256": data.token_hash(*text)},
         "label": report.label,
         "bits_per_weight": report.bits_per_weight,
         "float_bytes": report.float_bytes,

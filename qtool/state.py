@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qtool import progress, ranks
 from qtool.checkpoint import Files, as_stored, check_folder, failed, file_hashes, shard_name, swap, write_shard
-from qtool.data import token_hash
+from qtool.data import Calibration, token_hash
 from qtool.endtoend import TRAINING
 from qtool.errors import InputError, RunError
 from qtool.models import LoadedModel, packed_linears
@@ -93,21 +93,25 @@ class RunState:
             write_durably(self._record(index), record)
         ranks.wait()
 
-    def tokens(self) -> Tensor | None:
-        """The calibration windows ``[n, t]`` of the earlier start of this run."""
+    def calibration(self) -> Calibration | None:
+        """The calibration windows of the earlier start of this run."""
         file = self.folder / "tokens.safetensors"
-        return Files(self.folder, file.name).tensor("tokens") if file.exists() else None
+        if not file.exists():
+            return None
+        kept = Files(self.folder, file.name)
+        return Calibration(kept.tensor("tokens"), kept.tensor("labels") if "labels" in kept.names else None)
 
-    def keep_tokens(self, tokens: Tensor) -> None:
-        """Keep the calibration windows.
+    def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+        """Keep the calibration windows, and which of their tokens are learned.
 
         Raises:
             InputError: they are not those of the earlier start: its text has changed since.
         """
-        before = self.tokens()
+        before = self.calibration()
         if before is None:
-            write_shard({"tokens": tokens.cpu()}, self.folder / "tokens.safetensors")
-        elif token_hash(before) != token_hash(tokens):
+            kept = {"tokens": tokens.cpu()} if labels is None else {"tokens": tokens.cpu(), "labels": labels.cpu()}
+            write_shard(kept, self.folder / "tokens.safetensors")
+        elif token_hash(*before) != token_hash(tokens, labels):
             raise InputError(
                 f"the calibration text has changed since {self.partial} was begun; restore it, or pass --fresh to "
                 "start over"

@@ -3,11 +3,11 @@
 import json
 import lzma
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -20,18 +20,18 @@ class UnreachableError(InputError):
     """Data is not on this machine, and the hub cannot be reached or does not have it."""
 
 
-def check_file(path: Path) -> None:
-    """The cheap checks of a text file.
+def check_file(path: Path, known: Sequence[str]) -> None:
+    """The cheap checks of a file of text or tokens.
 
     Raises:
-        InputError: it does not exist, is no file, is empty, or has no suffix that can be read.
+        InputError: it does not exist, is no file, is empty, or has none of the suffixes ``known``.
     """
     if not path.exists():
         raise InputError(f"data.source: there is no file {path}")
     if not path.is_file():
-        raise InputError(f"data.source: {path} is a folder; give a file that ends in {', '.join(READERS)}")
-    if not path.name.endswith(tuple(READERS)):
-        raise InputError(f"data.source: {path} has a suffix that cannot be read; known are {', '.join(READERS)}")
+        raise InputError(f"data.source: {path} is a folder; give a file that ends in {', '.join(known)}")
+    if not path.name.endswith(tuple(known)):
+        raise InputError(f"data.source: {path} has a suffix that cannot be read; known are {', '.join(known)}")
     if not path.stat().st_size:
         raise InputError(f"data.source: {path} is empty")
 
@@ -107,23 +107,39 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
+    for number, row in enumerate(_parquet_rows(path, "text")):
+        text = row["text"]
+        if not isinstance(text, str):
+            raise InputError(f"{path}: row {number} of 'text' is {text!r:.40}; a string was expected")
+        yield text
+
+
+def _parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows, with ``column`` alone or with all."""
     import pyarrow.parquet
     from pyarrow import ArrowException
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        if "text" not in columns:
-            raise InputError(f"{path} has the columns {', '.join(columns)}; a column 'text' was expected")
-        row = 0
-        for batch in file.iter_batches(batch_size=256, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise InputError(f"{path}: row {row} of 'text' is {text!r:.40}; a string was expected")
-                yield text
-                row += 1
+        names = file.schema_arrow.names
+        if column is not None and column not in names:
+            raise InputError(f"{path} has the columns {', '.join(names)}; a column {column!r} was expected")
+        for batch in file.iter_batches(batch_size=256, columns=None if column is None else [column]):
+            yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a ``.jsonl`` or ``.parquet`` file with all its fields, after its place in words; none of a text file.
+
+    Raises:
+        InputError: with the line or row where the file cannot be read.
+    """
+    if path.suffix == ".jsonl":
+        yield from ((f"{path}: line {number}", row) for number, row in read_rows(path))
+    elif path.suffix == ".parquet":
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(_parquet_rows(path)))
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
@@ -176,8 +192,18 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def load_hub(repository: str, name: str, split: str, streaming: bool) -> Iterator[str]:
-    """The field ``text`` of each row of a data set on the hub.
+class Hub(NamedTuple):
+    """A data set on the hub, and how it is read."""
+
+    repository: str
+    name: str | None = None  # of the configuration
+    streaming: bool = False  # rows are fetched as they are asked for; otherwise the split is downloaded whole
+    files: str | None = None  # pattern of JSON Lines files to read, where the repository has a script for a loader
+    sorted: bool = False  # by origin: read in an order of its own, drawn once, so that its beginning is a fair sample
+
+
+def load_hub(hub: Hub, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data set on the hub.
 
     Raises:
         UnreachableError: it cannot be had.
@@ -186,12 +212,16 @@ def load_hub(repository: str, name: str, split: str, streaming: bool) -> Iterato
 
     try:
         with hub_access():
-            rows = datasets.load_dataset(repository, name, split=split, streaming=streaming)
-        for row in rows:
-            yield row["text"]
+            if hub.files is None:
+                rows = datasets.load_dataset(hub.repository, hub.name, split=split, streaming=hub.streaming)
+            else:  # as lines: the fields beside the text differ from file to file, which no table can hold
+                files = f"hf://datasets/{hub.repository}/{hub.files}"
+                rows = datasets.load_dataset("text", data_files={split: files}, split=split, streaming=hub.streaming)
+        for row in rows.shuffle(seed=0) if hub.sorted else rows:
+            yield row if hub.files is None else json.loads(row["text"])
     except Exception as error:  # the hub's clients raise many kinds, and all of them mean: there is no such data here
         raise UnreachableError(
-            f"{repository} cannot be read from the Hugging Face hub ({first_line(error)})"
+            f"{hub.repository} cannot be read from the Hugging Face hub ({first_line(error)})"
         ) from error
 
 

@@ -15,6 +15,7 @@ import qtool
 from qtool import cli, doctor, methods, progress
 from qtool.config import MethodConfig
 from qtool.errors import RunError
+from qtool.recipe import packaged
 
 
 class Demo(MethodConfig):
@@ -226,20 +227,24 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
     options = "--tasks boolq,mmlu --limit 5 --batch-size 8 --num-fewshot 2 --context 64 --dtype float32 --device cpu"
     args = ["eval", str(tmp_path), *options.split(), "--float-model", "org/m", "-o", "out"]
     assert cli.main(args) == 0
-    ((target, config, model, float_model, output, seed),) = run.calls
+    ((target, config, model, float_model, output, seed, expected),) = run.calls
     assert (target, model.path, model.dtype, model.device) == (str(tmp_path), str(tmp_path), "float32", "cpu")
     assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
     assert (config.num_fewshot, config.context) == (2, 64)
-    assert (float_model, output, seed) == ("org/m", Path("out"), 0)
+    assert (float_model, output, seed, expected) == ("org/m", Path("out"), 0, ())
     assert capsys.readouterr().out.endswith("| inf |\n")
 
 
 def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: str) -> None:
-    Path("e.yaml").write_text("model: {path: m}\neval: {tasks: [kl], limit: 3}\noutput: {path: o}\nseed: 4\n")
+    published = "{tasks: [kl], metric: kl, value: 0.1, source: a paper}"
+    Path("e.yaml").write_text(
+        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\noutput: {{path: o}}\nseed: 4\n"
+    )
     assert cli.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
-    ((target, config, _, float_model, output, seed),) = run.calls
+    ((target, config, _, float_model, output, seed, expected),) = run.calls
     assert (target, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
     assert (float_model, output, seed) == (None, Path("o"), 4)
+    assert [each.source for each in expected] == ["a paper"]
 
 
 def test_eval_lists_what_is_wrong_with_its_options(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +271,7 @@ def test_export_calls_the_exporter(run: Any, tmp_path: Path, capsys: pytest.Capt
 def test_recipes_lists_all_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
+    assert [line.split()[0] for line in lines] == list(packaged())
     assert all(len(line) <= 120 and len(line.split()) > 4 for line in lines)
     assert cli.main(["recipes", "quickstart"]) == 0
     text = (Path(qtool.__file__).parent / "recipes" / "quickstart.yaml").read_text()
@@ -305,7 +310,6 @@ def test_the_shell_completes_commands_and_recipes(words: str, number: int, expec
     env = {**os.environ, "COMP_WORDS": words, "COMP_CWORD": str(number), "_QTOOL_COMPLETE": "complete_bash"}
     done = subprocess.run([sys.executable, "-m", "qtool"], env=env, capture_output=True, text=True, check=True)
     assert expected in done.stdout.split()
-    assert "qat" not in done.stdout.split()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

@@ -12,7 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from qtool import data, texts
+from qtool import data, generate, texts
 from qtool.config import DataConfig
 from qtool.errors import InputError
 from qtool.models import LoadedModel
@@ -191,7 +191,7 @@ def test_generated_text_is_fixed_by_its_seed_alone(loaded):
 
 def test_generated_text_does_not_depend_on_the_batch(loaded, monkeypatch):
     whole = data.generated_tokens(loaded, 6, 24, seed=1)
-    monkeypatch.setattr(data, "CACHE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(generate, "CACHE_BYTES", {"cpu": 1})
     assert torch.equal(whole, data.generated_tokens(loaded, 6, 24, seed=1))
 
 
@@ -210,7 +210,7 @@ def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(load
 def test_generated_text_has_the_frequencies_of_the_model(loaded):
     uniform = (torch.arange(10_000) + 0.5)[:, None] / 10_000
     allowed = torch.arange(1, 6)
-    draw = data._sampler(uniform, torch.zeros(10_000), allowed, torch.device("cpu"))
+    draw = generate._sampler(uniform, torch.zeros(10_000), allowed, torch.device("cpu"))
     logits = torch.tensor([9.0, 0.0, 1.0, -1.0, 0.5, 2.0]).expand(10_000, 6)
     drawn = draw(logits, 0, 9)
     assert 0 not in drawn

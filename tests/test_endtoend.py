@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool import checkpoint, endtoend, methods, ranks, recipe, run
+from qtool import checkpoint, endtoend, methods, progress, ranks, recipe, run
 from qtool.blocks import run_blocks
 from qtool.config import ModelConfig, QuantConfig
 from qtool.errors import InputError, RunError
 from qtool.methods import Method, _trained, rtn
 from qtool.models import LoadedModel, Streaming, load_model, packed_linears
-from qtool.quant.affine import QuantizedWeight
+from qtool.quant.affine import QuantizedWeight, dequantize
 from qtool.quant.linear import QuantLinear
 from qtool.train import windows_of_step
 
@@ -67,10 +67,11 @@ def test_every_window_is_seen_once_before_any_is_seen_again(size: int, num: int,
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("still", [{"steps": 0}, {"travel": 0.0, "scale_travel": 0.0, "steps": 2}], ids=str)
+@pytest.mark.parametrize("name", ["lsq", "qat"])
 def test_no_steps_or_no_rate_is_round_to_nearest(
-    method: Method, make_llama: Callable[[], LoadedModel], tokens: Tensor, still: dict[str, Any], symmetric: bool
+    name: str, make_llama: Callable[[], LoadedModel], tokens: Tensor, still: dict[str, Any], symmetric: bool
 ) -> None:
-    quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
+    method, quant = methods.get(name), QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
     still = {key: value for key, value in still.items() if key in method.config.model_fields}
     found, _ = train(method, make_llama(), tokens, quant, **still, **minmax(method))
     nearest = make_llama()
@@ -95,10 +96,54 @@ def test_every_trainable_parameter_moves(
     monkeypatch.setattr(_trained, "train_model", watched)
     train(method, llama, tokens, QuantConfig(num_bits=2, group_size=16, symmetric=symmetric), **minmax(method))
     layers = [name.removesuffix(".weight") for name in before if name.endswith("_proj.weight")]
-    learned = {"lsq": ["weight", "scale", *([] if symmetric else ["zero_point"])], "qat": ["weight"]}
-    moving = {f"{layer}.{part}" for layer in layers for part in learned[method.config.model_fields["name"].default]}
+    learned = ["weight"]
+    if "scale_travel" in method.config.model_fields:
+        learned += ["scale", *([] if symmetric else ["zero_point"])]
+    moving = {f"{layer}.{part}" for layer in layers for part in learned}
     for name, value in before.items():
         assert torch.equal(value, after[name]) != (name in moving), name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_llmqat_starts_on_the_grid_of_the_largest_weight(llama: LoadedModel, tokens: Tensor, bits: int) -> None:
+    quant = QuantConfig(num_bits=bits, group_size=-1)
+    weights = {target.name: target.weight.clone() for target in llama.targets(quant)}
+    found, _ = train(methods.get("llmqat"), llama, tokens, quant, steps=0)
+    for name, weight in found.items():
+        highest = 2 ** (bits - 1) - 1
+        scale = (weights[name].abs().amax(1, keepdim=True) / highest).half().float()
+        assert torch.equal(weight.scale, scale)
+        assert torch.equal(weight.codes, (weights[name] / scale + highest + 1).round().to(torch.uint8)), name
+        assert int(weight.codes.min()) >= 1, "the lowest code goes unused"
+
+
+def test_paretoq_has_levels_on_both_sides_of_zero_at_2_bits(llama: LoadedModel, tokens: Tensor) -> None:
+    quant = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
+    weights = {target.name: target.weight.clone() for target in llama.targets(quant)}
+    again = copy.deepcopy(llama)
+    found, _ = train(methods.get("paretoq"), llama, tokens, quant, steps=0)
+    for name, weight in found.items():
+        assert bool((weight.zero_point == 1.5).all())
+        alpha = weights[name].abs().amax(1, keepdim=True)
+        levels = alpha * ((weights[name] / alpha).clamp(-0.99, 0.99).mul(2).sub(0.5).round() + 0.5) / 2
+        assert torch.allclose(dequantize(*weight), levels, rtol=1e-4), name
+    moved, _ = train(methods.get("paretoq"), again, tokens, quant, steps=4)
+    assert all(bool((weight.zero_point == 1.5).all()) for weight in moved.values())
+
+
+def test_paretoq_on_a_grid_of_integers_says_that_it_is_lsq(llama: LoadedModel, tokens: Tensor) -> None:
+    notes: list[str] = []
+
+    class Notes(progress.Sink):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    with progress.use(Notes()):
+        found, _ = train(methods.get("paretoq"), llama, tokens, QuantConfig(num_bits=2, group_size=16), steps=0)
+    assert all(bool((weight.zero_point == 2).all()) for weight in found.values())
+    assert [note.split(";")[0] for note in notes] == [
+        "14 linears of 2 bits are trained with integer zero points, as lsq does"
+    ]
 
 
 def test_training_lowers_the_loss(method: Method, llama: LoadedModel, tokens: Tensor) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import qtool
 from qtool import checkpoint, hf
 from qtool.checkpoint import Source
-from qtool.config import FORMAT_VERSION, ModelConfig, QuantConfig
+from qtool.config import ACTIVATIONS_VERSION, ModelConfig, QuantConfig
 from qtool.errors import InputError
 from qtool.folders import read_config
 from qtool.layout import describe
@@ -272,8 +272,8 @@ def test_the_config_can_be_printed_copied_and_written(llama: Native) -> None:
 def test_a_config_of_another_version_or_method_is_refused(llama: Native) -> None:
     section = describe(llama.specs)
     assert hf.QtoolConfig(**section).to_dict() == section
-    with pytest.raises(InputError, match=f"format version {FORMAT_VERSION + 1}.*upgrade qtool"):
-        hf.QtoolConfig(**section | {"format_version": FORMAT_VERSION + 1})
+    with pytest.raises(InputError, match=f"format version {ACTIVATIONS_VERSION + 1}.*upgrade qtool"):
+        hf.QtoolConfig(**section | {"format_version": ACTIVATIONS_VERSION + 1})
     with pytest.raises(InputError, match="format version None"):
         hf.QtoolConfig(**{key: value for key, value in section.items() if key != "format_version"})
     with pytest.raises(InputError, match="'gptq', not a qtool checkpoint"):
@@ -282,7 +282,7 @@ def test_a_config_of_another_version_or_method_is_refused(llama: Native) -> None
 
 def test_a_newer_checkpoint_is_refused_by_from_pretrained(damaged: Path) -> None:
     config = read_config(damaged)
-    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
+    config["quantization_config"]["format_version"] = ACTIVATIONS_VERSION + 1
     checkpoint.write_json(damaged / "config.json", config)
     with pytest.raises(InputError, match="upgrade qtool"):
         AutoModelForCausalLM.from_pretrained(damaged)

@@ -41,8 +41,11 @@ def generator(seed: int) -> torch.Generator:
 QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best result
     "efficientqat": {"min_steps": 16, "batch_size": 2, "e2e": {"steps": 4, "batch_size": 2, "scale_travel": 0.01}},
     "signround": {"iterations": 20},
+    "lrqat": {"batch_size": 2, "rank": 4, "travel": 0.1, "scale_travel": 0.02},
     "lsq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
+    "paretoq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
     "qat": {"batch_size": 2, "travel": 0.1},
+    "llmqat": {"batch_size": 2, "travel": 0.1},
 }
 
 
@@ -73,7 +76,8 @@ def same(ours: dict[str, QuantizedWeight], theirs: dict[str, QuantizedWeight]) -
 
 
 def test_there_are_the_methods_that_users_know() -> None:
-    assert {"awq", "efficientqat", "gptq", "hqq", "lsq", "qat", "rtn", "signround"} <= set(methods.names())
+    trained = {"efficientqat", "llmqat", "lrqat", "lsq", "paretoq", "qat"}
+    assert {"awq", "gptq", "hqq", "rtn", "signround"} | trained <= set(methods.names())
 
 
 def test_a_method_says_what_it_is(method: methods.Method, request: pytest.FixtureRequest) -> None:

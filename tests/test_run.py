@@ -463,7 +463,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "loading": Stage(pipeline, "load_model", "nothing"),
-    "reading data": Stage(pipeline.data, "calibration_tokens", "nothing"),
+    "reading data": Stage(pipeline.data, "calibration", "nothing"),
     "saving": Stage(pipeline.checkpoint, "save", "blocks"),
     "writing the card": Stage(card, "write", "blocks"),
     "evaluating": Stage(evaluation, "evaluate", "all"),

@@ -36,14 +36,13 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    shown = [name for name, command in commands.items() if not command.hidden]
     others = ["eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
-    assert shown == ["ptq", "qat", "efficientqat", *others]
-    assert sorted(set(commands) - set(shown)) == ["lrqat"]
+    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", *others]
+    assert not any(command.hidden for command in commands.values())
 
 
-def test_a_command_is_shown_once_a_method_runs_under_it() -> None:
-    assert {methods.get(name).command for name in methods.names()} == set(cli.READY)
+def test_every_command_has_a_method_and_every_method_a_command() -> None:
+    assert {methods.get(name).command for name in methods.names()} == set(cli.METHOD_COMMANDS)
 
 
 def test_options() -> None:
@@ -64,10 +63,14 @@ def test_recipe_keys() -> None:
     assert {section: names for section, names in found.items() if section not in own} == {
         "model": ["path", "dtype", "device"],
         "method": ["name"],
-        "quant": ["num_bits", "group_size", "symmetric", "scale_dtype", "float_zero", "overrides"],
+        "quant": [
+            *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
+            *("activations", "kv_cache", "kv_group_size", "overrides", "preset"),
+        ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
         "export.N": ["format", "path", "dtype"],
+        "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite"],
         "": ["seed"],
     }
@@ -83,6 +86,27 @@ def test_keys_of_efficientqat() -> None:
     assert [name for name in found if "." not in name] == phase_one.split()
     assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "optim", "e2e"}
     assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_travel", "e2e.zero_travel", "e2e.lr"} <= set(found)
+
+
+ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gradient forward"
+OPTIM = "optimizer betas eps schedule final_share warmup_share max_grad_norm accumulation"
+TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
+END_TO_END = [
+    *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "batch_size"),
+    *(f"optim.{key}" for key in OPTIM.split()),
+    *("gradient_checkpointing", "validation_samples", "validate_every", "save_every", "tracker"),
+    *("travel", "lr", "weight_decay"),
+]
+GRID = ["scale_travel", "scale_lr"]
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("lsq", ["init", *GRID]), ("paretoq", GRID), ("qat", []), ("llmqat", [])],
+)
+def test_keys_of_trained_methods(method: str, own: list[str]) -> None:
+    found = [key.name for key in recipe.keys()[f"method {method}"][1]]
+    assert sorted(found) == sorted([*END_TO_END, *TRAINED, *own])
 
 
 def test_every_key_is_described() -> None:

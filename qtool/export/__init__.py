@@ -28,6 +28,17 @@ class Exporter(NamedTuple):
     """Float32 weight ``[out, in]`` of a linear in a written folder, by code that shares nothing with ``write``."""
 
 
+def refusal(name: str, source: Source, config: ExportConfig) -> str | None:
+    """Why the format ``name`` cannot hold ``source``, and what to do; ``None`` when it can."""
+    rounding = next((linear for linear, spec in source.specs.items() if spec != spec.weights_only), None)
+    if rounding is not None:
+        return (
+            f"{rounding} rounds activations (quant.activations, quant.kv_cache), which {name} does not say and its "
+            "readers would leave out; use the native checkpoint, or quantize without them"
+        )
+    return get(name).refuses(source, config)
+
+
 @cache
 def names() -> tuple[str, ...]:
     """Every format, by file name."""

@@ -19,6 +19,9 @@ class Method:
     ``run(model, tokens, quant, config, seed)`` leaves every target linear of ``model`` a ``PackedLinear`` and no
     other, and returns named series of numbers for the manifest (e.g. ``{"block_error": [...]}``). The result
     depends on its arguments only. ``tokens`` is ``[n, t]`` int64, or ``None`` when ``needs_data`` says so.
+
+    Where not every token is to be learned, a method that ``takes_labels`` is also called with ``labels=``: ``[n, t]``
+    int64, the token itself or -100, at the same positions as ``tokens``.
     """
 
     command: Command
@@ -27,6 +30,7 @@ class Method:
     run: Callable[..., dict[str, list[float]]]
     needs_data: Callable[[Any], bool] = lambda config: True
     end_to_end: Callable[[Any], bool] = lambda config: False  # whether it trains the whole model, last of all
+    takes_labels: bool = False
 
 
 @cache

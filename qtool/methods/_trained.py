@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.checkpoint import Source
@@ -50,7 +51,7 @@ class Start:
             where = "only the recipe quantizes" if odd in asked else "the recipe leaves in floating point"
             raise InputError(f"init_from: {folder} does not fit: {odd} is a linear that {where}")
         for name, target in asked.items():
-            if found[name] != target.spec:
+            if found[name].weights_only != target.spec.weights_only:
                 raise InputError(
                     f"init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
                     f"{target.spec.label()}, and all keys of quant must agree"
@@ -83,7 +84,49 @@ class EndToEnd(TrainedConfig, EndToEndConfig):
     """The base of the section of a method that trains all linears at once."""
 
 
+class WeightsConfig(EndToEnd):
+    """The same of a method that trains their weights: how fast these move.
+
+    Rates follow the model and the budget: a weight whose gradient keeps its sign moves by ``travel`` quantization steps
+    in the whole training, whatever that is: Adam's steps have the size of the rate.
+    """
+
+    travel: float = Field(0.2, ge=0, description="How far a weight can move in all steps, in quantization steps.")
+    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
+    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
+
+
+class GridConfig(WeightsConfig):
+    """The same of a method that also trains scales and zero points."""
+
+    scale_travel: float = Field(
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+    )
+    scale_lr: float | None = Field(
+        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
+    )
+
+
 C = TypeVar("C", bound=EndToEnd)
+
+
+def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> Group:
+    """The weights of ``layer``; ``total`` is the sum of the schedule's factors."""
+    lr = config.travel * float(layer.qparams()[0].detach().mean()) / total if config.lr is None else config.lr
+    return Group([layer.weight], lr, config.weight_decay)
+
+
+def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[Group]:
+    """The weights, scales and, where they are learned, zero points of ``layer``."""
+    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
+    scale_lr = ends * float(layer.scale.detach().mean()) * 2 / layer.spec.qmax
+    groups = [
+        weight_group(layer, config, total),
+        Group([layer.scale], scale_lr if config.scale_lr is None else config.scale_lr),
+    ]
+    if layer.zero_point.requires_grad:
+        groups.append(Group([layer.zero_point], ends if config.scale_lr is None else config.scale_lr))
+    return groups
 
 
 def train_linears(
@@ -94,9 +137,11 @@ def train_linears(
     seed: int,
     make: Callable[[Target, C], L],
     groups_of: Callable[[L, C, float], list[Group]],
+    labels: Tensor | None = None,
 ) -> dict[str, list[float]]:
     """Train a layer in the place of each target on ``tokens`` ``[n, t]``, all at once, and pack.
 
+    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere.
     ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
     the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
     """
@@ -110,6 +155,6 @@ def train_linears(
         start.take_codes(layers)
     total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
     groups = [group for layer in layers.values() for group in groups_of(layer, config, total)]
-    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed)
+    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
     pack_linears(loaded.model, layers)
     return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})

@@ -8,7 +8,8 @@ Where we differ: a scale belongs to a group of weights; the ranges at the start 
 ``2 mean|w| / sqrt(Qp)`` was made for layers that still have everything to learn; gradients of scales are not divided by
 ``sqrt(n Qp)`` unless ``rounding.scale_gradient`` says so, which Adam does not notice; and the rates follow the model
 and the budget: a weight whose gradient never changes its sign moves by ``travel`` quantization steps in the whole
-training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take the absolute rates of papers.
+training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``scale_lr`` take absolute rates, as
+papers give them.
 """
 
 from typing import Literal
@@ -19,30 +20,20 @@ from torch import Tensor
 
 from qtool.config import QuantConfig, QuantSpec
 from qtool.methods import Method
-from qtool.methods._trained import EndToEnd, train_linears
+from qtool.methods._trained import GridConfig, grid_groups, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
 from qtool.quant.affine import grouped, minmax_qparams, stored_scale
 from qtool.quant.linear import QuantLinear
 from qtool.quant.ranges import search_qparams
-from qtool.train import Group
 
 
-class Config(EndToEnd):
+class Config(GridConfig):
     """LSQ: weights, scales and zero points trained through the rounding, end to end."""
 
     name: Literal["lsq"] = "lsq"
     init: Literal["minmax", "search", "lsq"] = Field(
         "search", description="Ranges at the start: the extremes, the least error of weights, or 2 mean|w| / sqrt(Qp)."
     )
-    travel: float = Field(1.0, ge=0, description="How far a weight can move in all steps, in quantization steps.")
-    scale_travel: float = Field(
-        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
-    )
-    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
-    scale_lr: float | None = Field(
-        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
 
 
 def lsq_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -63,22 +54,18 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
     return layer
 
 
-def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
-    """What trains of a layer; ``total`` is the sum of the schedule's factors."""
-    scale = float(layer.scale.detach().mean())
-    lr = config.travel * scale / total if config.lr is None else config.lr
-    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
-    scale_lr = ends * scale * 2 / layer.spec.qmax if config.scale_lr is None else config.scale_lr
-    groups = [Group([layer.weight], lr, config.weight_decay), Group([layer.scale], scale_lr)]
-    zero_lr = ends if config.scale_lr is None else config.scale_lr
-    return groups if layer.spec.symmetric else [*groups, Group([layer.zero_point], zero_lr)]
-
-
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]`` and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of)
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, grid_groups, labels)
 
 
 METHOD = Method(
-    "qat", "all weights and scales trained end to end (learned step size)", Config, run, end_to_end=lambda config: True
+    "qat",
+    "all weights and scales trained end to end (learned step size)",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
 )

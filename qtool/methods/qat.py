@@ -11,25 +11,21 @@ checkpoint's, up to the rounding of scales, where its ranges were the extremes, 
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from qtool.config import QuantConfig
 from qtool.methods import Method
-from qtool.methods._trained import EndToEnd, train_linears
+from qtool.methods._trained import WeightsConfig, train_linears, weight_group
 from qtool.models import LoadedModel, Target, linear_bias
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.linear import QuantLinear
 from qtool.train import Group
 
 
-class Config(EndToEnd):
+class Config(WeightsConfig):
     """Plain quantization-aware training: weights trained through the rounding, end to end."""
 
     name: Literal["qat"] = "qat"
-    travel: float = Field(1.0, ge=0, description="How far a weight can move in all steps, in quantization steps.")
-    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
-    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
 
 
 class MinMaxLinear(QuantLinear):
@@ -45,15 +41,23 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
     return MinMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
 
 
-def groups_of(layer: QuantLinear, config: Config, total: float) -> list[Group]:
-    """What trains of a layer; ``total`` is the sum of the schedule's factors."""
-    lr = config.travel * float(layer.qparams()[0].mean()) / total if config.lr is None else config.lr
-    return [Group([layer.weight], lr, config.weight_decay)]
+def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[Group]:
+    """What trains of a layer: the weights; ``total`` is the sum of the schedule's factors."""
+    return [weight_group(layer, config, total)]
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]`` and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of)
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
 
 
-METHOD = Method("qat", "weights trained end to end on their min-max grid", Config, run, end_to_end=lambda config: True)
+METHOD = Method(
+    "qat",
+    "weights trained end to end on their min-max grid",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
+)

@@ -1,4 +1,7 @@
-"""The two linear layers: ``QuantLinear`` is trained, ``PackedLinear`` is shipped, ``freeze`` changes no bit."""
+"""The two linear layers: ``QuantLinear`` is trained, ``PackedLinear`` is shipped, ``freeze`` changes no bit.
+
+Both round what they read and give, where their spec says so, around whatever ``forward`` they or a subclass have.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.config import FORMAT_VERSION, QuantSpec, RoundingConfig
+from qtool.config import ACTIVATION_KEYS, FORMAT_VERSION, QuantSpec, RoundingConfig
 from qtool.errors import InputError
 from qtool.quant import affine, kernels
+from qtool.quant.activations import round_input, round_output
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.quant.rounding import PLAIN, scaled_gradient
@@ -19,7 +23,17 @@ CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; o
 CELL = 0.499  # how far from its code a weight may start: what float32 can tell from half a code at 8 bits
 
 
-class QuantLinear(nn.Module):
+class _Rounding(nn.Module):
+    """A linear that rounds what it reads and gives as its spec says; ``forward`` is the product between."""
+
+    spec: QuantSpec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``; here and not in ``forward``, which is replaced here and there."""
+        return round_output(super().__call__(round_input(x, self.spec)), self.spec)
+
+
+class QuantLinear(_Rounding):
     """A linear whose weight passes through its grid in every forward; weight, scale and zero point can train.
 
     ``grid_weight`` is the seam for methods that add something inside the rounding; ``qparams`` for those that
@@ -53,7 +67,8 @@ class QuantLinear(nn.Module):
             InputError: another grid.
         """
         codes, scale, zero_point, spec = quantized
-        differs = [key for key, value in spec if value != getattr(self.spec, key)]
+        ours = self.spec.weights_only
+        differs = [key for key, value in spec.weights_only if value != getattr(ours, key)]
         if differs:
             found, asked = (", ".join(f"{key} {getattr(s, key)}" for key in differs) for s in (spec, self.spec))
             raise InputError(f"the weights to start from have {found}; this run asks for {asked}: make them the same")
@@ -147,7 +162,7 @@ class SeqLinear(QuantLinear):
         return grid.clamp(self.spec.qmax / 2 - edge, self.spec.qmax / 2 + edge)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(_Rounding):
     """A linear whose weight is held as packed codes; buffer names and shapes are those of ``pack-quantized``.
 
     The buffer ``weight`` is one byte, the format version. Its shape makes a loader that does not know qtool stop at
@@ -291,4 +306,5 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and grid, for ``print(model)``."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.label()}"
+        rounded = "".join(f", {key}={getattr(self.spec, key)}" for key in ACTIVATION_KEYS if getattr(self.spec, key))
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.label()}{rounded}"

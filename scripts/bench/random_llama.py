@@ -1,10 +1,13 @@
-"""A random bfloat16 Llama of about 0.5 B parameters, and native checkpoints of it, for ``qtool bench``.
+"""A random bfloat16 Llama, and native checkpoints of it, for ``qtool bench`` and for measuring memory.
 
-    python scripts/bench/random_llama.py out/llama --vocabulary 16384 --grids w4g128,w8pc,w8g128,w3g128,w2g64a
+    python scripts/bench/random_llama.py out/llama --grids w4g128,w8pc,w8g128,w3g128,w2g64a
     qtool bench out/llama/w4g128
 
-The shape of a block is that of Llama 3.2 1B: hidden 2048, MLP 8192, 32 heads, 8 of keys and values. Weights are
-random and rounded to nearest: speed does not depend on their values.
+    python scripts/bench/random_llama.py out/deep16 --blocks 16 --mlp 5632 --kv-heads 4 --vocabulary 32000 --grids ""
+    python scripts/bench/peers.py --model out/deep16/float --bits 4 --group-size 128 --num-samples 16 --eval-windows 1
+
+By default about 0.5 B parameters in blocks of the shape of Llama 3.2 1B: hidden 2048, MLP 8192, 32 heads, 8 of keys and
+values. Weights are random and rounded to nearest: neither speed nor memory depends on their values.
 """
 
 import argparse
@@ -26,16 +29,16 @@ def quant(grid: str) -> QuantConfig:
     return QuantConfig.model_validate({"num_bits": bits, "group_size": group, "symmetric": name == grid})
 
 
-def make_float(folder: Path, vocabulary: int, blocks: int) -> None:
+def make_float(folder: Path, vocabulary: int, blocks: int, mlp: int, kv_heads: int) -> None:
     """Write the float model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=2048,
-        intermediate_size=8192,
+        intermediate_size=mlp,
         num_hidden_layers=blocks,
         num_attention_heads=32,
-        num_key_value_heads=8,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -57,17 +60,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--mlp", type=int, default=8192)
+    parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--grids", default="w4g128")
     args = parser.parse_args()
     if not (args.folder / "float").exists():
-        make_float(args.folder / "float", args.vocabulary, args.blocks)
-    for grid in args.grids.split(","):
+        make_float(args.folder / "float", args.vocabulary, args.blocks, args.mlp, args.kv_heads)
+    for grid in filter(None, args.grids.split(",")):
         if (args.folder / grid).exists():
             continue
         loaded = load_model(ModelConfig(path=str(args.folder / "float"), dtype="bfloat16", device="cpu"))
+        specs = {target.name: target.spec for target in loaded.targets(quant(grid))}
         rtn.run(loaded, None, quant(grid), rtn.Config(), 0)
         with checkpoint.atomic_folder(args.folder / grid, overwrite=False) as partial:
-            checkpoint.save(partial, loaded)
+            checkpoint.save(partial, loaded, specs)
         print(args.folder / grid)
 
 

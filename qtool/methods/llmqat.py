@@ -1,0 +1,63 @@
+"""LLM-QAT: quantization-aware training without data, distilled from the float model (Liu et al., arXiv 2305.17888).
+
+The model writes the text that it is trained on (``data.source: generated``, the default: the first tokens are its most
+likely ones, the rest is drawn), and the loss is the divergence from its own float outputs. On symmetric grids the scale
+is the largest weight of a group over the highest level, ``max|w| / (2**(num_bits - 1) - 1)``, in every step anew: no
+weight is clipped, and the lowest code goes unused, so that 2 bits are three levels. Asymmetric grids span the extremes.
+The paper has one scale for each output channel: ``quant.group_size: -1``.
+
+Where we differ: the divergence is a mean over tokens, where the paper's code divides by windows and so makes the rate
+depend on their length; and only the quantized linears train, at rates that follow the model and the budget.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtool.config import QuantConfig
+from qtool.methods import Method
+from qtool.methods._trained import WeightsConfig, train_linears
+from qtool.methods.qat import MinMaxLinear, groups_of
+from qtool.models import LoadedModel, Target, linear_bias
+from qtool.quant.affine import grouped, stored_scale
+
+
+class Config(WeightsConfig):
+    """LLM-QAT: weights distilled from the float model, on text that it writes itself."""
+
+    name: Literal["llmqat"] = "llmqat"
+
+
+class AbsMaxLinear(MinMaxLinear):
+    """A linear whose symmetric grid ends at its largest weight, on both sides."""
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """The grid of the weights as they are, without gradients."""
+        if not self.spec.symmetric:
+            return super().qparams()
+        largest = grouped(self.weight.detach(), self.spec).abs().amax(-1)
+        scale = stored_scale(torch.where(largest == 0, 1.0, largest) / (self.spec.middle - 1), self.spec)
+        return scale, torch.full_like(scale, self.spec.middle)
+
+
+def make_linear(target: Target, config: Config) -> AbsMaxLinear:
+    """The layer that trains in the place of a target."""
+    return AbsMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
+
+
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
+    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
+
+
+METHOD = Method(
+    "qat",
+    "weights distilled end to end without data (LLM-QAT)",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
+)

@@ -1,0 +1,209 @@
+"""LR-QAT: train a low-rank term inside the rounding, on weights that stay frozen on a grid of few bits.
+
+Full quantization-aware training holds for every weight a master copy, a gradient and two moments. LR-QAT (arXiv
+2406.06385) trains, for each linear, only two thin factors and the scales:
+
+    W = scale * (clip(round(Phi + alpha / r * A B)) - zero_point),      A [out, r], B [r, in]
+
+``Phi = phi(W0 / scale0 + zero_point)`` is where the float weight lies on the grid at the start, kept in few bits (eqs.
+6 to 8): ``fixed``, one byte with ``8 - num_bits`` bits behind the point; ``codes``, the rounded weight; or bfloat16
+and float32. Since the product is inside the rounding, training ends with one matrix of integers: no adapter is left
+beside it, and the integers are those of the last forward, bit for bit. With ``checkpoint_weights`` nothing of the size
+of a weight lives from the forward to the backward.
+
+Where we differ: Phi counts from the grid's middle, so that asymmetric grids fit the same byte, which the released code
+cannot run at 2 bits; ``factors: svd`` fits what Phi lost in grid units, which is exact for every kind of group; and the
+rates follow the budget: an entry of A or B whose gradient never changes its sign moves by ``travel`` in the whole
+training, the ends of a range by ``scale_travel`` quantization steps. ``lr`` and ``scale_lr`` take the paper's rates.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qtool.config import OptimConfig, QuantConfig, QuantSpec
+from qtool.methods import Method
+from qtool.methods._trained import EndToEnd, train_linears
+from qtool.models import LoadedModel, Target, linear_bias
+from qtool.quant import affine
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.linear import QuantLinear
+from qtool.quant.packing import pack, unpack
+from qtool.quant.ranges import search_qparams
+from qtool.train import Group
+
+Form = Literal["fixed", "codes", "bfloat16", "float32"]
+
+
+class Config(EndToEnd):
+    """LR-QAT: a low-rank term inside the rounding, trained end to end on frozen weights of few bits."""
+
+    name: Literal["lrqat"] = "lrqat"
+    rank: int = Field(32, ge=1, description="Columns of A and rows of B.")
+    alpha: float = Field(1.0, gt=0, description="The product A B counts alpha / rank times, in codes.")
+    phi: Form = Field(
+        "fixed",
+        description="How the frozen weight is held: one byte with 8 - num_bits bits behind the point, rounded codes, "
+        "or a float.",
+    )
+    factors: Literal["zero", "svd"] = Field(
+        "zero", description="Start of A and B: A zero and B random, or the best fit of what phi lost."
+    )
+    svd_steps: int = Field(1, ge=1, description="Rounds of splitting a weight into phi and factors, for svd.")
+    range: Literal["minmax", "search"] = Field(
+        "search", description="Ranges at the start: the extremes, or the least error of weights."
+    )
+    norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
+    travel: float = Field(1.0, ge=0, description="How far an entry of A or B can move in all steps.")
+    scale_travel: float = Field(
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+    )
+    lr: float | None = Field(None, ge=0, description="Learning rate of A and B, in place of travel.")
+    scale_lr: float | None = Field(None, ge=0, description="Learning rate of scales, in place of scale_travel.")
+    checkpoint_weights: bool = Field(
+        True, description="Expand each weight again for its gradient instead of holding it; same result."
+    )
+    optim: OptimConfig = Field(
+        OptimConfig(betas=(0.9, 0.95), schedule="linear", final_share=0.0, warmup_share=0.1, max_grad_norm=1.0),
+        description="How parameters follow their gradients.",
+    )
+
+
+class Phi(nn.Module):
+    """Grid positions ``[out, in]`` kept in a form of few bits, counted from the grid's middle."""
+
+    def __init__(self, grid: Tensor, spec: QuantSpec, form: Form) -> None:
+        """Keep ``grid`` ``[out, in]``, in codes; ``fixed`` and ``codes`` clip it to the grid, the others do not."""
+        super().__init__()
+        self.form, self.spec, self.num_columns = form, spec, grid.shape[1]
+        self.steps = 2.0 ** (8 - spec.num_bits)  # of fixed, in one code
+        self.register_buffer("kept", self._keep(grid.float()))
+
+    def _keep(self, grid: Tensor) -> Tensor:
+        centred = grid - self.spec.middle
+        match self.form:
+            case "fixed":
+                inside = centred.clamp(self.spec.qmin - self.spec.middle, self.spec.qmax - self.spec.middle)
+                return (inside * self.steps).round().to(torch.int8)
+            case "codes":
+                return pack(grid.round().clamp(self.spec.qmin, self.spec.qmax).to(torch.uint8), self.spec.num_bits)
+            case _:
+                return centred.to(getattr(torch, self.form))
+
+    def forward(self) -> Tensor:
+        """The positions as float32 ``[out, in]``."""
+        kept: Tensor = self.get_buffer("kept")
+        match self.form:
+            case "fixed":
+                return kept.float() / self.steps + self.spec.middle
+            case "codes":
+                return unpack(kept, self.spec.num_bits, self.num_columns).float()
+            case _:
+                return kept.float() + self.spec.middle
+
+
+class LowRankLinear(QuantLinear):
+    """A linear whose frozen weight has a low-rank term added inside the rounding; A, B and the scales train."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, config: Config, generator: torch.Generator
+    ) -> None:
+        """Put ``weight`` ``[out, in]`` on its grid; ``generator`` fixes B."""
+        super().__init__(weight, bias, spec, config.rounding)
+        if config.range == "search":
+            self.scale.data, self.zero_point.data = search_qparams(weight, spec, config.norm)
+        self.zero_point.requires_grad_(False)
+        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # Phi is all that is held of it
+        self.config, self.factor = config, config.alpha / config.rank
+        rows, columns = weight.shape
+        rank = min(config.rank, rows, columns)
+        self.a = nn.Parameter(weight.new_zeros(rows, rank, dtype=torch.float32))
+        b = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
+        self.b = nn.Parameter(b.to(weight.device))
+        self._split(affine.to_grid(weight, self.scale, self.zero_point, spec).detach().flatten(1))
+
+    @torch.no_grad()
+    def _split(self, grid: Tensor) -> None:
+        """Make Phi, and with ``svd`` the factors, of positions ``[out, in]``."""
+        form, rank = self.config.phi, self.a.shape[1]
+        self.phi = Phi(grid, self.spec, form)
+        for _ in range(self.config.svd_steps if self.config.factors == "svd" else 0):
+            self.phi = Phi(torch.addmm(grid, self.a, self.b, alpha=-self.factor), self.spec, form)
+            u, s, v = torch.linalg.svd((grid - self.phi()) / self.factor, full_matrices=False)
+            root = s[:rank].sqrt()
+            self.a.copy_(u[:, :rank] * root)
+            self.b.copy_(root.unsqueeze(1) * v[:rank])
+
+    @torch.no_grad()
+    def start_from(self, quantized: QuantizedWeight) -> None:
+        """Start at exactly the codes of ``quantized``, on its grid, with nothing in the factors.
+
+        Raises:
+            InputError: another grid.
+        """
+        weight = affine.from_codes(affine.grouped(self.phi(), self.spec), self.scale, self.zero_point)
+        moved = QuantLinear(weight, None, self.spec)
+        moved.start_from(quantized)
+        self.scale.copy_(moved.scale)
+        self.zero_point.copy_(moved.zero_point)
+        self.a.zero_()
+        grid = affine.to_grid(moved.weight, self.scale, self.zero_point, self.spec).flatten(1)
+        self.phi = Phi(grid, self.spec, self.config.phi)
+        off = self.quantized.codes != quantized.codes  # where few bits round a position out of its cell
+        self.phi = Phi(torch.where(off, quantized.codes.float(), self.phi()), self.spec, self.config.phi)
+
+    @property
+    def scale_gradient_factor(self) -> float:
+        """LSQ's ``1 / sqrt(n Qp)``, for a weight that is not held."""
+        highest = self.spec.middle - 1 if self.spec.symmetric else self.spec.qmax
+        return 1 / math.sqrt(self.a.shape[0] * self.b.shape[1] / self.scale.numel() * highest)
+
+    def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """``Phi + alpha / r * A B`` in codes, ``[out, groups, group_size]``; the scale of now plays no part (eq. 5)."""
+        with torch.autocast(self.a.device.type, enabled=False):  # or the integers would not be those that are packed
+            return affine.grouped(torch.addmm(self.phi(), self.a, self.b, alpha=self.factor), self.spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
+        if self.config.checkpoint_weights and torch.is_grad_enabled():
+            result: Tensor = checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return super().forward(x)
+
+
+def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[Group]:
+    """What trains of a layer; ``total`` is the sum of the schedule's factors."""
+    scale = float(layer.scale.detach().mean())
+    lr = config.travel / total if config.lr is None else config.lr
+    ends = config.scale_travel * scale * 2 / layer.spec.qmax / total
+    scale_lr = ends if config.scale_lr is None else config.scale_lr
+    return [Group([layer.a, layer.b], lr), Group([layer.scale], scale_lr)]
+
+
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, absorb the factors and pack.
+
+    ``seed`` fixes B and the order of windows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(target: Target, config: Config) -> LowRankLinear:
+        return LowRankLinear(target.weight, linear_bias(target.linear), target.spec, config, generator)
+
+    return train_linears(loaded, tokens, quant, config, seed, make, groups_of, labels)
+
+
+METHOD = Method(
+    "lrqat",
+    "a low-rank term inside the rounding, trained end to end",
+    Config,
+    run,
+    end_to_end=lambda config: True,
+    takes_labels=True,
+)
