@@ -164,6 +164,7 @@ def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(folder, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", [name for name in ("gptq", "awq", "signround") if name in METHODS])
 def test_ten_random_kills_each(folder, tmp_path, whole, method):
     """Thirty with all three methods; a run may be killed again and again before it is let finish."""
