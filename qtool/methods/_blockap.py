@@ -260,7 +260,7 @@ def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -
     for hidden in task.float_inputs:
         task.float_outputs.append(task.observe(searched, visit, [hidden])[0])
     if start is not None:
-        return {target.name: start.source.quantized(target.name) for target in task.targets}
+        return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
     found = {}
     for group in task.groups if searched else [task.targets]:
         for target in group:
