@@ -26,7 +26,7 @@ from qtool.config import OptimConfig, QuantSpec, RoundingConfig, TrainedConfig
 from qtool.methods import gptq
 from qtool.methods._trained import Start, put_linears
 from qtool.models import LoadedModel, Target, linear_bias
-from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
 from qtool.quant.linear import PackedLinear, QuantLinear
 from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
@@ -260,7 +260,7 @@ def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -
     for hidden in task.float_inputs:
         task.float_outputs.append(task.observe(searched, visit, [hidden])[0])
     if start is not None:
-        return {target.name: start.source.quantized(target.name) for target in task.targets}
+        return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
     found = {}
     for group in task.groups if searched else [task.targets]:
         for target in group:
@@ -288,10 +288,16 @@ def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
 
 
 def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> BlockLinear:
-    """A layer at its starting point, with what is to train of it."""
+    """A layer at its starting point, with what is to train of it.
+
+    Codes that were solved for make up for each other's errors, and a start near the edge of a cell would lose them to
+    the first steps. So weights start on them, and leave when their gradients keep pulling.
+    """
     arguments = target.weight, linear_bias(target.linear), target.spec, config.rounding
     layer = LowRankLinear(*arguments, config.low_rank) if config.low_rank else BlockLinear(*arguments)
     layer.start_from(start)
+    if config.init == "gptq" or config.init_from is not None:
+        layer.weight.data = dequantize(*start)
     weights = "weights" in config.trains
     if isinstance(layer, LowRankLinear):
         layer.up.requires_grad_(weights)
