@@ -45,14 +45,19 @@ class BlockConfig(TrainedConfig):
     """The keys of Block-AP."""
 
     init: Literal["minmax", "search", "gptq"] = Field(
-        "minmax",
+        "gptq",
         description="Where a block starts: at the extremes of each group, at a searched range, or at GPTQ's codes.",
     )
     trains: tuple[Part, ...] = Field(PARTS, min_length=1, description="What Block-AP trains.")
     low_rank: int = Field(
         0, ge=0, description="Rank of a term inside the rounding that trains in place of the weights; 0: none, they do."
     )
-    epochs: float = Field(2.0, ge=0, description="Passes of Block-AP over the calibration windows; 0: no training.")
+    epochs: float = Field(
+        0.0,
+        ge=0,
+        description="Passes of Block-AP over the calibration windows; 0: none, the second phase starts from init. "
+        "The paper has 2, on thousands of windows and from init: minmax.",
+    )
     min_steps: int = Field(
         200, ge=0, description="Steps of Block-AP at least: few windows are gone through more often than epochs says."
     )
