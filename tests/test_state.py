@@ -94,6 +94,7 @@ def in_child(work):
     shown = sys.stderr
     try:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that load are not safe in a fork of a threaded process
         work()
     except BaseException:
         traceback.print_exc(file=shown)  # pytest shows it when the test fails

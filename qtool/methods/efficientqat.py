@@ -10,8 +10,9 @@ tokens; ``weight_lr``, ``quant_lr`` and ``e2e.lr`` take them); zero points are c
 they are packed; windows are shuffled; a block ends in the state that did best on windows that are held out; a loss that
 is not finite is answered by lower rates, and at last by the block as it started; and E2E-QP follows the float model's
 distribution rather than the text, of which there may be little. And by default Block-AP is off: with a hundred windows
-it lowered each block's error and raised the model's, from every start that was tried, while E2E-QP on GPTQ's codes was
-better than any of them; ``init: minmax`` with ``epochs: 2`` is the paper's. docs/benchmarks.md has the figures.
+it lowered each block's error but raised the model's when it started at GPTQ's codes, and E2E-QP on those codes is the
+best that was run to its end; from searched ranges Block-AP alone was as good in one trial. ``init: minmax`` with
+``epochs: 2`` is the paper's. docs/benchmarks.md has the figures.
 """
 
 from functools import partial
