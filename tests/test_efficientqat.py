@@ -37,7 +37,10 @@ ONE_PHASE: dict[str, Any] = {"e2e": {"steps": 0}}
 def config(**settings: Any) -> efficientqat.Config:
     """Quick, from the extremes of each group, and Block-AP alone unless ``e2e`` is given."""
     return efficientqat.Config(
-        **{"init": "minmax", "epochs": 2, "min_steps": 24, "batch_size": 2} | ONE_PHASE | settings
+        **{"init": "minmax", "min_steps": 24, "batch_size": 2}
+        | {"travel": 1.0, "scale_travel": 0.3, "zero_travel": 1.0, "norm_travel": 0.05}
+        | ONE_PHASE
+        | settings
     )
 
 

@@ -45,32 +45,27 @@ class BlockConfig(TrainedConfig):
     """The keys of Block-AP."""
 
     init: Literal["minmax", "search", "gptq"] = Field(
-        "gptq",
+        "search",
         description="Where a block starts: at the extremes of each group, at a searched range, or at GPTQ's codes.",
     )
     trains: tuple[Part, ...] = Field(PARTS, min_length=1, description="What Block-AP trains.")
     low_rank: int = Field(
         0, ge=0, description="Rank of a term inside the rounding that trains in place of the weights; 0: none, they do."
     )
-    epochs: float = Field(
-        0.0,
-        ge=0,
-        description="Passes of Block-AP over the calibration windows; 0: none, the second phase starts from init. "
-        "The paper has 2, on thousands of windows and from init: minmax.",
-    )
+    epochs: float = Field(2.0, ge=0, description="Passes of Block-AP over the calibration windows; 0: no training.")
     min_steps: int = Field(
-        200, ge=0, description="Steps of Block-AP at least: few windows are gone through more often than epochs says."
+        100, ge=0, description="Steps of Block-AP at least: few windows are gone through more often than epochs says."
     )
     batch_size: int = Field(4, ge=1, description="Windows in a step of Block-AP.")
     travel: float = Field(
-        1.0, ge=0, description="How far a weight can move in all steps together, in its linear's mean scales."
+        0.5, ge=0, description="How far a weight can move in all steps together, in its linear's mean scales."
     )
     scale_travel: float = Field(
-        0.3, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
+        0.1, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
     )
-    zero_travel: float = Field(1.0, ge=0, description="How far a zero point can move in all steps, in codes.")
+    zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
     norm_travel: float = Field(
-        0.05, ge=0, description="How far a norm's weights can move in all steps, as a share of their mean size."
+        0.0, ge=0, description="How far a norm's weights can move in all steps, as a share of their mean size."
     )
     weight_lr: float | None = Field(
         None, ge=0, description="Rate of weights and norms in place of their travel; papers: 2e-5 at 2 bits, else 1e-5."

@@ -30,7 +30,7 @@ class ScaleConfig(EndToEndConfig):
     """The keys of E2E-QP."""
 
     steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says; 0: no second phase.")
-    epochs: int = Field(4, ge=1, description="How often each calibration window is seen.")
+    epochs: int = Field(3, ge=1, description="How often each calibration window is seen.")
     trains: tuple[Literal["scales", "zero_points"], ...] = Field(
         ("scales", "zero_points"), min_length=1, description="What trains; zero points on asymmetric grids only."
     )
