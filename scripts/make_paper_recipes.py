@@ -158,6 +158,7 @@ method:
     final_share: 0.05
     eps: 1e-8
   e2e:
+    trains: [scales]
     lr: {rate}
     loss: ce
     epochs: 1

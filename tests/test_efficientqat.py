@@ -36,7 +36,12 @@ ONE_PHASE: dict[str, Any] = {"e2e": {"steps": 0}}
 
 def config(**settings: Any) -> efficientqat.Config:
     """Quick, from the extremes of each group, and Block-AP alone unless ``e2e`` is given."""
-    return efficientqat.Config(**{"init": "minmax", "min_steps": 24, "batch_size": 2} | ONE_PHASE | settings)
+    return efficientqat.Config(
+        **{"init": "minmax", "min_steps": 24, "batch_size": 2}
+        | {"travel": 1.0, "scale_travel": 0.3, "zero_travel": 1.0, "norm_travel": 0.05}
+        | ONE_PHASE
+        | settings
+    )
 
 
 def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def test_what_cannot_travel_changes_nothing(make_llama: Make, tokens: Tensor, qu
     assert same(still, untrained)
 
 
-@pytest.mark.parametrize("settings", [{"scale_travel": 0}, {"lr": 0}, {"steps": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{"scale_travel": 0, "zero_travel": 0}, {"lr": 0}, {"steps": 0}], ids=str)
 def test_scales_that_cannot_travel_change_nothing(make_llama: Make, tokens: Tensor, settings: dict[str, Any]) -> None:
     both, first = make_llama(), make_llama()
     run(both, tokens, W2A, e2e=settings)

@@ -517,3 +517,17 @@ def test_only_the_first_process_writes_and_talks(two_processes: tuple[Path, subp
     assert not list(folder.glob("*.partial"))
     restored = load_model(ModelConfig(path=str(folder / "two"), device="cpu"), quantized=True)
     assert len(packed_linears(restored.model)) == 14
+
+
+def test_a_start_brings_the_biases_of_its_linears(tmp_path: Path, tokens: Tensor) -> None:
+    """AWQ folds scales into them."""
+    source = tiny.llama(tmp_path / "float", dtype=torch.float32, bias=True)
+    first = tiny.packed(source, W4)
+    for layer in packed_linears(first.model).values():
+        if layer.bias is not None:
+            layer.bias.data += 1
+    with checkpoint.atomic_folder(tmp_path / "start", overwrite=False) as partial:
+        checkpoint.save(partial, first, tiny.specs(first))
+    again = tiny.load(source)
+    train(methods.get("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
+    assert torch.equal(tiny.logits(again.model), tiny.logits(first.model))

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,14 @@ def in_child(work):
     child = os.fork()
     if child:
         return child
+    shown = sys.stderr
     try:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that load are not safe in a fork of a threaded process
         work()
     except BaseException:
+        traceback.print_exc(file=shown)  # pytest shows it when the test fails
+        shown.flush()
         os._exit(1)
     os._exit(0)
 

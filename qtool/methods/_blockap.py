@@ -26,7 +26,7 @@ from qtool.config import OptimConfig, QuantSpec, RoundingConfig, TrainedConfig
 from qtool.methods import gptq
 from qtool.methods._trained import Start, put_linears
 from qtool.models import LoadedModel, Target, linear_bias
-from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
 from qtool.quant.linear import PackedLinear, QuantLinear
 from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
@@ -45,7 +45,7 @@ class BlockConfig(TrainedConfig):
     """The keys of Block-AP."""
 
     init: Literal["minmax", "search", "gptq"] = Field(
-        "minmax",
+        "search",
         description="Where a block starts: at the extremes of each group, at a searched range, or at GPTQ's codes.",
     )
     trains: tuple[Part, ...] = Field(PARTS, min_length=1, description="What Block-AP trains.")
@@ -54,18 +54,18 @@ class BlockConfig(TrainedConfig):
     )
     epochs: float = Field(2.0, ge=0, description="Passes of Block-AP over the calibration windows; 0: no training.")
     min_steps: int = Field(
-        200, ge=0, description="Steps of Block-AP at least: few windows are gone through more often than epochs says."
+        100, ge=0, description="Steps of Block-AP at least: few windows are gone through more often than epochs says."
     )
     batch_size: int = Field(4, ge=1, description="Windows in a step of Block-AP.")
     travel: float = Field(
-        1.0, ge=0, description="How far a weight can move in all steps together, in its linear's mean scales."
+        0.5, ge=0, description="How far a weight can move in all steps together, in its linear's mean scales."
     )
     scale_travel: float = Field(
-        0.3, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
+        0.1, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
     )
-    zero_travel: float = Field(1.0, ge=0, description="How far a zero point can move in all steps, in codes.")
+    zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
     norm_travel: float = Field(
-        0.05, ge=0, description="How far a norm's weights can move in all steps, as a share of their mean size."
+        0.0, ge=0, description="How far a norm's weights can move in all steps, as a share of their mean size."
     )
     weight_lr: float | None = Field(
         None, ge=0, description="Rate of weights and norms in place of their travel; papers: 2e-5 at 2 bits, else 1e-5."
@@ -260,7 +260,7 @@ def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -
     for hidden in task.float_inputs:
         task.float_outputs.append(task.observe(searched, visit, [hidden])[0])
     if start is not None:
-        return {target.name: start.source.quantized(target.name) for target in task.targets}
+        return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
     found = {}
     for group in task.groups if searched else [task.targets]:
         for target in group:
@@ -288,10 +288,16 @@ def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
 
 
 def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> BlockLinear:
-    """A layer at its starting point, with what is to train of it."""
+    """A layer at its starting point, with what is to train of it.
+
+    Codes that were solved for make up for each other's errors, and a start near the edge of a cell would lose them to
+    the first steps. So weights start on them, and leave when their gradients keep pulling.
+    """
     arguments = target.weight, linear_bias(target.linear), target.spec, config.rounding
     layer = LowRankLinear(*arguments, config.low_rank) if config.low_rank else BlockLinear(*arguments)
     layer.start_from(start)
+    if config.init == "gptq" or config.init_from is not None:
+        layer.weight.data = dequantize(*start)
     weights = "weights" in config.trains
     if isinstance(layer, LowRankLinear):
         layer.up.requires_grad_(weights)

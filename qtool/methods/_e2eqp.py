@@ -30,12 +30,12 @@ class ScaleConfig(EndToEndConfig):
     """The keys of E2E-QP."""
 
     steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says; 0: no second phase.")
-    epochs: int = Field(2, ge=1, description="How often each calibration window is seen.")
+    epochs: int = Field(3, ge=1, description="How often each calibration window is seen.")
     trains: tuple[Literal["scales", "zero_points"], ...] = Field(
-        ("scales",), min_length=1, description="What trains; zero points on asymmetric grids only."
+        ("scales", "zero_points"), min_length=1, description="What trains; zero points on asymmetric grids only."
     )
     scale_travel: float = Field(
-        0.1, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
+        0.2, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
     )
     zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
     lr: float | None = Field(

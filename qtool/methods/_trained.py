@@ -75,9 +75,11 @@ class Start:
                     setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
     def take_codes(self, layers: dict[str, L]) -> None:
-        """Let each of ``layers`` start at the checkpoint's codes."""
+        """Let each of ``layers`` start at the checkpoint's codes, with its bias."""
         for name, layer in layers.items():
             layer.start_from(self.source.quantized(name))
+            if layer.bias is not None:
+                layer.bias.data = self.source.tensor(f"{name}.bias").to(layer.bias)
 
 
 class EndToEnd(TrainedConfig, EndToEndConfig):

@@ -9,7 +9,9 @@ Where we differ: rates follow the model and the budget (the paper's belong to mo
 tokens; ``weight_lr``, ``quant_lr`` and ``e2e.lr`` take them); zero points are clamped where they are used and where
 they are packed; windows are shuffled; a block ends in the state that did best on windows that are held out; a loss that
 is not finite is answered by lower rates, and at last by the block as it started; and E2E-QP follows the float model's
-distribution rather than the text, of which there may be little. docs/benchmarks.md has the figures.
+distribution rather than the text, of which there may be little. Where a block starts decides: from searched ranges
+Block-AP helps, from GPTQ's codes it lowers each block's error and raises the model's. ``init: minmax`` is the paper's.
+docs/benchmarks.md has the figures.
 """
 
 from functools import partial
