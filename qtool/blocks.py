@@ -108,6 +108,24 @@ class BlockTask:
             for hook in hooks:
                 hook.remove()
 
+    def pass_floats(self, leaders: Iterable[nn.Module] = ()) -> dict[nn.Module, Tensor]:
+        """Set ``float_outputs`` by the block as it is now.
+
+        Returns the sum of squares ``[in]`` of each channel that ``leaders`` read meanwhile.
+        """
+        assert self.float_inputs is not None
+        squares: dict[nn.Module, Tensor] = {}
+
+        def visit(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0].flatten(0, -2).float()
+            squares[linear] = squares.get(linear, 0) + x.square().sum(0)
+
+        leaders, outputs = list(leaders), self.float_inputs.like()
+        for hidden in self.float_inputs:
+            outputs.append(self.observe(leaders, visit, [hidden])[0])
+        self.float_outputs = outputs
+        return squares
+
     def stages(self) -> Iterator[Stage]:
         """Each group of linears in the order they run; the caller packs them before it asks for the next group."""
         if self.pausing:

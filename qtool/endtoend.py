@@ -9,8 +9,8 @@ product is the one that evaluation takes. Blocks are run again for their gradien
 each block's forward and not by the model's switch, which acts in training mode only, where dropout does too.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -69,14 +69,13 @@ def train_model(
     state = loaded.streaming.finished.folder if loaded.streaming else None
     keeper = _Kept(state / phase / TRAINING) if state else None
     with (
-        _shown(total, training.num_trained) as shown,
+        progress.counted(f"training on {training.num_trained} windows", total) as reach,
         _tracking(loaded, config, phase) as track,
         _rerun_blocks(loaded, config.gradient_checkpointing),
     ):
 
         def loss_of_step(step: int) -> Iterator[Tensor]:
-            while next(shown) < step:
-                pass
+            reach(step)
             for layer in layers:
                 layer.set_progress(step / total)
             return training.losses(step)
@@ -95,8 +94,7 @@ def train_model(
             )
         except NonFiniteError as error:
             raise RunError(f"training ended: {error}; lower the learning rates, or set optim.max_grad_norm") from error
-        for _ in shown:
-            pass
+        reach(total)
     for layer in layers:
         layer.set_progress(1.0)
     return found
@@ -207,15 +205,6 @@ class _Kept:
             self.file.parent.mkdir(exist_ok=True)
             write_shard({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, self.file)
         ranks.wait()
-
-
-@contextmanager
-def _shown(total: int, num_windows: int) -> Iterator[Iterator[int]]:
-    """Shows progress as the numbers of steps are taken from it."""
-    steps = progress.track(range(total), f"training on {num_windows} windows", total)
-    assert isinstance(steps, Generator)
-    with closing(steps):
-        yield steps
 
 
 @contextmanager

@@ -7,7 +7,7 @@ another one with ``use``, so that the library stays quiet. GPU memory is shown w
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,11 +114,23 @@ def _task(title: str, total: int | None) -> Iterator[Task]:
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """``items`` one by one, shown as item i of ``total`` with the time to go and peak memory."""
-    with _task(title, total) as task:
-        for item in items:
+    with counted(title, total) as reach:
+        for done, item in enumerate(items, start=1):
             yield item
-            task.done, task.reached = task.done + 1, task.elapsed()
-            _sink.advance(task)
+            reach(done)
+
+
+@contextmanager
+def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The same for work that another loop drives: it calls what this gives with how many items are done."""
+    with _task(title, total) as task:
+
+        def reach(done: int) -> None:
+            while task.done < done:
+                task.done, task.reached = task.done + 1, task.elapsed()
+                _sink.advance(task)
+
+        yield reach
 
 
 @contextmanager

@@ -10,10 +10,9 @@ travels the rate times the sum of the schedule's factors; what a recipe gives is
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -221,16 +220,14 @@ class BlockTraining:
             NonFiniteError: a loss or gradient is not finite.
         """
         size = min(config.batch_size, len(windows))
-        shown = progress.track(range(num_steps), f"training on {len(windows)} windows", num_steps)
-        assert isinstance(shown, Generator)
 
         def loss_of_step(step: int) -> Tensor:
-            next(shown)
+            reach(step)
             for layer in self.layers:
                 layer.set_progress(step / num_steps)
             return self.loss([windows[i] for i in windows_of_step(step, size, len(windows), seed)])
 
-        with closing(shown):
+        with progress.counted(f"training on {len(windows)} windows", num_steps) as reach:
             found = fit(
                 groups,
                 num_steps,
@@ -239,26 +236,16 @@ class BlockTraining:
                 validate=partial(self.measure, held),
                 validate_every=max(1, num_steps // NUM_CHECKS),
             )
-            for _ in shown:
-                pass
+            reach(num_steps)
         return found
 
 
 def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -> dict[str, QuantizedWeight]:
     """Grid and codes that each linear starts at. Sets the block's float outputs, before anything in it changes."""
-    assert task.float_inputs is not None
     if config.init == "gptq" and start is None:
         return _solved(task)
-    importance: dict[nn.Module, Tensor] = {}
     searched = [group[0].linear for group in task.groups] if config.init == "search" and start is None else []
-
-    def visit(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0].flatten(0, -2).float()
-        importance[linear] = importance.get(linear, 0) + x.square().sum(0)
-
-    task.float_outputs = task.float_inputs.like()
-    for hidden in task.float_inputs:
-        task.float_outputs.append(task.observe(searched, visit, [hidden])[0])
+    importance = task.pass_floats(searched)
     if start is not None:
         return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
     found = {}
@@ -342,16 +329,6 @@ def groups_of(layers: list[BlockLinear], norms: list[Norm], total: float, config
     return groups
 
 
-def take_floats(task: BlockTask, loaded: LoadedModel, start: Start) -> None:
-    """Give the block the norms and the biases of the checkpoint that training starts from."""
-    start.take_floats(loaded, f"{task.name}.")
-    for target in task.targets:
-        bias = linear_bias(target.linear)
-        if bias is not None:
-            value = start.source.tensor(f"{target.name}.bias").to(bias)
-            target.linear.bias = nn.Parameter(value, requires_grad=False)
-
-
 def quantize_block(
     task: BlockTask, loaded: LoadedModel, config: BlockConfig, start: Start | None, seed: int
 ) -> Figures:
@@ -363,7 +340,7 @@ def quantize_block(
     starts = starting_points(task, config, start)
     assert task.float_outputs is not None
     if start is not None:
-        take_floats(task, loaded, start)
+        start.take_floats(loaded, f"{task.name}.")
     first = [(norm.parameter, norm.parameter.detach().clone()) for norm in norms_of(task, loaded)]
     windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
     num_steps = max(config.min_steps, round(config.epochs * len(windows) / config.batch_size)) if config.epochs else 0

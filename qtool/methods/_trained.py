@@ -58,14 +58,13 @@ class Start:
                 )
             if (shape := tuple(self.source.tensor(f"{name}.weight_shape").tolist())) != target.weight_shape:
                 raise InputError(f"init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}")
-        self.floats = [name for name in self.source.float_names() if name.rpartition(".")[0] not in asked]
 
     def take_floats(self, loaded: LoadedModel, within: str = "") -> None:
-        """Give ``loaded`` the norms and all else that is not quantized; below the module ``within`` only.
+        """Give ``loaded`` all that is not quantized, norms and biases; below the module ``within`` only.
 
-        The parameters are new ones: a teacher may hold the old.
+        For a model whose linears are still in their places. The parameters are new ones: a teacher may hold the old.
         """
-        for name in self.floats:
+        for name in self.source.float_names():
             if name.startswith(within):
                 path, _, attribute = name.rpartition(".")
                 module = loaded.model.get_submodule(path)
@@ -75,11 +74,9 @@ class Start:
                     setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
     def take_codes(self, layers: dict[str, L]) -> None:
-        """Let each of ``layers`` start at the checkpoint's codes, with its bias."""
+        """Let each of ``layers`` start at the checkpoint's codes."""
         for name, layer in layers.items():
             layer.start_from(self.source.quantized(name))
-            if layer.bias is not None:
-                layer.bias.data = self.source.tensor(f"{name}.bias").to(layer.bias)
 
 
 class EndToEnd(TrainedConfig, EndToEndConfig):
@@ -151,9 +148,10 @@ def train_linears(
     targets = loaded.targets(quant)
     start = None if config.init_from is None else Start(config.init_from, targets)
     teacher = None if config.loss == CE else loaded.float_copy()
-    layers = put_linears(loaded.model, targets, lambda target: make(target, config))
     if start is not None:
         start.take_floats(loaded)
+    layers = put_linears(loaded.model, targets, lambda target: make(target, config))
+    if start is not None:
         start.take_codes(layers)
     total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
     groups = [group for layer in layers.values() for group in groups_of(layer, config, total)]

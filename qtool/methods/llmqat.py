@@ -10,16 +10,16 @@ Where we differ: the divergence is a mean over tokens, where the paper's code di
 depend on their length; and only the quantized linears train, at rates that follow the model and the budget.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qtool.config import QuantConfig
 from qtool.methods import Method
 from qtool.methods._trained import WeightsConfig, train_linears
 from qtool.methods.qat import MinMaxLinear, groups_of
-from qtool.models import LoadedModel, Target, linear_bias
+from qtool.models import Target, linear_bias
 from qtool.quant.affine import grouped, stored_scale
 
 
@@ -46,18 +46,11 @@ def make_linear(target: Target, config: Config) -> AbsMaxLinear:
     return AbsMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
 
 
-def run(
-    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
-
-
 METHOD = Method(
     "qat",
     "weights distilled end to end without data (LLM-QAT)",
     Config,
-    run,
+    partial(train_linears, make=make_linear, groups_of=groups_of),
     end_to_end=lambda config: True,
     takes_labels=True,
 )

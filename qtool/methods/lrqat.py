@@ -156,12 +156,6 @@ class LowRankLinear(QuantLinear):
         off = self.quantized.codes != quantized.codes  # where few bits round a position out of its cell
         self.phi = Phi(torch.where(off, quantized.codes.float(), self.phi()), self.spec, self.config.phi)
 
-    @property
-    def scale_gradient_factor(self) -> float:
-        """LSQ's ``1 / sqrt(n Qp)``, for a weight that is not held."""
-        highest = self.spec.middle - 1 if self.spec.symmetric else self.spec.qmax
-        return 1 / math.sqrt(self.a.shape[0] * self.b.shape[1] / self.scale.numel() * highest)
-
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """``Phi + alpha / r * A B`` in codes, ``[out, groups, group_size]``; the scale of now plays no part (eq. 5)."""
         with torch.autocast(self.a.device.type, enabled=False):  # or the integers would not be those that are packed

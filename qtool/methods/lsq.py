@@ -12,16 +12,17 @@ training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``
 papers give them.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.config import QuantConfig, QuantSpec
+from qtool.config import QuantSpec
 from qtool.methods import Method
 from qtool.methods._trained import GridConfig, grid_groups, train_linears
-from qtool.models import LoadedModel, Target, linear_bias
+from qtool.models import Target, linear_bias
 from qtool.quant.affine import grouped, minmax_qparams, stored_scale
 from qtool.quant.linear import QuantLinear
 from qtool.quant.ranges import search_qparams
@@ -54,18 +55,11 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
     return layer
 
 
-def run(
-    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, grid_groups, labels)
-
-
 METHOD = Method(
     "qat",
     "all weights and scales trained end to end (learned step size)",
     Config,
-    run,
+    partial(train_linears, make=make_linear, groups_of=grid_groups),
     end_to_end=lambda config: True,
     takes_labels=True,
 )

@@ -9,14 +9,14 @@ grid too is the difference to ``lsq``.
 checkpoint's, up to the rounding of scales, where its ranges were the extremes, and something near it where not.
 """
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
-from qtool.config import QuantConfig
 from qtool.methods import Method
 from qtool.methods._trained import WeightsConfig, train_linears, weight_group
-from qtool.models import LoadedModel, Target, linear_bias
+from qtool.models import Target, linear_bias
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.linear import QuantLinear
 from qtool.train import Group
@@ -46,18 +46,11 @@ def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[G
     return [weight_group(layer, config, total)]
 
 
-def run(
-    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, groups_of, labels)
-
-
 METHOD = Method(
     "qat",
     "weights trained end to end on their min-max grid",
     Config,
-    run,
+    partial(train_linears, make=make_linear, groups_of=groups_of),
     end_to_end=lambda config: True,
     takes_labels=True,
 )

@@ -193,18 +193,9 @@ class Training:
 
 def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
     """Compute the float outputs, replace the targets by layers that train, train them, and pack the best state."""
-    assert task.float_inputs is not None
     leaders = {group[0].linear: group for group in task.groups}
-    importance: dict[nn.Module, Tensor] = {}
-
-    def visit(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0].flatten(0, -2).float()
-        importance[linear] = importance.get(linear, 0) + x.square().sum(0)
-
-    goal = task.float_inputs.like()
-    for hidden in task.float_inputs:
-        goal.append(task.observe(leaders, visit, [hidden])[0])
-    task.float_outputs = goal
+    importance = task.pass_floats(leaders)
+    assert task.float_outputs is not None
     layers: dict[Target, SignRoundLinear] = {}
     for leader, group in leaders.items():
         for target in group:
@@ -216,7 +207,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, target.name.removeprefix(f"{task.name}."), layers[target])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + task.index)
-    best = Training(task, goal, list(layers.values()), config).run(generator)
+    best = Training(task, task.float_outputs, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 

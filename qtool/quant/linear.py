@@ -43,7 +43,7 @@ class QuantLinear(_Rounding):
     def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, rounding: RoundingConfig = PLAIN) -> None:
         """Start from round-to-nearest: ``weight`` ``[out, in]``, ``bias`` ``[out]``, min-max range."""
         super().__init__()
-        self.spec, self.rounding = spec, rounding
+        self.spec, self.rounding, self.num_weights = spec, rounding, weight.numel()
         self.set_progress(0.0)
         self.weight = nn.Parameter(weight.detach().float().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -83,7 +83,7 @@ class QuantLinear(_Rounding):
     def scale_gradient_factor(self) -> float:
         """LSQ's: ``1 / sqrt(n Qp)`` for ``n`` weights that share a scale, and the highest level ``Qp`` above zero."""
         highest = self.spec.middle - 1 if self.spec.symmetric else self.spec.qmax
-        return 1 / math.sqrt(self.weight.numel() / self.scale.numel() * highest)
+        return 1 / math.sqrt(self.num_weights / self.scale.numel() * highest)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point as stored, ``[out, groups]``; straight-through gradients."""
@@ -140,7 +140,7 @@ class SeqLinear(QuantLinear):
     @property
     def scale_gradient_factor(self) -> float:
         """``1 / sqrt(numel(W) (2**(num_bits - 1) - 1))``."""
-        return 1 / math.sqrt(self.weight.numel() * (self.spec.middle - 1))
+        return 1 / math.sqrt(self.num_weights * (self.spec.middle - 1))
 
     def start_from(self, quantized: QuantizedWeight) -> None:
         """Start at exactly the codes of ``quantized``, whose zero points must be the middle too.
