@@ -1,24 +1,30 @@
-"""Perplexity, bits and CPU seconds of the PTQ methods on the built-in model: the tables of docs/benchmarks.md.
+"""Perplexity, divergence, bits and CPU seconds of methods on the built-in model: the tables of docs/benchmarks.md.
 
-    python scripts/bench/table.py --out results.json [--methods rtn,gptq,awq] [--grids w4g64,w2g64a] [--limit N]
+    python scripts/bench/table.py --out results.json [--methods "rtn;gptq;awq"] [--grids w4g64,w2g64a] [--limit N]
+    python scripts/bench/table.py --methods "lsq;lsq rounding.estimator=sigmoid" --grids w2g64a --seeds 0,1,2
 
-Calibration: 128 windows of 512 tokens of enwiki; evaluation: WikiText-2 test, disjoint windows of 1024, float32. Both
-need QTOOL_DATA_DIR. Finished cells are kept in the output file, so a killed run goes on where it stopped.
+A method is its name, with keys of its section behind it where they are not the defaults. Calibration: windows of enwiki
+(128 of 512 tokens); evaluation: WikiText-2 test, disjoint windows of 1024, float32. Both need QTOOL_DATA_DIR. Finished
+cells are kept in the output file, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from qtool import data, evaluate, methods
 from qtool.checkpoint import bits_per_weight
-from qtool.config import DataConfig, ModelConfig, QuantConfig
-from qtool.models import load_model
+from qtool.config import DataConfig, MethodConfig, ModelConfig, QuantConfig
+from qtool.models import LoadedModel, load_model
 from qtool.report import environment
 
 MODEL = "builtin:wiki-llama-3m"
@@ -26,58 +32,107 @@ GRIDS = ("w8g128", "w4g128", "w4g64", "w3g64", "w2g64")
 
 
 def quant(grid: str) -> QuantConfig:
-    """The grid that a short name such as ``w4g64`` or ``w2g64a`` (asymmetric) stands for."""
-    bits, _, group = grid.removesuffix("a")[1:].partition("g")
-    return QuantConfig(num_bits=int(bits), group_size=int(group), symmetric=not grid.endswith("a"))  # type: ignore[arg-type]
+    """The grid that a short name such as ``w4g64``, ``w4pc`` (one group per row) or ``w2g64a`` (asymmetric) means."""
+    name = grid.removesuffix("a")
+    group = -1 if name.endswith("pc") else int(name[3:])
+    return QuantConfig.model_validate({"num_bits": int(name[1]), "group_size": group, "symmetric": name == grid})
 
 
-def measure(method: str, grid: str, limit: int | None, tokens: torch.Tensor) -> dict[str, float]:
-    """Quantize the model with a method's defaults and measure it; ``float`` measures the model as it is."""
+def section(method: str) -> MethodConfig:
+    """The section that ``lsq epochs=2 rounding.estimator=sigmoid`` means."""
+    name, *settings = method.split()
+    raw: dict[str, Any] = {"name": name}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        *parents, last = key.split(".")
+        inner = raw
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = yaml.safe_load(value)
+    return methods.get(name).config.model_validate(raw)
+
+
+@cache
+def float_model() -> LoadedModel:
+    """The model as it is, in float32."""
+    return load_model(ModelConfig(path=MODEL, dtype="float32"))
+
+
+def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.Tensor) -> dict[str, float]:
+    """Quantize the model and measure it beside the float one; the method ``float`` measures the model as it is."""
     loaded = load_model(ModelConfig(path=MODEL))
     cell: dict[str, float] = {"bits_per_weight": 16.0, "seconds": 0.0}
     if method != "float":
-        plugin, config = methods.get(method), quant(grid)
+        config, chosen = quant(grid), section(method)
         targets = loaded.targets(config)
-        shapes = {t.name: (t.weight.shape[0], t.weight.shape[1]) for t in targets}
+        shapes = {t.name: t.weight_shape for t in targets}
         cell["bits_per_weight"] = bits_per_weight({t.name: t.spec for t in targets}, shapes)
         start = time.process_time()
-        plugin.run(loaded, tokens, config, plugin.config(name=method), 0)
+        methods.get(chosen.name).run(loaded, tokens, config, chosen, seed)
         cell["seconds"] = time.process_time() - start
     loaded.model.float()  # measured in float32 whatever the method computed in; packed scales keep their dtype
     windows = data.perplexity_windows("wikitext2", loaded, 1024, limit, 0)
-    metric = evaluate.perplexity(loaded.model, windows, "auto")
-    return cell | {"perplexity": metric.value, "stderr": metric.stderr or 0.0, "windows": float(len(windows))}
+    scores = evaluate.score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
+    assert scores.kl is not None
+    error = scores.nll.std() / len(windows) ** 0.5
+    perplexity = scores.nll.mean().exp()
+    return cell | {
+        "perplexity": perplexity.item(),
+        "stderr": (perplexity * error).item(),
+        "kl": scores.kl.mean().item(),
+        "windows": float(len(windows)),
+    }
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and the standard deviation behind it where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:
     """Fill in the cells that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench-table.json"))
-    parser.add_argument("--methods", default="rtn,hqq,gptq,awq,signround")
+    parser.add_argument("--methods", default="rtn;hqq;gptq;awq;signround", help="separated by semicolons")
     parser.add_argument("--grids", default=",".join([*GRIDS, *(f"{grid}a" for grid in GRIDS)]))
-    parser.add_argument("--limit", type=int, default=None, help="only the first N windows")
+    parser.add_argument("--seeds", default="0", help="of the method; the text is the same for all")
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
+    parser.add_argument("--limit", type=int, default=None, help="only the first N evaluation windows")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"environment": environment(), "cells": {}}
-    names = args.methods.split(",")
-    tokens = data.calibration_tokens(DataConfig(source="enwiki"), load_model(ModelConfig(path=MODEL)), 0)
-    for grid in ["-", *args.grids.split(",")]:
+    cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
+    grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
+    text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)
+    tokens = data.calibration_tokens(text, float_model(), 0)
+    for method in names:
+        section(method)  # a fault is found before the hour
+    for grid in ["-", *grids]:
         for method in ["float"] if grid == "-" else names:
-            key = f"{method} {grid}"
-            if key not in results["cells"]:
-                results["cells"][key] = measure(method, grid, args.limit, tokens)
-                args.out.write_text(json.dumps(results, indent=2) + "\n")
-                print(key, results["cells"][key], flush=True)
-    cells = results["cells"]
-    print(f"\nfloat: {cells['float -']['perplexity']:.2f} ± {cells['float -']['stderr']:.2f}\n")
-    print("| grid | bits per weight | " + " | ".join(names) + " | CPU seconds: " + ", ".join(names) + " |")
-    print("|---|---:|" + "---:|" * len(names) + "---:|")
-    for grid in args.grids.split(","):
-        row = [cells[f"{method} {grid}"] for method in names]
+            for seed in [0] if grid == "-" else seeds:
+                key = f"{method} | {grid} | {args.num_samples}x{args.seq_len} | seed {seed} | {args.limit or 'all'}"
+                if key not in cells:
+                    cells[key] = {"method": method, "grid": grid, "text": list(tokens.shape), "limit": args.limit}
+                    cells[key] |= measure(method, grid, seed, args.limit, tokens)
+                    args.out.write_text(json.dumps(results, indent=2) + "\n")
+                    print(key, {k: round(v, 4) for k, v in cells[key].items() if isinstance(v, float)}, flush=True)
+
+    def found(method: str, grid: str, name: str) -> list[float]:
+        asked = {"method": method, "grid": grid, "text": list(tokens.shape), "limit": args.limit}
+        return [cell[name] for cell in cells.values() if asked.items() <= cell.items()]
+
+    print(f"\nfloat: {spread(found('float', '-', 'perplexity'), 2)} ± {spread(found('float', '-', 'stderr'), 2)}\n")
+    print("| grid | bits per weight | method | perplexity | KL | CPU s |\n|---|---:|---|---:|---:|---:|")
+    for grid in grids:
         label = grid.removesuffix("a") + (" asym" if grid.endswith("a") else " sym")
-        values = " | ".join(f"{cell['perplexity']:.2f}" for cell in row)
-        seconds = ", ".join(f"{cell['seconds']:.1f}" for cell in row)
-        print(f"| {label} | {row[0]['bits_per_weight']:.3f} | {values} | {seconds} |")
+        for method in names:
+            bits = found(method, grid, "bits_per_weight")[0]
+            numbers = [
+                spread(found(method, grid, name), d) for name, d in (("perplexity", 2), ("kl", 4), ("seconds", 0))
+            ]
+            print(f"| {label} | {bits:.3f} | {method} | {' | '.join(numbers)} |")
 
 
 if __name__ == "__main__":
