@@ -90,6 +90,7 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
             targets = loaded.targets(recipe.quant)
         specs = {target.name: target.spec for target in targets}
         shapes = {target.name: target.weight_shape for target in targets}
+        del targets  # they hold the float linears, which a method lets go of as it replaces them
         bits = checkpoint.bits_per_weight(specs, shapes)
         float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
         checkpoint.check_space(output.path, float_bytes)  # never more than the float model

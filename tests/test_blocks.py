@@ -1,46 +1,30 @@
 """The block driver: every linear sees exactly what it would see if the block were run again from its start."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM as Auto
-from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
+from driving import (
+    CONFIGS,
+    W2,
+    float_stream,
+    local,
+    make,
+    nearest,
+    pack_all,
+    pack_in_stages,
+    run_copy,
+    untouched,
+)
+from torch import Tensor
 
 from qtool import blocks
-from qtool.blocks import PROBED_WINDOWS, BlockTask, Call, Stage, run_blocks
+from qtool.blocks import PROBED_WINDOWS, BlockTask, Call, run_blocks
 from qtool.config import QuantConfig
-from qtool.methods import rtn
-from qtool.models import LoadedModel, Target, packed_linears, replace_linear
-from qtool.quant.affine import QuantizedWeight
+from qtool.models import LoadedModel, replace_linear
 from qtool.quant.linear import PackedLinear
-
-W2 = QuantConfig(num_bits=2, group_size=16)  # coarse, so that what came before shows in every input
-SIZES = {
-    "vocab_size": tiny.VOCABULARY,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.1,
-}
-GATED = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
-WINDOWS = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**GATED),
-    "gemma3": lambda: Gemma3TextConfig(**GATED, **WINDOWS),  # masks and rotary tables differ between blocks
-    "falcon": lambda: FalconConfig(**SIZES, multi_query=True, parallel_attn=True),  # one input for two branches
-    "falcon_alibi": lambda: FalconConfig(**SIZES, alibi=True, multi_query=False, parallel_attn=False),
-}
-
-
-def make(name: str) -> LoadedModel:
-    torch.manual_seed(0)
-    model = Auto.from_config(CONFIGS[name]()).eval().requires_grad_(False)
-    return LoadedModel(model, tiny.tokenizer(), name, None, torch.float32)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -52,35 +36,6 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two windows of 24 tokens; of five windows the last is alone."""
     monkeypatch.setattr(blocks, "TOKENS_PER_BATCH", 48)
-
-
-def nearest(target: Target) -> QuantizedWeight:
-    return rtn.round_to_nearest(target.weight, target.spec, rtn.Config())
-
-
-def pack_all(task: BlockTask) -> None:
-    for target in task.targets:
-        task.pack(target, nearest(target))
-
-
-def pack_in_stages(task: BlockTask) -> None:
-    for stage in task.stages():
-        for target in stage.targets:
-            task.pack(target, nearest(target))
-
-
-def run_copy(block: nn.Module, task: BlockTask, watched: nn.Module | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of ``block`` on the inputs of ``task``, and what ``watched`` reads meanwhile."""
-    seen: list[Tensor] = []
-    hook = watched.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) if watched else None
-    outputs = [replace(task, block=block).forward(hidden) for hidden in task.inputs]
-    if hook is not None:
-        hook.remove()
-    return outputs, seen
-
-
-def local(task: BlockTask, target: Target) -> str:
-    return target.name.removeprefix(f"{task.name}.")
 
 
 def equal(ours: list[Tensor] | None, theirs: list[Tensor]) -> bool:
@@ -180,30 +135,6 @@ def test_linears_that_stay_in_floating_point_are_in_no_group(llama: LoadedModel,
 # ------------------------------------------------------------------------------------------------ float stream
 
 
-def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, Stage | None, list[Tensor]]]:
-    """Every stage with the float inputs that it should have; then ``None`` with the float outputs of the block."""
-    pristine = copy.deepcopy(loaded)
-    results: list[tuple[BlockTask, Stage | None, list[Tensor]]] = []
-    hidden: list[Tensor] = []
-
-    def quantize_block(task: BlockTask) -> None:
-        block = pristine.blocks()[task.index][1]
-        if task.index == 0:
-            hidden.extend(task.inputs)
-        floats = replace(task, inputs=list(hidden))
-        for stage in task.stages():
-            outputs, seen = run_copy(block, floats, block.get_submodule(local(task, stage.targets[0])))
-            copied = Stage(stage.targets, list(stage.inputs), stage.float_inputs and list(stage.float_inputs))
-            results.append((task, copied, seen))
-            for target in stage.targets:
-                task.pack(target, nearest(target))
-        results.append((task, None, outputs))
-        hidden[:] = outputs
-
-    run_blocks(loaded, tokens, loaded.targets(W2), quantize_block, float_stream=True)
-    return results
-
-
 @pytest.mark.parametrize("loaded", ["llama", "gemma3", "falcon"], indirect=True)
 @pytest.mark.usefixtures("small_batches")
 def test_the_float_stream_is_the_float_model(loaded: LoadedModel, tokens: Tensor) -> None:
@@ -226,83 +157,6 @@ def test_the_quantized_stream_is_the_same_beside_a_float_stream(loaded: LoadedMo
 def test_a_float_stream_without_stages_is_our_mistake(llama: LoadedModel, tokens: Tensor) -> None:
     with pytest.raises(AssertionError, match="hands its outputs over"):
         run_blocks(llama, tokens, llama.targets(W2), pack_all, float_stream=True)
-
-
-# -------------------------------------------------------------------------------------------------- exceptions
-
-
-class Interrupted(Exception):
-    pass
-
-
-def untouched(loaded: LoadedModel) -> bool:
-    return not any("forward" in vars(module) for module in loaded.model.modules())
-
-
-@pytest.mark.parametrize("float_stream", [False, True])
-@pytest.mark.parametrize("stop_at", range(4))
-def test_an_exception_between_stages_leaves_no_patched_forward(
-    llama: LoadedModel, tokens: Tensor, stop_at: int, float_stream: bool
-) -> None:
-    targets = llama.targets(W2)
-
-    def quantize_block(task: BlockTask) -> None:
-        for number, stage in enumerate(task.stages()):
-            assert not untouched(llama)
-            if number == stop_at:
-                raise Interrupted
-            for target in stage.targets:
-                task.pack(target, nearest(target))
-
-    with pytest.raises(Interrupted):
-        run_blocks(llama, tokens, targets, quantize_block, float_stream=float_stream)
-    assert untouched(llama)
-    assert not any("forward" in vars(target.linear) for target in targets)
-    assert len(packed_linears(llama.model)) == (0, 3, 4, 6)[stop_at]
-
-
-def test_a_run_after_an_interrupted_one_is_like_any_other(
-    make_llama: Callable[[], LoadedModel], tokens: Tensor
-) -> None:
-    def interrupted(task: BlockTask) -> None:
-        for _ in task.stages():
-            raise KeyboardInterrupt
-
-    first, second = make_llama(), make_llama()
-    with pytest.raises(KeyboardInterrupt):
-        run_blocks(first, tokens, first.targets(W2), interrupted)
-    errors = run_blocks(first, tokens, first.targets(W2), pack_in_stages)
-    assert errors == run_blocks(second, tokens, second.targets(W2), pack_in_stages)
-    assert torch.equal(tiny.logits(first.model), tiny.logits(second.model))
-
-
-def test_an_exception_inside_the_block_comes_out_and_leaves_no_patched_forward(
-    llama: LoadedModel, tokens: Tensor
-) -> None:
-    def explode(*_: object) -> None:
-        raise Interrupted
-
-    def quantize_block(task: BlockTask) -> None:
-        for stage in task.stages():
-            for target in stage.targets:
-                task.pack(target, nearest(target))
-            task.block.get_submodule("mlp").act_fn.register_forward_hook(explode)
-
-    with pytest.raises(Interrupted):
-        run_blocks(llama, tokens, llama.targets(W2), quantize_block)
-    assert untouched(llama)
-
-
-def test_an_exception_while_the_calls_are_recorded_leaves_no_patched_forward(
-    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def explode(*_: object, **__: object) -> None:
-        raise Interrupted
-
-    monkeypatch.setattr(type(llama.blocks()[0][1]), "forward", explode)
-    with pytest.raises(Interrupted):
-        run_blocks(llama, tokens, llama.targets(W2), pack_all)
-    assert untouched(llama)
 
 
 # -------------------------------------------------------------------------------------------------- the driver

@@ -5,81 +5,19 @@ compressed-tensors for its own format, GPTQModel (slow, in an environment of its
 """
 
 import json
-import os
-import subprocess
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from natives import GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
 
-from qtool import export, run, verify
-from qtool.checkpoint import Source, write_json
-from qtool.config import BITS, ExportConfig, ModelConfig, QuantConfig
-from qtool.errors import InputError, QtoolError, RunError
+from qtool import export
+from qtool.checkpoint import Source
+from qtool.config import BITS, ExportConfig, QuantConfig
+from qtool.errors import InputError
 from qtool.folders import read_config
-from qtool.models import load_model
 from qtool.quant.affine import dequantize
-
-GRIDS = {
-    f"w{bits}{'g32' if group > 0 else 'pc'}{'' if symmetric else '-asym'}": QuantConfig(
-        num_bits=bits, group_size=group, symmetric=symmetric
-    )
-    for bits in BITS
-    for group in (-1, 32)
-    for symmetric in (True, False)
-}
-MIXED = {
-    "mixed": QuantConfig.model_validate(
-        {
-            "num_bits": 4,
-            "group_size": 32,
-            "overrides": {
-                "*.down_proj": {"num_bits": 8},
-                "*.v_proj": {"num_bits": 2, "group_size": -1},
-                "*.1.mlp.up_proj": {"num_bits": 3},
-            },
-        }
-    ),
-    "mixed-asym": QuantConfig.model_validate(
-        {"num_bits": 3, "group_size": 32, "symmetric": False, "overrides": {"*.down_proj": {"num_bits": 8}}}
-    ),
-    "skipped": QuantConfig.model_validate({"group_size": 32, "overrides": {"*.1.mlp.up_proj": {"skip": True}}}),
-}
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-class Natives:
-    """Native checkpoints of the tiny models by family and grid, and their exports, made when they are asked for."""
-
-    def __init__(self, at: Path) -> None:
-        self.at = at
-        self.logits: dict[Path, Tensor] = {}
-
-    def floats(self, grid: str = "w4g32", family: str = "llama") -> Path:
-        """The float model: a Llama of one block, or of two where a mix tells them apart."""
-        blocks = 2 if grid in MIXED else 1
-        folder = self.at / (f"llama-{blocks}" if family == "llama" else family)
-        if not folder.exists():
-            tiny.llama(folder, blocks=blocks) if family == "llama" else tiny.FAMILIES[family](folder)
-        return folder
-
-    def __call__(self, grid: str = "w4g32", family: str = "llama") -> Path:
-        out = self.at / f"{family}-{grid}"
-        if not out.exists():
-            written = tiny.quantize(self.floats(grid, family), out, (GRIDS | MIXED)[grid])
-            self.logits[out] = tiny.logits(written.model)
-        return out
-
-    def export(self, name: str, grid: str = "w4g32") -> Path:
-        """The export as it comes; only read it."""
-        out = self.at / "exports" / f"{grid}-{name}"
-        return out if out.exists() else exported(self(grid), name, out)
 
 
 @pytest.fixture(scope="module")
@@ -87,34 +25,9 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
     return Natives(tmp_path_factory.mktemp("natives"))
 
 
-def exported(folder: Path, name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
-    config = ExportConfig(format=name, path=out, dtype=dtype)  # type: ignore[arg-type]
-    return run.export(folder, config, overwrite)
-
-
-def plain(folder: Path, **options: object) -> torch.nn.Module:
-    """The model as plain transformers loads it, in float32."""
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    return model
-
-
-def read_back(folder: Path) -> Tensor:
-    """Logits of an export as ``qtool eval`` reads it."""
-    loaded = verify.load_exported(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
-    assert loaded is not None
-    return tiny.logits(loaded.model)
-
-
 def same_floats(folder: Path, out: Path) -> bool:
     source, tensors = Source(folder), tiny.stored(out)
     return all(torch.equal(tensors[name].float(), source.tensor(name).float()) for name in source.float_names())
-
-
-def copied(folder: Path, to: Path) -> Path:
-    to.mkdir()
-    for file in folder.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    return to
 
 
 # the contract
@@ -338,7 +251,7 @@ def test_gptq_refuses_scales_that_float16_does_not_hold(native: Natives, tmp_pat
     with pytest.raises(InputError, match=words):
         exported(tmp_path / "q32", "gptq", tmp_path / "out")
     floats = tmp_path / "small"
-    copied(native.floats(), floats)
+    tiny.copied(native.floats(), floats)
     tiny.change(floats, **{f"{Q_PROJ}.weight": tiny.stored(floats)[f"{Q_PROJ}.weight"] * 1e-8})
     tiny.quantize(floats, tmp_path / "q16", QuantConfig(group_size=32, scale_dtype="bfloat16"))
     with pytest.raises(InputError, match=rf"{Q_PROJ}\.{words}"):
@@ -431,186 +344,3 @@ def test_compressed_tensors_is_written_in_a_dtype_that_holds_its_scales(native: 
     out = exported(tmp_path / "q", "compressed-tensors", tmp_path / "same")
     assert read_config(out)["dtype"] == "bfloat16"
     assert "does not hold" not in (out / "README.md").read_text()
-
-
-# verify
-
-
-def flip_one_bit(tensor: Tensor) -> Tensor:
-    changed = tensor.clone()
-    flat = changed.view(torch.int32).flatten() if tensor.dtype.itemsize == 4 else changed.view(torch.int16).flatten()
-    flat[7] ^= 1 << 9
-    return changed
-
-
-def next_up(tensor: Tensor) -> Tensor:
-    changed = tensor.clone()
-    changed.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]).flatten()[3] += 1
-    return changed
-
-
-PACKED = {"gptq": "qweight", "gptq-v2": "qweight", "compressed-tensors": "weight_packed", "dense": "weight"}
-SCALES = {"gptq": "scales", "gptq-v2": "scales", "compressed-tensors": "weight_scale"}
-ZEROS = {"gptq": "qzeros", "gptq-v2": "qzeros", "compressed-tensors": "weight_zero_point"}
-
-
-def plant(name: str, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
-    """Make the exporter ``name`` write a folder and then damage it."""
-    module = import_module(f"qtool.export.{name.replace('-', '_')}")
-
-    def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
-        notes: list[str] = original.write(source, out, config)
-        damage(out)
-        return notes
-
-    original = module.EXPORTER
-    monkeypatch.setattr(module, "EXPORTER", original._replace(write=write))
-
-
-def damaging(tensor: str, how: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    def damage(out: Path) -> None:
-        tensors = load_file(out / "model.safetensors")
-        tensors[tensor] = how(tensors[tensor])
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "how"),
-    [
-        *((name, f"{Q_PROJ}.{part}", flip_one_bit) for name, part in PACKED.items()),
-        *((name, f"{Q_PROJ}.{part}", next_up) for name, part in SCALES.items()),
-        *((name, f"{Q_PROJ}.{part}", flip_one_bit) for name, part in ZEROS.items()),
-        *((name, "model.layers.0.input_layernorm.weight", next_up) for name in PACKED),
-        ("gptq", f"{Q_PROJ}.g_idx", lambda tensor: tensor.flip(0)),
-        ("dense", "lm_head.weight", next_up),
-    ],
-)
-def test_a_changed_bit_is_found_and_the_export_is_not_kept(
-    name: str,
-    tensor: str,
-    how: Callable[[Tensor], Tensor],
-    native: Natives,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = native("w4g32-asym")
-    plant(name, monkeypatch, damaging(tensor, how))
-    with pytest.raises(RunError, match=rf"{tensor.rpartition('.')[0]}.* differs after export.*not kept"):
-        exported(folder, name, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_overwrite_keeps_the_export_that_was_there(
-    native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = exported(native(), "gptq", tmp_path / "out")
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
-    plant("gptq", monkeypatch, damaging(f"{Q_PROJ}.scales", next_up))
-    with pytest.raises(RunError):
-        exported(native(), "gptq", out, overwrite=True)
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("name", export.names())
-def test_a_config_that_makes_another_model_of_the_weights_is_found(
-    name: str, native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def damage(out: Path) -> None:
-        write_json(out / "config.json", read_config(out) | {"rms_norm_eps": 0.5})
-
-    plant(name, monkeypatch, damage)
-    with pytest.raises(RunError, match="differ"):
-        exported(native(), name, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-# reading exports
-
-
-def test_native_and_plain_folders_are_no_exports(native: Natives) -> None:
-    for folder in (native(), native.floats()):
-        assert verify.load_exported(ModelConfig(path=str(folder))) is None
-
-
-def test_an_export_is_computed_in_the_same_dtype_as_its_checkpoint(
-    native: Natives, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    ours = load_model(ModelConfig(path=str(native()), device="cpu"), quantized=True)
-    theirs = verify.load_exported(ModelConfig(path=str(native.export("gptq")), device="cpu"))
-    assert theirs is not None
-    assert theirs.dtype == ours.dtype == torch.bfloat16
-    assert torch.equal(tiny.logits(theirs.model), tiny.logits(ours.model))
-
-
-def test_a_gptq_folder_needs_no_second_config_file(native: Natives, tmp_path: Path) -> None:
-    folder = native("w4g32-asym")
-    out = copied(native.export("gptq", "w4g32-asym"), tmp_path / "out")
-    (out / "quantize_config.json").unlink()  # transformers' save_pretrained writes none
-    assert torch.equal(read_back(out), native.logits[folder])
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("compressed-tensors", {"format": "nvfp4-pack-quantized"}),
-        ("compressed-tensors", {"config_groups": {}}),
-        ("gptq", {"bits": 5}),
-        ("gptq", {"checkpoint_format": "marlin", "format": "marlin"}),
-    ],
-    ids=str,
-)
-def test_another_tools_variant_that_cannot_be_read_is_refused_in_words(
-    name: str, changes: dict[str, object], native: Natives, tmp_path: Path
-) -> None:
-    out = copied(native.export(name), tmp_path / "out")
-    config = read_config(out)
-    config["quantization_config"] |= changes
-    write_json(out / "config.json", config)
-    if name == "gptq":
-        write_json(out / "quantize_config.json", config["quantization_config"])
-    with pytest.raises(InputError) as error:
-        read_back(out)
-    assert str(out) in str(error.value)
-
-
-def test_targets_by_pattern_are_read_as_compressed_tensors_reads_them(native: Natives, tmp_path: Path) -> None:
-    out = copied(native.export("compressed-tensors", "mixed-asym"), tmp_path / "out")
-    config = read_config(out)
-    for group in config["quantization_config"]["config_groups"].values():
-        group["targets"] = [
-            r"re:.*down_proj$" if group["weights"]["num_bits"] == 8 else r"re:.*(q|k|v|o|gate|up)_proj$"
-        ]
-    write_json(out / "config.json", config)  # what llm-compressor writes
-    try:
-        assert torch.equal(read_back(out), native.logits[native("mixed-asym")])
-    except QtoolError as error:
-        assert "re:" in str(error)  # noqa: PT017 (refusing is as good as reading)
-
-
-# outside witnesses
-
-WITNESS = Path(__file__).parents[1] / "scripts" / "bench" / "witness_gptq.py"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
-@pytest.mark.parametrize("grid", ["w2g32", "w3g32", "w4g32", "w8g32", "w4pc", "w2g32-asym", "w3g32-asym", "w4g32-asym"])
-def test_gptqmodel_reads_the_same_weights_and_logits(name: str, grid: str, native: Natives, tmp_path: Path) -> None:
-    python = os.environ.get("QTOOL_GPTQMODEL_PYTHON")
-    if not python:
-        pytest.skip("set QTOOL_GPTQMODEL_PYTHON to the Python of an environment with gptqmodel 7.x")
-    folder, out = native(grid), native.export(name, grid)
-    file = tmp_path / "witness.safetensors"
-    done = subprocess.run([python, WITNESS, out, file, "--weights"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    witness = load_file(file)
-    source = Source(folder)
-    for linear in source.specs:
-        assert torch.equal(witness[f"{linear}.weight"], dequantize(*source.quantized(linear))), linear
-    with torch.no_grad():
-        ours = plain(folder)(witness["tokens"]).logits
-    assert torch.allclose(witness["logits"], ours, rtol=0, atol=1e-4 * float(ours.abs().max()))

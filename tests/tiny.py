@@ -187,6 +187,14 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of the files of ``folder``, to damage."""
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
 def change(folder: Path, **tensors: Tensor) -> None:
     """Replace tensors in the one safetensors file of ``folder``; the names are written with ``__`` for a dot."""
     file = folder / "model.safetensors"

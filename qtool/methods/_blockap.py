@@ -198,9 +198,12 @@ class BlockTraining:
             loss.backward()
             total += float(loss.detach())
             count += self.goal[part].numel()
-        terms = [(value * (leaf.grad.float() / count)).sum() for value, leaf in pairs if leaf.grad is not None]
-        for _, leaf in pairs:
-            leaf.grad = None
+        terms = []
+        while pairs:  # each goes as soon as its gradient waits for the masters: all of them are most of the memory
+            value, leaf = pairs.pop(0)
+            if leaf.grad is not None:
+                terms.append((value * (leaf.grad.float() / count)).sum())
+                leaf.grad = None
         product = torch.stack(terms).sum()
         return straight_through(product, torch.full_like(product, total / count))
 

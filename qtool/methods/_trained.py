@@ -1,6 +1,6 @@
 """What methods share that train linears in place: putting them in, where they start, how fast they move, packing."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -27,6 +27,12 @@ def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Tar
         layers[target.name] = make(target)
         replace_linear(model, target.name, layers[target.name])
     return layers
+
+
+def _taken(targets: list[Target]) -> Iterator[Target]:
+    """Each of ``targets`` once, off the list: its float weight goes when it is replaced, unless a teacher has it."""
+    while targets:
+        yield targets.pop(0)
 
 
 def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
@@ -150,7 +156,7 @@ def train_linears(
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    layers = put_linears(loaded.model, targets, lambda target: make(target, config))
+    layers = put_linears(loaded.model, _taken(targets), lambda target: make(target, config))
     if start is not None:
         start.take_codes(layers)
     total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)

@@ -1,0 +1,233 @@
+"""Looks at the memory of one step of a training while it runs: what is held, saved, alive and really used."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qtool import memory, train
+from qtool.methods import _blockap
+from qtool.models import LoadedModel
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.linear import QuantLinear
+
+Storage = torch.UntypedStorage
+OF_LAYER = {"weights": ("weight", "phi.kept"), "factors": ("a", "b"), "grid": ("scale", "zero_point")}
+NOTHING = -1  # no storage
+WATCHED = 1  # the zero-based step that is looked at: the first one whose optimizer has moments
+
+
+class Live(TorchDispatchMode):
+    """The bytes of tensors that are alive, and the most of them at one time."""
+
+    def __init__(self, held: Iterable[Storage], device: torch.device) -> None:
+        """``held`` are the storages that are there at the start; those of other devices are not counted."""
+        super().__init__()
+        self.device = device
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+        for storage in held:
+            self._count(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let ``func`` do its work, and count what it gives."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Storage) -> None:
+        if storage.device == self.device and storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.now -= nbytes
+
+
+class Saved:
+    """What autograd keeps, by whether a linear makes it of its weight; of the moment when it is most."""
+
+    def __init__(self, held: Iterable[Storage]) -> None:
+        """``held`` are the storages that are not counted."""
+        self.held: set[int] = set()
+        for storage in held:
+            self.held.add(storage._cdata)
+            weakref.finalize(storage, self.held.discard, storage._cdata)
+        self.read: int | None = None  # what the linear at work reads; none is at work
+        self.times: Counter[int] = Counter()  # that a storage is kept
+        self.sizes: dict[int, tuple[str, int]] = {}
+        self.now: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+
+    def keep(self, tensor: Tensor) -> Any:
+        """A stand-in for ``tensor``, which tells when autograd lets go of it."""
+        kept, storage = _Kept(tensor), tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.held:
+            return kept
+        self.times[key] += 1
+        if self.times[key] == 1:
+            kind = "activations" if self.read in (None, key) else "weight path"
+            self.sizes[key] = kind, storage.nbytes()
+            self.now[kind] += storage.nbytes()
+            if self.now.total() > sum(self.peak.values()):
+                self.peak = dict(self.now)
+        weakref.finalize(kept, self._gone, key)
+        return kept
+
+    def _gone(self, key: int) -> None:
+        self.times[key] -= 1
+        if not self.times[key]:
+            kind, nbytes = self.sizes.pop(key)
+            self.now[kind] -= nbytes
+
+
+@dataclass(eq=False)
+class _Kept:
+    tensor: Tensor
+
+
+class Watch:
+    """Looks at one step of a training while it runs."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        """``loaded`` is what will be trained."""
+        self.loaded, self.context = loaded, ExitStack()
+        self.held: Counter[str] = Counter()
+        self.found: dict[str, Any] = {}
+
+    def fit(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """``real``, which is ``train.fit``, with this watching."""
+
+        def watched_fit(
+            groups: Any, num_steps: int, loss_of_step: Callable[..., Any], *rest: Any, **others: Any
+        ) -> Any:
+            on_step, done = others.pop("on_step", None), itertools.count()
+
+            def watched_loss(step: int) -> Any:
+                if step == WATCHED:
+                    self.begin()
+                return loss_of_step(step)
+
+            def watched_step(loss: float) -> None:
+                if next(done) == WATCHED:
+                    self.end()
+                if on_step is not None:
+                    on_step(loss)
+
+            return real(groups, num_steps, watched_loss, *rest, on_step=watched_step, **others)
+
+        return watched_fit
+
+    def begin(self) -> None:
+        """Between two steps."""
+        gc.collect()
+        memory.return_freed()
+        device = self.loaded.device
+        found = everything(self.loaded.model, device)
+        self.held = Counter()
+        for kind, storage in found.values():
+            self.held[kind] += storage.nbytes()
+        storages = [storage for _, storage in found.values()]
+        self.saved, self.live = Saved(storages), Live(storages, device)
+
+        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.saved.read = args[0].untyped_storage()._cdata
+
+        def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.saved.read = None
+
+        def path_of(layer: QuantLinear) -> Tensor:
+            before, self.saved.read = self.saved.read, NOTHING
+            try:
+                return quantized_weight(layer)
+            finally:
+                self.saved.read = before
+
+        quantized_weight = QuantLinear.quantized_weight
+        self.context.enter_context(mock.patch.object(QuantLinear, "quantized_weight", path_of))
+        for module in self.loaded.model.modules():
+            if isinstance(module, QuantLinear):
+                self.context.callback(module.register_forward_pre_hook(enter).remove)
+                self.context.callback(module.register_forward_hook(leave).remove)
+        self.context.enter_context(torch.autograd.graph.saved_tensors_hooks(self.saved.keep, lambda kept: kept.tensor))
+        self.context.enter_context(self.live)
+        forget_peak(device)
+
+    def end(self) -> None:
+        """After the step."""
+        real = in_use(self.loaded.device, peak=True)
+        self.context.close()
+        self.found = {"held": dict(self.held), "saved": self.saved.peak, "live": self.live.peak, "real": real}
+
+
+def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, Storage]]:
+    """What each storage on ``device`` of a tensor that is alive belongs to."""
+    kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, train._Run, _blockap.Norm)
+    objects = [each for each in gc.get_objects() if issubclass(type(each), kinds)]  # isinstance wakes lazy modules
+    head = model.get_output_embeddings()
+    parts: list[tuple[str, Iterable[Tensor]]] = []
+    for layer in objects:
+        if isinstance(layer, QuantLinear) and layer.scale.requires_grad:
+            named = dict(layer.named_parameters()) | dict(layer.named_buffers())
+            for kind, names in OF_LAYER.items():
+                parts.append((kind, [named[name] for name in names if name in named]))
+            parts.append(("expanded", [layer.expanded] if isinstance(layer, _blockap.BlockLinear) else []))
+    for each in objects:
+        if isinstance(each, torch.optim.Optimizer):
+            parts.append(("optimizer", [value for state in each.state.values() for value in state.values()]))
+        elif isinstance(each, QuantizedWeight):
+            parts.append(("start", each[:3]))
+        elif isinstance(each, train._Run):
+            parts.append(("best state", each.best))
+        elif isinstance(each, _blockap.Norm):
+            parts.append(("norms", [each.master]))
+    parts.append(("float weights", [each.weight for each in objects if type(each) is nn.Linear and each is not head]))
+    parts.append(("embeddings", [model.get_input_embeddings().weight, model.get_output_embeddings().weight]))
+    parts.append(("norms", [*model.parameters(), *model.buffers()]))
+    parts.append(("others", [each for each in objects if isinstance(each, Tensor)]))
+    found: dict[int, tuple[str, Storage]] = {}
+    for kind, tensors in parts:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.device == device:
+                found.setdefault(storage._cdata, (kind, storage))
+    return found
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_use(device: torch.device, *, peak: bool) -> int | None:
+    """Bytes that the process has now, or had at most: of the CUDA allocator, or resident where Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    name = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

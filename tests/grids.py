@@ -1,0 +1,72 @@
+"""Weights of every kind, size and grid, for laws that hold of all of them."""
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qtool.config import BITS, SCALE_BITS, QuantSpec
+from qtool.quant import affine
+from qtool.quant.affine import QuantizedWeight
+
+KINDS = ("normal", "positive", "negative", "constant", "one zero row", "all zero", "outlier", "half steps")
+
+
+class Case(NamedTuple):
+    """A grid, and a weight ``[out, in]`` that it may be given."""
+
+    weight: Tensor
+    spec: QuantSpec
+
+
+specs = st.builds(
+    QuantSpec,
+    num_bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([-1, 1, 2, 3, 8, 16, 32]),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(sorted(SCALE_BITS)),
+)
+
+
+def make_weight(rows: int, columns: int, kind: str, magnitude: float, seed: int) -> Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if kind == "positive":
+        weight = weight.abs() + 0.1
+    elif kind == "negative":
+        weight = -weight.abs() - 0.1
+    elif kind == "constant":
+        weight = weight[:, :1].expand(rows, columns)
+    elif kind == "one zero row":
+        weight[0] = 0
+    elif kind == "all zero":
+        weight = torch.zeros_like(weight)
+    elif kind == "outlier":
+        weight[-1, -1] = 20
+    elif kind == "half steps":
+        weight = weight.mul(4).round() / 4
+    return (weight * magnitude).float()
+
+
+@st.composite
+def cases(draw: st.DrawFn, low: int = -45, high: int = 36) -> Case:
+    """Any grid with any weight that it can hold; ``low`` and ``high`` bound the power of ten of its magnitude."""
+    spec = draw(specs)
+    columns = draw(st.integers(1, 40)) if spec.group_size == -1 else spec.group_size * draw(st.integers(1, 4))
+    if spec.scale_dtype == "float16":
+        high = min(high, 2)
+    magnitude = draw(st.one_of(st.just(1.0), st.integers(low, high).map(lambda power: 10.0**power)))
+    weight = make_weight(
+        draw(st.integers(1, 6)), columns, draw(st.sampled_from(KINDS)), magnitude, draw(st.integers(0, 999))
+    )
+    return Case(weight, spec)
+
+
+def rounded_to_nearest(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
+    scale, zero_point = affine.minmax_qparams(weight, spec)
+    return QuantizedWeight(affine.quantize(weight, scale, zero_point, spec), scale, zero_point, spec)
+
+
+def per_weight(values: Tensor, columns: int) -> Tensor:
+    """``[out, groups]`` as float64 ``[out, in]``."""
+    return values.double().repeat_interleave(columns // values.shape[1], dim=1)
