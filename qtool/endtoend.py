@@ -24,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from qtool import progress, ranks
 from qtool.checkpoint import Files, write_shard
-from qtool.config import EndToEndConfig
 from qtool.errors import InputError, RunError
 from qtool.instructions import IGNORED
 from qtool.losses import CE, confidence, token_losses
 from qtool.models import LoadedModel
 from qtool.quant.linear import QuantLinear
 from qtool.train import Fit, Group, NonFiniteError, State, fit, windows_of_step
+from qtool.training_config import EndToEndConfig
 
 TRAINING = "training.safetensors"  # what a phase has reached
 CONFIDENCE_WINDOWS = 16  # that the teacher's confidence is measured on

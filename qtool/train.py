@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool import ranks
-from qtool.config import OptimConfig
 from qtool.errors import InputError
+from qtool.training_config import OptimConfig
 
 State = dict[str, Tensor]
 

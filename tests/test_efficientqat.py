@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qtool import checkpoint, methods, progress
 from qtool.blocks import BlockTask, run_blocks
-from qtool.config import BITS, OptimConfig, QuantConfig, QuantSpec
+from qtool.config import BITS, QuantConfig, QuantSpec
 from qtool.methods import _blockap, _e2eqp, awq, efficientqat, gptq, rtn
 from qtool.methods._blockap import BlockLinear, BlockTraining, LowRankLinear, Windows, split_windows
 from qtool.methods._e2eqp import ScaleLinear
@@ -26,6 +26,7 @@ from qtool.quant.linear import PackedLinear
 from qtool.quant.rounding import PLAIN
 from qtool.streams import Stream
 from qtool.train import total_factor
+from qtool.training_config import OptimConfig
 
 Make = Callable[[], LoadedModel]
 W3 = QuantConfig(num_bits=3, group_size=16)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.config import EndToEndConfig
 from qtool.endtoend import num_steps, train_model
 from qtool.losses import CE
 from qtool.models import LoadedModel, packed_linears, replace_linear
@@ -22,6 +21,7 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
 from qtool.quant.packing import unpack
 from qtool.train import Group, total_factor
+from qtool.training_config import EndToEndConfig
 
 PHASE = "e2e-qp"  # names the folder of what it has reached
 

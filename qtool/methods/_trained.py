@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.checkpoint import Source
-from qtool.config import EndToEndConfig, QuantConfig, TrainedConfig
+from qtool.config import QuantConfig
 from qtool.endtoend import num_steps, train_model
 from qtool.errors import InputError
 from qtool.folders import resolve
@@ -16,6 +16,7 @@ from qtool.losses import CE
 from qtool.models import LoadedModel, Target, replace_linear
 from qtool.quant.linear import QuantLinear
 from qtool.train import Group, total_factor
+from qtool.training_config import EndToEndConfig, TrainedConfig
 
 L = TypeVar("L", bound=QuantLinear)
 

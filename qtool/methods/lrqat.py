@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.config import OptimConfig, QuantConfig, QuantSpec
+from qtool.config import QuantConfig, QuantSpec
 from qtool.methods import Method
 from qtool.methods._trained import EndToEnd, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
@@ -35,6 +35,7 @@ from qtool.quant.linear import QuantLinear
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
 from qtool.train import Group
+from qtool.training_config import OptimConfig
 
 Form = Literal["fixed", "codes", "bfloat16", "float32"]
 

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.config import ACTIVATION_KEYS, FORMAT_VERSION, QuantSpec, RoundingConfig
+from qtool.config import ACTIVATION_KEYS, FORMAT_VERSION, QuantSpec
 from qtool.errors import InputError
 from qtool.quant import affine, kernels
 from qtool.quant.activations import round_input, round_output
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.quant.rounding import PLAIN, scaled_gradient
+from qtool.training_config import RoundingConfig
 
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 CELL = 0.499  # how far from its code a weight may start: what float32 can tell from half a code at 8 bits
