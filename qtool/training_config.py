@@ -127,6 +127,11 @@ class EndToEndConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Run each block a second time for its gradient and hold less meanwhile; same result."
     )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="What several processes hold: all of the model each, or of every parameter, gradient, optimizer "
+        "state and frozen weight a part (FSDP2).",
+    )
     validation_samples: int = Field(
         0, ge=0, description="Windows kept out of training, on which the best state is chosen; 0: the last state is."
     )

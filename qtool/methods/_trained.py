@@ -15,7 +15,8 @@ from qtool.folders import resolve
 from qtool.losses import CE
 from qtool.models import LoadedModel, Target, replace_linear
 from qtool.quant.linear import QuantLinear
-from qtool.train import Group, total_factor
+from qtool.sharding import train_by_block
+from qtool.train import Fit, Group, total_factor
 from qtool.training_config import EndToEndConfig, TrainedConfig
 
 L = TypeVar("L", bound=QuantLinear)
@@ -145,17 +146,27 @@ def train_linears(
     ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
     the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
     """
-    loaded.gather()
+    loaded.gather(on_device=config.sharding == "none")
     targets = loaded.targets(quant)
     start = None if config.init_from is None else Start(config.init_from, targets)
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    layers = put_linears(loaded.model, targets, lambda target: make(target, config))
-    if start is not None:
-        start.take_codes(layers)
     total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
-    groups = [group for layer in layers.values() for group in groups_of(layer, config, total)]
-    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
-    pack_linears(loaded.model, layers)
+    layers: list[dict[str, L]] = []
+
+    def put(index: int) -> list[Group]:
+        own = [target for target in targets if target.block == index]
+        layers.append(put_linears(loaded.model, own, lambda target: make(target, config)))
+        if start is not None:
+            start.take_codes(layers[index])
+        return [group for layer in layers[index].values() for group in groups_of(layer, config, total)]
+
+    def train(groups: list[Group]) -> Fit:
+        return train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
+
+    def pack(index: int) -> None:
+        pack_linears(loaded.model, layers[index])
+
+    found = train_by_block(loaded, teacher, config, put, train, pack)
     return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})

@@ -77,6 +77,8 @@ class Config(EndToEnd):
 class Phi(nn.Module):
     """Grid positions ``[out, in]`` kept in a form of few bits, counted from the grid's middle."""
 
+    kept: Tensor
+
     def __init__(self, grid: Tensor, spec: QuantSpec, form: Form) -> None:
         """Keep ``grid`` ``[out, in]``, in codes; ``fixed`` and ``codes`` clip it to the grid, the others do not."""
         super().__init__()
@@ -97,14 +99,13 @@ class Phi(nn.Module):
 
     def forward(self) -> Tensor:
         """The positions as float32 ``[out, in]``."""
-        kept: Tensor = self.get_buffer("kept")
         match self.form:
             case "fixed":
-                return kept.float() / self.steps + self.spec.middle
+                return self.kept.float() / self.steps + self.spec.middle
             case "codes":
-                return unpack(kept, self.spec.num_bits, self.num_columns).float()
+                return unpack(self.kept, self.spec.num_bits, self.num_columns).float()
             case _:
-                return kept.float() + self.spec.middle
+                return self.kept.float() + self.spec.middle
 
 
 class LowRankLinear(QuantLinear):

@@ -199,18 +199,18 @@ class PackedLinear(_Rounding):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> "PackedLinear":
-        """Pack ``weight``; ``bias`` ``[out]`` is kept as it is."""
+        """Pack ``weight``; ``bias`` ``[out]`` is kept as it is. The layer shares no memory with either."""
         codes, scale, zero_point, spec = weight
         out_features, in_features = codes.shape
         with torch.device(codes.device):
             layer = cls(in_features, out_features, spec, None if bias is None else bias.dtype)
         layer.weight_packed = pack(codes, spec.num_bits)
-        layer.weight_scale = scale.to(layer.weight_scale.dtype)
+        layer.weight_scale = scale.to(layer.weight_scale.dtype, copy=True)
         assert torch.equal(layer.weight_scale.float(), scale), "a scale that its stored dtype does not hold"
         if spec.symmetric:
             assert bool((zero_point == spec.middle).all()), "a symmetric grid with a zero point off the middle"
         elif spec.float_zero:
-            layer.weight_zero_point = zero_point.to(layer.weight_zero_point.dtype)
+            layer.weight_zero_point = zero_point.to(layer.weight_zero_point.dtype, copy=True)
             assert torch.equal(layer.weight_zero_point.float(), zero_point), "a zero point that its dtype does not hold"
         else:
             layer.weight_zero_point = pack(zero_point.to(torch.uint8).T.contiguous(), spec.num_bits).T.contiguous()
