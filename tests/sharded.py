@@ -28,9 +28,14 @@ W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False, scale_dtype="float3
 LEVELS = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
 STEPS = 4
 COMMON: dict[str, Any] = {"batch_size": 5, "steps": STEPS, "save_every": 2, "tracker": "none"}
-STEADY = {"eps": 1e-6}  # Adam divides by the size of a gradient, and must not make much of a rounding error
-CLIPPED = STEADY | {"max_grad_norm": 0.01, "accumulation": 3}
+# Adam divides by the size of a gradient and so makes much of rounding errors; with an eps as large as these it does not
+STEADY = {"eps": 1.0}
+CLIPPED = {"eps": 0.01, "max_grad_norm": 0.01, "accumulation": 3}
 WATCHED = {"validation_samples": 1, "validate_every": 1, "gradient_checkpointing": True}
+WEIGHTS = {"lr": 1.0}
+GRID = {"lr": 1.0, "scale_lr": 0.1}
+LSQ = GRID | {"init": "minmax"}
+LOW_RANK = GRID | {"rank": 3, "range": "minmax"}
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,18 @@ class Case:
 
 
 CASES = {
-    "plain": Case("lsq"),
-    "watched": Case("lsq", WATCHED, CLIPPED),
-    "worse": Case("lsq", {"validation_samples": 2, "validate_every": 1, "travel": 40.0}),
-    "signs": Case("lsq", {}, {"optimizer": "signsgd"}),
-    "weights": Case("qat", {"loss": "cakld"}, family="gpt2"),
-    "alone": Case("llmqat", {"loss": "ce"}),
-    "levels": Case("paretoq", {"loss": "ce"}, quant=LEVELS),
-    "factors": Case("lrqat", {"rank": 3, "gradient_checkpointing": True}),
-    "codes": Case("lrqat", {"rank": 3, "phi": "codes", "checkpoint_weights": False, "factors": "svd"}),
-    "scales": Case("efficientqat", WATCHED),
-    "half": Case("lsq", {"loss": "mixed"}, dtype="bfloat16"),
-    "still": Case("lsq", {"steps": 0}),
+    "plain": Case("lsq", LSQ),
+    "watched": Case("lsq", LSQ | WATCHED, CLIPPED),
+    "worse": Case("lsq", {"init": "minmax", "validation_samples": 2, "validate_every": 1, "travel": 40.0}),
+    "signs": Case("lsq", {"init": "minmax"}, {"optimizer": "signsgd"}),
+    "weights": Case("qat", WEIGHTS | {"loss": "cakld"}, family="gpt2"),
+    "alone": Case("llmqat", WEIGHTS | {"loss": "ce"}),
+    "levels": Case("paretoq", GRID | {"loss": "ce"}, quant=LEVELS),
+    "factors": Case("lrqat", LOW_RANK | {"gradient_checkpointing": True}),
+    "codes": Case("lrqat", LOW_RANK | {"phi": "codes", "checkpoint_weights": False, "factors": "svd"}),
+    "scales": Case("efficientqat", WATCHED | {"lr": 0.1}),
+    "half": Case("lsq", LSQ | {"loss": "mixed"}, dtype="bfloat16"),
+    "still": Case("lsq", {"init": "minmax", "steps": 0}),
 }
 KILLED = "killed"  # the plain case, stopped after its third step and begun again
 
@@ -153,7 +158,7 @@ def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -
         loaded = load_model(config, finished=Kept(state), budget=1 << 30)
         settings = COMMON | case.settings | {"sharding": split, "optim": case.optim}
         if case.method == "efficientqat":
-            settings = {"epochs": 1, "batch_size": 5, "e2e": settings}
+            settings = {"epochs": 1, "min_steps": 1, "batch_size": 5, "e2e": settings}
         method = methods.get(case.method)
         found["series"] = method.run(loaded, tokens(), case.quant, method.config(**settings), 0)
     weights = {name: layer.quantized[:3] for name, layer in packed_linears(loaded.model).items()}
