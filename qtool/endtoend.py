@@ -24,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from qtool import progress, ranks
 from qtool.checkpoint import Files, write_shard
-from qtool.config import EndToEndConfig
 from qtool.errors import InputError, RunError
 from qtool.instructions import IGNORED
 from qtool.losses import CE, confidence, token_losses
 from qtool.models import LoadedModel
 from qtool.quant.linear import QuantLinear
 from qtool.train import Fit, Group, NonFiniteError, State, fit, windows_of_step
+from qtool.training_config import EndToEndConfig
 
 TRAINING = "training.safetensors"  # what a phase has reached
 CONFIDENCE_WINDOWS = 16  # that the teacher's confidence is measured on
@@ -67,7 +67,7 @@ def train_model(
     total = num_steps(config, len(tokens))
     layers = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
     state = loaded.streaming.finished.folder if loaded.streaming else None
-    keeper = _Kept(state / phase / TRAINING) if state else None
+    keeper = _Kept(state / phase / TRAINING, config.sharding == "full") if state else None
     with (
         progress.counted(f"training on {training.num_trained} windows", total) as reach,
         _tracking(loaded, config, phase) as track,
@@ -138,14 +138,18 @@ class _Training:
         chosen = windows_of_step(step, self.config.batch_size, self.num_trained, self.seed)
         mine = torch.tensor(chosen[ranks.number() :: ranks.count()])
         share = ranks.count() / self._num_learned(torch.tensor(chosen))
-        for rows in mine.tensor_split(min(self.config.optim.accumulation, len(mine))):
+        fewest = self.config.batch_size // ranks.count()  # of any process: all split a step into equally many parts
+        for rows in mine.tensor_split(min(self.config.optim.accumulation, fewest)):
             yield self._token_losses(rows).sum() * share
 
     def validate(self) -> float:
         """Mean loss of the tokens of the windows that are kept out."""
         held = torch.arange(self.num_trained, len(self.tokens))
-        mine = held[ranks.number() :: ranks.count()].split(max(1, self.config.batch_size // ranks.count()))
-        total = sum((self._token_losses(rows).sum() for rows in mine), torch.zeros((), device=self.loaded.device))
+        total = torch.zeros((), device=self.loaded.device)
+        for rows in held.split(max(1, self.config.batch_size // ranks.count()) * ranks.count()):
+            mine = rows[ranks.number() :: ranks.count()]
+            losses = self._token_losses(mine if len(mine) else rows[:1])  # a split model needs all processes to run
+            total += losses.sum() if len(mine) else 0
         ranks.average(total)
         return float(total) * ranks.count() / self._num_learned(held)
 
@@ -187,24 +191,58 @@ class _Training:
 
 @dataclass
 class _Kept:
-    """What a training has reached, in one file that is replaced as a whole; the first process writes it."""
+    """What a training has reached, in one file that is replaced as a whole; the first process writes it.
+
+    Of a model that is split every process keeps its part in a file of its own, named by step and process. The first
+    one's file, which then holds the rest, is written when all of those are there, and says which step counts.
+    """
 
     file: Path
+    sharded: bool = False
 
     def read(self) -> State | None:
-        """The state last written."""
+        """The state last written.
+
+        Raises:
+            RunError: this process does not find its part.
+        """
         if not self.file.exists():
             return None
-        files = Files(self.file.parent, self.file.name)
-        # copies: the file's own pages may be dropped at any time, and training changes these
-        return {name: files.tensor(name).clone() for name in files.names}
+        state = self._read(self.file)
+        if self.sharded:
+            part = self._part(state)
+            if not part.exists():
+                raise RunError(f"{part} is missing; all processes must see one folder. Pass --fresh to start over")
+            state |= self._read(part)
+        return state
 
     def write(self, state: State) -> None:
         """Put ``state`` in the place of the one before."""
+        self.file.parent.mkdir(exist_ok=True)
+        own = [name for name in state if self.sharded and "." in name]  # what belongs to some parameter
+        part = self._part(state)
+        if own:
+            self._write({name: state[name] for name in own}, part)
+            ranks.wait()
         if ranks.is_first():
-            self.file.parent.mkdir(exist_ok=True)
-            write_shard({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, self.file)
+            self._write({name: tensor for name, tensor in state.items() if name not in own}, self.file)
         ranks.wait()
+        for old in set(part.parent.glob(f"*-{ranks.number()}.safetensors")) - {part}:
+            old.unlink()
+
+    def _part(self, state: State) -> Path:
+        """The file of what this process holds of ``state``."""
+        return self.file.with_name(f"step-{int(state['steps'][0])}-{ranks.number()}.safetensors")
+
+    @staticmethod
+    def _write(state: State, file: Path) -> None:
+        write_shard({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+
+    @staticmethod
+    def _read(file: Path) -> State:
+        files = Files(file.parent, file.name)
+        # copies: the file's own pages may be dropped at any time, and training changes these
+        return {name: files.tensor(name).clone() for name in files.names}
 
 
 @contextmanager

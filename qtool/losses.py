@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtool.config import EndToEndConfig
+from qtool.training_config import EndToEndConfig
 
 CE = "ce"
 

@@ -116,10 +116,11 @@ class LoadedModel:
         prefix, blocks = decoder_blocks(self.model)
         return [(f"{prefix}.{i}", block) for i, block in enumerate(blocks)]
 
-    def gather(self, targets: Sequence[Target] = ()) -> None:
+    def gather(self, targets: Sequence[Target] = (), *, on_device: bool = True) -> None:
         """Bring the whole of a streamed model into memory, to compute with; blocks that its run has done are packed.
 
-        ``targets`` are the linears that are quantized in those.
+        ``targets`` are the linears that are quantized in those. Without ``on_device`` the model stays on the CPU, for
+        who moves it block by block.
         """
         if self.streaming is None:
             return
@@ -140,15 +141,16 @@ class LoadedModel:
         packed = {id(buffer) for layer in packed_linears(self.model).values() for buffer in layer.buffers()}
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             own = tensor.dtype == self.storage_dtype and id(tensor) not in packed
-            tensor.data = tensor.data.to(self.device, self.dtype if own else tensor.dtype)
+            device = self.device if on_device else torch.device("cpu")
+            tensor.data = tensor.data.to(device, self.dtype if own else tensor.dtype)
 
     def float_copy(self) -> PreTrainedModel:
         """The float model as it is before any linear is replaced: a teacher. It shares all tensors with this one.
 
-        Where linears have been replaced, it is read from its files.
+        Where linears have been replaced, it is read from its files, to where this one is.
         """
         if any(isinstance(module, PackedLinear | QuantLinear) for module in self.model.modules()):
-            model: PreTrainedModel = _from_files(self.folder, self.dtype)[0].to(self.device).eval()
+            model: PreTrainedModel = _from_files(self.folder, self.dtype)[0].to(self.model.device).eval()
             model.requires_grad_(False)
             return model
         shared: dict[int, Any] = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}

@@ -41,7 +41,10 @@ def begin(device: "torch.device") -> None:
     """
     for name, what in REQUESTS.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            raise InputError(f"accelerate launch was asked for {what}, which would not be done; configure it without")
+            raise InputError(
+                f"accelerate launch was asked for {what}, which would not be done; configure it without, and use the "
+                "recipe's sharding: full"
+            )
     if count() > 1:
         from accelerate import PartialState
 
@@ -72,6 +75,24 @@ def average(*tensors: "torch.Tensor") -> None:
     for tensor, work in zip(tensors, works, strict=True):
         work.wait()
         tensor.div_(count())
+
+
+def total(tensor: "torch.Tensor") -> "torch.Tensor":
+    """The sum of a tensor over all processes."""
+    if active():
+        import torch.distributed
+
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def part(tensor: "torch.Tensor") -> "torch.Tensor":
+    """What this process holds of a tensor that is split over all, in the same memory; of any other, the tensor."""
+    sharded: Any = sys.modules.get("torch.distributed.tensor")
+    if sharded is None or not isinstance(tensor, sharded.DTensor):
+        return tensor
+    held: torch.Tensor = tensor.to_local()
+    return held.detach()
 
 
 def end() -> None:

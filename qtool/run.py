@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from qtool import card, checkpoint, data, methods, progress, ranks
+from qtool import card, checkpoint, data, methods, progress, ranks, sharding
 from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
@@ -29,6 +29,7 @@ from qtool.overlap import Seen
 from qtool.recipe import Recipe, resolved
 from qtool.report import CalibrationText, Report, compare, environment, processor
 from qtool.state import RunState, run_state
+from qtool.training_config import EndToEndConfig
 from qtool.verify import load_exported, verify
 
 LOCKED_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.model", "vocab*", "merges*")
@@ -296,6 +297,9 @@ def _check_early(recipe: Recipe) -> None:
     """What can be refused without the model."""
     if ranks.count() > 1 and not methods.get(recipe.method.name).end_to_end(recipe.method):
         raise InputError(f"method {recipe.method.name} runs in one process, and there are {ranks.count()}")
+    for section in (recipe.method, *dict(recipe.method).values()):
+        if isinstance(section, EndToEndConfig):
+            sharding.check(section)
     if methods.get(recipe.method.name).needs_data(recipe.method):
         data.check_source(recipe.data)
     if recipe.eval is not None:

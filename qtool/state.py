@@ -4,7 +4,7 @@
     <output>.partial/state/block-00003.json  figures of a finished block and the SHA-256 of its shard
     <output>.partial/state/tokens.safetensors
     <output>.partial/state/blocks/           shards of finished blocks that a later phase of the run goes on with
-    <output>.partial/state/<phase>/          what a training of the whole model has reached
+    <output>.partial/state/<phase>/          what a training of the whole model has reached, of a split one by process
     <output>.partial/model/                  becomes <output>: one shard for each finished block, and at last the rest
 
 A block counts as done when its ``.json`` is there, which is written after its shard is on the disk. A run with another
@@ -136,7 +136,10 @@ def run_state(
     state = RunState(partial, lock, end_to_end)
     if not ranks.is_first():
         ranks.wait()
-        yield state
+        try:
+            yield state
+        except (OSError, SafetensorError) as error:
+            raise _stopped(path, partial, error) from error
         return
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -158,13 +161,17 @@ def run_state(
             state.model.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on") from error
+        raise _stopped(path, partial, error) from error
     except BaseException:
         if begun and not state.begun:
             shutil.rmtree(partial, ignore_errors=True)  # nothing is lost
         raise
     finally:
         busy.release()
+
+
+def _stopped(path: Path, partial: Path, error: Exception) -> RunError:
+    return RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on")
 
 
 def _begin(state: RunState, fresh: bool) -> None:

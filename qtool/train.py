@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool import ranks
-from qtool.config import OptimConfig
 from qtool.errors import InputError
+from qtool.training_config import OptimConfig
 
 State = dict[str, Tensor]
 
@@ -138,8 +138,9 @@ def fit(
 
     ``loss_of_step(i)`` gives the loss of step ``i``, or the parts that it is the sum of, one by one: each part's
     gradient is taken before the next is asked for. Of several processes each gives its share, and losses and gradients
-    are averaged. ``validate`` is called without gradients before the first step,
-    after every ``validate_every`` steps and after the last; the parameters end as they were when it was lowest.
+    are averaged; of a parameter that is split over them each moves, and keeps, its part. ``validate`` is called without
+    gradients before the first step, after every ``validate_every`` steps and after the last; the parameters end as they
+    were when it was lowest.
     ``on_step`` gets each loss. ``keeper`` gets the whole state every ``save_every`` steps and at the end, and training
     goes on from what it holds.
 
@@ -169,13 +170,22 @@ def fit(
     return Fit(run.losses, run.validation, run.best_step)
 
 
+def _held(parameter: nn.Parameter) -> nn.Parameter:
+    """What moves in this process: the parameter, or the part of it that is here, in the same memory."""
+    ours = ranks.part(parameter)
+    return parameter if ours is parameter else nn.Parameter(ours, requires_grad=parameter.requires_grad)
+
+
 class _Run:
     """Everything that changes while ``fit`` is at work."""
 
     def __init__(self, groups: Sequence[Group], num_steps: int, config: OptimConfig) -> None:
-        self.groups, self.num_steps, self.config = groups, num_steps, config
-        self.parameters = [parameter for group in groups for parameter in group.parameters]
-        self.optimizer = make_optimizer(groups, config)
+        self.num_steps, self.config = num_steps, config
+        self.given = [parameter for group in groups for parameter in group.parameters]
+        self.groups = [group._replace(parameters=[_held(each) for each in group.parameters]) for group in groups]
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        self.sharded = any(ours is not given for ours, given in zip(self.parameters, self.given, strict=True))
+        self.optimizer = make_optimizer(self.groups, config)
         self.step = 0
         self.losses: list[float] = []
         self.validation: list[float] = []
@@ -191,10 +201,14 @@ class _Run:
             part.backward()
             total = part.detach() if total is None else total + part.detach()
         assert total is not None, "a step without a loss"
+        for ours, given in zip(self.parameters, self.given, strict=True):
+            if ours is not given and given.grad is not None:
+                ours.grad, given.grad = ranks.part(given.grad), None
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        ranks.average(total, *gradients)
-        loss = float(total)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        ranks.average(total, *([] if self.sharded else gradients))  # those of parts are averages already
+        loss, norm = float(total), torch.nn.utils.get_total_norm(gradients)
+        if self.sharded:
+            norm = ranks.total(norm.square()).sqrt()
         for name, value in (("the loss", loss), ("the gradient", float(norm))):
             if not math.isfinite(value):
                 self.optimizer.zero_grad()

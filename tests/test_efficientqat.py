@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qtool import checkpoint, methods
 from qtool.blocks import BlockTask, run_blocks
-from qtool.config import BITS, OptimConfig, QuantConfig, QuantSpec
+from qtool.config import BITS, QuantConfig, QuantSpec
 from qtool.methods import _blockap, _e2eqp, awq, efficientqat, gptq, rtn
 from qtool.methods._blockap import BlockLinear, BlockTraining, LowRankLinear
 from qtool.methods._e2eqp import ScaleLinear
@@ -23,6 +23,7 @@ from qtool.quant import affine
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.linear import PackedLinear
 from qtool.train import total_factor
+from qtool.training_config import OptimConfig
 
 
 def folder(loaded: LoadedModel, path: Path) -> str:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from qtool import data, methods, run
-from qtool.config import EndToEndConfig
 from qtool.endtoend import _Training
 from qtool.instructions import IGNORED
 from qtool.recipe import Recipe
+from qtool.training_config import EndToEndConfig
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool import checkpoint
-from qtool.config import BITS, QuantConfig, QuantSpec, RoundingConfig
+from qtool.config import BITS, QuantConfig, QuantSpec
 from qtool.methods import lrqat, rtn
 from qtool.methods.lrqat import Config, LowRankLinear, Phi
 from qtool.models import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize, to_grid
+from qtool.training_config import RoundingConfig
 
 FORMS = ("fixed", "codes", "bfloat16", "float32")
 

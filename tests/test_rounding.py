@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from staircases import GATES, STAIRCASES, assert_equal, softclamp
 from torch import Tensor, nn
 
-from qtool.config import BITS, SCALE_BITS, QuantSpec, RoundingConfig
+from qtool.config import BITS, SCALE_BITS, QuantSpec
 from qtool.errors import InputError
 from qtool.quant import affine, rounding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import QuantLinear, SeqLinear
+from qtool.training_config import RoundingConfig
 
 ESTIMATORS = sorted(rounding.ESTIMATORS)
 

@@ -94,7 +94,7 @@ TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
 END_TO_END = [
     *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "batch_size"),
     *(f"optim.{key}" for key in OPTIM.split()),
-    *("gradient_checkpointing", "validation_samples", "validate_every", "save_every", "tracker"),
+    *("gradient_checkpointing", "sharding", "validation_samples", "validate_every", "save_every", "tracker"),
     *("travel", "lr", "weight_decay"),
 ]
 GRID = ["scale_travel", "scale_lr"]

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config import OptimConfig, TrainedConfig
 from qtool.errors import InputError
 from qtool.train import Fit, Group, NonFiniteError, fit, lr_factor, total_factor
+from qtool.training_config import OptimConfig, TrainedConfig
 
 PLAIN = OptimConfig(schedule="constant")
 TARGET = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qtool import progress
 from qtool.blocks import BlockTask, Figures
-from qtool.config import OptimConfig, QuantSpec, RoundingConfig, TrainedConfig
+from qtool.config import QuantSpec
 from qtool.methods import gptq
 from qtool.methods._trained import Start, put_linears
 from qtool.models import LoadedModel, Target, linear_bias
@@ -31,6 +31,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
 from qtool.streams import Stream
 from qtool.train import Fit, Group, NonFiniteError, fit, total_factor, windows_of_step
+from qtool.training_config import OptimConfig, RoundingConfig, TrainedConfig
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)

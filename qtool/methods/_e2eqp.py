@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.config import EndToEndConfig
 from qtool.endtoend import num_steps, train_model
 from qtool.losses import CE
 from qtool.models import LoadedModel, packed_linears, replace_linear
@@ -21,7 +20,9 @@ from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import PackedLinear
 from qtool.quant.packing import unpack
-from qtool.train import Group, total_factor
+from qtool.sharding import train_by_block
+from qtool.train import Fit, Group, total_factor
+from qtool.training_config import EndToEndConfig
 
 PHASE = "e2e-qp"  # names the folder of what it has reached
 
@@ -125,13 +126,27 @@ def train_scales(
     Returns the losses by step, and of validation.
     """
     teacher = None if config.loss == CE else loaded.float_copy()
-    layers = {}
-    for name, packed in packed_linears(loaded.model).items():
-        layers[name] = ScaleLinear.of(packed, "scales" in config.trains, "zero_points" in config.trains)
-        replace_linear(loaded.model, name, layers[name])
     total = total_factor(num_steps(config, len(tokens)), config.optim)
-    groups = [group for layer in layers.values() for group in groups_of(layer, total, config)]
-    found = train_model(loaded, teacher, tokens, groups, config, phase=PHASE, seed=seed, labels=labels)
-    for name, layer in layers.items():
-        replace_linear(loaded.model, name, layer.packed())
+    blocks = [name for name, _ in loaded.blocks()]
+    layers: list[dict[str, ScaleLinear]] = []
+
+    def put(index: int) -> list[Group]:
+        made = {}
+        for name, packed in packed_linears(loaded.model.get_submodule(blocks[index])).items():
+            made[f"{blocks[index]}.{name}"] = ScaleLinear.of(
+                packed, "scales" in config.trains, "zero_points" in config.trains
+            )
+        for name, layer in made.items():
+            replace_linear(loaded.model, name, layer)
+        layers.append(made)
+        return [group for layer in made.values() for group in groups_of(layer, total, config)]
+
+    def train(groups: list[Group]) -> Fit:
+        return train_model(loaded, teacher, tokens, groups, config, phase=PHASE, seed=seed, labels=labels)
+
+    def pack(index: int) -> None:
+        for name, layer in layers[index].items():
+            replace_linear(loaded.model, name, layer.packed())
+
+    found = train_by_block(loaded, teacher, config, put, train, pack)
     return {"e2e_loss": found.losses} | ({"e2e_validation": found.validation} if found.validation else {})

@@ -8,14 +8,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.checkpoint import Source
-from qtool.config import EndToEndConfig, QuantConfig, TrainedConfig
+from qtool.config import QuantConfig
 from qtool.endtoend import num_steps, train_model
 from qtool.errors import InputError
 from qtool.folders import resolve
 from qtool.losses import CE
 from qtool.models import LoadedModel, Target, replace_linear
 from qtool.quant.linear import QuantLinear
-from qtool.train import Group, total_factor
+from qtool.sharding import train_by_block
+from qtool.train import Fit, Group, total_factor
+from qtool.training_config import EndToEndConfig, TrainedConfig
 
 L = TypeVar("L", bound=QuantLinear)
 
@@ -29,9 +31,9 @@ def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Tar
     return layers
 
 
-def _taken(targets: list[Target]) -> Iterator[Target]:
-    """Each of ``targets`` once, off the list: its float weight goes when it is replaced, unless a teacher has it."""
-    while targets:
+def _taken(targets: list[Target], block: int) -> Iterator[Target]:
+    """Those of a block, the next on the list, off it: a float weight goes when it is replaced, unless a teacher has it."""
+    while targets and targets[0].block == block:
         yield targets.pop(0)
 
 
@@ -150,17 +152,26 @@ def train_linears(
     ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
     the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
     """
-    loaded.gather()
+    loaded.gather(on_device=config.sharding == "none")
     targets = loaded.targets(quant)
     start = None if config.init_from is None else Start(config.init_from, targets)
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    layers = put_linears(loaded.model, _taken(targets), lambda target: make(target, config))
-    if start is not None:
-        start.take_codes(layers)
     total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
-    groups = [group for layer in layers.values() for group in groups_of(layer, config, total)]
-    found = train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
-    pack_linears(loaded.model, layers)
+    layers: list[dict[str, L]] = []
+
+    def put(index: int) -> list[Group]:
+        layers.append(put_linears(loaded.model, _taken(targets, index), lambda target: make(target, config)))
+        if start is not None:
+            start.take_codes(layers[index])
+        return [group for layer in layers[index].values() for group in groups_of(layer, config, total)]
+
+    def train(groups: list[Group]) -> Fit:
+        return train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
+
+    def pack(index: int) -> None:
+        pack_linears(loaded.model, layers[index])
+
+    found = train_by_block(loaded, teacher, config, put, train, pack)
     return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})

@@ -45,7 +45,7 @@ def run(
     step = partial(quantize_block, loaded=loaded, config=config, start=start, seed=seed)
     series = run_blocks(loaded, tokens, targets, step, float_stream=True)
     if trains_scales(config):
-        loaded.gather(targets)
+        loaded.gather(targets, on_device=config.e2e.sharding == "none")
         series |= train_scales(loaded, tokens, config.e2e, seed, labels)
     return series
 

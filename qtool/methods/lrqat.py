@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.config import OptimConfig, QuantConfig, QuantSpec
+from qtool.config import QuantConfig, QuantSpec
 from qtool.methods import Method
 from qtool.methods._trained import EndToEnd, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
@@ -35,6 +35,7 @@ from qtool.quant.linear import QuantLinear
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
 from qtool.train import Group
+from qtool.training_config import OptimConfig
 
 Form = Literal["fixed", "codes", "bfloat16", "float32"]
 
@@ -76,6 +77,8 @@ class Config(EndToEnd):
 class Phi(nn.Module):
     """Grid positions ``[out, in]`` kept in a form of few bits, counted from the grid's middle."""
 
+    kept: Tensor
+
     def __init__(self, grid: Tensor, spec: QuantSpec, form: Form) -> None:
         """Keep ``grid`` ``[out, in]``, in codes; ``fixed`` and ``codes`` clip it to the grid, the others do not."""
         super().__init__()
@@ -96,14 +99,13 @@ class Phi(nn.Module):
 
     def forward(self) -> Tensor:
         """The positions as float32 ``[out, in]``."""
-        kept: Tensor = self.get_buffer("kept")
         match self.form:
             case "fixed":
-                return kept.float() / self.steps + self.spec.middle
+                return self.kept.float() / self.steps + self.spec.middle
             case "codes":
-                return unpack(kept, self.spec.num_bits, self.num_columns).float()
+                return unpack(self.kept, self.spec.num_bits, self.num_columns).float()
             case _:
-                return kept.float() + self.spec.middle
+                return self.kept.float() + self.spec.middle
 
 
 class LowRankLinear(QuantLinear):

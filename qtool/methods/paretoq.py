@@ -17,12 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool import progress
-from qtool.config import QuantConfig, RoundingConfig
+from qtool.config import QuantConfig
 from qtool.methods import Method
 from qtool.methods._trained import GridConfig, grid_groups, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
 from qtool.quant.affine import grouped, stored_scale
 from qtool.quant.linear import QuantLinear, SeqLinear
+from qtool.training_config import RoundingConfig
 
 SEQ_BITS = 2
 

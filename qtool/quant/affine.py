@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.config import QuantSpec, RoundingConfig
+from qtool.config import QuantSpec
 from qtool.errors import InputError
 from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
+from qtool.training_config import RoundingConfig
 
 
 class QuantizedWeight(NamedTuple):

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.config import ACTIVATION_KEYS, FORMAT_VERSION, QuantSpec, RoundingConfig
+from qtool.config import ACTIVATION_KEYS, FORMAT_VERSION, QuantSpec
 from qtool.errors import InputError
 from qtool.quant import affine, kernels
 from qtool.quant.activations import round_input, round_output
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.quant.rounding import PLAIN, scaled_gradient
+from qtool.training_config import RoundingConfig
 
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 CELL = 0.499  # how far from its code a weight may start: what float32 can tell from half a code at 8 bits
@@ -198,18 +199,18 @@ class PackedLinear(_Rounding):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> "PackedLinear":
-        """Pack ``weight``; ``bias`` ``[out]`` is kept as it is."""
+        """Pack ``weight``; ``bias`` ``[out]`` is kept as it is. The layer shares no memory with either."""
         codes, scale, zero_point, spec = weight
         out_features, in_features = codes.shape
         with torch.device(codes.device):
             layer = cls(in_features, out_features, spec, None if bias is None else bias.dtype)
         layer.weight_packed = pack(codes, spec.num_bits)
-        layer.weight_scale = scale.to(layer.weight_scale.dtype)
+        layer.weight_scale = scale.to(layer.weight_scale.dtype, copy=True)
         assert torch.equal(layer.weight_scale.float(), scale), "a scale that its stored dtype does not hold"
         if spec.symmetric:
             assert bool((zero_point == spec.middle).all()), "a symmetric grid with a zero point off the middle"
         elif spec.float_zero:
-            layer.weight_zero_point = zero_point.to(layer.weight_zero_point.dtype)
+            layer.weight_zero_point = zero_point.to(layer.weight_zero_point.dtype, copy=True)
             assert torch.equal(layer.weight_zero_point.float(), zero_point), "a zero point that its dtype does not hold"
         else:
             layer.weight_zero_point = pack(zero_point.to(torch.uint8).T.contiguous(), spec.num_bits).T.contiguous()
