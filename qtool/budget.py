@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, model_validator
 from qtool.section import Section
 
 Width = Literal[2, 3, 4, 8]
-Estimator = Literal["variance", "fisher", "hessian", "loss", "delta-loss"]
+Estimator = Literal["variance", "hessian", "block", "fisher", "loss", "delta-loss"]
 Solver = Literal["dp", "lagrangian", "greedy"]
 
 
@@ -26,8 +26,8 @@ class BudgetConfig(Section):
     estimator: Estimator = Field(
         "loss",
         description="What a width costs: variance (2**-2b by weight variance and input energy), hessian (squared error "
-        "by input energy), fisher (by squared gradient), loss (what the model loses when it alone is rounded), "
-        "delta-loss (gradient times error).",
+        "by input energy), block (error of the block's output), fisher (squared error by squared gradient), loss "
+        "(divergence from the float model), delta-loss (gradient times error). The first three need no whole model.",
     )
     solver: Solver = Field(
         "dp", description="dp: the exact optimum; lagrangian: on the convex hull; greedy: best next step."

@@ -117,7 +117,11 @@ def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> 
 
 
 def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
-    """``n alpha sigma**2 4**-b``: the classical model, with the weights' variance and their inputs' mean energy."""
+    """``n alpha sigma**2 4**-b``: the weights' variance and their inputs' mean energy; nothing is rounded.
+
+    The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its optimum
+    in real numbers is ``b = mean + log2(alpha sigma**2) / 2`` up to a constant.
+    """
     energy = input_energy(loaded, units, text.tokens)
     costs: Costs = []
     for unit in units:
@@ -130,6 +134,24 @@ def hessian(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Co
     """``tr(H) / in * |Q(W) - W|**2``: the squared error of the outputs, if all input channels had the same energy."""
     energy = input_energy(loaded, units, text.tokens)
     return _of_errors(units, loaded.device, lambda t, error: error.square().sum() * energy[t.name].mean())
+
+
+def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+    """``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, its residual stream included.
+
+    A share of what goes on to the next block, and therefore one measure for all units.
+    """
+    costs: Costs = [{} for _ in units]
+    for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
+        task.outputs = task.through(task.inputs)
+        energy = sum(float(out.float().square().sum()) for out in task.outputs)
+        mine = [index for index, unit in enumerate(units) if unit.targets[0].block == task.index]
+        jobs = [(index, bits) for index in mine for bits in units[index].choices]
+        for index, bits in progress.track(jobs, "rounding units", len(jobs)):
+            with rounded_unit(loaded, units[index], bits):
+                found = zip(map(task.forward, task.inputs), task.outputs, strict=True)
+                costs[index][bits] = sum(float((a.float() - b.float()).square().sum()) for a, b in found) / energy
+    return costs
 
 
 def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
@@ -204,13 +226,13 @@ def _one_at_a_time(loaded: LoadedModel, units: Sequence[Unit], text: Calibration
         with torch.no_grad():
             teacher = _logits(loaded, tokens)
         for index, bits in progress.track(jobs, f"rounding units, text {number + 1} of {len(batches)}", len(jobs)):
-            with _rounded(loaded, units[index], bits) as change:
+            with rounded_unit(loaded, units[index], bits) as change:
                 costs[index][bits] += measure(tokens, labels, teacher, change) / count
     return costs
 
 
 @contextmanager
-def _rounded(loaded: LoadedModel, unit: Unit, num_bits: int) -> Iterator[Changes]:
+def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int) -> Iterator[Changes]:
     """The linears of ``unit`` rounded, for as long as the context lasts."""
     kept: list[tuple[nn.Parameter, Tensor]] = []
     changes: Changes = {}
@@ -287,6 +309,7 @@ class Estimator(NamedTuple):
 ESTIMATORS = {
     "variance": Estimator(variance, False),
     "hessian": Estimator(hessian, False),
+    "block": Estimator(block, False),
     "fisher": Estimator(fisher, True),
     "loss": Estimator(loss, True),
     "delta-loss": Estimator(delta_loss, True),
