@@ -11,7 +11,7 @@ weight files, with embeddings and all else that stays in floating point, for ``s
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from qtool import __version__, checkpoint
@@ -195,9 +195,9 @@ def units_of(loaded: LoadedModel, quant: QuantConfig) -> list[Unit]:
     return units
 
 
-def _last(patterns: dict[str, int], name: str) -> int | None:
+def _last(patterns: Mapping[str, int], name: str) -> int | None:
     """The value of the last pattern that ``name`` matches."""
-    return next((value for pattern, value in reversed(patterns.items()) if fnmatchcase(name, pattern)), None)
+    return next((value for pattern, value in reversed([*patterns.items()]) if fnmatchcase(name, pattern)), None)
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -21,7 +21,8 @@ def total(table: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
 
 def hull_steps(sizes: Sequence[int], costs: Sequence[float]) -> list[tuple[float, int]]:
     """The corners of the lower convex hull of one item after its smallest choice: fall of cost per size, and index."""
-    steps, here = [], 0
+    steps: list[tuple[float, int]] = []
+    here = 0
     while True:
         falls = [((costs[here] - costs[i]) / (sizes[i] - sizes[here]), i) for i in range(here + 1, len(sizes))]
         fall, index = max(falls, default=(0.0, here))  # of equal ones the largest: no corner between them

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool import progress
+from qtool import memory, progress
 from qtool.blocks import TOKENS_PER_BATCH, BlockTask, Flow, bring_in
 from qtool.data import Calibration
 from qtool.instructions import IGNORED
@@ -33,7 +33,7 @@ EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 
 
 class Unit(NamedTuple):
-    """Linears that get the same width, in module order, and the widths that it may be."""
+    """Linears that get the same width, in the order they run, and the widths that it may be."""
 
     targets: tuple[Target, ...]
     choices: tuple[int, ...]
@@ -76,7 +76,7 @@ def walk(loaded: LoadedModel, tokens: Tensor, targets: Sequence[Target]) -> Iter
 
 
 def fused(loaded: LoadedModel, targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets by unit, in module order, as one forward of each block shows them."""
+    """The targets by unit, in the order they run, as one forward of each block shows it."""
     window = torch.zeros(1, 2, dtype=torch.int64)
     return merged([group for task in walk(loaded, window, targets) if task.targets for group in task.groups])
 
@@ -119,8 +119,8 @@ def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> 
 def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
     """``n alpha sigma**2 4**-b``: the weights' variance and their inputs' mean energy; nothing is rounded.
 
-    The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its optimum
-    in real numbers is ``b = mean + log2(alpha sigma**2) / 2`` up to a constant.
+    The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its
+    optimum in real numbers is ``b = log2(alpha sigma**2) / 2`` plus what all units have in common.
     """
     energy = input_energy(loaded, units, text.tokens)
     costs: Costs = []
@@ -133,7 +133,7 @@ def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> C
 def hessian(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
     """``tr(H) / in * |Q(W) - W|**2``: the squared error of the outputs, if all input channels had the same energy."""
     energy = input_energy(loaded, units, text.tokens)
-    return _of_errors(units, loaded.device, lambda t, error: error.square().sum() * energy[t.name].mean())
+    return _of_errors(loaded, units, lambda t, error: error.square().sum() * energy[t.name].mean())
 
 
 def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
@@ -167,7 +167,7 @@ def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Cos
     with _gradients(loaded, targets, lambda name, grad: squares[name].add_(grad.float().square(), alpha=scale)):
         for tokens, labels in progress.track(list(_batches(text, 1)), "gradients", len(text.tokens)):
             (_nll(loaded, tokens, labels) / _learned(labels).sum()).backward()
-    return _of_errors(units, loaded.device, lambda t, error: (squares[t.name] * error.square()).sum())
+    return _of_errors(loaded, units, lambda t, error: (squares[t.name] * error.square()).sum())
 
 
 def loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
@@ -200,12 +200,15 @@ def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) ->
     return _one_at_a_time(loaded, units, text, first_order)
 
 
-def _of_errors(units: Sequence[Unit], device: torch.device, cost: Callable[[Target, Tensor], Tensor]) -> Costs:
+def _of_errors(loaded: LoadedModel, units: Sequence[Unit], cost: Callable[[Target, Tensor], Tensor]) -> Costs:
     """The sum of ``cost`` over the linears of each unit, given the error of their weights at each width."""
-    return [
-        {bits: sum(float(cost(t, rounded(t, bits, device)[1])) for t in unit.targets) for bits in unit.choices}
-        for unit in progress.track(units, "rounding weights", len(units))
-    ]
+    costs: Costs = []
+    for unit in progress.track(units, "rounding weights", len(units)):
+        errors = {bits: [(t, rounded(t, bits, loaded.device)[1]) for t in unit.targets] for bits in unit.choices}
+        costs.append({bits: sum(float(cost(*each)) for each in pairs) for bits, pairs in errors.items()})
+        if loaded.streaming:
+            memory.Pages().drop(*(weight_of(target.linear) for target in unit.targets))
+    return costs
 
 
 Changes = dict[Target, Tensor]  # float32 [out, in]: what rounding adds to each weight

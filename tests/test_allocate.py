@@ -153,7 +153,7 @@ def test_units_of_other_architectures(family: str, tmp_path) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / family))
     units = units_of(loaded, budgeted(average_bits=4))
     assert len(units) == 2 * 4
-    shared = "attn: c_attn" if family == "gpt2" else "self_attn: k_proj, v_proj, q_proj"
+    shared = "attn: c_attn" if family == "gpt2" else "self_attn: q_proj, k_proj, v_proj"
     assert units[0].name.endswith(shared)
 
 
@@ -258,7 +258,7 @@ def units_with(loaded: LoadedModel) -> list[Unit]:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_estimators_rank_a_planted_unit_first_and_a_harmless_one_last(estimator, family, tmp_path, tokens) -> None:
+def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, tmp_path, tokens) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / family))
     loud, quiet = {
         "llama": ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"),
@@ -268,10 +268,10 @@ def test_estimators_rank_a_planted_unit_first_and_a_harmless_one_last(estimator,
     weight_of(loaded.model.get_submodule(quiet)).data *= 1e-3
     units = units_with(loaded)
     costs = ESTIMATORS[estimator].measure(loaded, units, Calibration(tokens))
-    for bits in (2, 3):
-        by_cost = sorted(range(len(units)), key=lambda i: costs[i][bits])
-        assert units[by_cost[-1]].targets[0].name == loud
-        assert units[by_cost[0]].targets[0].name == quiet
+    by_name = {unit.targets[0].name: cost for unit, cost in zip(units, costs, strict=True)}
+    for bits in (2, 3, 4):
+        assert min(by_name, key=lambda name: by_name[name][bits]) == quiet
+        assert by_name[loud][bits] > 100 * by_name[quiet][bits]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
