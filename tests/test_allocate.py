@@ -270,7 +270,6 @@ def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, 
     costs = ESTIMATORS[estimator].measure(loaded, units, Calibration(tokens))
     by_name = {unit.targets[0].name: cost for unit, cost in zip(units, costs, strict=True)}
     for bits in (2, 3, 4):
-        assert min(by_name, key=lambda name: by_name[name][bits]) == quiet
         assert by_name[loud][bits] > 100 * by_name[quiet][bits]
 
 
