@@ -22,7 +22,7 @@ from qtool.errors import InputError, RunError
 from qtool.knapsack import SOLVERS
 from qtool.models import LoadedModel
 from qtool.section import Section
-from qtool.sensitivity import ESTIMATORS, Unit, fused
+from qtool.sensitivity import ESTIMATORS, Unit, fused, measure
 
 
 class Allotment(Section):
@@ -127,11 +127,10 @@ def plan(
     assert budget is not None
     assert text is not None
     sizes, capacity = _sizes(loaded, units, budget)
-    estimator = ESTIMATORS[budget.estimator]
     some = Calibration(
         text.tokens[: budget.num_samples], None if text.labels is None else text.labels[: budget.num_samples]
     )
-    costs = estimator.measure(whole() if estimator.whole else loaded, units, some)
+    costs = measure(whole() if ESTIMATORS[budget.estimator].whole else loaded, units, some, budget)
     for unit, cost in zip(units, costs, strict=True):
         wrong = [bits for bits, value in cost.items() if not math.isfinite(value)]
         if wrong:

@@ -29,6 +29,9 @@ class BudgetConfig(Section):
         "by input energy), block (error of the block's output), fisher (squared error by squared gradient), loss "
         "(divergence from the float model), delta-loss (gradient times error). The first three need no whole model.",
     )
+    rounding: Literal["gptq", "nearest"] = Field(
+        "gptq", description="How block and loss round what they measure; nearest suits methods that read no text."
+    )
     solver: Solver = Field(
         "dp", description="dp: the exact optimum; lagrangian: on the convex hull; greedy: best next step."
     )

@@ -3,14 +3,16 @@
 A unit is what engines fuse into one matrix and therefore needs one width: linears that read the same tensor (q, k, v;
 gate, up), and all experts of a mixture. Costs of units add up, as if no unit's rounding changed what another's does.
 
-Every estimator but ``variance`` rounds the real weights to the real grid, to nearest in a searched range. What a
-method makes of a width is better, but in what order the units suffer is much the same.
+What a width costs depends on who rounds: to nearest, a unit with correlated inputs can look a hundred times worse than
+what a method makes of it that knows them. So the estimators that look at outputs measure weights that GPTQ has rounded;
+those that look at single weights, whose errors GPTQ lets grow where they cancel, measure what round-to-nearest leaves.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -20,12 +22,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool import memory, progress
-from qtool.blocks import TOKENS_PER_BATCH, BlockTask, Flow, bring_in
+from qtool.blocks import TOKENS_PER_BATCH, BlockTask, Flow, Stage, bring_in
+from qtool.budget import BudgetConfig
 from qtool.data import Calibration
 from qtool.instructions import IGNORED
 from qtool.losses import kl
+from qtool.methods import gptq
 from qtool.models import LoadedModel, Target, weight_of
-from qtool.quant.affine import dequantize, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, quantize
 from qtool.quant.ranges import search_qparams
 
 ROWS = 512  # of logits compared at once
@@ -53,6 +57,7 @@ class Unit(NamedTuple):
 
 
 Costs = list[dict[int, float]]  # of each unit, by width
+Weights = Callable[[Target, int], Tensor]  # float32 [out, in] of a linear rounded to a width
 
 
 @torch.no_grad()
@@ -90,13 +95,38 @@ def merged(groups: Sequence[Sequence[Target]]) -> list[list[Target]]:
     return list(units.values())
 
 
-def rounded(target: Target, num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The weight ``[out, in]`` of ``target`` at another width, in float32, and what that adds to each weight."""
+def nearest(target: Target, num_bits: int) -> Tensor:
+    """The weight ``[out, in]`` of ``target`` at another width, in float32, each to the nearest in a searched range."""
     spec = target.spec.model_copy(update={"num_bits": num_bits})
-    weight = target.weight.to(device)
+    weight = target.weight
     grid = search_qparams(weight, spec)
-    found = dequantize(quantize(weight, *grid, spec), *grid, spec)
-    return found, found - weight
+    return dequantize(quantize(weight, *grid, spec), *grid, spec)
+
+
+def compensated(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Weights:
+    """The same by GPTQ, on the float model's inputs; codes of all widths are held in memory, a byte for each."""
+    found: dict[tuple[str, int], QuantizedWeight] = {}
+    choices = {target.name: unit.choices for unit in units for target in unit.targets}
+    config = gptq.Config()
+    for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
+        read: dict[nn.Module, list[Tensor]] = {group[0].linear: [] for group in task.groups}
+
+        # Any: the arguments of whatever linear it is
+        def visit(linear: nn.Module, args: Any, kwargs: Any, read: dict[nn.Module, list[Tensor]] = read) -> None:
+            read[linear].append(args[0].flatten(0, -2))
+
+        task.outputs = task.inputs.like()
+        for hidden in task.inputs:
+            task.outputs.append(task.observe(read, visit, [hidden])[0])
+        for group in task.groups:
+            statistics = gptq.collect(Stage(group, read.pop(group[0].linear), None), config)
+            for target in group:
+                factor = gptq.factorise(statistics, target.spec, config, target.name)
+                for bits in choices[target.name]:
+                    spec = target.spec.model_copy(update={"num_bits": bits})
+                    codes, scale, zero_point, _ = gptq.solve(target.weight, factor, spec, config)
+                    found[target.name, bits] = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
+    return lambda target, num_bits: dequantize(*found[target.name, num_bits])
 
 
 def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> dict[str, Tensor]:
@@ -116,7 +146,7 @@ def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> 
     return found
 
 
-def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
     """``n alpha sigma**2 4**-b``: the weights' variance and their inputs' mean energy; nothing is rounded.
 
     The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its
@@ -130,13 +160,13 @@ def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> C
     return costs
 
 
-def hessian(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+def hessian(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
     """``tr(H) / in * |Q(W) - W|**2``: the squared error of the outputs, if all input channels had the same energy."""
     energy = input_energy(loaded, units, text.tokens)
-    return _of_errors(loaded, units, lambda t, error: error.square().sum() * energy[t.name].mean())
+    return _of_errors(loaded, units, weights, lambda t, error: error.square().sum() * energy[t.name].mean())
 
 
-def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
     """``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, its residual stream included.
 
     A share of what goes on to the next block, and therefore one measure for all units.
@@ -148,13 +178,13 @@ def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Cost
         mine = [index for index, unit in enumerate(units) if unit.targets[0].block == task.index]
         jobs = [(index, bits) for index in mine for bits in units[index].choices]
         for index, bits in progress.track(jobs, "rounding units", len(jobs)):
-            with rounded_unit(loaded, units[index], bits):
+            with rounded_unit(loaded, units[index], bits, weights):
                 found = zip(map(task.forward, task.inputs), task.outputs, strict=True)
                 costs[index][bits] = sum(float((a.float() - b.float()).square().sum()) for a, b in found) / energy
     return costs
 
 
-def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
     """``t / 2 sum E[g**2] (Q(W) - W)**2`` with ``g`` the gradient of a window's mean loss over its ``t`` tokens.
 
     The second-order growth of the loss in nats per token, with the diagonal of the empirical Fisher information for its
@@ -167,10 +197,10 @@ def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Cos
     with _gradients(loaded, targets, lambda name, grad: squares[name].add_(grad.float().square(), alpha=scale)):
         for tokens, labels in progress.track(list(_batches(text, 1)), "gradients", len(text.tokens)):
             (_nll(loaded, tokens, labels) / _learned(labels).sum()).backward()
-    return _of_errors(loaded, units, lambda t, error: (squares[t.name] * error.square()).sum())
+    return _of_errors(loaded, units, weights, lambda t, error: (squares[t.name] * error.square()).sum())
 
 
-def loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+def loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
     """The divergence from the float model, in nats per token, when one unit alone is rounded."""
 
     def divergence(tokens: Tensor, labels: Tensor, teacher: Tensor, change: Changes) -> float:
@@ -180,10 +210,10 @@ def loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs
         rows = zip(teacher[learned].split(ROWS), student[learned].split(ROWS), strict=True)
         return sum(float(kl(*pair).sum()) for pair in rows)
 
-    return _one_at_a_time(loaded, units, text, divergence)
+    return _one_at_a_time(loaded, units, text, weights, divergence)
 
 
-def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Costs:
+def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
     """``sum |g (Q(W) - W)|`` with ``g`` the gradient of the mean loss where the unit alone is rounded: AutoRound's.
 
     To the first order, and as if no two errors ever made up for each other.
@@ -197,14 +227,18 @@ def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) ->
             _nll(loaded, tokens, labels).backward()
         return sum(found)
 
-    return _one_at_a_time(loaded, units, text, first_order)
+    return _one_at_a_time(loaded, units, text, weights, first_order)
 
 
-def _of_errors(loaded: LoadedModel, units: Sequence[Unit], cost: Callable[[Target, Tensor], Tensor]) -> Costs:
+def _of_errors(
+    loaded: LoadedModel, units: Sequence[Unit], weights: Weights, cost: Callable[[Target, Tensor], Tensor]
+) -> Costs:
     """The sum of ``cost`` over the linears of each unit, given the error of their weights at each width."""
     costs: Costs = []
     for unit in progress.track(units, "rounding weights", len(units)):
-        errors = {bits: [(t, rounded(t, bits, loaded.device)[1]) for t in unit.targets] for bits in unit.choices}
+        errors = {
+            bits: [(t, (weights(t, bits) - t.weight).to(loaded.device)) for t in unit.targets] for bits in unit.choices
+        }
         costs.append({bits: sum(float(cost(*each)) for each in pairs) for bits, pairs in errors.items()})
         if loaded.streaming:
             memory.Pages().drop(*(weight_of(target.linear) for target in unit.targets))
@@ -215,7 +249,9 @@ Changes = dict[Target, Tensor]  # float32 [out, in]: what rounding adds to each 
 Measure = Callable[[Tensor, Tensor, Tensor, Changes], float]
 
 
-def _one_at_a_time(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, measure: Measure) -> Costs:
+def _one_at_a_time(
+    loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights, measure: Measure
+) -> Costs:
     """The mean over tokens of ``measure`` with each unit at each of its widths, all else in floating point.
 
     ``measure`` gets tokens, labels, the float model's logits that predict the next token, and the change of the
@@ -229,13 +265,13 @@ def _one_at_a_time(loaded: LoadedModel, units: Sequence[Unit], text: Calibration
         with torch.no_grad():
             teacher = _logits(loaded, tokens)
         for index, bits in progress.track(jobs, f"rounding units, text {number + 1} of {len(batches)}", len(jobs)):
-            with rounded_unit(loaded, units[index], bits) as change:
+            with rounded_unit(loaded, units[index], bits, weights) as change:
                 costs[index][bits] += measure(tokens, labels, teacher, change) / count
     return costs
 
 
 @contextmanager
-def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int) -> Iterator[Changes]:
+def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int, weights: Weights = nearest) -> Iterator[Changes]:
     """The linears of ``unit`` rounded, for as long as the context lasts."""
     kept: list[tuple[nn.Parameter, Tensor]] = []
     changes: Changes = {}
@@ -243,7 +279,8 @@ def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int) -> Iterator[Cha
         for target in unit.targets:
             module = loaded.model.get_submodule(target.name)
             parameter = weight_of(module)
-            weight, changes[target] = rounded(target, num_bits, loaded.device)
+            weight = weights(target, num_bits).to(loaded.device)
+            changes[target] = weight - target.weight.to(loaded.device)
             kept.append((parameter, parameter.data))
             parameter.data = (weight.T if isinstance(module, Conv1D) else weight).to(parameter.dtype)
         yield changes
@@ -303,17 +340,27 @@ def _nll(loaded: LoadedModel, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 class Estimator(NamedTuple):
-    """How costs are found, and whether the whole model must be in memory for it."""
+    """How costs are found."""
 
-    measure: Callable[[LoadedModel, Sequence[Unit], Calibration], Costs]
-    whole: bool
+    measure: Callable[[LoadedModel, Sequence[Unit], Calibration, Weights], Costs]
+    whole: bool  # whether the whole model must be in memory
+    outputs: bool  # whether it measures what comes out, where errors of weights can make up for each other
 
 
 ESTIMATORS = {
-    "variance": Estimator(variance, False),
-    "hessian": Estimator(hessian, False),
-    "block": Estimator(block, False),
-    "fisher": Estimator(fisher, True),
-    "loss": Estimator(loss, True),
-    "delta-loss": Estimator(delta_loss, True),
+    "variance": Estimator(variance, whole=False, outputs=False),
+    "hessian": Estimator(hessian, whole=False, outputs=False),
+    "block": Estimator(block, whole=False, outputs=True),
+    "fisher": Estimator(fisher, whole=True, outputs=False),
+    "loss": Estimator(loss, whole=True, outputs=True),
+    "delta-loss": Estimator(delta_loss, whole=True, outputs=False),
 }
+
+
+def measure(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, config: BudgetConfig) -> Costs:
+    """The costs that the estimator of ``config`` finds in ``loaded``; ``units`` may be those of a streamed copy."""
+    estimator = ESTIMATORS[config.estimator]
+    own = [[replace(t, linear=loaded.model.get_submodule(t.name)) for t in unit.targets] for unit in units]
+    units = [Unit(tuple(targets), unit.choices) for targets, unit in zip(own, units, strict=True)]
+    by_gptq = estimator.outputs and config.rounding == "gptq"
+    return estimator.measure(loaded, units, text, compensated(loaded, units, text) if by_gptq else nearest)

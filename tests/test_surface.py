@@ -67,10 +67,8 @@ def test_recipe_keys() -> None:
         "quant": [
             *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
             *("activations", "kv_cache", "kv_group_size", "overrides"),
-            *(
-                f"budget.{key}"
-                for key in ["average_bits", "size", "estimator", "solver", "choices", "floors", "pins", "num_samples"]
-            ),
+            *("budget.average_bits", "budget.size", "budget.estimator", "budget.rounding", "budget.solver"),
+            *("budget.choices", "budget.floors", "budget.pins", "budget.num_samples"),
             "preset",
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],

@@ -11,7 +11,7 @@ so at equal size an estimator is compared with what a person would try and with 
 * ``random``: units in a seeded random order; the best of ``--random`` of them, by divergence, and their mean.
 
 Uniform widths of whole bits are given too. Spearman's correlation compares the order of the units by predicted cost
-with that by what rounding one alone does on WikiText-2, which no estimator has seen.
+with that by the divergence on WikiText-2, which no estimator has seen, when the method quantizes one unit alone.
 Finished cells are kept in the output file, so a killed run goes on where it stopped. Needs QTOOL_DATA_DIR.
 """
 
@@ -31,9 +31,9 @@ from qtool.budget import BudgetConfig
 from qtool.checkpoint import bits_per_weight
 from qtool.config import DataConfig, ModelConfig, QuantConfig
 from qtool.data import Calibration
-from qtool.models import LoadedModel, load_model
+from qtool.models import load_model
 from qtool.report import environment
-from qtool.sensitivity import ESTIMATORS, Unit, rounded_unit
+from qtool.sensitivity import ESTIMATORS, Unit
 
 MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
 Widths = tuple[int, ...]
@@ -90,39 +90,41 @@ class Bench:
         return allocate.units_of(self.reference, self.quant.model_copy(update={"budget": budget}))
 
     def plan(self, estimator: str, average_bits: float) -> allocate.Plan:
-        """The plan of an estimator."""
-        budget = BudgetConfig(average_bits=average_bits, estimator=estimator)  # type: ignore[arg-type]
+        """The plan of an estimator; ``loss:nearest`` is one with that rounding."""
+        name, _, rounding = estimator.partition(":")
+        raw = {"average_bits": average_bits, "estimator": name, "rounding": rounding or "gptq"}
+        budget = BudgetConfig.model_validate(raw)
         quant = self.quant.model_copy(update={"budget": budget})
         return allocate.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
 
     def measure(self, units: list[Unit], widths: Widths) -> dict[str, float]:
         """Perplexity, divergence and stored bits of the model quantized with these widths."""
 
+        specs = allocate.specs(units, widths)
+        overrides = {name: {"num_bits": spec.num_bits} for name, spec in specs.items()}
+
         def make() -> dict[str, float]:
-            loaded, plugin = load_model(MODEL), methods.get(self.args.method)
-            specs = allocate.specs(units, widths)
-            overrides = {name: {"num_bits": spec.num_bits} for name, spec in specs.items()}
-            quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides})
-            config = plugin.config(name=self.args.method)
-            plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
-            metrics = evaluate.divergence(loaded.model, self.reference.model, self.windows, "auto")
-            return {
-                "bits": bits_per_weight(specs, allocate.shapes(units)),
-                "perplexity": evaluate.perplexity(loaded.model, self.windows, "auto").value,
-                "kl": metrics[0].value,
-            }
+            return {"bits": bits_per_weight(specs, allocate.shapes(units)), **self.quantized(overrides)}
 
         return dict(self.cell(f"{self.args.method} {''.join(map(str, widths))}", make))
 
+    def quantized(self, overrides: dict[str, Any]) -> dict[str, float]:
+        """Perplexity and divergence of the model that the method makes with these overrides."""
+        loaded, plugin = load_model(MODEL), methods.get(self.args.method)
+        quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides})
+        config = plugin.config(name=self.args.method)
+        plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
+        kl, _ = evaluate.divergence(loaded.model, self.reference.model, self.windows, "auto")
+        return {"perplexity": evaluate.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
+
     def alone(self, units: list[Unit], width: int) -> list[float]:
-        """Divergence on held-out text when each unit alone is rounded to ``width`` bits."""
-
-        def make(unit: Unit) -> float:
-            loaded: LoadedModel = load_model(MODEL)
-            with rounded_unit(loaded, unit, width):
-                return evaluate.divergence(loaded.model, self.reference.model, self.windows, "auto")[0].value
-
-        return [self.cell(f"alone {unit.name} {width}", lambda unit=unit: make(unit)) for unit in units]
+        """Divergence on held-out text when the method quantizes each unit alone, to ``width`` bits."""
+        rest = {"*": {"skip": True}}
+        each = ({target.name: {"skip": False, "num_bits": width} for target in unit.targets} for unit in units)
+        return [
+            self.cell(f"{self.args.method} {unit.name} {width}", lambda one=one: self.quantized(rest | one))["kl"]
+            for unit, one in zip(units, each, strict=True)
+        ]
 
 
 def main() -> None:
@@ -131,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench-allocation.json"))
     parser.add_argument("--method", default="gptq", help="with its defaults")
     parser.add_argument("--bits", default="2.5,3.0,3.5")
-    parser.add_argument("--estimators", default=",".join(ESTIMATORS))
+    parser.add_argument("--estimators", default=",".join([*ESTIMATORS, "loss:nearest"]))
     parser.add_argument("--limit", type=int, default=16, help="windows of 1024 tokens to measure on")
     parser.add_argument("--samples", type=int, default=128, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--random", type=int, default=4, help="random allocations for each budget")
@@ -165,7 +167,7 @@ def main() -> None:
     print("\n| budget | allocation | bits per weight | perplexity | KL |\n|---:|---|---:|---:|---:|")
     for label, name, cell in rows:
         print(f"| {label} | {name} | {cell['bits']:.3f} | {cell['perplexity']:.2f} | {cell['kl']:.4f} |")
-    widths = [2, 3, 4]
+    widths = [2, 3]
     print("\n| Spearman, width | " + " | ".join(map(str, widths)) + " |\n|---|" + "---:|" * len(widths))
     first = args.bits.split(",")[0]
     for name in args.estimators.split(","):
