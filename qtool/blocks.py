@@ -271,7 +271,7 @@ def run_blocks(
     for index in range(len(blocks)):  # in order: a block that is done after one that is not was made from other inputs
         kept.append(finished.read(index) if finished and all(kept) else None)
     compute = compute or loaded.dtype
-    flow = None if tokens is None or all(kept) else _Flow(loaded, tokens, targets, compute, float_stream)
+    flow = None if tokens is None or all(kept) else Flow(loaded, tokens, targets, compute, float_stream)
     series: Series = {}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         done = kept[index]
@@ -280,7 +280,7 @@ def run_blocks(
             mine = [target for target in targets if target.block == index]
             if finished and index + 1 < len(blocks):
                 memory.Pages().read_ahead(blocks[index + 1][1].parameters())
-            stored_dtypes = _bring_in(block, loaded, compute)
+            stored_dtypes = bring_in(block, loaded, compute)
             inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
             task = BlockTask(
                 index, name, block, inputs, float_inputs, mine, calls, compute, pausing, loaded.streaming is not None
@@ -312,7 +312,7 @@ def run_blocks(
     return series
 
 
-class _Flow:
+class Flow:
     """The hidden states on their way through the blocks, and how the model calls each block."""
 
     def __init__(
@@ -351,7 +351,7 @@ class _Flow:
         self.inputs = task.outputs or task.through(self.inputs)
 
 
-def _bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dict[str, torch.dtype]:
+def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dict[str, torch.dtype]:
     """Bring the tensors of ``block`` that have the model's dtype to ``compute``; returns their dtypes by name.
 
     What has another dtype keeps it: tables and norms that an architecture holds in float32. A streamed block is copied

@@ -9,8 +9,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__, ranks
-from qtool.errors import InputError, QtoolError, RunError
+from qtool.errors import InputError, RunError
 from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
+from qtool.terminal import Interrupted, running
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -27,12 +28,6 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-
-
-class _Interrupted(QtoolError):
-    """Ctrl-C, with what it left behind."""
-
-    exit_code = 130
 
 
 app = typer.Typer(
@@ -98,12 +93,42 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     right = methods.get(checked.method.name).command
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
-    with _running(quiet or not ranks.is_first(), checked.output.path):
+    with running(quiet or not ranks.is_first(), checked.output.path):
         from qtool import run
 
         outcome = run.quantize(checked, command, fresh)
     if outcome is not None:  # else another of several processes shows it
         _show(outcome, as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: Set = [],  # noqa: B006 (typer copies it)
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="YAML to write, for quant.overrides.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show what widths a recipe's quant.budget comes to."""
+    from qtool import recipe as recipes
+
+    checked = recipes.load(recipe, set_)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"{output} cannot be written: {output.absolute().parent} is no folder")
+    if output is not None and output.exists() and not overwrite:
+        raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
+    with running(quiet, None):
+        from qtool import run
+
+        found = run.plan(checked)
+    if output is not None:
+        output.write_text(found.yaml(checked.quant), encoding="utf-8")
+    print(found.model_dump_json(indent=2) if as_json else found.table())
+    if output is not None and not as_json:
+        print(f"\n{output}")
 
 
 @app.command("eval", cls=DescribedCommand)
@@ -155,7 +180,7 @@ def evaluate(
         given["model"]["path"] = target
         checked = recipe.check(recipe.EvalRecipe, given, "the command line")
     where = output or (checked.output.path if checked.output else None)
-    with _running(quiet, where):
+    with running(quiet, where):
         from qtool import run
 
         asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
@@ -180,7 +205,7 @@ def export(
     config = recipe.check_export(entry)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    with _running(quiet, output):
+    with running(quiet, output):
         from qtool import run
 
         path = run.export(folder, config, overwrite)
@@ -205,7 +230,7 @@ def bench(
 
     model = {"path": str(folder), "dtype": dtype, "device": device}
     checked = recipe.check(recipe.EvalRecipe, {"model": model}, "the command line")
-    with _running(quiet, None):
+    with running(quiet, None):
         from qtool import bench as measuring
 
         report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
@@ -232,7 +257,7 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Quantize again as a checkpoint says it was made, and compare."""
-    with _running(quiet, None):
+    with running(quiet, None):
         from qtool import audit
 
         found = audit.reproduce(folder)
@@ -279,45 +304,6 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _running(quiet: bool, output: Path | None) -> Iterator[None]:
-    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
-    from qtool import progress
-
-    if quiet:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-    before = _identity(output)
-    try:
-        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
-            yield
-    except KeyboardInterrupt as error:
-        if output is None:
-            raise _Interrupted("interrupted") from error
-        if _identity(output) == before:
-            begun = output.with_name(f"{output.name}.partial") / "state"
-            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
-            raise _Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        raise _Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
-
-
-QUIET = {
-    "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "LMEVAL_LOG_LEVEL": "ERROR",
-}
-
-
-def _identity(path: Path | None) -> tuple[int, int] | None:
-    try:
-        status = path.stat() if path else None
-    except OSError:
-        return None
-    return (status.st_ino, status.st_mtime_ns) if status else None
-
-
 def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not imported before it is needed
     paths = [str(path) for path in (outcome.path, *outcome.exports) if path is not None]
     if as_json:
@@ -348,7 +334,7 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
     if usage := getattr(error, "format_message", None):  # the class is private to typer
         return "usage", 2, str(usage())
     match error:
-        case InputError() | RunError() | _Interrupted():
+        case InputError() | RunError() | Interrupted():
             kind = {2: "input", 1: "run", 130: "interrupted"}[error.exit_code]
             return kind, error.exit_code, str(error)
         case KeyboardInterrupt() | typer.Abort():

@@ -7,9 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, ValidationError, model_validator
 
+from qtool.budget import BudgetConfig
 from qtool.errors import InputError
+from qtool.section import Section as Section  # of this module, too, for whoever reads recipes
 
 FORMAT_VERSION = 1  # of the native checkpoint
 ACTIVATIONS_VERSION = 2  # of one whose linears round what they read or give, which a reader must not leave out
@@ -24,12 +26,6 @@ def _check_group_size(value: int) -> int:
     if value != -1 and value < 1:
         raise ValueError("use a positive number of input channels, or -1 for one group per row")
     return value
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class QuantSpec(Section):
@@ -122,8 +118,10 @@ class QuantConfig(QuantSpec):
 
     overrides: dict[str, QuantOverride] = Field(
         default_factory=dict,
-        description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true.",
+        description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true. Or a "
+        "file that qtool plan wrote.",
     )
+    budget: BudgetConfig | None = Field(None, description="A size, for which num_bits is chosen linear by linear.")
     preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
         None, description="What activations and kv_cache are unless they are given: 8 and 8, 8 and 4, or 4 and 4 bits."
     )

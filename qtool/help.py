@@ -42,7 +42,8 @@ class RecipeCommand(DescribedCommand):
         formatter.write_paragraph()
         formatter.write_text(
             "Values are YAML. List entries go by number: export.0.path=out. In quant.overrides all between "
-            "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'."
+            "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'; in "
+            "quant.budget.floors and pins all that follows is: --set 'quant.budget.floors.*.mlp.down_proj=3'."
         )
 
 

@@ -31,6 +31,7 @@ from qtool.errors import InputError
 
 S = TypeVar("S", bound=Section)
 _HERE = Path(__file__).parent
+PATTERNED = re.compile(r"(quant\.(?:overrides|budget\.(?:floors|pins)))\.(.+)")  # keys that hold dots follow
 
 
 def packaged() -> dict[str, Path]:
@@ -140,7 +141,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: The file cannot be read, or the recipe has faults; the message lists all of them.
     """
     raw, wrong = _override(read_yaml(path), overrides)
-    return check(Recipe, raw, f"{path} with --set" if overrides else path, wrong)
+    return check(Recipe, _with_plan(raw), f"{path} with --set" if overrides else path, wrong)
 
 
 def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> EvalRecipe:
@@ -158,12 +159,24 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
             raw[section] = {**base, **values}
     if "method" not in raw:
         return check(EvalRecipe, raw, path)
-    recipe = check(Recipe, raw, path)
+    recipe = check(Recipe, _with_plan(raw), path)
     if not recipe.output.path.is_dir():
         command = methods.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which is not there yet; run: qtool {command} {path}")
     model = recipe.model.model_copy(update={"path": str(recipe.output.path)})
     return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
+
+
+def _with_plan(raw: dict[str, Any]) -> dict[str, Any]:
+    """``raw`` with the overrides of the file that ``quant.overrides`` names, where it names one."""
+    quant = raw.get("quant")
+    if not isinstance(quant, dict) or not isinstance(quant.get("overrides"), str):
+        return raw
+    planned = read_yaml(quant["overrides"]).get("quant")
+    overrides = planned.get("overrides") if isinstance(planned, dict) else None
+    if not isinstance(overrides, dict):
+        raise InputError(f"quant.overrides: {quant['overrides']} has no overrides in a section quant")
+    return {**raw, "quant": {**quant, "overrides": overrides}}
 
 
 class _OneExport(Section):
@@ -239,6 +252,7 @@ def schema() -> dict[str, Any]:
         sections.append(section)
     del whole["$defs"]["MethodConfig"]
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
+    whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file that has them
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(export_formats())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "qtool recipe"}
 
@@ -344,12 +358,15 @@ def _override(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, 
     for text in overrides:
         try:
             key, equals, value = text.partition("=")
-            if not equals or not re.fullmatch(r"[^.]+(\.[^.]+)*|quant\.overrides\..+", key):
+            patterned = PATTERNED.fullmatch(key)
+            if not equals or not (patterned or re.fullmatch(r"[^.]+(\.[^.]+)*", key)):
                 raise ValueError("write section.key=value")
             parts, data = key.split("."), _parse(value)
-            if parts[:2] == ["quant", "overrides"] and len(parts) > 2:  # a pattern may hold dots
-                last = 1 if len(parts) > 3 and not isinstance(data, dict) else 0
-                parts = [*parts[:2], ".".join(parts[2 : len(parts) - last]), *parts[len(parts) - last :]]
+            if patterned:
+                parts = [*patterned[1].split("."), patterned[2]]
+                pattern, dot, last = patterned[2].rpartition(".")
+                if dot and patterned[1] == "quant.overrides" and not isinstance(data, dict):
+                    parts[2:] = [pattern, last]
             raw = cast(dict[str, Any], _put(raw, parts, data))
         except ValueError as error:
             wrong.append(f"--set {text}: {error}")

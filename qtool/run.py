@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from qtool import card, checkpoint, data, methods, progress, ranks, sharding
+from qtool import allocate, card, checkpoint, data, methods, progress, ranks, sharding
 from qtool import evaluate as evaluation
 from qtool import export as formats
+from qtool.allocate import Plan
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
 from qtool.config import FORMAT_VERSION, IMMATERIAL, DataConfig, EvalConfig, ExpectedConfig, ExportConfig, ModelConfig
 from qtool.data import Calibration
@@ -28,7 +29,8 @@ from qtool.models import LoadedModel, choose_device, load_model, packed_linears
 from qtool.overlap import Seen
 from qtool.recipe import Recipe, resolved
 from qtool.report import CalibrationText, Report, compare, environment, processor
-from qtool.state import RunState, run_state
+from qtool.sensitivity import Unit
+from qtool.state import PLAN, RunState, run_state, write_durably
 from qtool.training_config import EndToEndConfig
 from qtool.verify import load_exported, verify
 
@@ -88,22 +90,29 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
         with clock.phase("load", f"loading {recipe.model.path}"):
             loaded = load_model(recipe.model, finished=state, budget=recipe.data.memory_budget)
             state.loaded = loaded
-            targets = loaded.targets(recipe.quant)
-        specs = {target.name: target.spec for target in targets}
+            units = None if recipe.quant.budget is None else allocate.units_of(loaded, recipe.quant)
+            targets = loaded.targets(recipe.quant) if units is None else [t for unit in units for t in unit.targets]
+        specs = {target.name: target.spec for target in targets} if units is None else allocate.mixed(units)
         shapes = {target.name: target.weight_shape for target in targets}
-        del targets  # they hold the float linears, which a method lets go of as it replaces them
-        bits = checkpoint.bits_per_weight(specs, shapes)
         float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
         checkpoint.check_space(output.path, float_bytes)  # never more than the float model
         _check_exports(recipe, Planned(loaded, specs, shapes))
-        text = None
-        if method.needs_data(recipe.method):
+        text = allotted = None
+        if _needs_text(recipe):
             with clock.phase("data", f"reading calibration text: {recipe.data.source}"):
                 text = _calibration(recipe, loaded, state)
-        tokens, labels = text or (None, None)
+        quant = recipe.quant
+        if units is not None:
+            with clock.phase("allocate", "choosing widths"):
+                allotted = _plan(recipe, state, units, text)
+            quant = allotted.applied(quant)
+            specs = {target.name: target.spec for target in loaded.targets(quant)}
+        del targets, units  # they hold the float linears, which a method lets go of as it replaces them
+        bits = checkpoint.bits_per_weight(specs, shapes)
+        tokens, labels = text if text and method.needs_data(recipe.method) else (None, None)
         masked = {"labels": labels} if method.takes_labels and labels is not None else {}
         with clock.phase("quantize", f"{recipe.method.name}, {_label(specs)}"):
-            series = method.run(loaded, tokens, recipe.quant, recipe.method, recipe.seed, **masked)
+            series = method.run(loaded, tokens, quant, recipe.method, recipe.seed, **masked)
         ranks.end()
         if not ranks.is_first():
             return None
@@ -123,10 +132,11 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
                 dtype=_name(loaded.dtype),
                 device=str(loaded.device),
                 seed=recipe.seed,
-                calibration=None if tokens is None else _described(recipe.data),
+                calibration=None if text is None else _described(recipe.data),
                 expected=compare(recipe.expected, ()),
             )
             manifest = _manifest(recipe, report, text, series, clock.seconds)
+            manifest |= {} if allotted is None else {"plan": allotted.model_dump(mode="json")}
             files = checkpoint.file_hashes(state.model, "*.safetensors")
             write_json(state.model / MANIFEST, manifest | {"command": command, "lock": lock, "files": files})
             card.write(state.model, report)
@@ -136,7 +146,7 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
         with clock.phase("eval", "evaluating"):
             written = load_model(recipe.model.model_copy(update={"path": str(output.path)}), quantized=True)
             reference = load_model(recipe.model)
-            seen = None if tokens is None else Seen(recipe.data.source, tokens)
+            seen = None if text is None else Seen(recipe.data.source, text.tokens)
             results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed, seen)
             found = {"results": tuple(results), "seconds": clock.seconds, "backend": recipe.eval.backend}
             report = report.model_copy(update=found | {"expected": compare(recipe.expected, results)})
@@ -170,6 +180,37 @@ def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def _without(keys: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """``keys`` without those called so, in sections inside it too."""
     return {k: _without(v, names) if isinstance(v, dict) else v for k, v in keys.items() if k not in names}
+
+
+def _needs_text(recipe: Recipe) -> bool:
+    """Whether calibration text is read: for the method, or to choose widths."""
+    return methods.get(recipe.method.name).needs_data(recipe.method) or recipe.quant.budget is not None
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The widths that the budget of a recipe comes to, as a run of it would choose them. Nothing is written.
+
+    Raises:
+        InputError: the recipe has no budget, or one that cannot be met.
+    """
+    transformers.logging.disable_progress_bar()
+    allocate.check(recipe.quant)
+    data.check_source(recipe.data)
+    loaded = load_model(recipe.model)
+    units = allocate.units_of(loaded, recipe.quant)
+    text = data.calibration(recipe.data, loaded, recipe.seed)
+    return allocate.plan(loaded, lambda: loaded, units, recipe.quant, text)
+
+
+def _plan(recipe: Recipe, state: RunState, units: list[Unit], text: Calibration | None) -> Plan:
+    """The plan of the earlier start of this run, or a new one, made by the first process and read by all."""
+    file = state.folder / PLAN
+    if ranks.is_first() and not file.exists():
+        assert state.loaded is not None
+        made = allocate.plan(state.loaded, lambda: load_model(recipe.model), units, recipe.quant, text)
+        write_durably(file, made.model_dump(mode="json"))
+    ranks.wait()
+    return Plan.model_validate_json(file.read_bytes())
 
 
 def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
@@ -300,7 +341,9 @@ def _check_early(recipe: Recipe) -> None:
     for section in (recipe.method, *dict(recipe.method).values()):
         if isinstance(section, EndToEndConfig):
             sharding.check(section)
-    if methods.get(recipe.method.name).needs_data(recipe.method):
+    if recipe.quant.budget is not None:
+        allocate.check(recipe.quant)
+    if _needs_text(recipe):
         data.check_source(recipe.data)
     if recipe.eval is not None:
         evaluation.check_tasks(recipe.eval)

@@ -3,6 +3,7 @@
     <output>.partial/state/lock.json         what the result depends on: recipe, model files, versions, threads
     <output>.partial/state/block-00003.json  figures of a finished block and the SHA-256 of its shard
     <output>.partial/state/tokens.safetensors
+    <output>.partial/state/plan.json         the widths that a budget came to
     <output>.partial/state/blocks/           shards of finished blocks that a later phase of the run goes on with
     <output>.partial/state/<phase>/          what a training of the whole model has reached, of a split one by process
     <output>.partial/model/                  becomes <output>: one shard for each finished block, and at last the rest
@@ -32,6 +33,7 @@ from qtool.errors import InputError, RunError
 from qtool.models import LoadedModel, packed_linears
 
 Lock = dict[str, Any]
+PLAN = "plan.json"
 
 
 @dataclass
@@ -61,7 +63,7 @@ class RunState:
     @property
     def begun(self) -> bool:
         """Whether anything is done that another start can go on from."""
-        return any(self.folder.glob("block-*.json")) or any(self.folder.glob(f"*/{TRAINING}"))
+        return any(any(self.folder.glob(made)) for made in ("block-*.json", f"*/{TRAINING}", PLAN))
 
     def _record(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"

@@ -37,7 +37,7 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     others = ["eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
-    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", *others]
+    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
 
@@ -53,6 +53,7 @@ def test_options() -> None:
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
+    assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
 
 
@@ -65,7 +66,10 @@ def test_recipe_keys() -> None:
         "method": ["name"],
         "quant": [
             *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
-            *("activations", "kv_cache", "kv_group_size", "overrides", "preset"),
+            *("activations", "kv_cache", "kv_group_size", "overrides"),
+            *("budget.average_bits", "budget.size", "budget.estimator", "budget.rounding", "budget.solver"),
+            *("budget.choices", "budget.floors", "budget.pins", "budget.num_samples"),
+            "preset",
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],

@@ -32,7 +32,7 @@ def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Tar
 
 
 def _taken(targets: list[Target], block: int) -> Iterator[Target]:
-    """Those of a block, the next on the list, off it: a float weight goes when it is replaced, unless a teacher has it."""
+    """Those of a block, the next on the list, off it: a float weight goes when replaced, unless a teacher has it."""
     while targets and targets[0].block == block:
         yield targets.pop(0)
 

@@ -4,6 +4,9 @@ Clipping a few large weights buys resolution for all others. The error is ``sum_
 ``h`` one, or the second moment of the input channel when it is known (then norm 2 is the output error of the group
 under uncorrelated inputs). Symmetric grids shrink one number, as LR-QAT does (arXiv 2406.06385); asymmetric grids
 shrink both ends together, as GPTQ's range search does, and then each end alone. No absolute margin is used.
+
+The share that is left of the range is the scaling factor gamma of arXiv 2411.06084, ``scale = gamma * max|w| / level``:
+here each group has its own, the best of 1, 0.98, ... 0.22. Methods offer it as ``range: search`` or do it always.
 """
 
 import torch

@@ -1,0 +1,182 @@
+"""Allocated widths beside uniform and arbitrary ones of the same size, on the built-in model.
+
+    python scripts/bench/allocation.py --out allocation.json [--method gptq] [--bits 2.5,3,3.5] [--limit 16]
+
+Every allocation is quantized by the method and measured on the first windows of WikiText-2: perplexity, and divergence
+from the float model in nats per token. A budget counts scales and zero points. Uniform widths exist at whole bits only,
+so at equal size an estimator is compared with what a person would try and with chance:
+
+* ``first``, ``last``: all units get the smallest width, then as many as fit the largest next one, from the first block
+  on or from the last;
+* ``random``: units in a seeded random order; the best of ``--random`` of them, by divergence, and their mean.
+
+Uniform widths of whole bits are given too. Spearman's correlation compares the order of the units by predicted cost
+with that by the divergence on WikiText-2, which no estimator has seen, when the method quantizes one unit alone.
+Finished cells are kept in the output file, so a killed run goes on where it stopped. Needs QTOOL_DATA_DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import allocate, data, evaluate, methods
+from qtool.budget import BudgetConfig
+from qtool.checkpoint import bits_per_weight
+from qtool.config import DataConfig, ModelConfig, QuantConfig
+from qtool.data import Calibration
+from qtool.models import load_model
+from qtool.report import environment
+from qtool.sensitivity import ESTIMATORS, Unit
+
+MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
+Widths = tuple[int, ...]
+
+
+def by_order(units: list[Unit], average_bits: float, order: list[int]) -> Widths:
+    """Widths of units that are raised to the next choice one after another, in rounds, while they fit."""
+    chosen, shapes = [0] * len(units), allocate.shapes(units)
+
+    def fits() -> bool:
+        widths = [unit.choices[index] for unit, index in zip(units, chosen, strict=True)]
+        return bits_per_weight(allocate.specs(units, widths), shapes) <= average_bits
+
+    for _ in units[0].choices[1:]:
+        for item in order:
+            chosen[item] += 1
+            if not fits():
+                chosen[item] -= 1
+    return tuple(unit.choices[index] for unit, index in zip(units, chosen, strict=True))
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Correlation of the ranks of two lists without ties."""
+    ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1).argsort(1).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+class Bench:
+    """The cells that are done, and how to make one."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Read what there is, and load what every cell needs."""
+        self.args = args
+        self.found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+        self.found.setdefault("environment", environment())
+        self.found.setdefault("asked", {k: str(v) for k, v in vars(args).items() if k != "out"})
+        self.reference = load_model(MODEL)
+        text = DataConfig(source="enwiki", num_samples=args.samples, seq_len=512)
+        self.text: Calibration = data.calibration(text, self.reference, 0)
+        self.windows = data.perplexity_windows("wikitext2", self.reference, 1024, args.limit, 0)
+        self.quant = QuantConfig(group_size=args.group_size, symmetric=not args.asymmetric)
+
+    def cell(self, key: str, make: Callable[[], Any]) -> Any:
+        """A cell that is kept, or made now."""
+        cells = self.found.setdefault("cells", {})
+        if key not in cells:
+            cells[key] = make()
+            self.args.out.write_text(json.dumps(self.found, indent=1) + "\n")
+            print(key, json.dumps(cells[key])[:160], flush=True)
+        return cells[key]
+
+    def units(self, budget: BudgetConfig) -> list[Unit]:
+        """The units of the built-in model."""
+        return allocate.units_of(self.reference, self.quant.model_copy(update={"budget": budget}))
+
+    def plan(self, estimator: str, average_bits: float) -> allocate.Plan:
+        """The plan of an estimator; ``loss:nearest`` is one with that rounding."""
+        name, _, rounding = estimator.partition(":")
+        raw = {"average_bits": average_bits, "estimator": name, "rounding": rounding or "gptq"}
+        budget = BudgetConfig.model_validate(raw)
+        quant = self.quant.model_copy(update={"budget": budget})
+        return allocate.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+
+    def measure(self, units: list[Unit], widths: Widths) -> dict[str, float]:
+        """Perplexity, divergence and stored bits of the model quantized with these widths."""
+
+        specs = allocate.specs(units, widths)
+        overrides = {name: {"num_bits": spec.num_bits} for name, spec in specs.items()}
+
+        def make() -> dict[str, float]:
+            return {"bits": bits_per_weight(specs, allocate.shapes(units)), **self.quantized(overrides)}
+
+        return dict(self.cell(f"{self.args.method} {''.join(map(str, widths))}", make))
+
+    def quantized(self, overrides: dict[str, Any]) -> dict[str, float]:
+        """Perplexity and divergence of the model that the method makes with these overrides."""
+        loaded, plugin = load_model(MODEL), methods.get(self.args.method)
+        quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides})
+        config = plugin.config(name=self.args.method)
+        plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
+        kl, _ = evaluate.divergence(loaded.model, self.reference.model, self.windows, "auto")
+        return {"perplexity": evaluate.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
+
+    def alone(self, units: list[Unit], width: int) -> list[float]:
+        """Divergence on held-out text when the method quantizes each unit alone, to ``width`` bits."""
+        rest = {"*": {"skip": True}}
+        each = ({target.name: {"skip": False, "num_bits": width} for target in unit.targets} for unit in units)
+        return [
+            self.cell(f"{self.args.method} {unit.name} {width}", lambda one=one: self.quantized(rest | one))["kl"]
+            for unit, one in zip(units, each, strict=True)
+        ]
+
+
+def main() -> None:
+    """Fill in the cells that are missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-allocation.json"))
+    parser.add_argument("--method", default="gptq", help="with its defaults")
+    parser.add_argument("--bits", default="2.5,3.0,3.5")
+    parser.add_argument("--estimators", default=",".join([*ESTIMATORS, "loss:nearest"]))
+    parser.add_argument("--limit", type=int, default=16, help="windows of 1024 tokens to measure on")
+    parser.add_argument("--samples", type=int, default=128, help="windows of 512 tokens to calibrate on")
+    parser.add_argument("--random", type=int, default=4, help="random allocations for each budget")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    units = bench.units(BudgetConfig(average_bits=8.5))
+    order = list(range(len(units)))
+    rows: list[tuple[str, str, dict[str, float]]] = []
+    for width in (2, 3, 4):
+        rows.append(("", f"uniform {width}", bench.measure(units, (width,) * len(units))))
+    for budget in args.bits.split(","):
+        bits = float(budget)
+        rows.append((budget, "first", bench.measure(units, by_order(units, bits, order))))
+        rows.append((budget, "last", bench.measure(units, by_order(units, bits, order[::-1]))))
+        chance = []
+        for seed in range(args.random):
+            shuffled = random.Random(seed).sample(order, len(order))
+            chance.append(bench.measure(units, by_order(units, bits, shuffled)))
+        if chance:
+            rows.append((budget, f"random, best of {len(chance)}", min(chance, key=lambda cell: cell["kl"])))
+            rows.append((budget, "random, mean", {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]}))
+        for name in args.estimators.split(","):
+            plan = bench.cell(
+                f"plan {name} {budget}",
+                lambda name=name, bits=bits: bench.plan(name, bits).model_dump(mode="json")["allotments"],
+            )
+            rows.append((budget, name, bench.measure(units, tuple(each["num_bits"] for each in plan))))
+    print("\n| budget | allocation | bits per weight | perplexity | KL |\n|---:|---|---:|---:|---:|")
+    for label, name, cell in rows:
+        print(f"| {label} | {name} | {cell['bits']:.3f} | {cell['perplexity']:.2f} | {cell['kl']:.4f} |")
+    widths = [2, 3]
+    print("\n| Spearman, width | " + " | ".join(map(str, widths)) + " |\n|---|" + "---:|" * len(widths))
+    first = args.bits.split(",")[0]
+    for name in args.estimators.split(","):
+        plan = bench.found["cells"][f"plan {name} {first}"]
+        found = [spearman([each["costs"][str(w)] for each in plan], bench.alone(units, w)) for w in widths]
+        bench.found.setdefault("spearman", {})[name] = dict(zip(map(str, widths), found, strict=True))
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in found) + " |")
+    args.out.write_text(json.dumps(bench.found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
