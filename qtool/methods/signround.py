@@ -6,15 +6,15 @@ that falls linearly to zero: how far they can move is known beforehand, whatever
 arXiv 2309.05516). All linears of a block are trained at once. The loss is the squared difference between the quantized
 block on the quantized stream and the float block on the float stream, so a block also makes up for those before it.
 
-From SignRoundV2 (arXiv 2512.04746) come the start of symmetric grids and an option of the loss: their ranges are
-searched first, each input channel weighed by its mean square, and below 4 bits the largest differences can be left out
-(``outliers``, 0.001 there; off here, where it did not help). Asymmetric grids start at the extremes, which was better.
+From SignRoundV2 (arXiv 2512.04746) come two options: symmetric ranges can be searched first, each input channel weighed
+by its mean square (``range: search``), and below 4 bits the loss can leave the largest differences out (``outliers``,
+0.001 there). Both are off: ranges that start at the extremes and shrink in training ended better at every width.
 
 Where we differ: what is kept is the best of several states on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
 8; the search lowers the third power of errors, for squares clip so much that 2 bits get much worse; and scales are
-never negative, which several engines do not load (the searched range may end inside the weights, and the symmetric
-grid's extra level is the lowest one). docs/benchmarks.md has the figures.
+never negative, which several engines do not load: the symmetric grid's extra level is the lowest one.
+docs/benchmarks.md has the figures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ class Config(MethodConfig):
     travel: float = Field(0.5, ge=0, description="How far an offset can move in all steps together, in codes.")
     range_travel: float = Field(0.5, ge=0, description="How far the factor of a range can move in all steps together.")
     range: Literal["minmax", "search"] = Field(
-        "search",
+        "minmax",
         description="Symmetric ranges at the start: the extremes, or searched with each input channel's importance.",
     )
     norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
