@@ -364,27 +364,13 @@ def test_a_start_that_does_not_fit_is_refused(
         train(methods.get("lsq"), llama, tokens, quant, init_from=str(llama_folder))
 
 
-class Kept:
-    """Finished blocks in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.blocks: dict[int, tuple[dict[str, Tensor], dict[str, float]]] = {}
-
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        return self.blocks.get(index)
-
-    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
-        self.blocks[index] = {name: tensor.clone() for name, tensor in tensors.items()}, figures
-
-
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize("start", ["new", "again"])
 def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp_path: Path, start: str) -> None:
     """After the block phase of the same process, and after one that ended before this process began."""
     folder = tiny.FAMILIES[family](tmp_path / "float")
     expected = tiny.packed(folder, W2)
-    kept = Kept(tmp_path)
+    kept = tiny.Kept(tmp_path)
     streamed = load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"), finished=kept, budget=1 << 30)
     assert isinstance(streamed.streaming, Streaming)
     targets = streamed.targets(W2)
@@ -412,7 +398,7 @@ def written_recipe(folder: Path, name: str, **method: Any) -> Path:
         tiny.llama(folder / "float")
         tiny.text(folder)
     raw = {
-        "model": {"path": str(folder / "float"), "device": "cpu"},
+        "model": {"path": str(folder / "float"), "device": "cpu", "dtype": "float32"},
         "method": {"name": "lsq", "batch_size": 5, "epochs": 3} | method,
         "quant": {"num_bits": 2, "group_size": 16, "symmetric": False},
         "data": {"source": str(folder / "prose.txt"), "num_samples": 8, "seq_len": 32},
@@ -453,14 +439,8 @@ def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch:
     assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
 
 
-def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:
-    """As a launcher starts a process, without the others."""
-    patch.setenv("RANK", str(number))
-    patch.setenv("WORLD_SIZE", str(count))
-
-
 def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    several(0, 2, monkeypatch)
+    tiny.several(0, 2, monkeypatch)
     file = written_recipe(tmp_path, "out")
     file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
     with pytest.raises(InputError, match="method rtn runs in one process, and there are 2"):
@@ -470,7 +450,7 @@ def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pyt
 def test_more_processes_than_windows_in_a_step_are_refused(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several(0, 3, monkeypatch)
+    tiny.several(0, 3, monkeypatch)
     with pytest.raises(InputError, match="batch_size 2 is less than the 3 processes"):
         train(methods.get("lsq"), llama, tokens)
 
