@@ -67,21 +67,6 @@ CASES = {
 KILLED = "killed"  # the plain case, stopped after its third step and begun again
 
 
-class Kept:
-    """Finished blocks in memory, and a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self.folder = folder
-        self.blocks: dict[int, Any] = {}
-
-    def read(self, index: int) -> Any:
-        return self.blocks.get(index)
-
-    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
-        self.blocks[index] = {name: tensor.clone() for name, tensor in tensors.items()}, figures
-
-
 def tokens() -> Tensor:
     return torch.randint(2, tiny.VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -155,7 +140,8 @@ def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -
     found: dict[str, Any] = {}
     with recorded(found):
         config = ModelConfig(path=str(folder / case.family), dtype=case.dtype, device=device)
-        loaded = load_model(config, finished=Kept(state), budget=1 << 30)
+        state.mkdir(exist_ok=True)
+        loaded = load_model(config, finished=tiny.Kept(state), budget=1 << 30)
         settings = COMMON | case.settings | {"sharding": split, "optim": case.optim}
         if case.method == "efficientqat":
             settings = {"epochs": 1, "min_steps": 1, "batch_size": 5, "e2e": settings}

@@ -351,27 +351,13 @@ def test_a_start_that_does_not_fit_is_refused(
         train(methods.get("lsq"), llama, tokens, quant, init_from=str(llama_folder))
 
 
-class Kept:
-    """Finished blocks in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.blocks: dict[int, tuple[dict[str, Tensor], dict[str, float]]] = {}
-
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        return self.blocks.get(index)
-
-    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
-        self.blocks[index] = {name: tensor.clone() for name, tensor in tensors.items()}, figures
-
-
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize("start", ["new", "again"])
 def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp_path: Path, start: str) -> None:
     """After the block phase of the same process, and after one that ended before this process began."""
     folder = tiny.FAMILIES[family](tmp_path / "float")
     expected = tiny.packed(folder, W2)
-    kept = Kept(tmp_path)
+    kept = tiny.Kept(tmp_path)
     streamed = load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"), finished=kept, budget=1 << 30)
     assert isinstance(streamed.streaming, Streaming)
     targets = streamed.targets(W2)

@@ -26,7 +26,7 @@ def written_recipe(folder: Path, name: str, **method: Any) -> Path:
         tiny.llama(folder / "float")
         tiny.text(folder)
     raw = {
-        "model": {"path": str(folder / "float"), "device": "cpu"},
+        "model": {"path": str(folder / "float"), "device": "cpu", "dtype": "float32"},
         "method": {"name": "lsq", "batch_size": 5, "epochs": 3} | method,
         "quant": {"num_bits": 2, "group_size": 16, "symmetric": False},
         "data": {"source": str(folder / "prose.txt"), "num_samples": 8, "seq_len": 32},
@@ -67,14 +67,8 @@ def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch:
     assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
 
 
-def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:
-    """As a launcher starts a process, without the others."""
-    patch.setenv("RANK", str(number))
-    patch.setenv("WORLD_SIZE", str(count))
-
-
 def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    several(0, 2, monkeypatch)
+    tiny.several(0, 2, monkeypatch)
     file = written_recipe(tmp_path, "out")
     file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
     with pytest.raises(InputError, match="method rtn runs in one process, and there are 2"):
@@ -84,7 +78,7 @@ def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pyt
 def test_more_processes_than_windows_in_a_step_are_refused(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several(0, 3, monkeypatch)
+    tiny.several(0, 3, monkeypatch)
     with pytest.raises(InputError, match="batch_size 2 is less than the 3 processes"):
         train(methods.get("lsq"), llama, tokens)
 

@@ -31,12 +31,6 @@ from qtool.training_config import EndToEndConfig
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
-def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:
-    """As a launcher starts a process, without the others."""
-    patch.setenv("RANK", str(number))
-    patch.setenv("WORLD_SIZE", str(count))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all cases, trained in two processes."""
@@ -249,7 +243,7 @@ def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monk
             raise sharded.Stopped
 
     with monkeypatch.context() as patch:
-        several(0, 2, patch)
+        tiny.several(0, 2, patch)
         with pytest.raises(sharded.Stopped):
             begin("full")
         with pytest.raises(sharded.Stopped):
@@ -285,7 +279,7 @@ def test_processes_run_the_model_equally_often(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Training, "_token_losses", token_losses)
         for number in range(count):
-            several(number, count, patch)
+            tiny.several(number, count, patch)
             training = _Training(loaded, None, tokens, tokens, config, 0)
             runs.append(0)
             parts = list(training.losses(step))
@@ -299,7 +293,7 @@ def test_processes_run_the_model_equally_often(
         if held:
             runs, found = [], []
             for number in range(count):
-                several(number, count, patch)
+                tiny.several(number, count, patch)
                 runs.append(0)
                 found.append(_Training(loaded, None, tokens, tokens, config, 0).validate())
             assert len(set(runs)) == 1
@@ -325,17 +319,17 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
                 raise sharded.Stopped
             write(tensors, file)
 
-        several(number, 2, monkeypatch)
+        tiny.several(number, 2, monkeypatch)
         monkeypatch.setattr(endtoend, "write_shard", killed)
         keeper.write(state_of(step, number))
 
     def read(number: int) -> dict[str, Tensor]:
-        several(number, 2, monkeypatch)
+        tiny.several(number, 2, monkeypatch)
         found = keeper.read()
         assert found is not None
         return found
 
-    several(0, 2, monkeypatch)
+    tiny.several(0, 2, monkeypatch)
     assert keeper.read() is None
     on(1, 2)
     on(0, 2)

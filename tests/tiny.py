@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -231,3 +232,23 @@ def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> Loaded
     model = LlamaForCausalLM(config).eval()
     dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
     return LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), f"tiny-{seed}", BUILTIN, dtypes)
+
+
+class Kept:
+    """Finished blocks in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.blocks: dict[int, tuple[dict[str, Tensor], dict[str, float]]] = {}
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        return self.blocks.get(index)
+
+    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
+        self.blocks[index] = {name: tensor.clone() for name, tensor in tensors.items()}, figures
+
+
+def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:
+    """As a launcher starts a process, without the others."""
+    patch.setenv("RANK", str(number))
+    patch.setenv("WORLD_SIZE", str(count))
