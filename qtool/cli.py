@@ -9,8 +9,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__, ranks
-from qtool.errors import InputError, QtoolError, RunError
+from qtool.errors import InputError, RunError
 from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
+from qtool.running import Interrupted, running
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -27,12 +28,6 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-
-
-class _Interrupted(QtoolError):
-    """Ctrl-C, with what it left behind."""
-
-    exit_code = 130
 
 
 app = typer.Typer(
@@ -98,7 +93,7 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     right = methods.get(checked.method.name).command
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
-    with _running(quiet or not ranks.is_first(), checked.output.path):
+    with running(quiet or not ranks.is_first(), checked.output.path):
         from qtool import run
 
         outcome = run.quantize(checked, command, fresh)
@@ -155,11 +150,11 @@ def evaluate(
         given["model"]["path"] = target
         checked = recipe.check(recipe.EvalRecipe, given, "the command line")
     where = output or (checked.output.path if checked.output else None)
-    with _running(quiet, where):
+    with running(quiet, where):
         from qtool import run
 
         asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
-        outcome = run.evaluate(*asked, checked.expected)
+        outcome = run.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
     _show(outcome, as_json)
 
 
@@ -180,7 +175,7 @@ def export(
     config = recipe.check_export(entry)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    with _running(quiet, output):
+    with running(quiet, output):
         from qtool import run
 
         path = run.export(folder, config, overwrite)
@@ -205,11 +200,33 @@ def bench(
 
     model = {"path": str(folder), "dtype": dtype, "device": device}
     checked = recipe.check(recipe.EvalRecipe, {"model": model}, "the command line")
-    with _running(quiet, None):
+    with running(quiet, None):
         from qtool import bench as measuring
 
         report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
     _show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side, and which are best for their size."""
+    from qtool import compare as comparing
+
+    found = comparing.compare(runs)
+    if output is not None:
+        found.write(output)
+    if as_json:
+        print(json.dumps({"path": str(output) if output else None, **found.as_dict()}))
+    else:
+        _print(found)
+        if output is not None:
+            print(f"\n{output}")
 
 
 @app.command()
@@ -232,7 +249,7 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Quantize again as a checkpoint says it was made, and compare."""
-    with _running(quiet, None):
+    with running(quiet, None):
         from qtool import audit
 
         found = audit.reproduce(folder)
@@ -279,45 +296,6 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _running(quiet: bool, output: Path | None) -> Iterator[None]:
-    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
-    from qtool import progress
-
-    if quiet:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-    before = _identity(output)
-    try:
-        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
-            yield
-    except KeyboardInterrupt as error:
-        if output is None:
-            raise _Interrupted("interrupted") from error
-        if _identity(output) == before:
-            begun = output.with_name(f"{output.name}.partial") / "state"
-            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
-            raise _Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        raise _Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
-
-
-QUIET = {
-    "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "LMEVAL_LOG_LEVEL": "ERROR",
-}
-
-
-def _identity(path: Path | None) -> tuple[int, int] | None:
-    try:
-        status = path.stat() if path else None
-    except OSError:
-        return None
-    return (status.st_ino, status.st_mtime_ns) if status else None
-
-
 def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not imported before it is needed
     paths = [str(path) for path in (outcome.path, *outcome.exports) if path is not None]
     if as_json:
@@ -331,16 +309,20 @@ def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not
         }
         print(to_json(result, inf_nan_mode="null").decode())
         return
-    if sys.stdout.isatty() and hasattr(outcome.report, "render"):
-        from rich.console import Console
-
-        outcome.report.render(Console())
-    else:
-        print(outcome.report.markdown())
+    _print(outcome.report)
     if paths:
         print()
     for path in paths:
         print(path)
+
+
+def _print(report: Any) -> None:  # Any: whatever has a table for a terminal and one in Markdown
+    if sys.stdout.isatty() and hasattr(report, "render"):
+        from rich.console import Console
+
+        report.render(Console())
+    else:
+        print(report.markdown())
 
 
 def _describe(error: BaseException) -> tuple[str, int, str]:
@@ -348,7 +330,7 @@ def _describe(error: BaseException) -> tuple[str, int, str]:
     if usage := getattr(error, "format_message", None):  # the class is private to typer
         return "usage", 2, str(usage())
     match error:
-        case InputError() | RunError() | _Interrupted():
+        case InputError() | RunError() | Interrupted():
             kind = {2: "input", 1: "run", 130: "interrupted"}[error.exit_code]
             return kind, error.exit_code, str(error)
         case KeyboardInterrupt() | typer.Abort():
