@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from qtool import __version__, card
 from qtool.progress import duration, size
-from qtool.report import PUBLISHED_COLUMNS, Report, number, percent, published_cells
+from qtool.report import PUBLISHED_COLUMNS, Report, published_cells
 from qtool.results import TaskResult
 from qtool.verdict import RULE, words
 
@@ -92,10 +92,9 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         ratio = report.float_bytes / report.quantized_bytes
         sizes = f"{report.float_bytes / 1e6:.2f} MB to {report.quantized_bytes / 1e6:.2f} MB"
         yield "size on disk", f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger", sizes
-    if (judged := report.judged()) is not None:
-        name, where, loss, stderr = judged
-        shown = number(loss, stderr) if name == "kl" else percent(-loss if name == "accuracy" else loss, stderr)
-        yield name, shown, f"{where}: {words(loss, stderr).partition(':')[0]}"
+    if (quality := report.quality()) is not None:
+        name, shown, where, said = quality
+        yield name, shown.replace(" ", NBSP), ": ".join(part for part in (where, said.partition(":")[0]) if part)
     if "quantize" in report.seconds:
         held = max(report.peak_bytes.values(), default=0)
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""

@@ -141,19 +141,23 @@ class Report(Record):
         if self.float_bytes and self.quantized_bytes:
             ratio = self.float_bytes / self.quantized_bytes
             parts.append(f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger")
-        judged = self.judged()
-        if judged is not None:
-            name, where, loss, stderr = judged
-            sign = -1 if name == "accuracy" else 1
-            shown = (
-                number(loss, stderr, plus_minus) + " nats" if name == "kl" else percent(sign * loss, stderr, plus_minus)
-            )
-            return ", ".join([*parts, f"{name} {shown} on {where}"]) + f": {words(loss, stderr)}"
+        if (quality := self.quality(plus_minus)) is not None:
+            name, shown, where, said = quality
+            return ", ".join([*parts, f"{name} {shown}" + (f" on {where}" if where else "")]) + f": {said}"
         measured = next((row for row in self.shown() if row.value is not None), None)
         if measured is None:
             return ", ".join([*parts, "quality was not measured"])
         value = number(measured.value, measured.stderr, plus_minus)
         return ", ".join([*parts, f"{measured.metric} {value} on {measured.task}"]) + "; no float model beside it"
+
+    def quality(self, plus_minus: str = "±") -> tuple[str, str, str, str] | None:
+        """What the headline says of quality: metric, change, where measured, and words; ``None``: nothing compares."""
+        if (judged := self.judged()) is None:
+            return None
+        name, where, loss, stderr = judged
+        if name == "kl":
+            return "KL divergence", f"{number(loss, stderr, plus_minus)} nats", "", words(loss, stderr)
+        return name, percent(-loss if name == "accuracy" else loss, stderr, plus_minus), where, words(loss, stderr)
 
     def judged(self) -> tuple[str, str, float, float | None] | None:
         """What the headline judges by: metric, text or tasks, loss and its standard error; ``None``: nothing compares.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from rich.console import Console
@@ -75,6 +75,7 @@ def test_the_front_is_what_no_other_beats(places: list[tuple[int, int]], higher:
     assert [run.x for run in found] == sorted(run.x for run in found)
 
 
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.floats(2, 8), st.floats(30, 60)), min_size=2, max_size=14), st.integers(1, 50))
 def test_labels_cover_neither_each_other_nor_a_point_nor_the_edge(
     places: list[tuple[float, float]], length: int

@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(models: Path, output: Path, method: str, family: str = "llama", **quant: Any) -> Recipe:
     raw = {
-        "model": {"path": str(models / family)},
+        "model": {"path": str(models / family), "dtype": "float32"},
         "method": METHODS[method],
         "quant": {"num_bits": 3, "group_size": 32} | quant,
         "data": {"source": str(models / "prose.txt"), "num_samples": 6, "seq_len": 24},
@@ -74,7 +74,7 @@ def test_it_is_the_squared_distance_as_a_share_whatever_the_chunks(rows: int, ch
         of_view = relative_error(weight.T.contiguous().T, made)
     exact = weight.double()
     expected = (dequantize(*made).double() - exact).square().sum() / exact.square().sum()
-    assert found == of_view == pytest.approx(float(expected), rel=1e-5)
+    assert (found, of_view) == pytest.approx((float(expected),) * 2, rel=1e-5)
 
 
 def test_a_weight_of_zeros_has_no_error_or_an_infinite_one() -> None:
@@ -103,8 +103,9 @@ def test_scales_that_awq_folded_are_part_of_the_weight_it_rounded(models: Path, 
     found = errors(quantized(recipe))
     floats, source = load_file(models / "llama" / "model.safetensors"), Source(recipe.output.path)
     against_files = {name: relative_error(floats[f"{name}.weight"], source.quantized(name)) for name in found}
-    assert max(against_files.values()) > 0.5, "nothing was folded"
-    assert all(error is not None and 0 < error < 0.2 for error in found.values())
+    folded = {name: error for name, error in found.items() if error != pytest.approx(against_files[name], rel=1e-3)}
+    assert {name.rpartition(".")[2] for name in folded} >= {"q_proj", "up_proj"}
+    assert all(error is not None and 0 < error < against_files[name] for name, error in folded.items())
 
 
 def test_transposed_weights_and_linears_that_stay_float(models: Path, tmp_path: Path) -> None:
