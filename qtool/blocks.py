@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from qtool import memory, progress
 from qtool.calls import Call, Stop, first_hidden, record_calls
 from qtool.models import LoadedModel, Target, packed_linears, replace_linear
-from qtool.quant.affine import QuantizedWeight
+from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.linear import PackedLinear
 from qtool.streams import Stream
 
 TOKENS_PER_BATCH = 2048  # more are no faster on a processor, and need more memory
 PROBED_WINDOWS = 4  # that measure a block's error
+ERROR_OF = "weight_error "  # followed by a linear's name: a figure of its own
 Figures = dict[str, float]
 Series = dict[str, list[float]]
 
@@ -58,6 +59,7 @@ class BlockTask:
     streamed: bool = False  # whether float weights may go as soon as they are packed
     outputs: Stream | None = None  # what the quantized block makes of the inputs; made by the driver when left out
     float_outputs: Stream | None = None
+    weight_errors: Figures = field(default_factory=dict)  # of packed linears, against the weight the method rounded
     _groups: list[list[Target]] = field(default_factory=list)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -213,6 +215,7 @@ class BlockTask:
 
     def pack(self, target: Target, weight: QuantizedWeight) -> None:
         """Put the packed layer in the place of the target."""
+        self.weight_errors[ERROR_OF + target.name] = relative_error(target.stored_weight, weight)
         bias = target.linear.bias
         layer = PackedLinear.from_quantized(weight, bias if isinstance(bias, Tensor) else None)
         replace_linear(self.block, self._local(target.name), layer)
@@ -262,6 +265,8 @@ def run_blocks(
     weights. The blocks of a streamed model are kept by its run when they are done, and let go here; those that were
     kept before are only passed through.
 
+    Each linear's ``relative_error`` goes to ``loaded.weight_errors``.
+
     Returns the figures of every block: those that ``quantize_block`` gave, and with tokens ``block_error`` on the first
     windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
     """
@@ -287,7 +292,7 @@ def run_blocks(
             )
             if done is None:
                 before = task.forward(inputs[0][:PROBED_WINDOWS]) if flow else None
-                figures = quantize_block(task) or {}
+                figures = (quantize_block(task) or {}) | task.weight_errors
                 left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
                 assert not left, f"the method left these as they were: {sorted(left)}"
                 if flow and before is not None:
@@ -308,7 +313,10 @@ def run_blocks(
                 part.to_empty(device=torch.device("meta"))
             memory.return_freed()
         for key, value in figures.items():
-            series.setdefault(key, []).append(value)
+            if key.startswith(ERROR_OF):
+                loaded.weight_errors[key.removeprefix(ERROR_OF)] = value
+            else:
+                series.setdefault(key, []).append(value)
     return series
 
 

@@ -26,6 +26,24 @@ def _header(base: str) -> list[str]:
     ]
 
 
+def loading_code(name: str) -> str:
+    """Python that loads the native checkpoint in the folder ``name``."""
+    return "\n".join(
+        [
+            "import qtool  # teaches transformers to read this folder; without it, loading stops at a size mismatch",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+    )
+
+
+def how_to_load(format_: str) -> str:
+    """Which software reads an export of that format; empty where we have not tried any."""
+    return LOADING.get(format_.removesuffix("-v2"), "")
+
+
 def write(folder: Path, report: Report) -> None:
     """``README.md`` of a native checkpoint."""
     lines = [
@@ -35,10 +53,7 @@ def write(folder: Path, report: Report) -> None:
         "## How to load it",
         "",
         "```python",
-        "import qtool  # teaches transformers to read this folder; without it, loading stops at a size mismatch",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{folder.name.removesuffix(".partial")}")',
+        loading_code(folder.name.removesuffix(".partial")),
         "```",
         "",
         f"Weights stay packed in memory. `qtool export` writes it for other engines; `{MANIFEST}` holds the recipe.",
@@ -53,7 +68,7 @@ def write_export(
     """``README.md`` of an export: how to load it, what to know, and what reading it back showed."""
     manifest = source.manifest
     base = str(manifest["recipe"]["model"]["path"]) if manifest else source.folder.name
-    how = LOADING.get(config.format.removesuffix("-v2"), "")
+    how = how_to_load(config.format)
     lines = [
         *_header(base),
         f"# {base}, {manifest.get('label', 'quantized')}, as {config.format}",

@@ -184,7 +184,7 @@ def evaluate(
         from qtool import run
 
         asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
-        outcome = run.evaluate(*asked, checked.expected)
+        outcome = run.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
     _show(outcome, as_json)
 
 
@@ -235,6 +235,28 @@ def bench(
 
         report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
     _show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side, and which are best for their size."""
+    from qtool import compare as comparing
+
+    found = comparing.compare(runs)
+    if output is not None:
+        found.write(output)
+    if as_json:
+        print(json.dumps({"path": str(output) if output else None, **found.as_dict()}))
+    else:
+        _print(found)
+        if output is not None:
+            print(f"\n{output}")
 
 
 @app.command()
@@ -317,16 +339,20 @@ def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not
         }
         print(to_json(result, inf_nan_mode="null").decode())
         return
-    if sys.stdout.isatty() and hasattr(outcome.report, "render"):
-        from rich.console import Console
-
-        outcome.report.render(Console())
-    else:
-        print(outcome.report.markdown())
+    _print(outcome.report)
     if paths:
         print()
     for path in paths:
         print(path)
+
+
+def _print(report: Any) -> None:  # Any: whatever has a table for a terminal and one in Markdown
+    if sys.stdout.isatty() and hasattr(report, "render"):
+        from rich.console import Console
+
+        report.render(Console())
+    else:
+        print(report.markdown())
 
 
 def _describe(error: BaseException) -> tuple[str, int, str]:

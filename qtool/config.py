@@ -210,11 +210,8 @@ class EvalConfig(Section):
     )
 
 
-METRICS = {  # of what qtool measures itself; every other task is lm-eval's
-    "wikitext2": ("perplexity",),
-    "generated": ("perplexity",),
-    "kl": ("kl", "top-1 agreement"),
-}
+# of what qtool measures itself; every other task is lm-eval's
+METRICS = {"wikitext2": ("perplexity",), "generated": ("perplexity",), "kl": ("kl", "top-1 agreement")}
 
 
 class ExpectedConfig(Section):
@@ -252,6 +249,7 @@ class OutputConfig(Section):
 
     path: Path = Field(description="Folder to write; it appears under this name only when complete.")
     overwrite: bool = Field(False, description="Replace an existing folder.")
+    plots: bool = Field(False, description="Write the figures of report.html also as PNG and SVG files, in plots/.")
 
 
 BITS: tuple[int, ...] = get_args(QuantSpec.model_fields["num_bits"].annotation)

@@ -20,7 +20,7 @@ from qtool.data import GENERATED, perplexity_windows
 from qtool.errors import InputError
 from qtool.models import LoadedModel
 from qtool.overlap import Seen, overlap, relation
-from qtool.report import Metric, TaskResult, task_result
+from qtool.results import Metric, TaskResult, task_result
 from qtool.texts import UnreachableError
 
 WIKITEXT = "wikitext2"

@@ -23,7 +23,7 @@ from qtool import progress
 from qtool.data import data_dir
 from qtool.errors import InputError
 from qtool.models import LoadedModel
-from qtool.report import Metric
+from qtool.results import Metric
 from qtool.texts import first_line, hub_access, read_rows, replaced
 
 # Any in this file: lm-eval and datasets carry no types, and lm-eval's results are nested dicts of its own making.

@@ -8,7 +8,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,10 +45,16 @@ class Target:
         return dense_weight(self.linear)
 
     @property
+    def stored_weight(self) -> Tensor:
+        """The same in the dtype it has, a view."""
+        weight = weight_of(self.linear).detach()
+        return weight.T if isinstance(self.linear, Conv1D) else weight
+
+    @property
     def weight_shape(self) -> tuple[int, int]:
         """``(out, in)``, without touching the weight."""
-        shape = weight_of(self.linear).shape
-        return (shape[1], shape[0]) if isinstance(self.linear, Conv1D) else (shape[0], shape[1])
+        rows, columns = self.stored_weight.shape
+        return rows, columns
 
 
 class FinishedBlocks(Protocol):
@@ -88,6 +94,7 @@ class LoadedModel:
     folder: Path  # where its files are
     file_dtypes: dict[str, torch.dtype]  # of each floating-point tensor in the files
     streaming: Streaming | None = None
+    weight_errors: dict[str, float] = field(default_factory=dict)  # of each linear that the block driver has packed
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -1,129 +1,25 @@
 """The report of a run: the schema of ``report.json``, and the same as Markdown and as a table for a terminal."""
 
 import math
-import platform
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import Field
 
-from qtool.config import ExpectedConfig
+from qtool.environment import environment
 from qtool.overlap import ALARM, RUN
+from qtool.progress import size
+from qtool.results import CalibrationText, Exported, Linear, Number, Published, Record, TaskResult, change_error
+from qtool.verdict import relative_loss, words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
-PACKAGES = ("qtool", "torch", "transformers", "lm_eval", "datasets")
-
-
-def _strict(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-# JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
-Number = Annotated[float, PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")]
-
-
-class Record(BaseModel):
-    """A frozen part of a report; keys of other versions are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Metric(Record):
-    """A measured number."""
-
-    value: Number
-    stderr: Number | None = Field(None, description="Standard error; null where it cannot be estimated.")
-    n: int = Field(description="Observations behind it: tokens predicted, or examples.")
-
-
-class TaskResult(Record):
-    """One metric of one task for the model and, beside it, for the float model it was made from."""
-
-    task: str
-    metric: str
-    value: Number | None = Field(description="Of the model that was evaluated; null: not measured, and note says why.")
-    stderr: Number | None = None
-    float_value: Number | None = Field(None, description="Of the float model, by the same code and data.")
-    float_stderr: Number | None = None
-    delta: Number | None = Field(None, description="value - float_value.")
-    delta_stderr: Number | None = Field(None, description="Of the difference on the same windows; perplexity only.")
-    higher_is_better: bool | None = None
-    num_fewshot: int | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
-    limit: int | None = Field(None, description="Only the first N windows, or examples of each subtask.")
-    n: int | None = Field(None, description="Tokens predicted, or examples.")
-    detail: bool = Field(False, description="Summed up in the row of its group; left out of tables.")
-    overlap: Number | None = Field(
-        None,
-        description=f"Share of the text's runs of {RUN} tokens that the calibration text holds; null: not measured.",
-    )
-    note: str = Field("", description="What a reader must know to compare this number with others.")
-
-
-def task_result(
-    task: str, metric: str, measured: Metric, reference: Metric | None, **fields: bool | int | float | str | None
-) -> TaskResult:
-    """A row from the model's number and the float model's; ``fields`` are further fields of the row."""
-    row = {"task": task, "metric": metric, "value": measured.value, "stderr": measured.stderr, "n": measured.n}
-    if reference is not None:
-        row |= {
-            "float_value": reference.value,
-            "float_stderr": reference.stderr,
-            "delta": measured.value - reference.value,
-        }
-    return TaskResult.model_validate(row | fields)
-
-
-class CalibrationText(Record):
-    """What a method learned from."""
-
-    source: str
-    num_samples: int
-    seq_len: int
-
-
-class Published(Record):
-    """A published number, and ours beside it."""
-
-    task: str
-    metric: str
-    value: Number = Field(description="As published.")
-    source: str
-    measured: Number | None = Field(None, description="Ours; null: not measured, and note says why.")
-    stderr: Number | None = None
-    difference: Number | None = Field(None, description="measured - value.")
-    note: str = ""
-
-
-def compare(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:
-    """Published numbers beside those of ``results``; of several tasks the plain mean."""
-    return tuple(_beside(each, results) for each in expected)
-
-
-def _beside(expected: ExpectedConfig, results: Sequence[TaskResult]) -> Published:
-    name = expected.tasks[0] if len(expected.tasks) == 1 else f"mean of {', '.join(expected.tasks)}"
-    shown = {"task": name, "metric": expected.metric, "value": expected.value, "source": expected.source}
-    rows = []
-    for task in expected.tasks:
-        known = {row.metric: row for row in results if row.task == task}
-        row = known.get(expected.metric) or (known.get("acc") if expected.metric == "acc_norm" else None)
-        if row is None or row.value is None:
-            reason = f"{task} was not evaluated" if not known else f"{task} has {', '.join(known)} here"
-            return Published(**shown, note=row.note if row else f"not measured: {reason}")
-        rows.append(row)
-    measured = sum(row.value for row in rows if row.value is not None) / len(rows)
-    errors = [row.stderr for row in rows if row.stderr is not None]
-    stderr = math.hypot(*errors) / len(rows) if len(errors) == len(rows) else None
-    limits = {f"limit {row.limit}" for row in rows if row.limit is not None}
-    difference = measured - expected.value
-    return Published(**shown, measured=measured, stderr=stderr, difference=difference, note=", ".join(sorted(limits)))
 
 
 class Report(Record):
@@ -142,6 +38,17 @@ class Report(Record):
     calibration: CalibrationText | None = Field(None, description="null: no text, or not known.")
     results: tuple[TaskResult, ...] = ()
     expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
+    linears: tuple[Linear, ...] = Field((), description="Of all decoder blocks, in their order.")
+    series: dict[str, tuple[Number, ...]] = Field(
+        default_factory=dict, description="What the method recorded of each block, step or validation."
+    )
+    peak_bytes: dict[str, int] = Field(
+        default_factory=dict,
+        description="Most memory resident from the start of the process to the end of each phase; mapped files count.",
+    )
+    peak_gpu_bytes: dict[str, int] = Field(default_factory=dict, description="The same, allocated on one GPU by torch.")
+    exports: tuple[Exported, ...] = ()
+    lock: dict[str, Any] | None = Field(None, description="What the bytes of the quantized model depend on.")
     dtype: str | None = Field(None, description="Precision of computation, of both models.")
     device: str | None = None
     backend: str | None = Field(None, description="Arithmetic of packed linears: exact or fast; null: nothing packed.")
@@ -151,7 +58,14 @@ class Report(Record):
 
     def markdown(self) -> str:
         """The report as a Markdown page."""
-        lines = [f"# {self.title()}", "", *(f"* {name}: {text}" for name, text in self.facts()), ""]
+        lines = [
+            f"# {self.title()}",
+            "",
+            f"**{self.headline()}**",
+            "",
+            *(f"* {name}: {text}" for name, text in self.facts()),
+            "",
+        ]
         for warning in self.warnings():
             lines += [f"> **Warning:** {warning}", ""]
         if self.results:
@@ -160,13 +74,13 @@ class Report(Record):
                 [row.task + self.mark(row), row.metric, *self.numbers(row, "±"), _shots(row), _count(row)]
                 for row in self.shown()
             ]
-            lines += _markdown_table([header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells])
+            lines += markdown_table([header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells])
         if notes := self.notes():
             lines += [*(f"{mark}. {note}" for mark, note in enumerate(notes, 1)), ""]
         if self.expected:
             header = ["task", "metric", *PUBLISHED_COLUMNS]
-            cells = [[row.task, row.metric, *_published_cells(row, "±")] for row in self.expected]
-            lines += _markdown_table([header, ["---"] * 2 + ["---:"] * 3 + ["---"], *cells])
+            cells = [[row.task, row.metric, *published_cells(row, "±")] for row in self.expected]
+            lines += markdown_table([header, ["---"] * 2 + ["---:"] * 3 + ["---"], *cells])
         lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
         return "\n".join(lines) + "\n"
 
@@ -177,12 +91,13 @@ class Report(Record):
         from rich.text import Text
 
         say = partial(console.print, markup=False, highlight=False)
+        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
         say(self.title(), style="bold")
+        say(self.headline(plus_minus))
         for name, text in self.facts():
             say(f"  {name}: {text}")
         for warning in self.warnings():
             say(f"warning: {warning}", style="bold")
-        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
         if self.results:
             table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
             table.add_column("", overflow="fold")
@@ -202,7 +117,7 @@ class Report(Record):
             for name, justify in zip(("", *PUBLISHED_COLUMNS), ("left", *["right"] * 3, "left"), strict=True):
                 table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type] # both are allowed
             for each in self.expected:
-                cells = (f"{each.task} {each.metric}", *_published_cells(each, plus_minus))
+                cells = (f"{each.task} {each.metric}", *published_cells(each, plus_minus))
                 table.add_row(*(Text(cell) for cell in cells))
             say()
             say(table)
@@ -218,6 +133,69 @@ class Report(Record):
         done = " ".join(part for part in (self.method, self.label) if part)
         return f"{self.model}, {done}" if done else self.model
 
+    def headline(self, plus_minus: str = "±") -> str:
+        """How small and how good it is, in a sentence whose words follow ``verdict.RULE``."""
+        parts = []
+        if self.bits_per_weight is not None:
+            parts.append(f"{self.bits_per_weight:.2f} bits per weight")
+        if self.float_bytes and self.quantized_bytes:
+            ratio = self.float_bytes / self.quantized_bytes
+            parts.append(f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger")
+        if (quality := self.quality(plus_minus)) is not None:
+            name, shown, where, said = quality
+            return ", ".join([*parts, f"{name} {shown}" + (f" on {where}" if where else "")]) + f": {said}"
+        measured = next((row for row in self.shown() if row.value is not None), None)
+        if measured is None:
+            return ", ".join([*parts, "quality was not measured"])
+        value = number(measured.value, measured.stderr, plus_minus)
+        return ", ".join([*parts, f"{measured.metric} {value} on {measured.task}"]) + "; no float model beside it"
+
+    def quality(self, plus_minus: str = "±") -> tuple[str, str, str, str] | None:
+        """What the headline says of quality: metric, change, where measured, and words; ``None``: nothing compares."""
+        if (judged := self.judged()) is None:
+            return None
+        name, where, loss, stderr = judged
+        if name == "kl":
+            return "KL divergence", f"{number(loss, stderr, plus_minus)} nats", "", words(loss, stderr)
+        return name, percent(-loss if name == "accuracy" else loss, stderr, plus_minus), where, words(loss, stderr)
+
+    def judged(self) -> tuple[str, str, float, float | None] | None:
+        """What the headline judges by: metric, text or tasks, loss and its standard error; ``None``: nothing compares.
+
+        Perplexity, on text that nobody generated and calibration did not hold where there is such; else KL divergence;
+        else the mean accuracy over tasks.
+        """
+        rows = [row for row in self.shown() if self.loss(row) is not None]
+        rows.sort(key=lambda row: ((row.overlap or 0) >= ALARM, row.task == "generated"))
+        for metric in ("perplexity", "kl"):
+            for row in rows:
+                if row.metric == metric and (found := self.loss(row)):
+                    return metric, row.task, *found
+        tasks: dict[str, TaskResult] = {}
+        for row in rows:
+            if row.metric.startswith("acc"):
+                tasks.setdefault(row.task, row)
+        if not tasks:
+            return None
+        count = len(tasks)
+        value, reference = (sum(getattr(row, side) for row in tasks.values()) for side in ("value", "float_value"))
+        errors = [error for row in tasks.values() if (error := change_error(row)) is not None]
+        stderr = math.hypot(*errors) / abs(reference) if len(errors) == count else None
+        where = next(iter(tasks)) if count == 1 else f"{count} tasks"
+        return "accuracy", where, relative_loss(value, reference, higher_is_better=True), stderr
+
+    def loss(self, row: TaskResult) -> tuple[float, float | None] | None:
+        """The relative loss of a row and its standard error; ``None`` where it has no float model beside it."""
+        if row.value is None:
+            return None
+        if row.metric == "kl":
+            return row.value, row.stderr
+        if not row.float_value or row.higher_is_better is None:
+            return None
+        error = change_error(row)
+        loss = relative_loss(row.value, row.float_value, row.higher_is_better)
+        return loss, None if error is None else error / abs(row.float_value)
+
     def facts(self) -> list[tuple[str, str]]:
         """What is known of the run, as name and text."""
         facts = []
@@ -226,10 +204,13 @@ class Report(Record):
         if self.bits_per_weight is not None:
             facts.append(("bits per weight", f"{self.bits_per_weight:.3f} (scales and zero points counted)"))
         sizes = [(self.float_bytes, "float"), (self.quantized_bytes, "quantized")]
-        if known := [f"{size / 1e6:.2f} MB {name}" for size, name in sizes if size is not None]:
+        if known := [f"{count / 1e6:.2f} MB {name}" for count, name in sizes if count is not None]:
             facts.append(("weights on disk", ", ".join(known)))
         if self.seconds:
             facts.append(("seconds", ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.seconds.items())))
+        peaks = [(self.peak_bytes, ""), (self.peak_gpu_bytes, " on the GPU")]
+        if held := [f"{size(max(peak.values()))}{where}" for peak, where in peaks if peak]:
+            facts.append(("peak memory", ", ".join(held)))
         fast = "with fast kernels" if self.backend == "fast" else None
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
@@ -271,11 +252,11 @@ class Report(Record):
 
     def numbers(self, row: TaskResult, plus_minus: str) -> list[str]:
         """A cell for each of ``columns()``."""
-        value = "not measured" if row.value is None else _number(row.value, row.stderr, plus_minus)
+        value = "not measured" if row.value is None else number(row.value, row.stderr, plus_minus)
         if len(self.columns()) == 1:
             return [value]
-        change = _number(row.delta, row.delta_stderr, plus_minus, sign="+")
-        return [_number(row.float_value, row.float_stderr, plus_minus), value, change]
+        change = number(row.delta, row.delta_stderr, plus_minus, sign="+")
+        return [number(row.float_value, row.float_stderr, plus_minus), value, change]
 
     def mark(self, row: TaskResult) -> str:
         """Where the note of a row stands among ``notes()``: `` [2]``, or nothing."""
@@ -290,14 +271,14 @@ class Report(Record):
 PUBLISHED_COLUMNS = ("published", "ours", "difference", "source")
 
 
-def _published_cells(row: Published, plus_minus: str) -> list[str]:
+def published_cells(row: Published, plus_minus: str = "±") -> list[str]:
     """A cell for each of ``PUBLISHED_COLUMNS``."""
-    ours = "not measured" if row.measured is None else _number(row.measured, row.stderr, plus_minus)
+    ours = "not measured" if row.measured is None else number(row.measured, row.stderr, plus_minus)
     source = "; ".join(part for part in (row.source, row.note) if part)
-    return [f"{row.value:.6g}", ours, _number(row.difference, None, plus_minus, sign="+"), source]
+    return [f"{row.value:.6g}", ours, number(row.difference, None, plus_minus, sign="+"), source]
 
 
-def _markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
 
 
@@ -319,7 +300,17 @@ def _count(row: TaskResult) -> str:
     return "" if row.n is None else str(row.n)
 
 
-def _number(value: float | None, stderr: float | None, plus_minus: str, sign: str = "") -> str:
+def percent(share: float, stderr: float | None, plus_minus: str = "±") -> str:
+    """``+2.1 % ± 0.3 %``, with a digit of the standard error or more."""
+    if not math.isfinite(share):
+        return str(share)
+    if stderr is None or not math.isfinite(stderr):
+        return f"{100 * share:+.2f} %"
+    decimals = 2 if stderr == 0 else min(4, max(1, -math.floor(math.log10(100 * stderr))))
+    return f"{100 * share:+.{decimals}f} % {plus_minus} {100 * stderr:.{decimals}f} %"
+
+
+def number(value: float | None, stderr: float | None, plus_minus: str = "±", sign: str = "") -> str:
     """``34.07 ± 0.41``: two decimals, or more where the standard error deserves them."""
     if value is None:
         return ""
@@ -329,22 +320,3 @@ def _number(value: float | None, stderr: float | None, plus_minus: str, sign: st
         return f"{value:{sign}.4g}" if abs(value) < 1e4 else f"{value:{sign}.3e}"
     decimals = 4 if stderr == 0 else min(6, max(2, 1 - math.floor(math.log10(stderr))))
     return f"{value:{sign}.{decimals}f} {plus_minus} {stderr:.{decimals}f}"
-
-
-def environment() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def processor() -> str:
-    """The name of the processor: sums in another order are other bits."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

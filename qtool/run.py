@@ -4,31 +4,41 @@ Everything that can be refused is refused before the model is quantized. The che
 evaluation and exports come after, and a failure there loses nothing of it.
 """
 
-import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from qtool import allocate, card, checkpoint, data, methods, progress, ranks, sharding
+from qtool import allocate, card, checkpoint, data, inventory, methods, page, progress, ranks, sharding
 from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.allocate import Plan
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
-from qtool.config import FORMAT_VERSION, IMMATERIAL, DataConfig, EvalConfig, ExpectedConfig, ExportConfig, ModelConfig
+from qtool.config import (
+    FORMAT_VERSION,
+    IMMATERIAL,
+    DataConfig,
+    EvalConfig,
+    ExpectedConfig,
+    ExportConfig,
+    ModelConfig,
+    OutputConfig,
+)
 from qtool.data import Calibration
+from qtool.environment import environment, processor
 from qtool.errors import InputError
 from qtool.folders import check_files, resolve
 from qtool.layout import label as _label
 from qtool.models import LoadedModel, choose_device, load_model, packed_linears
 from qtool.overlap import Seen
+from qtool.phases import Clock
 from qtool.recipe import Recipe, resolved
-from qtool.report import CalibrationText, Report, compare, environment, processor
+from qtool.report import Report
+from qtool.results import CalibrationText, Exported, compare
 from qtool.sensitivity import Unit
 from qtool.state import PLAN, RunState, run_state, write_durably
 from qtool.training_config import EndToEndConfig
@@ -48,25 +58,6 @@ class Outcome:
     seconds: float
 
 
-@dataclass
-class _Clock:
-    """Wall time by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def phase(self, name: str, title: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with progress.stage(title):
-            yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self.started
-
-
 def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | None:
     """Run a recipe whose method belongs to ``command``, or go on where an earlier start of it was stopped.
 
@@ -77,7 +68,7 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
         RunError: the run could not be finished.
     """
     transformers.logging.disable_progress_bar()
-    clock = _Clock()
+    clock = Clock()
     method = methods.get(recipe.method.name)
     assert method.command == command
     _check_early(recipe)
@@ -92,6 +83,7 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
             state.loaded = loaded
             units = None if recipe.quant.budget is None else allocate.units_of(loaded, recipe.quant)
             targets = loaded.targets(recipe.quant) if units is None else [t for unit in units for t in unit.targets]
+        linears = inventory.block_linears(loaded)
         specs = {target.name: target.spec for target in targets} if units is None else allocate.mixed(units)
         shapes = {target.name: target.weight_shape for target in targets}
         float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
@@ -118,8 +110,9 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
             return None
         assert set(packed_linears(loaded.model)) <= set(specs), "the method quantized more than its targets"
         with clock.phase("save", f"writing {output.path}"):
-            if end_to_end:  # all is in memory; what is there is of a run that was killed while it wrote this
-                checkpoint.clear(state.model)
+            if end_to_end:
+                loaded.weight_errors = inventory.weight_errors(loaded, recipe.model, quant)
+                checkpoint.clear(state.model)  # all is in memory; what is there is of a run that was killed here
             checkpoint.save(state.model, loaded, specs)
             report = Report(
                 model=recipe.model.path,
@@ -134,8 +127,12 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
                 seed=recipe.seed,
                 calibration=None if text is None else _described(recipe.data),
                 expected=compare(recipe.expected, ()),
+                linears=inventory.describe(linears, specs, loaded.weight_errors),
+                series=series,
+                lock=lock,
+                **clock.measured(),
             )
-            manifest = _manifest(recipe, report, text, series, clock.seconds)
+            manifest = _manifest(recipe, report, text, loaded.weight_errors)
             manifest |= {} if allotted is None else {"plan": allotted.model_dump(mode="json")}
             files = checkpoint.file_hashes(state.model, "*.safetensors")
             write_json(state.model / MANIFEST, manifest | {"command": command, "lock": lock, "files": files})
@@ -148,19 +145,26 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
             reference = load_model(recipe.model)
             seen = None if text is None else Seen(recipe.data.source, text.tokens)
             results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed, seen)
-            found = {"results": tuple(results), "seconds": clock.seconds, "backend": recipe.eval.backend}
+            found = {"results": tuple(results), "backend": recipe.eval.backend}
             report = report.model_copy(update=found | {"expected": compare(recipe.expected, results)})
             del written, reference
-        report.write(output.path)
-        card.write(output.path, report)
-    exports = []
+    report = report.model_copy(update=clock.measured())
+    _publish(output, report)
+    exports: list[Exported] = []
     for entry in recipe.export:
         with clock.phase(f"export {entry.format}", f"exporting {entry.format}"):
-            exports.append(export(output.path, entry, output.overwrite))
-    report = report.model_copy(update={"seconds": clock.seconds})
+            exports.append(_export(output.path, entry, output.overwrite))
+    if exports:
+        report = report.model_copy(update={"exports": tuple(exports), **clock.measured()})
+        _publish(output, report)
+    return Outcome(output.path, report, [Path(entry.path) for entry in exports], clock.total)
+
+
+def _publish(output: OutputConfig, report: Report) -> None:
+    """Write the report in all its forms into the folder of a checkpoint."""
     report.write(output.path)
     card.write(output.path, report)
-    return Outcome(output.path, report, exports, clock.total)
+    page.write(output.path, report, output.plots)
 
 
 def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -239,16 +243,18 @@ def evaluate(
     output: Path | None,
     seed: int,
     expected: Sequence[ExpectedConfig] = (),
+    plots: bool = False,
 ) -> Outcome:
     """Measure a native, exported or plain model; beside it its float model, where that is known and there.
 
     Published numbers are those ``expected``, or else those that the recipe of a native checkpoint names.
+    With ``plots`` the figures of the report are also written as files.
 
     Raises:
         InputError: a task, model or output folder that cannot be used.
     """
     transformers.logging.disable_progress_bar()
-    clock = _Clock()
+    clock = Clock()
     evaluation.check_tasks(config)
     folder = resolve(target)
     if output is not None:
@@ -278,23 +284,29 @@ def evaluate(
             "method": manifest["recipe"]["method"]["name"],
             "bits_per_weight": checkpoint.bits_per_weight(source.specs, shapes),
             "quantized_bytes": source.num_bytes(),
+            "linears": inventory.describe(
+                inventory.block_linears(loaded), source.specs, manifest.get("weight_errors", {})
+            ),
+            "series": manifest["series"],
+            "lock": manifest.get("lock"),
         }
     elif origin is not None:
         described = {"quantized": target, "quantized_bytes": checkpoint.folder_bytes(folder)}
     report = Report(
         model=origin or target,
         float_bytes=checkpoint.folder_bytes(reference.folder) if reference else None,
-        seconds=clock.seconds,
         results=tuple(results),
         expected=compare(expected, results),
         dtype=_name(loaded.dtype),
         device=str(loaded.device),
         backend=config.backend if packed_linears(loaded.model) else None,
         seed=seed,
+        **clock.measured(),
         **described,
     )
     if output is not None:
         report.write(output)
+        page.write(output, report, plots)
     return Outcome(output, report, [], clock.total)
 
 
@@ -322,6 +334,10 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
         InputError: not a native checkpoint, or one that the format cannot hold exactly.
         RunError: what was read back differs.
     """
+    return Path(_export(folder, config, overwrite).path)
+
+
+def _export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
     source = Source(folder)
     exporter = formats.get(config.format)
     _refuse(formats.refusal(config.format, source, config), config, str(folder))
@@ -331,7 +347,13 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
         card.write_export(partial, source, config, notes, differences)
     for note in notes:
         progress.note(f"{config.format}: {note}")
-    return config.path
+    return Exported(
+        format=config.format,
+        path=str(config.path),
+        num_bytes=checkpoint.folder_bytes(config.path),
+        notes=tuple(notes),
+        **differences,
+    )
 
 
 def _check_early(recipe: Recipe) -> None:
@@ -382,8 +404,7 @@ def _manifest(
     recipe: Recipe,
     report: Report,
     text: Calibration | None,
-    series: dict[str, list[float]],
-    seconds: dict[str, float],
+    weight_errors: dict[str, float],
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
@@ -394,8 +415,9 @@ def _manifest(
         "bits_per_weight": report.bits_per_weight,
         "float_bytes": report.float_bytes,
         "quantized_bytes": report.quantized_bytes,
-        "series": series,
-        "seconds": seconds,
+        "series": report.series,
+        "weight_errors": weight_errors,
+        "seconds": report.seconds,
         "versions": environment(),
         "date": report.date,
     }

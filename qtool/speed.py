@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from qtool.environment import environment
 from qtool.progress import size
-from qtool.report import Number, Record, environment
+from qtool.results import Number, Record
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,8 @@ from rich.console import Console
 from qtool import cli, recipe
 from qtool.config import ExpectedConfig
 from qtool.errors import InputError
-from qtool.report import Metric, Report, TaskResult, compare, task_result
+from qtool.report import Report
+from qtool.results import Metric, TaskResult, compare, task_result
 
 PAPER = "arXiv 2407.11062"
 FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")

@@ -17,7 +17,8 @@ from qtool import data, overlap, run
 from qtool.config import EvalConfig, ModelConfig
 from qtool.overlap import ALARM, RUN, relation
 from qtool.recipe import Recipe
-from qtool.report import CalibrationText, Metric, Report, task_result
+from qtool.report import Report
+from qtool.results import CalibrationText, Metric, task_result
 
 
 def windows(num: int, length: int, seed: int, vocabulary: int = 4096) -> torch.Tensor:

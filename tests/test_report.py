@@ -7,7 +7,8 @@ import math
 import pytest
 from rich.console import Console
 
-from qtool.report import Metric, Report, TaskResult, task_result
+from qtool.report import Report
+from qtool.results import Metric, TaskResult, task_result
 
 
 def row(task, metric, value, reference=None, **fields):

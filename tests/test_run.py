@@ -47,6 +47,7 @@ NATIVE_FILES = {
     "model-00003-of-00003.safetensors",
     "model.safetensors.index.json",
     "qtool.json",
+    "report.html",
     "report.json",
     "report.md",
     "tokenizer.json",
@@ -204,7 +205,9 @@ def test_a_run_leaves_the_checkpoint_and_the_exports_and_nothing_else(whole: Res
     assert {path.name for path in Path("out").iterdir()} == {"q", "gptq", "dense"}
     assert {path.name for path in Path("out/q").iterdir()} == NATIVE_FILES
     sharded = {name for name in NATIVE_FILES if name.startswith("model")}
-    exported = NATIVE_FILES - {"qtool.json", "report.json", "report.md"} - sharded | {"model.safetensors"}
+    exported = NATIVE_FILES - {"qtool.json", "report.html", "report.json", "report.md"} - sharded | {
+        "model.safetensors"
+    }
     assert {path.name for path in Path("out/dense").iterdir()} == exported
     assert {path.name for path in Path("out/gptq").iterdir()} == exported | {"quantize_config.json"}
     assert {path.name for path in Path().iterdir()} == {"out", "r.yaml"}
@@ -235,6 +238,7 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
         "float_bytes",
         "quantized_bytes",
         "series",
+        "weight_errors",
         "seconds",
         "versions",
         "date",
@@ -287,6 +291,11 @@ def test_the_report_is_complete_and_the_model_card_holds_its_numbers(whole: Resu
     assert "import qtool" in readme
     assert 'from_pretrained("q")' in readme
     assert ".partial" not in readme
+    assert [(export.format, export.path, export.num_bytes) for export in report.exports] == [
+        (name, f"out/{name}", sum(p.stat().st_size for p in Path("out", name).glob("*.safetensors")))
+        for name in ("gptq", "dense")
+    ]
+    assert all(export.weight_difference == 0 and export.logit_difference < 1e-5 for export in report.exports)
     header = yaml.safe_load(readme.split("---")[1])
     assert header["tags"] == ["qtool"]
     assert "base_model" not in header  # an absolute path is no name on the hub
@@ -331,7 +340,7 @@ def test_eval_measures_the_folder_the_recipe_and_the_exports_alike(
         other = qtool_("eval", f"out/{name}", *options, "--float-model", models / "llama", "--output", report_at)
         assert other.code == 0, other.err
         assert numbers(json.loads(other.out)["report"]["results"]) == numbers(report["results"])
-        assert {path.name for path in report_at.iterdir()} == {"report.json", "report.md"}
+        assert {path.name for path in report_at.iterdir()} == {"report.html", "report.json", "report.md"}
 
 
 def test_a_run_without_eval_and_export_has_a_report_with_sizes_only(

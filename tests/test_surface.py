@@ -8,7 +8,18 @@ import typer
 
 from qtool import cli, methods, recipe
 
-HEAVY = ("torch", "transformers", "pydantic", "datasets", "lm_eval", "yaml", "numpy", "rich.progress")
+HEAVY = (
+    "torch",
+    "transformers",
+    "matplotlib",
+    "jinja2",
+    "pydantic",
+    "datasets",
+    "lm_eval",
+    "yaml",
+    "numpy",
+    "rich.progress",
+)
 
 
 def loaded_after(code: str) -> set[str]:
@@ -36,7 +47,7 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    others = ["eval", "export", "bench", "verify", "reproduce", "recipes", "schema", "doctor"]
+    others = ["eval", "export", "bench", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
     assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
@@ -54,6 +65,7 @@ def test_options() -> None:
     )
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
     assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
+    assert options["compare"] == ["runs", "--output", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
 
 
@@ -75,7 +87,7 @@ def test_recipe_keys() -> None:
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
-        "output": ["path", "overwrite"],
+        "output": ["path", "overwrite", "plots"],
         "": ["seed"],
     }
 

@@ -7,6 +7,7 @@ in the dtype of the scales, which is float32, and every scale and zero point is 
 used, so that the weight in training, on disk and in an engine are the same bits.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from qtool.config import QuantSpec
 from qtool.errors import InputError
 from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
 from qtool.training_config import RoundingConfig
+
+CHUNK_NUMBERS = 1 << 22  # weights compared at once
 
 
 class QuantizedWeight(NamedTuple):
@@ -118,6 +121,23 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """``dequantize(quantize(weight))``, the same bits, with gradients to ``weight``, ``scale`` and ``zero_point``."""
     return from_codes(round_to_codes(to_grid(weight, scale, zero_point, spec), spec), scale, zero_point)
+
+
+@torch.no_grad()
+def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """``|Q(w) - w|**2 / |w|**2`` of ``weight`` ``[out, in]`` in any dtype; a few rows at a time, so no copy is made.
+
+    Zero where both are zero, infinite where only the weight is.
+    """
+    codes, scale, zero_point, spec = quantized
+    size = max(1, CHUNK_NUMBERS // weight.shape[1])
+    change = total = 0.0
+    for start in range(0, weight.shape[0], size):
+        rows = slice(start, start + size)
+        part = weight[rows].to(scale.dtype)
+        change += float((dequantize(codes[rows], scale[rows], zero_point[rows], spec) - part).square().sum())
+        total += float(part.square().sum())
+    return change / total if total else math.inf if change else 0.0
 
 
 def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:

@@ -24,8 +24,8 @@ import yaml
 from qtool import data, evaluate, methods
 from qtool.checkpoint import bits_per_weight
 from qtool.config import DataConfig, MethodConfig, ModelConfig, QuantConfig
+from qtool.environment import environment
 from qtool.models import LoadedModel, load_model
-from qtool.report import environment
 
 MODEL = "builtin:wiki-llama-3m"
 GRIDS = ("w8g128", "w4g128", "w4g64", "w3g64", "w2g64")
