@@ -9,8 +9,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__, ranks
-from qtool.errors import InputError, QtoolError, RunError
-from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
+from qtool.console import describe, running, show
+from qtool.errors import InputError
+from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names, table_names
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -27,12 +28,6 @@ METHOD_COMMANDS = {
     "efficientqat": "Train block by block, then the scales end to end.",
     "lrqat": "Train low-rank terms inside the rounding.",
 }
-
-
-class _Interrupted(QtoolError):
-    """Ctrl-C, with what it left behind."""
-
-    exit_code = 130
 
 
 app = typer.Typer(
@@ -98,12 +93,12 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     right = methods.get(checked.method.name).command
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
-    with _running(quiet or not ranks.is_first(), checked.output.path):
+    with running(quiet or not ranks.is_first(), checked.output.path):
         from qtool import run
 
         outcome = run.quantize(checked, command, fresh)
     if outcome is not None:  # else another of several processes shows it
-        _show(outcome, as_json)
+        show(outcome, as_json)
 
 
 @app.command("eval", cls=DescribedCommand)
@@ -155,12 +150,12 @@ def evaluate(
         given["model"]["path"] = target
         checked = recipe.check(recipe.EvalRecipe, given, "the command line")
     where = output or (checked.output.path if checked.output else None)
-    with _running(quiet, where):
+    with running(quiet, where):
         from qtool import run
 
         asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
         outcome = run.evaluate(*asked, checked.expected)
-    _show(outcome, as_json)
+    show(outcome, as_json)
 
 
 @app.command("export", cls=DescribedCommand)
@@ -180,7 +175,7 @@ def export(
     config = recipe.check_export(entry)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    with _running(quiet, output):
+    with running(quiet, output):
         from qtool import run
 
         path = run.export(folder, config, overwrite)
@@ -205,11 +200,51 @@ def bench(
 
     model = {"path": str(folder), "dtype": dtype, "device": device}
     checked = recipe.check(recipe.EvalRecipe, {"model": model}, "the command line")
-    with _running(quiet, None):
+    with running(quiet, None):
         from qtool import bench as measuring
 
         report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
-    _show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+    show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+
+
+@app.command()
+def sweep(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP", help="A YAML file, or the name of a packaged table.", autocompletion=table_names
+        ),
+    ],
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every cell's recipe, or of the sweep."),
+    ] = [],  # noqa: B006 (typer copies it)
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell anew, also those that are done.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, metavar="N", help="Cells at once; left out: one, on a cluster all."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sweep.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe over a grid of keys, and put the results into one table."""
+    from qtool import grid
+
+    plan = grid.load(file, set_, output)
+    with running(quiet, None):
+        from qtool import sweep as sweeping
+
+        outcome = sweeping.sweep(plan, fresh=fresh, jobs=jobs)
+    cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
+    show(outcome, as_json, cells)
+    if outcome.failed:
+        names = ", ".join(outcome.failed)
+        print(
+            f"error: {len(outcome.failed)} cell(s) failed, and the same command runs them again: {names}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -232,7 +267,7 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Quantize again as a checkpoint says it was made, and compare."""
-    with _running(quiet, None):
+    with running(quiet, None):
         from qtool import audit
 
         found = audit.reproduce(folder)
@@ -245,10 +280,10 @@ def recipes(
         str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=recipe_names)
     ] = None,
 ) -> None:
-    """List the packaged recipes, or print one to start from."""
+    """List the packaged recipes and the tables for qtool sweep, or print one to start from."""
     from qtool import recipe
 
-    packaged = recipe.packaged()
+    packaged = recipe.packaged() | recipe.tables()
     if name is None:
         for each, path in packaged.items():
             width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
@@ -279,90 +314,6 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _running(quiet: bool, output: Path | None) -> Iterator[None]:
-    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
-    from qtool import progress
-
-    if quiet:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-    before = _identity(output)
-    try:
-        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
-            yield
-    except KeyboardInterrupt as error:
-        if output is None:
-            raise _Interrupted("interrupted") from error
-        if _identity(output) == before:
-            begun = output.with_name(f"{output.name}.partial") / "state"
-            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
-            raise _Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        raise _Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
-
-
-QUIET = {
-    "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "LMEVAL_LOG_LEVEL": "ERROR",
-}
-
-
-def _identity(path: Path | None) -> tuple[int, int] | None:
-    try:
-        status = path.stat() if path else None
-    except OSError:
-        return None
-    return (status.st_ino, status.st_mtime_ns) if status else None
-
-
-def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not imported before it is needed
-    paths = [str(path) for path in (outcome.path, *outcome.exports) if path is not None]
-    if as_json:
-        from pydantic_core import to_json
-
-        result = {
-            "path": str(outcome.path) if outcome.path else None,
-            "exports": [str(path) for path in outcome.exports],
-            "seconds": round(outcome.seconds, 3),
-            "report": outcome.report.model_dump(mode="json"),
-        }
-        print(to_json(result, inf_nan_mode="null").decode())
-        return
-    if sys.stdout.isatty() and hasattr(outcome.report, "render"):
-        from rich.console import Console
-
-        outcome.report.render(Console())
-    else:
-        print(outcome.report.markdown())
-    if paths:
-        print()
-    for path in paths:
-        print(path)
-
-
-def _describe(error: BaseException) -> tuple[str, int, str]:
-    """The kind, exit code and message of what ended a command."""
-    if usage := getattr(error, "format_message", None):  # the class is private to typer
-        return "usage", 2, str(usage())
-    match error:
-        case InputError() | RunError() | _Interrupted():
-            kind = {2: "input", 1: "run", 130: "interrupted"}[error.exit_code]
-            return kind, error.exit_code, str(error)
-        case KeyboardInterrupt() | typer.Abort():
-            return "interrupted", 130, "interrupted"
-        case OSError():
-            return "run", 1, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        case MemoryError():
-            return "run", 1, "out of memory"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return "run", 1, f"out of GPU memory: {error}"
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return "bug", 1, f"{text}\nThis is a bug in qtool, not in what you gave it; QTOOL_DEBUG=1 shows the traceback."
-
-
 def _terminate(number: int, frame: object) -> None:
     """SIGTERM ends a run as Ctrl-C does."""
     raise KeyboardInterrupt
@@ -384,7 +335,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        kind, code, message = _describe(error)
+        kind, code, message = describe(error)
         if os.environ.get("QTOOL_DEBUG") == "1":
             import traceback
 

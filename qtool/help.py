@@ -60,6 +60,13 @@ def recipe_names(incomplete: str) -> list[str]:
     return [name for name in recipe.packaged() if name.startswith(incomplete)]
 
 
+def table_names(incomplete: str) -> list[str]:
+    """Packaged sweeps, for the shell."""
+    from qtool import recipe
+
+    return [name for name in recipe.tables() if name.startswith(incomplete)]
+
+
 def format_names(incomplete: str) -> list[str]:
     """Export formats, for the shell."""
     from qtool import recipe
