@@ -20,7 +20,7 @@ import typer
 from qtool import __version__, ranks
 from qtool.console import describe, running, show
 from qtool.errors import InputError
-from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names, table_names
+from qtool.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -207,7 +207,7 @@ def bench(
     show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
 
 
-@app.command()
+@app.command("sweep", cls=SweepCommand)
 def sweep(
     file: Annotated[
         str,

@@ -69,7 +69,7 @@ class SweepConfig(Section):
     bench: bool | BenchConfig = Field(
         False, description="Measure speed, memory and energy too, one cell after another; true, or how: repeats, ..."
     )
-    launcher: LauncherConfig = Field(default_factory=LauncherConfig, description="Where cells run.")
+    launcher: LauncherConfig = Field(LauncherConfig(), description="Where cells run.")
     output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
 
 
@@ -109,6 +109,11 @@ class Plan(NamedTuple):
     def columns(self) -> tuple[str, ...]:
         """The names of all columns, in their order."""
         return tuple(dict.fromkeys(column for cell in self.cells for column in cell.columns))
+
+
+def keys() -> list[recipe.Key]:
+    """The keys of a sweep as ``--help`` shows them."""
+    return recipe.keys_of(SweepConfig)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
@@ -205,13 +210,19 @@ def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: 
             planned.append(Planned(cell.name, cell.columns, raw, checked))
     if wrong:
         bad = len({name for names in wrong.values() for name in names})
-        lines = [f"{fault}  [{_which(names, len(cells))}]" for fault, names in wrong.items()]
-        raise InputError("\n  ".join([f"{source}: {bad} of {len(cells)} cell(s) have faults:", *lines]))
+        head = f"{source}: {bad} of {len(cells)} cell(s) have faults:"
+        raise InputError("\n  ".join([head, *fault_lines(wrong, len(cells))]))
     return tuple(planned)
 
 
-def _which(names: Sequence[str], total: int) -> str:
-    if len(names) == total:
+def fault_lines(wrong: Mapping[str, Sequence[str]], total: int) -> list[str]:
+    """A line for each fault, after those of ``total`` cells that have it."""
+    return [f"[{which(names, total)}] {fault}".replace("\n", "\n  ") for fault, names in wrong.items()]
+
+
+def which(names: Sequence[str], total: int) -> str:
+    """Some of ``total`` cells in words."""
+    if len(names) == total > 1:
         return "all cells"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -250,6 +261,9 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
     for axis, values in config.grid.items():
         if not values:
             yield f"grid.{axis}: no values"
+        for label, count in Counter(label for label, _ in _choices(axis, values)).items():
+            if count > 1:
+                yield f"grid.{axis}: {count} values are called {label}; give them labels: {{label: value, ...}}"
         if isinstance(values, list):
             if not _is_key(axis):
                 near = get_close_matches(axis.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
@@ -258,9 +272,6 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
             for value in values:
                 if isinstance(value, dict | list):
                     yield f"grid.{axis}: {faults.found(value)} needs a label: write {{label: value, ...}}"
-            for label, count in Counter(map(_text, values)).items():
-                if count > 1:
-                    yield f"grid.{axis}: {label} is there {count} times"
         elif not _is_key(axis):
             for label, value in values.items():
                 if not isinstance(value, dict):

@@ -239,27 +239,27 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
             fitting = [each for each in methods.names() if command in (None, methods.get(each).command)]
             table[name] = text, [Key("name", "required", f"One of: {', '.join(fitting)}.")]
             for method in fitting:
-                own = [key for key in _keys(methods.get(method).config) if key.name != "name"]
+                own = [key for key in keys_of(methods.get(method).config) if key.name != "name"]
                 table[f"{name} {method}"] = methods.get(method).summary, own
         elif get_origin(hint) is tuple:
-            rows = _keys(faults.bare(get_args(hint)[0]))
+            rows = keys_of(faults.bare(get_args(hint)[0]))
             if name == "export":
                 rows[0] = Key("format", "required", f"One of: {', '.join(export_formats())}.")
             table[f"{name}.N"] = text, rows
         elif issubclass(hint, Section):
-            table[name] = text, _keys(hint)
+            table[name] = text, keys_of(hint)
         else:
             alone.append(_key(name, field))
     return {**table, "": ("Of the whole run.", alone)}
 
 
-def _keys(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
-    """The keys of ``section``, those of sections inside it with the name of that before them."""
+def keys_of(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
+    """The keys of ``section``, those of sections inside it with the name of that before them (and its ``values``)."""
     found = []
     for name, field in section.model_fields.items():
         hint, value = faults.bare(field.annotation), getattr(values, name, None)
         if isinstance(hint, type) and issubclass(hint, Section):
-            found += _keys(hint, f"{before}{name}.", value or field.default)
+            found += keys_of(hint, f"{before}{name}.", value or field.default)
         else:
             key = _key(f"{before}{name}", field)
             found.append(key if values is None else key._replace(default=_shown(value)))

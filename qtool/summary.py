@@ -208,12 +208,7 @@ class SweepReport(Record):
             lines.append("± in a row of one cell is the standard error over the evaluation text")
         if self.over:
             lines.append(f"± in a row of several cells is the standard deviation over {', '.join(self.over)}")
-        found = dict.fromkeys((metric_name(row), _note(row)) for cell in self.cells for row in cell.shown())
-        by_note: dict[str, list[str]] = {}
-        for name, note in found:
-            if note:
-                by_note.setdefault(note, []).append(name)
-        lines += [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
+        lines += self._row_notes()
         benches = [cell.bench for cell in self.cells if cell.bench is not None]
         if benches:
             lines.append(f"speeds: {benches[0].dtype} on {benches[0].device}; x is times the same weights held densely")
@@ -223,6 +218,20 @@ class SweepReport(Record):
         if len(machines) > 1:
             lines.append(f"cells ran on different machines: {'; '.join(machines)}")
         return lines
+
+    def _row_notes(self) -> list[str]:
+        """Notes of the results, each once, after the metrics that it is of, and the cells if it is not of all."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for cell in self.cells:
+            for row in cell.shown():
+                if note := _note(row):
+                    found.setdefault((metric_name(row), note), []).append(cell.name)
+        done = sum(cell.status == "done" for cell in self.cells)
+        grouped: dict[tuple[str, str], list[str]] = {}
+        for (metric, note), names in found.items():
+            some = "" if len(names) == done else f" [{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}]"
+            grouped.setdefault((note, some), []).append(metric)
+        return [f"{', '.join(metrics)}{some}: {note}" for (note, some), metrics in grouped.items()]
 
     def markdown(self) -> str:
         """The sweep as a Markdown page."""

@@ -31,7 +31,7 @@ from qtool.checkpoint import MANIFEST, check_folder, write_json
 from qtool.config import ModelConfig
 from qtool.errors import InputError
 from qtool.folders import resolve
-from qtool.grid import BenchConfig, Plan, Planned
+from qtool.grid import BenchConfig, Plan, Planned, fault_lines
 from qtool.launch import Command, Ended
 from qtool.models import load_model
 from qtool.report import JSON_NAME as REPORT
@@ -188,8 +188,7 @@ def _prepare(plan: Plan, cells: Sequence[_Cell], threads: int | None, fresh: boo
             wrong.setdefault(str(error), []).append(cell.plan.name)
     _check([cell for cell in cells if cell.todo != "nothing"], wrong)
     if wrong:
-        lines = [f"{fault}  [{', '.join(names)}]" for fault, names in wrong.items()]
-        raise InputError("\n  ".join([f"{plan.name} cannot be run:", *lines]))
+        raise InputError("\n  ".join([f"{plan.name} cannot be run:", *fault_lines(wrong, len(cells))]))
 
 
 def _at_hand(path: str, skip: bool) -> Path | None:
