@@ -170,7 +170,7 @@ def efficientqat() -> str:
             columns = {"model": model, "grid": grid, "method": "efficientqat"}
             cells.append(cell(f"{model}-{grid}", columns, f"papers/efficientqat/{model}-{grid}", {}, []))
     return f"""\
-# EfficientQAT's tables: weight-only perplexity, and accuracy of five tasks without examples.
+# EfficientQAT's tables: perplexity and zero-shot accuracy of weight-only quantization.
 #   qtool sweep tables/efficientqat
 # arXiv 2407.11062; 4 bits from the README of its code. How it calibrated the others is not told: here they have 128
 # windows of the same corpus. C4's perplexities stand beside no number of ours until that text is a task here.
@@ -191,7 +191,7 @@ def ablation() -> str:
         ]
         cells.append(cell(name, {"trained": name}, f"papers/efficientqat/{L27}-w2g64", changes, published))
     return f"""\
-# EfficientQAT's ablations on Llama-2 7B at w2g64: which phase, and what trains in each.
+# EfficientQAT's ablations on Llama-2 7B at w2g64: which phase, and what trains in it.
 #   qtool sweep tables/efficientqat-ablation
 # arXiv 2407.11062. Its perplexity is the mean of WikiText-2 and C4, which is not a task here.
 
@@ -239,7 +239,7 @@ def lrqat_4() -> str:
             columns = {"model": model, "grid": grid, "method": "lrqat"}
             cells.append(cell(f"{model}-{grid}", columns, f"papers/lrqat/{model}-{grid}", {}, []))
     return f"""\
-# LR-QAT's Table 4: perplexity and accuracy of weight-only quantization, per channel and in groups of 128.
+# LR-QAT's Table 4: perplexity and accuracy of weights alone, per channel and in groups.
 #   qtool sweep tables/lrqat-4
 # arXiv 2406.06385. Full training (lsq) by its Table B1. How GPTQ and AWQ were calibrated is not told: here they have
 # 128 windows of the same corpus. GPTQ and all of 2 bits are asymmetric, as there.
@@ -265,7 +265,7 @@ def lrqat_5() -> str:
                 name = f"{model}-{grid}-{method}"
                 cells.append(cell(name, columns, f"papers/lrqat/{model}-w4pc", changes, published))
     return f"""\
-# LR-QAT's Table 5: weights of 4 bits with activations, keys and values of 8 and 4 bits.
+# LR-QAT's Table 5: weights of 4 bits; activations, keys and values of 8 and 4 bits.
 #   qtool sweep tables/lrqat-5
 # arXiv 2406.06385. Weights per channel and symmetric; what linears read, keys and values are ranged for each token.
 
