@@ -296,11 +296,13 @@ def recipes(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep instead.")] = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from qtool import recipe
+    from qtool import grid, recipe
 
-    print(json.dumps(recipe.schema(), indent=2))
+    print(json.dumps(grid.schema() if of_sweep else recipe.schema(), indent=2))
 
 
 @app.command()

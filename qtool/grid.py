@@ -116,6 +116,11 @@ def keys() -> list[recipe.Key]:
     return recipe.keys_of(SweepConfig)
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of a sweep; the keys of the recipes inside it are those of ``recipe.schema``."""
+    return {"$schema": recipe.DIALECT, **SweepConfig.model_json_schema(), "title": "qtool sweep"}
+
+
 def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
     """The sweep at ``path``, a file or the name of a packaged one.
 

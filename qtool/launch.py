@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from importlib.util import find_spec
@@ -85,6 +85,9 @@ class Ended(NamedTuple):
     error: str
 
 
+Ends = Generator[tuple[int, Ended], None, None]  # the index and end of each command, as it ends
+
+
 def execute(command: Command, running: "set[subprocess.Popen[bytes]] | None" = None) -> Ended:
     """Run a command to its end; while it runs it is also in ``running``.
 
@@ -144,9 +147,7 @@ def _error(code: int, output: str, log: Path) -> str:
     return "\n".join(said) or f"ended with exit code {code}"
 
 
-def launch(
-    config: LauncherConfig, commands: Sequence[Command], jobs: int | None, folder: Path
-) -> Iterator[tuple[int, Ended]]:
+def launch(config: LauncherConfig, commands: Sequence[Command], jobs: int | None, folder: Path) -> Ends:
     """Run ``commands``, at most ``jobs`` at once, and give the index and end of each as it ends.
 
     ``None`` is one at a time on this machine, and all at once on a cluster. ``folder`` is for the cluster's own files.
@@ -157,7 +158,7 @@ def launch(
     yield from start(config, commands, limit, folder)
 
 
-def _local(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Iterator[tuple[int, Ended]]:
+def _local(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Ends:
     running: set[subprocess.Popen[bytes]] = set()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="cell")
     waiting: dict[Future[Ended], int] = {pool.submit(execute, each, running): i for i, each in enumerate(commands)}
@@ -175,9 +176,7 @@ def _local(config: LauncherConfig, commands: Sequence[Command], jobs: int, folde
         pool.shutdown()
 
 
-def _submitit(
-    config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path
-) -> Iterator[tuple[int, Ended]]:
+def _submitit(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Ends:
     import submitit
 
     executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
@@ -192,7 +191,7 @@ def _submitit(
     )
 
 
-def _ray(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Iterator[tuple[int, Ended]]:
+def _ray(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Ends:
     import ray
 
     ray.init(address=config.address, ignore_reinit_error=True, log_to_driver=False)
@@ -208,9 +207,7 @@ def _ray(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder:
     )
 
 
-def _polled(
-    commands: Sequence[Command], jobs: int, *, submit: Any, is_done: Any, result: Any, cancel: Any
-) -> Iterator[tuple[int, Ended]]:
+def _polled(commands: Sequence[Command], jobs: int, *, submit: Any, is_done: Any, result: Any, cancel: Any) -> Ends:
     """Keep ``jobs`` commands submitted; the four functions are the cluster's, and its jobs are of a type of its own."""
     left = list(enumerate(commands))[::-1]
     submitted: dict[int, Any] = {}

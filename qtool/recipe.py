@@ -31,6 +31,7 @@ from qtool.yamls import parse
 
 S = TypeVar("S", bound=Section)
 _HERE = Path(__file__).parent
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TABLES = "tables/"  # what names of packaged sweeps begin with
 
 
@@ -217,7 +218,7 @@ def schema() -> dict[str, Any]:
     del whole["$defs"]["MethodConfig"]
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(export_formats())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "qtool recipe"}
+    return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 
 
 class Key(NamedTuple):

@@ -198,6 +198,18 @@ def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> Non
         grid.load("tables/eficientqat")
 
 
+def test_help_and_schema_have_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sweep", "--help"]) == 0
+    text = capsys.readouterr().out
+    for key in grid.keys():  # noqa: SIM118 (a function)
+        assert f"    {key.name}" in text
+    assert "launcher.parameters" in text
+    assert cli.main(["schema", "--sweep"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["properties"]) == list(SweepConfig.model_fields)
+    assert found["properties"]["keep"]["enum"] == ["all", "reports"]
+
+
 def test_a_launcher_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs the package submitit.*pip install 'qtool\[cluster\]'"):
