@@ -171,8 +171,10 @@ def _local(config: LauncherConfig, commands: Sequence[Command], jobs: int, folde
         for process in list(running):
             process.terminate()
         for process in list(running):
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
         pool.shutdown()
 
 

@@ -524,11 +524,19 @@ def test_commands_run_side_by_side_and_come_as_they_end(tmp_path: Path) -> None:
     assert [index for index, _ in launch.launch(LauncherConfig(), commands, 2, tmp_path)] == [1, 0]
 
 
-def test_what_runs_is_ended_when_a_sweep_is_left(tmp_path: Path) -> None:
-    commands = [command(tmp_path, "pass", "a"), command(tmp_path, "import time; time.sleep(600)", "b")]
+def test_what_runs_is_asked_to_end_when_a_sweep_is_left(tmp_path: Path) -> None:
+    begun, asked = tmp_path / "begun", tmp_path / "asked"
+    waits = f"import os, time\nwhile not os.path.exists({str(begun)!r}): time.sleep(0.01)"
+    works = f"""
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (open({str(asked)!r}, "w"), sys.exit(1)))
+open({str(begun)!r}, "w")
+time.sleep(30)
+"""
+    commands = [command(tmp_path, waits, "a"), command(tmp_path, works, "b")]
     with closing(launch.launch(LauncherConfig(), commands, 2, tmp_path)) as ends:
         assert next(ends) == (0, Ended("", ""))
-    launch.settle(tmp_path / "b.log")  # nobody writes to it any more
+    assert asked.exists()
 
 
 def test_what_an_earlier_sweep_started_is_waited_for(tmp_path: Path) -> None:
