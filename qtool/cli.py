@@ -18,9 +18,10 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__, ranks
-from qtool.console import describe, running, show
+from qtool.console import describe, show
 from qtool.errors import InputError
 from qtool.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
+from qtool.terminal import running
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",

@@ -1,60 +1,13 @@
-"""What every command does around its one call: progress on standard error, the result on standard output, errors."""
+"""How a command's result is printed, and what is said of an error."""
 
-import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import typer
 
-from qtool.errors import InputError, QtoolError, RunError
-
-
-class Interrupted(QtoolError):
-    """Ctrl-C, with what it left behind."""
-
-    exit_code = 130
-
-
-@contextmanager
-def running(quiet: bool, output: Path | None) -> Iterator[None]:
-    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
-    from qtool import progress
-
-    if quiet:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-    before = _identity(output)
-    try:
-        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
-            yield
-    except KeyboardInterrupt as error:
-        if output is None:
-            raise Interrupted("interrupted") from error
-        if _identity(output) == before:
-            begun = output.with_name(f"{output.name}.partial") / "state"
-            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
-            raise Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        raise Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
-
-
-QUIET = {
-    "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "LMEVAL_LOG_LEVEL": "ERROR",
-}
-
-
-def _identity(path: Path | None) -> tuple[int, int] | None:
-    try:
-        status = path.stat() if path else None
-    except OSError:
-        return None
-    return (status.st_ino, status.st_mtime_ns) if status else None
+from qtool.errors import InputError, RunError
+from qtool.terminal import Interrupted
 
 
 def show(outcome: Any, as_json: bool, more: Mapping[str, Any] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 import qtool
-from qtool import cli, console, doctor, methods, progress
+from qtool import cli, doctor, methods, progress, terminal
 from qtool.config import MethodConfig
 from qtool.errors import RunError
 from qtool.recipe import packaged, tables
@@ -96,7 +96,7 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
 def test_quiet_shows_no_progress(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in console.QUIET:
+    for name in terminal.QUIET:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that monkeypatch takes back what the command sets
         monkeypatch.delenv(name)
