@@ -145,10 +145,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     cells: list[Cell] = []
     if config is not None:
         cells, found = expand(config)
+        varied = {key for where, changes in _all_changes(config) if where != "set" for key, _ in changes}
         wrong += found + [
             f"--set {key}: it varies from cell to cell"
             for key, _ in given
-            if any(f"{axis}.".startswith(f"{key}.") for axis in config.grid)
+            if any(f"{other}.".startswith(f"{key}.") for other in varied)
         ]
     if wrong or config is None:
         raise InputError("\n  ".join([f"{path} has {len(wrong)} fault(s):", *wrong]))

@@ -191,6 +191,12 @@ def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> Non
     assert "--set quant: it varies" in faults(tmp_path, whole, "quant={}")[1]
     assert "--set quant.num_bits: it varies" in faults(tmp_path, whole, "quant.num_bits=3")[1]
     assert "--set x: write section.key=value" in faults(tmp_path, whole, "x")[1]
+    listed = {"recipe": BASE, "set": {"seed": 1}, "cells": {"x": {"quant.symmetric": False}, "y": {}}}
+    assert faults(tmp_path, listed, "quant.symmetric=true", "seed=2")[1:] == [
+        "  --set quant.symmetric: it varies from cell to cell"
+    ]
+    assert {cell.recipe.seed for cell in grid.load(tmp_path / "s.yaml", ["seed=2"]).cells} == {2}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(whole))
     plan = grid.load(tmp_path / "s.yaml", ["quant.group_size=32", "keep=reports"], tmp_path / "o")
     assert {cell.recipe.quant.group_size for cell in plan.cells} == {32}
     assert (plan.config.keep, plan.output) == ("reports", tmp_path / "o")
