@@ -18,9 +18,10 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__, ranks
-from qtool.errors import InputError, RunError
-from qtool.help import DescribedCommand, RecipeCommand, format_names, recipe_names
-from qtool.terminal import Interrupted, running
+from qtool.console import describe, show, show_table
+from qtool.errors import InputError
+from qtool.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
+from qtool.terminal import running
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -98,7 +99,7 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
 
         outcome = run.quantize(checked, command, fresh)
     if outcome is not None:  # else another of several processes shows it
-        _show(outcome, as_json)
+        show(outcome, as_json)
 
 
 @app.command()
@@ -185,7 +186,7 @@ def evaluate(
 
         asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
         outcome = run.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
-    _show(outcome, as_json)
+    show(outcome, as_json)
 
 
 @app.command("export", cls=DescribedCommand)
@@ -234,7 +235,47 @@ def bench(
         from qtool import bench as measuring
 
         report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
-    _show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+    show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+
+
+@app.command("sweep", cls=SweepCommand)
+def sweep(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP", help="A YAML file, or the name of a packaged table.", autocompletion=table_names
+        ),
+    ],
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every cell's recipe, or of the sweep."),
+    ] = [],  # noqa: B006 (typer copies it)
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell anew, also those that are done.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, metavar="N", help="Cells at once; left out: one, on a cluster all."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sweep.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe over a grid of keys, and put the results into one table."""
+    from qtool import grid
+
+    plan = grid.load(file, set_, output)
+    with running(quiet, None):
+        from qtool import sweep as sweeping
+
+        outcome = sweeping.sweep(plan, fresh=fresh, jobs=jobs)
+    cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
+    show(outcome, as_json, cells)
+    if outcome.failed:
+        names = ", ".join(outcome.failed)
+        print(
+            f"error: {len(outcome.failed)} cell(s) failed, and the same command runs them again: {names}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -254,7 +295,7 @@ def compare(
     if as_json:
         print(json.dumps({"path": str(output) if output else None, **found.as_dict()}))
     else:
-        _print(found)
+        show_table(found)
         if output is not None:
             print(f"\n{output}")
 
@@ -292,10 +333,10 @@ def recipes(
         str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=recipe_names)
     ] = None,
 ) -> None:
-    """List the packaged recipes, or print one to start from."""
+    """List the packaged recipes and the tables for qtool sweep, or print one to start from."""
     from qtool import recipe
 
-    packaged = recipe.packaged()
+    packaged = recipe.packaged() | recipe.tables()
     if name is None:
         for each, path in packaged.items():
             width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
@@ -308,11 +349,13 @@ def recipes(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep instead.")] = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from qtool import recipe
+    from qtool import grid, recipe
 
-    print(json.dumps(recipe.schema(), indent=2))
+    print(json.dumps(grid.schema() if of_sweep else recipe.schema(), indent=2))
 
 
 @app.command()
@@ -324,55 +367,6 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(found, indent=2) if as_json else examination.render(found))
     if found["problems"]:
         raise typer.Exit(1)
-
-
-def _show(outcome: Any, as_json: bool) -> None:  # Any: qtool.run's Outcome, not imported before it is needed
-    paths = [str(path) for path in (outcome.path, *outcome.exports) if path is not None]
-    if as_json:
-        from pydantic_core import to_json
-
-        result = {
-            "path": str(outcome.path) if outcome.path else None,
-            "exports": [str(path) for path in outcome.exports],
-            "seconds": round(outcome.seconds, 3),
-            "report": outcome.report.model_dump(mode="json"),
-        }
-        print(to_json(result, inf_nan_mode="null").decode())
-        return
-    _print(outcome.report)
-    if paths:
-        print()
-    for path in paths:
-        print(path)
-
-
-def _print(report: Any) -> None:  # Any: whatever has a table for a terminal and one in Markdown
-    if sys.stdout.isatty() and hasattr(report, "render"):
-        from rich.console import Console
-
-        report.render(Console())
-    else:
-        print(report.markdown())
-
-
-def _describe(error: BaseException) -> tuple[str, int, str]:
-    """The kind, exit code and message of what ended a command."""
-    if usage := getattr(error, "format_message", None):  # the class is private to typer
-        return "usage", 2, str(usage())
-    match error:
-        case InputError() | RunError() | Interrupted():
-            kind = {2: "input", 1: "run", 130: "interrupted"}[error.exit_code]
-            return kind, error.exit_code, str(error)
-        case KeyboardInterrupt() | typer.Abort():
-            return "interrupted", 130, "interrupted"
-        case OSError():
-            return "run", 1, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        case MemoryError():
-            return "run", 1, "out of memory"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return "run", 1, f"out of GPU memory: {error}"
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return "bug", 1, f"{text}\nThis is a bug in qtool, not in what you gave it; QTOOL_DEBUG=1 shows the traceback."
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -396,7 +390,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        kind, code, message = _describe(error)
+        kind, code, message = describe(error)
         if os.environ.get("QTOOL_DEBUG") == "1":
             import traceback
 

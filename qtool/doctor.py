@@ -33,6 +33,8 @@ OPTIONAL = {
     "auto-round": "outside reader of gptq exports",
     "bitsandbytes": "8-bit optimizers",
     "gemlite": "fast kernels on CUDA",
+    "submitit": "sweeps on a Slurm cluster",
+    "ray": "sweeps on a Ray cluster",
     "tensorboard": "training curves",
     "wandb": "training curves",
     "mlflow": "training curves",

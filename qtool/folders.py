@@ -18,8 +18,10 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def resolve(path: str) -> Path:
+def resolve(path: str, *, fetch: bool = True) -> Path:
     """The local folder of a model; one that is named as on the hub is fetched into the hub's cache.
+
+    Without ``fetch`` it must be there already.
 
     Raises:
         InputError: there is no such built-in, folder or model, or the hub cannot be reached.
@@ -38,7 +40,7 @@ def resolve(path: str) -> Path:
     if path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
         raise InputError(f"model.path: there is no folder {path}")
     try:
-        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=not fetch))
     except Exception as error:  # the hub's client raises many kinds: no such model, no permission, no network
         raise InputError(
             f"model.path: there is no folder {path}, and it cannot be had from the hub either: {first_line(error)}"

@@ -1,8 +1,12 @@
 """Help texts that are made from the recipe's own descriptions, and completions; pydantic is loaded only for them."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from qtool.recipe import Key
 
 
 class DescribedCommand(TyperCommand):
@@ -30,21 +34,38 @@ class RecipeCommand(DescribedCommand):
         """Write every key with its default and description, by section."""
         from qtool import recipe
 
-        width = formatter.width
         formatter.write_paragraph()
         formatter.write_text("Recipe keys, in the file or as --set section.key=value:")
         for section, (text, keys) in recipe.keys(self.name).items():
             formatter.write_paragraph()
-            formatter.write(_wrapped(f"  {section or '(top level)'}", f"{text}", width, 22))
-            for key in keys:
-                default = f" [{key.default}]" if key.default else ""
-                formatter.write(_wrapped(f"    {key.name}", key.description + default, width, 22))
+            formatter.write(_wrapped(f"  {section or '(top level)'}", f"{text}", formatter.width, 22))
+            _write_keys(formatter, keys)
         formatter.write_paragraph()
         formatter.write_text(
             "Values are YAML. List entries go by number: export.0.path=out. In quant.overrides all between "
             "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'; in "
             "quant.budget.floors and pins all that follows is: --set 'quant.budget.floors.*.mlp.down_proj=3'."
         )
+
+
+class SweepCommand(TyperCommand):
+    """``qtool sweep``; its help ends with the keys of a sweep."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write every key with its default and description."""
+        from qtool import grid
+
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Keys of a sweep, in the file or as --set key=value (--set section.key is for every cell):"
+        )
+        _write_keys(formatter, grid.keys())
+
+
+def _write_keys(formatter: Any, keys: "Sequence[Key]") -> None:
+    for key in keys:
+        default = f" [{key.default}]" if key.default else ""
+        formatter.write(_wrapped(f"    {key.name}", key.description + default, formatter.width, 22))
 
 
 def _wrapped(left: str, right: str, width: int, column: int) -> str:
@@ -59,6 +80,13 @@ def recipe_names(incomplete: str) -> list[str]:
     from qtool import recipe
 
     return [name for name in recipe.packaged() if name.startswith(incomplete)]
+
+
+def table_names(incomplete: str) -> list[str]:
+    """Packaged sweeps, for the shell."""
+    from qtool import recipe
+
+    return [name for name in recipe.tables() if name.startswith(incomplete)]
 
 
 def format_names(incomplete: str) -> list[str]:

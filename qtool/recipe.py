@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -28,14 +27,26 @@ from qtool.config import (
     Section,
 )
 from qtool.errors import InputError
+from qtool.yamls import parse
 
 S = TypeVar("S", bound=Section)
 _HERE = Path(__file__).parent
 PATTERNED = re.compile(r"(quant\.(?:overrides|budget\.(?:floors|pins)))\.(.+)")  # keys that hold dots follow
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+TABLES = "tables/"  # what names of packaged sweeps begin with
 
 
 def packaged() -> dict[str, Path]:
     """The recipes that come with qtool, by name: the path below ``recipes``, without the suffix."""
+    return {name: path for name, path in _files().items() if not name.startswith(TABLES)}
+
+
+def tables() -> dict[str, Path]:
+    """The sweeps that come with qtool, by name."""
+    return {name: path for name, path in _files().items() if name.startswith(TABLES)}
+
+
+def _files() -> dict[str, Path]:
     folder = _HERE / "recipes"
     names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(names.items(), key=lambda item: (item[0].count("/"), item[0])))
@@ -123,15 +134,19 @@ def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: S
     Raises:
         InputError: With every fault on a line of its own: dotted key, what is wrong, and the value found.
     """
-    lines = list(wrong)
-    checked = None
-    try:
-        checked = kind.model_validate(raw)
-    except ValidationError as error:
-        lines += faults.explain(kind, raw, error)
+    checked, found = examine(kind, raw)
+    lines = [*wrong, *found]
     if checked is None or lines:
         raise InputError("\n  ".join([f"{source} has {len(lines)} fault(s):", *lines]))
     return checked
+
+
+def examine(kind: type[S], raw: Mapping[str, object]) -> tuple[S | None, list[str]]:
+    """``raw`` as a ``kind``, or ``None`` and a line for each of its faults."""
+    try:
+        return kind.model_validate(raw), []
+    except ValidationError as error:
+        return None, faults.explain(kind, raw, error)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -203,43 +218,6 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return data
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice; dates stay text, and so do on, off, yes and no (as in YAML 1.2)."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (a class attribute by PyYAML's design)
-        first: [(tag, pattern) for tag, pattern in rows if not tag.endswith((":timestamp", ":bool"))]
-        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-
-def _parse(text: str) -> Any:
-    """YAML as data; every failure as a ``ValueError`` that says where."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}{error.problem or error.context}") from error
-    except yaml.reader.ReaderError as error:
-        raise ValueError(f"character {error.position + 1}: {error.reason}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # from PyYAML: !!bool maybe, 0b_
-        raise ValueError("a value does not fit its tag") from error
-
-
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors: a ``method`` section has the keys of the method it names."""
     whole = Recipe.model_json_schema()
@@ -254,7 +232,7 @@ def schema() -> dict[str, Any]:
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
     whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file that has them
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(export_formats())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "qtool recipe"}
+    return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 
 
 class Key(NamedTuple):
@@ -276,27 +254,27 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
             fitting = [each for each in methods.names() if command in (None, methods.get(each).command)]
             table[name] = text, [Key("name", "required", f"One of: {', '.join(fitting)}.")]
             for method in fitting:
-                own = [key for key in _keys(methods.get(method).config) if key.name != "name"]
+                own = [key for key in keys_of(methods.get(method).config) if key.name != "name"]
                 table[f"{name} {method}"] = methods.get(method).summary, own
         elif get_origin(hint) is tuple:
-            rows = _keys(faults.bare(get_args(hint)[0]))
+            rows = keys_of(faults.bare(get_args(hint)[0]))
             if name == "export":
                 rows[0] = Key("format", "required", f"One of: {', '.join(export_formats())}.")
             table[f"{name}.N"] = text, rows
         elif issubclass(hint, Section):
-            table[name] = text, _keys(hint)
+            table[name] = text, keys_of(hint)
         else:
             alone.append(_key(name, field))
     return {**table, "": ("Of the whole run.", alone)}
 
 
-def _keys(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
-    """The keys of ``section``, those of sections inside it with the name of that before them."""
+def keys_of(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
+    """The keys of ``section``, those of sections inside it with the name of that before them (and its ``values``)."""
     found = []
     for name, field in section.model_fields.items():
         hint, value = faults.bare(field.annotation), getattr(values, name, None)
         if isinstance(hint, type) and issubclass(hint, Section):
-            found += _keys(hint, f"{before}{name}.", value or field.default)
+            found += keys_of(hint, f"{before}{name}.", value or field.default)
         else:
             key = _key(f"{before}{name}", field)
             found.append(key if values is None else key._replace(default=_shown(value)))
@@ -321,23 +299,23 @@ def describe(field: FieldInfo) -> str:
     return (field.description or "") + choices
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The sections of a recipe file, or of a packaged recipe's name, unchecked.
+def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """The sections of a recipe (or sweep) file, or of a packaged one's name, unchecked.
 
     Raises:
         InputError: Missing, a folder, not UTF-8, not YAML, empty, or no mapping.
     """
     path = Path(path)
-    names = packaged()
+    names = packaged() if what == "recipe" else tables()
     if path.is_dir() and str(path) not in names:
-        raise InputError(f"{path} is a folder; a recipe is a YAML file")
+        raise InputError(f"{path} is a folder; a {what} is a YAML file")
     if not path.is_file() and str(path) not in names:
-        nearest = get_close_matches(path.stem, names, n=1)
-        hint = f"did you mean the packaged recipe {nearest[0]}?" if nearest else "qtool recipes lists those that exist"
+        nearest = get_close_matches(path.stem if what == "recipe" else str(path), names, n=1)
+        hint = f"did you mean the packaged {what} {nearest[0]}?" if nearest else "qtool recipes lists those that exist"
         raise InputError(f"{path} does not exist; {hint}")
     try:
         text = (path if path.is_file() else names[str(path)]).read_bytes().decode("utf-8-sig")
-        raw = _parse(text)
+        raw = parse(text)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -357,20 +335,32 @@ def _override(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, 
     wrong = []
     for text in overrides:
         try:
-            key, equals, value = text.partition("=")
-            patterned = PATTERNED.fullmatch(key)
-            if not equals or not (patterned or re.fullmatch(r"[^.]+(\.[^.]+)*", key)):
-                raise ValueError("write section.key=value")
-            parts, data = key.split("."), _parse(value)
-            if patterned:
-                parts = [*patterned[1].split("."), patterned[2]]
-                pattern, dot, last = patterned[2].rpartition(".")
-                if dot and patterned[1] == "quant.overrides" and not isinstance(data, dict):
-                    parts[2:] = [pattern, last]
-            raw = cast(dict[str, Any], _put(raw, parts, data))
+            raw = changed(raw, *assignment(text))
         except ValueError as error:
             wrong.append(f"--set {text}: {error}")
     return raw, wrong
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Key and value of ``section.key=value``; anything else is a ``ValueError``."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError("write section.key=value")
+    return key, parse(value)
+
+
+def changed(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    """``raw`` with ``value`` at the dotted ``key``; a ``ValueError`` where there can be none."""
+    patterned = PATTERNED.fullmatch(key)
+    if not (patterned or re.fullmatch(r"[^.]+(\.[^.]+)*", key)):
+        raise ValueError("write section.key=value")
+    parts = key.split(".")
+    if patterned:
+        parts = [*patterned[1].split("."), patterned[2]]
+        pattern, dot, last = patterned[2].rpartition(".")
+        if dot and patterned[1] == "quant.overrides" and not isinstance(value, dict):
+            parts[2:] = [pattern, last]
+    return cast(dict[str, Any], _put(raw, parts, value))
 
 
 def _put(target: object, parts: Sequence[str], value: object, before: str = "") -> object:

@@ -260,12 +260,12 @@ class Report(Record):
 
     def mark(self, row: TaskResult) -> str:
         """Where the note of a row stands among ``notes()``: `` [2]``, or nothing."""
-        note = _note(row)
+        note = note_of(row)
         return f" [{self.notes().index(note) + 1}]" if note else ""
 
     def notes(self) -> list[str]:
         """Each different note of the rows that are shown."""
-        return list(dict.fromkeys(_note(row) for row in self.shown() if _note(row)))
+        return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))
 
 
 PUBLISHED_COLUMNS = ("published", "ours", "difference", "source")
@@ -282,7 +282,7 @@ def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
 
 
-def _note(row: TaskResult) -> str:
+def note_of(row: TaskResult) -> str:
     """How the row was measured, in words."""
     parts = [
         "" if row.num_fewshot is None else f"{row.num_fewshot}-shot",

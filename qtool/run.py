@@ -71,7 +71,7 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
     clock = Clock()
     method = methods.get(recipe.method.name)
     assert method.command == command
-    _check_early(recipe)
+    check_early(recipe)
     folder = resolve(recipe.model.path)
     ranks.begin(choose_device(recipe.model.device))
     lock = lock_of(recipe, folder)
@@ -167,13 +167,14 @@ def _publish(output: OutputConfig, report: Report) -> None:
     page.write(output.path, report, output.plots)
 
 
-def lock_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What the bytes of the result depend on."""
-    check_files(folder)
+def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = None) -> dict[str, Any]:
+    """What the bytes of the result depend on; ``model_files`` are the hashes of ``folder`` where they are known."""
+    if model_files is None:
+        check_files(folder)
     recipe_keys = _without(resolved(recipe), IMMATERIAL)
     return {
         **{section: recipe_keys[section] for section in ("model", "method", "quant", "data", "seed")},
-        "model_files": checkpoint.file_hashes(folder, *LOCKED_FILES),
+        "model_files": checkpoint.file_hashes(folder, *LOCKED_FILES) if model_files is None else model_files,
         "versions": {name: version for name, version in environment().items() if name in LOCKED_PACKAGES},
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -356,8 +357,12 @@ def _export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
     )
 
 
-def _check_early(recipe: Recipe) -> None:
-    """What can be refused without the model."""
+def check_early(recipe: Recipe) -> None:
+    """Refuse what can be refused without the model.
+
+    Raises:
+        InputError: processes, data, tasks or folders that cannot be used.
+    """
     if ranks.count() > 1 and not methods.get(recipe.method.name).end_to_end(recipe.method):
         raise InputError(f"method {recipe.method.name} runs in one process, and there are {ranks.count()}")
     for section in (recipe.method, *dict(recipe.method).values()):

@@ -15,7 +15,7 @@ import qtool
 from qtool import cli, doctor, methods, progress, terminal
 from qtool.config import MethodConfig
 from qtool.errors import RunError
-from qtool.recipe import packaged
+from qtool.recipe import packaged, tables
 
 
 class Demo(MethodConfig):
@@ -271,7 +271,7 @@ def test_export_calls_the_exporter(run: Any, tmp_path: Path, capsys: pytest.Capt
 def test_recipes_lists_all_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(packaged())
+    assert [line.split()[0] for line in lines] == [*packaged(), *tables()]
     assert all(len(line) <= 120 and len(line.split()) > 4 for line in lines)
     assert cli.main(["recipes", "quickstart"]) == 0
     text = (Path(qtool.__file__).parent / "recipes" / "quickstart.yaml").read_text()

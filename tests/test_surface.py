@@ -6,7 +6,8 @@ import sys
 import pytest
 import typer
 
-from qtool import cli, methods, recipe
+from qtool import cli, grid, methods, recipe
+from qtool.launch import LauncherConfig
 
 HEAVY = (
     "torch",
@@ -47,7 +48,7 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 def test_commands() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    others = ["eval", "export", "bench", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
+    others = ["eval", "export", "bench", "sweep", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
     assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
@@ -66,7 +67,17 @@ def test_options() -> None:
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
     assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
     assert options["compare"] == ["runs", "--output", "--json"]
+    assert options["sweep"] == ["file", "--set", "--fresh", "--jobs", "--output", "--quiet", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
+
+
+def test_sweep_keys() -> None:
+    assert list(grid.SweepConfig.model_fields) == [
+        *("recipe", "set", "grid", "exclude", "cells", "over", "keep", "missing_models", "bench", "launcher", "output")
+    ]
+    assert list(LauncherConfig.model_fields) == ["name", "cluster", "address", "parameters"]
+    for section in (grid.SweepConfig, grid.BenchConfig, LauncherConfig):
+        assert all((field.description or "").endswith(".") for field in section.model_fields.values())
 
 
 def test_recipe_keys() -> None:

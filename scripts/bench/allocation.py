@@ -31,8 +31,8 @@ from qtool.budget import BudgetConfig
 from qtool.checkpoint import bits_per_weight
 from qtool.config import DataConfig, ModelConfig, QuantConfig
 from qtool.data import Calibration
+from qtool.environment import environment
 from qtool.models import load_model
-from qtool.report import environment
 from qtool.sensitivity import ESTIMATORS, Unit
 
 MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
