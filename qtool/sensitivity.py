@@ -3,9 +3,9 @@
 A unit is what engines fuse into one matrix and therefore needs one width: linears that read the same tensor (q, k, v;
 gate, up), and all experts of a mixture. Costs of units add up, as if no unit's rounding changed what another's does.
 
-What a width costs depends on who rounds: to nearest, a unit with correlated inputs can look a hundred times worse than
-what a method makes of it that knows them. So the estimators that look at outputs measure weights that GPTQ has rounded;
-those that look at single weights, whose errors GPTQ lets grow where they cancel, measure what round-to-nearest leaves.
+What a width costs depends on who rounds: to nearest, a unit with correlated inputs looks far worse than what a method
+makes of it that knows them. So the estimators that look at outputs measure weights that GPTQ has rounded; those that
+look at single weights, whose errors GPTQ lets grow where they cancel, measure what round-to-nearest leaves.
 """
 
 import math
@@ -104,7 +104,7 @@ def nearest(target: Target, num_bits: int) -> Tensor:
 
 
 def compensated(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Weights:
-    """The same by GPTQ, on the float model's inputs; codes of all widths are held in memory, a byte for each."""
+    """The weights of each width rounded by GPTQ on the float model's inputs; a byte per code and width is held."""
     found: dict[tuple[str, int], QuantizedWeight] = {}
     choices = {target.name: unit.choices for unit in units for target in unit.targets}
     config = gptq.Config()

@@ -26,6 +26,13 @@ settings.register_profile(
 settings.load_profile("qtool")
 
 
+@pytest.fixture(autouse=True)
+def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures, which take about a second for each run; only tests of figures draw them."""
+    if request.module.__name__ not in ("test_page", "test_compare"):
+        monkeypatch.setattr("qtool.plots.DRAWERS", ())
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random float32 Llama of two blocks with grouped-query attention. Only read it; copy it to damage it."""

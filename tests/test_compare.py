@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markup import HOSTILE, Tree
 from matplotlib.axes import Axes
 from rich.console import Console
-from test_page import HOSTILE, Tree
 
 from qtool import cli, drawing, pareto
 from qtool.compare import Comparison, compare, comparison, difference_error

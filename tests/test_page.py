@@ -3,19 +3,17 @@
 import itertools
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markup import HOSTILE, Tree
 from matplotlib import colormaps, colors
 
 from qtool import drawing, page, plots
 from qtool.report import Report, number
 from qtool.results import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
 
-HOSTILE = "</style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp; $\\frac{a}$ {{ 7 * 7 }}"
-VOID = {"meta", "img", "link", "br", "hr", "input"}
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction")
 
 
@@ -110,41 +108,6 @@ REPORTS = {
         lock={"method": {"validate_every": 3}},
     ),
 }
-
-
-class Tree(HTMLParser):
-    """Tags, attributes and text; fails where tags are not closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.style = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self._open, self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self._open:
-            self.style += data
-        else:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 pages: dict[str, str] = {}
