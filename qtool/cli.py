@@ -21,7 +21,7 @@ from qtool import __version__, ranks
 from qtool.console import describe, show, show_table
 from qtool.errors import InputError
 from qtool.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
-from qtool.terminal import running
+from qtool.terminal import running, terminate
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -182,10 +182,10 @@ def evaluate(
         checked = recipe.check(recipe.EvalRecipe, given, "the command line")
     where = output or (checked.output.path if checked.output else None)
     with running(quiet, where):
-        from qtool import run
+        from qtool import measure
 
         asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
-        outcome = run.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
+        outcome = measure.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
     show(outcome, as_json)
 
 
@@ -369,17 +369,12 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = list(sys.argv[1:] if args is None else args)
     command: Callable[..., Any] = typer.main.get_command(app).main
     with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     try:
         code = command(args or ["--help"], prog_name="qtool", standalone_mode=False)
         sys.stdout.flush()

@@ -5,8 +5,7 @@ evaluation and exports come after, and a failure there loses nothing of it.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +17,26 @@ from qtool import evaluate as evaluation
 from qtool import export as formats
 from qtool.allocate import Plan
 from qtool.checkpoint import MANIFEST, Planned, Source, atomic_folder, write_json
-from qtool.config import (
-    FORMAT_VERSION,
-    IMMATERIAL,
-    DataConfig,
-    EvalConfig,
-    ExpectedConfig,
-    ExportConfig,
-    ModelConfig,
-    OutputConfig,
-)
+from qtool.config import FORMAT_VERSION, IMMATERIAL, ExportConfig, OutputConfig
 from qtool.data import Calibration
 from qtool.environment import environment, processor
 from qtool.errors import InputError
 from qtool.folders import check_files, resolve
 from qtool.layout import label as _label
+from qtool.measure import Outcome, described, dtype_name
 from qtool.models import LoadedModel, choose_device, load_model, packed_linears
 from qtool.overlap import Seen
 from qtool.phases import Clock
 from qtool.recipe import Recipe, resolved
 from qtool.report import Report
-from qtool.results import CalibrationText, Exported, compare
+from qtool.results import Exported, compare
 from qtool.sensitivity import Unit
 from qtool.state import PLAN, RunState, run_state, write_durably
 from qtool.training_config import EndToEndConfig
-from qtool.verify import load_exported, verify
+from qtool.verify import verify
 
 LOCKED_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.model", "vocab*", "merges*")
 LOCKED_PACKAGES = ("qtool", "torch", "transformers", "tokenizers")
-
-
-@dataclass
-class Outcome:
-    """What a command made: the folder of its result, the report, the exports, and how long it took."""
-
-    path: Path | None
-    report: Report
-    exports: list[Path]
-    seconds: float
 
 
 def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | None:
@@ -122,10 +103,10 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
                 bits_per_weight=bits,
                 float_bytes=float_bytes,
                 quantized_bytes=checkpoint.folder_bytes(state.model),
-                dtype=_name(loaded.dtype),
+                dtype=dtype_name(loaded.dtype),
                 device=str(loaded.device),
                 seed=recipe.seed,
-                calibration=None if text is None else _described(recipe.data),
+                calibration=None if text is None else described(recipe.data),
                 expected=compare(recipe.expected, ()),
                 linears=inventory.describe(linears, specs, loaded.weight_errors),
                 series=series,
@@ -232,102 +213,6 @@ def _calibration(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibr
     return text
 
 
-def _described(config: DataConfig) -> CalibrationText:
-    return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
-
-
-def evaluate(
-    target: str,
-    config: EvalConfig,
-    model: ModelConfig,
-    float_model: str | None,
-    output: Path | None,
-    seed: int,
-    expected: Sequence[ExpectedConfig] = (),
-    plots: bool = False,
-) -> Outcome:
-    """Measure a native, exported or plain model; beside it its float model, where that is known and there.
-
-    Published numbers are those ``expected``, or else those that the recipe of a native checkpoint names.
-    With ``plots`` the figures of the report are also written as files.
-
-    Raises:
-        InputError: a task, model or output folder that cannot be used.
-    """
-    transformers.logging.disable_progress_bar()
-    clock = Clock()
-    evaluation.check_tasks(config)
-    folder = resolve(target)
-    if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{output} cannot be the folder of the report: {error.strerror}") from None
-    source = Source(folder) if (folder / MANIFEST).exists() else None
-    manifest = source.manifest if source is not None else {}
-    origin = float_model or (manifest["recipe"]["model"]["path"] if manifest else None)
-    with clock.phase("load", f"loading {target}"):
-        loaded = load_exported(model) or load_model(model, quantized=True)
-        reference = _reference(origin, model, required=float_model is not None)
-    with clock.phase("eval", "evaluating"):
-        seen = _seen(manifest, loaded, config)
-        results = evaluation.evaluate(loaded, config, reference, seed, seen)
-    described: dict[str, Any] = {}
-    if manifest:
-        recorded = manifest["recipe"]
-        expected = expected or [ExpectedConfig.model_validate(each) for each in recorded.get("expected", ())]
-        described["calibration"] = _described(DataConfig.model_validate(recorded["data"])) if manifest["data"] else None
-    if source is not None:
-        shapes = {name: tuple(source.tensor(f"{name}.weight_shape").tolist()) for name in source.specs}
-        described |= {
-            "quantized": target,
-            "label": _label(source.specs),
-            "method": manifest["recipe"]["method"]["name"],
-            "bits_per_weight": checkpoint.bits_per_weight(source.specs, shapes),
-            "quantized_bytes": source.num_bytes(),
-            "linears": inventory.describe(
-                inventory.block_linears(loaded), source.specs, manifest.get("weight_errors", {})
-            ),
-            "series": manifest["series"],
-            "lock": manifest.get("lock"),
-        }
-    elif origin is not None:
-        described = {"quantized": target, "quantized_bytes": checkpoint.folder_bytes(folder)}
-    report = Report(
-        model=origin or target,
-        float_bytes=checkpoint.folder_bytes(reference.folder) if reference else None,
-        results=tuple(results),
-        expected=compare(expected, results),
-        dtype=_name(loaded.dtype),
-        device=str(loaded.device),
-        backend=config.backend if packed_linears(loaded.model) else None,
-        seed=seed,
-        **clock.measured(),
-        **described,
-    )
-    if output is not None:
-        report.write(output)
-        page.write(output, report, plots)
-    return Outcome(output, report, [], clock.total)
-
-
-def _seen(manifest: dict[str, Any], loaded: LoadedModel, config: EvalConfig) -> Seen | None:
-    """The text that a checkpoint was calibrated on, read again where that is cheap and gives the same tokens."""
-    if not manifest.get("data") or not set(config.tasks) & set(evaluation.OWN_TASKS):
-        return None
-    recorded = DataConfig.model_validate(manifest["recipe"]["data"])
-    if not data.is_local(recorded):
-        return Seen(recorded.source, None)
-    try:
-        text = data.calibration(recorded, loaded, manifest["seed"])
-        if data.token_hash(*text) != manifest["data"]["sha256"]:
-            raise InputError(f"{recorded.source} has changed since")
-    except InputError as error:
-        progress.note(f"the overlap with the calibration text is not measured: {error}")
-        return Seen(recorded.source, None)
-    return Seen(recorded.source, text.tokens)
-
-
 def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
     """Write one export of a native checkpoint, read back and compared before it gets its name.
 
@@ -392,19 +277,6 @@ def _refuse(reason: str | None, config: ExportConfig, what: str) -> None:
         raise InputError(f"{what} cannot be exported as {config.format}: {reason}")
 
 
-def _reference(path: str | None, model: ModelConfig, *, required: bool) -> LoadedModel | None:
-    """The float model, or ``None`` and a note when a manifest names one that is not there any more."""
-    if path is None:
-        return None
-    try:
-        return load_model(model.model_copy(update={"path": path}))
-    except InputError as error:
-        if required:
-            raise
-        progress.note(f"the float model is not measured: {error}")
-        return None
-
-
 def _manifest(
     recipe: Recipe,
     report: Report,
@@ -426,7 +298,3 @@ def _manifest(
         "versions": environment(),
         "date": report.date,
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -51,3 +51,8 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_ino, status.st_mtime_ns) if status else None
+
+
+def terminate(number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool import data, overlap, run
+from qtool import data, measure, overlap, run
 from qtool.config import EvalConfig, ModelConfig
 from qtool.overlap import ALARM, RUN, relation
 from qtool.recipe import Recipe
@@ -161,11 +161,11 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     asked = str(tmp_path / "q"), config, model, None, None, 0
-    again = run.evaluate(*asked).report
+    again = measure.evaluate(*asked).report
     assert again.results[0].overlap == 0.5
     assert again.calibration == found.calibration
     np.save(tmp_path / "same.npy", same.numpy())  # it is not what was used any more
-    assert run.evaluate(*asked).report.results[0].overlap is None
+    assert measure.evaluate(*asked).report.results[0].overlap is None
 
 
 @pytest.mark.usefixtures("no_data")
@@ -179,7 +179,7 @@ def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the
     assert "same distribution" not in found.results[1].note
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
-    alone = run.evaluate(str(tmp_path / "q"), config, model, None, None, 0).report
+    alone = measure.evaluate(str(tmp_path / "q"), config, model, None, None, 0).report
     assert alone.results[0].overlap is None  # the model would have to write it again
     assert alone.results[0].note.endswith("same distribution, other text")
 
