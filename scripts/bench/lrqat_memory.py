@@ -11,7 +11,8 @@ runs the method as a recipe does, with cross entropy and so without a teacher, a
 * saved: what autograd keeps for the backward at its most, each storage once and nothing that is held anyway;
 * live: the most bytes of tensors alive at one time in the step, held ones included;
 * real: the most memory of the process in the step above what it had before the model was made (Linux), or what torch
-  had allocated (CUDA). It counts what no tensor of ours is: the allocator's holes, the work space of products.
+  had allocated (CUDA). It counts what is no tensor of ours too: code that torch loads when it is first used, the
+  allocator's holes, the work space of products. On a processor that is most of a small model's.
 
 ``memory_accounting`` computes the first three from shapes; each cell is compared with it. The table of the 7B shape is
 that arithmetic, for one process, a bfloat16 model and float32 masters, on a GPU (see ``Cell.cuda``).
