@@ -42,8 +42,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fake.quantize = lambda *args: fake.calls.append(args) or outcome(exports=("out/y",))
     fake.evaluate = lambda *args: fake.calls.append(args) or outcome(None)
     fake.export = lambda *args: fake.calls.append(args) or args[1].path
-    monkeypatch.setitem(sys.modules, "qtool.run", fake)
-    monkeypatch.setattr(qtool, "run", fake, raising=False)
+    for name in ("run", "measure"):
+        monkeypatch.setitem(sys.modules, f"qtool.{name}", fake)
+        monkeypatch.setattr(qtool, name, fake, raising=False)
     demo = {"demo": methods.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
     monkeypatch.setattr(methods, "names", lambda: tuple(demo))
     monkeypatch.setattr(methods, "get", demo.__getitem__)
@@ -227,23 +228,23 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
     options = "--tasks boolq,mmlu --limit 5 --batch-size 8 --num-fewshot 2 --context 64 --dtype float32 --device cpu"
     args = ["eval", str(tmp_path), *options.split(), "--float-model", "org/m", "-o", "out"]
     assert cli.main(args) == 0
-    ((target, config, model, float_model, output, seed, expected),) = run.calls
+    ((target, config, model, float_model, output, seed, expected, plots),) = run.calls
     assert (target, model.path, model.dtype, model.device) == (str(tmp_path), str(tmp_path), "float32", "cpu")
     assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
     assert (config.num_fewshot, config.context) == (2, 64)
-    assert (float_model, output, seed, expected) == ("org/m", Path("out"), 0, ())
+    assert (float_model, output, seed, expected, plots) == ("org/m", Path("out"), 0, (), False)
     assert capsys.readouterr().out.endswith("| inf |\n")
 
 
 def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: str) -> None:
     published = "{tasks: [kl], metric: kl, value: 0.1, source: a paper}"
     Path("e.yaml").write_text(
-        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\noutput: {{path: o}}\nseed: 4\n"
+        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\noutput: {{path: o, plots: true}}\nseed: 4\n"
     )
     assert cli.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
-    ((target, config, _, float_model, output, seed, expected),) = run.calls
+    ((target, config, _, float_model, output, seed, expected, plots),) = run.calls
     assert (target, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
-    assert (float_model, output, seed) == (None, Path("o"), 4)
+    assert (float_model, output, seed, plots) == (None, Path("o"), 4, True)
     assert [each.source for each in expected] == ["a paper"]
 
 

@@ -120,7 +120,7 @@ def test_two_processes_have_the_losses_of_one(two_processes: tuple[Path, subproc
 def test_only_the_first_process_writes_and_talks(two_processes: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = two_processes
     assert done.stdout.splitlines()[-1] == str(folder / "two")
-    assert done.stdout.count("bits per weight") == 1
+    assert done.stdout.count("* bits per weight") == 1
     assert done.stderr.count("training on 5 windows: 0/3") == 1
     assert not list(folder.glob("*.partial"))
     restored = load_model(ModelConfig(path=str(folder / "two"), device="cpu"), quantized=True)

@@ -96,7 +96,7 @@ def test_the_search_weighs_channels_by_the_mean_square_of_what_the_linear_reads(
 ) -> None:
     ours, floats = make_llama(), make_llama()
     name = "model.layers.0.mlp.down_proj"
-    run(ours, tokens, W3, iterations=0)
+    run(ours, tokens, W3, iterations=0, range="search")
     found: list[Tensor] = []
     linear = floats.model.get_submodule(name)
     linear.register_forward_pre_hook(lambda module, args: found.append(args[0].flatten(0, 1)))

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtool import checkpoint
 from qtool.config import ModelConfig, QuantConfig
+from qtool.folders import BUILTIN
 from qtool.methods import rtn
-from qtool.models import BUILTIN, load_model
+from qtool.models import load_model
 
 
 def quant(grid: str) -> QuantConfig:
