@@ -32,7 +32,7 @@ class Clock:
         peaks = (self.peak_bytes, progress.peak_memory_bytes()), (self.peak_gpu_bytes, progress.peak_gpu_bytes())
         for found, peak in peaks:
             if peak:  # 0: there is none, or the system does not tell
-                found[name] = peak
+                found[name] = max([peak, *found.values()])  # Linux counts pages a little late
 
     def measured(self) -> dict[str, Any]:
         """The fields of a report."""
