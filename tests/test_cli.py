@@ -239,7 +239,8 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
 def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: str) -> None:
     published = "{tasks: [kl], metric: kl, value: 0.1, source: a paper}"
     Path("e.yaml").write_text(
-        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\noutput: {{path: o, plots: true}}\nseed: 4\n"
+        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\nseed: 4\n"
+        "output: {path: o, plots: true}\n"
     )
     assert cli.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
     ((target, config, _, float_model, output, seed, expected, plots),) = run.calls
