@@ -227,23 +227,24 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
     options = "--tasks boolq,mmlu --limit 5 --batch-size 8 --num-fewshot 2 --context 64 --dtype float32 --device cpu"
     args = ["eval", str(tmp_path), *options.split(), "--float-model", "org/m", "-o", "out"]
     assert cli.main(args) == 0
-    ((target, config, model, float_model, output, seed, expected),) = run.calls
+    ((target, config, model, float_model, output, seed, expected, plots),) = run.calls
     assert (target, model.path, model.dtype, model.device) == (str(tmp_path), str(tmp_path), "float32", "cpu")
     assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
     assert (config.num_fewshot, config.context) == (2, 64)
-    assert (float_model, output, seed, expected) == ("org/m", Path("out"), 0, ())
+    assert (float_model, output, seed, expected, plots) == ("org/m", Path("out"), 0, (), False)
     assert capsys.readouterr().out.endswith("| inf |\n")
 
 
 def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: str) -> None:
     published = "{tasks: [kl], metric: kl, value: 0.1, source: a paper}"
     Path("e.yaml").write_text(
-        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\noutput: {{path: o}}\nseed: 4\n"
+        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\n"
+        "output: {path: o, plots: true}\nseed: 4\n"
     )
     assert cli.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
-    ((target, config, _, float_model, output, seed, expected),) = run.calls
+    ((target, config, _, float_model, output, seed, expected, plots),) = run.calls
     assert (target, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
-    assert (float_model, output, seed) == (None, Path("o"), 4)
+    assert (float_model, output, seed, plots) == (None, Path("o"), 4, True)
     assert [each.source for each in expected] == ["a paper"]
 
 
