@@ -232,22 +232,24 @@ class Comparison:
 
         rows = {run.name: run.results[measure] for run in self._with(measure)}
         higher = any(row.higher_is_better for row in rows.values())
-        floats = {row.float_value for row in rows.values() if row.float_value is not None}
+        floats = {_finite(row.float_value) for row in rows.values()}
         reference = floats.pop() if len(floats) == 1 else None
+        paired = reference is not None and all(_finite(row.delta_stderr) is not None for row in rows.values())
         drawn = []
         for name, label, of in (
             ("pareto-bits", "bits per weight", lambda report: report.bits_per_weight),
             ("pareto-size", "MB on disk", lambda report: None if (b := weight_bytes(report)) is None else b / 1e6),
         ):
             points = [
-                pareto.Point(index + 1, run.name, x, y, _finite(row.stderr))
+                pareto.Point(index + 1, run.name, x, y, _finite(row.delta_stderr if paired else row.stderr))
                 for index, run in enumerate(self.runs)
                 if (row := rows.get(run.name))
                 and (y := _finite(row.value)) is not None
                 and (x := of(run.report)) is not None
             ]
             if len(points) > 1:
-                drawn.append(pareto.plot(name, points, label, self.title(measure), higher, reference))
+                plane = pareto.Plane(label, self.title(measure), higher, reference, paired)
+                drawn.append(pareto.plot(name, points, plane))
         return drawn
 
     def heading(self) -> str:
@@ -303,8 +305,8 @@ def comparison(reports: dict[str, Report]) -> Comparison:
                 results[measure] = row
         runs.append(Run(name, report, model, results))
     runs.sort(key=lambda run: (-(run.report.bits_per_weight or 33), -(weight_bytes(run.report) or 0), run.name))
-    measures = dict.fromkeys(measure for run in runs for measure in run.results)
-    ordered = sorted(measures, key=lambda m: (m.task, m.metric, *(str(each) for each in m[2:])))
+    known = Counter(measure for run in runs for measure in run.results)
+    ordered = sorted(known, key=lambda m: (-known[m], *(str(each) for each in m)))
     return Comparison(tuple(runs), tuple(ordered), tuple(_notes(runs, ordered)))
 
 
@@ -362,10 +364,6 @@ def _notes(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[str]:
         if len(same) > 1:
             ways = "; ".join(f"{_settings(m)} ({', '.join(r.name for r in runs if m in r.results)})" for m in same)
             yield f"{task} {metric} was measured in different ways, which are not comparable: {ways}."
-    for measure in measures:
-        having = [run.name for run in runs if measure in run.results]
-        if len(runs) > 1 and len(having) == 1 and len(alike[measure.task, measure.metric, measure.model]) == 1:
-            yield f"{measure.task} {measure.metric} is known of {having[0]} only."
     for what in ("device", "backend"):
         found = {getattr(run.report, what) for run in runs if run.results} - {None}
         if len(found) > 1:

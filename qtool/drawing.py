@@ -112,9 +112,12 @@ def svg(plot: Plot) -> str:
     """A whole SVG file; the same bytes whenever the figure is the same."""
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with style(), matplotlib.rc_context({"svg.hashsalt": f"qtool {plot.name}"}):  # ids of a page's plots differ
+    with style():
         plot.figure.savefig(file, format="svg", metadata=nothing, transparent=True)
-    return file.getvalue()
+    text = file.getvalue()
+    # matplotlib makes some ids of addresses in memory; and those of a page's plots must differ
+    ids = {name: f"{plot.name}-{i}" for i, name in enumerate(re.findall(r'\sid="([^"]*)"', text))}
+    return re.sub(r'(\sid="|#)([^"#()]+)(?=["\)])', lambda found: found[1] + ids.get(found[2], found[2]), text)
 
 
 def inline_svg(plot: Plot) -> str:

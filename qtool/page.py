@@ -94,7 +94,7 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "size on disk", f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger", sizes
     if (quality := report.quality()) is not None:
         name, shown, where, said = quality
-        yield name, shown.replace(" ", NBSP), ": ".join(part for part in (where, said.partition(":")[0]) if part)
+        yield name, shown.replace(" ", NBSP), ": ".join(part for part in (where, said.partition(" (")[0]) if part)
     if "quantize" in report.seconds:
         held = max(report.peak_bytes.values(), default=0)
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
@@ -114,7 +114,7 @@ def _shots(report: Report, cell: object) -> list[str]:
 
 def _cells(report: Report, row: TaskResult) -> list[str]:
     loss = report.loss(row)
-    said = [] if len(report.columns()) == 1 else [words(*loss).partition(":")[0] if loss else ""]
+    said = [] if len(report.columns()) == 1 else [words(*loss).partition(" (")[0] if loss else ""]
     task = row.task if row.detail else row.task + report.mark(row)
     n = "" if row.n is None else str(row.n)
     return [task, row.metric, *report.numbers(row, "±"), *said, *_shots(report, row.num_fewshot), n]

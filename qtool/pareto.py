@@ -5,7 +5,8 @@ no part in that; the figure shows them as bars.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -27,6 +28,9 @@ OFFSETS = [  # of a label from its point, in units of the figure, and how it is 
     (-12, 14, "right", "bottom"),
     (-12, -14, "right", "top"),
 ]
+
+
+ENDS = ((1.0, -2, "right"), (0.0, 2, "left"))  # of the float model's line, and how its name is aligned there
 
 
 class Point(NamedTuple):
@@ -53,11 +57,19 @@ def front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
     return found
 
 
-def plot(
-    name: str, points: Sequence[Point], x_label: str, y_label: str, higher_is_better: bool, reference: float | None
-) -> Plot:
-    """The figure; ``reference`` is the float model's number, a line across."""
-    best = front(points, higher_is_better)
+class Plane(NamedTuple):
+    """What the axes are."""
+
+    size: str
+    quality: str
+    higher_is_better: bool
+    reference: float | None  # the float model's quality
+    paired: bool = False  # whether errors are those of the change against the float model
+
+
+def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
+    """The figure, with the float model as a line across."""
+    best = front(points, plane.higher_is_better)
     with style():
         figure, (axes,) = blank(3.3)
         on = {point.number for point in best}
@@ -69,50 +81,70 @@ def plot(
         axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=LIGHT["accent"], linewidth=1.1, zorder=1)
         axes.margins(0.16)
         axes.grid()
-        better = "higher" if higher_is_better else "lower"
-        axes.set_title(f"{shortened(y_label, 40)}, {better} is better")
-        axes.set_xlabel(f"{x_label}, less is better")
-        if reference is not None:
-            axes.axhline(reference, color=LIGHT["second"], linewidth=1.1, linestyle="--", zorder=0.5)
-            place: dict[str, Any] = {"color": LIGHT["second"], "ha": "right", "va": "bottom", "fontsize": 8}
-            axes.annotate("float", (1, reference), (-2, 2), ("axes fraction", "data"), "offset points", **place)
-        unlabelled = label(axes, points)
-    caption = "The line joins the runs that no other beats in both: the Pareto front. Bars are one standard error."
+        better = "higher" if plane.higher_is_better else "lower"
+        axes.set_title(f"{shortened(plane.quality, 40)}, {better} is better")
+        axes.set_xlabel(f"{plane.size}, less is better")
+        if plane.reference is not None:
+            axes.axhline(plane.reference, color=LIGHT["second"], linewidth=1.1, linestyle="--", zorder=0.5)
+        unlabelled = label(axes, points, best, plane.reference)
+    caption = "The line joins the runs that no other beats in both: the Pareto front. Bars are one standard error"
+    caption += " of the change against the float model." if plane.paired else "."
     if unlabelled:
         caption += f" No room for the names of {len(unlabelled)} points: the table has all."
     said = "; ".join(f"{point.name} {point.x:.4g}, {point.y:.5g}" for point in points)
     text = f"On the front: {', '.join(point.name for point in best)}. All runs: {said}."
-    return Plot(name, f"{y_label.partition(':')[0]} against {x_label}", figure, text, caption)
+    return Plot(name, f"{plane.quality} against {plane.size}", figure, text, caption)
 
 
-def label(axes: Axes, points: Sequence[Point]) -> list[Point]:
+def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:
     """Write each name beside its point where it covers nothing, else its number; returns those with no room at all."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg has one
     inside = axes.get_window_extent(renderer)
-    taken = [text.get_window_extent(renderer) for text in axes.texts]
-    for point in points:
-        x, y = axes.transData.transform((point.x, point.y))
-        taken.append(Bbox.from_extents(x - 4, y - 4, x + 4, y + 4))
+    taken = list(_drawn(axes, points, best, reference))
+
+    def write(text: str, place: tuple[float, float], offset: tuple[float, float, str, str], **options: Any) -> bool:
+        dx, dy, ha, va = offset
+        options |= {"ha": ha, "va": va, "fontsize": 8, "textcoords": "offset points"}
+        drawn = axes.annotate(text, place, (dx, dy), **options)
+        drawn.set_in_layout(False)
+        box = drawn.get_window_extent(renderer)
+        fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        if fits and not box.count_overlaps(taken):
+            taken.append(box)
+            return True
+        drawn.remove()
+        return False
+
     unlabelled = []
     for point in points:
-        tries = [
-            (text, place)
-            for text in (f"{point.number} {shortened(point.name, 30)}", str(point.number))
-            for place in OFFSETS
-        ]
-        for text, (dx, dy, ha, va) in tries:
-            where: dict[str, Any] = {"ha": ha, "va": va, "fontsize": 8}
-            drawn = axes.annotate(text, (point.x, point.y), (dx, dy), textcoords="offset points", **where)
-            drawn.set_in_layout(False)
-            box = drawn.get_window_extent(renderer)
-            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1:  # noqa: SIM102
-                if not box.count_overlaps(taken):
-                    taken.append(box)
-                    break
-            drawn.remove()
-        else:
+        texts = f"{point.number} {shortened(point.name, 30)}", str(point.number)
+        if not any(write(text, (point.x, point.y), offset) for text in texts for offset in OFFSETS):
             unlabelled.append(point)
+    if reference is not None:
+        sides = [(x, (dx, dy, ha, va)) for dy, va in ((2, "bottom"), (-2, "top")) for x, dx, ha in ENDS]
+        any(
+            write("float", (x, reference), at, xycoords=("axes fraction", "data"), color=LIGHT["second"])
+            for x, at in sides
+        )
     return unlabelled
+
+
+def _drawn(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> Iterator[Bbox]:
+    """Where points, their bars, the front and the line of the float model are, in pixels."""
+
+    def box(low: tuple[float, float], high: tuple[float, float], wide: float) -> Bbox:
+        (x0, y0), (x1, y1) = axes.transData.transform([low, high])
+        return Bbox.from_extents(min(x0, x1) - wide, min(y0, y1) - wide, max(x0, x1) + wide, max(y0, y1) + wide)
+
+    for x, y, error in ((point.x, point.y, point.error or 0.0) for point in points):
+        yield box((x, y), (x, y), 4)
+        yield box((x, y - error), (x, y + error), 3)
+    for left, right in pairwise(best):
+        yield box((left.x, left.y), (right.x, left.y), 1)
+        yield box((right.x, left.y), (right.x, right.y), 1)
+    if reference is not None:
+        low, high = axes.get_xlim()
+        yield box((low, reference), (high, reference), 1)

@@ -35,13 +35,13 @@ def relative_loss(value: float, reference: float, higher_is_better: bool) -> flo
 def words(loss: float, stderr: float | None) -> str:
     """What a loss with this standard error is called."""
     if not math.isfinite(loss):
-        return "broken: not a finite number"
+        return "broken (not a finite number)"
     if stderr is None:
-        return f"{_class(loss)}, if its unknown error is small"
+        return f"{_class(loss)} (if its error, which is not known, is small)"
     if not math.isfinite(stderr):
-        return "undecided: its error is not a finite number"
+        return "undecided (its error is not a finite number)"
     low, high = (_class(loss + sign * SIGMAS * stderr) for sign in (-1, 1))
-    return low if low == high else f"between {low} and {high}: too few observations to say more"
+    return low if low == high else f"between {low} and {high} (too few observations to say more)"
 
 
 def _class(loss: float) -> str:

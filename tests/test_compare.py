@@ -16,7 +16,7 @@ from rich.console import Console
 from qtool import cli, drawing, pareto
 from qtool.compare import Comparison, compare, comparison, difference_error
 from qtool.errors import InputError
-from qtool.pareto import Point, front
+from qtool.pareto import Plane, Point, front
 from qtool.report import Report
 from qtool.results import Metric, TaskResult, task_result
 from qtool.verdict import SIGMAS
@@ -81,7 +81,7 @@ def test_labels_cover_neither_each_other_nor_a_point_nor_the_edge(
     places: list[tuple[float, float]], length: int
 ) -> None:
     runs = [Point(i + 1, "n" * length, x, y, None) for i, (x, y) in enumerate(places)]
-    plot = pareto.plot("pareto-bits", runs, "bits per weight", "wikitext2 perplexity", False, 29.5)
+    plot = pareto.plot("pareto-bits", runs, Plane("bits per weight", "wikitext2 perplexity", False, 29.5))
     (axes,) = plot.figure.axes
     plot.figure.draw_without_rendering()
     renderer = plot.figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -92,18 +92,19 @@ def test_labels_cover_neither_each_other_nor_a_point_nor_the_edge(
         assert box.x1 <= inside.x1 + 1
     for a, b in itertools.combinations(boxes, 2):
         assert not a.padded(-1).overlaps(b.padded(-1))
-    for run, box in itertools.product(runs, boxes[1:]):  # the first is the line of the float model
+    for run, box in itertools.product(runs, boxes):
         x, y = axes.transData.transform((run.x, run.y))
         assert not box.padded(-1).contains(x, y)
-    labelled = {int(text.get_text().split()[0]) for text in axes.texts[1:]}
-    assert len(labelled) == len(axes.texts) - 1
+    names = [text.get_text() for text in axes.texts if text.get_text() != "float"]
+    labelled = {int(name.split()[0]) for name in names}
+    assert len(labelled) == len(names)
     if len(labelled) < len(runs):
         assert f"No room for the names of {len(runs) - len(labelled)} points" in plot.caption
 
 
 def test_a_few_points_have_their_names() -> None:
     runs = [Point(1, "gptq", 4.25, 35.0, 0.2), Point(2, "rtn", 4.25, 37.0, 0.2), Point(3, "awq", 3.25, 40.0, 0.3)]
-    axes: Axes = pareto.plot("p", runs, "bits per weight", "perplexity", False, 34.0).figure.axes[0]
+    axes: Axes = pareto.plot("p", runs, Plane("bits per weight", "perplexity", False, 34.0)).figure.axes[0]
     assert {text.get_text() for text in axes.texts} == {"float", "1 gptq", "2 rtn", "3 awq"}
 
 

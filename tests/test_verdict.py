@@ -54,9 +54,9 @@ def test_a_test_that_is_too_small_never_says_nearly_lossless(loss: float, stderr
 
 
 def test_what_is_not_a_number_is_said() -> None:
-    assert words(math.nan, 0.1) == words(math.inf, None) == "broken: not a finite number"
+    assert words(math.nan, 0.1) == words(math.inf, None) == "broken (not a finite number)"
     assert words(0.0, math.nan).startswith("undecided")
-    assert words(0.0, None) == "nearly lossless, if its unknown error is small"
+    assert words(0.0, None) == "nearly lossless (if its error, which is not known, is small)"
 
 
 @given(st.floats(0.1, 1e3), st.floats(0.1, 1e3))
