@@ -16,7 +16,7 @@ from qtool.checkpoint import Files, Source, write_json, write_shards
 from qtool.config import ExportConfig
 from qtool.folders import read_config
 
-NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.json", "report.md")
+NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.json", "report.md", "report.html")
 
 
 def write_folder(
