@@ -13,8 +13,8 @@ import qtool
 from qtool import backend, evaluate, progress
 from qtool.config import EvalConfig, ModelConfig, QuantConfig
 from qtool.errors import InputError
+from qtool.measure import evaluate as run_evaluate
 from qtool.models import load_model, packed_linears
-from qtool.run import evaluate as run_evaluate
 
 MIXED = QuantConfig.model_validate(
     {

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import pytest
 
 import qtool
-from qtool import cli, doctor, methods, progress, running
+from qtool import cli, doctor, methods, progress, terminal
 from qtool.config import MethodConfig
 from qtool.errors import RunError
-from qtool.recipe import packaged
+from qtool.recipe import packaged, tables
 
 
 class Demo(MethodConfig):
@@ -42,8 +42,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fake.quantize = lambda *args: fake.calls.append(args) or outcome(exports=("out/y",))
     fake.evaluate = lambda *args: fake.calls.append(args) or outcome(None)
     fake.export = lambda *args: fake.calls.append(args) or args[1].path
-    monkeypatch.setitem(sys.modules, "qtool.run", fake)
-    monkeypatch.setattr(qtool, "run", fake, raising=False)
+    for name in ("run", "measure"):
+        monkeypatch.setitem(sys.modules, f"qtool.{name}", fake)
+        monkeypatch.setattr(qtool, name, fake, raising=False)
     demo = {"demo": methods.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
     monkeypatch.setattr(methods, "names", lambda: tuple(demo))
     monkeypatch.setattr(methods, "get", demo.__getitem__)
@@ -96,7 +97,7 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
 def test_quiet_shows_no_progress(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in running.QUIET:
+    for name in terminal.QUIET:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that monkeypatch takes back what the command sets
         monkeypatch.delenv(name)
@@ -238,8 +239,8 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
 def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: str) -> None:
     published = "{tasks: [kl], metric: kl, value: 0.1, source: a paper}"
     Path("e.yaml").write_text(
-        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\n"
-        "output: {path: o, plots: true}\nseed: 4\n"
+        f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\nseed: 4\n"
+        "output: {path: o, plots: true}\n"
     )
     assert cli.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
     ((target, config, _, float_model, output, seed, expected, plots),) = run.calls
@@ -272,7 +273,7 @@ def test_export_calls_the_exporter(run: Any, tmp_path: Path, capsys: pytest.Capt
 def test_recipes_lists_all_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(packaged())
+    assert [line.split()[0] for line in lines] == [*packaged(), *tables()]
     assert all(len(line) <= 120 and len(line.split()) > 4 for line in lines)
     assert cli.main(["recipes", "quickstart"]) == 0
     text = (Path(qtool.__file__).parent / "recipes" / "quickstart.yaml").read_text()
