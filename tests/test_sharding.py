@@ -336,13 +336,14 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
     with monkeypatch.context() as patch:  # the second waits for a record that does not come
         patch.setattr(Path, "unlink", lambda file: None)
         on(1, 4)
-    with pytest.raises(sharded.Stopped):
-        on(0, 4, until=endtoend.TRAINING)
-    for number in (0, 1):
-        assert {name: value.tolist() for name, value in read(number).items()} == {
-            "parameter.0": [2.0, number],
-            "steps": [2, 2],
-        }
+    for until in ("step-4-0.safetensors", endtoend.TRAINING):
+        with pytest.raises(sharded.Stopped):
+            on(0, 4, until)
+        for number in (0, 1):
+            assert {name: value.tolist() for name, value in read(number).items()} == {
+                "parameter.0": [2.0, number],
+                "steps": [2, 2],
+            }
     on(1, 4)
     on(0, 4)
     assert [read(number)["parameter.0"].tolist() for number in (0, 1)] == [[4.0, 0.0], [4.0, 1.0]]
