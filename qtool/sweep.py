@@ -21,7 +21,7 @@ from typing import Any
 import transformers
 from filelock import FileLock, Timeout
 
-from qtool import launch, progress
+from qtool import compare, launch, progress
 from qtool.cells import (
     QTOOL,
     Cell,
@@ -93,6 +93,7 @@ def sweep(plan: Plan, *, fresh: bool = False, jobs: int | None = None) -> Outcom
             progress.note(f"{_summary(plan, cells).counts()}; the same command goes on with the others")
             raise
         report = _write(plan, cells)
+        _compare(plan, cells)
     failed = [cell.plan.name for cell in cells if cell.failed]
     ran = [cell.plan.name for cell in left]
     return Outcome(plan.output, report, ran, cached, failed, time.perf_counter() - started)
@@ -266,10 +267,17 @@ def _drop(plan: Plan, cell: Cell) -> None:
 
 
 def _write(plan: Plan, cells: Sequence[Cell]) -> SweepReport:
-    """Write the table as it stands; what else is made of the folders that are done belongs here too."""
+    """Write the table as it stands."""
     report = _summary(plan, cells)
     report.write(plan.output)
     return report
+
+
+def _compare(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Write the page that shows the cells that are done side by side."""
+    done = [cell.folder for cell in cells if not cell.reason]
+    if done:
+        (plan.output / compare.HTML_NAME).write_text(compare.compare(done).html(), encoding="utf-8")
 
 
 def _summary(plan: Plan, cells: Sequence[Cell]) -> SweepReport:

@@ -279,6 +279,7 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
     whole = {"recipe": base, "cells": {"a": {"quant.num_bits": 4}, "b": {"method.name": "gptq"}}}
     first = run(whole)
     assert (first.ran, first.cached, first.failed) == (["a", "b"], [], [])
+    assert "2 runs of" in Path("out/compare.html").read_text()
     assert ran == [["ptq", f"out/{name}.yaml", "--json"] for name in ("a", "b")]
     again = run(whole)
     assert (again.ran, again.cached, len(ran)) == ([], ["a", "b"], 2)
