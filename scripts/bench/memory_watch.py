@@ -110,8 +110,15 @@ class Watch:
     """Looks at one step of a training while it runs."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        """``loaded`` is what will be trained."""
+        """``loaded`` is what will be trained; tensors of others that are alive now are never counted."""
         self.loaded, self.context = loaded, ExitStack()
+        own = {tensor.untyped_storage()._cdata for tensor in (*loaded.model.parameters(), *loaded.model.buffers())}
+        self.foreign: set[int] = set()
+        for tensor in [each for each in gc.get_objects() if issubclass(type(each), Tensor)]:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own | self.foreign:
+                self.foreign.add(storage._cdata)
+                weakref.finalize(storage, self.foreign.discard, storage._cdata)
         self.held: Counter[str] = Counter()
         self.found: dict[str, Any] = {}
 
@@ -143,7 +150,7 @@ class Watch:
         gc.collect()
         memory.return_freed()
         device = self.loaded.device
-        found = everything(self.loaded.model, device)
+        found = {k: v for k, v in everything(self.loaded.model, device).items() if k not in self.foreign}
         self.held = Counter()
         for kind, storage in found.values():
             self.held[kind] += storage.nbytes()
