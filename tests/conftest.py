@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,15 @@ def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Reports without figures, which take about a second for each run; only tests of figures draw them."""
     if request.module.__name__ not in ("test_page", "test_compare"):
         monkeypatch.setattr("qtool.plots.DRAWERS", ())
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """What a command sets for its whole process, as ``--quiet`` does, ends with the test."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
