@@ -214,14 +214,8 @@ class Comparison:
 
     def judged(self) -> Measure | None:
         """What quality is plotted by: what most runs have; perplexity on real text before all else."""
-        order = ["perplexity", "kl"]
-
-        def rank(measure: Measure) -> tuple[int, int, bool]:
-            known = sum(measure in run.results for run in self.runs)
-            return -known, order.index(measure.metric) if measure.metric in order else 2, measure.task == "generated"
-
-        directed = [m for m in self.measures if any(r.results[m].higher_is_better is not None for r in self._with(m))]
-        return min(directed, key=rank, default=None)
+        directed = (m for m in self.measures if any(r.results[m].higher_is_better is not None for r in self._with(m)))
+        return next(directed, None)
 
     def plots(self) -> "list[Plot]":
         """Quality against bits per weight and against size."""
@@ -306,8 +300,15 @@ def comparison(reports: dict[str, Report]) -> Comparison:
         runs.append(Run(name, report, model, results))
     runs.sort(key=lambda run: (-(run.report.bits_per_weight or 33), -(weight_bytes(run.report) or 0), run.name))
     known = Counter(measure for run in runs for measure in run.results)
-    ordered = sorted(known, key=lambda m: (-known[m], *(str(each) for each in m)))
+    ordered = sorted(known, key=lambda m: (-known[m], _rank(m), *(str(each) for each in m)))
     return Comparison(tuple(runs), tuple(ordered), tuple(_notes(runs, ordered)))
+
+
+def _rank(measure: Measure) -> int:
+    """Which measure says most: perplexity on real text, then on generated text, then divergence, then the rest."""
+    if measure.metric == "perplexity":
+        return int(measure.task == "generated")
+    return 2 if measure.metric == "kl" else 3
 
 
 def difference_error(a: TaskResult, b: TaskResult) -> float | None:

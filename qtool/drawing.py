@@ -87,6 +87,15 @@ def blank(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -
     return figure, list(axes[:, 0])
 
 
+def settle(figure: Figure) -> None:
+    """Lay ``figure`` out once and for all, on a grid: the last digits of matplotlib's solver vary from run to run."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        left, bottom, width, height = (round(float(each), 4) for each in axes.get_position(original=True).bounds)
+        axes.set_position((left, bottom, width, height))
+    figure.set_layout_engine("none")
+
+
 def shortened(text: str, length: int) -> str:
     """``text`` where it fits, else its end behind an ellipsis: ends of names tell more than beginnings."""
     return text if len(text) <= length else f"…{text[1 - length :]}"

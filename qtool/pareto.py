@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from qtool.drawing import LIGHT, Plot, blank, shortened, style
+from qtool.drawing import LIGHT, Plot, blank, settle, shortened, style
 
 OFFSETS = [  # of a label from its point, in units of the figure, and how it is aligned there
     (6, 5, "left", "bottom"),
@@ -23,6 +24,8 @@ OFFSETS = [  # of a label from its point, in units of the figure, and how it is 
     (0, -9, "center", "top"),
     (9, 0, "left", "center"),
     (-9, 0, "right", "center"),
+    (0, 18, "center", "bottom"),
+    (0, -18, "center", "top"),
     (12, 14, "left", "bottom"),
     (12, -14, "left", "top"),
     (-12, 14, "right", "bottom"),
@@ -30,6 +33,7 @@ OFFSETS = [  # of a label from its point, in units of the figure, and how it is 
 ]
 
 
+NEAR = 10  # a label that is further off has a line to its point
 ENDS = ((1.0, -2, "right"), (0.0, 2, "left"))  # of the float model's line, and how its name is aligned there
 
 
@@ -100,7 +104,7 @@ def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference:
     """Write each name beside its point where it covers nothing, else its number; returns those with no room at all."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()
+    settle(figure)
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg has one
     inside = axes.get_window_extent(renderer)
     taken = list(_drawn(axes, points, best, reference))
@@ -108,9 +112,12 @@ def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference:
     def write(text: str, place: tuple[float, float], offset: tuple[float, float, str, str], **options: Any) -> bool:
         dx, dy, ha, va = offset
         options |= {"ha": ha, "va": va, "fontsize": 8, "textcoords": "offset points"}
+        if math.hypot(dx, dy) > NEAR:
+            options["arrowprops"] = {"arrowstyle": "-", "color": LIGHT["muted"], "linewidth": 0.6, "shrinkB": 4}
         drawn = axes.annotate(text, place, (dx, dy), **options)
         drawn.set_in_layout(False)
-        box = drawn.get_window_extent(renderer)
+        drawn.update_positions(renderer)
+        box = Text.get_window_extent(drawn, renderer)  # of the words alone, not of the line to the point
         fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
         if fits and not box.count_overlaps(taken):
             taken.append(box)

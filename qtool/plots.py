@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch, Rectangle
 
-from qtool.drawing import LIGHT, Plot, blank, shortened, style, text_on, whole_numbers
+from qtool.drawing import LIGHT, Plot, blank, settle, shortened, style, text_on, whole_numbers
 from qtool.progress import duration, size
 from qtool.report import Report, number
 from qtool.results import Linear
@@ -30,8 +30,10 @@ LOSSES = {"loss": "validation", "e2e_loss": "e2e_validation"}  # by step, and wh
 def figures(report: Report) -> list[Plot]:
     """Every figure that the report has numbers for."""
     with style():
-        drawn = [draw(report) for draw in DRAWERS]
-    return [plot for plot in drawn if plot is not None]
+        drawn = [plot for draw in DRAWERS if (plot := draw(report)) is not None]
+        for plot in drawn:
+            settle(plot.figure)
+    return drawn
 
 
 def grid_of(linears: Iterable[Linear]) -> Grid:
