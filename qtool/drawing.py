@@ -117,20 +117,8 @@ def luminance(colour: tuple[float, ...]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _settle(figure: Figure) -> None:
-    """Lay a figure out once and for all: the solver's last digits differ from run to run."""
-    if figure.get_layout_engine() is None:
-        return
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axes in figure.axes:
-        x, y, width, height = (round(side, 4) for side in axes.get_position().bounds)
-        axes.set_position((x, y, width, height))
-
-
 def svg(plot: Plot) -> str:
     """A whole SVG file; the same bytes whenever the figure is the same."""
-    _settle(plot.figure)
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with style():
@@ -160,7 +148,6 @@ def inline_svg(plot: Plot) -> str:
 
 def png(plot: Plot) -> bytes:
     """The figure on white."""
-    _settle(plot.figure)
     file = BytesIO()
     with style():
         plot.figure.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None}, facecolor="white")
