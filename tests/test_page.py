@@ -253,7 +253,9 @@ def test_no_files_but_the_page_unless_asked(tmp_path: Path) -> None:
 def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> None:
     report = full("a" * 60).model_copy(
         update={
-            "linears": linears(blocks=blocks),
+            "linears": tuple(
+                each.model_copy(update={"name": each.name.replace("mlp", "m" * 90)}) for each in linears(blocks=blocks)
+            ),
             "series": {"block_error": tuple(0.001 * (i + 1) for i in range(blocks))},
         }
     )
