@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 WIDTH = 4.6  # inches of 72 units: on a phone, text has the size it is drawn in
 PNG_DPI = 200
 FOLDER = "plots"
+TICKS = 6  # at most: a number that followed from the layout would change it
 COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "page": ("#fdfdfe", "#13161b"),
     "panel": ("#f4f6f8", "#1c2027"),
@@ -84,6 +85,8 @@ def blank(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)  # measures text
     axes = figure.subplots(rows, 1, squeeze=False, height_ratios=ratios)
+    for each in axes[:, 0]:
+        each.locator_params(nbins=TICKS)
     return figure, list(axes[:, 0])
 
 

@@ -12,14 +12,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from qtool.drawing import LIGHT, Plot, blank, settle, shortened, style, text_on, whole_numbers
+from qtool.drawing import LIGHT, TICKS, Plot, blank, settle, shortened, style, text_on, whole_numbers
 from qtool.progress import duration, size
 from qtool.report import Report, number
 from qtool.results import Linear
 
 MAX_POINTS = 400  # of a curve; of more steps each point is the mean of several
-MAX_CELLS = 16  # blocks beside each other whose cells have room for a number
+DIGIT = 5.8  # how wide a digit is at most, in points
 PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block, the block's index, inside it
 FLOAT = "#5f6b7a"
 BITS = dict(enumerate(("#7a0019", "#b42318", "#b54708", "#175cd3", "#0e7090", "#087443", "#7a3e9d", "#5925dc"), 1))
@@ -162,7 +163,9 @@ def _errors(report: Report) -> Plot | None:
 
     figure, axes = _map(grid, colour, text, below=0.45)
     mappable = matplotlib.cm.ScalarMappable(scale, colours)
-    bar = figure.colorbar(mappable, ax=axes, orientation="horizontal", aspect=45, pad=0.03, fraction=0.06)
+    bar = figure.colorbar(
+        mappable, ax=axes, orientation="horizontal", ticks=MaxNLocator(TICKS), aspect=45, pad=0.03, fraction=0.06
+    )
     bar.set_label("|Q(w) - w| / |w|, %")
     bar.outline.set_visible(False)
     worst = max(known, key=lambda place: known[place] if math.isfinite(known[place]) else math.inf)
@@ -264,19 +267,23 @@ def _map(
     """Blocks from left to right, the linears of each from top to bottom; ``below`` inches are for a legend."""
     blocks, parts = blocks_and_parts(grid)
     figure, (axes,) = blank(0.55 + below + 0.235 * len(parts))
+    axes.set_xlim(0, len(blocks))
+    axes.set_ylim(len(parts), 0)
+    axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
+    figure.draw_without_rendering()  # says how much room the names leave
+    width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # of a cell, in points
+    texts = {place: text(linear) for place, linear in grid.items()}
+    fits = DIGIT * max(map(len, texts.values())) <= width
+    every = math.ceil((DIGIT * len(str(blocks[-1])) + 4) / width)
+    axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], [str(block) for block in blocks[::every]])
     for (part, block), linear in grid.items():
         column, row, fill = blocks.index(block), parts.index(part), colour(linear)
         if fill is None:
             continue
         axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor=LIGHT["panel"], linewidth=0.7))
-        if len(blocks) <= MAX_CELLS:
+        if fits:
             style_ = {"ha": "center", "va": "center", "fontsize": 8, "color": text_on(_rgb(fill))}
-            axes.text(column + 0.5, row + 0.5, text(linear), **style_)  # type: ignore[arg-type]
-    axes.set_xlim(0, len(blocks))
-    axes.set_ylim(len(parts), 0)
-    every = math.ceil(len(blocks) / 16)
-    axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], [str(block) for block in blocks[::every]])
-    axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
+            axes.text(column + 0.5, row + 0.5, texts[part, block], **style_)  # type: ignore[arg-type]
     axes.tick_params(length=0)
     axes.set_xlabel("block")
     for side in ("left", "bottom"):

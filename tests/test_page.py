@@ -249,7 +249,7 @@ def test_no_files_but_the_page_unless_asked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.parametrize("blocks", [1, 17, 80])
+@pytest.mark.parametrize("blocks", [1, 8, 10, 80, 126])
 def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> None:
     report = full("a" * 60).model_copy(
         update={
@@ -265,7 +265,7 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
         whole = plot.figure.bbox
         boxes = []
         for axes in plot.figure.axes:
-            texts = [axes.title, axes.xaxis.label, axes.yaxis.label]
+            texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
             for side, (axis, ends) in enumerate(((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))):
                 low, high = sorted(ends)
                 texts += [label for label in axis.get_ticklabels() if low <= label.get_position()[side] <= high]
