@@ -143,14 +143,7 @@ def run_state(
         except (OSError, SafetensorError) as error:
             raise _stopped(path, partial, error) from error
         return
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        busy = FileLock(partial / "busy", mode=0o666)
-        busy.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"another run is writing {path}; wait for it, or choose another output.path") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+    busy = hold(partial / "busy", path, f"another run is writing {path}; wait for it, or choose another output.path")
     begun = False
     try:
         _begin(state, fresh)
@@ -170,6 +163,23 @@ def run_state(
         raise
     finally:
         busy.release()
+
+
+def hold(lock: Path, path: Path, taken: str) -> FileLock:
+    """Acquire the file ``lock``, in a folder that is made for it, until its holder releases it or dies.
+
+    Raises:
+        InputError: ``taken``, where another process holds it; or ``path`` cannot be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        busy = FileLock(lock, mode=0o666)
+        busy.acquire(blocking=False)
+    except Timeout:
+        raise InputError(taken) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+    return busy
 
 
 def _stopped(path: Path, partial: Path, error: Exception) -> RunError:

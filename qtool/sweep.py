@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from filelock import FileLock, Timeout
 
 from qtool import compare, launch, progress
 from qtool.cells import (
@@ -42,6 +41,7 @@ from qtool.grid import Plan, fault_lines
 from qtool.launch import Command, Ended
 from qtool.models import load_model
 from qtool.run import check_early, lock_of
+from qtool.state import hold
 from qtool.summary import SweepReport, groups
 
 WAITING = "its turn has not come yet"
@@ -101,14 +101,8 @@ def sweep(plan: Plan, *, fresh: bool = False, jobs: int | None = None) -> Outcom
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        busy = FileLock(folder / ".busy", mode=0o666)
-        busy.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"another sweep is at work in {folder}; wait for it, or choose another --output") from None
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror} ({error.filename})") from None
+    taken = f"another sweep is at work in {folder}; wait for it, or choose another --output"
+    busy = hold(folder / ".busy", folder, taken)
     try:
         yield
     finally:
