@@ -5,7 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool import memory
 from qtool.config import ModelConfig, QuantConfig, QuantSpec
-from qtool.models import LoadedModel, load_model, packed_linears, weight_of
+from qtool.models import LoadedModel, load_model, packed_linears, stored_weight
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.linear import PackedLinear
 from qtool.results import Linear
@@ -19,8 +19,8 @@ def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
             if isinstance(module, PackedLinear):
                 found[f"{block_name}.{name}"] = (module.out_features, module.in_features)
             elif isinstance(module, nn.Linear | Conv1D):
-                rows, columns = weight_of(module).shape
-                found[f"{block_name}.{name}"] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+                rows, columns = stored_weight(module).shape
+                found[f"{block_name}.{name}"] = (rows, columns)
     return found
 
 

@@ -47,8 +47,7 @@ class Target:
     @property
     def stored_weight(self) -> Tensor:
         """The same in the dtype it has, a view."""
-        weight = weight_of(self.linear).detach()
-        return weight.T if isinstance(self.linear, Conv1D) else weight
+        return stored_weight(self.linear)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -186,7 +185,7 @@ class LoadedModel:
                 continue
             weight = weight_of(module)
             try:
-                check_weight(weight.T if isinstance(module, Conv1D) else weight, spec, f"{name}.weight")
+                check_weight(stored_weight(module), spec, f"{name}.weight")
             except InputError as error:
                 faults.append(str(error))
             pages.drop(weight)
@@ -226,10 +225,15 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def dense_weight(linear: nn.Module) -> Tensor:
-    """Float32 weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` (which stores the transpose)."""
+def stored_weight(linear: nn.Module) -> Tensor:
+    """Weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` (it stores the transpose) in its own dtype, a view."""
     weight = weight_of(linear).detach()
-    return (weight.T if isinstance(linear, Conv1D) else weight).float()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """``stored_weight`` in float32."""
+    return stored_weight(linear).float()
 
 
 def linear_bias(linear: nn.Module) -> Tensor | None:
