@@ -134,6 +134,7 @@ def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: Loade
     """
     parts = {f"{name}.{part}" for name in packed for part in PARTS}
     originals = Files(loaded.folder)
+    pages = memory.Pages()
     stored: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in tensors.items():
@@ -149,6 +150,7 @@ def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: Loade
             if not torch.equal(own.to(tensor), tensor):
                 own = tensor.to(own.dtype)
             if torch.equal(own.to(tensor), tensor):  # else the changed value needs more
+                pages.drop(own, tensor)  # the file holds them
                 tensor = own
         stored[name] = tensor.detach().cpu().contiguous()
     return stored

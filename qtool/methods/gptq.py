@@ -18,7 +18,7 @@ reference zeroes them; column blocks always end where groups end, so a group's g
 every correction made so far; one factorisation serves all linears of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Literal, NamedTuple
 
@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qtool import progress
+from qtool import memory, progress
 from qtool.blocks import BlockTask, Stage, run_blocks
 from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.errors import RunError
@@ -37,6 +37,7 @@ from qtool.quant.ranges import search_qparams
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
 ONE_BY_ONE = 16  # columns; more of them are corrected by a product
+PART = 256  # columns of a matrix that is worked on in its place
 
 
 class Config(MethodConfig):
@@ -93,17 +94,48 @@ def collect(stage: Stage, config: Config) -> Statistics:
             drift.addmm_((batch_float.float() - x).T, x)
         count += x.shape[0]
     assert hessian is not None
-    hessian.tril_().add_(hessian.tril(-1).T).mul_(2 / count)
+    _mirror(hessian.mul_(2 / count))
     return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
+
+
+def _parts(size: int, width: int) -> Iterator[slice]:
+    return (slice(start, min(start + width, size)) for start in range(0, size, width))
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
     """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; what is above it is not to be used."""
-    size = x.shape[1]
-    width = max(size // 4, 128)
-    for start in range(0, size, width):
-        stop = min(start + width, size)
-        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+    for part in _parts(len(total), max(len(total) // 4, 128)):
+        total[part, : part.stop].addmm_(x[:, part].T, x[:, : part.stop])
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Make ``matrix`` symmetric: what is below the diagonal goes above it, without a second matrix."""
+    for part in _parts(len(matrix), PART):
+        matrix[: part.start, part] = matrix[part, : part.start].T
+        lower = matrix[part, part].tril()
+        matrix[part, part] = lower + lower.tril(-1).T
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Put the inverse of the lower triangular ``matrix`` ``[n, n]`` in its place, without a second matrix."""
+    for part in _parts(len(matrix), PART):
+        left = matrix[part, : part.start]
+        for column in _parts(part.start, PART):  # those to the right of a column are what it is made of
+            left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
+        identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
+        own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
+        left.copy_(own.neg() @ left)
+        matrix[part, part] = own
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
+    flat = matrix.view(-1)
+    for part in _parts(len(flat) // 2, PART * PART):
+        opposite = slice(len(flat) - part.stop, len(flat) - part.start)
+        first = flat[part].flip(0)
+        flat[part] = flat[opposite].flip(0)
+        flat[opposite] = first
 
 
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
@@ -120,7 +152,10 @@ def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
 
 
 def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str) -> Factor:
-    """Order, damp, invert and factorise the Hessian, with more damping each time that this fails.
+    """Order, damp, factorise and invert the Hessian, with more damping each time that this fails.
+
+    With ``J`` the reversal and ``J H J = L L^T``, ``U = J L^-1 J`` is upper triangular and ``U^T U = H^-1``: one
+    Cholesky factorisation and one triangular inverse, where inverting first takes two and a full inverse.
 
     Raises:
         RunError: naming the linear, when the strongest damping does not help.
@@ -131,16 +166,16 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
     diagonal = diagonal[order]
     mean = float(diagonal.mean())
     info = torch.empty(0, dtype=torch.int32, device=diagonal.device)
+    backwards = order.flip(0)
     for step in DAMP_LADDER:
-        # each result takes the place of what it was made from: these are the largest tensors of a run
-        matrix = statistics.hessian[order.unsqueeze(1), order]
-        matrix.diagonal().copy_(diagonal + step * config.damp * mean)
-        failed = torch.linalg.cholesky_ex(matrix, out=(matrix, info)).info
+        # everything happens in one matrix: this is the largest tensor of a run
+        upper = statistics.hessian[backwards.unsqueeze(1), backwards]
+        upper.diagonal().copy_(diagonal.flip(0) + step * config.damp * mean)
+        failed = torch.linalg.cholesky_ex(upper.T, upper=True, out=(upper.T, info)).info
         if not failed:
-            torch.cholesky_inverse(matrix, out=matrix)
-            failed = torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info)).info
-            upper = matrix
-            if not failed and bool(torch.isfinite(upper.sum())):
+            _invert_lower(upper)
+            _reverse(upper)
+            if bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite at damping {step * config.damp:g}; trying more")
     else:
@@ -243,9 +278,13 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
 
 def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
     """Quantize linears that read one input: those with equal grids are stacked and solved together."""
-    for spec in dict.fromkeys(target.spec for target in group):
-        same = [target for target in group if target.spec == spec]
+    memory.return_freed()  # here a run is at its largest
+    by_spec = {spec: [target for target in group if target.spec == spec] for spec in (t.spec for t in group)}
+    while by_spec:
+        spec, same = by_spec.popitem()
         factor = factorise(statistics, spec, config, same[0].name)
+        if not by_spec:
+            del statistics  # as large as the factor
         stacked = torch.cat([target.weight for target in same]) if len(same) > 1 else same[0].weight
         codes, scale, zero_point, _ = solve(stacked, factor, spec, config)
         sizes = [target.weight.shape[0] for target in same]
