@@ -169,11 +169,11 @@ class BlockTask:
             # below, float runs see the float linears wherever they look, whatever has been packed
             for group in self.groups:
                 yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
-                self._expand(group)
                 if self.streamed and self.float_inputs is None:
                     for target in group:
                         target.linear.to_empty(device=torch.device("meta"))
                 memory.return_freed()
+                self._expand(group)
                 del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
                 for run in runs:
                     inputs.append(run.switch())

@@ -242,6 +242,27 @@ def test_damping_goes_up_until_the_hessian_can_be_factorised_and_names_the_linea
     assert torch.allclose(factor.upper.T @ factor.upper @ ordered, torch.eye(32), atol=2e-2)
 
 
+@given(st.integers(1, 40), st.sampled_from([1, 3, 8, 64]), st.integers(0, 99))
+def test_the_factor_is_the_cholesky_factor_of_the_inverse_whatever_part_is_worked_on(
+    groups: int, part: int, seed: int
+) -> None:
+    """Against LAPACK in float64, for sizes that are, and are not, whole numbers of parts."""
+    size = groups * 3
+    inputs = torch.randn(size + 50, size, generator=generator(seed))
+    spec, config = QuantSpec(num_bits=4, group_size=3), gptq.Config(damp=0.1, act_order="group")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq, "PART", part)
+        stats = statistics(inputs)
+        factor = factorise(stats, spec, config, "layer")
+    hessian = 2 / len(inputs) * inputs.double().T @ inputs.double()
+    torch.testing.assert_close(stats.hessian.double(), hessian, atol=1e-5, rtol=1e-5)
+    assert torch.equal(stats.hessian, stats.hessian.T)
+    damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(size)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped[factor.order][:, factor.order]), upper=True)
+    torch.testing.assert_close(factor.upper.double(), expected, atol=1e-4, rtol=1e-3)
+    assert torch.equal(factor.upper, factor.upper.triu())
+
+
 @pytest.mark.parametrize("hessian", [indefinite(5.0), torch.full((32, 32), float("nan"))], ids=["indefinite", "NaN"])
 def test_a_hessian_that_no_damping_helps_ends_the_run_and_names_the_linear(hessian: Tensor) -> None:
     with pytest.raises(RunError, match=r"^layers\.0\.v_proj: the Hessian cannot be factorised even with damping 1 "):

@@ -2,6 +2,7 @@
 
     python scripts/bench/peers.py --gptqmodel-python PYTHON --llmcompressor-python PYTHON --json peers.json
     python scripts/bench/peers.py --method signround --auto-round-python PYTHON [--bits 2 --asymmetric]
+    python scripts/bench/peers.py --method signround --preset best --beside efficientqat --auto-round-python PYTHON
 
 Each peer lives in an environment of its own (their pins do not agree); give the path of its interpreter, or leave a
 peer out. What is compared:
@@ -44,6 +45,7 @@ from typing import Any
 
 
 PEERS = {"gptq": ("gptqmodel", "llmcompressor"), "signround": ("auto-round",)}  # who has each method, by package
+TRAINED = ("efficientqat", "lrqat")  # with a command of their own
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class Tool:
     name: str
     python: str
     program: Path | None = None
+    method: str = ""  # of qtool
+
+    @property
+    def label(self) -> str:
+        """As tables show it."""
+        return f"{self.name} {self.method}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Job:
     num_bits: int
     group_size: int
     symmetric: bool
-    method: str
+    method: str  # of the peers
     preset: str  # of SignRound
 
 
@@ -188,7 +196,7 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
     if tool.program is None:
         recipe = {
             "model": {"path": str(job.model)},
-            "method": {"name": job.method} | ({"preset": job.preset} if job.method == "signround" else {}),
+            "method": {"name": tool.method} | ({"preset": job.preset} if tool.method == "signround" else {}),
             "quant": {"num_bits": job.num_bits, "group_size": job.group_size, "symmetric": job.symmetric},
             "data": {"source": str(job.calibration.text), "num_samples": job.num_samples, "seq_len": job.seq_len},
             "output": {"path": str(output)},
@@ -196,7 +204,7 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
         }
         recipe_file = output.with_suffix(".yaml")
         recipe_file.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
-        command = [tool.python, "-m", "qtool", "ptq", str(recipe_file)]
+        command = [tool.python, "-m", "qtool", tool.method if tool.method in TRAINED else "ptq", str(recipe_file)]
     else:
         command = [tool.python, str(tool.program), "quantize", str(job.model), str(job.calibration.tokens), str(output)]
         command += ["--num-bits", str(job.num_bits), "--group-size", str(job.group_size)]
@@ -232,9 +240,9 @@ def cpu_name() -> str:
 
 def table(float_perplexity: float, rows: list[dict[str, Any]]) -> str:
     """The Markdown table of the results, times as medians."""
-    reference = {row["num_bits"]: row["median"]["wall_s"] for row in rows if row["tool"] == "qtool"}
+    reference = {row["num_bits"]: row["median"]["wall_s"] for row in rows if row["tool"] == rows[0]["tool"]}
     lines = [
-        "| tool | bits | perplexity | wall s | CPU s | peak MB | wall / qtool |",
+        "| tool | bits | perplexity | wall s | CPU s | peak MB | wall / first |",
         "|---|---|---|---|---|---|---|",
         f"| none | float | {float_perplexity:.2f} | | | | |",
     ]
@@ -256,6 +264,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llmcompressor-python", help="interpreter that has llmcompressor")
     parser.add_argument("--auto-round-python", help="interpreter that has auto-round")
     parser.add_argument("--preset", choices=["light", "default", "best"], default="default", help="of signround")
+    parser.add_argument(
+        "--beside", nargs="+", default=[], choices=TRAINED, help="other methods of qtool, with defaults"
+    )
     parser.add_argument("--no-qtool", action="store_true", help="measure the peers only")
     parser.add_argument("--data", type=Path, default=data, help="has enwiki/ and wikitext2/ (default: QTOOL_DATA_DIR)")
     parser.add_argument("--model", type=Path, default=data.parent / "models" / "wiki-llama-3m")
@@ -293,7 +304,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
         for repeat in range(-warm_ups, args.repeats):
             text, shape = texts[max(repeat, 0)], (args.num_samples, args.seq_len)
             job = Job(model, text, *shape, num_bits, args.group_size, not args.asymmetric, args.method, args.preset)
-            outputs = {tool: work / f"{tool.name}-w{num_bits}-{max(repeat, 0)}" for tool in tools}
+            outputs = {tool: work / f"{tool.label.replace(' ', '-')}-w{num_bits}-{max(repeat, 0)}" for tool in tools}
             measured = {tool: quantize(tool, job, output) for tool, output in outputs.items()}
             if repeat < 0:
                 continue
@@ -302,13 +313,13 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
                 quality = apart(perplexity, folder, weights, wikitext, args.eval_len, args.eval_windows)
                 costs[tool].append(measured[tool])
                 qualities[tool].append(quality)
-                done = f"w{num_bits} run {repeat + 1} {tool.name}: {measured[tool].wall_s:.1f} s, {quality:.2f}"
+                done = f"w{num_bits} run {repeat + 1} {tool.label}: {measured[tool].wall_s:.1f} s, {quality:.2f}"
                 print(done, file=sys.stderr, flush=True)
         for tool in tools:
             runs = [asdict(cost) for cost in costs[tool]]
             median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             quality = statistics.mean(qualities[tool])
-            row = {"tool": tool.name, "num_bits": num_bits, "perplexity": quality, "perplexities": qualities[tool]}
+            row = {"tool": tool.label, "num_bits": num_bits, "perplexity": quality, "perplexities": qualities[tool]}
             rows.append(row | {"median": median, "runs": runs})
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -323,7 +334,8 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
 
 def main() -> None:
     args = parse()
-    tools = [] if args.no_qtool else [Tool("qtool", sys.executable)]
+    own = [] if args.no_qtool else [args.method, *args.beside]
+    tools = [Tool("qtool", sys.executable, method=method) for method in own]
     for name in PEERS[args.method]:
         if python := getattr(args, f"{name.replace('-', '_')}_python"):
             python = os.path.abspath(shutil.which(python) or python)  # not resolved: a venv's is a link
