@@ -181,6 +181,7 @@ class BlockTask:
                     for run in float_runs:
                         float_inputs.append(run.switch())
                 self._contract(group)
+                memory.return_freed()
             self.outputs = Stream(None, inputs)
             self.float_outputs = Stream(None, float_inputs) if self.float_inputs is not None else None
         finally:

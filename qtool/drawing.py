@@ -92,7 +92,9 @@ def blank(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -
 
 def settle(figure: Figure) -> None:
     """Lay ``figure`` out once and for all, on a grid: the last digits of matplotlib's solver vary from run to run."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)  # what drawing does first; it need not be drawn for that
     for axes in figure.axes:
         left, bottom, width, height = (round(float(each), 4) for each in axes.get_position(original=True).bounds)
         axes.set_position((left, bottom, width, height))

@@ -65,7 +65,7 @@ class BlockConfig(TrainedConfig):
     )
     zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
     norm_travel: float = Field(
-        0.0, ge=0, description="How far a norm's weights can move in all steps, as a share of their mean size."
+        0.05, ge=0, description="How far a norm's weights can move in all steps, as a share of their mean size."
     )
     weight_lr: float | None = Field(
         None, ge=0, description="Rate of weights and norms in place of their travel; papers: 2e-5 at 2 bits, else 1e-5."

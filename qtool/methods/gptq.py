@@ -37,6 +37,7 @@ from qtool.quant.ranges import search_qparams
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
 ONE_BY_ONE = 16  # columns; more of them are corrected by a product
+ROWS, NUMBERS = 512, 2**22  # of inputs in float32 at a time: at least so many rows, or as many as have so many numbers
 PART = 256  # columns of a matrix that is worked on in its place
 
 
@@ -86,13 +87,15 @@ def collect(stage: Stage, config: Config) -> Statistics:
     count = 0
     floats = stage.float_inputs if stage.float_inputs is not None else repeat(None)
     for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
-        x = batch.float()
-        hessian = x.new_zeros(x.shape[1], x.shape[1]) if hessian is None else hessian
-        _add_gram(hessian, x)
-        if batch_float is not None:
-            drift = torch.zeros_like(hessian) if drift is None else drift
-            drift.addmm_((batch_float.float() - x).T, x)
-        count += x.shape[0]
+        count, size = count + len(batch), batch.shape[1]
+        hessian = batch.new_zeros(size, size, dtype=torch.float32) if hessian is None else hessian
+        for rows in _parts(len(batch), max(ROWS, NUMBERS // size)):
+            x = batch[rows].float()
+            _add_gram(hessian, x)
+            if batch_float is not None:
+                drift = torch.zeros_like(hessian) if drift is None else drift
+                drift.addmm_((batch_float[rows].float() - x).T, x)
+            del x  # before the next takes its place
     assert hessian is not None
     _mirror(hessian.mul_(2 / count))
     return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
@@ -285,8 +288,9 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
         factor = factorise(statistics, spec, config, same[0].name)
         if not by_spec:
             del statistics  # as large as the factor
-        stacked = torch.cat([target.weight for target in same]) if len(same) > 1 else same[0].weight
-        codes, scale, zero_point, _ = solve(stacked, factor, spec, config)
+        codes, scale, zero_point, _ = solve(torch.cat([t.weight for t in same]), factor, spec, config)
+        del factor
+        memory.return_freed()
         sizes = [target.weight.shape[0] for target in same]
         for target, *parts in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
             task.pack(target, QuantizedWeight(parts[0], parts[1], parts[2], spec))
