@@ -1,6 +1,5 @@
-"""Widths under a budget: solvers against brute force, what a budget counts, and what a run makes of a plan."""
+"""Widths under a budget: what is a unit, what a budget counts, and what a run makes of a plan."""
 
-import copy
 import itertools
 import json
 import math
@@ -8,140 +7,22 @@ import math
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from plans import budgeted, planned
 from pydantic import ValidationError
 from test_state import Killed, hashes, killed_at_rename, quantize, stop_after
 
-from qtool import allocate, cli, evaluate, knapsack, recipe, run, sensitivity
+from qtool import allocate, cli, recipe, run
 from qtool.allocate import Plan, units_of
 from qtool.budget import BudgetConfig
 from qtool.checkpoint import Source, folder_bytes
 from qtool.config import QuantConfig, QuantOverride, QuantSpec
-from qtool.data import Calibration
-from qtool.errors import InputError, RunError
-from qtool.knapsack import SOLVERS, exact, total
-from qtool.methods import gptq
-from qtool.models import LoadedModel, Target, dense_weight, packed_linears, weight_of
-from qtool.quant.affine import dequantize
-from qtool.quant.affine import quantize as codes_of
-from qtool.quant.ranges import search_qparams
-from qtool.sensitivity import ESTIMATORS, Unit, compensated, merged, nearest, rounded_unit
+from qtool.errors import InputError
+from qtool.knapsack import SOLVERS
+from qtool.models import LoadedModel, Target
+from qtool.sensitivity import ESTIMATORS, merged
 
-WIDTHS = (2, 3, 4, 8)
 BLOCK = ["self_attn: q_proj, k_proj, v_proj", "self_attn: o_proj", "mlp: gate_proj, up_proj", "mlp: down_proj"]
-
-
-def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:
-    """A grid with a budget."""
-    return (quant or QuantConfig(group_size=32)).model_copy(update={"budget": BudgetConfig.model_validate(budget)})
-
-
-def planned(loaded: LoadedModel, quant: QuantConfig, tokens: torch.Tensor) -> Plan:
-    return allocate.plan(loaded, lambda: loaded, units_of(loaded, quant), quant, Calibration(tokens))
-
-
-# ------------------------------------------------------------------------------------------------------------ solvers
-
-
-@st.composite
-def instances(draw: st.DrawFn) -> tuple[list[list[int]], list[list[float]], int]:
-    """Up to five items; costs need not fall, and may be equal."""
-    sizes, costs = [], []
-    for _ in range(draw(st.integers(1, 5))):
-        sizes.append(sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=4))))
-        number = st.floats(0, 4) | st.integers(0, 3).map(float)
-        costs.append(draw(st.lists(number, min_size=len(sizes[-1]), max_size=len(sizes[-1]))))
-    return sizes, costs, sum(size[0] for size in sizes) + draw(st.integers(0, 60))
-
-
-def cheapest(sizes: list[list[int]], costs: list[list[float]], capacity: int) -> float:
-    """By trying everything."""
-    every = itertools.product(*(range(len(size)) for size in sizes))
-    return min(total(costs, chosen) for chosen in every if total(sizes, chosen) <= capacity)
-
-
-@given(instances())
-def test_dp_finds_what_trying_everything_finds(instance: tuple[list[list[int]], list[list[float]], int]) -> None:
-    sizes, costs, capacity = instance
-    assert total(costs, exact(sizes, costs, capacity)) == pytest.approx(cheapest(*instance), abs=1e-7)
-
-
-@given(instances(), st.sampled_from(sorted(SOLVERS)))
-def test_no_solver_exceeds_the_budget_or_makes_the_smallest_choice_worse(
-    instance: tuple[list[list[int]], list[list[float]], int], solver: str
-) -> None:
-    sizes, costs, capacity = instance
-    chosen = SOLVERS[solver](*instance)
-    assert total(sizes, chosen) <= capacity
-    assert total(costs, chosen) <= total(costs, [0] * len(sizes)) + 1e-9
-
-
-@given(instances(), st.integers(0, 20), st.sampled_from(["dp", "lagrangian"]))
-def test_more_budget_never_costs_more(
-    instance: tuple[list[list[int]], list[list[float]], int], more: int, solver: str
-) -> None:
-    sizes, costs, capacity = instance
-    before, after = (total(costs, SOLVERS[solver](sizes, costs, c)) for c in (capacity, capacity + more))
-    assert after <= before + 1e-7
-
-
-@given(instances())
-def test_lagrangian_is_optimal_for_the_size_that_it_uses(
-    instance: tuple[list[list[int]], list[list[float]], int],
-) -> None:
-    sizes, costs, _ = instance
-    chosen = knapsack.lagrangian(*instance)
-    assert total(costs, chosen) <= cheapest(sizes, costs, total(sizes, chosen)) + 1e-7
-
-
-@pytest.mark.parametrize("solver", ["dp", "lagrangian"])
-def test_the_worked_example_of_the_closed_form(solver: str) -> None:
-    """``b_l = mean + log2(a_l s_l) / 2 - ...`` for errors ``a s 4**-b``: 6.1, 5.1, 4.1 and 3.1 bits."""
-    weights, sensitivity = (100, 100, 400, 400), (4 * 1.0, 1 * 1.0, 1 * 0.25, 0.25 * 0.25)
-    mean = sum(n * math.log2(a) for n, a in zip(weights, sensitivity, strict=True)) / sum(weights)
-    expected = [4 + math.log2(a) / 2 - mean / 2 for a in sensitivity]
-    assert expected == pytest.approx([6.1, 5.1, 4.1, 3.1])
-    tenths = range(11, 82)
-    sizes = [[n * bits for bits in tenths] for n in weights]
-    costs = [[n * a * 4 ** (-bits / 10) for bits in tenths] for n, a in zip(weights, sensitivity, strict=True)]
-    chosen = SOLVERS[solver](sizes, costs, 40 * sum(weights))
-    assert [tenths[index] / 10 for index in chosen] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("odd", [0, 1])
-def test_dp_is_exact_on_the_shapes_of_a_large_model(odd: int) -> None:
-    """Against a plain dynamic program over every reachable size; with odd sizes, which share no factor, the bound."""
-    shapes = [3 * 4096 * 4096 + odd, 4096 * 4096 + 3 * odd, 2 * 4096 * 11008 + 7 * odd, 4096 * 11008 + 5 * odd]
-    generator = torch.Generator().manual_seed(0)
-    sizes = [[n * bits for bits in WIDTHS] for _ in range(32) for n in shapes]
-    costs = [[float(a) * 4.0**-bits for bits in WIDTHS] for a in torch.randn(128, generator=generator).exp()]
-    capacity = 3 * 32 * sum(shapes)
-    chosen = exact(sizes, costs, capacity)
-    assert total(sizes, chosen) <= capacity
-    lower = knapsack.lagrangian(sizes, costs, capacity)
-    assert total(costs, chosen) <= total(costs, knapsack.greedy(sizes, costs, capacity, lower))
-    if not odd:
-        assert total(costs, chosen) == pytest.approx(dense_optimum(sizes, costs, capacity), rel=1e-9)
-
-
-def dense_optimum(sizes: list[list[int]], costs: list[list[float]], capacity: int) -> float:
-    """One number for each size there may be, in units of the common divisor."""
-    unit = math.gcd(*(n for size in sizes for n in size))
-    room = capacity // unit
-    best = torch.zeros(room + 1, dtype=torch.float64)
-    for size, cost in zip(sizes, costs, strict=True):
-        options = [
-            F.pad(best[: room + 1 - n // unit], (n // unit, 0), value=torch.inf) + c
-            for n, c in zip(size, cost, strict=True)
-        ]
-        best = torch.stack(options).amin(0)
-    return float(best.min())
-
-
-# ---------------------------------------------------------------------------------------------------- units and limits
 
 
 def test_units_are_what_engines_fuse(llama: LoadedModel) -> None:
@@ -248,135 +129,6 @@ def test_widths_come_from_one_place() -> None:
         allocate.check(budgeted(QuantConfig(overrides=fixed), average_bits=3))
     other = {"*.q_proj": QuantOverride.model_validate({"group_size": 16})}
     allocate.check(budgeted(QuantConfig(overrides=other), average_bits=3))
-
-
-# ---------------------------------------------------------------------------------------------------------- estimators
-
-
-def units_with(loaded: LoadedModel) -> list[Unit]:
-    return units_of(loaded, budgeted(average_bits=8.5))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, tmp_path, tokens) -> None:
-    loaded = tiny.load(tiny.FAMILIES[family](tmp_path / family))
-    loud, quiet = {
-        "llama": ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"),
-        "gpt2": ("transformer.h.1.mlp.c_proj", "transformer.h.0.attn.c_proj"),
-    }[family]
-    for name, factor in ((loud, 30), (quiet, 1e-3)):
-        weight = weight_of(loaded.model.get_submodule(name))
-        weight.data = weight.data * factor  # not in place: it lies in a mapped file, whose pages may be dropped
-    units = units_with(loaded)
-    costs = ESTIMATORS[estimator].measure(loaded, units, Calibration(tokens), nearest)
-    by_name = {unit.targets[0].name: cost for unit, cost in zip(units, costs, strict=True)}
-    for bits in (2, 3, 4):
-        assert by_name[loud][bits] > 100 * by_name[quiet][bits]
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_more_bits_cost_less_and_the_model_stays_what_it_was(estimator, llama, tokens) -> None:
-    before = copy.deepcopy(llama.model.state_dict())
-    costs = ESTIMATORS[estimator].measure(llama, units_with(llama), Calibration(tokens), nearest)
-    assert all(c[2] > c[3] > c[4] > c[8] > 0 for c in costs)
-    after = llama.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(p.requires_grad or p.grad is not None for p in llama.model.parameters())
-
-
-def error_of(target: Target, bits: int) -> torch.Tensor:
-    spec = target.spec.model_copy(update={"num_bits": bits})
-    grid = search_qparams(target.weight, spec)
-    return dequantize(codes_of(target.weight, *grid, spec), *grid, spec) - target.weight
-
-
-def test_hessian_is_the_trace_times_the_error(llama, tokens) -> None:
-    units = units_with(llama)
-    read: dict[str, torch.Tensor] = {}
-    for target in llama.targets(QuantConfig(group_size=32)):
-        target.linear.register_forward_pre_hook(lambda _, args, name=target.name: read.__setitem__(name, args[0]))
-    costs = ESTIMATORS["hessian"].measure(llama, units, Calibration(tokens), nearest)
-    llama.model(tokens)
-    for unit, cost in zip(units, costs, strict=True):
-        expected = sum(float(read[t.name].square().mean() * error_of(t, 3).square().sum()) for t in unit.targets)
-        assert cost[3] == pytest.approx(expected, rel=1e-4)
-
-
-def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama, tokens) -> None:
-    units = units_with(llama)
-    costs = ESTIMATORS["fisher"].measure(llama, units, Calibration(tokens), nearest)
-    target = units[3].targets[0]
-    weight = weight_of(llama.model.get_submodule(target.name)).requires_grad_(True)
-    squares = torch.zeros_like(weight)
-    for window in tokens:
-        logits = llama.model(window[None]).logits[0, :-1]
-        squares += torch.autograd.grad(F.cross_entropy(logits, window[1:]), weight)[0].square() / len(tokens)
-    expected = float((squares * error_of(target, 2).square()).sum()) * tokens.shape[1] / 2
-    assert costs[3][2] == pytest.approx(expected, rel=1e-4)
-
-
-def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
-    units, reference = units_with(llama)[:2], copy.deepcopy(llama.model)
-    costs = ESTIMATORS["loss"].measure(llama, units, Calibration(tokens), nearest)
-    for unit, cost in zip(units, costs, strict=True):
-        with rounded_unit(llama, unit, 2):
-            for target in unit.targets:
-                moved = dense_weight(llama.model.get_submodule(target.name)) - target.weight
-                assert moved.abs().max() == 0  # the target's own linear is rounded here, too
-            expected, _ = evaluate.divergence(llama.model, reference, tokens, "auto")
-        assert cost[2] == pytest.approx(expected.value, rel=1e-3)
-
-
-def test_compensated_weights_are_those_of_gptq(make_llama, tokens) -> None:
-    """In the first block, whose first linears read the same in a model that is quantized and in one that is not."""
-    loaded, text = make_llama(), Calibration(tokens)
-    units = units_with(loaded)
-    weights = compensated(loaded, units, text)
-    quantized = make_llama()
-    gptq.run(quantized, tokens, QuantConfig(num_bits=3, group_size=32), gptq.Config(), 0)
-    layers = packed_linears(quantized.model)
-    for target in units[0].targets:
-        same = weights(target, 3) == dequantize(*layers[target.name].quantized)
-        assert same.float().mean() > 0.99  # there q, k and v are solved in one product, whose sums have another order
-    nearer = ESTIMATORS["block"].measure(loaded, units, text, weights)
-    for cost, plain in zip(nearer, ESTIMATORS["block"].measure(loaded, units, text, nearest), strict=True):
-        assert cost[3] < plain[3]
-
-
-def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama, tokens) -> None:
-    unit = units_with(llama)[3]
-    cost = ESTIMATORS["delta-loss"].measure(llama, [unit], Calibration(tokens), nearest)[0][3]
-    target = unit.targets[0]
-    error, weight = error_of(target, 3), weight_of(llama.model.get_submodule(target.name))
-    weight.data += error
-    weight.requires_grad_(True)
-    logits = llama.model(tokens).logits[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert cost == pytest.approx(float((torch.autograd.grad(loss, weight)[0] * error).abs().sum()), rel=1e-3)
-
-
-def test_only_learned_tokens_count(llama, tokens) -> None:
-    """Labels that leave out a window's tokens give what the other windows give alone."""
-    labels = tokens.clone()
-    labels[2:] = -100
-    units = units_with(llama)[:1]
-    for name in ("loss", "delta-loss"):
-        masked = ESTIMATORS[name].measure(llama, units, Calibration(tokens, labels), nearest)
-        alone = ESTIMATORS[name].measure(llama, units, Calibration(tokens[:2]), nearest)
-        assert masked[0][2] == pytest.approx(alone[0][2], rel=1e-4)
-
-
-def test_a_cost_that_is_no_number_ends_the_run(llama, tokens, monkeypatch) -> None:
-    broken = sensitivity.Estimator(
-        lambda _, units, *rest: [dict.fromkeys(u.choices, math.nan) for u in units], False, False
-    )
-    monkeypatch.setitem(ESTIMATORS, "variance", broken)
-    with pytest.raises(RunError, match=r"layers\.0\.self_attn: q_proj, k_proj, v_proj: estimator variance found"):
-        planned(llama, budgeted(average_bits=3, estimator="variance"), tokens)
-
-
-# ------------------------------------------------------------------------------------------------------ plans and runs
 
 
 @pytest.fixture(scope="module")
