@@ -3,9 +3,10 @@
     python scripts/bench/allocation.py --out allocation.json [--method gptq] [--bits 2.5,3,3.5] [--limit 16]
 
 Every allocation is quantized by the method and measured on the first windows of WikiText-2: perplexity, and divergence
-from the float model in nats per token. A budget counts scales and zero points. Uniform widths exist at whole bits only,
-so at equal size an estimator is compared with what a person would try and with chance:
+from the float model in nats per token. A budget counts scales and zero points. At equal size an estimator is compared
+with uniform widths in smaller groups, with what a person would try, and with chance:
 
+* ``uniform w2g32``: one width for all units, and the group size with which it takes just the budget;
 * ``first``, ``last``: all units get the smallest width, then as many as fit the largest next one, from the first block
   on or from the last;
 * ``random``: units in a seeded random order; the best of ``--random`` of them, by divergence, and their mean.
@@ -37,6 +38,7 @@ from qtool.sensitivity import ESTIMATORS, Unit
 
 MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
 Widths = tuple[int, ...]
+SCALE_BITS = 16  # of a symmetric group
 
 
 def by_order(units: list[Unit], average_bits: float, order: list[int]) -> Widths:
@@ -108,10 +110,20 @@ class Bench:
 
         return dict(self.cell(f"{self.args.method} {''.join(map(str, widths))}", make))
 
-    def quantized(self, overrides: dict[str, Any]) -> dict[str, float]:
+    def uniform(self, num_bits: int, group_size: int) -> dict[str, float]:
+        """Perplexity, divergence and stored bits with one grid for all linears."""
+        bits = num_bits + SCALE_BITS / group_size
+        grid = {"num_bits": num_bits, "group_size": group_size}
+        return dict(
+            self.cell(
+                f"{self.args.method} w{num_bits}g{group_size}", lambda: {"bits": bits, **self.quantized({}, grid)}
+            )
+        )
+
+    def quantized(self, overrides: dict[str, Any], grid: dict[str, int] | None = None) -> dict[str, float]:
         """Perplexity and divergence of the model that the method makes with these overrides."""
         loaded, plugin = load_model(MODEL), methods.get(self.args.method)
-        quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides})
+        quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
         plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
         kl, _ = evaluate.divergence(loaded.model, self.reference.model, self.windows, "auto")
@@ -149,6 +161,10 @@ def main() -> None:
         rows.append(("", f"uniform {width}", bench.measure(units, (width,) * len(units))))
     for budget in args.bits.split(","):
         bits = float(budget)
+        for width in (2, 3, 4):
+            group = SCALE_BITS / (bits - width) if bits > width else 0.5
+            if group == int(group) and not args.asymmetric:
+                rows.append((budget, f"uniform w{width}g{int(group)}", bench.uniform(width, int(group))))
         rows.append((budget, "first", bench.measure(units, by_order(units, bits, order))))
         rows.append((budget, "last", bench.measure(units, by_order(units, bits, order[::-1]))))
         chance = []
