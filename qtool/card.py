@@ -11,6 +11,7 @@ LOADING = {
     "dense": "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
     "gptq": "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 "
     "bits when symmetric.",
+    "auto-round": "Load it with `transformers` and `auto-round` installed.",
     "compressed-tensors": "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
 }
 

@@ -68,7 +68,7 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
     return {"weight_difference": worst, "logit_difference": logits}
 
 
-READABLE = {"gptq": "gptq", "compressed-tensors": "compressed-tensors"}  # quant_method -> our format that reads it
+READABLE = ("auto-round", "compressed-tensors", "gptq")  # each quant_method is read by our format of that name
 
 
 def load_exported(config: ModelConfig) -> LoadedModel | None:
@@ -80,7 +80,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     # expanded weights are float32, whatever the export computes in
     dtype = compute_dtype(config.dtype, most_common(check_files(folder)), choose_device(config.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    exporter = formats.get(READABLE[section["quant_method"]])
+    exporter = formats.get(section["quant_method"])
     stored = tensor_names(folder)
     packed = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
     with TemporaryDirectory() as temporary:

@@ -1,7 +1,7 @@
 """An export holds exactly what the checkpoint holds, or is refused with the reason; a damaged one is never kept.
 
 Every format goes through the same contract. Then each has its outside readers: plain transformers for ``dense``,
-compressed-tensors for its own format, GPTQModel (slow, in an environment of its own) for ``gptq``.
+compressed-tensors for its own format; the others' need environments of their own and are slow (``test_witnesses``).
 """
 
 import json
@@ -30,11 +30,16 @@ def same_floats(folder: Path, out: Path) -> bool:
     return all(torch.equal(tensors[name].float(), source.tensor(name).float()) for name in source.float_names())
 
 
+def refused(name: str, grid: str) -> bool:
+    """What a format cannot hold: GPTQ one grid for all linears only."""
+    return name.startswith("gptq") and grid in MIXED
+
+
 # the contract
 
 
 def test_the_formats_are_the_files() -> None:
-    assert export.names() == ("compressed-tensors", "dense", "gptq", "gptq-v2")
+    assert export.names() == ("auto-round", "compressed-tensors", "dense", "gptq", "gptq-v2")
     for name in export.names():
         assert len(export.get(name).summary) > 10
 
@@ -47,7 +52,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     folder, out = native(grid), tmp_path / "out"
     source, exporter = Source(folder), export.get(name)
     reason = exporter.refuses(source, ExportConfig(format=name, path=out))
-    assert (reason is not None) == (grid in MIXED and name.startswith("gptq")), reason
+    assert (reason is not None) == refused(name, grid), reason
     if reason is not None:
         with pytest.raises(InputError) as error:
             exported(folder, name, out)
@@ -226,8 +231,8 @@ def test_a_zero_point_of_0_survives_in_version_2(tmp_path: Path, native: Natives
 
 def test_gptq_refuses_mixed_grids_and_linears_left_in_float(native: Natives, tmp_path: Path) -> None:
     for grid, words in {
-        "mixed": r"4 different grids, .*; export compressed-tensors instead",
-        "skipped": r"layers\.1\.mlp\.up_proj is left in floating point, .*; export compressed-tensors instead",
+        "mixed": r"4 different grids, .*; export auto-round or compressed",
+        "skipped": r"layers\.1\.mlp\.up_proj is left in floating point, .*; export auto-round or compressed",
     }.items():
         for name in ("gptq", "gptq-v2"):
             with pytest.raises(InputError, match=words):

@@ -1,0 +1,60 @@
+"""Other software reads an export and finds the same weights. Each witness has an environment of its own, named by a
+variable; without it the test is skipped.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from natives import GRIDS, MIXED, Natives, plain
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qtool.checkpoint import Source
+from qtool.quant.affine import dequantize
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
+    return Natives(tmp_path_factory.mktemp("natives"))
+
+
+def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) -> dict[str, Tensor]:
+    """What the interpreter that ``variable`` names read from ``out``."""
+    python = os.environ.get(variable)
+    if not python:
+        pytest.skip(f"set {variable} to the Python of an environment with {needs}")
+    file = out.with_name(f"{out.name}.witness.safetensors")
+    done = subprocess.run([python, SCRIPTS / script, out, file, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(file)
+
+
+def check(folder: Path, witness: dict[str, Tensor], tolerance: float) -> None:
+    """Every weight is the same to the last bit, and the logits to ``tolerance`` of the largest."""
+    source = Source(folder)
+    for linear in source.specs:
+        assert torch.equal(witness[f"{linear}.weight"], dequantize(*source.quantized(linear))), linear
+    with torch.no_grad():
+        ours = plain(folder)(witness["tokens"]).logits
+    assert torch.allclose(witness["logits"], ours, rtol=0, atol=tolerance * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
+@pytest.mark.parametrize("grid", ["w2g32", "w3g32", "w4g32", "w8g32", "w4pc", "w2g32-asym", "w3g32-asym", "w4g32-asym"])
+def test_gptqmodel_reads_the_same_weights_and_logits(name: str, grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export(name, grid)
+    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "bench/witness_gptq.py", out, "--weights")
+    check(folder, witness, 1e-4)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
+def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("auto-round", grid)
+    witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
+    check(folder, witness, 1e-5)
