@@ -31,6 +31,7 @@ OPTIONAL = {
     "compressed-tensors": "reads our folders without qtool",
     "gptqmodel": "outside reader of gptq exports",
     "auto-round": "outside reader of auto-round and gptq exports",
+    "mlx-lm": "runs mlx exports",
     "bitsandbytes": "8-bit optimizers",
     "gemlite": "fast kernels on CUDA",
     "submitit": "sweeps on a Slurm cluster",

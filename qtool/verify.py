@@ -6,6 +6,7 @@ The same readers let ``qtool eval`` measure an export, ours or another tool's, w
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
         stored, read = source.tensor(name), read_tensor(out, name)
         if not rounded and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
-    ignored = ("quantization_config", "dtype", "torch_dtype")
+    ignored = ("quantization_config", "quantization", "dtype", "torch_dtype")
     theirs, mine = ({k: v for k, v in read_config(f).items() if k not in ignored} for f in (out, source.folder))
     if theirs != mine:
         changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
@@ -71,18 +72,28 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
 READABLE = ("auto-round", "compressed-tensors", "gptq")  # each quant_method is read by our format of that name
 
 
+def _format_of(section: dict[str, Any]) -> str | None:
+    """Our format that reads a folder with this ``quantization_config``; ``None`` when there is none."""
+    method = section.get("quant_method")
+    if method is None and {"group_size", "bits"} <= section.keys():
+        return "mlx"
+    return method if method in READABLE else None
+
+
 def load_exported(config: ModelConfig) -> LoadedModel | None:
     """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
     folder = resolve(config.path)
-    section = read_config(folder).get("quantization_config")
-    if not section or section.get("quant_method") not in READABLE:
+    described = read_config(folder)
+    section = described.get("quantization_config") or described.get("quantization")
+    name = None if not section else _format_of(section)
+    if name is None:
         return None
     # expanded weights are float32, whatever the export computes in
     dtype = compute_dtype(config.dtype, most_common(check_files(folder)), choose_device(config.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    exporter = formats.get(section["quant_method"])
+    exporter = formats.get(name)
     stored = tensor_names(folder)
-    packed = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
+    packed = {name.rpartition(".")[0] for name in stored if name.endswith((".scales", ".weight_packed"))}
     with TemporaryDirectory() as temporary:
         dense = Path(temporary)
         tensors = {name: read_tensor(folder, name) for name in stored if name.rpartition(".")[0] not in packed}

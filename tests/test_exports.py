@@ -39,7 +39,7 @@ def refused(name: str, grid: str) -> bool:
 
 
 def test_the_formats_are_the_files() -> None:
-    assert export.names() == ("auto-round", "compressed-tensors", "dense", "gptq", "gptq-v2")
+    assert export.names() == ("auto-round", "compressed-tensors", "dense", "gptq", "gptq-v2", "mlx")
     for name in export.names():
         assert len(export.get(name).summary) > 10
 
@@ -94,6 +94,7 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
     config, ours = read_config(out), read_config(folder)
     section = config.pop("quantization_config", None)
     assert (section is None) == (name == "dense")
+    assert config.pop("quantization", None) == (section if name == "mlx" else None)
     assert "qtool" not in json.dumps(config)
     assert {key: value for key, value in config.items() if key != "dtype"} == {
         key: value for key, value in ours.items() if key not in ("dtype", "quantization_config")

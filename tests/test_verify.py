@@ -41,9 +41,9 @@ def next_up(tensor: Tensor) -> Tensor:
 
 
 GPTQ = ("gptq", "gptq-v2", "auto-round")
-PACKED = {**dict.fromkeys(GPTQ, "qweight"), "compressed-tensors": "weight_packed", "dense": "weight"}
-SCALES = {**dict.fromkeys(GPTQ, "scales"), "compressed-tensors": "weight_scale"}
-ZEROS = {**dict.fromkeys(GPTQ, "qzeros"), "compressed-tensors": "weight_zero_point"}
+PACKED = {**dict.fromkeys(GPTQ, "qweight"), "compressed-tensors": "weight_packed", "dense": "weight", "mlx": "weight"}
+SCALES = {**dict.fromkeys(GPTQ, "scales"), "compressed-tensors": "weight_scale", "mlx": "scales"}
+ZEROS = {**dict.fromkeys(GPTQ, "qzeros"), "compressed-tensors": "weight_zero_point", "mlx": "biases"}
 
 
 def plant(name: str, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
@@ -154,6 +154,8 @@ def test_a_gptq_folder_needs_no_second_config_file(native: Natives, tmp_path: Pa
         ("gptq", {"checkpoint_format": "marlin", "format": "marlin"}),
         ("auto-round", {"packing_format": "auto_round:auto_awq"}),
         ("auto-round", {"bits": 5}),
+        ("mlx", {"mode": "mxfp4"}),
+        ("mlx", {"bits": 6}),
         ("auto-round", {"extra_config": {"q_proj": {"bits": 6}}}),
     ],
     ids=str,
@@ -164,6 +166,8 @@ def test_another_tools_variant_that_cannot_be_read_is_refused_in_words(
     out = tiny.copied(native.export(name), tmp_path / "out")
     config = read_config(out)
     config["quantization_config"] |= changes
+    if name == "mlx":
+        config["quantization"] |= changes
     write_json(out / "config.json", config)
     if name == "gptq":
         write_json(out / "quantize_config.json", config["quantization_config"])

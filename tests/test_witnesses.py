@@ -58,3 +58,11 @@ def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives
     folder, out = native(grid), native.export("auto-round", grid)
     witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
     check(folder, witness, 1e-5)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
+def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("mlx", grid)
+    witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
+    assert all(tensor.dtype == torch.float32 for name, tensor in witness.items() if name.endswith("_proj.weight"))
+    check(folder, witness, 1e-5)

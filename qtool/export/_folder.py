@@ -54,12 +54,12 @@ def unfit(source: Source, config: ExportConfig) -> str | None:
 
 
 def float_zeros(source: Source, format: str) -> str | None:
-    """Why a format of integer zero points cannot hold the checkpoint: a linear whose zero points lie between codes."""
+    """Why a format cannot hold the checkpoint: a linear whose zero points lie between codes."""
     name = next((name for name, spec in source.specs.items() if spec.float_zero), None)
     if name is None:
         return None
     return (
-        f"{name} has zero points between codes (float_zero), and {format} stores integers; "
+        f"{name} has zero points between codes (float_zero), and {format} does not hold those exactly; "
         "export dense instead, or quantize with float_zero: false"
     )
 
