@@ -13,11 +13,12 @@ LOADING = {
     "bits when symmetric.",
     "auto-round": "Load it with `transformers` and `auto-round` installed.",
     "mlx": "Load it with `mlx-lm`, on an Apple machine or any other that has MLX.",
+    "gguf": "Load `model.gguf` with llama.cpp, or with software built on it.",
     "compressed-tensors": "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
 }
 
 
-LIBRARIES = {"mlx": "mlx"}  # where it is not transformers
+LIBRARIES = {"mlx": "mlx", "gguf": "gguf"}  # where it is not transformers
 
 
 def _header(base: str, library: str = "transformers") -> list[str]:

@@ -127,12 +127,13 @@ def test_native_and_plain_folders_are_no_exports(native: Natives) -> None:
         assert verify.load_exported(ModelConfig(path=str(folder))) is None
 
 
+@pytest.mark.parametrize("name", ["auto-round", "gguf", "gptq", "mlx"])
 def test_an_export_is_computed_in_the_same_dtype_as_its_checkpoint(
-    native: Natives, monkeypatch: pytest.MonkeyPatch
+    name: str, native: Natives, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     ours = load_model(ModelConfig(path=str(native()), device="cpu"), quantized=True)
-    theirs = verify.load_exported(ModelConfig(path=str(native.export("gptq")), device="cpu"))
+    theirs = verify.load_exported(ModelConfig(path=str(native.export(name)), device="cpu"))
     assert theirs is not None
     assert theirs.dtype == ours.dtype == torch.bfloat16
     assert torch.equal(tiny.logits(theirs.model), tiny.logits(ours.model))

@@ -6,9 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import gguf_models
 import pytest
+import tiny
 import torch
-from natives import GRIDS, MIXED, Natives, plain
+import vocabularies
+from gguf_models import ROWS
+from natives import GRIDS, MIXED, Natives, exported, plain
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,3 +70,49 @@ def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) ->
     witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
     assert all(tensor.dtype == torch.float32 for name, tensor in witness.items() if name.endswith("_proj.weight"))
     check(folder, witness, 1e-5)
+
+
+GGUF_GRIDS = [grid for grid in (*GRIDS, *MIXED) if grid not in ("w8pc-asym", "w8g32-asym", "mixed-asym")]
+ACTIVATIONS = 0.05  # llama.cpp rounds what a linear reads to 8 bits; a wrong order of rows or frequencies is above 1
+
+
+def logits_of_llama_cpp(out: Path, *options: str) -> dict[str, Tensor]:
+    needs = "llama-cpp-python and safetensors"
+    return witnessed("QTOOL_LLAMA_CPP_PYTHON", needs, "witness/witness_gguf.py", out, *options)
+
+
+def near(folder: Path, witness: dict[str, Tensor]) -> bool:
+    with torch.no_grad():
+        ours = plain(folder)(witness["tokens"]).logits
+    return float((witness["logits"] - ours).norm() / ours.norm()) < ACTIVATIONS
+
+
+@pytest.mark.parametrize("grid", GGUF_GRIDS)
+def test_llama_cpp_computes_the_same_up_to_its_activations(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("gguf", grid)
+    assert near(folder, logits_of_llama_cpp(out))
+
+
+@pytest.mark.parametrize("quant", list(ROWS), ids=str)
+def test_llama_cpp_computes_the_types_of_256_weights(quant: str, tmp_path: Path) -> None:
+    tiny.quantize(tiny.BUILTIN, tmp_path / "q", ROWS[quant])
+    out = exported(tmp_path / "q", "gguf", tmp_path / "out")
+    assert f"as {quant} (" in (out / "README.md").read_text()
+    assert near(tmp_path / "q", logits_of_llama_cpp(out))
+
+
+@pytest.mark.parametrize("name", list(gguf_models.CHANGES))
+def test_llama_cpp_computes_every_family_and_rotary_embedding(name: str, tmp_path: Path) -> None:
+    folder = gguf_models.quantized(name, tmp_path)
+    assert near(folder, logits_of_llama_cpp(exported(folder, "gguf", tmp_path / "out")))
+
+
+@pytest.mark.parametrize("kind", vocabularies.KINDS)
+def test_llama_cpp_reads_the_same_tokens(kind: str, native: Natives, tmp_path: Path) -> None:
+    floats = tiny.copied(native.floats(), tmp_path / "float")
+    tokenizer = vocabularies.save(kind, floats)
+    tiny.quantize(floats, tmp_path / "q", GRIDS["w4g32"])
+    text = tmp_path / "text.txt"
+    text.write_bytes(vocabularies.TEXT.encode())
+    witness = logits_of_llama_cpp(exported(tmp_path / "q", "gguf", tmp_path / "out"), "--text", str(text))
+    assert witness["text_tokens"].tolist() == tokenizer(vocabularies.TEXT)["input_ids"]

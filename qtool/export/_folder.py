@@ -1,10 +1,10 @@
 """What every export writes the same way, and reads back without the code that wrote it."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,29 @@ from qtool.checkpoint import Files, Source, write_json, write_shards
 from qtool.config import ExportConfig
 from qtool.folders import read_config
 
+GGUF_FILE = "model.gguf"
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
+
+
+class Storage(NamedTuple):
+    """How a written folder is read."""
+
+    names: Callable[[Path], list[str]]
+    """Every tensor, by name."""
+    tensor: Callable[[Path, str], Tensor]
+    """One that is no quantized weight, with the values that it has in the float model."""
+    packed: Callable[[Path], set[str]]
+    """The quantized linears."""
+    config: Callable[[Path], dict[str, Any]]
+    """What the model is made from: ``config.json``, and whatever else says so."""
 
 
 def write_folder(
     folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
 ) -> None:
-    """Shards, ``folder``'s config with ``section`` as its quantization config, and the files of its tokenizer."""
-    write_shards(tensors, out)
+    """Shards, if any, ``folder``'s config with ``section`` as its quantization config, and its tokenizer's files."""
+    if tensors:
+        write_shards(tensors, out)
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
     config["dtype"] = dtype
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
@@ -123,6 +138,14 @@ def tensor_names(folder: Path) -> list[str]:
 def read_tensor(folder: Path, name: str) -> Tensor:
     """One tensor of a written folder, whichever shard holds it."""
     return Files(folder).tensor(name)
+
+
+def packed_linears(folder: Path) -> set[str]:
+    """The linears of a folder's safetensors files that are quantized."""
+    return {name.rpartition(".")[0] for name in tensor_names(folder) if name.endswith((".scales", ".weight_packed"))}
+
+
+SAFETENSORS = Storage(tensor_names, read_tensor, packed_linears, read_config)
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
