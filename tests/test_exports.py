@@ -121,6 +121,15 @@ def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(plain(tmp_path / "dense")), tiny.logits(plain(tmp_path / "q")))
 
 
+@pytest.mark.parametrize("name", export.names())
+def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, native: Natives, tmp_path: Path) -> None:
+    folder = tiny.copied(native(), tmp_path / "q")
+    norm = "model.layers.0.input_layernorm.weight"
+    tiny.change(folder, **{norm: tiny.stored(folder)[norm].float() + 2.0**-16})
+    out = exported(folder, name, tmp_path / "out")
+    assert same_floats(name, folder, out)
+
+
 def test_a_sharded_checkpoint_exports_as_well(native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtool.checkpoint.MAX_SHARD_SIZE", 30_000)
     tiny.quantize(native.floats("mixed"), tmp_path / "q", MIXED["mixed"])

@@ -229,6 +229,10 @@ def test_it_says_how_many_bits_were_written_and_how_to_need_fewer(native: Native
     card = (native.export("gguf", "mixed") / "README.md").read_text()
     assert "w4g32 as Q4_0 (4.5), w2pc as Q4_0 (4.5), w8g32 as Q8_0 (8.5), w3g32 as Q4_0 (4.5)" in card
     assert "fill" not in (native.export("gguf", "w4g32") / "README.md").read_text()
+    card = (
+        exported(quantized("llama with biases", tmp_path / "b"), "gguf", tmp_path / "b" / "out") / "README.md"
+    ).read_text()
+    assert "transformers' own reader of GGUF leaves out biases" in card
     short = quantized("mistral", tmp_path, sliding_window=8)
     assert "this model over 8 tokens" in (exported(short, "gguf", tmp_path / "out") / "README.md").read_text()
 
@@ -310,6 +314,11 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused(
     changes: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     assert words in refusal(quantized("llama", tmp_path, **changes), tmp_path / "out")
+
+
+def test_biases_are_refused_where_the_engine_does_not_read_them(tmp_path: Path) -> None:
+    folder = quantized("qwen3", tmp_path, attention_bias=True)
+    assert "its attention has biases, which llama.cpp does not read for qwen3" in refusal(folder, tmp_path / "out")
 
 
 def test_a_scaled_rotary_embedding_is_refused_where_the_engine_does_not_read_it(tmp_path: Path) -> None:

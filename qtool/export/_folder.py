@@ -48,13 +48,16 @@ def write_folder(
 
 
 def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and that dtype's name."""
+    """Tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and that dtype's name.
+
+    With ``auto`` a tensor that ``default`` does not hold, such as a norm that a method changed, stays as it is stored.
+    """
     name = default if config.dtype == "auto" else config.dtype
-    dtype = getattr(torch, name)
-    return {
-        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in ((key, source.tensor(key)) for key in source.float_names())
-    }, name
+    tensors = {key: source.tensor(key) for key in source.float_names()}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not (config.dtype == "auto" and inexact([tensor], name)):
+            tensors[key] = tensor.to(getattr(torch, name))
+    return tensors, name
 
 
 def unfit(source: Source, config: ExportConfig) -> str | None:

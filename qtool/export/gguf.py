@@ -50,8 +50,8 @@ class Family(NamedTuple):
     architecture: str
     interleaved: bool
     """Whether channels of a rotary pair lie next to each other."""
-    scaled_rope: bool
-    """Whether a tensor that divides the rotary frequencies is read."""
+    optional: bool
+    """Whether biases of linears, and a tensor that divides the rotary frequencies, are read where they are there."""
 
 
 FAMILIES = {
@@ -129,11 +129,14 @@ def _unknown_model(source: Source) -> str | None:
             f"its model_type is {model.model_type}, and GGUF is written for {', '.join(FAMILIES)}; "
             "export dense, and convert that with llama.cpp's convert_hf_to_gguf.py"
         )
+    family = FAMILIES[model.model_type]
     if model.hidden_act not in ("silu", "swish"):
         return f"its activation is {model.hidden_act}, and llama.cpp computes SiLU for {model.model_type}"
+    if getattr(model, "attention_bias", False) and not family.optional:
+        return f"its attention has biases, which llama.cpp does not read for {model.model_type}; export dense instead"
     rope = model.rope_parameters
     kind = rope.get("rope_type", "default")
-    known = ("default", "linear", "llama3") if FAMILIES[model.model_type].scaled_rope else ("default",)
+    known = ("default", "linear", "llama3") if family.optional else ("default",)
     if kind not in known or rope.get("partial_rotary_factor", 1) != 1:
         return f"its rotary embedding is {kind}, and GGUF is written with {', '.join(known)} for {model.model_type}"
     return None
@@ -247,6 +250,8 @@ def _notes(source: Source, model: Any, sizes: Counter[tuple[str, blocks.Block]])
     window = getattr(model, "sliding_window", None)
     if window and window < model.max_position_embeddings:
         notes.append(f"llama.cpp looks back over the whole text, and this model over {window} tokens: keep to that")
+    if rope_factors(model) is not None or getattr(model, "attention_bias", False):
+        notes.append("transformers' own reader of GGUF leaves out biases and scaled rotary frequencies of Llama")
     if tokenizer.composes(source.folder):
         notes.append("the tokenizer composes characters (NFC) before it reads, and llama.cpp takes them as they are")
     return notes
