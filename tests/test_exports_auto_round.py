@@ -42,7 +42,9 @@ def test_zero_points_are_stored_as_they_are_as_soon_as_one_is_not_the_middle(
     grid: str, kind: str, native: Natives
 ) -> None:
     out = native.export("auto-round", grid)
-    assert read_config(out)["quantization_config"]["packing_format"] == kind
+    section = read_config(out)["quantization_config"]
+    assert section["packing_format"] == kind
+    assert section["sym"] == ("asym" not in grid)
     assert f"written as {kind}" in (out / "README.md").read_text()
 
 
@@ -52,6 +54,9 @@ def test_one_asymmetric_linear_changes_the_zero_points_of_all(native: Natives, t
     out = exported(tmp_path / "q", "auto-round", tmp_path / "out")
     zeros = tiny.stored(out)["model.layers.0.self_attn.q_proj.qzeros"]
     assert int(zeros[0, 0]) & 0xFFFFFFFF == 0x88888888
+    section = read_config(out)["quantization_config"]
+    grid = {"bits": 4, "group_size": 32, "sym": False}
+    assert section["extra_config"] == {"model.layers.0.self_attn.k_proj": grid}
     assert torch.equal(read_back(out), tiny.logits(written.model))
 
 

@@ -153,7 +153,11 @@ def test_transformers_reads_the_same_tokenizer(kind: str, native: Natives, tmp_p
     theirs = AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
     assert theirs(vocabularies.TEXT)["input_ids"] == ours(vocabularies.TEXT)["input_ids"]
     name = "default" if kind == "sentencepiece" else kind
-    assert gguf.GGUFReader(out / "model.gguf").get_field("tokenizer.ggml.pre").contents() == name
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(out / "model.gguf").fields.items()}
+    assert fields["tokenizer.ggml.pre"] == name
+    assert fields.get("tokenizer.ggml.add_space_prefix", False) == (kind == "sentencepiece")
+    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece"))
+    assert fields["tokenizer.ggml.add_eos_token"] is False
     assert ("composes characters" in (out / "README.md").read_text()) == (kind == "qwen2")
 
 
