@@ -11,16 +11,22 @@ LOADING = {
     "dense": "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
     "gptq": "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 "
     "bits when symmetric.",
+    "auto-round": "Load it with `transformers` and `auto-round` installed.",
+    "mlx": "Load it with `mlx-lm`, on an Apple machine or any other that has MLX.",
+    "gguf": "Load `model.gguf` with llama.cpp, or with software built on it.",
     "compressed-tensors": "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
 }
 
 
-def _header(base: str) -> list[str]:
+LIBRARIES = {"mlx": "mlx", "gguf": "gguf"}  # where it is not transformers
+
+
+def _header(base: str, library: str = "transformers") -> list[str]:
     is_hub_name = not base.startswith((".", "/", "~", "builtin:")) and not Path(base).exists()
     return [
         "---",
         *([f"base_model: {base}"] if is_hub_name else []),
-        "library_name: transformers",
+        f"library_name: {library}",
         "tags: [qtool]",
         "---",
     ]
@@ -70,7 +76,7 @@ def write_export(
     base = str(manifest["recipe"]["model"]["path"]) if manifest else source.folder.name
     how = how_to_load(config.format)
     lines = [
-        *_header(base),
+        *_header(base, LIBRARIES.get(config.format, "transformers")),
         f"# {base}, {manifest.get('label', 'quantized')}, as {config.format}",
         "",
         *([how, ""] if how else []),

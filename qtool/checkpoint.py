@@ -366,8 +366,9 @@ class Planned(Source):
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a model folder."""
-    return sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))
+    """Bytes of the safetensors files of a model folder, or of its GGUF files where it has no others."""
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
+    return sum(os.path.getsize(file) for file in files)
 
 
 def bits_per_weight(specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> float:

@@ -30,7 +30,10 @@ REQUIRED = (
 OPTIONAL = {
     "compressed-tensors": "reads our folders without qtool",
     "gptqmodel": "outside reader of gptq exports",
-    "auto-round": "outside reader of gptq exports",
+    "auto-round": "outside reader of auto-round and gptq exports",
+    "gguf": "writes and reads gguf exports",
+    "llama-cpp-python": "runs gguf exports",
+    "mlx-lm": "runs mlx exports",
     "bitsandbytes": "8-bit optimizers",
     "gemlite": "fast kernels on CUDA",
     "submitit": "sweeps on a Slurm cluster",

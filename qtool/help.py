@@ -24,6 +24,8 @@ class DescribedCommand(TyperCommand):
             field = fields.get(str(param.name).rstrip("_"))
             if field is not None and not getattr(param, "help", None):
                 param.help = recipe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
+                if param.name == "format_":
+                    param.help = f"One of: {', '.join(recipe.export_formats())}."  # type: ignore[attr-defined]
         super().format_options(ctx, formatter)
 
 

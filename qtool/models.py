@@ -367,7 +367,9 @@ def _check_finite(model: nn.Module) -> None:
 
 def most_common(dtypes: dict[str, torch.dtype]) -> torch.dtype:
     """Of all tensors but the scales of packed linears."""
-    counted = [dtype for name, dtype in dtypes.items() if name.rpartition(".")[2] not in (*PARTS[1:], "scales")]
+    counted = [
+        dtype for name, dtype in dtypes.items() if name.rpartition(".")[2] not in (*PARTS[1:], "scales", "biases")
+    ]
     return Counter(counted or dtypes.values()).most_common(1)[0][0]
 
 

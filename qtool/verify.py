@@ -15,7 +15,7 @@ from qtool.checkpoint import Source
 from qtool.config import ModelConfig
 from qtool.errors import RunError
 from qtool.export import Exporter
-from qtool.export._folder import read_tensor, tensor_names, write_folder
+from qtool.export._folder import GGUF_FILE, write_folder
 from qtool.folders import check_files, read_config, resolve
 from qtool.models import (
     LoadedModel,
@@ -54,11 +54,12 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
         replace_linear(loaded.model, name, _linear(weight, layer.bias))
     for name in source.float_names():
-        stored, read = source.tensor(name), read_tensor(out, name)
+        stored, read = source.tensor(name), exporter.storage.tensor(out, name)
         if not rounded and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
-    ignored = ("quantization_config", "dtype", "torch_dtype")
-    theirs, mine = ({k: v for k, v in read_config(f).items() if k not in ignored} for f in (out, source.folder))
+    ignored = ("quantization_config", "quantization", "dtype", "torch_dtype")
+    described = exporter.storage.config(out), read_config(source.folder)
+    theirs, mine = ({k: v for k, v in config.items() if k not in ignored} for config in described)
     if theirs != mine:
         changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
         raise RunError(f"config.json differs after export, in {changed}; the export was not kept")
@@ -68,28 +69,39 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
     return {"weight_difference": worst, "logit_difference": logits}
 
 
-READABLE = {"gptq": "gptq", "compressed-tensors": "compressed-tensors"}  # quant_method -> our format that reads it
+READABLE = ("auto-round", "compressed-tensors", "gptq")  # each quant_method is read by our format of that name
+
+
+def _format_of(folder: Path) -> str | None:
+    """Our format that reads ``folder``; ``None`` when there is none."""
+    config = read_config(folder)
+    section = config.get("quantization_config") or config.get("quantization") or {}
+    method = section.get("quant_method")
+    if method is None and {"group_size", "bits"} <= section.keys():
+        return "mlx"
+    if not section and (folder / GGUF_FILE).exists() and not any(folder.glob("*.safetensors")):
+        return "gguf"
+    return method if method in READABLE else None
 
 
 def load_exported(config: ModelConfig) -> LoadedModel | None:
     """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
     folder = resolve(config.path)
-    section = read_config(folder).get("quantization_config")
-    if not section or section.get("quant_method") not in READABLE:
+    name = _format_of(folder)
+    if name is None:
         return None
     # expanded weights are float32, whatever the export computes in
-    dtype = compute_dtype(config.dtype, most_common(check_files(folder)), choose_device(config.device))
+    own = getattr(torch, read_config(folder)["dtype"]) if name == "gguf" else most_common(check_files(folder))
+    dtype = compute_dtype(config.dtype, own, choose_device(config.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    exporter = formats.get(READABLE[section["quant_method"]])
-    stored = tensor_names(folder)
-    packed = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
+    exporter = formats.get(name)
+    packed = exporter.storage.packed(folder)
     with TemporaryDirectory() as temporary:
         dense = Path(temporary)
-        tensors = {name: read_tensor(folder, name) for name in stored if name.rpartition(".")[0] not in packed}
-        tensors |= {
-            name: read_tensor(folder, name)
-            for name in stored
-            if name.rpartition(".")[0] in packed and name.endswith(".bias")
+        tensors = {
+            name: exporter.storage.tensor(folder, name)
+            for name in exporter.storage.names(folder)
+            if name.rpartition(".")[0] not in packed or name.endswith(".bias")
         }
         tensors |= {f"{name}.weight": exporter.read(folder, name).contiguous() for name in packed}
         write_folder(folder, dense, tensors, None, config.dtype)

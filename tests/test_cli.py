@@ -300,6 +300,7 @@ def test_options_are_described_by_the_recipe_keys(capsys: pytest.CaptureFixture[
     assert "Perplexity window in tokens" in capsys.readouterr().out
     assert cli.main(["export", "--help"]) == 0
     text = capsys.readouterr().out
+    assert "One of: dense." in text or "One of: auto-round, compressed-tensors" in text
     assert "Of tensors that stay in floating point" in text
     assert "Replace an existing folder." in text
 

@@ -1,7 +1,7 @@
 """An export holds exactly what the checkpoint holds, or is refused with the reason; a damaged one is never kept.
 
 Every format goes through the same contract. Then each has its outside readers: plain transformers for ``dense``,
-compressed-tensors for its own format, GPTQModel (slow, in an environment of its own) for ``gptq``.
+compressed-tensors for its own format; the others' need environments of their own and are slow (``test_witnesses``).
 """
 
 import json
@@ -25,16 +25,25 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
     return Natives(tmp_path_factory.mktemp("natives"))
 
 
-def same_floats(folder: Path, out: Path) -> bool:
-    source, tensors = Source(folder), tiny.stored(out)
-    return all(torch.equal(tensors[name].float(), source.tensor(name).float()) for name in source.float_names())
+def same_floats(name: str, folder: Path, out: Path) -> bool:
+    source, storage = Source(folder), export.get(name).storage
+    return all(
+        torch.equal(storage.tensor(out, each).float(), source.tensor(each).float()) for each in source.float_names()
+    )
+
+
+def refused(name: str, grid: str) -> bool:
+    """What a format cannot hold: GPTQ more than one grid, GGUF 8 bits with a zero point."""
+    if name == "gguf":
+        return grid in ("w8pc-asym", "w8g32-asym", "mixed-asym")
+    return name.startswith("gptq") and grid in MIXED
 
 
 # the contract
 
 
 def test_the_formats_are_the_files() -> None:
-    assert export.names() == ("compressed-tensors", "dense", "gptq", "gptq-v2")
+    assert export.names() == ("auto-round", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mlx")
     for name in export.names():
         assert len(export.get(name).summary) > 10
 
@@ -47,7 +56,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     folder, out = native(grid), tmp_path / "out"
     source, exporter = Source(folder), export.get(name)
     reason = exporter.refuses(source, ExportConfig(format=name, path=out))
-    assert (reason is not None) == (grid in MIXED and name.startswith("gptq")), reason
+    assert (reason is not None) == refused(name, grid), reason
     if reason is not None:
         with pytest.raises(InputError) as error:
             exported(folder, name, out)
@@ -58,7 +67,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     assert f"{out.name}.partial" not in [each.name for each in out.parent.iterdir()]
     for linear in source.specs:
         assert torch.equal(exporter.read(out, linear), dequantize(*source.quantized(linear))), linear
-    assert same_floats(folder, out)
+    assert same_floats(name, folder, out)
     if name != "dense" and "pc" not in grid:
         assert torch.equal(read_back(out), native.logits[folder])
 
@@ -69,13 +78,13 @@ def test_biases_and_transposed_linears_are_exported_or_refused(
     name: str, family: str, native: Natives, tmp_path: Path
 ) -> None:
     folder, out = native("w4g32-asym", family), tmp_path / "out"
-    if family == "gpt2" and name != "dense":
-        with pytest.raises(InputError, match=r"is a Conv1D, .*; export dense instead"):
+    if name != "dense" and (family == "gpt2" or name == "gguf"):
+        with pytest.raises(InputError, match=r"(is a Conv1D|its model_type is (gpt2|opt)), .*; export dense"):
             exported(folder, name, out)
         assert not out.exists()
         return
     exported(folder, name, out)
-    assert same_floats(folder, out)
+    assert same_floats(name, folder, out)
     logits = tiny.logits(plain(out)) if name == "dense" else read_back(out)
     assert torch.equal(logits, native.logits[folder])
 
@@ -85,10 +94,12 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
     folder, out = native(), native.export(name)
     files = {file.name for file in out.iterdir()}
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert files == kept | {"model.safetensors", "README.md"} | ({"quantize_config.json"} if "gptq" in name else set())
+    weights = "model.gguf" if name == "gguf" else "model.safetensors"
+    assert files == kept | {weights, "README.md"} | ({"quantize_config.json"} if "gptq" in name else set())
     config, ours = read_config(out), read_config(folder)
     section = config.pop("quantization_config", None)
-    assert (section is None) == (name == "dense")
+    assert (section is None) == (name in ("dense", "gguf"))
+    assert config.pop("quantization", None) == (section if name == "mlx" else None)
     assert "qtool" not in json.dumps(config)
     assert {key: value for key, value in config.items() if key != "dtype"} == {
         key: value for key, value in ours.items() if key not in ("dtype", "quantization_config")
@@ -103,9 +114,20 @@ def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     tiny.quantize(tiny.llama(tmp_path / "float", tied=True), tmp_path / "q", QuantConfig(group_size=32))
     for name in export.names():
         out = exported(tmp_path / "q", name, tmp_path / name)
-        assert "lm_head.weight" not in tiny.stored(out)
+        stored = export.get(name).storage.names(out)
+        assert "model.embed_tokens.weight" in stored
+        assert "lm_head.weight" not in stored
         assert read_config(out)["tie_word_embeddings"] is True
     assert torch.equal(tiny.logits(plain(tmp_path / "dense")), tiny.logits(plain(tmp_path / "q")))
+
+
+@pytest.mark.parametrize("name", export.names())
+def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, native: Natives, tmp_path: Path) -> None:
+    folder = tiny.copied(native(), tmp_path / "q")
+    norm = "model.layers.0.input_layernorm.weight"
+    tiny.change(folder, **{norm: tiny.stored(folder)[norm].float() + 2.0**-16})
+    out = exported(folder, name, tmp_path / "out")
+    assert same_floats(name, folder, out)
 
 
 def test_a_sharded_checkpoint_exports_as_well(native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +248,8 @@ def test_a_zero_point_of_0_survives_in_version_2(tmp_path: Path, native: Natives
 
 def test_gptq_refuses_mixed_grids_and_linears_left_in_float(native: Natives, tmp_path: Path) -> None:
     for grid, words in {
-        "mixed": r"4 different grids, .*; export compressed-tensors instead",
-        "skipped": r"layers\.1\.mlp\.up_proj is left in floating point, .*; export compressed-tensors instead",
+        "mixed": r"4 different grids, .*; export auto-round or compressed",
+        "skipped": r"layers\.1\.mlp\.up_proj is left in floating point, .*; export auto-round or compressed",
     }.items():
         for name in ("gptq", "gptq-v2"):
             with pytest.raises(InputError, match=words):

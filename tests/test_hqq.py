@@ -180,7 +180,7 @@ def test_an_export_holds_them_or_is_refused_with_the_reason(
     folder = checkpoint_of(llama, tmp_path / "packed")
     config = ExportConfig(format=name, path=tmp_path / "out")
     if name != "dense":
-        with pytest.raises(InputError, match=r"float_zero.* stores integers; export dense instead"):
+        with pytest.raises(InputError, match=r"float_zero.* does not hold those exactly; export dense instead"):
             run.export(folder, config, False)
         return
     path = run.export(folder, config, False)

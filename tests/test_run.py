@@ -618,7 +618,7 @@ def test_what_is_planned_is_refused_for_the_same_reason_as_what_is_made(models: 
         shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
         planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
         tiny.quantize(models / "llama", Path(f"q{index}"), quant)
-        for name in ("gptq", "gptq-v2", "compressed-tensors", "dense"):
+        for name in pipeline.formats.names():
             exporter = pipeline.formats.get(name)
             before, after = exporter.refuses(planned, config), exporter.refuses(Source(Path(f"q{index}")), config)
             assert before == after, name

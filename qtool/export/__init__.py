@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.checkpoint import Source
 from qtool.config import ExportConfig
+from qtool.export._folder import SAFETENSORS, Storage
 
 
 class Exporter(NamedTuple):
@@ -26,6 +27,8 @@ class Exporter(NamedTuple):
     """Write the folder; returns what a user of the result must know, one sentence each."""
     read: Callable[[Path, str], Tensor]
     """Float32 weight ``[out, in]`` of a linear in a written folder, by code that shares nothing with ``write``."""
+    storage: Storage = SAFETENSORS
+    """How the other tensors of a written folder are read."""
 
 
 def refusal(name: str, source: Source, config: ExportConfig) -> str | None:

@@ -1,10 +1,10 @@
 """What every export writes the same way, and reads back without the code that wrote it."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,29 @@ from qtool.checkpoint import Files, Source, write_json, write_shards
 from qtool.config import ExportConfig
 from qtool.folders import read_config
 
+GGUF_FILE = "model.gguf"
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
+
+
+class Storage(NamedTuple):
+    """How a written folder is read."""
+
+    names: Callable[[Path], list[str]]
+    """Every tensor, by name."""
+    tensor: Callable[[Path, str], Tensor]
+    """One that is no quantized weight, with the values that it has in the float model."""
+    packed: Callable[[Path], set[str]]
+    """The quantized linears."""
+    config: Callable[[Path], dict[str, Any]]
+    """What the model is made from: ``config.json``, and whatever else says so."""
 
 
 def write_folder(
     folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
 ) -> None:
-    """Shards, ``folder``'s config with ``section`` as its quantization config, and the files of its tokenizer."""
-    write_shards(tensors, out)
+    """Shards, if any, ``folder``'s config with ``section`` as its quantization config, and its tokenizer's files."""
+    if tensors:
+        write_shards(tensors, out)
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
     config["dtype"] = dtype
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
@@ -33,13 +48,16 @@ def write_folder(
 
 
 def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and that dtype's name."""
+    """Tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and that dtype's name.
+
+    With ``auto`` a tensor that ``default`` does not hold, such as a norm that a method changed, stays as it is stored.
+    """
     name = default if config.dtype == "auto" else config.dtype
-    dtype = getattr(torch, name)
-    return {
-        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in ((key, source.tensor(key)) for key in source.float_names())
-    }, name
+    tensors = {key: source.tensor(key) for key in source.float_names()}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not (config.dtype == "auto" and inexact([tensor], name)):
+            tensors[key] = tensor.to(getattr(torch, name))
+    return tensors, name
 
 
 def unfit(source: Source, config: ExportConfig) -> str | None:
@@ -54,12 +72,12 @@ def unfit(source: Source, config: ExportConfig) -> str | None:
 
 
 def float_zeros(source: Source, format: str) -> str | None:
-    """Why a format of integer zero points cannot hold the checkpoint: a linear whose zero points lie between codes."""
+    """Why a format cannot hold the checkpoint: a linear whose zero points lie between codes."""
     name = next((name for name, spec in source.specs.items() if spec.float_zero), None)
     if name is None:
         return None
     return (
-        f"{name} has zero points between codes (float_zero), and {format} stores integers; "
+        f"{name} has zero points between codes (float_zero), and {format} does not hold those exactly; "
         "export dense instead, or quantize with float_zero: false"
     )
 
@@ -123,6 +141,14 @@ def tensor_names(folder: Path) -> list[str]:
 def read_tensor(folder: Path, name: str) -> Tensor:
     """One tensor of a written folder, whichever shard holds it."""
     return Files(folder).tensor(name)
+
+
+def packed_linears(folder: Path) -> set[str]:
+    """The linears of a folder's safetensors files that are quantized."""
+    return {name.rpartition(".")[0] for name in tensor_names(folder) if name.endswith((".scales", ".weight_packed"))}
+
+
+SAFETENSORS = Storage(tensor_names, read_tensor, packed_linears, read_config)
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:

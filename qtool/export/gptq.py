@@ -33,9 +33,11 @@ from qtool.export._folder import (
     write_folder,
 )
 from qtool.folders import read_config
-from qtool.quant.packing import pack
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.packing import WORD, pack
 
 ALIGNMENT = 32
+LAYOUT = ("qweight", "qzeros", "scales")
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
@@ -46,23 +48,31 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
     if len(specs) > 1:
         return (
             f"it has {len(specs)} different grids, and a GPTQ config that transformers reads holds one; "
-            "export compressed-tensors instead"
+            "export auto-round or compressed-tensors instead"
         )
     left = [name for name in float_linears(source) if name.startswith(shared_block_prefix(source))]
     if left:
-        return f"{left[0]} is left in floating point, which a GPTQ config cannot say; export compressed-tensors instead"
+        return (
+            f"{left[0]} is left in floating point, which a GPTQ config cannot say; "
+            "export auto-round or compressed-tensors instead"
+        )
+    return layout_refuses(source, "GPTQ") or unfit(source, config)
+
+
+def layout_refuses(source: Source, format: str) -> str | None:
+    """Why the tensors of the layout cannot hold the checkpoint: ``Conv1D``, odd shapes, values beyond float16."""
     flipped = transposed(source)
     if flipped:
-        return f"{min(flipped)} is a Conv1D, whose GPTQ layout is not settled between readers; export dense instead"
+        return f"{min(flipped)} is a Conv1D, whose {format} layout is not settled between readers; export dense instead"
     for name in source.specs:
         rows, columns = source.tensor(f"{name}.weight_shape").tolist()
         if rows % ALIGNMENT or columns % ALIGNMENT:
-            return f"{name} is {rows} x {columns}, and GPTQ readers need multiples of {ALIGNMENT}"
+            return f"{name} is {rows} x {columns}, and {format} readers need multiples of {ALIGNMENT}"
         floats = [f"{name}.weight_scale", *([f"{name}.bias"] if f"{name}.bias" in source.float_names() else [])]
         for key in floats:
             if inexact([source.tensor(key)], "float16"):
                 return f"{key} has values that float16 does not hold; quantize with scale_dtype: float16"
-    return unfit(source, config)
+    return None
 
 
 def section(spec: QuantSpec, version: int) -> dict[str, Any]:
@@ -84,20 +94,34 @@ def section(spec: QuantSpec, version: int) -> dict[str, Any]:
     }
 
 
+def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
+    """``qweight``, ``qzeros`` and ``scales`` of a weight in ``version`` 1 or 2, shaped as this module's text says."""
+    codes, scale, zero_point, spec = quantized
+    zeros = zero_point.to(torch.int32) - (1 if version == 1 else 0)
+    assert int(zeros.min()) >= 0, "version 1 cannot hold a zero point of 0"
+    return {
+        "qweight": pack(codes, spec.num_bits).T.contiguous(),
+        "qzeros": pack(zeros.T.contiguous(), spec.num_bits),
+        "scales": scale.T.to(torch.float16).contiguous(),
+    }
+
+
+def layout(source: Source, name: str, version: int) -> dict[str, Tensor]:
+    """The tensors of the linear ``name`` by full name; its bias, if it has one, in float16."""
+    tensors = {f"{name}.{part}": tensor for part, tensor in packed(source.quantized(name), version).items()}
+    if f"{name}.bias" in source.float_names():
+        tensors[f"{name}.bias"] = source.tensor(f"{name}.bias").to(torch.float16)
+    return tensors
+
+
 def write_version(source: Source, out: Path, config: ExportConfig, version: int) -> list[str]:
     """Write the folder in the layout of ``version`` 1 or 2."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     spec = next(iter(source.specs.values()))
     for name in source.specs:
-        codes, scale, zero_point, _ = source.quantized(name)
-        zeros = zero_point.to(torch.int32) - (1 if version == 1 else 0)
-        assert int(zeros.min()) >= 0, f"{name}: version 1 cannot hold a zero point of 0"
-        tensors[f"{name}.qweight"] = pack(codes, spec.num_bits).T.contiguous()
-        tensors[f"{name}.qzeros"] = pack(zeros.T.contiguous(), spec.num_bits)
-        tensors[f"{name}.scales"] = scale.T.to(torch.float16).contiguous()
-        tensors[f"{name}.g_idx"] = torch.arange(codes.shape[1], dtype=torch.int32) // (codes.shape[1] // scale.shape[1])
-        if f"{name}.bias" in tensors:
-            tensors[f"{name}.bias"] = source.tensor(f"{name}.bias").to(torch.float16)
+        tensors |= layout(source, name, version)
+        columns = int(source.tensor(f"{name}.weight_shape")[1])
+        tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // (columns // spec.num_groups(columns))
     described = section(spec, version)
     write_folder(source.folder, out, tensors, described, dtype)
     write_json(out / "quantize_config.json", described)
@@ -122,10 +146,21 @@ def read(folder: Path, name: str) -> Tensor:
     if kind not in ("gptq", "gptq_v2") or config.get("bits") not in BITS:
         raise InputError(f"{folder}: GPTQ variant {kind!r} with {config.get('bits')} bits cannot be read here")
     bits, offset = config["bits"], 1 if kind == "gptq" else 0
-    scales = read_tensor(folder, f"{name}.scales").float()  # [G, N]
-    groups = read_tensor(folder, f"{name}.g_idx").long()  # [K]
-    codes = unpack_bits(read_tensor(folder, f"{name}.qweight").T.contiguous(), bits, len(groups)).T  # [K, N]
-    zeros = unpack_bits(read_tensor(folder, f"{name}.qzeros"), bits, scales.shape[1]) + offset  # [G, N]
+    parts = {part: read_tensor(folder, f"{name}.{part}") for part in (*LAYOUT, "g_idx")}
+    return unpacked(parts, bits, offset, parts["g_idx"].long())
+
+
+def unpacked(parts: dict[str, Tensor], bits: int, offset: int, groups: Tensor | None = None) -> Tensor:
+    """The weight float32 ``[out, in]`` of what ``packed`` makes, bit by bit.
+
+    ``offset`` is what readers add to a zero point, and ``groups`` ``[in]`` the group of each channel, if not in order.
+    """
+    scales = parts["scales"].float()  # [G, N]
+    columns = parts["qweight"].shape[0] * WORD // bits
+    if groups is None:
+        groups = torch.arange(columns) // (columns // len(scales))
+    codes = unpack_bits(parts["qweight"].T.contiguous(), bits, columns).T  # [K, N]
+    zeros = unpack_bits(parts["qzeros"], bits, scales.shape[1]) + offset  # [G, N]
     return ((codes - zeros[groups]) * scales[groups]).T
 
 

@@ -1,0 +1,45 @@
+"""Quantized weights of any bits, symmetry and groups, for laws that hold of every layout."""
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qtool.config import BITS, QuantSpec
+from qtool.quant.affine import QuantizedWeight, dequantize
+
+
+class Weight(NamedTuple):
+    """What a layout must hold, and the weight float32 ``[out, in]`` that it must give back."""
+
+    quantized: QuantizedWeight
+    dense: Tensor
+
+
+@st.composite
+def weights(draw: st.DrawFn, groups: tuple[int, ...] = (-1, 32, 64, 96, 128, 256)) -> Weight:
+    """Any codes and zero points, the extremes among them; scales are float16 numbers of any usual size."""
+    spec = QuantSpec(
+        num_bits=draw(st.sampled_from(BITS)),
+        group_size=draw(st.sampled_from(groups)),
+        symmetric=draw(st.booleans()),
+    )
+    columns = draw(st.sampled_from([32, 96, 256, 512])) if spec.group_size == -1 else spec.group_size
+    columns *= 1 if spec.group_size == -1 else draw(st.integers(1, 3))
+    rows = draw(st.sampled_from([32, 64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    shape = (rows, spec.num_groups(columns))
+    codes = torch.randint(spec.qmax + 1, (rows, columns), generator=generator).to(torch.uint8)
+    codes[0, 0], codes[-1, -1] = 0, spec.qmax
+    scale = (torch.rand(shape, generator=generator) + 0.01) * 10.0 ** draw(st.integers(-4, 1))
+    zero_point = torch.full(shape, float(spec.middle))
+    if not spec.symmetric:
+        zero_point = torch.randint(spec.qmax + 1, shape, generator=generator).float()
+        zero_point[0, 0], zero_point[-1, -1] = 0, spec.qmax
+    quantized = QuantizedWeight(codes, scale.half().float(), zero_point, spec)
+    return Weight(quantized, dequantize(*quantized))
+
+
+WEIGHTS = given(weight=weights())
