@@ -22,6 +22,7 @@ from qtool.knapsack import SOLVERS
 from qtool.models import LoadedModel, Target
 from qtool.sensitivity import ESTIMATORS, merged
 
+MIXED = ("auto-round", "compressed-tensors", "dense", "gguf", "mlx")  # formats that hold several widths
 BLOCK = ["self_attn: q_proj, k_proj, v_proj", "self_attn: o_proj", "mlp: gate_proj, up_proj", "mlp: down_proj"]
 
 
@@ -176,7 +177,7 @@ def whole(models, tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_plan_and_its_result_is_evaluated_and_exported(models, tmp_path, method) -> None:
-    exports = [{"format": name, "path": str(tmp_path / name)} for name in ("compressed-tensors", "dense")]
+    exports = [{"format": name, "path": str(tmp_path / name)} for name in MIXED]
     sections = {"export": exports, "eval": {"tasks": ["generated", "kl"], "limit": 2, "context": 32}}
     budget = {"average_bits": 3.4, "estimator": "hessian"}
     outcome = quantize(recipe.load(make(models, tmp_path / "out", method, budget, **sections)))
@@ -189,7 +190,7 @@ def test_every_method_takes_a_plan_and_its_result_is_evaluated_and_exported(mode
     assert outcome.report.bits_per_weight == plan.bits_per_weight <= 3.4
     assert outcome.report.label.startswith("mixed ")
     assert all(row.value is not None and math.isfinite(row.value) for row in outcome.report.results)
-    assert [path.name for path in outcome.exports] == ["compressed-tensors", "dense"]
+    assert [path.name for path in outcome.exports] == list(MIXED)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "efficientqat"])
