@@ -35,13 +35,14 @@ def test_how_a_command_ended_is_told(tmp_path: Path) -> None:
 
 
 def test_commands_run_side_by_side_and_come_as_they_end(tmp_path: Path) -> None:
-    """The first can only end after the second."""
-    waits = "import os, time\nwhile not os.path.exists('there'): time.sleep(0.01)"
-    commands = [
-        command(tmp_path, f"import os; os.chdir({str(tmp_path)!r})\n{waits}", "a"),
-        command(tmp_path, f"open({str(tmp_path / 'there')!r}, 'w')", "b"),
-    ]
-    assert [index for index, _ in launch.launch(LauncherConfig(), commands, 2, tmp_path)] == [1, 0]
+    """The first can only end when the second has been told of."""
+    there = tmp_path / "there"
+    waits = f"import os, time\nwhile not os.path.exists({str(there)!r}): time.sleep(0.01)"
+    commands = [command(tmp_path, waits, "a"), command(tmp_path, "", "b")]
+    with closing(launch.launch(LauncherConfig(), commands, 2, tmp_path)) as ends:
+        assert next(ends) == (1, Ended("", ""))
+        there.touch()
+        assert list(ends) == [(0, Ended("", ""))]
 
 
 def test_what_runs_is_asked_to_end_when_a_sweep_is_left(tmp_path: Path) -> None:
