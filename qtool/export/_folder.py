@@ -117,6 +117,12 @@ def transposed(source: Source) -> set[str]:
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
 
 
+def conv1d(source: Source, why: str) -> str | None:
+    """That a linear is a ``Conv1D``, and ``why`` a format does not hold one; ``None`` when there is none."""
+    flipped = transposed(source)
+    return f"{min(flipped)} is a Conv1D, {why}; export dense instead" if flipped else None
+
+
 def float_linears(source: Source) -> list[str]:
     """Linears of the model that the checkpoint leaves in floating point, the head among them."""
     return [

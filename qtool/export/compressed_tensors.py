@@ -16,13 +16,13 @@ from qtool.config import BITS, PARTS, ExportConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.export import Exporter
 from qtool.export._folder import (
+    conv1d,
     float_linears,
     float_tensors,
     float_zeros,
     inexact,
     read_tensor,
     stored_dtype,
-    transposed,
     unfit,
     unpack_bits,
     write_folder,
@@ -32,11 +32,9 @@ from qtool.folders import read_config
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
     """Float zero points, ``Conv1D`` layers, and scales that the engine would change when it casts them."""
-    if refusal := float_zeros(source, "compressed-tensors"):
+    only_linear = "and compressed-tensors replaces nn.Linear only"
+    if refusal := float_zeros(source, "compressed-tensors") or conv1d(source, only_linear):
         return refusal
-    flipped = transposed(source)
-    if flipped:
-        return f"{min(flipped)} is a Conv1D, and compressed-tensors replaces nn.Linear only; export dense instead"
     scales = (source.tensor(f"{name}.weight_scale") for name in source.specs)
     if config.dtype != "auto" and inexact(scales, config.dtype):
         return (

@@ -20,6 +20,7 @@ from qtool.config import BITS, ExportConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.export import Exporter
 from qtool.export._folder import (
+    conv1d,
     float_linears,
     float_tensors,
     float_zeros,
@@ -27,7 +28,6 @@ from qtool.export._folder import (
     read_tensor,
     shared_block_prefix,
     stored_dtype,
-    transposed,
     unfit,
     unpack_bits,
     write_folder,
@@ -61,9 +61,8 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
 
 def layout_refuses(source: Source, format: str) -> str | None:
     """Why the tensors of the layout cannot hold the checkpoint: ``Conv1D``, odd shapes, values beyond float16."""
-    flipped = transposed(source)
-    if flipped:
-        return f"{min(flipped)} is a Conv1D, whose {format} layout is not settled between readers; export dense instead"
+    if refusal := conv1d(source, f"whose {format} layout is not settled between readers"):
+        return refusal
     for name in source.specs:
         rows, columns = source.tensor(f"{name}.weight_shape").tolist()
         if rows % ALIGNMENT or columns % ALIGNMENT:

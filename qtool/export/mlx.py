@@ -23,12 +23,12 @@ from qtool.config import BITS, ExportConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.export import Exporter
 from qtool.export._folder import (
+    conv1d,
     float_linears,
     float_tensors,
     float_zeros,
     read_tensor,
     stored_dtype,
-    transposed,
     unfit,
     unpack_bits,
     write_folder,
@@ -59,11 +59,8 @@ def exact(scale: Tensor, spec: QuantSpec) -> bool:
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
     """Float zero points, ``Conv1D`` layers, groups that MLX cannot be given, and scales of too many bits."""
-    if refusal := float_zeros(source, "MLX"):
+    if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs linear layers only"):
         return refusal
-    flipped = transposed(source)
-    if flipped:
-        return f"{min(flipped)} is a Conv1D, and MLX packs linear layers only; export dense instead"
     for name, spec in source.specs.items():
         columns = int(source.tensor(f"{name}.weight_shape")[1])
         if written_group(spec, columns) is None:

@@ -279,16 +279,21 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     return QuantizedWeight(restored.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), spec)
 
 
+def _stacked(targets: list[Target]) -> Tensor:
+    """The weights of linears that read one input, ``[out of all, in]``."""
+    return torch.cat([target.weight for target in targets]) if len(targets) > 1 else targets[0].weight
+
+
 def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
     """Quantize linears that read one input: those with equal grids are stacked and solved together."""
     memory.return_freed()  # here a run is at its largest
-    by_spec = {spec: [target for target in group if target.spec == spec] for spec in (t.spec for t in group)}
-    while by_spec:
-        spec, same = by_spec.popitem()
+    specs = list(dict.fromkeys(target.spec for target in group))
+    for spec in specs:
+        same = [target for target in group if target.spec == spec]
         factor = factorise(statistics, spec, config, same[0].name)
-        if not by_spec:
+        if spec is specs[-1]:
             del statistics  # as large as the factor
-        codes, scale, zero_point, _ = solve(torch.cat([t.weight for t in same]), factor, spec, config)
+        codes, scale, zero_point, _ = solve(_stacked(same), factor, spec, config)
         del factor
         memory.return_freed()
         sizes = [target.weight.shape[0] for target in same]
