@@ -132,8 +132,6 @@ def test_codes_and_zero_differences_are_held_exactly(spec: QuantSpec, seed: int)
     if name == "int4 pairs":  # two halves, each rounded
         upper = 16 * weight.scale.repeat_interleave(columns // weight.scale.shape[1], 1) * 8
         assert ((y - dense[:, picked].T).abs() <= 2.0**-8 * upper[:, picked].T).all()
-    elif name == "int8":
-        assert torch.equal(y, dense[:, picked].T)
     else:
         assert torch.equal(y, dense[:, picked].T.bfloat16().float())
 

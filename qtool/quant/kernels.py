@@ -245,13 +245,12 @@ def _prepare_int8_cpu(weight: QuantizedWeight) -> tuple[Any, ...]:
     codes, scale, zero_point, spec = weight
     signed = (codes ^ 128).view(torch.int8)  # code - 128
     offset = None if spec.symmetric else ((spec.middle - zero_point) * scale).flatten()
-    return signed, torch.ones(len(codes), dtype=torch.bfloat16), scale.flatten(), offset
+    return signed, scale.flatten().bfloat16(), offset
 
 
-def _int8_cpu(x: Tensor, signed: Tensor, ones: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Scales are applied afterwards, in float32: the product itself would take them in bfloat16."""
-    y: Tensor = torch.ops.aten._weight_int8pack_mm(x, signed, ones) * scale
-    return y if offset is None else torch.addcmul(y, x.float().sum(-1, keepdim=True), offset)
+def _int8_cpu(x: Tensor, signed: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.aten._weight_int8pack_mm(x, signed, scale)
+    return y if offset is None else torch.addcmul(y.float(), x.float().sum(-1, keepdim=True), offset)
 
 
 # gemlite -------------------------------------------------------------------------------------------------------------
