@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qtool import memory, progress
+from qtool import memory, products, progress
 from qtool.config import PARTS, ModelConfig, QuantConfig, QuantSpec
 from qtool.errors import InputError
 from qtool.folders import check_files, first_line, read_config, resolve
@@ -303,6 +303,7 @@ def load_model(
         InputError: missing, damaged, pickled, incomplete, already quantized, with values that are not finite, or
             needing code from the checkpoint.
     """
+    products.choose_library()
     device = choose_device(config.device)
     folder = resolve(config.path)
     raw = read_config(folder)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool import memory, progress
-from qtool.blocks import TOKENS_PER_BATCH, BlockTask, Flow, Stage, bring_in
+from qtool.blocks import TOKENS_PER_BATCH, Stage
 from qtool.budget import BudgetConfig
 from qtool.data import Calibration
 from qtool.instructions import IGNORED
@@ -31,6 +31,7 @@ from qtool.methods import gptq
 from qtool.models import LoadedModel, Target, weight_of
 from qtool.quant.affine import QuantizedWeight, dequantize, quantize
 from qtool.quant.ranges import search_qparams
+from qtool.walk import group_inputs, walk
 
 ROWS = 512  # of logits compared at once
 EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
@@ -58,26 +59,6 @@ class Unit(NamedTuple):
 
 Costs = list[dict[int, float]]  # of each unit, by width
 Weights = Callable[[Target, int], Tensor]  # float32 [out, in] of a linear rounded to a width
-
-
-@torch.no_grad()
-def walk(loaded: LoadedModel, tokens: Tensor, targets: Sequence[Target]) -> Iterator[BlockTask]:
-    """Each block of the float model with what enters it, one block of a streamed model in memory at a time.
-
-    Nothing is quantized or kept, and the model is afterwards what it was.
-    """
-    flow = Flow(loaded, tokens, list(targets), loaded.dtype, False)
-    blocks = loaded.blocks()
-    for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
-        stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
-        bring_in(block, loaded, loaded.dtype)
-        inputs, _, calls, _ = flow.at(index)
-        mine = [target for target in targets if target.block == index]
-        task = BlockTask(index, name, block, inputs, None, mine, calls, loaded.dtype)
-        yield task
-        flow.advance(task)
-        for tensor, data in stored:
-            tensor.data = data
 
 
 def fused(loaded: LoadedModel, targets: Sequence[Target]) -> list[list[Target]]:
@@ -109,17 +90,8 @@ def compensated(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -
     choices = {target.name: unit.choices for unit in units for target in unit.targets}
     config = gptq.Config()
     for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
-        read: dict[nn.Module, list[Tensor]] = {group[0].linear: [] for group in task.groups}
-
-        # Any: the arguments of whatever linear it is
-        def visit(linear: nn.Module, args: Any, kwargs: Any, read: dict[nn.Module, list[Tensor]] = read) -> None:
-            read[linear].append(args[0].flatten(0, -2))
-
-        task.outputs = task.inputs.like()
-        for hidden in task.inputs:
-            task.outputs.append(task.observe(read, visit, [hidden])[0])
-        for group in task.groups:
-            statistics = gptq.collect(Stage(group, read.pop(group[0].linear), None), config)
+        for group, inputs in group_inputs(task):
+            statistics = gptq.collect(Stage(group, inputs, None), config)
             for target in group:
                 factor = gptq.factorise(statistics, target.spec, config, target.name)
                 for bits in choices[target.name]:

@@ -18,7 +18,7 @@ reference zeroes them; column blocks always end where groups end, so a group's g
 every correction made so far; one factorisation serves all linears of a group.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import repeat
 from typing import Literal, NamedTuple
 
@@ -32,13 +32,13 @@ from qtool.config import MethodConfig, QuantConfig, QuantSpec
 from qtool.errors import RunError
 from qtool.methods import Method
 from qtool.models import LoadedModel, Target
+from qtool.products import PART, add_gram, exact_products, mirror, parts
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
 ONE_BY_ONE = 16  # columns; more of them are corrected by a product
 ROWS, NUMBERS = 512, 2**22  # of inputs in float32 at a time: at least so many rows, or as many as have so many numbers
-PART = 256  # columns of a matrix that is worked on in its place
 
 
 class Config(MethodConfig):
@@ -89,41 +89,24 @@ def collect(stage: Stage, config: Config) -> Statistics:
     for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
         count, size = count + len(batch), batch.shape[1]
         hessian = batch.new_zeros(size, size, dtype=torch.float32) if hessian is None else hessian
-        for rows in _parts(len(batch), max(ROWS, NUMBERS // size)):
+        for rows in parts(len(batch), max(ROWS, NUMBERS // size)):
             x = batch[rows].float()
-            _add_gram(hessian, x)
+            with exact_products(batch.dtype):
+                add_gram(hessian, x)
             if batch_float is not None:
                 drift = torch.zeros_like(hessian) if drift is None else drift
                 drift.addmm_((batch_float[rows].float() - x).T, x)
             del x  # before the next takes its place
     assert hessian is not None
-    _mirror(hessian.mul_(2 / count))
+    mirror(hessian.mul_(2 / count))
     return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
-
-
-def _parts(size: int, width: int) -> Iterator[slice]:
-    return (slice(start, min(start + width, size)) for start in range(0, size, width))
-
-
-def _add_gram(total: Tensor, x: Tensor) -> None:
-    """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; what is above it is not to be used."""
-    for part in _parts(len(total), max(len(total) // 4, 128)):
-        total[part, : part.stop].addmm_(x[:, part].T, x[:, : part.stop])
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Make ``matrix`` symmetric: what is below the diagonal goes above it, without a second matrix."""
-    for part in _parts(len(matrix), PART):
-        matrix[: part.start, part] = matrix[part, : part.start].T
-        lower = matrix[part, part].tril()
-        matrix[part, part] = lower + lower.tril(-1).T
 
 
 def _invert_lower(matrix: Tensor) -> None:
     """Put the inverse of the lower triangular ``matrix`` ``[n, n]`` in its place, without a second matrix."""
-    for part in _parts(len(matrix), PART):
+    for part in parts(len(matrix), PART):
         left = matrix[part, : part.start]
-        for column in _parts(part.start, PART):  # those to the right of a column are what it is made of
+        for column in parts(part.start, PART):  # those to the right of a column are what it is made of
             left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
         identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
         own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
@@ -134,7 +117,7 @@ def _invert_lower(matrix: Tensor) -> None:
 def _reverse(matrix: Tensor) -> None:
     """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
     flat = matrix.view(-1)
-    for part in _parts(len(flat) // 2, PART * PART):
+    for part in parts(len(flat) // 2, PART * PART):
         opposite = slice(len(flat) - part.stop, len(flat) - part.start)
         first = flat[part].flip(0)
         flat[part] = flat[opposite].flip(0)
@@ -297,8 +280,8 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
         del factor
         memory.return_freed()
         sizes = [target.weight.shape[0] for target in same]
-        for target, *parts in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
-            task.pack(target, QuantizedWeight(parts[0], parts[1], parts[2], spec))
+        for target, *rows in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
+            task.pack(target, QuantizedWeight(rows[0], rows[1], rows[2], spec))
 
 
 def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:

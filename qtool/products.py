@@ -1,0 +1,80 @@
+"""Products of matrices: which library makes them on the processor, and sums of ``x^T x``.
+
+torch hands those of float32 matrices to MKL, which on processors of other makers than Intel takes about twice the time
+of oneDNN, which torch brings too. It hands them to oneDNN where that may multiply in bfloat16 inside, and oneDNN makes
+use of this permission only where a processor has units for it. So where the permission leaves the precision of float32,
+all it changes is the library.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PART = 256  # columns of a matrix that is worked on in its place
+SIZE, PRECISION = 256, 2e-6  # of the matrices that are tried; of their product, as a share of its largest number
+
+
+@cache
+def choose_library() -> str:
+    """Choose for the whole process, once; returns the library's name. Settings that someone has changed are kept."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a module takes its place
+    known = Path("/proc/cpuinfo")
+    made_by_another = known.exists() and "GenuineIntel" not in known.read_text(encoding="utf-8", errors="replace")
+    if not (torch.backends.mkl.is_available() and made_by_another and matmul.fp32_precision == "none"):
+        return "as torch chooses"
+    matmul.fp32_precision = "bf16"
+    if not keeps_float32():
+        matmul.fp32_precision = "none"
+        return "MKL"
+    return "oneDNN"
+
+
+def keeps_float32() -> bool:
+    """Whether a product of float32 matrices, as torch is set now, is as exact as float32 allows."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    return bool((left @ right - exact).abs().max() <= PRECISION * exact.abs().max())
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Where ``dtype`` is bfloat16, multiply float32 matrices that hold its values as fast as the machine can.
+
+    Such values lose nothing when a processor multiplies them in bfloat16, or a GPU in TF32; sums stay float32.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    backends: Any = torch.backends  # whose types do not say what is in it
+    cpu, cuda = backends.mkldnn.matmul, backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    try:
+        cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def parts(size: int, width: int) -> Iterator[slice]:
+    """``0 .. size`` in slices of ``width``; the last may be shorter."""
+    return (slice(start, min(start + width, size)) for start in range(0, size, width))
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; what is above it is not to be used."""
+    for part in parts(len(total), max(len(total) // 4, 128)):
+        total[part, : part.stop].addmm_(x[:, part].T, x[:, : part.stop])
+
+
+def mirror(matrix: Tensor) -> None:
+    """Make ``matrix`` symmetric: what is below the diagonal goes above it, without a second matrix."""
+    for part in parts(len(matrix), PART):
+        matrix[: part.start, part] = matrix[part, : part.start].T
+        lower = matrix[part, part].tril()
+        matrix[part, part] = lower + lower.tril(-1).T
