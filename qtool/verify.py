@@ -15,7 +15,7 @@ from qtool.checkpoint import Source
 from qtool.config import ModelConfig
 from qtool.errors import RunError
 from qtool.export import Exporter
-from qtool.export._folder import GGUF_FILE, write_folder
+from qtool.export._folder import write_folder
 from qtool.folders import check_files, read_config, resolve
 from qtool.models import (
     LoadedModel,
@@ -69,32 +69,17 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
     return {"weight_difference": worst, "logit_difference": logits}
 
 
-READABLE = ("auto-round", "compressed-tensors", "gptq")  # each quant_method is read by our format of that name
-
-
-def _format_of(folder: Path) -> str | None:
-    """Our format that reads ``folder``; ``None`` when there is none."""
-    config = read_config(folder)
-    section = config.get("quantization_config") or config.get("quantization") or {}
-    method = section.get("quant_method")
-    if method is None and {"group_size", "bits"} <= section.keys():
-        return "mlx"
-    if not section and (folder / GGUF_FILE).exists() and not any(folder.glob("*.safetensors")):
-        return "gguf"
-    return method if method in READABLE else None
-
-
 def load_exported(config: ModelConfig) -> LoadedModel | None:
     """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
     folder = resolve(config.path)
-    name = _format_of(folder)
-    if name is None:
+    exporter = next((each for each in map(formats.get, formats.names()) if each.recognises(folder)), None)
+    if exporter is None:
         return None
     # expanded weights are float32, whatever the export computes in
-    own = getattr(torch, read_config(folder)["dtype"]) if name == "gguf" else most_common(check_files(folder))
+    stored = any(folder.glob("*.safetensors"))
+    own = most_common(check_files(folder)) if stored else getattr(torch, read_config(folder)["dtype"])
     dtype = compute_dtype(config.dtype, own, choose_device(config.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    exporter = formats.get(name)
     packed = exporter.storage.packed(folder)
     with TemporaryDirectory() as temporary:
         dense = Path(temporary)

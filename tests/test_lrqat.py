@@ -10,12 +10,13 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import correlated_inputs
 from torch import Tensor, nn
 
 from qtool import checkpoint
 from qtool.config import BITS, QuantConfig, QuantSpec
 from qtool.methods import lrqat, rtn
-from qtool.methods.lrqat import Config, LowRankLinear, Phi
+from qtool.methods.lrqat import LENGTH, Config, LowRankLinear, Phi, input_directions, principal
 from qtool.models import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize, to_grid
 from qtool.training_config import RoundingConfig
@@ -196,6 +197,47 @@ def test_with_checkpoint_weights_nothing_of_a_weights_size_is_held() -> None:
     assert held[True] <= x.nbytes + 1024
     assert held[False] >= w.nbytes
     assert torch.equal(held["True gradient"], held["False gradient"])  # type: ignore[index,arg-type]
+
+
+@given(st.integers(1, 12), st.integers(0, 50))
+def test_principal_directions_carry_what_the_largest_eigenvectors_do(rank: int, seed: int) -> None:
+    x = correlated_inputs(200, 40, seed)
+    gram = x.T @ x
+    found = principal(gram, rank, generator(seed))
+    lengths = found.norm(dim=1)
+    unit = found / lengths.unsqueeze(1)
+    torch.testing.assert_close(unit @ unit.T, torch.eye(rank), atol=1e-4, rtol=0)
+    carried = (unit @ gram @ unit.T).diagonal()
+    best = torch.linalg.eigvalsh(gram.double()).flip(0)[:rank].float()
+    assert (carried > 0.9 * best).all()
+    torch.testing.assert_close((lengths / lengths[0]) ** 4, carried / carried[0], atol=1e-3, rtol=1e-2)
+    assert float(lengths.square().mean().sqrt()) == pytest.approx(LENGTH, rel=1e-4)
+    assert torch.equal(found, principal(gram, rank, generator(seed)))
+
+
+def test_inputs_that_are_never_active_have_directions_too() -> None:
+    assert bool(torch.isfinite(principal(torch.zeros(16, 16), 4, generator())).all())
+
+
+def test_factors_start_where_the_inputs_of_the_float_model_are_large(llama: LoadedModel, tokens: Tensor) -> None:
+    before = {name: value.clone() for name, value in llama.model.state_dict().items()}
+    targets = llama.targets(QuantConfig(num_bits=3, group_size=16))
+    found = input_directions(llama, tokens, targets, 4, generator())
+    assert found.keys() == {target.name for target in targets}
+    assert all(torch.equal(value, before[name]) for name, value in llama.model.state_dict().items())
+    read: dict[str, Tensor] = {}
+    hooks = [
+        t.linear.register_forward_pre_hook(lambda _, args, name=t.name: read.update({name: args[0].flatten(0, -2)}))
+        for t in targets
+    ]
+    with torch.no_grad():
+        llama.model(tokens.to(llama.device))
+    for hook in hooks:
+        hook.remove()
+    for name, x in read.items():
+        onto = torch.nn.functional.normalize(found[name]).double() @ x.double().T
+        best = torch.linalg.eigvalsh(x.double().T @ x.double())[-4:].sum()
+        assert float(onto.square().sum()) > 0.98 * float(best), name
 
 
 def test_only_factors_and_scales_train_and_all_of_them_move(llama: LoadedModel, tokens: Tensor) -> None:

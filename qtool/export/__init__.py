@@ -29,6 +29,8 @@ class Exporter(NamedTuple):
     """Float32 weight ``[out, in]`` of a linear in a written folder, by code that shares nothing with ``write``."""
     storage: Storage = SAFETENSORS
     """How the other tensors of a written folder are read."""
+    recognises: Callable[[Path], bool] = lambda folder: False
+    """Whether a folder, ours or another tool's, is one of those that ``read`` reads."""
 
 
 def refusal(name: str, source: Source, config: ExportConfig) -> str | None:

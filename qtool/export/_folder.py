@@ -33,6 +33,12 @@ class Storage(NamedTuple):
     """What the model is made from: ``config.json``, and whatever else says so."""
 
 
+def quantization_section(folder: Path) -> dict[str, Any]:
+    """What the ``config.json`` of a folder says about how its weights are quantized."""
+    section: dict[str, Any] = read_config(folder).get("quantization_config") or {}
+    return section
+
+
 def write_folder(
     folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
 ) -> None:

@@ -25,6 +25,7 @@ from qtool.export._folder import (
     float_linears,
     float_tensors,
     float_zeros,
+    quantization_section,
     read_tensor,
     shared_block_prefix,
     stored_dtype,
@@ -97,4 +98,10 @@ def read(folder: Path, name: str) -> Tensor:
     return unpacked(parts, bits, OFFSETS[kind])
 
 
-EXPORTER = Exporter("auto-round: GPTQ's layout with mixed bits, for transformers", refuses, write, read)
+EXPORTER = Exporter(
+    "auto-round: GPTQ's layout with mixed bits, for transformers",
+    refuses,
+    write,
+    read,
+    recognises=lambda folder: quantization_section(folder).get("quant_method") == "auto-round",
+)

@@ -21,6 +21,7 @@ from qtool.export._folder import (
     float_tensors,
     float_zeros,
     inexact,
+    quantization_section,
     read_tensor,
     stored_dtype,
     unfit,
@@ -147,4 +148,10 @@ def read(folder: Path, name: str) -> Tensor:
     return (codes - zeros.repeat_interleave(repeat, 1)) * scale.repeat_interleave(repeat, 1)
 
 
-EXPORTER = Exporter("compressed-tensors pack-quantized, for vLLM and transformers", refuses, write, read)
+EXPORTER = Exporter(
+    "compressed-tensors pack-quantized, for vLLM and transformers",
+    refuses,
+    write,
+    read,
+    recognises=lambda folder: quantization_section(folder).get("quant_method") == "compressed-tensors",
+)

@@ -310,10 +310,16 @@ def described(folder: Path) -> dict[str, Any]:
     return read_config(folder) | found
 
 
+def recognises(folder: Path) -> bool:
+    """Whether all that a folder has of weights is our file."""
+    return (folder / FILE).exists() and not any(folder.glob("*.safetensors"))
+
+
 EXPORTER = Exporter(
     "GGUF, for llama.cpp",
     refuses,
     write,
     lambda folder, name: tensor(folder, f"{name}.weight"),
     Storage(names, tensor, packed_linears, described),
+    recognises,
 )

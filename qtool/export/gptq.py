@@ -25,6 +25,7 @@ from qtool.export._folder import (
     float_tensors,
     float_zeros,
     inexact,
+    quantization_section,
     read_tensor,
     shared_block_prefix,
     stored_dtype,
@@ -163,4 +164,10 @@ def unpacked(parts: dict[str, Tensor], bits: int, offset: int, groups: Tensor | 
     return ((codes - zeros[groups]) * scales[groups]).T
 
 
-EXPORTER = Exporter("GPTQ: version 1 when symmetric, version 2 when not", refuses, write, read)
+EXPORTER = Exporter(
+    "GPTQ: version 1 when symmetric, version 2 when not",
+    refuses,
+    write,
+    read,
+    recognises=lambda folder: quantization_section(folder).get("quant_method") == "gptq",
+)

@@ -27,6 +27,7 @@ from qtool.export._folder import (
     float_linears,
     float_tensors,
     float_zeros,
+    quantization_section,
     read_tensor,
     stored_dtype,
     unfit,
@@ -147,4 +148,10 @@ def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
     return codes * scales.repeat_interleave(repeat, 1) + biases.repeat_interleave(repeat, 1)
 
 
-EXPORTER = Exporter("MLX affine, for Apple machines", refuses, write, read)
+def recognises(folder: Path) -> bool:
+    """Whether a folder says what MLX's own models say."""
+    section = quantization_section(folder) or read_config(folder).get("quantization") or {}
+    return "quant_method" not in section and {"group_size", "bits"} <= section.keys()
+
+
+EXPORTER = Exporter("MLX affine, for Apple machines", refuses, write, read, recognises=recognises)

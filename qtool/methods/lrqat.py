@@ -12,9 +12,12 @@ beside it, and the integers are those of the last forward, bit for bit. With ``c
 of a weight lives from the forward to the backward.
 
 Where we differ: Phi counts from the grid's middle, so that asymmetric grids fit the same byte, which the released code
-cannot run at 2 bits; ``factors: svd`` fits what Phi lost in grid units, which is exact for every kind of group; and the
-rates follow the budget: an entry of A or B whose gradient never changes its sign moves by ``travel`` in the whole
-training, the ends of a range by ``scale_travel`` quantization steps. ``lr`` and ``scale_lr`` take the paper's rates.
+cannot run at 2 bits; ``factors: svd`` fits what Phi lost in grid units, which is exact for every kind of group;
+``factors: inputs``, the default, lets B start along the directions in which the linear's inputs are largest, where a
+change of the weight does most, instead of at random (the first steps move A alone, by ``G B^T``, so B says what they
+can do); and the rates follow the budget: an entry of A or B whose gradient never changes its sign moves by ``travel``
+in the whole training, the ends of a range by ``scale_travel`` quantization steps. ``lr`` and ``scale_lr`` take the
+paper's rates.
 """
 
 import math
@@ -29,6 +32,7 @@ from qtool.config import QuantConfig, QuantSpec
 from qtool.methods import Method
 from qtool.methods._trained import EndToEnd, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
+from qtool.products import add_gram, exact_products, mirror
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import QuantLinear
@@ -36,7 +40,12 @@ from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
 from qtool.train import Group
 from qtool.training_config import OptimConfig
+from qtool.walk import group_inputs, walk
 
+OBSERVED = 2**14  # tokens that say where inputs are large
+SPARE, ROUNDS = 8, 4  # of subspace iteration: directions more than are asked for, and products
+LENGTH = 4.6  # of the rows of B along the inputs
+LEAST = 1e-8  # of what the first direction carries: a row of zeros could not learn while A has none but zeros
 Form = Literal["fixed", "codes", "bfloat16", "float32"]
 
 
@@ -51,8 +60,10 @@ class Config(EndToEnd):
         description="How the frozen weight is held: one byte with 8 - num_bits bits behind the point, rounded codes, "
         "or a float.",
     )
-    factors: Literal["zero", "svd"] = Field(
-        "zero", description="Start of A and B: A zero and B random, or the best fit of what phi lost."
+    factors: Literal["inputs", "zero", "svd"] = Field(
+        "inputs",
+        description="Start of A and B: A zero and B along the main directions of the inputs, A zero and B random, or "
+        "the best fit of what phi lost.",
     )
     svd_steps: int = Field(1, ge=1, description="Rounds of splitting a weight into phi and factors, for svd.")
     range: Literal["minmax", "search"] = Field(
@@ -112,9 +123,15 @@ class LowRankLinear(QuantLinear):
     """A linear whose frozen weight has a low-rank term added inside the rounding; A, B and the scales train."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, config: Config, generator: torch.Generator
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        config: Config,
+        generator: torch.Generator,
+        directions: Tensor | None = None,
     ) -> None:
-        """Put ``weight`` ``[out, in]`` on its grid; ``generator`` fixes B."""
+        """Put ``weight`` ``[out, in]`` on its grid; B is ``directions`` ``[r, in]``, or random from ``generator``."""
         super().__init__(weight, bias, spec, config.rounding)
         if config.range == "search":
             self.scale.data, self.zero_point.data = search_qparams(weight, spec, config.norm)
@@ -124,8 +141,9 @@ class LowRankLinear(QuantLinear):
         rows, columns = weight.shape
         rank = min(config.rank, rows, columns)
         self.a = nn.Parameter(weight.new_zeros(rows, rank, dtype=torch.float32))
-        b = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
-        self.b = nn.Parameter(b.to(weight.device))
+        if directions is None:
+            directions = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
+        self.b = nn.Parameter(directions[:rank].to(weight.device, torch.float32, copy=True))
         self._split(affine.to_grid(weight, self.scale, self.zero_point, spec).detach().flatten(1))
 
     @torch.no_grad()
@@ -171,6 +189,41 @@ class LowRankLinear(QuantLinear):
         return super().forward(x)
 
 
+def principal(gram: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """The main directions ``[rank, in]`` of a sum of ``x^T x`` ``[in, in]``, the largest first, by subspace iteration.
+
+    They are orthogonal. Their lengths grow with the fourth root of what each carries; the mean square is ``LENGTH**2``.
+    """
+    width = min(rank + SPARE, len(gram))
+    basis = torch.randn(len(gram), width, generator=generator).to(gram.device)
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(gram @ basis).Q
+    carried, vectors = torch.linalg.eigh(basis.T @ gram @ basis)
+    least = carried.max() * LEAST + torch.finfo(torch.float32).tiny
+    lengths = carried.flip(0)[:rank].clamp(min=least) ** 0.25
+    lengths *= LENGTH / lengths.square().mean().sqrt()
+    directions: Tensor = (basis @ vectors).T.flip(0)[:rank] * lengths.unsqueeze(1)
+    return directions
+
+
+@torch.no_grad()
+def input_directions(
+    loaded: LoadedModel, tokens: Tensor, targets: list[Target], rank: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """For each linear the main directions ``[rank, in]`` of what it reads in the float model, of the first tokens."""
+    found: dict[str, Tensor] = {}
+    for task in walk(loaded, tokens[: max(1, OBSERVED // tokens.shape[1])], targets):
+        for group, inputs in group_inputs(task):
+            size = group[0].weight_shape[1]
+            gram = torch.zeros(size, size, device=inputs[0].device)
+            for batch in inputs:
+                with exact_products(batch.dtype):
+                    add_gram(gram, batch.float())
+            mirror(gram)
+            found |= dict.fromkeys([target.name for target in group], principal(gram, rank, generator))
+    return found
+
+
 def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[Group]:
     """What trains of a layer; ``total`` is the sum of the schedule's factors."""
     scale = float(layer.scale.detach().mean())
@@ -188,9 +241,13 @@ def run(
     ``seed`` fixes B and the order of windows.
     """
     generator = torch.Generator().manual_seed(seed)
+    directions: dict[str, Tensor] = {}
+    if config.factors == "inputs":
+        directions = input_directions(loaded, tokens, loaded.targets(quant), config.rank, generator)
 
     def make(target: Target, config: Config) -> LowRankLinear:
-        return LowRankLinear(target.weight, linear_bias(target.linear), target.spec, config, generator)
+        bias = linear_bias(target.linear)
+        return LowRankLinear(target.weight, bias, target.spec, config, generator, directions.get(target.name))
 
     return train_linears(loaded, tokens, quant, config, seed, make, groups_of, labels)
 
