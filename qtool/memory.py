@@ -7,7 +7,6 @@ block by block. On systems without these calls nothing is dropped; the system th
 
 import ctypes
 import sys
-import time
 from bisect import bisect_right
 from collections.abc import Iterable
 from mmap import PAGESIZE
@@ -15,9 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-REST = 0.5  # seconds
+ENOUGH = 3 * 2**28  # bytes, of which Python and torch take half
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # of Linux's madvise
-_returned_at = 0.0
 
 
 class Pages:
@@ -55,14 +53,12 @@ class Pages:
 def return_freed() -> None:
     """Give the system what has been freed: glibc keeps the holes between tensors, a fifth of the peak.
 
-    What is returned has to be fetched again. Small models would spend a tenth of their time on that and save nothing,
-    so calls that follow within ``REST`` seconds of one that did something do nothing.
+    What is returned has to be fetched again, which costs a small model a tenth of its time: where the process holds
+    less than ``ENOUGH``, nothing is done.
     """
-    global _returned_at
     trim = getattr(_libc, "malloc_trim", None)  # musl has none
-    if trim is not None and time.monotonic() - _returned_at > REST:
+    if trim is not None and int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE > ENOUGH:
         trim(0)
-        _returned_at = time.monotonic()
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None

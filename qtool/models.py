@@ -303,7 +303,6 @@ def load_model(
         InputError: missing, damaged, pickled, incomplete, already quantized, with values that are not finite, or
             needing code from the checkpoint.
     """
-    products.choose_library()
     device = choose_device(config.device)
     folder = resolve(config.path)
     raw = read_config(folder)
@@ -323,6 +322,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
+        if dtype == torch.float32:
+            products.choose_library()
         model, info = _from_files(folder, storage if finished else dtype)
     except InputError:
         raise

@@ -21,7 +21,11 @@ SIZE, PRECISION = 256, 2e-6  # of the matrices that are tried; of their product,
 
 @cache
 def choose_library() -> str:
-    """Choose for the whole process, once; returns the library's name. Settings that someone has changed are kept."""
+    """Choose for the whole process, once; returns the library's name. Settings that someone has changed are kept.
+
+    For models that compute in float32: oneDNN keeps the code of each shape of product that it made, which took 100 MB
+    in GPTQ's loops, and where only those are in float32 it gains nothing.
+    """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a module takes its place
     known = Path("/proc/cpuinfo")
     made_by_another = known.exists() and "GenuineIntel" not in known.read_text(encoding="utf-8", errors="replace")
