@@ -24,7 +24,7 @@ class BudgetConfig(Section):
         None, ge=1, description="Bytes of the weight files, e.g. 2.1GB, with all that stays in floating point."
     )
     estimator: Estimator = Field(
-        "block",
+        "loss",
         description="What a width costs: variance (2**-2b by weight variance and input energy), hessian (squared error "
         "by input energy), block (error of the block's output), fisher (squared error by squared gradient), loss "
         "(divergence from the float model), delta-loss (gradient times error). The first three need no whole model.",

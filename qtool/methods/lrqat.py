@@ -247,7 +247,7 @@ def run(
 
     def make(target: Target, config: Config) -> LowRankLinear:
         bias = linear_bias(target.linear)
-        return LowRankLinear(target.weight, bias, target.spec, config, generator, directions.get(target.name))
+        return LowRankLinear(target.weight, bias, target.spec, config, generator, directions.pop(target.name, None))
 
     return train_linears(loaded, tokens, quant, config, seed, make, groups_of, labels)
 
