@@ -1,0 +1,59 @@
+"""Runs that are stopped: their recipes, and how one ends early."""
+
+import yaml
+
+from qtool import methods, recipe, run, state
+from qtool.checkpoint import file_hashes
+
+QUANT = {"num_bits": 4, "group_size": 32}
+METHODS = {
+    "rtn": {"name": "rtn"},
+    "gptq": {"name": "gptq"},
+    "gptaq": {"name": "gptq", "gptaq": 0.25},
+    "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
+    "signround": {"name": "signround", "iterations": 8},
+    "hqq": {"name": "hqq"},
+    "lsq": {"name": "lsq", "steps": 4, "save_every": 1, "validation_samples": 2, "validate_every": 2},
+    "efficientqat": {"name": "efficientqat", "min_steps": 4, "epochs": 0.1, "e2e": {"steps": 3, "save_every": 1}},
+}
+
+
+def make(folder, output, method="gptq", **changes):
+    """The recipe of a run."""
+    raw = {
+        "model": {"path": str(folder / "float")},
+        "method": METHODS[method],
+        "quant": QUANT,
+        "data": {"source": str(folder / "text.txt"), "num_samples": 8, "seq_len": 32},
+        "output": {"path": str(output)},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        raw[section] = raw[section] | {name: value}
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return recipe.load(str(file))
+
+
+def quantize(checked, **options):
+    return run.quantize(checked, methods.get(checked.method.name).command, **options)
+
+
+def hashes(output):
+    return file_hashes(output, "*.safetensors")
+
+
+class Killed(Exception):
+    """Raised instead of a signal where the process is to live."""
+
+
+def stop_after(monkeypatch, blocks):
+    """Let the run fail when it has kept so many blocks."""
+    write = state.RunState.write
+
+    def limited(self, index, tensors, figures):
+        write(self, index, tensors, figures)
+        if index + 1 == blocks:
+            raise Killed
+
+    monkeypatch.setattr(state.RunState, "write", limited)
