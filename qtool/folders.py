@@ -18,10 +18,10 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def resolve(path: str, *, fetch: bool = True) -> Path:
+def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
     """The local folder of a model; one that is named as on the hub is fetched into the hub's cache.
 
-    Without ``fetch`` it must be there already.
+    Without ``fetch`` it must be there already. ``key`` is what named it.
 
     Raises:
         InputError: there is no such built-in, folder or model, or the hub cannot be reached.
@@ -36,14 +36,14 @@ def resolve(path: str, *, fetch: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"model.path: {path} is a file; a folder with config.json and safetensors is needed")
+        raise InputError(f"{key}: {path} is a file; a folder with config.json and safetensors is needed")
     if path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
-        raise InputError(f"model.path: there is no folder {path}")
+        raise InputError(f"{key}: there is no folder {path}")
     try:
         return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=not fetch))
     except Exception as error:  # the hub's client raises many kinds: no such model, no permission, no network
         raise InputError(
-            f"model.path: there is no folder {path}, and it cannot be had from the hub either: {first_line(error)}"
+            f"{key}: there is no folder {path}, and it cannot be had from the hub either: {first_line(error)}"
         ) from error
 
 

@@ -59,7 +59,7 @@ def evaluate(
     transformers.logging.disable_progress_bar()
     clock = Clock()
     evaluation.check_tasks(config)
-    folder = resolve(target)
+    folder = resolve(target, key="TARGET")
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from qtool.report import Report
 from qtool.results import Exported, compare
 from qtool.sensitivity import Unit
 from qtool.state import PLAN, RunState, run_state, write_durably
-from qtool.training_config import EndToEndConfig
+from qtool.training_config import EndToEndConfig, TrainedConfig
 from qtool.verify import verify
 
 LOCKED_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.model", "vocab*", "merges*")
@@ -250,6 +250,8 @@ def check_early(recipe: Recipe) -> None:
     """
     if ranks.count() > 1 and not methods.get(recipe.method.name).end_to_end(recipe.method):
         raise InputError(f"method {recipe.method.name} runs in one process, and there are {ranks.count()}")
+    if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
+        Source(resolve(recipe.method.init_from, key="method.init_from"))
     for section in (recipe.method, *dict(recipe.method).values()):
         if isinstance(section, EndToEndConfig):
             sharding.check(section)

@@ -52,20 +52,22 @@ class Start:
         Raises:
             InputError: they differ, or it is no checkpoint of ours.
         """
-        self.source = Source(resolve(folder))
+        self.source = Source(resolve(folder, key="method.init_from"))
         asked, found = {target.name: target for target in targets}, self.source.specs
         if asked.keys() != found.keys():
             odd = min(asked.keys() ^ found.keys())
             where = "only the recipe quantizes" if odd in asked else "the recipe leaves in floating point"
-            raise InputError(f"init_from: {folder} does not fit: {odd} is a linear that {where}")
+            raise InputError(f"method.init_from: {folder} does not fit: {odd} is a linear that {where}")
         for name, target in asked.items():
             if found[name].weights_only != target.spec.weights_only:
                 raise InputError(
-                    f"init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
+                    f"method.init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
                     f"{target.spec.label()}, and all keys of quant must agree"
                 )
             if (shape := tuple(self.source.tensor(f"{name}.weight_shape").tolist())) != target.weight_shape:
-                raise InputError(f"init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}")
+                raise InputError(
+                    f"method.init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}"
+                )
 
     def take_floats(self, loaded: LoadedModel, within: str = "") -> None:
         """Give ``loaded`` all that is not quantized, norms and biases; below the module ``within`` only.

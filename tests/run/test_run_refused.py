@@ -259,6 +259,20 @@ def test_a_method_under_another_command_is_sent_to_its_own(
     assert message == "error: method gptq runs as: qtool ptq, not qtool qat"
 
 
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [("./nowhere", r"method\.init_from: there is no folder"), ("{models}/llama", "is a float model")],
+)
+def test_a_start_that_is_no_checkpoint_is_refused_before_the_model_is_read(
+    qtool_: Callable[..., Result], recipe: Callable[..., str], models: Path, start: str, words: str
+) -> None:
+    method = {"name": "lsq", "init_from": start.format(models=models)}
+    result = qtool_("qat", recipe(method=method))
+    assert re.search(words, refused(result)), result.err
+    assert "loading" not in result.err
+    assert left() == []
+
+
 @pytest.mark.usefixtures("no_work")
 def test_one_fault_in_every_block_does_not_hide_another(
     qtool_: Callable[..., Result], recipe: Callable[..., str], models: Path
@@ -344,7 +358,7 @@ def test_computing_in_half_precision_changes_nothing_that_stays_float(
         (("export", "nowhere", "-f", "gptq", "-o", "x"), "nowhere is not a folder; give one that qtool ptq wrote"),
         (("export", "model", "-f", "gptq", "-o", "x"), "model is a float model; a qtool checkpoint is needed"),
         (("export", "model", "-f", "gptqq", "-o", "x"), "no such export format; the nearest is gptq"),
-        (("eval", "./nowhere"), "there is no folder ./nowhere"),
+        (("eval", "./nowhere"), "TARGET: there is no folder ./nowhere"),
         (("eval", "model", "--tasks", "generatedd"), "generatedd"),
         (("eval", "model", "--tasks", "generated", "--float-model", "./nowhere"), "there is no folder ./nowhere"),
         (("eval", "model", "--tasks", "generated", "--batch-size", "0"), "batch_size"),
