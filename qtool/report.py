@@ -317,6 +317,7 @@ def number(value: float | None, stderr: float | None, plus_minus: str = "±", si
     if not math.isfinite(value):
         return str(value)
     if stderr is None or not math.isfinite(stderr):
-        return f"{value:{sign}.4g}" if abs(value) < 1e4 else f"{value:{sign}.3e}"
+        digits = ".4g" if abs(value) < 1e4 else ",.0f" if abs(value) < 1e6 else ".3e"
+        return f"{value:{sign}{digits}}"
     decimals = 4 if stderr == 0 else min(6, max(2, 1 - math.floor(math.log10(stderr))))
     return f"{value:{sign}.{decimals}f} {plus_minus} {stderr:.{decimals}f}"

@@ -311,7 +311,7 @@ def _speeds(bench: BenchReport | None) -> list[str]:
     cells = []
     for measure in (decode(1), PREFILL):
         found = bench.variant(FAST).speeds[measure].tokens_per_second
-        cells.append(f"{found:.4g} ({bench.ratio(FAST, measure):.2f} x)")
+        cells.append(f"{number(found, None)} ({bench.ratio(FAST, measure):.2f} x)")
     joules = _joules(bench)
     return [*cells, "not measured" if joules is None else f"{joules:.3g}"]
 

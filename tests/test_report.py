@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from qtool.report import Report
+from qtool.report import Report, number
 from qtool.results import Metric, TaskResult, task_result
 
 
@@ -127,6 +127,22 @@ def test_the_table_fits_80_columns_and_is_complete(report):
 
 def test_the_table_is_readable_on_a_terminal_without_unicode(report):
     assert "34.07 +- 0.41" in rendered(report, encoding="ascii")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456, "0.1235"),
+        (9999.4, "9999"),
+        (25180.3, "25,180"),
+        (-31234.6, "-31,235"),
+        (1e6, "1.000e+06"),
+        (math.inf, "inf"),
+        (None, ""),
+    ],
+)
+def test_a_number_without_an_error_has_four_digits_and_no_exponent_where_it_can_be_read(value, shown):
+    assert number(value, None) == shown
 
 
 def test_a_float_model_alone_has_one_column_of_values():
