@@ -10,7 +10,7 @@ import torch
 import yaml
 from plans import budgeted, planned
 from pydantic import ValidationError
-from test_state import Killed, hashes, killed_at_rename, quantize, stop_after
+from states import Killed, hashes, killed_at_rename, quantize, stop_after
 
 from qtool import allocate, cli, recipe, run
 from qtool.allocate import Plan, units_of

@@ -5,56 +5,11 @@ import random
 import signal
 import sys
 import time
-import traceback
-from pathlib import Path
 
 import pytest
-from states import METHODS, hashes, make, quantize
+from states import METHODS, hashes, in_child, killed_at_rename, make, quantize, wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-
-
-def in_child(work):
-    """Run ``work`` in a forked child; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    shown = sys.stderr
-    try:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that load are not safe in a fork of a threaded process
-        work()
-    except BaseException:
-        traceback.print_exc(file=shown)  # pytest shows it when the test fails
-        shown.flush()
-        os._exit(1)
-    os._exit(0)
-
-
-def wait(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed_at_rename(checked, number, after):
-    """Run, and die by SIGKILL at the given rename (a file or folder gets its name), before or after it."""
-    rename = Path.rename
-    count = 0
-
-    def deadly(path, target):
-        nonlocal count
-        if count == number and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = rename(path, target)
-        if count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        return result
-
-    def work():
-        Path.rename = deadly
-        quantize(checked)
-
-    return wait(in_child(work))
 
 
 @pytest.mark.parametrize("method", ["gptq", "lsq", "efficientqat"])
