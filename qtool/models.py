@@ -322,8 +322,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
-        if dtype == torch.float32:
-            products.choose_library()
+        products.choose_library(dtype)
         model, info = _from_files(folder, storage if finished else dtype)
     except InputError:
         raise

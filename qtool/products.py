@@ -7,7 +7,7 @@ all it changes is the library.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,32 @@ from torch import Tensor
 
 PART = 256  # columns of a matrix that is worked on in its place
 SIZE, PRECISION = 256, 2e-6  # of the matrices that are tried; of their product, as a share of its largest number
+_left = "none"  # the setting that choose_library left
+
+
+def choose_library(dtype: torch.dtype) -> None:
+    """Choose for the process what suits a model that computes in ``dtype``. A setting of someone else stays.
+
+    oneDNN is for float32 only: it keeps the code of each shape of product that it made, which took 100 MB in GPTQ's
+    loops, and where nothing but these is in float32 it gains nothing.
+    """
+    global _left
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a module takes its place
+    if matmul.fp32_precision == _left:
+        _left = "bf16" if dtype == torch.float32 and onednn_serves() else "none"
+        matmul.fp32_precision = _left
 
 
 @cache
-def choose_library() -> str:
-    """Choose for the whole process, once; returns the library's name. Settings that someone has changed are kept.
-
-    For models that compute in float32: oneDNN keeps the code of each shape of product that it made, which took 100 MB
-    in GPTQ's loops, and where only those are in float32 it gains nothing.
-    """
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a module takes its place
+def onednn_serves() -> bool:
+    """Whether MKL is likely to be slow on this processor, and oneDNN exact."""
     known = Path("/proc/cpuinfo")
-    made_by_another = known.exists() and "GenuineIntel" not in known.read_text(encoding="utf-8", errors="replace")
-    if not (torch.backends.mkl.is_available() and made_by_another and matmul.fp32_precision == "none"):
-        return "as torch chooses"
-    matmul.fp32_precision = "bf16"
-    if not keeps_float32():
-        matmul.fp32_precision = "none"
-        return "MKL"
-    return "oneDNN"
+    if not torch.backends.mkl.is_available() or not known.exists():
+        return False
+    if "GenuineIntel" in known.read_text(encoding="utf-8", errors="replace"):
+        return False
+    with permitted("bf16"):
+        return keeps_float32()
 
 
 def keeps_float32() -> bool:
@@ -52,17 +59,20 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
     Such values lose nothing when a processor multiplies them in bfloat16, or a GPU in TF32; sums stay float32.
     """
-    if dtype != torch.bfloat16:
+    with permitted("bf16", "tf32") if dtype == torch.bfloat16 else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def permitted(cpu: str, cuda: str | None = None) -> Iterator[None]:
+    """The precisions that products of float32 matrices may have inside, for as long as the context lasts."""
     backends: Any = torch.backends  # whose types do not say what is in it
-    cpu, cuda = backends.mkldnn.matmul, backends.cuda.matmul
-    before = cpu.fp32_precision, cuda.fp32_precision
+    before = backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
     try:
-        cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
+        backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = cpu, cuda or before[1]
         yield
     finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
+        backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = before
 
 
 def parts(size: int, width: int) -> Iterator[slice]:

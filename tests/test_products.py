@@ -13,35 +13,36 @@ from qtool import products
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def untouched() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process as it was before anything was chosen, and afterwards as this test found it."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
-    products.choose_library.cache_clear()
+    monkeypatch.setattr(products, "_left", "none")
+    products.onednn_serves.cache_clear()
     yield
-    products.choose_library.cache_clear()
+    products.onednn_serves.cache_clear()
     MATMUL.fp32_precision = before
 
 
-@pytest.mark.usefixtures("untouched")
-def test_whatever_is_chosen_keeps_float32() -> None:
-    name = products.choose_library()
+def test_whatever_is_chosen_keeps_float32_and_goes_with_the_model() -> None:
+    products.choose_library(torch.float32)
     assert products.keeps_float32()
-    assert (name == "oneDNN") == (MATMUL.fp32_precision == "bf16")
-
-
-@pytest.mark.usefixtures("untouched")
-def test_where_the_permission_costs_precision_it_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "keeps_float32", lambda: False)
-    assert products.choose_library() != "oneDNN"
+    assert (MATMUL.fp32_precision == "bf16") == products.onednn_serves()
+    products.choose_library(torch.bfloat16)
     assert MATMUL.fp32_precision == "none"
 
 
-@pytest.mark.usefixtures("untouched")
-def test_a_setting_of_someone_else_stays() -> None:
+def test_where_the_permission_costs_precision_it_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "keeps_float32", lambda: False)
+    products.choose_library(torch.float32)
+    assert MATMUL.fp32_precision == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_setting_of_someone_else_stays(dtype: torch.dtype) -> None:
     MATMUL.fp32_precision = "ieee"
-    assert products.choose_library() == "as torch chooses"
+    products.choose_library(dtype)
     assert MATMUL.fp32_precision == "ieee"
 
 
