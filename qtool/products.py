@@ -7,7 +7,7 @@ all it changes is the library.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,12 @@ def keeps_float32() -> bool:
     return bool((left @ right - exact).abs().max() <= PRECISION * exact.abs().max())
 
 
-@contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> AbstractContextManager[None]:
     """Where ``dtype`` is bfloat16, multiply float32 matrices that hold its values as fast as the machine can.
 
     Such values lose nothing when a processor multiplies them in bfloat16, or a GPU in TF32; sums stay float32.
     """
-    with permitted("bf16", "tf32") if dtype == torch.bfloat16 else nullcontext():
-        yield
+    return permitted("bf16", "tf32") if dtype == torch.bfloat16 else nullcontext()
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Each command reads and checks what it was given, calls one function, and prints what came out."""
 
-import gc
 import json
 import os
 import subprocess
@@ -398,24 +397,3 @@ def test_memory_is_limited_by_the_control_group(monkeypatch: pytest.MonkeyPatch,
     whole = doctor._memory_bytes()
     limit.write_text("1000000")
     assert doctor._memory_bytes() == 1_000_000 < whole
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
-    ids=["nothing", "its own key", "a policy"],
-)
-def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str | None
-) -> None:
-    from qtool import __main__
-
-    seen: list[object] = []
-    thresholds = gc.get_threshold()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "environ", dict(given))
-        patch.setattr(cli, "main", lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0)
-        patch.setattr(os, "_exit", seen.append)
-        __main__.main()
-    gc.set_threshold(*thresholds)
-    assert seen == [found, 0]

@@ -7,8 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import correlated_inputs
 
 from qtool import products
+from qtool.blocks import Stage
+from qtool.methods import gptq
+from qtool.methods.gptq import collect
 
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -72,3 +76,14 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
     expected = x.double().T @ x.double()
     assert (total - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(total, total.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_statistics_are_products_of_what_the_inputs_are_and_settings_stay(dtype: torch.dtype) -> None:
+    """However a machine multiplies: 2/n sum x x^T to the precision of float32 sums, of bfloat16 inputs and others."""
+    x = correlated_inputs(2048, 256, seed=3).to(dtype)
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    hessian = collect(Stage([], [x], None), gptq.Config()).hessian
+    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    expected = x.double().T @ x.double() * (2 / 2048)
+    assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -39,6 +39,11 @@ def quantization_section(folder: Path) -> dict[str, Any]:
     return section
 
 
+def names_method(method: str, folder: Path) -> bool:
+    """Whether the quantization config of a folder is of this ``quant_method``."""
+    return quantization_section(folder).get("quant_method") == method
+
+
 def write_folder(
     folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
 ) -> None:

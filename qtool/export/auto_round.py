@@ -11,6 +11,7 @@ of 0 would carry into its neighbour). So as soon as one linear is asymmetric the
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qtool.export._folder import (
     float_linears,
     float_tensors,
     float_zeros,
-    quantization_section,
+    names_method,
     read_tensor,
     shared_block_prefix,
     stored_dtype,
@@ -103,5 +104,5 @@ EXPORTER = Exporter(
     refuses,
     write,
     read,
-    recognises=lambda folder: quantization_section(folder).get("quant_method") == "auto-round",
+    recognises=partial(names_method, "auto-round"),
 )

@@ -6,6 +6,7 @@ reader may meet are returned as notes. The scale is written in the dtype it was 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qtool.export._folder import (
     float_tensors,
     float_zeros,
     inexact,
-    quantization_section,
+    names_method,
     read_tensor,
     stored_dtype,
     unfit,
@@ -153,5 +154,5 @@ EXPORTER = Exporter(
     refuses,
     write,
     read,
-    recognises=lambda folder: quantization_section(folder).get("quant_method") == "compressed-tensors",
+    recognises=partial(names_method, "compressed-tensors"),
 )

@@ -34,6 +34,7 @@ from qtool.export._folder import (
     float_tensors,
     float_zeros,
     inexact,
+    quantization_section,
     skeleton,
     stored_dtype,
     unfit,
@@ -312,7 +313,8 @@ def described(folder: Path) -> dict[str, Any]:
 
 def recognises(folder: Path) -> bool:
     """Whether all that a folder has of weights is our file."""
-    return (folder / FILE).exists() and not any(folder.glob("*.safetensors"))
+    quantized = quantization_section(folder) or read_config(folder).get("quantization")
+    return not quantized and (folder / FILE).exists() and not any(folder.glob("*.safetensors"))
 
 
 EXPORTER = Exporter(

@@ -8,6 +8,7 @@ neighbour. So symmetric checkpoints are written as version 1, which most softwar
 version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qtool.export._folder import (
     float_tensors,
     float_zeros,
     inexact,
-    quantization_section,
+    names_method,
     read_tensor,
     shared_block_prefix,
     stored_dtype,
@@ -169,5 +170,5 @@ EXPORTER = Exporter(
     refuses,
     write,
     read,
-    recognises=lambda folder: quantization_section(folder).get("quant_method") == "gptq",
+    recognises=partial(names_method, "gptq"),
 )

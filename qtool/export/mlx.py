@@ -151,7 +151,7 @@ def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
 def recognises(folder: Path) -> bool:
     """Whether a folder says what MLX's own models say."""
     section = quantization_section(folder) or read_config(folder).get("quantization") or {}
-    return "quant_method" not in section and {"group_size", "bits"} <= section.keys()
+    return section.get("quant_method") is None and {"group_size", "bits"} <= section.keys()
 
 
 EXPORTER = Exporter("MLX affine, for Apple machines", refuses, write, read, recognises=recognises)

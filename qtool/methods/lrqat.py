@@ -28,11 +28,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qtool.blocks import Stage
 from qtool.config import QuantConfig, QuantSpec
-from qtool.methods import Method
+from qtool.methods import Method, gptq
 from qtool.methods._trained import EndToEnd, train_linears
 from qtool.models import LoadedModel, Target, linear_bias
-from qtool.products import add_gram, exact_products, mirror
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.linear import QuantLinear
@@ -214,12 +214,7 @@ def input_directions(
     found: dict[str, Tensor] = {}
     for task in walk(loaded, tokens[: max(1, OBSERVED // tokens.shape[1])], targets):
         for group, inputs in group_inputs(task):
-            size = group[0].weight_shape[1]
-            gram = torch.zeros(size, size, device=inputs[0].device)
-            for batch in inputs:
-                with exact_products(batch.dtype):
-                    add_gram(gram, batch.float())
-            mirror(gram)
+            gram = gptq.collect(Stage(group, inputs, None), gptq.Config()).hessian
             found |= dict.fromkeys([target.name for target in group], principal(gram, rank, generator))
     return found
 

@@ -1,0 +1,27 @@
+"""How the process is set up before the command line is read."""
+
+import gc
+import os
+
+import pytest
+
+from qtool import __main__, cli
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["nothing", "its own key", "a policy"],
+)
+def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str | None
+) -> None:
+    seen: list[object] = []
+    thresholds = gc.get_threshold()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(given))
+        patch.setattr(cli, "main", lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0)
+        patch.setattr(os, "_exit", seen.append)
+        __main__.main()
+    gc.set_threshold(*thresholds)
+    assert seen == [found, 0]
