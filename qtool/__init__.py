@@ -11,14 +11,14 @@ import wrapt
 if TYPE_CHECKING:
     from torch import nn
 
-    from qtool.backend import Backends
+    from qtool.models.backend import Backends
 
 __version__ = "0.1.0"
 
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _register(_: object) -> None:
-    import qtool.hf  # noqa: F401  # registers by decorators
+    import qtool.checkpoints.transformers_hook  # noqa: F401  # registers by decorators
 
 
 def use_backend(model: "nn.Module", name: str = "fast") -> "Backends":
@@ -28,7 +28,7 @@ def use_backend(model: "nn.Module", name: str = "fast") -> "Backends":
     """
     import warnings
 
-    from qtool import backend
+    from qtool.models import backend
 
     found = backend.use_backend(model, name)
     if name == "fast" and found.exact:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.config import QuantConfig, QuantSpec
+from qtool.config.sections import QuantConfig, QuantSpec
 from qtool.methods import efficientqat
-from qtool.methods._blockap import BlockLinear, BlockTraining, LowRankLinear
-from qtool.models import LoadedModel, packed_linears
+from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
+from qtool.models.loading import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.rounding import PLAIN
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
-from qtool.models import LoadedModel
+from qtool.models.loading import LoadedModel
 
 torch.set_num_threads(1)  # the same sums on every machine, and no fight over cores
 transformers.utils.logging.disable_progress_bar()
@@ -30,7 +30,7 @@ settings.load_profile("qtool")
 def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without figures, which take about a second for each run; only tests of figures draw them."""
     if request.module.__name__ not in ("test_page", "test_compare"):
-        monkeypatch.setattr("qtool.plots.DRAWERS", ())
+        monkeypatch.setattr("qtool.reports.figures.DRAWERS", ())
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,9 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with data on this machine; the test is skipped where there is none."""
-    from qtool import data
+    from qtool.data import windows
 
-    folder = data.data_dir()
+    folder = windows.data_dir()
     if folder is None:
         pytest.skip("no data on this machine: set QTOOL_DATA_DIR to a folder that has it")
     return folder

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
-from qtool.blocks import BlockTask, Stage, run_blocks
-from qtool.config import QuantConfig
+from qtool.blocks.driver import BlockTask, Stage, run_blocks
+from qtool.config.sections import QuantConfig
 from qtool.methods import rtn
-from qtool.models import LoadedModel, Target
+from qtool.models.loading import LoadedModel, Target
 from qtool.quant.affine import QuantizedWeight
 
 W2 = QuantConfig(num_bits=2, group_size=16)  # coarse, so that what came before shows in every input

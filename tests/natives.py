@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qtool import run, verify
-from qtool.config import BITS, ExportConfig, ModelConfig, QuantConfig
+from qtool.config.sections import BITS, ExportConfig, ModelConfig, QuantConfig
+from qtool.exporters import _readback
+from qtool.pipelines import quantize
 
 GRIDS = {
     f"w{bits}{'g32' if group > 0 else 'pc'}{'' if symmetric else '-asym'}": QuantConfig(
@@ -68,7 +69,7 @@ class Natives:
 
 def exported(folder: Path, name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
     config = ExportConfig(format=name, path=out, dtype=dtype)  # type: ignore[arg-type]
-    return run.export(folder, config, overwrite)
+    return quantize.export(folder, config, overwrite)
 
 
 def plain(folder: Path, **options: object) -> torch.nn.Module:
@@ -79,6 +80,6 @@ def plain(folder: Path, **options: object) -> torch.nn.Module:
 
 def read_back(folder: Path) -> Tensor:
     """Logits of an export as ``qtool eval`` reads it."""
-    loaded = verify.load_exported(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
+    loaded = _readback.load_exported(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
     assert loaded is not None
     return tiny.logits(loaded.model)

@@ -2,12 +2,12 @@
 
 import torch
 
-from qtool import allocate
-from qtool.allocate import Plan, units_of
-from qtool.budget import BudgetConfig
-from qtool.config import QuantConfig
-from qtool.data import Calibration
-from qtool.models import LoadedModel
+from qtool.allocation import plan
+from qtool.allocation.plan import Plan, units_of
+from qtool.config.budget import BudgetConfig
+from qtool.config.sections import QuantConfig
+from qtool.data.windows import Calibration
+from qtool.models.loading import LoadedModel
 
 
 def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:
@@ -16,4 +16,4 @@ def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:
 
 
 def planned(loaded: LoadedModel, quant: QuantConfig, tokens: torch.Tensor) -> Plan:
-    return allocate.plan(loaded, lambda: loaded, units_of(loaded, quant), quant, Calibration(tokens))
+    return plan.plan(loaded, lambda: loaded, units_of(loaded, quant), quant, Calibration(tokens))

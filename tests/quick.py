@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool import methods
-from qtool.config import QuantConfig
-from qtool.models import LoadedModel, packed_linears
+from qtool.config import plugins
+from qtool.config.sections import QuantConfig
+from qtool.models.loading import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight
 
 W4 = QuantConfig(num_bits=4, group_size=16)
@@ -34,7 +34,7 @@ QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best r
 
 
 def run(
-    method: methods.Method, loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, **settings: Any
+    method: plugins.Method, loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, **settings: Any
 ) -> dict[str, QuantizedWeight]:
     """Quantize ``loaded`` and return what became of each linear."""
     config = method.config(**QUICK.get(method.config.model_fields["name"].default, {}) | settings)

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qtool import endtoend, methods, ranks, sharding
-from qtool.config import ModelConfig, QuantConfig
-from qtool.methods import _e2eqp, _trained
-from qtool.methods._e2eqp import ScaleLinear
-from qtool.models import LoadedModel, load_model, packed_linears
-from qtool.quant.linear import QuantLinear
+from qtool.config import plugins
+from qtool.config.sections import ModelConfig, QuantConfig
+from qtool.methods.efficientqat import e2e_qp
+from qtool.methods.efficientqat.e2e_qp import ScaleLinear
+from qtool.models.loading import LoadedModel, load_model, packed_linears
+from qtool.quant.packed_linear import QuantLinear
+from qtool.system import distributed
+from qtool.training import end_to_end, linears, sharding
 
 W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False, scale_dtype="float32")
 LEVELS = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
@@ -88,7 +90,7 @@ def live_bytes() -> int:
 def held(model: nn.Module) -> dict[str, Any]:
     """How many numbers of each matrix of ``model`` there are, and how many of them are here."""
     parameters = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-    here = {name: ranks.part(p).numel() for name, p in parameters.items()}
+    here = {name: distributed.part(p).numel() for name, p in parameters.items()}
     whole = [name for name, buffer in model.named_buffers() if buffer.dim() >= 2 and buffer.dtype != torch.bool]
     whole += [name for name, p in parameters.items() if not isinstance(p, DTensor)]
     return {"all": {name: p.numel() for name, p in parameters.items()}, "here": here, "whole": whole}
@@ -97,12 +99,12 @@ def held(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
     """Watches a training: what is held when it begins, its logits when it ends, the layers that are packed."""
-    train, run, gather = endtoend.fit, sharding.train_by_block, sharding._Shards.gather
+    train, run, gather = end_to_end.fit, sharding.train_by_block, sharding._Shards.gather
     before = live_bytes()
 
     def fit(groups: Any, *args: Any, **kwargs: Any) -> Any:
         found["live"] = live_bytes() - before
-        found["moved"] = [(p.numel(), ranks.part(p).numel()) for group in groups for p in group.parameters]
+        found["moved"] = [(p.numel(), distributed.part(p).numel()) for group in groups for p in group.parameters]
         return train(groups, *args, **kwargs)
 
     def by_block(loaded: LoadedModel, teacher: nn.Module | None, config: Any, make: Any, train: Any, pack: Any) -> Any:
@@ -126,8 +128,8 @@ def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
     found["masters"] = []
     freeze, packed = QuantLinear.freeze, ScaleLinear.packed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(endtoend, "fit", fit)
-        for module in (_trained, _e2eqp):
+        patch.setattr(end_to_end, "fit", fit)
+        for module in (linears, e2e_qp):
             patch.setattr(module, "train_by_block", by_block)
         patch.setattr(sharding._Shards, "gather", gathered)
         patch.setattr(QuantLinear, "freeze", lambda layer: (kept(layer), freeze(layer))[1])
@@ -145,7 +147,7 @@ def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -
         settings = COMMON | case.settings | {"sharding": split, "optim": case.optim}
         if case.method == "efficientqat":
             settings = {"epochs": 1, "min_steps": 1, "batch_size": 5, "e2e": settings}
-        method = methods.get(case.method)
+        method = plugins.get(case.method)
         found["series"] = method.run(loaded, tokens(), case.quant, method.config(**settings), 0)
     weights = {name: layer.quantized[:3] for name, layer in packed_linears(loaded.model).items()}
     found["weights"] = {name: torch.cat([part.float().flatten() for part in parts]) for name, parts in weights.items()}
@@ -173,25 +175,25 @@ def stopping(after: int) -> Iterator[None]:
         yield log
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(endtoend, "_tracking", tracking)
+        patch.setattr(end_to_end, "_tracking", tracking)
         yield
 
 
 def main(folder: Path, device: str) -> None:
     """Run every case in this process and its like."""
     torch.set_num_threads(1)
-    ranks.begin(torch.device(device))
+    distributed.begin(torch.device(device))
     state = folder / "states"
     for name, case in CASES.items():
-        found = train_case(case, folder, state / f"{name}-{ranks.count()}", "full", device)
-        torch.save(found, folder / f"{name}-{ranks.number()}.pt")
-    again = state / f"{KILLED}-{ranks.count()}"
+        found = train_case(case, folder, state / f"{name}-{distributed.count()}", "full", device)
+        torch.save(found, folder / f"{name}-{distributed.number()}.pt")
+    again = state / f"{KILLED}-{distributed.count()}"
     with pytest.raises(Stopped), stopping(after=3):
         train_case(CASES["plain"], folder, again, "full", device)
     killed = sorted(file.name for file in (again / "training").iterdir())
     found = train_case(CASES["plain"], folder, again, "full", device)
-    torch.save(found | {"files": killed}, folder / f"{KILLED}-{ranks.number()}.pt")
-    ranks.end()
+    torch.save(found | {"files": killed}, folder / f"{KILLED}-{distributed.number()}.pt")
+    distributed.end()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from qtool import methods, recipe, run, state
-from qtool.checkpoint import file_hashes
+from qtool.checkpoints.native import file_hashes
+from qtool.config import plugins, recipe
+from qtool.pipelines import quantize as pipeline
+from qtool.pipelines import run_state
 
 QUANT = {"num_bits": 4, "group_size": 32}
 METHODS = {
@@ -42,7 +44,7 @@ def make(folder, output, method="gptq", **changes):
 
 
 def quantize(checked, **options):
-    return run.quantize(checked, methods.get(checked.method.name).command, **options)
+    return pipeline.quantize(checked, plugins.get(checked.method.name).command, **options)
 
 
 def hashes(output):
@@ -98,11 +100,11 @@ def killed_at_rename(checked, number, after):
 
 def stop_after(monkeypatch, blocks):
     """Let the run fail when it has kept so many blocks."""
-    write = state.RunState.write
+    write = run_state.RunState.write
 
     def limited(self, index, tensors, figures):
         write(self, index, tensors, figures)
         if index + 1 == blocks:
             raise Killed
 
-    monkeypatch.setattr(state.RunState, "write", limited)
+    monkeypatch.setattr(run_state.RunState, "write", limited)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config import QuantSpec
+from qtool.config.sections import QuantSpec
 from qtool.quant.activations import round_tokens
-from qtool.quant.linear import PackedLinear, QuantLinear
+from qtool.quant.packed_linear import PackedLinear, QuantLinear
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from qtool import checkpoint, export, methods, run
-from qtool.blocks import BlockTask, run_blocks
-from qtool.checkpoint import Planned, Source
-from qtool.config import ACTIVATIONS_VERSION, FORMAT_VERSION, ExportConfig, ModelConfig, QuantConfig
-from qtool.errors import InputError
-from qtool.keyvalues import key_value_linears
-from qtool.layout import describe, label, specs_of
-from qtool.methods._trained import Start, pack_linears, put_linears
-from qtool.models import LoadedModel, linear_bias, load_model, packed_linears
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.checkpoints import native
+from qtool.checkpoints.native import Planned, Source
+from qtool.checkpoints.quantization_config import describe, label, specs_of
+from qtool.config import plugins
+from qtool.config.recipe import Recipe, resolved
+from qtool.config.sections import ACTIVATIONS_VERSION, FORMAT_VERSION, ExportConfig, ModelConfig, QuantConfig
+from qtool.exporters import _base
+from qtool.models.kv_cache import key_value_linears
+from qtool.models.loading import LoadedModel, linear_bias, load_model, packed_linears
+from qtool.pipelines import quantize
 from qtool.quant.activations import round_tokens
-from qtool.quant.linear import QuantLinear
-from qtool.recipe import Recipe, resolved
+from qtool.quant.packed_linear import QuantLinear
+from qtool.system.errors import InputError
+from qtool.training.linears import Start, pack_linears, put_linears
 
 A8KV4 = QuantConfig(num_bits=4, group_size=16, symmetric=False, preset="a8kv4")
 ATTENTION = "model.layers.{}.self_attn.{}"
@@ -50,12 +53,12 @@ def test_every_kind_of_method_ships_what_its_roundings_are(
     name: str, make_llama: Callable[[], LoadedModel], tokens: Tensor, llama_folder: Path, tmp_path: Path
 ) -> None:
     """No method knows of activations; what it trained with, what transformers loads and a witness agree."""
-    method = methods.get(name)
+    method = plugins.get(name)
     short = {"signround": {"iterations": 3}, "lsq": {"steps": 2, "batch_size": 2}}
     loaded = make_llama()
     method.run(loaded, tokens, A8KV4, method.config(**short.get(name, {})), 0)
-    with checkpoint.atomic_folder(tmp_path / "out", overwrite=False) as partial:
-        checkpoint.save(partial, loaded, tiny.specs(loaded))
+    with native.atomic_folder(tmp_path / "out", overwrite=False) as partial:
+        native.save(partial, loaded, tiny.specs(loaded))
     found = tiny.logits(loaded.model)
     assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), found)
     assert torch.equal(
@@ -70,8 +73,8 @@ def test_training_computes_what_is_loaded_bit_for_bit(llama: LoadedModel, tmp_pa
     layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, linear_bias(t.linear), t.spec))
     trained = tiny.logits(llama.model)
     pack_linears(llama.model, layers)
-    with checkpoint.atomic_folder(tmp_path / "out", overwrite=False) as partial:
-        checkpoint.save(partial, llama, tiny.specs(llama))
+    with native.atomic_folder(tmp_path / "out", overwrite=False) as partial:
+        native.save(partial, llama, tiny.specs(llama))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(tiny.logits(loaded), trained)
     loaded.save_pretrained(tmp_path / "again")
@@ -198,7 +201,7 @@ def recipe_for(folder: Path, out: Path, quant: dict[str, Any], **more: Any) -> R
 def test_what_cannot_be_found_is_refused_before_any_work(tmp_path: Path) -> None:
     recipe = recipe_for(tiny.gpt2(tmp_path / "gpt2"), tmp_path / "out", {"kv_cache": 8})
     with pytest.raises(InputError, match="c_attn makes its keys together"):
-        run.quantize(recipe, "ptq")
+        quantize.quantize(recipe, "ptq")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -266,7 +269,7 @@ def test_a_checkpoint_says_that_it_rounds_and_older_readers_stop_at_its_version(
     assert not {"activations", "kv_cache", "kv_group_size"} & plain.keys()
 
 
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 @pytest.mark.parametrize("quant", [{"activations": 8}, {"kv_cache": 8}])
 def test_no_export_leaves_it_out(
     name: str, quant: dict[str, Any], llama_folder: Path, llama: LoadedModel, tmp_path: Path
@@ -277,14 +280,14 @@ def test_no_export_leaves_it_out(
     wanted = ExportConfig(format=name, path=tmp_path / "export")
     message = rf"cannot be exported as {name}: model\.layers\.0\.self_attn\.\w+ rounds activations .*; use the native"
     with pytest.raises(InputError, match=message):
-        run.export(tmp_path / "native", wanted, False)
-    assert export.refusal(name, Source(tmp_path / "native"), wanted)
+        quantize.export(tmp_path / "native", wanted, False)
+    assert _base.refusal(name, Source(tmp_path / "native"), wanted)
     targets = llama.targets(config)
     planned = Planned(llama, {t.name: t.spec for t in targets}, {t.name: t.weight_shape for t in targets})
-    assert export.refusal(name, planned, wanted)
+    assert _base.refusal(name, planned, wanted)
     entry = [{"format": name, "path": str(tmp_path / "export")}]
     with pytest.raises(InputError, match=message):
-        run.quantize(recipe_for(llama_folder, tmp_path / "out", quant, export=entry), "ptq")
+        quantize.quantize(recipe_for(llama_folder, tmp_path / "out", quant, export=entry), "ptq")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "export").exists()
 

@@ -12,15 +12,17 @@ from plans import budgeted, planned
 from pydantic import ValidationError
 from states import Killed, hashes, killed_at_rename, quantize, stop_after
 
-from qtool import allocate, cli, recipe, run
-from qtool.allocate import Plan, units_of
-from qtool.budget import BudgetConfig
-from qtool.checkpoint import Source, folder_bytes
-from qtool.config import QuantConfig, QuantOverride, QuantSpec
-from qtool.errors import InputError
-from qtool.knapsack import SOLVERS
-from qtool.models import LoadedModel, Target
-from qtool.sensitivity import ESTIMATORS, merged
+from qtool.allocation.plan import Plan, check, units_of
+from qtool.allocation.sensitivity import ESTIMATORS, merged
+from qtool.allocation.solvers import SOLVERS
+from qtool.checkpoints.native import Source, folder_bytes
+from qtool.cli import app
+from qtool.config import recipe
+from qtool.config.budget import BudgetConfig
+from qtool.config.sections import QuantConfig, QuantOverride, QuantSpec
+from qtool.models.loading import LoadedModel, Target
+from qtool.pipelines import quantize as pipeline
+from qtool.system.errors import InputError
 
 MIXED = ("auto-round", "compressed-tensors", "dense", "gguf", "mlx")  # formats that hold several widths
 BLOCK = ["self_attn: q_proj, k_proj, v_proj", "self_attn: o_proj", "mlp: gate_proj, up_proj", "mlp: down_proj"]
@@ -124,12 +126,12 @@ def test_a_budget_is_one_number() -> None:
 
 def test_widths_come_from_one_place() -> None:
     with pytest.raises(InputError, match=r"no quant\.budget"):
-        allocate.check(QuantConfig())
+        check(QuantConfig())
     fixed = {"*.q_proj": QuantOverride.model_validate({"num_bits": 8})}
     with pytest.raises(InputError, match=r"gives num_bits to '\*\.q_proj'.*quant\.budget\.pins"):
-        allocate.check(budgeted(QuantConfig(overrides=fixed), average_bits=3))
+        check(budgeted(QuantConfig(overrides=fixed), average_bits=3))
     other = {"*.q_proj": QuantOverride.model_validate({"group_size": 16})}
-    allocate.check(budgeted(QuantConfig(overrides=other), average_bits=3))
+    check(budgeted(QuantConfig(overrides=other), average_bits=3))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +216,7 @@ def test_a_run_chooses_what_qtool_plan_shows(models, tmp_path, whole) -> None:
     """The run streams the model, and ``plan`` does not."""
     for estimator in ("loss", "hessian"):
         file = make(models, tmp_path / estimator, budget={"average_bits": 3.5, "estimator": estimator})
-        shown = run.plan(recipe.load(file))
+        shown = pipeline.plan(recipe.load(file))
         if estimator == "loss":
             made = whole[1]
         else:
@@ -225,13 +227,13 @@ def test_a_run_chooses_what_qtool_plan_shows(models, tmp_path, whole) -> None:
 
 def test_a_plan_file_given_to_a_recipe_makes_the_same_bytes(models, tmp_path, whole, capsys) -> None:
     plan = tmp_path / "plan.yaml"
-    assert cli.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 0
+    assert app.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 0
     assert "model.layers.0.self_attn: q_proj, k_proj, v_proj" in capsys.readouterr().out
     again = ["--set", f"quant.overrides={plan}", "--set", "quant.budget=null"]
-    assert cli.main(["ptq", str(make(models, tmp_path / "out")), "-q", *again]) == 0
+    assert app.main(["ptq", str(make(models, tmp_path / "out")), "-q", *again]) == 0
     assert hashes(tmp_path / "out") == whole[0]
     assert "plan" not in manifest_of(tmp_path / "out")
-    assert cli.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 2
+    assert app.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 2
 
 
 def test_a_plan_file_keeps_the_overrides_of_its_recipe(llama, tokens, tmp_path) -> None:
@@ -269,10 +271,10 @@ def test_patterns_with_dots_can_be_set(tmp_path) -> None:
 
 def test_plan_prints_json_and_asks_for_a_budget(models, tmp_path, capsys) -> None:
     file = str(make(models, tmp_path / "out", budget={"average_bits": 3, "estimator": "variance"}))
-    assert cli.main(["plan", file, "-q", "--json"]) == 0
+    assert app.main(["plan", file, "-q", "--json"]) == 0
     found = Plan.model_validate_json(capsys.readouterr().out)
     assert found.bits_per_weight <= 3
-    assert cli.main(["plan", file, "-q", "--set", "quant.budget=null"]) == 2
+    assert app.main(["plan", file, "-q", "--set", "quant.budget=null"]) == 2
 
 
 @pytest.mark.parametrize(("number", "after"), [(1, True), (2, False), (2, True), (4, False)])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from qtool import checkpoint
-from qtool.checkpoint import atomic_folder
-from qtool.config import QuantConfig
-from qtool.errors import InputError, RunError
+from qtool.checkpoints import native
+from qtool.checkpoints.native import atomic_folder
+from qtool.config.sections import QuantConfig
+from qtool.system.errors import InputError, RunError
 
 ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
 
@@ -90,7 +90,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_and_keeps_what_was_there(
         tiny.files_up_to(20_000),
         atomic_folder(tmp_path / "out", overwrite=there) as partial,
     ):
-        checkpoint.save(partial, loaded, tiny.specs(loaded))
+        native.save(partial, loaded, tiny.specs(loaded))
     assert sorted(file.name for file in tmp_path.rglob("*")) == before
 
 
@@ -103,15 +103,15 @@ def test_a_disk_that_is_really_full_leaves_nothing_and_keeps_what_was_there(fold
         pytest.raises(RunError, match=r"writing .*out failed: the disk is full; (nothing was left|the old folder)"),
         atomic_folder(small_disk / "out", overwrite=True) as partial,
     ):
-        checkpoint.save(partial, loaded, tiny.specs(loaded))
+        native.save(partial, loaded, tiny.specs(loaded))
     assert [str(each.relative_to(small_disk)) for each in small_disk.rglob("*")] == ["out", "out/config.json"]
 
 
 @ONLY_ROOT
 def test_too_little_space_is_seen_before_the_work(small_disk: Path) -> None:
-    checkpoint.check_space(small_disk / "deep" / "out", 1000)
+    native.check_space(small_disk / "deep" / "out", 1000)
     with pytest.raises(InputError, match=r"out needs about 0\.00 GB, and .*disk has 0\.00 GB free"):
-        checkpoint.check_space(small_disk / "deep" / "out", 100_000)
+        native.check_space(small_disk / "deep" / "out", 100_000)
 
 
 def test_an_existing_folder_is_refused_and_not_touched(tmp_path: Path) -> None:

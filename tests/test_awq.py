@@ -11,11 +11,11 @@ import torch
 from quick import W4, correlated_inputs, generator, random_weight, run, same
 from torch import Tensor, nn
 
-from qtool import methods
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import ModelConfig, QuantConfig, QuantSpec
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config import plugins
+from qtool.config.sections import ModelConfig, QuantConfig, QuantSpec
 from qtool.methods import awq, rtn
-from qtool.models import LoadedModel, Target, dense_weight, load_model, packed_linears
+from qtool.models.loading import LoadedModel, Target, dense_weight, load_model, packed_linears
 from qtool.quant.affine import dequantize, minmax_qparams, quantize
 
 
@@ -37,8 +37,8 @@ def test_awq_that_scales_and_clips_nothing_is_rtn(
     """``num_ratios: 1`` tries only the ratio 0, whose scale is one everywhere."""
     quant = QuantConfig(num_bits=4, group_size=16, symmetric=symmetric)
     ours, theirs = with_outliers(make_llama()), with_outliers(make_llama())
-    found = run(methods.get("awq"), ours, tokens, quant, num_ratios=1, clip=False)
-    assert same(found, run(methods.get("rtn"), theirs, tokens, quant))
+    found = run(plugins.get("awq"), ours, tokens, quant, num_ratios=1, clip=False)
+    assert same(found, run(plugins.get("rtn"), theirs, tokens, quant))
     for name, parameter in theirs.model.named_parameters():
         assert torch.equal(ours.model.get_parameter(name), parameter), name
 
@@ -57,7 +57,7 @@ def test_awq_lowers_the_block_error_where_channels_are_loud(
     def error(**settings: Any) -> float:
         loaded = with_outliers(make_llama(), 10)
         before = first_output(loaded)
-        run(methods.get("awq"), loaded, tokens, quant, **settings)
+        run(plugins.get("awq"), loaded, tokens, quant, **settings)
         return float((first_output(loaded) - before).norm() / before.norm())
 
     nearest, scaled, clipped = error(num_ratios=1, clip=False), error(clip=False), error(num_ratios=1)
@@ -70,7 +70,7 @@ def test_awq_scales_loud_channels_up_and_moves_the_rest_into_the_norm(llama: Loa
     """The function of the float parts is kept: norm and dequantized readers together are what they were."""
     loaded = with_outliers(llama)
     floats = copy.deepcopy(loaded)
-    run(methods.get("awq"), loaded, tokens, QuantConfig(num_bits=8, group_size=16, scale_dtype="float32"))
+    run(plugins.get("awq"), loaded, tokens, QuantConfig(num_bits=8, group_size=16, scale_dtype="float32"))
     for block in (0, 1):
         name = f"model.layers.{block}.input_layernorm"
         norms = [model.model.get_submodule(name).weight for model in (floats, loaded)]
@@ -131,7 +131,7 @@ def test_awq_on_a_checkpoint_in_half_precision_writes_norms_that_disk_holds(tmp_
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             parameter.copy_(parameter.bfloat16())
-    run(methods.get("awq"), loaded, tokens, W4)
+    run(plugins.get("awq"), loaded, tokens, W4)
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter.bfloat16().float(), parameter), name
 
@@ -146,7 +146,7 @@ def test_awq_folds_the_same_norms_in_half_precision(monkeypatch: pytest.MonkeyPa
         before = {
             name: parameter.clone() for name, parameter in loaded.model.named_parameters() if parameter.dim() == 1
         }
-        run(methods.get("awq"), loaded, tokens, QuantConfig(num_bits=3, group_size=32), clip=False)
+        run(plugins.get("awq"), loaded, tokens, QuantConfig(num_bits=3, group_size=32), clip=False)
         after = dict(loaded.model.named_parameters())
         folded[dtype] = [name for name, value in before.items() if not torch.equal(value, after[name])]
     assert len(folded["float32"]) == 8  # both norms of four blocks

@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qtool
-from qtool import backend, evaluate, progress
-from qtool.config import EvalConfig, ModelConfig, QuantConfig
-from qtool.errors import InputError
-from qtool.measure import evaluate as run_evaluate
-from qtool.models import load_model, packed_linears
+from qtool.config.sections import EvalConfig, ModelConfig, QuantConfig
+from qtool.evaluation import tasks
+from qtool.models import backend
+from qtool.models.loading import load_model, packed_linears
+from qtool.pipelines.evaluate import evaluate as run_evaluate
+from qtool.system import progress
+from qtool.system.errors import InputError
 
 MIXED = QuantConfig.model_validate(
     {
@@ -159,9 +161,9 @@ def test_eval_uses_the_exact_path_unless_told_otherwise(
         seen.append({layer.kernel is not None for layer in packed_linears(loaded.model).values()})
         return {"generated": []}
 
-    monkeypatch.setattr(evaluate, "_own_tasks", watched)
+    monkeypatch.setattr(tasks, "_own_tasks", watched)
     config = EvalConfig(tasks=("generated",), **({} if name == "exact" else {"backend": name}))
-    evaluate.evaluate(loaded, config, None, 0)
+    tasks.evaluate(loaded, config, None, 0)
     assert seen == [{name == "fast"}]
     assert not any(layer.kernel for layer in packed_linears(loaded.model).values())
 

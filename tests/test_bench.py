@@ -13,14 +13,17 @@ import tiny
 import torch
 from rich.console import Console
 
-import qtool
-from qtool import bench, cli, energy, speed
-from qtool.bench import Plan
-from qtool.config import ModelConfig, QuantConfig
-from qtool.energy import Counter, Meter
-from qtool.errors import InputError
-from qtool.models import packed_linears
-from qtool.speed import DENSE, EXACT, FAST, PREFILL, BenchReport, Variant
+from qtool import evaluation
+from qtool.cli import app
+from qtool.config.sections import ModelConfig, QuantConfig
+from qtool.evaluation import bench
+from qtool.evaluation.bench import Plan
+from qtool.models.loading import packed_linears
+from qtool.reports import bench_report
+from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Variant
+from qtool.system import energy
+from qtool.system.energy import Counter, Meter
+from qtool.system.errors import InputError
 
 MEASURES = ["decode, batch 1", "decode, batch 8", "prefill"]
 SMALL = Plan(prompt_tokens=8, new_tokens=4, repeats=3)
@@ -50,7 +53,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> l
         layers = packed_linears(model).values()
         name = DENSE if not layers else FAST if all(layer.kernel for layer in layers) else EXACT
         if decoder is not None and work != decoder.step:
-            timed.append((name, speed.decode(decoder.token.shape[0]), work.args[1]))
+            timed.append((name, bench_report.decode(decoder.token.shape[0]), work.args[1]))
         elif decoder is None:
             timed.append((name, PREFILL, 0))
         return seconds(name), clock.meter.joules(before, clock.meter.read())
@@ -159,11 +162,11 @@ def test_a_slow_path_decodes_fewer_tokens(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_medians() -> None:
-    found = speed.speed(10, [2.0, 1.0, 5.0], [None, None, None])
+    found = bench_report.speed(10, [2.0, 1.0, 5.0], [None, None, None])
     assert (found.tokens_per_second, found.repeats) == (5.0, (5.0, 10.0, 2.0))
     assert found.joules_per_token is None
     assert found.spread == 8 / 5
-    found = speed.speed(10, [1.0, 2.0], [30.0, 10.0])
+    found = bench_report.speed(10, [1.0, 2.0], [30.0, 10.0])
     assert (found.tokens_per_second, found.joules_per_token) == (7.5, 2.0)
 
 
@@ -174,9 +177,9 @@ def made(fast: float, dense: float, fast_peak: int | None = 1, dense_peak: int |
     """A report in which each measure has these speeds, and prefill is twice as fast packed."""
 
     def variant(name: str, tokens: float, peak: int | None) -> Variant:
-        speeds = {measure: speed.speed(1, [1 / tokens], [None]) for measure in MEASURES}
+        speeds = {measure: bench_report.speed(1, [1 / tokens], [None]) for measure in MEASURES}
         if name == FAST:
-            speeds[PREFILL] = speed.speed(1, [1 / dense / 2], [None])
+            speeds[PREFILL] = bench_report.speed(1, [1 / dense / 2], [None])
         return Variant(
             name=name, title=name, linears="none", file_bytes=10**6, weight_bytes=10**6, peak_bytes=peak, speeds=speeds
         )
@@ -339,27 +342,27 @@ def test_what_cannot_be_measured_is_refused(folder: Path, capsys: pytest.Capture
         run(folder.parent / "float")
     with pytest.raises(InputError, match=r"256 tokens and 5 x 32 more do not fit the context of .* \(128\); ask for"):
         run(folder, Plan())
-    assert cli.main(["bench", str(folder / "nothing")]) == 2
+    assert app.main(["bench", str(folder / "nothing")]) == 2
     assert "is not a folder; give one that qtool ptq wrote" in capsys.readouterr().err
-    assert cli.main(["bench", str(folder), "--repeats", "0"]) == 2
-    assert cli.main(["bench", str(folder), "--dtype", "int8"]) == 2
+    assert app.main(["bench", str(folder), "--repeats", "0"]) == 2
+    assert app.main(["bench", str(folder), "--dtype", "int8"]) == 2
     assert "model.dtype: should be 'auto', 'float32'" in capsys.readouterr().err
 
 
 def test_the_command_prints_one_object_or_a_table(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake: Any = ModuleType("qtool.bench")
+    fake: Any = ModuleType("qtool.evaluation.bench")
     asked: list[Any] = []
     fake.Plan, fake.bench = Plan, lambda *args: asked.append(args) or made(3.0, 1.0)
-    monkeypatch.setitem(sys.modules, "qtool.bench", fake)
-    monkeypatch.setattr(qtool, "bench", fake)
+    monkeypatch.setitem(sys.modules, "qtool.evaluation.bench", fake)
+    monkeypatch.setattr(evaluation, "bench", fake, raising=False)
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--device", "cpu"]
-    assert cli.main(["bench", str(folder), *options, "--json"]) == 0
+    assert app.main(["bench", str(folder), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["path"], found["exports"]) == (None, [])
     assert found["report"]["variants"][1]["speeds"]["decode, batch 1"]["tokens_per_second"] == 3.0
-    assert cli.main(["bench", str(folder), "--dtype", "float32"]) == 0
+    assert app.main(["bench", str(folder), "--dtype", "float32"]) == 0
     assert "| decode, batch 1, tokens/s | 1.00 | 3.00 (3.00 x) | 1.00 (1.00 x) |" in capsys.readouterr().out
     path = str(folder)
     assert asked == [

@@ -20,11 +20,11 @@ from driving import (
 )
 from torch import Tensor
 
-from qtool import blocks
-from qtool.blocks import PROBED_WINDOWS, BlockTask, Call, run_blocks
-from qtool.config import QuantConfig
-from qtool.models import LoadedModel, replace_linear
-from qtool.quant.linear import PackedLinear
+from qtool.blocks import driver
+from qtool.blocks.driver import PROBED_WINDOWS, BlockTask, Call, run_blocks
+from qtool.config.sections import QuantConfig
+from qtool.models.loading import LoadedModel, replace_linear
+from qtool.quant.packed_linear import PackedLinear
 
 
 @pytest.fixture(params=CONFIGS)
@@ -35,7 +35,7 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two windows of 24 tokens; of five windows the last is alone."""
-    monkeypatch.setattr(blocks, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(driver, "TOKENS_PER_BATCH", 48)
 
 
 def equal(ours: list[Tensor] | None, theirs: list[Tensor]) -> bool:
@@ -191,7 +191,7 @@ def test_the_size_of_batches_does_not_matter(
     """Masks, tables and biases are recorded for each size, so the last and smaller batch has its own."""
     results = []
     for size in (10**6, 72, 48, 1):
-        monkeypatch.setattr(blocks, "TOKENS_PER_BATCH", size)
+        monkeypatch.setattr(driver, "TOKENS_PER_BATCH", size)
         outputs: list[Tensor] = []
 
         def quantize_block(task: BlockTask, outputs: list[Tensor] = outputs) -> None:

@@ -8,8 +8,8 @@ import torch
 from driving import CONFIGS, W2, make, nearest, pack_all, pack_in_stages, untouched
 from torch import Tensor
 
-from qtool.blocks import BlockTask, run_blocks
-from qtool.models import LoadedModel, packed_linears
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.models.loading import LoadedModel, packed_linears
 
 
 @pytest.fixture(params=CONFIGS)

@@ -12,15 +12,18 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from qtool import data, generate, texts
-from qtool.config import DataConfig
-from qtool.errors import InputError
-from qtool.models import LoadedModel
-from qtool.texts import UnreachableError
+from qtool.config.sections import DataConfig
+from qtool.data import generated, readers
+from qtool.data import windows as calibration_windows
+from qtool.data.readers import UnreachableError
+from qtool.models.loading import LoadedModel
+from qtool.system.errors import InputError
 
 ENGLISH = "The river runs through the old town, and the mill by the bridge is still used in autumn.\n"
 
-needs_data = pytest.mark.skipif(data.data_dir() is None, reason="no data: set QTOOL_DATA_DIR to a folder that has it")
+needs_data = pytest.mark.skipif(
+    calibration_windows.data_dir() is None, reason="no data: set QTOOL_DATA_DIR to a folder that has it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def no_local_data(monkeypatch):
 @pytest.fixture
 def no_hub(monkeypatch):
     """The hub does not answer, whatever the machine."""
-    monkeypatch.setattr(texts, "_hub_answers", lambda: False)
+    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
 
 
 def config(source, num_samples=4, seq_len=32):
@@ -61,13 +64,13 @@ def flat(loaded, *documents):
 def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded, tmp_path):
     documents = [ENGLISH * (i + 1) + str(i) for i in range(8)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents])
-    windows = data.calibration_tokens(config(path, 6, 32), loaded, seed=0)
+    windows = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=0)
     assert windows.dtype == torch.int64
     expected = torch.tensor(flat(loaded, *documents)[: 6 * 32]).view(6, 32)
     assert sorted(windows.tolist()) == sorted(expected.tolist())
     assert windows.tolist() != expected.tolist()
-    again = data.calibration_tokens(config(path, 6, 32), loaded, seed=0)
-    other = data.calibration_tokens(config(path, 6, 32), loaded, seed=1)
+    again = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=0)
+    other = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=1)
     assert torch.equal(windows, again)
     assert not torch.equal(windows, other)
     assert sorted(windows.tolist()) == sorted(other.tolist())
@@ -83,7 +86,7 @@ def beginning(loaded):
 
 def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginning, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three four"}] * 8)
-    tokens = data.calibration_tokens(config(path, 1, 16), beginning, seed=0)[0].tolist()
+    tokens = calibration_windows.calibration_tokens(config(path, 1, 16), beginning, seed=0)[0].tolist()
     assert tokens[0] == 1
     assert tokens.count(1) > 1
     assert beginning.tokenizer.eos_token_id not in tokens
@@ -91,22 +94,22 @@ def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginnin
 
 def test_joined_rows_begin_once(beginning, tmp_path, monkeypatch):
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(data, "CHARACTERS_PER_BATCH", 100)
+    monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)
     (tmp_path / "wikitext2").mkdir()
     write_jsonl(tmp_path / "wikitext2/train.jsonl", [{"text": ENGLISH}] * 20)
-    tokens = data.calibration_tokens(config("wikitext2", 4, 32), beginning, seed=0)
+    tokens = calibration_windows.calibration_tokens(config("wikitext2", 4, 32), beginning, seed=0)
     assert (tokens == 1).sum() == 1
 
 
 def test_generated_text_begins_as_the_tokenizer_begins_texts(beginning, loaded):
-    assert (data.generated_tokens(beginning, 4, 8, seed=0)[:, 0] == 1).all()
-    assert len(set(data.generated_tokens(loaded, 4, 8, seed=0)[:, 0].tolist())) > 1
+    assert (calibration_windows.generated_tokens(beginning, 4, 8, seed=0)[:, 0] == 1).all()
+    assert len(set(calibration_windows.generated_tokens(loaded, 4, 8, seed=0)[:, 0].tolist())) > 1
 
 
 def test_no_more_of_a_file_is_read_than_is_needed(loaded, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps({"text": ENGLISH}) + "\n") * 50 + "not json\n")
-    assert data.calibration_tokens(config(path, 2, 8), loaded, seed=0).shape == (2, 8)
+    assert calibration_windows.calibration_tokens(config(path, 2, 8), loaded, seed=0).shape == (2, 8)
 
 
 def test_text_files_hold_documents_parted_by_three_newlines(loaded, tmp_path):
@@ -116,7 +119,7 @@ def test_text_files_hold_documents_parted_by_three_newlines(loaded, tmp_path):
     packed = tmp_path / "a.txt.xz"
     packed.write_bytes(lzma.compress(text.encode()))
     for path in (plain, packed):
-        assert [d for d in texts.read_file(path) if d] == ["One.\n\nTwo lines.", "Second."]
+        assert [d for d in readers.read_file(path) if d] == ["One.\n\nTwo lines.", "Second."]
 
 
 def test_the_three_kinds_of_files_give_the_same_windows(loaded, tmp_path):
@@ -128,7 +131,9 @@ def test_the_three_kinds_of_files_give_the_same_windows(loaded, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": text, "id": 1} for text in documents])
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
     hashes = {
-        data.token_hash(data.calibration_tokens(config(tmp_path / f"a{suffix}"), loaded, seed=3))
+        calibration_windows.token_hash(
+            calibration_windows.calibration_tokens(config(tmp_path / f"a{suffix}"), loaded, seed=3)
+        )
         for suffix in (".txt", ".jsonl", ".parquet")
     }
     assert len(hashes) == 1
@@ -141,39 +146,39 @@ def test_rows_of_wikitext2_are_one_text_joined_by_two_newlines(loaded, tmp_path,
     write_jsonl(tmp_path / "wikitext2/train.jsonl", [{"text": row} for row in rows])
     write_jsonl(tmp_path / "wikitext2/test.jsonl", [{"text": row} for row in rows])
     expected = loaded.tokenizer("\n\n".join(rows))["input_ids"]
-    test = data.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
+    test = calibration_windows.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
     assert test.flatten().tolist() == expected[: len(expected) // 32 * 32]
-    assert torch.equal(data.perplexity_windows("wikitext2", loaded, 32, 3, seed=0), test[:3])
+    assert torch.equal(calibration_windows.perplexity_windows("wikitext2", loaded, 32, 3, seed=0), test[:3])
     write_jsonl(tmp_path / "wikitext2/test.jsonl", [{"text": "short"}])
     with pytest.raises(InputError, match=r"less than one window of 32; lower eval\.context"):
-        data.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
-    monkeypatch.setattr(data, "CHARACTERS_PER_BATCH", 100)  # many pieces
-    train = data.calibration_tokens(config("wikitext2", 4, 32), loaded, seed=0)
+        calibration_windows.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
+    monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)  # many pieces
+    train = calibration_windows.calibration_tokens(config("wikitext2", 4, 32), loaded, seed=0)
     assert sorted(train.tolist()) == sorted(test[:4].tolist())
 
 
 def test_the_hash_depends_on_shape_and_values():
     tokens = torch.arange(12).view(3, 4)
     expected = hashlib.sha256(b"(3, 4)" + struct.pack("<12q", *range(12))).hexdigest()
-    assert data.token_hash(tokens) == data.token_hash(tokens.int()) == expected
-    assert data.token_hash(tokens) != data.token_hash(tokens.view(4, 3))
-    assert data.token_hash(tokens) != data.token_hash(tokens + 1)
+    assert calibration_windows.token_hash(tokens) == calibration_windows.token_hash(tokens.int()) == expected
+    assert calibration_windows.token_hash(tokens) != calibration_windows.token_hash(tokens.view(4, 3))
+    assert calibration_windows.token_hash(tokens) != calibration_windows.token_hash(tokens + 1)
 
 
 @needs_data
 def test_shared_sources_give_windows_of_english(loaded):
     for source in ("enwiki", "wikitext2"):
-        windows = data.calibration_tokens(config(source, 8, 64), loaded, seed=0)
+        windows = calibration_windows.calibration_tokens(config(source, 8, 64), loaded, seed=0)
         assert windows.shape == (8, 64)
         assert " the " in loaded.tokenizer.decode(windows.flatten())
 
 
 @needs_data
 def test_wikitext2_has_417_windows_of_1024_of_the_built_in_tokenizer(loaded, monkeypatch):
-    if not (data.data_dir() / "wikitext2/test.jsonl").exists():
+    if not (calibration_windows.data_dir() / "wikitext2/test.jsonl").exists():
         pytest.skip("no wikitext2/test.jsonl below QTOOL_DATA_DIR")
     monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 1024)
-    assert data.perplexity_windows("wikitext2", loaded, 2048, None, seed=0).shape == (417, 1024)
+    assert calibration_windows.perplexity_windows("wikitext2", loaded, 2048, None, seed=0).shape == (417, 1024)
 
 
 # ---------------------------------------------------------------------------------------------- generated
@@ -182,21 +187,21 @@ def test_wikitext2_has_417_windows_of_1024_of_the_built_in_tokenizer(loaded, mon
 def test_generated_text_is_fixed_by_its_seed_alone(loaded):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first = data.generated_tokens(loaded, 6, 24, seed=1)
+    first = calibration_windows.generated_tokens(loaded, 6, 24, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(6)
-    assert torch.equal(first, data.generated_tokens(loaded, 6, 24, seed=1))
-    assert not torch.equal(first, data.generated_tokens(loaded, 6, 24, seed=2))
+    assert torch.equal(first, calibration_windows.generated_tokens(loaded, 6, 24, seed=1))
+    assert not torch.equal(first, calibration_windows.generated_tokens(loaded, 6, 24, seed=2))
 
 
 def test_generated_text_does_not_depend_on_the_batch(loaded, monkeypatch):
-    whole = data.generated_tokens(loaded, 6, 24, seed=1)
-    monkeypatch.setattr(generate, "CACHE_BYTES", {"cpu": 1})
-    assert torch.equal(whole, data.generated_tokens(loaded, 6, 24, seed=1))
+    whole = calibration_windows.generated_tokens(loaded, 6, 24, seed=1)
+    monkeypatch.setattr(generated, "CACHE_BYTES", {"cpu": 1})
+    assert torch.equal(whole, calibration_windows.generated_tokens(loaded, 6, 24, seed=1))
 
 
 def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(loaded):
-    tokens = data.generated_tokens(loaded, 32, 40, seed=0)
+    tokens = calibration_windows.generated_tokens(loaded, 32, 40, seed=0)
     with torch.no_grad():
         logits = loaded.model(tokens).logits  # no cache: an independent computation
     logits[..., 0] = -torch.inf
@@ -210,7 +215,7 @@ def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(load
 def test_generated_text_has_the_frequencies_of_the_model(loaded):
     uniform = (torch.arange(10_000) + 0.5)[:, None] / 10_000
     allowed = torch.arange(1, 6)
-    draw = generate._sampler(uniform, torch.zeros(10_000), allowed, torch.device("cpu"))
+    draw = generated._sampler(uniform, torch.zeros(10_000), allowed, torch.device("cpu"))
     logits = torch.tensor([9.0, 0.0, 1.0, -1.0, 0.5, 2.0]).expand(10_000, 6)
     drawn = draw(logits, 0, 9)
     assert 0 not in drawn
@@ -222,19 +227,21 @@ def test_generated_text_has_no_special_tokens(loaded):
     with torch.no_grad():
         loaded.model.lm_head.weight[0] += 1  # the end token becomes likely
     try:
-        assert 0 not in data.generated_tokens(loaded, 8, 64, seed=0)
+        assert 0 not in calibration_windows.generated_tokens(loaded, 8, 64, seed=0)
     finally:
         with torch.no_grad():
             loaded.model.lm_head.weight[0] -= 1
 
 
 def test_generated_text_for_evaluation_is_other_text(loaded):
-    calibration = data.calibration_tokens(config("generated", 4, 16), loaded, seed=0)
+    calibration = calibration_windows.calibration_tokens(config("generated", 4, 16), loaded, seed=0)
     for seed in (0, 1):
-        windows = data.perplexity_windows("generated", loaded, 16, 4, seed=seed)
+        windows = calibration_windows.perplexity_windows("generated", loaded, 16, 4, seed=seed)
         assert windows.shape == (4, 16)
         assert not set(map(tuple, windows.tolist())) & set(map(tuple, calibration.tolist()))
-    assert not {data.calibration_seed(s) for s in range(50)} & {data.evaluation_seed(s) for s in range(50)}
+    assert not {calibration_windows.calibration_seed(s) for s in range(50)} & {
+        calibration_windows.evaluation_seed(s) for s in range(50)
+    }
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -242,35 +249,35 @@ def test_generated_text_for_evaluation_is_other_text(loaded):
 
 def fault(source, loaded, num_samples=4, seq_len=32):
     with pytest.raises(InputError) as caught:
-        data.calibration_tokens(config(source, num_samples, seq_len), loaded, seed=0)
+        calibration_windows.calibration_tokens(config(source, num_samples, seq_len), loaded, seed=0)
     return str(caught.value)
 
 
 def test_an_unknown_source_is_told_the_nearest_name():
     with pytest.raises(InputError, match=r"'wikitxt2'.*generated, wikitext2, enwiki, c4.*did you mean wikitext2\?"):
-        data.check_source(config("wikitxt2"))
+        calibration_windows.check_source(config("wikitxt2"))
 
 
 def test_known_sources_pass_the_cheap_check_without_being_read(no_local_data):
     for source in ("generated", "wikitext2", "enwiki", "c4"):
-        data.check_source(config(source))
+        calibration_windows.check_source(config(source))
 
 
 def test_a_file_that_does_not_exist_is_named():
     with pytest.raises(InputError, match=r"there is no file .*nowhere\.jsonl"):
-        data.check_source(config("nowhere.jsonl"))
+        calibration_windows.check_source(config("nowhere.jsonl"))
 
 
 def test_a_suffix_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
     with pytest.raises(InputError, match=r"suffix.*\.txt, \.txt\.xz, \.jsonl, \.parquet"):
-        data.check_source(config(tmp_path / "a.csv"))
+        calibration_windows.check_source(config(tmp_path / "a.csv"))
 
 
 def test_a_folder_is_refused(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(InputError, match="is a folder"):
-        data.check_source(config(tmp_path / "a.txt"))
+        calibration_windows.check_source(config(tmp_path / "a.txt"))
 
 
 def test_an_empty_file_is_refused(loaded, tmp_path):
@@ -303,7 +310,7 @@ def test_text_that_is_not_utf8_is_told_with_line_and_byte(loaded, tmp_path):
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\n")
-    assert list(texts.read_file(tmp_path / "a.txt")) == ["text"]
+    assert list(readers.read_file(tmp_path / "a.txt")) == ["text"]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +349,7 @@ def test_a_damaged_xz_file_is_told(loaded, tmp_path):
 @pytest.mark.parametrize("source", ["wikitext2", "enwiki", "c4"])
 def test_an_unreachable_hub_is_told_with_the_ways_around_it(loaded, no_local_data, no_hub, source):
     with pytest.raises(UnreachableError, match=r"hub.*\$QTOOL_DATA_DIR/" + source + ".*file of your own"):
-        data.calibration_tokens(config(source), loaded, seed=0)
+        calibration_windows.calibration_tokens(config(source), loaded, seed=0)
 
 
 def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
@@ -350,7 +357,7 @@ def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    with texts.hub_access():
+    with readers.hub_access():
         assert constants.HF_HUB_OFFLINE
         assert datasets.config.HF_HUB_OFFLINE
     assert before == constants.HF_HUB_OFFLINE
@@ -359,7 +366,7 @@ def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
 def test_a_data_folder_that_does_not_exist_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"QTOOL_DATA_DIR is .*nowhere"):
-        data.data_dir()
+        calibration_windows.data_dir()
 
 
 def test_the_data_folder_is_found_beside_the_project(monkeypatch, tmp_path):
@@ -367,4 +374,4 @@ def test_the_data_folder_is_found_beside_the_project(monkeypatch, tmp_path):
     (tmp_path / "shared/data").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert os.path.samefile(data.data_dir(), tmp_path / "shared/data")
+    assert os.path.samefile(calibration_windows.data_dir(), tmp_path / "shared/data")

@@ -12,24 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool import checkpoint, methods
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import BITS, QuantConfig, QuantSpec
-from qtool.methods import _blockap, _e2eqp, awq, efficientqat, gptq, rtn
-from qtool.methods._blockap import BlockLinear, BlockTraining, LowRankLinear
-from qtool.methods._e2eqp import ScaleLinear
-from qtool.models import LoadedModel
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.checkpoints import native
+from qtool.config import plugins
+from qtool.config.sections import BITS, QuantConfig, QuantSpec
+from qtool.config.training import OptimConfig
+from qtool.methods import awq, efficientqat, gptq, rtn
+from qtool.methods.efficientqat import block_ap, e2e_qp
+from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
+from qtool.methods.efficientqat.e2e_qp import ScaleLinear
+from qtool.models.loading import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import minmax_qparams
-from qtool.quant.linear import PackedLinear
-from qtool.train import total_factor
-from qtool.training_config import OptimConfig
+from qtool.quant.packed_linear import PackedLinear
+from qtool.training.fit import total_factor
 
 
 def folder(loaded: LoadedModel, path: Path) -> str:
     """``loaded`` as a native checkpoint."""
-    with checkpoint.atomic_folder(path, overwrite=False) as partial:
-        checkpoint.save(partial, loaded, tiny.specs(loaded))
+    with native.atomic_folder(path, overwrite=False) as partial:
+        native.save(partial, loaded, tiny.specs(loaded))
     return str(path)
 
 
@@ -161,7 +163,7 @@ def test_every_trainable_parameter_moves(
             assert float((before != after).float().mean()) > 0.9, norm
 
 
-@pytest.mark.parametrize("part", _blockap.PARTS)
+@pytest.mark.parametrize("part", block_ap.PARTS)
 def test_only_what_is_asked_for_trains(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -202,25 +204,25 @@ def test_rates_are_travels_over_the_schedule() -> None:
     optim = OptimConfig(schedule="linear", final_share=0.0)
     settings = config(travel=0.5, scale_travel=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
     layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
-    norm = _blockap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
+    norm = block_ap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     step = float(layer.scale.detach().mean())
-    groups = _blockap.groups_of([layer], [norm], total, settings)
+    groups = block_ap.groups_of([layer], [norm], total, settings)
     found = {id(group.parameters[0]): group.lr * total for group in groups}
     asked = {layer.weight: 0.5 * step, layer.scale: 0.2 * step, layer.zero_point: 3.0, norm.master: 0.1 * 2}
     assert found == pytest.approx({id(parameter): value for parameter, value in asked.items()})
     absolute = settings.model_copy(update={"weight_lr": 2e-5, "quant_lr": 1e-4})
-    rates = {id(group.parameters[0]): group.lr for group in _blockap.groups_of([layer], [norm], total, absolute)}
+    rates = {id(group.parameters[0]): group.lr for group in block_ap.groups_of([layer], [norm], total, absolute)}
     assert rates == {id(layer.weight): 2e-5, id(norm.master): 2e-5, id(layer.scale): 1e-4, id(layer.zero_point): 1e-4}
 
 
 def test_rates_of_the_second_phase_are_travels_over_the_schedule() -> None:
     packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
     layer = ScaleLinear.of(packed, True, True)
-    settings = _e2eqp.ScaleConfig(scale_travel=0.2, zero_travel=3)
+    settings = e2e_qp.ScaleConfig(scale_travel=0.2, zero_travel=3)
     step = float(packed.weight_scale.float().mean())
-    assert [group.lr for group in _e2eqp.groups_of(layer, 10.0, settings)] == pytest.approx([0.02 * step, 0.3])
+    assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, settings)] == pytest.approx([0.02 * step, 0.3])
     fixed = settings.model_copy(update={"lr": 2e-5})
-    assert [group.lr for group in _e2eqp.groups_of(layer, 10.0, fixed)] == [2e-5, 2e-5]
+    assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, fixed)] == [2e-5, 2e-5]
 
 
 def test_no_weight_goes_far_beyond_its_travel(
@@ -247,7 +249,7 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
         for target in task.targets:
             layers[target] = BlockLinear(target.weight, None, target.spec)
             task.block.set_submodule(target.name.removeprefix(f"{task.name}."), layers[target])
-        norms = _blockap.norms_of(task, llama)
+        norms = block_ap.norms_of(task, llama)
         training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
         with torch.enable_grad():
             training.loss([0, 1, 2]).backward()  # three parts of one window
@@ -319,7 +321,7 @@ def test_starts_from_any_checkpoint(name: str, family: str, tmp_path: Path, toke
     """At its very codes, grids, norms and biases."""
     path = tiny.FAMILIES[family](tmp_path / "float")
     theirs, ours = tiny.load(path), tiny.load(path)
-    method = methods.get(name)
+    method = plugins.get(name)
     quick: dict[str, Any] = {"iterations": 4} if name == "signround" else {}
     method.run(theirs, tokens, W2A, method.config(name=name, **quick), 0)
     start = folder(theirs, tmp_path / "packed")

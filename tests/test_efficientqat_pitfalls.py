@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool import progress
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import BITS, QuantSpec
-from qtool.methods import _blockap
-from qtool.methods._blockap import BlockTraining, Windows, split_windows
-from qtool.models import LoadedModel
-from qtool.streams import Stream
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.hidden_states import Stream
+from qtool.config.sections import BITS, QuantSpec
+from qtool.methods.efficientqat import block_ap
+from qtool.methods.efficientqat.block_ap import BlockTraining, Windows, split_windows
+from qtool.models.loading import LoadedModel
+from qtool.system import progress
 
 
 @given(st.sampled_from(BITS), st.booleans(), st.sampled_from([0, 3]), st.integers(0, 999))
@@ -67,8 +67,8 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(BlockTraining, "measure", recorded)
             training = captured(patch)
-            _blockap.quantize_block(task, loaded, config(travel=8, validation_samples=2), None, 0)
-        assert len(seen) == 1 + _blockap.NUM_CHECKS
+            block_ap.quantize_block(task, loaded, config(travel=8, validation_samples=2), None, 0)
+        assert len(seen) == 1 + block_ap.NUM_CHECKS
         assert training[0].measure([5, 15]) == min(seen)  # with the packed layers in their places
 
     run_blocks(loaded, many, loaded.targets(W2A), step, float_stream=True)
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_is_answered(
     """By the same training at lower rates, and at last by round-to-nearest, with a note and a figure."""
     fine, ours = make_llama(), make_llama()
     lower: dict[str, Any] = (
-        {key: value * _blockap.RETRIES[failures] for key, value in travels().items()} if failures < 3 else {}
+        {key: value * block_ap.RETRIES[failures] for key, value in travels().items()} if failures < 3 else {}
     )
     run(fine, tokens, W2A, **(lower or {"epochs": 0}))
     rounds, notes, loss, original = [0], [], BlockTraining.part_loss, BlockTraining.run
@@ -146,9 +146,9 @@ def test_windows_held_out_are_not_trained_on(count: int, wanted: int) -> None:
     assert windows
     assert windows == sorted(set(windows))
     assert 1 <= len(held) == len(set(held)) <= wanted
-    if count >= _blockap.HELD_OUT:
+    if count >= block_ap.HELD_OUT:
         assert sorted([*windows, *held]) == list(range(count))
-        assert len(held) == min(wanted, count // _blockap.HELD_OUT)
+        assert len(held) == min(wanted, count // block_ap.HELD_OUT)
     else:
         assert windows == list(range(count))
 

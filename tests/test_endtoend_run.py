@@ -14,10 +14,14 @@ from accelerate.utils import LoggerType
 from torch import Tensor
 from trained import W4, train
 
-from qtool import checkpoint, endtoend, methods, ranks, recipe, run
-from qtool.config import ModelConfig
-from qtool.errors import InputError
-from qtool.models import LoadedModel, load_model, packed_linears
+from qtool.checkpoints import native
+from qtool.config import plugins, recipe
+from qtool.config.sections import ModelConfig
+from qtool.models.loading import LoadedModel, load_model, packed_linears
+from qtool.pipelines import quantize
+from qtool.system import distributed
+from qtool.system.errors import InputError
+from qtool.training import end_to_end
 
 
 def written_recipe(folder: Path, name: str, **method: Any) -> Path:
@@ -40,7 +44,7 @@ def written_recipe(folder: Path, name: str, **method: Any) -> Path:
 def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
     checked = recipe.load(written_recipe(tmp_path, "out", tracker="wandb"))
     with pytest.raises(InputError, match="tracker: wandb is not installed; install it, or set tracker: none"):
-        run.quantize(checked, "qat")
+        quantize.quantize(checked, "qat")
 
 
 def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,9 +64,9 @@ def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch:
         def end_training(self) -> None:
             sent.append(({}, 0))
 
-    monkeypatch.setattr(endtoend, "Accelerator", Recorder)
-    monkeypatch.setattr(endtoend, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
-    run.quantize(recipe.load(written_recipe(tmp_path, "out")), "qat")
+    monkeypatch.setattr(end_to_end, "Accelerator", Recorder)
+    monkeypatch.setattr(end_to_end, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    quantize.quantize(recipe.load(written_recipe(tmp_path, "out")), "qat")
     losses = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]["loss"]
     assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
 
@@ -72,7 +76,7 @@ def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pyt
     file = written_recipe(tmp_path, "out")
     file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
     with pytest.raises(InputError, match="method rtn runs in one process, and there are 2"):
-        run.quantize(recipe.load(file), "ptq")
+        quantize.quantize(recipe.load(file), "ptq")
 
 
 def test_more_processes_than_windows_in_a_step_are_refused(
@@ -80,20 +84,25 @@ def test_more_processes_than_windows_in_a_step_are_refused(
 ) -> None:
     tiny.several(0, 3, monkeypatch)
     with pytest.raises(InputError, match="batch_size 2 is less than the 3 processes"):
-        train(methods.get("lsq"), llama, tokens)
+        train(plugins.get("lsq"), llama, tokens)
 
 
 def test_sharding_that_a_launcher_asks_for_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="fully sharded training, which would not be done"):
-        ranks.begin(torch.device("cpu"))
+        distributed.begin(torch.device("cpu"))
 
 
 def test_a_process_alone_is_the_first_and_waits_for_nobody() -> None:
-    assert (ranks.count(), ranks.number(), ranks.is_first(), ranks.active()) == (1, 0, True, False)
+    assert (distributed.count(), distributed.number(), distributed.is_first(), distributed.active()) == (
+        1,
+        0,
+        True,
+        False,
+    )
     value = torch.ones(2)
-    ranks.average(value)
-    ranks.wait()
+    distributed.average(value)
+    distributed.wait()
     assert value.tolist() == [1.0, 1.0]
 
 
@@ -110,7 +119,7 @@ def test_two_processes_have_the_losses_of_one(two_processes: tuple[Path, subproc
     """Three windows for one of them and two for the other."""
     folder, done = two_processes
     assert done.returncode == 0, done.stderr
-    run.quantize(recipe.load(written_recipe(folder, "one", validation_samples=3, validate_every=2)), "qat")
+    quantize.quantize(recipe.load(written_recipe(folder, "one", validation_samples=3, validate_every=2)), "qat")
     two, one = (json.loads((folder / name / "qtool.json").read_text())["series"] for name in ("two", "one"))
     assert len(one["loss"]) == 3
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
@@ -134,8 +143,8 @@ def test_a_start_brings_the_biases_of_its_linears(tmp_path: Path, tokens: Tensor
     for layer in packed_linears(first.model).values():
         if layer.bias is not None:
             layer.bias.data += 1
-    with checkpoint.atomic_folder(tmp_path / "start", overwrite=False) as partial:
-        checkpoint.save(partial, first, tiny.specs(first))
+    with native.atomic_folder(tmp_path / "start", overwrite=False) as partial:
+        native.save(partial, first, tiny.specs(first))
     again = tiny.load(source)
-    train(methods.get("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
+    train(plugins.get("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
     assert torch.equal(tiny.logits(again.model), tiny.logits(first.model))

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from staircases import GATES, STAIRCASES, assert_equal, gate_of, softclamp
 from torch import Tensor
 
+from qtool.config.training import OVERSHOOT, RoundingConfig
 from qtool.quant import rounding
-from qtool.training_config import OVERSHOOT, RoundingConfig
 
 # ---------------------------------------------------------------------------------- definitions to compare with
 

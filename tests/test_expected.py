@@ -9,11 +9,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from qtool import cli, recipe
-from qtool.config import ExpectedConfig
-from qtool.errors import InputError
-from qtool.report import Report
-from qtool.results import Metric, TaskResult, compare, task_result
+from qtool.cli import app
+from qtool.config import recipe
+from qtool.config.sections import ExpectedConfig
+from qtool.reports.records import Metric, TaskResult, compare, task_result
+from qtool.reports.report import Report
+from qtool.system.errors import InputError
 
 PAPER = "arXiv 2407.11062"
 FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
@@ -153,12 +154,12 @@ def test_a_run_and_a_later_evaluation_print_the_numbers_of_the_recipe(
     }
     Path("r.yaml").write_text(yaml.safe_dump(raw))
     for command in (["ptq", "r.yaml"], ["eval", "q", "--tasks", "generated", "--limit", "2"], ["eval", "r.yaml"]):
-        assert cli.main([*command, "--json"]) == 0
+        assert app.main([*command, "--json"]) == 0
         ours, missing = json.loads(capsys.readouterr().out)["report"]["expected"]
         assert ours["difference"] == pytest.approx(ours["measured"] - 10)
         assert ours["note"] == "limit 2"
         assert missing["note"] == "not measured: c4 was not evaluated"
     del raw["method"], raw["quant"], raw["output"]
     Path("float.yaml").write_text(yaml.safe_dump(raw))
-    assert cli.main(["eval", "float.yaml"]) == 0
+    assert app.main(["eval", "float.yaml"]) == 0
     assert f"| c4 | perplexity | 8.5 | not measured |  | {PAPER}; not measured: c4" in capsys.readouterr().out

@@ -12,12 +12,13 @@ import tiny
 import torch
 from natives import GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
 
-from qtool import export
-from qtool.checkpoint import Source
-from qtool.config import BITS, ExportConfig, QuantConfig
-from qtool.errors import InputError
-from qtool.folders import read_config
+from qtool.checkpoints.native import Source
+from qtool.config import plugins
+from qtool.config.sections import BITS, ExportConfig, QuantConfig
+from qtool.exporters import _base
+from qtool.models.folders import read_config
 from qtool.quant.affine import dequantize
+from qtool.system.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
 
 
 def same_floats(name: str, folder: Path, out: Path) -> bool:
-    source, storage = Source(folder), export.get(name).storage
+    source, storage = Source(folder), _base.get(name).storage
     return all(
         torch.equal(storage.tensor(out, each).float(), source.tensor(each).float()) for each in source.float_names()
     )
@@ -43,18 +44,18 @@ def refused(name: str, grid: str) -> bool:
 
 
 def test_the_formats_are_the_files() -> None:
-    assert export.names() == ("auto-round", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mlx")
-    for name in export.names():
-        assert len(export.get(name).summary) > 10
+    assert plugins.export_formats() == ("auto-round", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mlx")
+    for name in plugins.export_formats():
+        assert len(_base.get(name).summary) > 10
 
 
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
 def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     name: str, grid: str, native: Natives, tmp_path: Path
 ) -> None:
     folder, out = native(grid), tmp_path / "out"
-    source, exporter = Source(folder), export.get(name)
+    source, exporter = Source(folder), _base.get(name)
     reason = exporter.refuses(source, ExportConfig(format=name, path=out))
     assert (reason is not None) == refused(name, grid), reason
     if reason is not None:
@@ -73,7 +74,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 def test_biases_and_transposed_linears_are_exported_or_refused(
     name: str, family: str, native: Natives, tmp_path: Path
 ) -> None:
@@ -89,7 +90,7 @@ def test_biases_and_transposed_linears_are_exported_or_refused(
     assert torch.equal(logits, native.logits[folder])
 
 
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives) -> None:
     folder, out = native(), native.export(name)
     files = {file.name for file in out.iterdir()}
@@ -112,16 +113,16 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
 
 def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     tiny.quantize(tiny.llama(tmp_path / "float", tied=True), tmp_path / "q", QuantConfig(group_size=32))
-    for name in export.names():
+    for name in plugins.export_formats():
         out = exported(tmp_path / "q", name, tmp_path / name)
-        stored = export.get(name).storage.names(out)
+        stored = _base.get(name).storage.names(out)
         assert "model.embed_tokens.weight" in stored
         assert "lm_head.weight" not in stored
         assert read_config(out)["tie_word_embeddings"] is True
     assert torch.equal(tiny.logits(plain(tmp_path / "dense")), tiny.logits(plain(tmp_path / "q")))
 
 
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, native: Natives, tmp_path: Path) -> None:
     folder = tiny.copied(native(), tmp_path / "q")
     norm = "model.layers.0.input_layernorm.weight"
@@ -131,7 +132,7 @@ def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, na
 
 
 def test_a_sharded_checkpoint_exports_as_well(native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtool.checkpoint.MAX_SHARD_SIZE", 30_000)
+    monkeypatch.setattr("qtool.checkpoints.native.MAX_SHARD_SIZE", 30_000)
     tiny.quantize(native.floats("mixed"), tmp_path / "q", MIXED["mixed"])
     assert len(list((tmp_path / "q").glob("*.safetensors"))) > 3
     out = exported(tmp_path / "q", "compressed-tensors", tmp_path / "ct")

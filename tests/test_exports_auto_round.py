@@ -8,11 +8,11 @@ import torch
 from layouts import WEIGHTS, Weight
 from natives import GRIDS, Natives, exported, read_back
 
-from qtool.checkpoint import Source
-from qtool.config import QuantConfig
-from qtool.errors import InputError
-from qtool.export import gptq
-from qtool.folders import read_config
+from qtool.checkpoints.native import Source
+from qtool.config.sections import QuantConfig
+from qtool.exporters import gptq
+from qtool.models.folders import read_config
+from qtool.system.errors import InputError
 
 
 @pytest.fixture(scope="module")

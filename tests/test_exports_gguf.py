@@ -17,17 +17,16 @@ from natives import GRIDS, Natives, exported, plain, read_back
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtool import export
-from qtool.checkpoint import Source, write_json
-from qtool.config import ExportConfig, QuantConfig, QuantSpec
-from qtool.errors import InputError, RunError
-from qtool.export import _gguf_blocks as blocks
-from qtool.export import _gguf_tokenizer
-from qtool.folders import read_config
+from qtool.checkpoints.native import Source, write_json
+from qtool.config.sections import ExportConfig, QuantConfig, QuantSpec
+from qtool.exporters import _base
+from qtool.exporters.gguf import blocks, tokenizer
+from qtool.models.folders import read_config
 from qtool.quant.affine import dequantize
+from qtool.system.errors import InputError, RunError
 
 gguf = pytest.importorskip("gguf")
-exporter = import_module("qtool.export.gguf")
+exporter = import_module("qtool.exporters.gguf")
 Q_PROJ = "blk.0.attn_q.weight"
 
 
@@ -115,7 +114,7 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
     assert kinds["output_norm.weight"] == "F32"
     source = Source(tmp_path / "q")
     for linear in source.specs:
-        assert torch.equal(export.get("gguf").read(out, linear), dequantize(*source.quantized(linear)))
+        assert torch.equal(_base.get("gguf").read(out, linear), dequantize(*source.quantized(linear)))
 
 
 # what transformers, which shares nothing with us, makes of the file
@@ -221,8 +220,8 @@ def test_rows_of_the_embedding_without_a_token_are_unused(native: Natives, tmp_p
     known = AutoTokenizer.from_pretrained(out)
     assert len(tokens) == tiny.VOCABULARY
     assert tokens[: len(known)] == known.convert_ids_to_tokens(range(len(known)))
-    assert kinds[0] == _gguf_tokenizer.CONTROL
-    assert all((kind == _gguf_tokenizer.UNUSED) == (index >= len(known)) for index, kind in enumerate(kinds))
+    assert kinds[0] == tokenizer.CONTROL
+    assert all((kind == tokenizer.UNUSED) == (index >= len(known)) for index, kind in enumerate(kinds))
 
 
 def test_it_says_how_many_bits_were_written_and_how_to_need_fewer(native: Natives, tmp_path: Path) -> None:
@@ -373,13 +372,13 @@ def test_without_the_package_it_says_what_to_install(
 
 
 def test_it_is_refused_before_the_run(tmp_path: Path) -> None:
-    from qtool.checkpoint import Planned
+    from qtool.checkpoints.native import Planned
 
     loaded = tiny.load(tiny.llama(tmp_path / "float"))
     targets = loaded.targets(QuantConfig(num_bits=8, group_size=32, symmetric=False))
     shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
     planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
-    reason = export.refusal("gguf", planned, ExportConfig(format="gguf", path=tmp_path / "out"))
+    reason = _base.refusal("gguf", planned, ExportConfig(format="gguf", path=tmp_path / "out"))
     assert reason is not None
     assert "symmetric: true" in reason
 

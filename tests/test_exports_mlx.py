@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from layouts import WEIGHTS, Weight
 from natives import GRIDS, Natives, exported, read_back
 
-from qtool.checkpoint import Source, write_json
-from qtool.config import BITS, QuantConfig, QuantSpec
-from qtool.errors import InputError
-from qtool.export import mlx
-from qtool.folders import read_config
+from qtool.checkpoints.native import Source, write_json
+from qtool.config.sections import BITS, QuantConfig, QuantSpec
+from qtool.exporters import mlx
+from qtool.models.folders import read_config
+from qtool.system.errors import InputError
 
 
 @pytest.fixture(scope="module")

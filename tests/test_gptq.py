@@ -11,15 +11,16 @@ from pydantic import ValidationError
 from quick import W4, correlated_inputs, generator, random_weight, run, same
 from torch import Tensor
 
-from qtool import methods, progress
-from qtool.blocks import BlockTask, Stage, run_blocks
-from qtool.config import BITS, QuantSpec
-from qtool.errors import RunError
+from qtool.blocks.driver import BlockTask, Stage, run_blocks
+from qtool.config import plugins
+from qtool.config.sections import BITS, QuantSpec
 from qtool.methods import gptq, rtn
 from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve
-from qtool.models import LoadedModel, packed_linears
+from qtool.models.loading import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
+from qtool.system import progress
+from qtool.system.errors import RunError
 
 ORDERS: tuple[dict[str, Any], ...] = (
     {"act_order": "off"},
@@ -388,8 +389,8 @@ def test_gptaq_is_the_plain_formula() -> None:
 
 
 def test_gptaq_runs_through_a_model_and_changes_it(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
-    plain = run(methods.get("gptq"), make_llama(), tokens, W4)
-    steered = run(methods.get("gptq"), make_llama(), tokens, W4, gptaq=0.25)
+    plain = run(plugins.get("gptq"), make_llama(), tokens, W4)
+    steered = run(plugins.get("gptq"), make_llama(), tokens, W4, gptaq=0.25)
     first = "model.layers.0.self_attn."
     for name in plain:
         drifted = name not in (f"{first}q_proj", f"{first}k_proj", f"{first}v_proj")  # these read what the model reads

@@ -10,10 +10,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool import cli, grid, launch
-from qtool.errors import InputError
-from qtool.grid import SweepConfig, expand
-from qtool.launch import LauncherConfig
+from qtool.cli import app
+from qtool.sweeps import grid, launchers
+from qtool.sweeps.grid import SweepConfig, expand
+from qtool.sweeps.launchers import LauncherConfig
+from qtool.system.errors import InputError
 
 AXES = ("model.path", "quant.num_bits", "quant.group_size", "seed")
 VALUES = st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True)
@@ -180,19 +181,19 @@ def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> Non
 
 
 def test_help_and_schema_have_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sweep", "--help"]) == 0
+    assert app.main(["sweep", "--help"]) == 0
     text = capsys.readouterr().out
     for key in grid.keys():  # noqa: SIM118 (a function)
         assert f"    {key.name}" in text
     assert "launcher.parameters" in text
-    assert cli.main(["schema", "--sweep"]) == 0
+    assert app.main(["schema", "--sweep"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["properties"]) == list(SweepConfig.model_fields)
     assert found["properties"]["keep"]["enum"] == ["all", "reports"]
 
 
 def test_a_launcher_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(launchers, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs the package submitit.*pip install 'qtool\[cluster\]'"):
         LauncherConfig(name="submitit").check()
     with pytest.raises(InputError, match="pip install 'ray'"):

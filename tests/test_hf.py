@@ -19,14 +19,14 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import qtool
-from qtool import checkpoint, hf
-from qtool.checkpoint import Source
-from qtool.config import ACTIVATIONS_VERSION, ModelConfig, QuantConfig
-from qtool.errors import InputError
-from qtool.folders import read_config
-from qtool.layout import describe
-from qtool.models import load_model, packed_linears, replace_linear
+from qtool.checkpoints import transformers_hook
+from qtool.checkpoints.native import Source, write_json
+from qtool.checkpoints.quantization_config import describe
+from qtool.config.sections import ACTIVATIONS_VERSION, ModelConfig, QuantConfig
+from qtool.models.folders import read_config
+from qtool.models.loading import load_model, packed_linears, replace_linear
 from qtool.quant.affine import dequantize
+from qtool.system.errors import InputError
 
 MIXED = QuantConfig.model_validate(
     {
@@ -271,19 +271,19 @@ def test_the_config_can_be_printed_copied_and_written(llama: Native) -> None:
 
 def test_a_config_of_another_version_or_method_is_refused(llama: Native) -> None:
     section = describe(llama.specs)
-    assert hf.QtoolConfig(**section).to_dict() == section
+    assert transformers_hook.QtoolConfig(**section).to_dict() == section
     with pytest.raises(InputError, match=f"format version {ACTIVATIONS_VERSION + 1}.*upgrade qtool"):
-        hf.QtoolConfig(**section | {"format_version": ACTIVATIONS_VERSION + 1})
+        transformers_hook.QtoolConfig(**section | {"format_version": ACTIVATIONS_VERSION + 1})
     with pytest.raises(InputError, match="format version None"):
-        hf.QtoolConfig(**{key: value for key, value in section.items() if key != "format_version"})
+        transformers_hook.QtoolConfig(**{key: value for key, value in section.items() if key != "format_version"})
     with pytest.raises(InputError, match="'gptq', not a qtool checkpoint"):
-        hf.QtoolConfig(**section | {"quant_method": "gptq"})
+        transformers_hook.QtoolConfig(**section | {"quant_method": "gptq"})
 
 
 def test_a_newer_checkpoint_is_refused_by_from_pretrained(damaged: Path) -> None:
     config = read_config(damaged)
     config["quantization_config"]["format_version"] = ACTIVATIONS_VERSION + 1
-    checkpoint.write_json(damaged / "config.json", config)
+    write_json(damaged / "config.json", config)
     with pytest.raises(InputError, match="upgrade qtool"):
         AutoModelForCausalLM.from_pretrained(damaged)
 
@@ -296,7 +296,7 @@ def test_a_newer_checkpoint_is_refused_by_from_pretrained(damaged: Path) -> None
 def test_tensors_that_do_not_fit_the_section_are_refused(damaged: Path, section: dict[str, object]) -> None:
     config = read_config(damaged)
     config["quantization_config"] |= section
-    checkpoint.write_json(damaged / "config.json", config)
+    write_json(damaged / "config.json", config)
     with pytest.raises(InputError, match=r"has shape \[.*\] in the file, and the config asks for \["):
         load_model(ModelConfig(path=str(damaged)), quantized=True)
     with pytest.raises((InputError, RuntimeError)):
@@ -307,7 +307,7 @@ def test_tensors_that_do_not_fit_the_section_are_refused(damaged: Path, section:
 def test_a_section_that_lists_what_is_no_linear_is_refused_by_name(damaged: Path, name: str) -> None:
     config = read_config(damaged)
     config["quantization_config"]["linears"].append(name)
-    checkpoint.write_json(damaged / "config.json", config)
+    write_json(damaged / "config.json", config)
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         load_model(ModelConfig(path=str(damaged)), quantized=True)
 

@@ -14,16 +14,20 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qtool import checkpoint, export, progress, recipe, run
-from qtool.checkpoint import Source
-from qtool.config import BITS, ExportConfig, QuantConfig, QuantSpec
-from qtool.errors import InputError
-from qtool.layout import describe, specs_of
+from qtool.checkpoints import native
+from qtool.checkpoints.native import Source
+from qtool.checkpoints.quantization_config import describe, specs_of
+from qtool.config import plugins, recipe
+from qtool.config.sections import BITS, ExportConfig, QuantConfig, QuantSpec
+from qtool.exporters import _base
 from qtool.methods import hqq, rtn
 from qtool.methods.hqq import Grid, improve, objective, optimise, shrink
-from qtool.models import LoadedModel, packed_linears
+from qtool.models.loading import LoadedModel, packed_linears
+from qtool.pipelines import quantize as pipeline
 from qtool.quant.affine import dequantize, minmax_qparams, quantize, round_to_codes, to_grid
-from qtool.quant.linear import PackedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.system import progress
+from qtool.system.errors import InputError
 
 FLOAT_ZERO = QuantConfig(num_bits=3, group_size=16, symmetric=False, float_zero=True)
 specs = st.builds(
@@ -49,8 +53,8 @@ def heavy_tailed(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def checkpoint_of(loaded: LoadedModel, path: Path) -> Path:
-    with checkpoint.atomic_folder(path, overwrite=False) as partial:
-        checkpoint.save(partial, loaded, tiny.specs(loaded))
+    with native.atomic_folder(path, overwrite=False) as partial:
+        native.save(partial, loaded, tiny.specs(loaded))
     return path
 
 
@@ -171,7 +175,7 @@ def test_zero_points_between_codes_come_back_from_disk_bit_for_bit(llama: Loaded
     assert torch.equal(tiny.logits(loaded), tiny.logits(llama.model))
 
 
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 def test_an_export_holds_them_or_is_refused_with_the_reason(
     name: str, make_llama: Callable[[], LoadedModel], tmp_path: Path
 ) -> None:
@@ -181,11 +185,11 @@ def test_an_export_holds_them_or_is_refused_with_the_reason(
     config = ExportConfig(format=name, path=tmp_path / "out")
     if name != "dense":
         with pytest.raises(InputError, match=r"float_zero.* does not hold those exactly; export dense instead"):
-            run.export(folder, config, False)
+            pipeline.export(folder, config, False)
         return
-    path = run.export(folder, config, False)
+    path = pipeline.export(folder, config, False)
     for linear, layer in packed_linears(llama.model).items():
-        assert torch.equal(export.get("dense").read(path, linear), layer.dequantized())
+        assert torch.equal(_base.get("dense").read(path, linear), layer.dequantized())
 
 
 def test_an_export_that_cannot_hold_them_is_refused_before_the_run(llama_folder: Path, tmp_path: Path) -> None:
@@ -199,7 +203,7 @@ def test_an_export_that_cannot_hold_them_is_refused_before_the_run(llama_folder:
     }
     file.write_text(json.dumps(wanted))
     with pytest.raises(InputError, match=r"cannot be exported as gptq: .* has zero points between codes"):
-        run.quantize(recipe.load(file), "ptq")
+        pipeline.quantize(recipe.load(file), "ptq")
     assert not (tmp_path / "out").exists()
 
 

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from qtool import data, instructions, methods, run
-from qtool.config import DataConfig
-from qtool.errors import InputError
-from qtool.instructions import IGNORED, encode, messages_of, pack
+from qtool.config import plugins
+from qtool.config.recipe import Recipe
+from qtool.config.sections import DataConfig
+from qtool.data import conversations, windows
+from qtool.data.conversations import IGNORED, encode, messages_of, pack
 from qtool.methods import rtn
-from qtool.recipe import Recipe
-from qtool.state import RunState
+from qtool.pipelines import quantize
+from qtool.pipelines.run_state import RunState
+from qtool.system.errors import InputError
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ '\n' }}{{ m.content }}<|end|>{{ '\n' }}{% endfor %}"
@@ -107,7 +109,7 @@ def test_a_template_that_rewrites_the_beginning_is_refused() -> None:
 
 def test_templates_that_print_the_day_give_the_same_tokens_every_day() -> None:
     dated = tokenizer("{{ date_string if date_string else strftime_now('%f') }}" + CHATML)
-    assert dated.decode(encode(TWO_TURNS, dated, "here")[0]).startswith(instructions.DATE)
+    assert dated.decode(encode(TWO_TURNS, dated, "here")[0]).startswith(conversations.DATE)
 
 
 def test_what_a_template_refuses_is_told_with_its_place() -> None:
@@ -136,7 +138,7 @@ def test_a_slow_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_three_shapes_of_rows_are_read(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
-    assert instructions.is_conversation(row)
+    assert conversations.is_conversation(row)
     assert [(m["role"], m["content"]) for m in messages_of(row, "here")] == expected
 
 
@@ -207,7 +209,7 @@ def test_windows_in_which_nothing_is_learned_are_left_out_and_counted(capsys: py
     rows = [qa("Why? " * 99, "So."), qa("Go?", "Yes. " * 99)]
     notes: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instructions.progress, "note", notes.append)
+        patch.setattr(conversations.progress, "note", notes.append)
         packed = pack(placed(rows), TOKENIZER, 2, 32)
     assert packed.tokens.shape == (1, 32)
     assert packed.num_conversations == 2
@@ -232,16 +234,16 @@ ROWS = [qa(f"Question number {i}?", f"Answer {i}, and no more than that, whateve
 
 def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed(loaded: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
-    first = data.calibration(config(path), loaded, 0)
+    first = windows.calibration(config(path), loaded, 0)
     assert first.labels is not None
     assert first.tokens.shape == first.labels.shape == (4, 32)
     assert torch.equal(first.labels.where(first.labels != IGNORED, first.tokens), first.tokens)
-    again, other = (data.calibration(config(path), loaded, seed) for seed in (0, 1))
+    again, other = (windows.calibration(config(path), loaded, seed) for seed in (0, 1))
     assert torch.equal(first.tokens, again.tokens)
     assert not torch.equal(first.tokens, other.tokens)
     order = [first.tokens.tolist().index(row) for row in other.tokens.tolist()]
     assert torch.equal(first.labels[order], other.labels)  # type: ignore[index]
-    assert torch.equal(data.calibration_tokens(config(path), loaded, 0), first.tokens)
+    assert torch.equal(windows.calibration_tokens(config(path), loaded, 0), first.tokens)
 
 
 def test_parquet_gives_the_same_conversations(loaded: Any, tmp_path: Path) -> None:
@@ -249,9 +251,9 @@ def test_parquet_gives_the_same_conversations(loaded: Any, tmp_path: Path) -> No
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    from_json = data.calibration(config(write(tmp_path / "a.jsonl", ROWS)), loaded, 0)
-    from_parquet = data.calibration(config(tmp_path / "a.parquet"), loaded, 0)
-    assert data.token_hash(*from_json) == data.token_hash(*from_parquet)
+    from_json = windows.calibration(config(write(tmp_path / "a.jsonl", ROWS)), loaded, 0)
+    from_parquet = windows.calibration(config(tmp_path / "a.parquet"), loaded, 0)
+    assert windows.token_hash(*from_json) == windows.token_hash(*from_parquet)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "deita"])
@@ -267,7 +269,7 @@ def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
     (tmp_path / name).mkdir()
     write(tmp_path / name / "train.jsonl", rows)
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
-    local = data.calibration(config(name), loaded, 0)
+    local = windows.calibration(config(name), loaded, 0)
     asked = []
 
     def hub(*args: object) -> Any:
@@ -275,10 +277,10 @@ def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
         return iter(rows)
 
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(data, "load_hub", hub)
-    remote = data.calibration(config(name), loaded, 0)
-    assert asked == [(data.SOURCES[name].hub, "train")]
-    assert data.token_hash(*local) == data.token_hash(*remote)
+    monkeypatch.setattr(windows, "load_hub", hub)
+    remote = windows.calibration(config(name), loaded, 0)
+    assert asked == [(windows.SOURCES[name].hub, "train")]
+    assert windows.token_hash(*local) == windows.token_hash(*remote)
 
 
 def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) -> None:
@@ -286,20 +288,20 @@ def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) 
     with pytest.raises(
         InputError, match=r"window\(s\) of 32 tokens were found in 4 conversation\(s\), and 99 are needed"
     ):
-        data.calibration(config(path, 99), loaded, 0)
+        windows.calibration(config(path, 99), loaded, 0)
 
 
 def test_a_row_without_a_conversation_is_told_with_its_line(loaded: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [ROWS[0], {"text": "x"}])
     with pytest.raises(InputError, match=r"a\.jsonl: line 2 has no conversation"):
-        data.calibration(config(path), loaded, 0)
+        windows.calibration(config(path), loaded, 0)
 
 
 def test_the_hash_depends_on_the_labels() -> None:
     tokens = torch.arange(12).view(3, 4)
     labels = tokens.clone()
     labels[0, 0] = IGNORED
-    hashes = {data.token_hash(tokens), data.token_hash(tokens, tokens), data.token_hash(tokens, labels)}
+    hashes = {windows.token_hash(tokens), windows.token_hash(tokens, tokens), windows.token_hash(tokens, labels)}
     assert len(hashes) == 3
 
 
@@ -319,7 +321,7 @@ def test_a_run_goes_on_only_with_the_same_labels(tmp_path: Path) -> None:
             state.keep_tokens(tokens, other)
     before = state.calibration()
     assert before is not None
-    assert data.token_hash(*before) == data.token_hash(tokens, labels)
+    assert windows.token_hash(*before) == windows.token_hash(tokens, labels)
 
 
 @pytest.mark.parametrize("takes_labels", [True, False])
@@ -332,8 +334,8 @@ def test_labels_reach_the_methods_that_take_them_and_no_other(
         calls.append((tokens, more))
         return rtn.run(loaded, None, quant, rtn.Config(), seed)
 
-    trained = methods.Method("ptq", "for this test", rtn.Config, method, takes_labels=takes_labels)
-    monkeypatch.setattr(methods, "get", lambda name: trained)
+    trained = plugins.Method("ptq", "for this test", rtn.Config, method, takes_labels=takes_labels)
+    monkeypatch.setattr(plugins, "get", lambda name: trained)
     raw = {
         "model": {"path": str(llama_folder), "dtype": "float32", "device": "cpu"},
         "method": {"name": "rtn"},
@@ -342,11 +344,11 @@ def test_labels_reach_the_methods_that_take_them_and_no_other(
         "output": {"path": str(tmp_path / "q")},
     }
     recipe = Recipe.model_validate(raw)
-    run.quantize(recipe, "ptq")
-    text = data.calibration(recipe.data, tiny.load(llama_folder), 0)
+    quantize.quantize(recipe, "ptq")
+    text = windows.calibration(recipe.data, tiny.load(llama_folder), 0)
     ((tokens, more),) = calls
     assert torch.equal(tokens, text.tokens)
     assert text.labels is not None
     assert torch.equal(more["labels"], text.labels) if takes_labels else not more
     manifest = json.loads((tmp_path / "q" / "qtool.json").read_text())
-    assert manifest["data"]["sha256"] == data.token_hash(*text)
+    assert manifest["data"]["sha256"] == windows.token_hash(*text)

@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qtool import inventory, methods, run, state
-from qtool.checkpoint import Source, file_hashes
-from qtool.config import QuantConfig, QuantSpec
-from qtool.models import LoadedModel
+from qtool.checkpoints.native import Source, file_hashes
+from qtool.config import plugins
+from qtool.config.recipe import Recipe
+from qtool.config.sections import QuantConfig, QuantSpec
+from qtool.evaluation import weights
+from qtool.models.loading import LoadedModel
+from qtool.pipelines import quantize as pipeline
+from qtool.pipelines import run_state
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize, relative_error
-from qtool.recipe import Recipe
-from qtool.report import Report
+from qtool.reports.report import Report
 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},
@@ -54,7 +57,7 @@ def make(models: Path, output: Path, method: str, family: str = "llama", **quant
 
 
 def quantized(recipe: Recipe) -> Report:
-    run.quantize(recipe, methods.get(recipe.method.name).command)
+    pipeline.quantize(recipe, plugins.get(recipe.method.name).command)
     return Report.model_validate_json((recipe.output.path / "report.json").read_text())
 
 
@@ -134,16 +137,16 @@ def test_a_run_that_was_stopped_has_the_same_errors_and_the_same_bytes(
 ) -> None:
     whole = make(models, tmp_path / "whole", method)
     expected = quantized(whole)
-    write = state.RunState.write
+    write = run_state.RunState.write
 
-    def stopping(self: state.RunState, index: int, *rest: Any) -> None:
+    def stopping(self: run_state.RunState, index: int, *rest: Any) -> None:
         write(self, index, *rest)
         if index == 1:
             raise Stopped
 
     recipe = make(models, tmp_path / "out", method)
     with monkeypatch.context() as patch:
-        patch.setattr(state.RunState, "write", stopping)
+        patch.setattr(run_state.RunState, "write", stopping)
         with pytest.raises(Stopped):
             quantized(recipe)
     found = quantized(recipe)
@@ -164,18 +167,18 @@ def test_a_whole_model_and_a_streamed_one_have_the_same_errors(models: Path, tmp
 
 
 def load_tokens(models: Path, recipe: Recipe, loaded: LoadedModel) -> torch.Tensor:
-    from qtool.data import calibration_tokens
+    from qtool.data.windows import calibration_tokens
 
     return calibration_tokens(recipe.data, loaded, 0)
 
 
 def test_every_linear_of_the_blocks_is_listed_packed_or_not(models: Path) -> None:
     loaded = tiny.load(models / "llama")
-    before = inventory.block_linears(loaded)
+    before = weights.block_linears(loaded)
     assert len(before) == 3 * 7
     assert before["model.layers.2.mlp.up_proj"] == (96, 64)
     packed = tiny.packed(models / "llama", QuantConfig(group_size=32))
-    assert inventory.block_linears(packed) == before
+    assert weights.block_linears(packed) == before
 
 
 def test_time_and_memory_are_there_for_each_phase(models: Path, tmp_path: Path) -> None:

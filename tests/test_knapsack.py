@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool import knapsack
-from qtool.knapsack import SOLVERS, exact, total
+from qtool.allocation import solvers
+from qtool.allocation.solvers import SOLVERS, exact, total
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -62,7 +62,7 @@ def test_lagrangian_is_optimal_for_the_size_that_it_uses(
     instance: tuple[list[list[int]], list[list[float]], int],
 ) -> None:
     sizes, costs, _ = instance
-    chosen = knapsack.lagrangian(*instance)
+    chosen = solvers.lagrangian(*instance)
     assert total(costs, chosen) <= cheapest(sizes, costs, total(sizes, chosen)) + 1e-7
 
 
@@ -90,8 +90,8 @@ def test_dp_is_exact_on_the_shapes_of_a_large_model(odd: int) -> None:
     capacity = 3 * 32 * sum(shapes)
     chosen = exact(sizes, costs, capacity)
     assert total(sizes, chosen) <= capacity
-    lower = knapsack.lagrangian(sizes, costs, capacity)
-    assert total(costs, chosen) <= total(costs, knapsack.greedy(sizes, costs, capacity, lower))
+    lower = solvers.lagrangian(sizes, costs, capacity)
+    assert total(costs, chosen) <= total(costs, solvers.greedy(sizes, costs, capacity, lower))
     if not odd:
         assert total(costs, chosen) == pytest.approx(dense_optimum(sizes, costs, capacity), rel=1e-9)
 

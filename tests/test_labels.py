@@ -10,11 +10,13 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from qtool import data, methods, run
-from qtool.endtoend import _Training
-from qtool.instructions import IGNORED
-from qtool.recipe import Recipe
-from qtool.training_config import EndToEndConfig
+from qtool.config import plugins
+from qtool.config.recipe import Recipe
+from qtool.config.training import EndToEndConfig
+from qtool.data import windows
+from qtool.data.conversations import IGNORED
+from qtool.pipelines import quantize
+from qtool.training.end_to_end import _Training
 
 
 @pytest.fixture
@@ -66,14 +68,14 @@ def test_a_divergence_counts_only_learned_tokens(llama: Any, tokens: torch.Tenso
     assert one.gamma == pytest.approx(truth[labels[:, 1:] != IGNORED].mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.names() if methods.get(name).takes_labels])
+@pytest.mark.parametrize("name", [name for name in plugins.names() if plugins.get(name).takes_labels])
 def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: Path) -> None:
     rows = [
         {"instruction": f"Question number {i}?", "output": f"Answer {i}, and no more than that."} for i in range(60)
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = data.calibration(
-        data.DataConfig(source=str(tmp_path / "a.jsonl"), num_samples=4, seq_len=100), tiny.load(llama_folder), 0
+    text = windows.calibration(
+        windows.DataConfig(source=str(tmp_path / "a.jsonl"), num_samples=4, seq_len=100), tiny.load(llama_folder), 0
     )
     assert text.labels is not None
     settings: dict[str, Any] = {"loss": "ce", "steps": 1, "batch_size": 4, "tracker": "none"}
@@ -91,7 +93,7 @@ def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: 
             "quant": {"group_size": 32, "num_bits": 8},
             "output": {"path": str(tmp_path / f"q{len(losses)}")},
         }
-        run.quantize(Recipe.model_validate(raw), methods.get(name).command)
+        quantize.quantize(Recipe.model_validate(raw), plugins.get(name).command)
         losses.append(json.loads((tmp_path / f"q{len(losses)}" / "qtool.json").read_text())["series"][series][0])
     with torch.no_grad():
         model = tiny.load(llama_folder).model

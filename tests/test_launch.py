@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from qtool import cli, launch
-from qtool.launch import Command, Ended, LauncherConfig
+from qtool.cli import app
+from qtool.sweeps import launchers
+from qtool.sweeps.launchers import Command, Ended, LauncherConfig
 
 
 def command(folder: Path, code: str, name: str = "c") -> Command:
@@ -19,18 +20,18 @@ def command(folder: Path, code: str, name: str = "c") -> Command:
 
 
 def test_how_a_command_ended_is_told(tmp_path: Path) -> None:
-    good = launch.execute(
+    good = launchers.execute(
         command(tmp_path, "import os, sys; print(os.environ['QTOOL_TEST']); print('x', file=sys.stderr)")
     )
     assert good == ("7\n", "")
     assert (tmp_path / "c.log").read_text() == "x\n"
     said = 'import sys; print(\'{"error": "bad", "kind": "run"}\'); sys.exit(1)'
-    assert launch.execute(command(tmp_path, said)).error == "bad"
-    assert launch.execute(command(tmp_path, "import sys; print('no\\nmore', file=sys.stderr); sys.exit(3)")).error == (
-        "no\nmore"
-    )
-    assert launch.execute(command(tmp_path, "import sys; sys.exit(3)")).error == "ended with exit code 3"
-    killed = launch.execute(command(tmp_path, "import os; os.kill(os.getpid(), 9)")).error
+    assert launchers.execute(command(tmp_path, said)).error == "bad"
+    assert launchers.execute(
+        command(tmp_path, "import sys; print('no\\nmore', file=sys.stderr); sys.exit(3)")
+    ).error == ("no\nmore")
+    assert launchers.execute(command(tmp_path, "import sys; sys.exit(3)")).error == "ended with exit code 3"
+    killed = launchers.execute(command(tmp_path, "import os; os.kill(os.getpid(), 9)")).error
     assert killed == "ended by SIGKILL, as a system out of memory does"
 
 
@@ -39,7 +40,7 @@ def test_commands_run_side_by_side_and_come_as_they_end(tmp_path: Path) -> None:
     there = tmp_path / "there"
     waits = f"import os, time\nwhile not os.path.exists({str(there)!r}): time.sleep(0.01)"
     commands = [command(tmp_path, waits, "a"), command(tmp_path, "", "b")]
-    with closing(launch.launch(LauncherConfig(), commands, 2, tmp_path)) as ends:
+    with closing(launchers.launch(LauncherConfig(), commands, 2, tmp_path)) as ends:
         assert next(ends) == (1, Ended("", ""))
         there.touch()
         assert list(ends) == [(0, Ended("", ""))]
@@ -55,32 +56,32 @@ open({str(begun)!r}, "w")
 time.sleep(30)
 """
     commands = [command(tmp_path, waits, "a"), command(tmp_path, works, "b")]
-    with closing(launch.launch(LauncherConfig(), commands, 2, tmp_path)) as ends:
+    with closing(launchers.launch(LauncherConfig(), commands, 2, tmp_path)) as ends:
         assert next(ends) == (0, Ended("", ""))
     assert asked.exists()
 
 
 def test_what_an_earlier_sweep_started_is_waited_for(tmp_path: Path) -> None:
     slow = command(tmp_path, f"import time; time.sleep(0.3); open({str(tmp_path / 'there')!r}, 'w')")
-    other = threading.Thread(target=launch.execute, args=(slow,))
+    other = threading.Thread(target=launchers.execute, args=(slow,))
     other.start()
     while not slow.log.exists() or not slow.log.parent.exists():
         time.sleep(0.001)
     time.sleep(0.05)
-    launch.settle(slow.log)
+    launchers.settle(slow.log)
     assert (tmp_path / "there").exists()
     other.join()
 
 
 def cluster_of(config: LauncherConfig, tmp_path: Path) -> Iterator[tuple[int, Ended]]:
     commands = [command(tmp_path, "print(1)", "a"), command(tmp_path, "import sys; sys.exit(4)", "b")]
-    return launch.launch(config, commands, None, tmp_path / "jobs")
+    return launchers.launch(config, commands, None, tmp_path / "jobs")
 
 
 def test_submitit_runs_the_same_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
-    monkeypatch.setattr(launch, "POLL", 0.05)
+    monkeypatch.setenv("PYTHONPATH", str(Path(app.__file__).parents[1]))
+    monkeypatch.setattr(launchers, "POLL", 0.05)
     config = LauncherConfig(name="submitit", cluster="local", parameters={"timeout_min": 2})
     config.check()
     assert dict(cluster_of(config, tmp_path)) == {0: ("1\n", ""), 1: ("", "ended with exit code 4")}
@@ -88,8 +89,8 @@ def test_submitit_runs_the_same_commands(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_ray_runs_the_same_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
-    monkeypatch.setattr(launch, "POLL", 0.05)
+    monkeypatch.setenv("PYTHONPATH", str(Path(app.__file__).parents[1]))
+    monkeypatch.setattr(launchers, "POLL", 0.05)
     config = LauncherConfig(name="ray", parameters={"num_cpus": 1})
     assert dict(cluster_of(config, tmp_path)) == {0: ("1\n", ""), 1: ("", "ended with exit code 4")}
 
@@ -109,7 +110,7 @@ def test_a_job_that_the_cluster_loses_is_a_failed_cell_and_the_window_is_kept() 
 
     functions: dict[str, Any] = {"is_done": lambda job: True, "result": result, "cancel": cancelled.append}
     commands = [Command([], Path("x"), {})] * 4
-    with closing(launch._polled(commands, 2, submit=submit, **functions)) as ends:
+    with closing(launchers._polled(commands, 2, submit=submit, **functions)) as ends:
         assert next(ends) == (0, ("0", ""))
         assert submitted == [0, 1]
         assert next(ends) == (1, ("", "the cluster's job failed: node down"))

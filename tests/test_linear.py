@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config import BITS, SCALE_BITS, QuantSpec
+from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.linear import PackedLinear, QuantLinear
+from qtool.quant.packed_linear import PackedLinear, QuantLinear
 
 # --------------------------------------------------------------------------------------------------- gradients
 

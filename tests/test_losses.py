@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.losses import confidence, cross_entropy, kl, token_losses, top_k_kl
-from qtool.training_config import EndToEndConfig
+from qtool.config.training import EndToEndConfig
+from qtool.training.losses import confidence, cross_entropy, kl, token_losses, top_k_kl
 
 N, V = 5, 13
 LABELS = torch.tensor([0, 3, 12, 7, 3])

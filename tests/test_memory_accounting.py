@@ -12,10 +12,12 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from qtool import endtoend, recipe, run
-from qtool.config import QuantConfig
+from qtool.config import recipe
+from qtool.config.sections import QuantConfig
 from qtool.methods import lrqat
-from qtool.models import LoadedModel
+from qtool.models.loading import LoadedModel
+from qtool.pipelines import quantize
+from qtool.training import end_to_end
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
 from lrqat_memory import BLOCK_AP, FORMS, compared, measure
@@ -66,7 +68,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     gc.collect()
     before = {id(each) for each in gc.get_objects() if type(each) is nn.Linear}
     found: list[int] = []
-    real = endtoend.train_model
+    real = end_to_end.train_model
 
     def look(loaded: LoadedModel, *arguments: Any, **others: Any) -> Any:
         gc.collect()
@@ -74,7 +76,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(sum(each.weight is not loaded.model.lm_head.weight for each in linears))
         return real(loaded, *arguments, **others)
 
-    monkeypatch.setattr("qtool.methods._trained.train_model", look)
+    monkeypatch.setattr("qtool.training.linears.train_model", look)
     return found
 
 
@@ -96,5 +98,5 @@ def test_a_run_holds_no_float_weights_either(method: str, alive: list[int], llam
         "data": {"source": str(tiny.text(tmp_path)), "num_samples": 4, "seq_len": 16},
         "output": {"path": str(tmp_path / "out")},
     }
-    run.quantize(recipe.Recipe.model_validate(raw), "qat" if method == "lsq" else method)
+    quantize.quantize(recipe.Recipe.model_validate(raw), "qat" if method == "lsq" else method)
     assert alive == [0]

@@ -13,25 +13,26 @@ from quick import W4, run, same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qtool import checkpoint, methods
-from qtool.config import BITS, QuantConfig
+from qtool.checkpoints import native
+from qtool.config import plugins
+from qtool.config.sections import BITS, QuantConfig
 from qtool.methods import rtn
-from qtool.models import LoadedModel, packed_linears
+from qtool.models.loading import LoadedModel, packed_linears
 
 # ---------------------------------------------------------------------------- the contract, for every method there is
 
 
-@pytest.fixture(params=methods.names())
-def method(request: pytest.FixtureRequest) -> methods.Method:
-    return methods.get(request.param)
+@pytest.fixture(params=plugins.names())
+def method(request: pytest.FixtureRequest) -> plugins.Method:
+    return plugins.get(request.param)
 
 
 def test_there_are_the_methods_that_users_know() -> None:
     trained = {"efficientqat", "llmqat", "lrqat", "lsq", "paretoq", "qat"}
-    assert {"awq", "gptq", "hqq", "rtn", "signround"} | trained <= set(methods.names())
+    assert {"awq", "gptq", "hqq", "rtn", "signround"} | trained <= set(plugins.names())
 
 
-def test_a_method_says_what_it_is(method: methods.Method, request: pytest.FixtureRequest) -> None:
+def test_a_method_says_what_it_is(method: plugins.Method, request: pytest.FixtureRequest) -> None:
     assert method.config.model_fields["name"].default == request.node.callspec.params["method"]
     assert method.summary
     assert not method.summary.endswith(".")
@@ -42,7 +43,7 @@ def test_a_method_says_what_it_is(method: methods.Method, request: pytest.Fixtur
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packs_every_target_and_no_other_linear(
-    method: methods.Method, llama: LoadedModel, tokens: Tensor, symmetric: bool
+    method: plugins.Method, llama: LoadedModel, tokens: Tensor, symmetric: bool
 ) -> None:
     quant = QuantConfig(num_bits=4, group_size=16, symmetric=symmetric)
     targets = {target.name: target.spec for target in llama.targets(quant)}
@@ -56,7 +57,7 @@ def test_packs_every_target_and_no_other_linear(
 
 
 def test_same_arguments_same_bits(
-    method: methods.Method, make_llama: Callable[[], LoadedModel], tokens: Tensor
+    method: plugins.Method, make_llama: Callable[[], LoadedModel], tokens: Tensor
 ) -> None:
     """The global random state is no argument."""
     first, second = make_llama(), make_llama()
@@ -69,30 +70,30 @@ def test_same_arguments_same_bits(
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_survives_disk_with_equal_logits(method: methods.Method, family: str, tmp_path: Path, tokens: Tensor) -> None:
+def test_survives_disk_with_equal_logits(method: plugins.Method, family: str, tmp_path: Path, tokens: Tensor) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / "float"))
     run(method, loaded, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False))
-    with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-        checkpoint.save(partial, loaded, tiny.specs(loaded))
+    with native.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+        native.save(partial, loaded, tiny.specs(loaded))
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert set(packed_linears(restored)) == set(packed_linears(loaded.model))
     assert torch.equal(tiny.logits(restored), tiny.logits(loaded.model))
 
 
 def test_keeps_zero_points_between_codes_where_asked_to(
-    method: methods.Method, llama: LoadedModel, tmp_path: Path, tokens: Tensor
+    method: plugins.Method, llama: LoadedModel, tmp_path: Path, tokens: Tensor
 ) -> None:
     result = run(method, llama, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False, float_zero=True))
     assert all(bool((weight.zero_point != weight.zero_point.round()).any()) for weight in result.values())
-    with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-        checkpoint.save(partial, llama, tiny.specs(llama))
+    with native.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+        native.save(partial, llama, tiny.specs(llama))
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert torch.equal(tiny.logits(restored), tiny.logits(llama.model))
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_8_bits_leave_the_model_as_good_as_it_was(
-    method: methods.Method, family: str, tmp_path: Path, tokens: Tensor
+    method: plugins.Method, family: str, tmp_path: Path, tokens: Tensor
 ) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / "float"))
     before = tiny.logits(loaded.model)
@@ -100,7 +101,7 @@ def test_8_bits_leave_the_model_as_good_as_it_was(
     assert 0 < float((tiny.logits(loaded.model) - before).norm() / before.norm()) < 0.03
 
 
-def test_overrides_are_respected(method: methods.Method, llama: LoadedModel, tokens: Tensor) -> None:
+def test_overrides_are_respected(method: plugins.Method, llama: LoadedModel, tokens: Tensor) -> None:
     overrides: dict[str, Any] = {
         "*.q_proj": {"num_bits": 8},  # in one group with k and v, which have 4
         "*.v_proj": {"symmetric": False, "group_size": -1},
@@ -125,7 +126,7 @@ def test_overrides_are_respected(method: methods.Method, llama: LoadedModel, tok
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_more_bits_less_error(
-    method: methods.Method, make_llama: Callable[[], LoadedModel], tokens: Tensor, symmetric: bool
+    method: plugins.Method, make_llama: Callable[[], LoadedModel], tokens: Tensor, symmetric: bool
 ) -> None:
     before = tiny.logits(make_llama().model)
     errors = []
@@ -137,7 +138,7 @@ def test_more_bits_less_error(
     assert errors[-1] < 0.05 * errors[0]
 
 
-def test_unknown_settings_are_refused(method: methods.Method) -> None:
+def test_unknown_settings_are_refused(method: plugins.Method) -> None:
     with pytest.raises(ValidationError, match="dampp"):
         method.config(dampp=1)
 
@@ -149,7 +150,7 @@ def test_unknown_settings_are_refused(method: methods.Method) -> None:
 def test_rtn_is_the_nearest_code_of_the_min_max_grid(llama: LoadedModel, symmetric: bool) -> None:
     quant = QuantConfig(num_bits=3, group_size=32, symmetric=symmetric, scale_dtype="bfloat16")
     weights = {target.name: target.weight.clone() for target in llama.targets(quant)}
-    for name, found in run(methods.get("rtn"), llama, torch.empty(0), quant).items():
+    for name, found in run(plugins.get("rtn"), llama, torch.empty(0), quant).items():
         w = weights[name].view(weights[name].shape[0], -1, 32)
         grid = ((torch.arange(8) - found.zero_point.unsqueeze(-1)) * found.scale.unsqueeze(-1)).unsqueeze(2)
         distance = (grid - w.unsqueeze(-1)).abs()

@@ -11,12 +11,12 @@ from families import CONFIGS, W4, WINDOW, make_config, write
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import QuantConfig
-from qtool.errors import InputError
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config.sections import QuantConfig
 from qtool.methods import awq, gptq, rtn
-from qtool.models import LoadedModel, dense_weight, packed_linears
-from qtool.quant.linear import PackedLinear
+from qtool.models.loading import LoadedModel, dense_weight, packed_linears
+from qtool.quant.packed_linear import PackedLinear
+from qtool.system.errors import InputError
 
 WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3")
 TIED = ("smollm", "smollm3", "gemma2", "gemma3", "opt", "gpt2", "falcon", "falcon_new", "falcon_alibi")

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qtool import checkpoint, folders
-from qtool.config import ModelConfig
-from qtool.errors import InputError
+from qtool.checkpoints import native
+from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
-from qtool.models import LoadedModel, decoder_blocks, load_model
+from qtool.models import folders
+from qtool.models.loading import LoadedModel, decoder_blocks, load_model
+from qtool.system.errors import InputError
 
 
 @pytest.fixture
@@ -231,8 +232,8 @@ def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
     with suppress(InputError):
         loaded = tiny.load(folder)
         rtn.run(loaded, None, W4, rtn.Config(), 0)
-        with checkpoint.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
-            checkpoint.save(partial, loaded, tiny.specs(loaded))
+        with native.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+            native.save(partial, loaded, tiny.specs(loaded))
 
 
 def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:

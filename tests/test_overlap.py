@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool import data, measure, overlap, run
-from qtool.config import EvalConfig, ModelConfig
-from qtool.overlap import ALARM, RUN, relation
-from qtool.recipe import Recipe
-from qtool.report import Report
-from qtool.results import CalibrationText, Metric, task_result
+from qtool.config.recipe import Recipe
+from qtool.config.sections import EvalConfig, ModelConfig
+from qtool.data.windows import perplexity_windows
+from qtool.evaluation import contamination
+from qtool.evaluation.contamination import ALARM, RUN, relation
+from qtool.pipelines import evaluate, quantize
+from qtool.reports.records import CalibrationText, Metric, task_result
+from qtool.reports.report import Report
 
 
 def windows(num: int, length: int, seed: int, vocabulary: int = 4096) -> torch.Tensor:
@@ -50,24 +52,24 @@ def test_it_is_the_share_of_runs_that_occur(
     copied = min(copied, t, s)
     calibration[-1, t - copied :] = evaluation[0, :copied]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overlap, "CHUNK", chunk)
-        assert overlap.overlap(calibration, evaluation) == pytest.approx(plainly(calibration, evaluation))
+        patch.setattr(contamination, "CHUNK", chunk)
+        assert contamination.overlap(calibration, evaluation) == pytest.approx(plainly(calibration, evaluation))
 
 
 def test_limits() -> None:
     tokens = windows(4, 64, 0)
-    assert overlap.overlap(tokens, tokens) == 1
-    assert overlap.overlap(tokens[:1], tokens) == 0.25
-    assert overlap.overlap(tokens, windows(4, 64, 1)) == 0
-    assert overlap.overlap(tokens, tokens.flip(1)) == 0
-    assert overlap.overlap(tokens, tokens[:, : RUN - 1]) is None
-    assert overlap.overlap(tokens[:, : RUN - 1], tokens) == 0
+    assert contamination.overlap(tokens, tokens) == 1
+    assert contamination.overlap(tokens[:1], tokens) == 0.25
+    assert contamination.overlap(tokens, windows(4, 64, 1)) == 0
+    assert contamination.overlap(tokens, tokens.flip(1)) == 0
+    assert contamination.overlap(tokens, tokens[:, : RUN - 1]) is None
+    assert contamination.overlap(tokens[:, : RUN - 1], tokens) == 0
 
 
 def test_runs_end_with_their_window() -> None:
     tokens = windows(2, 20, 0)
     joined = torch.cat([tokens[0, 10:], tokens[1, :10]])[None]
-    assert overlap.overlap(tokens, joined) == 0
+    assert contamination.overlap(tokens, joined) == 0
 
 
 @pytest.mark.parametrize(
@@ -139,19 +141,19 @@ def recipe(folder: Path, out: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool import texts
+    from qtool.data import readers
 
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(texts, "_hub_answers", lambda: False)
+    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
 
 
 @pytest.mark.usefixtures("no_data")
 def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path: Path) -> None:
     floats = tiny.load(llama_folder)
-    same = data.perplexity_windows("generated", floats, 48, 4, seed=0)
+    same = perplexity_windows("generated", floats, 48, 4, seed=0)
     np.save(tmp_path / "same.npy", torch.cat([same[:2], same[:2].flip(1)]).numpy())
     text = {"source": str(tmp_path / "same.npy"), "num_samples": 4, "seq_len": 48}
-    found = run.quantize(recipe(llama_folder, tmp_path / "q", data=text), "ptq").report
+    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data=text), "ptq").report
     assert [each.overlap for each in found.results] == [0.5, 0.5, 0.5]
     assert len(found.warnings()) == 1
     for name in ("report.md", "README.md"):
@@ -161,32 +163,34 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     asked = str(tmp_path / "q"), config, model, None, None, 0
-    again = measure.evaluate(*asked).report
+    again = evaluate.evaluate(*asked).report
     assert again.results[0].overlap == 0.5
     assert again.calibration == found.calibration
     np.save(tmp_path / "same.npy", same.numpy())  # it is not what was used any more
-    assert measure.evaluate(*asked).report.results[0].overlap is None
+    assert evaluate.evaluate(*asked).report.results[0].overlap is None
 
 
 @pytest.mark.usefixtures("no_data")
 def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the_same_text(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    found = run.quantize(recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}), "ptq").report
+    found = quantize.quantize(
+        recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}), "ptq"
+    ).report
     assert found.results[0].overlap is not None
     assert found.results[0].overlap < ALARM
     assert found.results[0].note.endswith("same distribution, other text")
     assert "same distribution" not in found.results[1].note
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
-    alone = measure.evaluate(str(tmp_path / "q"), config, model, None, None, 0).report
+    alone = evaluate.evaluate(str(tmp_path / "q"), config, model, None, None, 0).report
     assert alone.results[0].overlap is None  # the model would have to write it again
     assert alone.results[0].note.endswith("same distribution, other text")
 
 
 @pytest.mark.usefixtures("no_data")
 def test_a_method_without_data_has_seen_nothing(llama_folder: Path, tmp_path: Path) -> None:
-    found = run.quantize(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"}), "ptq").report
+    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"}), "ptq").report
     assert found.calibration is None
     assert [each.overlap for each in found.results] == [None] * 3
     assert "distribution" not in found.markdown()

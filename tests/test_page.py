@@ -10,9 +10,9 @@ import pytest
 from markup import HOSTILE, Tree
 from matplotlib import colormaps, colors
 
-from qtool import drawing, page, plots
-from qtool.report import Report, number
-from qtool.results import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
+from qtool.reports import drawing, figures, html
+from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
+from qtool.reports.report import Report, number
 
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction")
 
@@ -123,7 +123,7 @@ def made(report: Report) -> str:
     """The page; made once for each report."""
     name = next(name for name, each in REPORTS.items() if each is report)
     if name not in pages:
-        pages[name] = page.html(report, plots.figures(report))
+        pages[name] = html.html(report, figures.figures(report))
     return pages[name]
 
 
@@ -154,7 +154,7 @@ def test_ids_are_given_once_and_references_are_to_them(made: str) -> None:
 
 
 def test_names_from_outside_are_text() -> None:
-    tree = Tree(page.html(REPORTS["hostile"], plots.figures(REPORTS["hostile"])))
+    tree = Tree(html.html(REPORTS["hostile"], figures.figures(REPORTS["hostile"])))
     assert "script" not in {tag for tag, _ in tree.tags}
     assert tree.text.count(" ".join(HOSTILE.split())) >= 8
     assert "49" not in tree.text.replace(HOSTILE, "")
@@ -168,7 +168,7 @@ def test_every_metric_is_there_with_its_error(report: Report, made: str) -> None
             if value is not None:
                 assert number(value, error) in text
     for warning in (*report.warnings(), *report.notes(), report.headline()):
-        assert " ".join(warning.split()) in text.replace(page.NBSP, " ")
+        assert " ".join(warning.split()) in text.replace(html.NBSP, " ")
     for each in report.expected:
         assert number(each.measured, each.stderr) in text
 
@@ -188,7 +188,7 @@ def test_figures_have_words_and_tables_have_headers(made: str) -> None:
 
 
 def test_figures_are_there_only_for_what_was_measured() -> None:
-    drawn = {name: [plot.name for plot in plots.figures(report)] for name, report in REPORTS.items()}
+    drawn = {name: [plot.name for plot in figures.figures(report)] for name, report in REPORTS.items()}
     everything = ["metrics", "size", "bits", "weight-errors", "block-errors", "loss", "phases"]
     assert drawn["full"] == drawn["hostile"] == everything
     assert drawn["float model alone"] == ["metrics"]
@@ -203,7 +203,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_every_colour_of_text_is_readable_in_both_themes() -> None:
-    style = Tree(page.html(alone(), [])).style
+    style = Tree(html.html(alone(), [])).style
     light, dark = style.split("@media (prefers-color-scheme: dark)", 1)
     on = {"notice-ink": ["notice"]}
     text = set(re.findall(r"[^-]color: var\(--([\w-]+)\)", style))
@@ -217,7 +217,7 @@ def test_every_colour_of_text_is_readable_in_both_themes() -> None:
 
 
 def test_text_on_cells_is_readable() -> None:
-    cells = [*plots.BITS.values(), plots.FLOAT, *(colors.to_hex(colormaps["cividis"](i)) for i in range(256))]
+    cells = [*figures.BITS.values(), figures.FLOAT, *(colors.to_hex(colormaps["cividis"](i)) for i in range(256))]
     for cell in cells:
         assert contrast(drawing.text_on(colors.to_rgb(cell)), cell) >= 4.5
 
@@ -233,10 +233,10 @@ def test_the_same_report_makes_the_same_bytes(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-        page.write(folder, full(), files=True)
+        html.write(folder, full(), files=True)
     names = sorted(str(path.relative_to(first)) for path in first.rglob("*.*"))
     assert names == sorted(
-        ["report.html", *(f"plots/{p.name}.{end}" for p in plots.figures(full()) for end in ("png", "svg"))]
+        ["report.html", *(f"plots/{p.name}.{end}" for p in figures.figures(full()) for end in ("png", "svg"))]
     )
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
@@ -245,7 +245,7 @@ def test_the_same_report_makes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_no_files_but_the_page_unless_asked(tmp_path: Path) -> None:
-    page.write(tmp_path, full())
+    html.write(tmp_path, full())
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -259,7 +259,7 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
             "series": {"block_error": tuple(0.001 * (i + 1) for i in range(blocks))},
         }
     )
-    for plot in plots.figures(report):
+    for plot in figures.figures(report):
         plot.figure.draw_without_rendering()
         renderer = plot.figure.canvas.get_renderer()
         whole = plot.figure.bbox
@@ -287,16 +287,16 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
 )
 def test_validations_stand_at_their_steps(every: int, count: int, expected: list[float]) -> None:
     report = Report(model="m", lock={"method": {"validate_every": every}})
-    assert plots._validation_steps(report, "loss", 4, count) == expected
+    assert figures._validation_steps(report, "loss", 4, count) == expected
 
 
 def test_a_long_curve_shows_the_mean_of_every_step() -> None:
     losses = tuple(float(i % 7) for i in range(1003))
-    (plot,) = plots.figures(Report(model="m", series={"loss": losses}))
+    (plot,) = figures.figures(Report(model="m", series={"loss": losses}))
     (line,) = plot.figure.axes[0].lines
     steps, means = line.get_data()
-    width = math.ceil(len(losses) / plots.MAX_POINTS)
-    assert len(means) == math.ceil(len(losses) / width) <= plots.MAX_POINTS
+    width = math.ceil(len(losses) / figures.MAX_POINTS)
+    assert len(means) == math.ceil(len(losses) / width) <= figures.MAX_POINTS
     sizes = [width] * (len(means) - 1) + [len(losses) - width * (len(means) - 1)]
     assert sum(m * s for m, s in zip(means, sizes, strict=True)) == pytest.approx(sum(losses))
     assert steps[0] == (1 + width) / 2

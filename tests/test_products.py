@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quick import correlated_inputs
 
-from qtool import products
-from qtool.blocks import Stage
+from qtool.blocks.driver import Stage
 from qtool.methods import gptq
 from qtool.methods.gptq import collect
+from qtool.system import matmul
 
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -22,43 +22,43 @@ def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process as it was before anything was chosen, and afterwards as this test found it."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
-    monkeypatch.setattr(products, "_left", "none")
-    products.onednn_serves.cache_clear()
+    monkeypatch.setattr(matmul, "_left", "none")
+    matmul.onednn_serves.cache_clear()
     yield
-    products.onednn_serves.cache_clear()
+    matmul.onednn_serves.cache_clear()
     MATMUL.fp32_precision = before
 
 
 def test_whatever_is_chosen_keeps_float32_and_goes_with_the_model() -> None:
-    products.choose_library(torch.float32)
-    assert products.keeps_float32()
-    assert (MATMUL.fp32_precision == "bf16") == products.onednn_serves()
-    products.choose_library(torch.bfloat16)
+    matmul.choose_library(torch.float32)
+    assert matmul.keeps_float32()
+    assert (MATMUL.fp32_precision == "bf16") == matmul.onednn_serves()
+    matmul.choose_library(torch.bfloat16)
     assert MATMUL.fp32_precision == "none"
 
 
 def test_where_the_permission_costs_precision_it_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "keeps_float32", lambda: False)
-    products.choose_library(torch.float32)
+    monkeypatch.setattr(matmul, "keeps_float32", lambda: False)
+    matmul.choose_library(torch.float32)
     assert MATMUL.fp32_precision == "none"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_setting_of_someone_else_stays(dtype: torch.dtype) -> None:
     MATMUL.fp32_precision = "ieee"
-    products.choose_library(dtype)
+    matmul.choose_library(dtype)
     assert MATMUL.fp32_precision == "ieee"
 
 
 def test_a_product_in_bfloat16_is_told_from_one_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert products.keeps_float32()
+    assert matmul.keeps_float32()
     real = torch.Tensor.__matmul__
 
     def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return real(left, right) if left.dtype == torch.float64 else real(left.bfloat16(), right.bfloat16()).float()
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not products.keeps_float32()
+    assert not matmul.keeps_float32()
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32]), st.integers(0, 99))
@@ -69,9 +69,9 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
     cuda: Any = torch.backends.cuda.matmul
     before = MATMUL.fp32_precision, cuda.fp32_precision
     total = torch.zeros(size, size)
-    with products.exact_products(dtype):
-        products.add_gram(total, x.float())
-    products.mirror(total)
+    with matmul.exact_products(dtype):
+        matmul.add_gram(total, x.float())
+    matmul.mirror(total)
     assert (MATMUL.fp32_precision, cuda.fp32_precision) == before
     expected = x.double().T @ x.double()
     assert (total - expected).abs().max() <= 1e-5 * expected.abs().max()

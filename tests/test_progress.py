@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool import progress
+from qtool.system import progress
 
 
 class Clock:
@@ -201,7 +201,7 @@ def test_peak_memory_counts_this_process() -> None:
 def test_peak_memory_does_not_count_the_parent() -> None:
     ballast = bytearray(300_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from qtool import progress; print(progress.peak_memory_bytes())"
+    code = "from qtool.system import progress; print(progress.peak_memory_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e6 < int(child.stdout) < 200e6
 

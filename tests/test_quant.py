@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config import BITS, QuantSpec
-from qtool.errors import InputError
+from qtool.config.sections import BITS, QuantSpec
 from qtool.quant import affine
 from qtool.quant.ranges import search_qparams
+from qtool.system.errors import InputError
 
 # -------------------------------------------------------------------------------------------------------- grid
 

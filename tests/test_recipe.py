@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
-from qtool import methods, recipe
-from qtool.config import MethodConfig, QuantConfig
-from qtool.errors import InputError
+from qtool.config import plugins, recipe
+from qtool.config.sections import MethodConfig, QuantConfig
+from qtool.system.errors import InputError
 
 
 class Demo(MethodConfig):
@@ -29,7 +29,7 @@ class Demo(MethodConfig):
         return self
 
 
-METHODS = {"demo": methods.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
+METHODS = {"demo": plugins.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
 GOOD = """
 model: {path: somewhere}
 method: {name: demo}
@@ -40,9 +40,9 @@ output: {path: out}
 @pytest.fixture(autouse=True)
 def _demo_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """One method and two export formats, so that nothing here depends on the real ones, nor loads torch."""
-    monkeypatch.setattr(methods, "names", lambda: tuple(METHODS))
-    monkeypatch.setattr(methods, "get", METHODS.__getitem__)
-    monkeypatch.setattr(recipe, "export_formats", lambda: ("compressed-tensors", "dense"))
+    monkeypatch.setattr(plugins, "names", lambda: tuple(METHODS))
+    monkeypatch.setattr(plugins, "get", METHODS.__getitem__)
+    monkeypatch.setattr(plugins, "export_formats", lambda: ("compressed-tensors", "dense"))
 
 
 @pytest.fixture
@@ -139,10 +139,12 @@ def test_an_export_format_may_be_written_like_its_file(write: Any) -> None:
 def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for name in ("__init__", "_private", "compressed_tensors", "dense"):
-        (tmp_path / "export").mkdir(exist_ok=True)
-        (tmp_path / "export" / f"{name}.py").touch()
-    monkeypatch.setattr(recipe, "_HERE", tmp_path)
-    assert recipe.export_formats() == ("compressed-tensors", "dense")
+        (tmp_path / "exporters").mkdir(exist_ok=True)
+        (tmp_path / "exporters" / f"{name}.py").touch()
+    monkeypatch.setattr(plugins, "files", lambda package: tmp_path)
+    plugins.export_formats.cache_clear()
+    assert plugins.export_formats() == ("compressed-tensors", "dense")
+    plugins.export_formats.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,7 @@ def test_export_options_are_checked_together() -> None:
 
 
 def test_values_in_messages_are_short_and_never_fail() -> None:
-    from qtool.faults import found
+    from qtool.config.validation import found
 
     loop: list[object] = []
     loop.append(loop)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qtool import methods, recipe
+import qtool
+from qtool.config import plugins, recipe
 
-FOLDER = Path(recipe.__file__).parent / "recipes"
+FOLDER = Path(qtool.__file__).parent / "recipes"
 PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # those are sweeps
 PAPERS = [path for path in PATHS if path.is_relative_to(FOLDER / "papers")]
 GENERATOR = Path(__file__).parents[1] / "scripts" / "make_paper_recipes.py"
@@ -31,7 +32,7 @@ def test_it_loads_and_opens_with_what_it_does_and_its_command(path: Path) -> Non
     assert checked == recipe.load(name(path))
     what, command = path.read_text(encoding="utf-8").splitlines()[:2]
     assert re.fullmatch(r"# [A-Z].{20,100}\.", what)
-    assert command == f"#   qtool {methods.get(checked.method.name).command} {name(path)}"
+    assert command == f"#   qtool {plugins.get(checked.method.name).command} {name(path)}"
 
 
 # the papers'

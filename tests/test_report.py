@@ -7,8 +7,8 @@ import math
 import pytest
 from rich.console import Console
 
-from qtool.report import Report, number
-from qtool.results import Metric, TaskResult, task_result
+from qtool.reports.records import Metric, TaskResult, task_result
+from qtool.reports.report import Report, number
 
 
 def row(task, metric, value, reference=None, **fields):

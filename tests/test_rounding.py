@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from staircases import GATES, STAIRCASES, assert_equal, softclamp
 from torch import Tensor, nn
 
-from qtool.config import BITS, SCALE_BITS, QuantSpec
-from qtool.errors import InputError
+from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
+from qtool.config.training import RoundingConfig
 from qtool.quant import affine, rounding
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.linear import QuantLinear, SeqLinear
-from qtool.training_config import RoundingConfig
+from qtool.quant.packed_linear import QuantLinear, SeqLinear
+from qtool.system.errors import InputError
 
 ESTIMATORS = sorted(rounding.ESTIMATORS)
 

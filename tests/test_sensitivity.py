@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from plans import budgeted, planned
 
-from qtool import evaluate, sensitivity
-from qtool.allocate import units_of
-from qtool.config import QuantConfig
-from qtool.data import Calibration
-from qtool.errors import RunError
+from qtool.allocation import sensitivity
+from qtool.allocation.plan import units_of
+from qtool.allocation.sensitivity import ESTIMATORS, Unit, compensated, nearest, rounded_unit
+from qtool.config.sections import QuantConfig
+from qtool.data.windows import Calibration
+from qtool.evaluation import tasks
 from qtool.methods import gptq
-from qtool.models import LoadedModel, Target, dense_weight, packed_linears, weight_of
+from qtool.models.loading import LoadedModel, Target, dense_weight, packed_linears, weight_of
 from qtool.quant.affine import dequantize
 from qtool.quant.affine import quantize as codes_of
 from qtool.quant.ranges import search_qparams
-from qtool.sensitivity import ESTIMATORS, Unit, compensated, nearest, rounded_unit
+from qtool.system.errors import RunError
 
 
 def units_with(loaded: LoadedModel) -> list[Unit]:
@@ -93,7 +94,7 @@ def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
             for target in unit.targets:
                 moved = dense_weight(llama.model.get_submodule(target.name)) - target.weight
                 assert moved.abs().max() == 0  # the target's own linear is rounded here, too
-            expected, _ = evaluate.divergence(llama.model, reference, tokens, "auto")
+            expected, _ = tasks.divergence(llama.model, reference, tokens, "auto")
         assert cost[2] == pytest.approx(expected.value, rel=1e-3)
 
 

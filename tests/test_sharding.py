@@ -19,14 +19,17 @@ from safetensors.torch import load_file
 from sharded import CASES, CLIPPED, KILLED, STEPS
 from torch import Tensor
 
-from qtool import endtoend, methods, ranks, recipe, run
-from qtool.config import ModelConfig
-from qtool.endtoend import _Kept, _Training
-from qtool.errors import InputError, RunError
-from qtool.folders import resolve
-from qtool.models import LoadedModel, load_model, packed_linears
-from qtool.state import run_state
-from qtool.training_config import EndToEndConfig
+from qtool.config import plugins, recipe
+from qtool.config.sections import ModelConfig
+from qtool.config.training import EndToEndConfig
+from qtool.models.folders import resolve
+from qtool.models.loading import LoadedModel, load_model, packed_linears
+from qtool.pipelines import quantize
+from qtool.pipelines.run_state import run_state
+from qtool.system import distributed
+from qtool.system.errors import InputError, RunError
+from qtool.training import end_to_end
+from qtool.training.end_to_end import _Kept, _Training
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -185,7 +188,7 @@ def compare_runs(folder: Path, device: str) -> None:
     done = subprocess.run([*LAUNCH, "-m", "qtool", "qat", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(folder / "two")
-    run.quantize(recipe.load(written_recipe(folder, "one", "none", device)), "qat")
+    quantize.quantize(recipe.load(written_recipe(folder, "one", "none", device)), "qat")
     two, one = (json.loads((folder / name / "qtool.json").read_text())["series"] for name in ("two", "one"))
     for name in ("loss", "validation"):
         assert two[name] == pytest.approx(one[name], abs=1e-5)
@@ -214,14 +217,14 @@ def test_two_gpus_split_a_model(tmp_path: Path) -> None:
 def test_one_process_does_not_ignore_sharding(tmp_path: Path, llama: LoadedModel, tokens: Tensor) -> None:
     message = "this is the only one; start more with torchrun --nproc-per-node N -m qtool, or set sharding: none"
     with pytest.raises(InputError, match=message):
-        run.quantize(recipe.load(written_recipe(tmp_path, "out", "full")), "qat")
+        quantize.quantize(recipe.load(written_recipe(tmp_path, "out", "full")), "qat")
     assert not list(tmp_path.glob("out*partial")), "nothing was begun"
     file = written_recipe(tmp_path, "out", "none")
     raw = yaml.safe_load(file.read_text()) | {"method": {"name": "efficientqat", "e2e": {"sharding": "full"}}}
     file.write_text(yaml.safe_dump(raw))
     with pytest.raises(InputError, match=message):
-        run.quantize(recipe.load(file), "efficientqat")
-    method = methods.get("lsq")
+        quantize.quantize(recipe.load(file), "efficientqat")
+    method = plugins.get("lsq")
     with pytest.raises(InputError, match=message):
         method.run(llama, tokens, sharded.W2, method.config(sharding="full"), 0)
 
@@ -229,7 +232,7 @@ def test_one_process_does_not_ignore_sharding(tmp_path: Path, llama: LoadedModel
 def test_a_launcher_that_asks_for_it_is_told_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"configure it without, and use the recipe's sharding: full"):
-        ranks.begin(torch.device("cpu"))
+        distributed.begin(torch.device("cpu"))
 
 
 def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +240,9 @@ def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monk
         checked = recipe.load(written_recipe(tmp_path, "out", sharding))
         source = resolve(checked.model.path)
         with run_state(
-            checked.output.path, run.lock_of(checked, source), overwrite=False, fresh=False, source=source
+            checked.output.path, quantize.lock_of(checked, source), overwrite=False, fresh=False, source=source
         ) as state:
-            _Kept(state.folder / "training" / endtoend.TRAINING).write({"steps": torch.tensor([2, 2])})
+            _Kept(state.folder / "training" / end_to_end.TRAINING).write({"steps": torch.tensor([2, 2])})
             raise sharded.Stopped
 
     with monkeypatch.context() as patch:
@@ -285,7 +288,7 @@ def test_processes_run_the_model_equally_often(
             parts = list(training.losses(step))
             assert len(parts) == runs[-1] == min(accumulation, batch // count)
             losses.append(float(sum(parts)))
-        chosen = endtoend.windows_of_step(step, batch, num, 0)
+        chosen = end_to_end.windows_of_step(step, batch, num, 0)
         rows.update(chosen)
         mean = sum((1 + row) * times for row, times in rows.items()) / batch
         assert sum(losses) / count == pytest.approx(mean, rel=1e-5)
@@ -308,8 +311,8 @@ def state_of(step: int, number: int) -> dict[str, Tensor]:
 def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = _Kept(tmp_path / "phase" / endtoend.TRAINING, sharded=True)
-    write = endtoend.write_shard
+    keeper = _Kept(tmp_path / "phase" / end_to_end.TRAINING, sharded=True)
+    write = end_to_end.write_shard
 
     def on(number: int, step: int, until: str = "") -> None:
         """Process ``number`` writes a step, and is killed when it comes to the file ``until``."""
@@ -320,7 +323,7 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
             write(tensors, file)
 
         tiny.several(number, 2, monkeypatch)
-        monkeypatch.setattr(endtoend, "write_shard", killed)
+        monkeypatch.setattr(end_to_end, "write_shard", killed)
         keeper.write(state_of(step, number))
 
     def read(number: int) -> dict[str, Tensor]:
@@ -336,7 +339,7 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
     with monkeypatch.context() as patch:  # the second waits for a record that does not come
         patch.setattr(Path, "unlink", lambda file: None)
         on(1, 4)
-    for until in ("step-4-0.safetensors", endtoend.TRAINING):
+    for until in ("step-4-0.safetensors", end_to_end.TRAINING):
         with pytest.raises(sharded.Stopped):
             on(0, 4, until)
         for number in (0, 1):
@@ -350,7 +353,7 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
     assert sorted(file.name for file in (tmp_path / "phase").iterdir()) == [
         "step-4-0.safetensors",
         "step-4-1.safetensors",
-        endtoend.TRAINING,
+        end_to_end.TRAINING,
     ]
     (tmp_path / "phase" / "step-4-1.safetensors").unlink()
     with pytest.raises(RunError, match=r"step-4-1\.safetensors is missing; all processes must see one folder"):

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool import methods, recipe
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import BITS, QuantConfig, QuantSpec
-from qtool.errors import InputError
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config import plugins, recipe
+from qtool.config.sections import BITS, QuantConfig, QuantSpec
 from qtool.methods import rtn, signround
 from qtool.methods.signround import SignRoundLinear, Training, minibatches
-from qtool.models import LoadedModel, packed_linears
+from qtool.models.loading import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
+from qtool.system.errors import InputError
 
 W3 = QuantConfig(num_bits=3, group_size=16)
 W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
@@ -369,4 +369,4 @@ def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path
 def test_an_unknown_preset_is_a_fault() -> None:
     with pytest.raises(InputError, match="preset"):
         recipe.check(recipe.Recipe, {"method": {"name": "signround", "preset": "bestt"}}, "r")
-    assert methods.get("signround").needs_data(signround.Config())
+    assert plugins.get("signround").needs_data(signround.Config())

@@ -8,9 +8,9 @@ import datasets
 import pytest
 import tiny
 
-from qtool import data, texts
-from qtool.config import DataConfig
-from qtool.texts import Hub, UnreachableError, load_hub
+from qtool.config.sections import DataConfig
+from qtool.data import readers, windows
+from qtool.data.readers import Hub, UnreachableError, load_hub
 
 TEXT = "The river runs through the old town, and the mill by the bridge is still used in autumn. "
 
@@ -24,7 +24,7 @@ def loaded() -> Any:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder that stands for the hub: ``hf://datasets`` and repositories' names are read from below it."""
     fetch = datasets.load_dataset
-    monkeypatch.setattr(texts, "_hub_answers", lambda: True)
+    monkeypatch.setattr(readers, "_hub_answers", lambda: True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
     def load(path: str, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def test_redpajama_is_a_fair_sample_from_its_beginning(hub: Path, loaded: Any, m
     for name in ("arxiv", "wikipedia"):
         rows = [{"text": f"{name} {i}. {TEXT}", "meta": {name: i}} for i in range(20)]
         write(hub / f"togethercomputer/RedPajama-Data-1T-Sample/{name}_sample.jsonl", rows)
-    tokens = data.calibration_tokens(DataConfig(source="redpajama", num_samples=10, seq_len=32), loaded, 0)
+    tokens = windows.calibration_tokens(DataConfig(source="redpajama", num_samples=10, seq_len=32), loaded, 0)
     text = loaded.tokenizer.decode(tokens.flatten())
     assert "arxiv" in text
     assert "wikipedia" in text
@@ -72,8 +72,8 @@ def test_whole_repositories_are_read_by_their_usual_names(name: str, hub: Path) 
     repositories = {"slimpajama": "DKYoon/SlimPajama-6B", "alpaca": "tatsu-lab/alpaca"}
     repository = repositories.get(name, "hkust-nlp/deita-10k-v0")
     write(hub / repository / "train.jsonl", [{"text": "one"}, {"text": "two"}])
-    assert data.SOURCES[name].hub.repository == repository
-    assert [row["text"] for row in load_hub(data.SOURCES[name].hub, "train")] == ["one", "two"]
+    assert windows.SOURCES[name].hub.repository == repository
+    assert [row["text"] for row in load_hub(windows.SOURCES[name].hub, "train")] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["redpajama", "slimpajama"])
@@ -81,29 +81,29 @@ def test_text_in_the_data_folder_comes_first(
     name: str, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(data, "load_hub", None)
+    monkeypatch.setattr(windows, "load_hub", None)
     config = DataConfig(source=name, num_samples=4, seq_len=16)
-    assert not data.is_local(config)
+    assert not windows.is_local(config)
     write(tmp_path / name / "train.jsonl", [{"text": TEXT}] * 20)
-    assert data.is_local(config)
-    assert data.calibration_tokens(config, loaded, 0).shape == (4, 16)
+    assert windows.is_local(config)
+    assert windows.calibration_tokens(config, loaded, 0).shape == (4, 16)
 
 
-@pytest.mark.parametrize("name", sorted(data.SOURCES))
+@pytest.mark.parametrize("name", sorted(windows.SOURCES))
 def test_what_is_nowhere_is_told_with_the_ways_around_it(
     name: str, loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(texts, "_hub_answers", lambda: False)
+    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
     config = DataConfig(source=name, num_samples=4, seq_len=16)
-    data.check_source(config)
-    assert not data.is_local(config)
+    windows.check_source(config)
+    assert not windows.is_local(config)
     with pytest.raises(UnreachableError, match=rf"hub.*\$QTOOL_DATA_DIR/{name}/train.*file of your own"):
-        data.calibration(config, loaded, 0)
+        windows.calibration(config, loaded, 0)
 
 
 def test_what_is_local_is_known_without_reading(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    assert data.is_local(DataConfig(source=str(tmp_path / "a.txt")))
-    assert not data.is_local(DataConfig(source=str(tmp_path / "b.txt")))
-    assert not data.is_local(DataConfig(source="generated"))
+    assert windows.is_local(DataConfig(source=str(tmp_path / "a.txt")))
+    assert not windows.is_local(DataConfig(source=str(tmp_path / "b.txt")))
+    assert not windows.is_local(DataConfig(source="generated"))

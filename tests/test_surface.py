@@ -6,8 +6,10 @@ import sys
 import pytest
 import typer
 
-from qtool import cli, grid, methods, recipe
-from qtool.launch import LauncherConfig
+from qtool.cli import app
+from qtool.config import plugins, recipe
+from qtool.sweeps import grid
+from qtool.sweeps.launchers import LauncherConfig
 
 HEAVY = (
     "torch",
@@ -33,9 +35,9 @@ def loaded_after(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import qtool.cli",
-        "from qtool.cli import main; main(['--help'])",
-        "import qtool.progress",
+        "import qtool.cli.app",
+        "from qtool.cli.app import main; main(['--help'])",
+        "import qtool.system.progress",
     ],
 )
 def test_nothing_heavy_is_loaded_to_answer_at_once(code: str) -> None:
@@ -43,22 +45,22 @@ def test_nothing_heavy_is_loaded_to_answer_at_once(code: str) -> None:
 
 
 def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
-    assert loaded_after("from qtool import recipe; recipe.read_yaml('quickstart')") == {"pydantic", "yaml"}
+    assert loaded_after("from qtool.config import recipe; recipe.read_yaml('quickstart')") == {"pydantic", "yaml"}
 
 
 def test_commands() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
     others = ["eval", "export", "bench", "sweep", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
     assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
 
 def test_every_command_has_a_method_and_every_method_a_command() -> None:
-    assert {methods.get(name).command for name in methods.names()} == set(cli.METHOD_COMMANDS)
+    assert {plugins.get(name).command for name in plugins.names()} == set(app.METHOD_COMMANDS)
 
 
 def test_options() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
     assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
     evaluation = (
@@ -83,7 +85,7 @@ def test_sweep_keys() -> None:
 def test_recipe_keys() -> None:
     found = {section: [key.name for key in keys] for section, (_, keys) in recipe.keys().items()}
     own = {section for section in found if section.startswith("method ")}
-    assert own == {f"method {name}" for name in methods.names()}
+    assert own == {f"method {name}" for name in plugins.names()}
     assert {section: names for section, names in found.items() if section not in own} == {
         "model": ["path", "dtype", "device"],
         "method": ["name"],

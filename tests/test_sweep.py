@@ -16,10 +16,12 @@ import pytest
 import tiny
 import yaml
 
-from qtool import cli, grid, launch, progress, sweep
-from qtool.endtoend import TRAINING
-from qtool.errors import InputError
-from qtool.launch import Command, Ended
+from qtool.cli import app
+from qtool.sweeps import grid, launchers, runner
+from qtool.sweeps.launchers import Command, Ended
+from qtool.system import progress
+from qtool.system.errors import InputError
+from qtool.training.end_to_end import TRAINING
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert command.arguments[:3] == [sys.executable, "-m", "qtool"]
         commands.append(command.arguments[3:])
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()), progress.use(progress.Sink()):
-            code = cli.main(command.arguments[3:])
-        return Ended(out.getvalue(), launch._error(code, out.getvalue(), command.log))
+            code = app.main(command.arguments[3:])
+        return Ended(out.getvalue(), launchers._error(code, out.getvalue(), command.log))
 
-    monkeypatch.setattr(launch, "execute", execute)
+    monkeypatch.setattr(launchers, "execute", execute)
     return commands
 
 
@@ -53,12 +55,12 @@ def base(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def run(ran: list[list[str]]) -> Callable[..., sweep.Outcome]:
+def run(ran: list[list[str]]) -> Callable[..., runner.Outcome]:
     """Runs a sweep in ``out``."""
 
-    def run(whole: dict[str, Any], *overrides: str, **options: Any) -> sweep.Outcome:
+    def run(whole: dict[str, Any], *overrides: str, **options: Any) -> runner.Outcome:
         Path("s.yaml").write_text(f"# A title.\n{yaml.safe_dump(whole, sort_keys=False)}")
-        return sweep.sweep(grid.load("s.yaml", overrides, Path("out")), **options)
+        return runner.sweep(grid.load("s.yaml", overrides, Path("out")), **options)
 
     return run
 
@@ -68,7 +70,7 @@ def hashes() -> dict[str, bytes]:
 
 
 def test_what_is_done_is_not_run_again_and_what_changed_is(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
 ) -> None:
     whole = {"recipe": base, "cells": {"a": {"quant.num_bits": 4}, "b": {"method.name": "gptq"}}}
     first = run(whole)
@@ -103,13 +105,13 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
 
 
 def test_a_report_is_never_taken_for_another_evaluation_s(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sweep that dies between writing what a cell asks for and doing it leaves no old report to be believed."""
     whole = {"recipe": base, "cells": {"a": {}}}
     run(whole)
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(runner, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(whole, "eval.tasks=[generated]")
     outcome = run(whole, "eval.tasks=[generated]")
@@ -119,25 +121,25 @@ def test_a_report_is_never_taken_for_another_evaluation_s(
 
 def test_a_failed_cell_stops_no_other_and_is_run_again(
     base: dict[str, Any],
-    run: Callable[..., sweep.Outcome],
+    run: Callable[..., runner.Outcome],
     ran: list[list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = {"recipe": base, "grid": {"quant.num_bits": [4, 3, 2]}}
-    good, broken = launch.execute, ["out/num_bits=4.yaml", "out/num_bits=3.yaml"]
+    good, broken = launchers.execute, ["out/num_bits=4.yaml", "out/num_bits=3.yaml"]
 
     def sometimes(command: Command, running: object = None) -> Ended:
         return Ended("", "it broke\nin two lines") if command.arguments[4] in broken else good(command)
 
-    monkeypatch.setattr(launch, "execute", sometimes)
+    monkeypatch.setattr(launchers, "execute", sometimes)
     outcome = run(whole)
     assert (outcome.ran, outcome.failed) == ([f"num_bits={n}" for n in (4, 3, 2)], ["num_bits=4", "num_bits=3"])
     assert [cell.status for cell in outcome.report.cells] == ["failed", "failed", "done"]
     assert "1 of 3 cells done, 2 failed." in Path("out/sweep.md").read_text()
     assert "1. it broke; in two lines\n" in Path("out/sweep.md").read_text()
     broken.pop()
-    assert cli.main(["sweep", "s.yaml", "-o", "out", "--json"]) == 1
+    assert app.main(["sweep", "s.yaml", "-o", "out", "--json"]) == 1
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert (found["ran"], found["cached"], found["failed"]) == (
@@ -148,12 +150,12 @@ def test_a_failed_cell_stops_no_other_and_is_run_again(
     assert found["report"] == json.loads(Path("out/sweep.json").read_text())
     assert "error: 1 cell(s) failed, and the same command runs them again: num_bits=4" in err
     broken.clear()
-    assert cli.main(["sweep", "s.yaml", "-o", "out", "-q"]) == 0
+    assert app.main(["sweep", "s.yaml", "-o", "out", "-q"]) == 0
     assert "3 of 3 cells done." in capsys.readouterr().out
 
 
 def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]], tmp_path: Path
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], tmp_path: Path
 ) -> None:
     cells = {
         "good": {},
@@ -180,7 +182,7 @@ def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
 
 
 def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     expected = [{"tasks": ["generated"], "metric": "perplexity", "value": 5.25, "source": "a paper"}]
@@ -206,7 +208,7 @@ def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
 
 
 def test_reports_alone_are_enough_for_what_is_done(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
 ) -> None:
     whole = {"recipe": base, "cells": {"a": {}}, "keep": "reports"}
     first = run(whole)
@@ -218,7 +220,7 @@ def test_reports_alone_are_enough_for_what_is_done(
 
 
 def test_speed_is_measured_once_and_stands_in_the_table(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
 ) -> None:
     bench = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1, "dtype": "float32"}
     whole = {"recipe": base, "cells": {"a": {}}, "keep": "reports", "bench": bench}
@@ -245,7 +247,7 @@ def without_times(folder: str) -> Any:
 
 
 def test_a_sweep_that_was_killed_goes_on_to_the_same_result(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
 ) -> None:
     train = {"name": "lsq", "steps": 40, "batch_size": 1, "save_every": 2, "tracker": "none"}
     whole = {"recipe": base, "cells": {"first": {}, "second": {"method": train}, "third": {"seed": 1}}}
@@ -279,7 +281,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_result(
 
 
 def test_what_was_begun_with_other_keys_starts_over(
-    base: dict[str, Any], run: Callable[..., sweep.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
 ) -> None:
     Path("out/a.partial/state").mkdir(parents=True)
     Path("out/a.partial/state/lock.json").write_text('{"seed": 1}')
@@ -287,17 +289,17 @@ def test_what_was_begun_with_other_keys_starts_over(
     assert ran == [["ptq", "out/a.yaml", "--json", "--fresh"]]
 
 
-def test_two_sweeps_do_not_work_in_one_folder(base: dict[str, Any], run: Callable[..., sweep.Outcome]) -> None:
-    with sweep._alone(Path("out")), pytest.raises(InputError, match="another sweep is at work in out"):
+def test_two_sweeps_do_not_work_in_one_folder(base: dict[str, Any], run: Callable[..., runner.Outcome]) -> None:
+    with runner._alone(Path("out")), pytest.raises(InputError, match="another sweep is at work in out"):
         run({"recipe": base, "cells": {"a": {}}})
 
 
 def test_a_cell_is_a_process_of_its_own(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The one test that starts a whole qtool; every other one runs its commands here."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(app.__file__).parents[1]))
     Path("s.yaml").write_text(yaml.safe_dump({"recipe": base, "cells": {"a": {}}}))
-    outcome = sweep.sweep(grid.load("s.yaml", [], Path("out")))
+    outcome = runner.sweep(grid.load("s.yaml", [], Path("out")))
     assert (outcome.ran, outcome.failed) == (["a"], [])
     assert outcome.report.cells[0].status == "done"
     assert "evaluating" in Path("out/a.log").read_text()

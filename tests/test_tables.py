@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool import cli, grid, recipe, sweep
-from qtool.errors import InputError
-from qtool.results import Metric, task_result
-from qtool.summary import CellResult, Mean, SweepReport, groups
+import qtool
+from qtool.cli import app
+from qtool.config import recipe
+from qtool.reports.records import Metric, task_result
+from qtool.sweeps import grid, runner
+from qtool.sweeps.table import CellResult, Mean, SweepReport, groups
+from qtool.system.errors import InputError
 
-FOLDER = Path(recipe.__file__).parent / "recipes" / "tables"
+FOLDER = Path(qtool.__file__).parent / "recipes" / "tables"
 GENERATOR = Path(__file__).parents[1] / "scripts" / "make_paper_tables.py"
 
 
@@ -159,8 +162,8 @@ def test_activations_of_table_5_are_on_the_grids_it_says(tables: dict[str, grid.
 def test_a_table_without_its_models_is_not_run_and_says_so(
     tables: dict[str, grid.Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sweep, "resolve", lambda path, fetch: (_ for _ in ()).throw(InputError("not here")))
-    assert cli.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
+    monkeypatch.setattr(runner, "resolve", lambda path, fetch: (_ for _ in ()).throw(InputError("not here")))
+    assert app.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
     text = capsys.readouterr().out
     assert "0 of 37 cells done, 37 not run." in text
     assert "meta-llama/Llama-2-7b-hf is not at hand" in text

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from qtool import data
-from qtool.config import DataConfig
-from qtool.errors import InputError
-from qtool.instructions import IGNORED
-from qtool.models import LoadedModel
-from qtool.token_files import read_windows
+from qtool.config.sections import DataConfig
+from qtool.data import windows
+from qtool.data.conversations import IGNORED
+from qtool.data.token_files import read_windows
+from qtool.models.loading import LoadedModel
+from qtool.system.errors import InputError
 
 TOKENS = torch.arange(12).view(3, 4) + 1
 
@@ -35,9 +35,9 @@ def test_an_array_is_used_exactly_and_in_its_order_whatever_the_seed(
     loaded: LoadedModel, tmp_path: Path, dtype: str
 ) -> None:
     np.save(tmp_path / "a.npy", TOKENS.numpy().astype(dtype))
-    data.check_source(config(tmp_path / "a.npy"))
+    windows.check_source(config(tmp_path / "a.npy"))
     for seed in (0, 1):
-        tokens, labels = data.calibration(config(tmp_path / "a.npy"), loaded, seed)
+        tokens, labels = windows.calibration(config(tmp_path / "a.npy"), loaded, seed)
         assert tokens.dtype == torch.int64
         assert torch.equal(tokens, TOKENS)
         assert labels is None
@@ -46,14 +46,14 @@ def test_an_array_is_used_exactly_and_in_its_order_whatever_the_seed(
 @pytest.mark.parametrize("name", ["tokens", "anything"])
 def test_safetensors_hold_tokens_under_their_name_or_alone(loaded: LoadedModel, tmp_path: Path, name: str) -> None:
     save_file({name: TOKENS.int()}, tmp_path / "a.safetensors")
-    assert torch.equal(data.calibration_tokens(config(tmp_path / "a.safetensors"), loaded, 0), TOKENS)
+    assert torch.equal(windows.calibration_tokens(config(tmp_path / "a.safetensors"), loaded, 0), TOKENS)
 
 
 def test_safetensors_may_hold_labels(loaded: LoadedModel, tmp_path: Path) -> None:
     labels = TOKENS.clone()
     labels[:, :2] = IGNORED
     save_file({"tokens": TOKENS, "labels": labels, "other": TOKENS[0].clone()}, tmp_path / "a.safetensors")
-    found = data.calibration(config(tmp_path / "a.safetensors"), loaded, 0)
+    found = windows.calibration(config(tmp_path / "a.safetensors"), loaded, 0)
     assert found.labels is not None
     assert torch.equal(found.labels, labels)
 
@@ -113,4 +113,4 @@ def test_an_archive_and_pickled_objects_are_refused(tmp_path: Path) -> None:
 def test_a_window_longer_than_the_context_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((1, 129), dtype=np.int64))
     with pytest.raises(InputError, match="lower it to 128"):
-        data.calibration(config(tmp_path / "a.npy", 1, 129), loaded, 0)
+        windows.calibration(config(tmp_path / "a.npy", 1, 129), loaded, 0)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.errors import InputError
-from qtool.train import Fit, Group, NonFiniteError, fit, lr_factor, total_factor
-from qtool.training_config import OptimConfig, TrainedConfig
+from qtool.config.training import OptimConfig, TrainedConfig
+from qtool.system.errors import InputError
+from qtool.training.fit import Fit, Group, NonFiniteError, fit, lr_factor, total_factor
 
 PLAIN = OptimConfig(schedule="constant")
 TARGET = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.report import Report
-from qtool.results import Metric, TaskResult, task_result
-from qtool.verdict import CLASSES, RULE, SIGMAS, relative_loss, words
+from qtool.reports.records import Metric, TaskResult, task_result
+from qtool.reports.report import Report
+from qtool.reports.verdict import CLASSES, RULE, SIGMAS, relative_loss, words
 
 LIMITS = [limit for limit, _ in CLASSES]
 WORDS = [text for _, text in CLASSES]

@@ -11,12 +11,13 @@ from natives import Q_PROJ, Natives, exported, read_back
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qtool import export, verify
-from qtool.checkpoint import Source, write_json
-from qtool.config import ExportConfig, ModelConfig
-from qtool.errors import InputError, QtoolError, RunError
-from qtool.folders import read_config
-from qtool.models import load_model
+from qtool.checkpoints.native import Source, write_json
+from qtool.config import plugins
+from qtool.config.sections import ExportConfig, ModelConfig
+from qtool.exporters import _readback
+from qtool.models.folders import read_config
+from qtool.models.loading import load_model
+from qtool.system.errors import InputError, QtoolError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ ZEROS = {**dict.fromkeys(GPTQ, "qzeros"), "compressed-tensors": "weight_zero_poi
 
 def plant(name: str, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
     """Make the exporter ``name`` write a folder and then damage it."""
-    module = import_module(f"qtool.export.{name.replace('-', '_')}")
+    module = import_module(f"qtool.exporters.{name.replace('-', '_')}")
 
     def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
         notes: list[str] = original.write(source, out, config)
@@ -106,7 +107,7 @@ def test_a_failed_overwrite_keeps_the_export_that_was_there(
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", export.names())
+@pytest.mark.parametrize("name", plugins.export_formats())
 def test_a_config_that_makes_another_model_of_the_weights_is_found(
     name: str, native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +125,7 @@ def test_a_config_that_makes_another_model_of_the_weights_is_found(
 
 def test_native_and_plain_folders_are_no_exports(native: Natives) -> None:
     for folder in (native(), native.floats()):
-        assert verify.load_exported(ModelConfig(path=str(folder))) is None
+        assert _readback.load_exported(ModelConfig(path=str(folder))) is None
 
 
 @pytest.mark.parametrize("name", ["auto-round", "gguf", "gptq", "mlx"])
@@ -133,7 +134,7 @@ def test_an_export_is_computed_in_the_same_dtype_as_its_checkpoint(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     ours = load_model(ModelConfig(path=str(native()), device="cpu"), quantized=True)
-    theirs = verify.load_exported(ModelConfig(path=str(native.export(name)), device="cpu"))
+    theirs = _readback.load_exported(ModelConfig(path=str(native.export(name)), device="cpu"))
     assert theirs is not None
     assert theirs.dtype == ours.dtype == torch.bfloat16
     assert torch.equal(tiny.logits(theirs.model), tiny.logits(ours.model))

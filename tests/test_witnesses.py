@@ -16,7 +16,7 @@ from natives import GRIDS, MIXED, Natives, exported, plain
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qtool.checkpoint import Source
+from qtool.checkpoints.native import Source
 from qtool.quant.affine import dequantize
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

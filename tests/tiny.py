@@ -26,12 +26,12 @@ from transformers import (
 )
 
 import qtool
-from qtool import checkpoint
-from qtool.config import ModelConfig, QuantConfig, QuantSpec
+from qtool.checkpoints import native
+from qtool.config.sections import ModelConfig, QuantConfig, QuantSpec
 from qtool.methods import rtn
-from qtool.models import LoadedModel, load_model, packed_linears
+from qtool.models.loading import LoadedModel, load_model, packed_linears
 
-BUILTIN = Path(qtool.__file__).parent / "builtin" / "wiki-llama-3m"
+BUILTIN = Path(qtool.__file__).parent / "models" / "builtin" / "wiki-llama-3m"
 END = "<|endoftext|>"
 VOCABULARY = 320
 HIDDEN = 64
@@ -154,8 +154,8 @@ def packed(folder: Path, quant: QuantConfig) -> LoadedModel:
 def quantize(folder: Path, out: Path, quant: QuantConfig) -> LoadedModel:
     """Write a native checkpoint (without manifest and model card) and return the model it was written from."""
     loaded = packed(folder, quant)
-    with checkpoint.atomic_folder(out, overwrite=False) as partial:
-        checkpoint.save(partial, loaded, specs(loaded))
+    with native.atomic_folder(out, overwrite=False) as partial:
+        native.save(partial, loaded, specs(loaded))
     return loaded
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool.config import QuantConfig
-from qtool.methods import Method
-from qtool.models import LoadedModel, packed_linears
+from qtool.config.plugins import Method
+from qtool.config.sections import QuantConfig
+from qtool.models.loading import LoadedModel, packed_linears
 from qtool.quant.affine import QuantizedWeight
 
 W4 = QuantConfig(num_bits=4, group_size=16)

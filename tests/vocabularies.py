@@ -6,7 +6,7 @@ from tiny import PROSE, VOCABULARY
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qtool.export._gguf_tokenizer import LLAMA_3, QWEN_2
+from qtool.exporters.gguf.tokenizer import LLAMA_3, QWEN_2
 
 TEXT = (
     "She wrote 1234567 stones in the OLD town; we'll see, WE'LL see: they've gone.\n\n\n"

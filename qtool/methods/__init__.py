@@ -1,45 +1,6 @@
-"""Method plugins: ``method.name: gptq`` is ``qtool/methods/gptq.py``. Nothing is registered."""
+"""Quantization methods: ``method.name: gptq`` is ``gptq.py`` here, and nothing else lies in this room.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pathlib import Path
-from typing import Any, Literal
-
-from qtool.config import MethodConfig
-
-Command = Literal["ptq", "qat", "efficientqat", "lrqat"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method file exports as ``METHOD``.
-
-    ``run(model, tokens, quant, config, seed)`` leaves every target linear of ``model`` a ``PackedLinear`` and no
-    other, and returns named series of numbers for the manifest (e.g. ``{"block_error": [...]}``). The result
-    depends on its arguments only. ``tokens`` is ``[n, t]`` int64, or ``None`` when ``needs_data`` says so.
-
-    Where not every token is to be learned, a method that ``takes_labels`` is also called with ``labels=``: ``[n, t]``
-    int64, the token itself or -100, at the same positions as ``tokens``.
-    """
-
-    command: Command
-    summary: str
-    config: type[MethodConfig]
-    run: Callable[..., dict[str, list[float]]]
-    needs_data: Callable[[Any], bool] = lambda config: True
-    end_to_end: Callable[[Any], bool] = lambda config: False  # whether it trains the whole model, last of all
-    takes_labels: bool = False
-
-
-@cache
-def names() -> tuple[str, ...]:
-    """Every method, by file name."""
-    return tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
-
-
-def get(name: str) -> Method:
-    """The method called ``name``, which must be one of ``names()``."""
-    method: Method = import_module(f"{__name__}.{name}").METHOD
-    return method
+A method turns the targets of a job into packed linears, one decoder block at a time or by training the whole model.
+May import ``training``, ``blocks``, ``checkpoints``, ``models``, ``quant`` and ``config``; knows no export format.
+Begin with ``rtn.py``, the smallest; the contract is ``Method`` in ``config/plugins.py``.
+"""

@@ -26,10 +26,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import MethodConfig, QuantConfig
-from qtool.methods import Method
-from qtool.models import LoadedModel, Target, weight_of
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config.plugins import Method
+from qtool.config.sections import MethodConfig, QuantConfig
+from qtool.models.loading import LoadedModel, Target, weight_of
 from qtool.quant.affine import (
     QuantizedWeight,
     fake_quantize,

@@ -26,15 +26,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qtool import memory, progress
-from qtool.blocks import BlockTask, Stage, run_blocks
-from qtool.config import MethodConfig, QuantConfig, QuantSpec
-from qtool.errors import RunError
-from qtool.methods import Method
-from qtool.models import LoadedModel, Target
-from qtool.products import PART, add_gram, exact_products, mirror, parts
+from qtool.blocks.driver import BlockTask, Stage, run_blocks
+from qtool.config.plugins import Method
+from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
+from qtool.models.loading import LoadedModel, Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
+from qtool.system import memory, progress
+from qtool.system.errors import RunError
+from qtool.system.matmul import PART, add_gram, exact_products, mirror, parts
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
 ONE_BY_ONE = 16  # columns; more of them are corrected by a product

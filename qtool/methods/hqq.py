@@ -22,11 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool import progress
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import MethodConfig, QuantConfig, QuantSpec
-from qtool.methods import Method
-from qtool.models import LoadedModel
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config.plugins import Method
+from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
+from qtool.models.loading import LoadedModel
 from qtool.quant.affine import (
     QuantizedWeight,
     dequantize,
@@ -39,6 +38,7 @@ from qtool.quant.affine import (
     to_grid,
 )
 from qtool.quant.ranges import search_qparams
+from qtool.system import progress
 
 
 class Config(MethodConfig):

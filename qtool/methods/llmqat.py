@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.methods import Method
-from qtool.methods._trained import WeightsConfig, train_linears
+from qtool.config.plugins import Method
 from qtool.methods.qat import MinMaxLinear, groups_of
-from qtool.models import Target, linear_bias
+from qtool.models.loading import Target, linear_bias
 from qtool.quant.affine import grouped, stored_scale
+from qtool.training.linears import WeightsConfig, train_linears
 
 
 class Config(WeightsConfig):

@@ -28,19 +28,20 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.blocks import Stage
-from qtool.config import QuantConfig, QuantSpec
-from qtool.methods import Method, gptq
-from qtool.methods._trained import EndToEnd, train_linears
-from qtool.models import LoadedModel, Target, linear_bias
+from qtool.blocks.driver import Stage
+from qtool.blocks.walk import group_inputs, walk
+from qtool.config.plugins import Method
+from qtool.config.sections import QuantConfig, QuantSpec
+from qtool.config.training import OptimConfig
+from qtool.methods import gptq
+from qtool.models.loading import LoadedModel, Target, linear_bias
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.linear import QuantLinear
+from qtool.quant.packed_linear import QuantLinear
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
-from qtool.train import Group
-from qtool.training_config import OptimConfig
-from qtool.walk import group_inputs, walk
+from qtool.training.fit import Group
+from qtool.training.linears import EndToEnd, train_linears
 
 OBSERVED = 2**14  # tokens that say where inputs are large
 SPARE, ROUNDS = 8, 4  # of subspace iteration: directions more than are asked for, and products

@@ -19,13 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.config import QuantSpec
-from qtool.methods import Method
-from qtool.methods._trained import GridConfig, grid_groups, train_linears
-from qtool.models import Target, linear_bias
+from qtool.config.plugins import Method
+from qtool.config.sections import QuantSpec
+from qtool.models.loading import Target, linear_bias
 from qtool.quant.affine import grouped, minmax_qparams, stored_scale
-from qtool.quant.linear import QuantLinear
+from qtool.quant.packed_linear import QuantLinear
 from qtool.quant.ranges import search_qparams
+from qtool.training.linears import GridConfig, grid_groups, train_linears
 
 
 class Config(GridConfig):

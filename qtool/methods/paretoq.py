@@ -16,14 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool import progress
-from qtool.config import QuantConfig
-from qtool.methods import Method
-from qtool.methods._trained import GridConfig, grid_groups, train_linears
-from qtool.models import LoadedModel, Target, linear_bias
+from qtool.config.plugins import Method
+from qtool.config.sections import QuantConfig
+from qtool.config.training import RoundingConfig
+from qtool.models.loading import LoadedModel, Target, linear_bias
 from qtool.quant.affine import grouped, stored_scale
-from qtool.quant.linear import QuantLinear, SeqLinear
-from qtool.training_config import RoundingConfig
+from qtool.quant.packed_linear import QuantLinear, SeqLinear
+from qtool.system import progress
+from qtool.training.linears import GridConfig, grid_groups, train_linears
 
 SEQ_BITS = 2
 

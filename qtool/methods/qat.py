@@ -14,12 +14,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from qtool.methods import Method
-from qtool.methods._trained import WeightsConfig, train_linears, weight_group
-from qtool.models import Target, linear_bias
+from qtool.config.plugins import Method
+from qtool.models.loading import Target, linear_bias
 from qtool.quant.affine import minmax_qparams
-from qtool.quant.linear import QuantLinear
-from qtool.train import Group
+from qtool.quant.packed_linear import QuantLinear
+from qtool.training.fit import Group
+from qtool.training.linears import WeightsConfig, train_linears, weight_group
 
 
 class Config(WeightsConfig):

@@ -10,10 +10,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import MethodConfig, QuantConfig, QuantSpec
-from qtool.methods import Method
-from qtool.models import LoadedModel
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config.plugins import Method
+from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
+from qtool.models.loading import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 

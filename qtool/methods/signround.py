@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from qtool import progress
-from qtool.blocks import BlockTask, run_blocks
-from qtool.config import MethodConfig, QuantConfig, QuantSpec
-from qtool.methods import Method
-from qtool.models import LoadedModel, Target, linear_bias, replace_linear
+from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.config.plugins import Method
+from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
+from qtool.models.loading import LoadedModel, Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
-from qtool.quant.linear import QuantLinear
+from qtool.quant.packed_linear import QuantLinear
 from qtool.quant.ranges import search_qparams
+from qtool.system import progress
 
 PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
 BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples

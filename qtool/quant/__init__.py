@@ -1,1 +1,5 @@
-"""The quantizer core: pure tensors. It knows no recipe file, model, disk or method."""
+"""The quantizer core: grids, rounding, packing, trained and packed linears, kernels. Tensors in, tensors out.
+
+Knows no model, file, recipe or transformers; may import ``config`` (for ``QuantSpec``) and ``system``.
+Begin with ``affine.py``, the grid; ``packed_linear.py`` is the layer that every method ends in.
+"""

@@ -10,7 +10,7 @@ rotary embedding; what a cache then holds is the same however the tokens came, a
 import torch
 from torch import Tensor
 
-from qtool.config import QuantSpec
+from qtool.config.sections import QuantSpec
 from qtool.quant.rounding import straight_through
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.config import QuantSpec
-from qtool.errors import InputError
+from qtool.config.sections import QuantSpec
+from qtool.config.training import RoundingConfig
 from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
-from qtool.training_config import RoundingConfig
+from qtool.system.errors import InputError
 
 CHUNK_NUMBERS = 1 << 22  # weights compared at once
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.training_config import RoundingConfig
+from qtool.config.training import RoundingConfig
 
 PLAIN = RoundingConfig()  # straight through, hard clamp, hard forward
 CHUNK_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 26}  # slopes computed at once; on a CPU, what its caches hold

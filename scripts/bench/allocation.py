@@ -27,14 +27,17 @@ from typing import Any
 
 import torch
 
-from qtool import allocate, data, evaluate, methods
-from qtool.budget import BudgetConfig
-from qtool.checkpoint import bits_per_weight
-from qtool.config import DataConfig, ModelConfig, QuantConfig
-from qtool.data import Calibration
-from qtool.environment import environment
-from qtool.models import load_model
-from qtool.sensitivity import ESTIMATORS, Unit
+from qtool.allocation import plan as bit_plan
+from qtool.allocation.sensitivity import ESTIMATORS, Unit
+from qtool.checkpoints.native import bits_per_weight
+from qtool.config import plugins
+from qtool.config.budget import BudgetConfig
+from qtool.config.sections import DataConfig, ModelConfig, QuantConfig
+from qtool.data import windows
+from qtool.data.windows import Calibration
+from qtool.evaluation import tasks
+from qtool.models.loading import load_model
+from qtool.system.environment import environment
 
 MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
 Widths = tuple[int, ...]
@@ -43,11 +46,11 @@ SCALE_BITS = 16  # of a symmetric group
 
 def by_order(units: list[Unit], average_bits: float, order: list[int]) -> Widths:
     """Widths of units that are raised to the next choice one after another, in rounds, while they fit."""
-    chosen, shapes = [0] * len(units), allocate.shapes(units)
+    chosen, shapes = [0] * len(units), bit_plan.shapes(units)
 
     def fits() -> bool:
         widths = [unit.choices[index] for unit, index in zip(units, chosen, strict=True)]
-        return bits_per_weight(allocate.specs(units, widths), shapes) <= average_bits
+        return bits_per_weight(bit_plan.specs(units, widths), shapes) <= average_bits
 
     for _ in units[0].choices[1:]:
         for item in order:
@@ -74,8 +77,8 @@ class Bench:
         self.found.setdefault("asked", {k: str(v) for k, v in vars(args).items() if k != "out"})
         self.reference = load_model(MODEL)
         text = DataConfig(source="enwiki", num_samples=args.samples, seq_len=512)
-        self.text: Calibration = data.calibration(text, self.reference, 0)
-        self.windows = data.perplexity_windows("wikitext2", self.reference, 1024, args.limit, 0)
+        self.text: Calibration = windows.calibration(text, self.reference, 0)
+        self.windows = windows.perplexity_windows("wikitext2", self.reference, 1024, args.limit, 0)
         self.quant = QuantConfig(group_size=args.group_size, symmetric=not args.asymmetric)
 
     def cell(self, key: str, make: Callable[[], Any]) -> Any:
@@ -89,24 +92,24 @@ class Bench:
 
     def units(self, budget: BudgetConfig) -> list[Unit]:
         """The units of the built-in model."""
-        return allocate.units_of(self.reference, self.quant.model_copy(update={"budget": budget}))
+        return bit_plan.units_of(self.reference, self.quant.model_copy(update={"budget": budget}))
 
-    def plan(self, estimator: str, average_bits: float) -> allocate.Plan:
+    def plan(self, estimator: str, average_bits: float) -> bit_plan.Plan:
         """The plan of an estimator; ``loss:nearest`` is one with that rounding."""
         name, _, rounding = estimator.partition(":")
         raw = {"average_bits": average_bits, "estimator": name, "rounding": rounding or "gptq"}
         budget = BudgetConfig.model_validate(raw)
         quant = self.quant.model_copy(update={"budget": budget})
-        return allocate.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+        return bit_plan.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
 
     def measure(self, units: list[Unit], widths: Widths) -> dict[str, float]:
         """Perplexity, divergence and stored bits of the model quantized with these widths."""
 
-        specs = allocate.specs(units, widths)
+        specs = bit_plan.specs(units, widths)
         overrides = {name: {"num_bits": spec.num_bits} for name, spec in specs.items()}
 
         def make() -> dict[str, float]:
-            return {"bits": bits_per_weight(specs, allocate.shapes(units)), **self.quantized(overrides)}
+            return {"bits": bits_per_weight(specs, bit_plan.shapes(units)), **self.quantized(overrides)}
 
         return dict(self.cell(f"{self.args.method} {''.join(map(str, widths))}", make))
 
@@ -122,12 +125,12 @@ class Bench:
 
     def quantized(self, overrides: dict[str, Any], grid: dict[str, int] | None = None) -> dict[str, float]:
         """Perplexity and divergence of the model that the method makes with these overrides."""
-        loaded, plugin = load_model(MODEL), methods.get(self.args.method)
+        loaded, plugin = load_model(MODEL), plugins.get(self.args.method)
         quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
         plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
-        kl, _ = evaluate.divergence(loaded.model, self.reference.model, self.windows, "auto")
-        return {"perplexity": evaluate.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
+        kl, _ = tasks.divergence(loaded.model, self.reference.model, self.windows, "auto")
+        return {"perplexity": tasks.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
 
     def alone(self, units: list[Unit], width: int) -> list[float]:
         """Divergence on held-out text when the method quantizes each unit alone, to ``width`` bits."""

@@ -13,10 +13,10 @@ from statistics import median
 import torch
 import transformers
 
-from qtool import bench
-from qtool.backend import use_backend
-from qtool.config import ModelConfig
-from qtool.models import LoadedModel, load_model
+from qtool.config.sections import ModelConfig
+from qtool.evaluation import bench
+from qtool.models.backend import use_backend
+from qtool.models.loading import LoadedModel, load_model
 
 
 def load(folder: Path) -> LoadedModel:

@@ -33,10 +33,12 @@ from memory_accounting import Cell, Shape, held_bytes, peak_bytes, saved_bytes
 from memory_watch import WATCHED, Watch, in_use
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtool import endtoend, memory
-from qtool.config import QuantConfig
-from qtool.methods import _blockap, efficientqat, lrqat, lsq
-from qtool.models import LoadedModel
+from qtool.config.sections import QuantConfig
+from qtool.methods import efficientqat, lrqat, lsq
+from qtool.methods.efficientqat import block_ap
+from qtool.models.loading import LoadedModel
+from qtool.system import memory
+from qtool.training import end_to_end
 
 FORMS = ("float32", "bfloat16", "fixed", "codes")
 
@@ -95,12 +97,12 @@ def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
     before = in_use(device, peak=False)
     loaded = random_model(shape, getattr(torch, cell.dtype), device)
     watch = Watch(loaded)
-    real = endtoend.fit, _blockap.fit
-    endtoend.fit, _blockap.fit = watch.fit(real[0]), watch.fit(real[1])
+    real = end_to_end.fit, block_ap.fit
+    end_to_end.fit, block_ap.fit = watch.fit(real[0]), watch.fit(real[1])
     try:
         run(loaded, shape, cell)
     finally:
-        endtoend.fit, _blockap.fit = real
+        end_to_end.fit, block_ap.fit = real
     if before is not None:
         watch.found["real"] -= before
     return watch.found

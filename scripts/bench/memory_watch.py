@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qtool import memory, train
-from qtool.methods import _blockap
-from qtool.models import LoadedModel
+from qtool.methods.efficientqat import block_ap
+from qtool.models.loading import LoadedModel
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.linear import QuantLinear
+from qtool.quant.packed_linear import QuantLinear
+from qtool.system import memory
+from qtool.training.fit import _Run
 
 Storage = torch.UntypedStorage
 OF_LAYER = {"weights": ("weight", "phi.kept"), "factors": ("a", "b"), "grid": ("scale", "zero_point")}
@@ -189,7 +190,7 @@ class Watch:
 
 def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, Storage]]:
     """What each storage on ``device`` of a tensor that is alive belongs to."""
-    kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, train._Run, _blockap.Norm)
+    kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, _Run, block_ap.Norm)
     objects = [each for each in gc.get_objects() if issubclass(type(each), kinds)]  # isinstance wakes lazy modules
     head = model.get_output_embeddings()
     parts: list[tuple[str, Iterable[Tensor]]] = []
@@ -198,15 +199,15 @@ def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, S
             named = dict(layer.named_parameters()) | dict(layer.named_buffers())
             for kind, names in OF_LAYER.items():
                 parts.append((kind, [named[name] for name in names if name in named]))
-            parts.append(("expanded", [layer.expanded] if isinstance(layer, _blockap.BlockLinear) else []))
+            parts.append(("expanded", [layer.expanded] if isinstance(layer, block_ap.BlockLinear) else []))
     for each in objects:
         if isinstance(each, torch.optim.Optimizer):
             parts.append(("optimizer", [value for state in each.state.values() for value in state.values()]))
         elif isinstance(each, QuantizedWeight):
             parts.append(("start", each[:3]))
-        elif isinstance(each, train._Run):
+        elif isinstance(each, _Run):
             parts.append(("best state", each.best))
-        elif isinstance(each, _blockap.Norm):
+        elif isinstance(each, block_ap.Norm):
             parts.append(("norms", [each.master]))
     parts.append(("float weights", [each.weight for each in objects if type(each) is nn.Linear and each is not head]))
     parts.append(("embeddings", [model.get_input_embeddings().weight, model.get_output_embeddings().weight]))

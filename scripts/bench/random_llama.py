@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtool import checkpoint
-from qtool.config import ModelConfig, QuantConfig
-from qtool.folders import BUILTIN
+from qtool.checkpoints import native
+from qtool.config.sections import ModelConfig, QuantConfig
 from qtool.methods import rtn
-from qtool.models import load_model
+from qtool.models.folders import BUILTIN
+from qtool.models.loading import load_model
 
 
 def quant(grid: str) -> QuantConfig:
@@ -73,8 +73,8 @@ def main() -> None:
         loaded = load_model(ModelConfig(path=str(args.folder / "float"), dtype="bfloat16", device="cpu"))
         specs = {target.name: target.spec for target in loaded.targets(quant(grid))}
         rtn.run(loaded, None, quant(grid), rtn.Config(), 0)
-        with checkpoint.atomic_folder(args.folder / grid, overwrite=False) as partial:
-            checkpoint.save(partial, loaded, specs)
+        with native.atomic_folder(args.folder / grid, overwrite=False) as partial:
+            native.save(partial, loaded, specs)
         print(args.folder / grid)
 
 

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 import yaml
 
-from qtool import data, evaluate, methods
-from qtool.checkpoint import bits_per_weight
-from qtool.config import DataConfig, MethodConfig, ModelConfig, QuantConfig
-from qtool.environment import environment
-from qtool.models import LoadedModel, load_model
+from qtool.checkpoints.native import bits_per_weight
+from qtool.config import plugins
+from qtool.config.sections import DataConfig, MethodConfig, ModelConfig, QuantConfig
+from qtool.data.windows import calibration_tokens, perplexity_windows
+from qtool.evaluation import tasks
+from qtool.models.loading import LoadedModel, load_model
+from qtool.system.environment import environment
 
 MODEL = "builtin:wiki-llama-3m"
 GRIDS = ("w8g128", "w4g128", "w4g64", "w3g64", "w2g64")
@@ -49,7 +51,7 @@ def section(method: str) -> MethodConfig:
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = yaml.safe_load(value)
-    return methods.get(name).config.model_validate(raw)
+    return plugins.get(name).config.model_validate(raw)
 
 
 @cache
@@ -68,11 +70,11 @@ def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.
         shapes = {t.name: t.weight_shape for t in targets}
         cell["bits_per_weight"] = bits_per_weight({t.name: t.spec for t in targets}, shapes)
         start = time.process_time()
-        methods.get(chosen.name).run(loaded, tokens, config, chosen, seed)
+        plugins.get(chosen.name).run(loaded, tokens, config, chosen, seed)
         cell["seconds"] = time.process_time() - start
     loaded.model.float()  # measured in float32 whatever the method computed in; packed scales keep their dtype
-    windows = data.perplexity_windows("wikitext2", loaded, 1024, limit, 0)
-    scores = evaluate.score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
+    windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0)
+    scores = tasks.score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
     assert scores.kl is not None
     error = scores.nll.std() / len(windows) ** 0.5
     perplexity = scores.nll.mean().exp()
@@ -106,7 +108,7 @@ def main() -> None:
     cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
     grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
     text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)
-    tokens = data.calibration_tokens(text, float_model(), 0)
+    tokens = calibration_tokens(text, float_model(), 0)
     for method in names:
         section(method)  # a fault is found before the hour
     for grid in ["-", *grids]:

@@ -19,16 +19,19 @@ from running import NATIVE_FILES, Result, digest, left, own, weights_digest
 from transformers import AutoModelForCausalLM
 
 import qtool
-from qtool import card, methods
-from qtool import evaluate as evaluation
-from qtool import run as pipeline
-from qtool.checkpoint import MANIFEST, Source
-from qtool.config import FORMAT_VERSION, ModelConfig
-from qtool.data import calibration_tokens, token_hash
-from qtool.errors import RunError
-from qtool.models import load_model, packed_linears
-from qtool.recipe import Recipe
-from qtool.report import Report
+from qtool.checkpoints import native
+from qtool.checkpoints.native import MANIFEST, Source
+from qtool.config import plugins
+from qtool.config.recipe import Recipe
+from qtool.config.sections import FORMAT_VERSION, ModelConfig
+from qtool.data import windows
+from qtool.data.windows import calibration_tokens, token_hash
+from qtool.evaluation import tasks as evaluation
+from qtool.models.loading import load_model, packed_linears
+from qtool.pipelines import quantize as pipeline
+from qtool.reports import model_card
+from qtool.reports.report import Report
+from qtool.system.errors import RunError
 
 
 def test_a_run_leaves_the_checkpoint_and_the_exports_and_nothing_else(whole: Result) -> None:
@@ -80,7 +83,7 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
     for section, values in written.items():
         if isinstance(values, dict):
             assert {key: resolved[section][key] for key in values} == values
-    assert set(resolved["method"]) == set(methods.get("gptq").config.model_fields)  # defaults are filled in
+    assert set(resolved["method"]) == set(plugins.get("gptq").config.model_fields)  # defaults are filled in
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
     floats = tiny.load(models / "llama")
     tokens = calibration_tokens(Recipe.model_validate(resolved).data, floats, 3)
@@ -304,9 +307,9 @@ class Stage(NamedTuple):
 
 STAGES = {
     "loading": Stage(pipeline, "load_model", "nothing"),
-    "reading data": Stage(pipeline.data, "calibration", "nothing"),
-    "saving": Stage(pipeline.checkpoint, "save", "blocks"),
-    "writing the card": Stage(card, "write", "blocks"),
+    "reading data": Stage(windows, "calibration", "nothing"),
+    "saving": Stage(native, "save", "blocks"),
+    "writing the card": Stage(model_card, "write", "blocks"),
     "evaluating": Stage(evaluation, "evaluate", "all"),
     "exporting": Stage(pipeline, "verify", "all"),
 }

@@ -22,10 +22,11 @@ from running import (
 )
 from safetensors.torch import save_file
 
-from qtool import run as pipeline
-from qtool.checkpoint import MANIFEST, Planned, Source, write_json
-from qtool.config import ExportConfig, QuantConfig
-from qtool.folders import read_config
+from qtool.checkpoints.native import MANIFEST, Planned, Source, write_json
+from qtool.config import plugins
+from qtool.config.sections import ExportConfig, QuantConfig
+from qtool.exporters import _base
+from qtool.models.folders import read_config
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_what_is_planned_is_refused_for_the_same_reason_as_what_is_made(models: 
         shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
         planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
         tiny.quantize(models / "llama", Path(f"q{index}"), quant)
-        for name in pipeline.formats.names():
-            exporter = pipeline.formats.get(name)
+        for name in plugins.export_formats():
+            exporter = _base.get(name)
             before, after = exporter.refuses(planned, config), exporter.refuses(Source(Path(f"q{index}")), config)
             assert before == after, name
 

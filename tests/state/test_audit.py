@@ -5,8 +5,8 @@ import json
 import pytest
 from states import make, quantize
 
-from qtool import audit
-from qtool.errors import InputError, RunError
+from qtool.pipelines import reproduce
+from qtool.system.errors import InputError, RunError
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def written(folder, tmp_path):
 
 
 def test_verify_accepts_what_was_written(written):
-    assert audit.verify(written)["linears"] == 3 * 7
+    assert reproduce.verify(written)["linears"] == 3 * 7
 
 
 def test_verify_finds_a_changed_bit_a_missing_and_a_new_file(written):
@@ -26,7 +26,7 @@ def test_verify_finds_a_changed_bit_a_missing_and_a_new_file(written):
     first.write_bytes(content)
     second.rename(written / "new.safetensors")
     with pytest.raises(RunError) as found:
-        audit.verify(written)
+        reproduce.verify(written)
     message = str(found.value)
     assert f"{first.name} was changed" in message
     assert f"{second.name} is missing" in message
@@ -38,11 +38,11 @@ def test_verify_compares_the_manifest_with_the_tensors(written):
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"bits_per_weight": 4.0}))
     with pytest.raises(RunError, match=r"the manifest says 4\.0"):
-        audit.verify(written)
+        reproduce.verify(written)
 
 
 def test_reproduce_makes_the_same_bytes(written):
-    assert audit.reproduce(written) == {"same": True, "changes": []}
+    assert reproduce.reproduce(written) == {"same": True, "changes": []}
     assert [path.name for path in written.parent.iterdir() if path.is_dir()] == ["out"]
 
 
@@ -55,7 +55,7 @@ def test_reproduce_names_the_first_block_that_differs(written):
     tensors[name] = tensors[name] ^ 1
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(RunError, match=r"the first difference is in model\.layers\.1\.mlp\.up_proj\.weight_packed"):
-        audit.reproduce(written)
+        reproduce.reproduce(written)
 
 
 def test_reproduce_refuses_another_model(written, folder):
@@ -64,4 +64,4 @@ def test_reproduce_refuses_another_model(written, folder):
     manifest["lock"]["model_files"]["config.json"] = "0" * 64
     file.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="was made from another model"):
-        audit.reproduce(written)
+        reproduce.reproduce(written)

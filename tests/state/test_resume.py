@@ -7,8 +7,10 @@ import tiny
 import torch
 from states import METHODS, Killed, hashes, make, quantize, stop_after
 
-from qtool import endtoend, run, state
-from qtool.errors import InputError, RunError
+from qtool.pipelines import quantize as pipeline
+from qtool.pipelines import run_state
+from qtool.system.errors import InputError, RunError
+from qtool.training import end_to_end
 
 
 def test_finished_blocks_are_not_done_again(half_done, tmp_path, whole, monkeypatch):
@@ -29,14 +31,14 @@ def test_finished_training_is_not_done_again(folder, tmp_path, whole, monkeypatc
     """Neither its steps nor, once all are done, any forward of the model."""
     checked = make(folder, tmp_path / "out", "lsq")
     done = []
-    losses = endtoend._Training.losses
+    losses = end_to_end._Training.losses
 
     def counted(self, step):
         done.append(step)
         return losses(self, step)
 
-    monkeypatch.setattr(endtoend._Training, "losses", counted)
-    write = endtoend._Kept.write
+    monkeypatch.setattr(end_to_end._Training, "losses", counted)
+    write = end_to_end._Kept.write
 
     def stopping(kept, state):
         write(kept, state)
@@ -44,7 +46,7 @@ def test_finished_training_is_not_done_again(folder, tmp_path, whole, monkeypatc
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(endtoend._Kept, "write", stopping)
+        patch.setattr(end_to_end._Kept, "write", stopping)
         for _ in range(2):
             with pytest.raises(Killed):
                 quantize(checked)
@@ -136,14 +138,14 @@ def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back
     shard = sorted((models / "float").glob("*.safetensors"))[-1]
     kept = shard.read_bytes()
     checked = make(models, tmp_path / "out")
-    write = state.RunState.write
+    write = run_state.RunState.write
 
     def losing(self, index, tensors, figures):
         write(self, index, tensors, figures)
         shard.unlink(missing_ok=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state.RunState, "write", losing)
+        patch.setattr(run_state.RunState, "write", losing)
         with pytest.raises(RunError, match=r"is no longer in .*; put its file back"):
             quantize(checked)
     with pytest.raises(InputError, match=f"lists {shard.name}, which is not there"):
@@ -154,9 +156,9 @@ def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back
 
 
 def test_a_full_disk_ends_the_run_and_what_is_done_stays(folder, tmp_path, monkeypatch, whole):
-    from qtool import checkpoint
+    from qtool.checkpoints import native
 
-    save_file, count = checkpoint.save_file, 0
+    save_file, count = native.save_file, 0
 
     def full(*args, **kwargs):
         nonlocal count
@@ -167,7 +169,7 @@ def test_a_full_disk_ends_the_run_and_what_is_done_stays(folder, tmp_path, monke
 
     checked = make(folder, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(native, "save_file", full)
         with pytest.raises(RunError, match=r"the disk is full; .*out\.partial holds what is done"):
             quantize(checked)
     assert len(list((tmp_path / "out.partial" / "state").glob("block-*.json"))) == 2
@@ -183,7 +185,7 @@ def test_two_runs_do_not_write_one_folder(half_done, tmp_path):
 
 
 def test_an_interrupted_run_that_has_done_nothing_leaves_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pipeline, "load_model", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize(make(folder, tmp_path / "out"))
     assert not list(tmp_path.glob("out*/"))
@@ -205,9 +207,10 @@ def test_the_same_recipe_gives_the_same_bytes(folder, tmp_path, whole):
 @pytest.mark.parametrize("compute", ["float32", "auto"])
 def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, compute):
     """The same method on a model that is whole in memory, saved by the library call."""
-    from qtool import checkpoint, data
-    from qtool.methods import get
-    from qtool.models import load_model
+    from qtool.checkpoints import native
+    from qtool.config.plugins import get
+    from qtool.data import windows
+    from qtool.models.loading import load_model
 
     models = tmp_path / "models"
     models.mkdir()
@@ -216,11 +219,11 @@ def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, 
     checked = make(models, tmp_path / "out", model__dtype=compute)
     quantize(checked)
     loaded = load_model(checked.model)
-    tokens = data.calibration_tokens(checked.data, loaded, checked.seed)
+    tokens = windows.calibration_tokens(checked.data, loaded, checked.seed)
     get("gptq").run(loaded, tokens, checked.quant, checked.method, checked.seed)
     (tmp_path / "library").mkdir()
-    checkpoint.save(tmp_path / "library", loaded, tiny.specs(loaded))
-    streamed, whole = checkpoint.Files(tmp_path / "out"), checkpoint.Files(tmp_path / "library")
+    native.save(tmp_path / "library", loaded, tiny.specs(loaded))
+    streamed, whole = native.Files(tmp_path / "out"), native.Files(tmp_path / "library")
     assert set(streamed.names) == set(whole.names)
     for name in whole.names:
         assert torch.equal(streamed.tensor(name), whole.tensor(name)), name

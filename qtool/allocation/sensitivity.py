@@ -1,0 +1,338 @@
+"""What a model suffers when some of its linears get few bits: a cost for each unit and each width it may have.
+
+A unit is what engines fuse into one matrix and therefore needs one width: linears that read the same tensor (q, k, v;
+gate, up), and all experts of a mixture. Costs of units add up, as if no unit's rounding changed what another's does.
+
+What a width costs depends on who rounds: to nearest, a unit with correlated inputs looks far worse than what a method
+makes of it that knows them. So the estimators that look at outputs measure weights that GPTQ has rounded; those that
+look at single weights, whose errors GPTQ lets grow where they cancel, measure what round-to-nearest leaves.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qtool.blocks.driver import TOKENS_PER_BATCH, Stage
+from qtool.blocks.walk import group_inputs, walk
+from qtool.config.budget import BudgetConfig
+from qtool.data.conversations import IGNORED
+from qtool.data.windows import Calibration
+from qtool.methods import gptq
+from qtool.models.loading import LoadedModel, Target, weight_of
+from qtool.quant.affine import QuantizedWeight, dequantize, quantize
+from qtool.quant.ranges import search_qparams
+from qtool.system import memory, progress
+from qtool.training.losses import kl
+
+ROWS = 512  # of logits compared at once
+EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
+
+
+class Unit(NamedTuple):
+    """Linears that get the same width, in the order they run, and the widths that it may be."""
+
+    targets: tuple[Target, ...]
+    choices: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """``model.layers.0.self_attn: q_proj, k_proj, v_proj``."""
+        names = [target.name for target in self.targets]
+        columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+        shared = ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+        return f"{shared}: {', '.join(name.removeprefix(f'{shared}.') for name in names)}"
+
+    @property
+    def num_weights(self) -> int:
+        """Of all its linears."""
+        return sum(math.prod(target.weight_shape) for target in self.targets)
+
+
+Costs = list[dict[int, float]]  # of each unit, by width
+Weights = Callable[[Target, int], Tensor]  # float32 [out, in] of a linear rounded to a width
+
+
+def fused(loaded: LoadedModel, targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets by unit, in the order they run, as one forward of each block shows it."""
+    window = torch.zeros(1, 2, dtype=torch.int64)
+    return merged([group for task in walk(loaded, window, targets) if task.targets for group in task.groups])
+
+
+def merged(groups: Sequence[Sequence[Target]]) -> list[list[Target]]:
+    """``groups`` of linears that read the same tensor, those of a layer's experts as one."""
+    units: dict[str, list[Target]] = {}
+    for group in groups:
+        expert = EXPERTS.match(group[0].name)
+        units.setdefault(expert[1] if expert else group[0].name, []).extend(group)
+    return list(units.values())
+
+
+def nearest(target: Target, num_bits: int) -> Tensor:
+    """The weight ``[out, in]`` of ``target`` at another width, in float32, each to the nearest in a searched range."""
+    spec = target.spec.model_copy(update={"num_bits": num_bits})
+    weight = target.weight
+    grid = search_qparams(weight, spec)
+    return dequantize(quantize(weight, *grid, spec), *grid, spec)
+
+
+def compensated(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Weights:
+    """The weights of each width rounded by GPTQ on the float model's inputs; a byte per code and width is held."""
+    found: dict[tuple[str, int], QuantizedWeight] = {}
+    choices = {target.name: unit.choices for unit in units for target in unit.targets}
+    config = gptq.Config()
+    for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
+        for group, inputs in group_inputs(task):
+            statistics = gptq.collect(Stage(group, inputs, None), config)
+            for target in group:
+                factor = gptq.factorise(statistics, target.spec, config, target.name)
+                for bits in choices[target.name]:
+                    spec = target.spec.model_copy(update={"num_bits": bits})
+                    codes, scale, zero_point, _ = gptq.solve(target.weight, factor, spec, config)
+                    found[target.name, bits] = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
+    return lambda target, num_bits: dequantize(*found[target.name, num_bits])
+
+
+def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> dict[str, Tensor]:
+    """Mean square ``[in]`` of each channel that each linear reads: the diagonal of GPTQ's Hessian, halved."""
+    found: dict[str, Tensor] = {}
+    for task in walk(loaded, tokens, [target for unit in units for target in unit.targets]):
+        names = {target.linear: target.name for target in task.targets}
+
+        # Any: the arguments of whatever linear it is
+        def visit(linear: nn.Module, args: Any, kwargs: Any, names: dict[nn.Module, str] = names) -> None:
+            squares = args[0].flatten(0, -2).float().square().sum(0) / tokens.numel()
+            found[names[linear]] = found.get(names[linear], 0) + squares
+
+        task.outputs = task.inputs.like()
+        for hidden in task.inputs:
+            task.outputs.append(task.observe(names, visit, [hidden])[0])
+    return found
+
+
+def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+    """``n alpha sigma**2 4**-b``: the weights' variance and their inputs' mean energy; nothing is rounded.
+
+    The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its
+    optimum in real numbers is ``b = log2(alpha sigma**2) / 2`` plus what all units have in common.
+    """
+    energy = input_energy(loaded, units, text.tokens)
+    costs: Costs = []
+    for unit in units:
+        spread = sum(float(energy[t.name].mean() * t.weight.var(correction=0)) * t.weight.numel() for t in unit.targets)
+        costs.append({bits: spread * 4.0**-bits for bits in unit.choices})
+    return costs
+
+
+def hessian(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+    """``tr(H) / in * |Q(W) - W|**2``: the squared error of the outputs, if all input channels had the same energy."""
+    energy = input_energy(loaded, units, text.tokens)
+    return _of_errors(loaded, units, weights, lambda t, error: error.square().sum() * energy[t.name].mean())
+
+
+def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+    """``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, its residual stream included.
+
+    A share of what goes on to the next block, and therefore one measure for all units.
+    """
+    costs: Costs = [{} for _ in units]
+    for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
+        task.outputs = task.through(task.inputs)
+        energy = sum(float(out.float().square().sum()) for out in task.outputs)
+        mine = [index for index, unit in enumerate(units) if unit.targets[0].block == task.index]
+        jobs = [(index, bits) for index in mine for bits in units[index].choices]
+        for index, bits in progress.track(jobs, "rounding units", len(jobs)):
+            with rounded_unit(loaded, units[index], bits, weights):
+                found = zip(map(task.forward, task.inputs), task.outputs, strict=True)
+                costs[index][bits] = sum(float((a.float() - b.float()).square().sum()) for a, b in found) / energy
+    return costs
+
+
+def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+    """``t / 2 sum E[g**2] (Q(W) - W)**2`` with ``g`` the gradient of a window's mean loss over its ``t`` tokens.
+
+    The second-order growth of the loss in nats per token, with the diagonal of the empirical Fisher information for its
+    curvature: gradients of tokens are taken as independent, which makes those of their mean ``t`` times smaller in
+    square.
+    """
+    targets = [target for unit in units for target in unit.targets]
+    squares = {t.name: torch.zeros(t.weight_shape, device=loaded.device) for t in targets}
+    scale = text.tokens.shape[1] / 2 / len(text.tokens)
+    with _gradients(loaded, targets, lambda name, grad: squares[name].add_(grad.float().square(), alpha=scale)):
+        for tokens, labels in progress.track(list(_batches(text, 1)), "gradients", len(text.tokens)):
+            (_nll(loaded, tokens, labels) / _learned(labels).sum()).backward()
+    return _of_errors(loaded, units, weights, lambda t, error: (squares[t.name] * error.square()).sum())
+
+
+def loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+    """The divergence from the float model, in nats per token, when one unit alone is rounded."""
+
+    def divergence(tokens: Tensor, labels: Tensor, teacher: Tensor, change: Changes) -> float:
+        with torch.no_grad():
+            student = _logits(loaded, tokens)
+        learned = _learned(labels).to(loaded.device)
+        rows = zip(teacher[learned].split(ROWS), student[learned].split(ROWS), strict=True)
+        return sum(float(kl(*pair).sum()) for pair in rows)
+
+    return _one_at_a_time(loaded, units, text, weights, divergence)
+
+
+def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+    """``sum |g (Q(W) - W)|`` with ``g`` the gradient of the mean loss where the unit alone is rounded: AutoRound's.
+
+    To the first order, and as if no two errors ever made up for each other.
+    """
+
+    def first_order(tokens: Tensor, labels: Tensor, teacher: Tensor, change: Changes) -> float:
+        found: list[float] = []
+        targets = list(change)
+        by_name = {target.name: target for target in targets}
+        with _gradients(loaded, targets, lambda name, g: found.append(float((g * change[by_name[name]]).abs().sum()))):
+            _nll(loaded, tokens, labels).backward()
+        return sum(found)
+
+    return _one_at_a_time(loaded, units, text, weights, first_order)
+
+
+def _of_errors(
+    loaded: LoadedModel, units: Sequence[Unit], weights: Weights, cost: Callable[[Target, Tensor], Tensor]
+) -> Costs:
+    """The sum of ``cost`` over the linears of each unit, given the error of their weights at each width."""
+    costs: Costs = []
+    for unit in progress.track(units, "rounding weights", len(units)):
+        errors = {
+            bits: [(t, (weights(t, bits) - t.weight).to(loaded.device)) for t in unit.targets] for bits in unit.choices
+        }
+        costs.append({bits: sum(float(cost(*each)) for each in pairs) for bits, pairs in errors.items()})
+        if loaded.streaming:
+            memory.Pages().drop(*(weight_of(target.linear) for target in unit.targets))
+    return costs
+
+
+Changes = dict[Target, Tensor]  # float32 [out, in]: what rounding adds to each weight
+Measure = Callable[[Tensor, Tensor, Tensor, Changes], float]
+
+
+def _one_at_a_time(
+    loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights, measure: Measure
+) -> Costs:
+    """The mean over tokens of ``measure`` with each unit at each of its widths, all else in floating point.
+
+    ``measure`` gets tokens, labels, the float model's logits that predict the next token, and the change of the
+    weights, and returns a sum over tokens.
+    """
+    costs: Costs = [dict.fromkeys(unit.choices, 0.0) for unit in units]
+    jobs = [(index, bits) for index, unit in enumerate(units) for bits in unit.choices]
+    batches = list(_batches(text, max(1, TOKENS_PER_BATCH // text.tokens.shape[1])))
+    count = sum(int(_learned(labels).sum()) for _, labels in batches)
+    for number, (tokens, labels) in enumerate(batches):
+        with torch.no_grad():
+            teacher = _logits(loaded, tokens)
+        for index, bits in progress.track(jobs, f"rounding units, text {number + 1} of {len(batches)}", len(jobs)):
+            with rounded_unit(loaded, units[index], bits, weights) as change:
+                costs[index][bits] += measure(tokens, labels, teacher, change) / count
+    return costs
+
+
+@contextmanager
+def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int, weights: Weights = nearest) -> Iterator[Changes]:
+    """The linears of ``unit`` rounded, for as long as the context lasts."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    changes: Changes = {}
+    try:
+        for target in unit.targets:
+            module = loaded.model.get_submodule(target.name)
+            parameter = weight_of(module)
+            weight = weights(target, num_bits).to(loaded.device)
+            changes[target] = weight - target.weight.to(loaded.device)
+            kept.append((parameter, parameter.data))
+            parameter.data = (weight.T if isinstance(module, Conv1D) else weight).to(parameter.dtype)
+        yield changes
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextmanager
+def _gradients(
+    loaded: LoadedModel, targets: Sequence[Target], visit: Callable[[str, Tensor], object]
+) -> Iterator[None]:
+    """Hand each gradient ``[out, in]`` of the weights of ``targets`` to ``visit``, by name, and drop it."""
+    handles = []
+    parameters = []
+    for target in targets:
+        module = loaded.model.get_submodule(target.name)
+        flipped = isinstance(module, Conv1D)
+
+        def take(parameter: Tensor, name: str = target.name, flipped: bool = flipped) -> None:
+            assert parameter.grad is not None
+            visit(name, parameter.grad.T if flipped else parameter.grad)
+            parameter.grad = None
+
+        parameters.append(weight_of(module).requires_grad_(True))
+        handles.append(parameters[-1].register_post_accumulate_grad_hook(take))
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, handle in zip(parameters, handles, strict=True):
+            handle.remove()
+            parameter.requires_grad_(False)
+
+
+def _batches(text: Calibration, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows and what is to be learned of them, ``size`` at a time."""
+    labels = text.tokens if text.labels is None else text.labels
+    return zip(text.tokens.split(size), labels.split(size), strict=True)
+
+
+def _learned(labels: Tensor) -> Tensor:
+    """Which predictions of each window count, ``[b, t - 1]``."""
+    return labels[:, 1:] != IGNORED
+
+
+def _logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
+    """``[b, t - 1, vocabulary]``, those that predict the tokens of the windows."""
+    logits: Tensor = loaded.model(tokens.to(loaded.device), use_cache=False).logits[:, :-1]
+    return logits
+
+
+def _nll(loaded: LoadedModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the tokens that are learned of their negative log-likelihood."""
+    logits = _logits(loaded, tokens).flatten(0, 1).float()
+    return F.cross_entropy(logits, labels[:, 1:].flatten().to(loaded.device), reduction="sum", ignore_index=IGNORED)
+
+
+class Estimator(NamedTuple):
+    """How costs are found."""
+
+    measure: Callable[[LoadedModel, Sequence[Unit], Calibration, Weights], Costs]
+    whole: bool  # whether the whole model must be in memory
+    outputs: bool  # whether it measures what comes out, where errors of weights can make up for each other
+
+
+ESTIMATORS = {
+    "variance": Estimator(variance, whole=False, outputs=False),
+    "hessian": Estimator(hessian, whole=False, outputs=False),
+    "block": Estimator(block, whole=False, outputs=True),
+    "fisher": Estimator(fisher, whole=True, outputs=False),
+    "loss": Estimator(loss, whole=True, outputs=True),
+    "delta-loss": Estimator(delta_loss, whole=True, outputs=False),
+}
+
+
+def measure(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, config: BudgetConfig) -> Costs:
+    """The costs that the estimator of ``config`` finds in ``loaded``; ``units`` may be those of a streamed copy."""
+    estimator = ESTIMATORS[config.estimator]
+    own = [[replace(t, linear=loaded.model.get_submodule(t.name)) for t in unit.targets] for unit in units]
+    units = [Unit(tuple(targets), unit.choices) for targets, unit in zip(own, units, strict=True)]
+    by_gptq = estimator.outputs and config.rounding == "gptq"
+    return estimator.measure(loaded, units, text, compensated(loaded, units, text) if by_gptq else nearest)

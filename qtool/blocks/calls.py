@@ -1,0 +1,128 @@
+"""How a model calls its decoder blocks, recorded from the model's own forward, so that no architecture is copied."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from qtool.models.loading import LoadedModel
+
+
+class Stop(Exception):
+    """Ends a forward early; whoever raises it also catches it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Call":
+        """The same on ``device``, with floating-point tensors (masks, rotary tables) in ``dtype``."""
+        args, kwargs = tree_map_only(
+            Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), (self.args, self.kwargs)
+        )
+        return Call(args, kwargs)
+
+
+@contextmanager
+def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
+    """Replace each block's forward by ``record(index, hidden, call)`` for one forward of the model."""
+
+    def recorder(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return record(index, args[0], Call(args[1:], kwargs))
+            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            return record(index, kwargs["hidden_states"], Call((), rest))
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = recorder(index)  # on the instance, removed below
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def record_calls(
+    loaded: LoadedModel, batches: dict[int, Tensor], blocks: list[tuple[str, nn.Module]], dtype: torch.dtype
+) -> dict[int, list[Call]]:
+    """How the model calls each block, by batch size: windows are full, so nothing else varies between batches.
+
+    Floating-point tensors of the calls are given in ``dtype``, where the blocks are worked on.
+    """
+    calls: dict[int, list[Call]] = {}
+    modules = [block for _, block in blocks]
+    kind: list[type] = []
+
+    def record(index: int, hidden: Tensor, call: Call) -> Any:
+        calls.setdefault(hidden.shape[0], []).append(call)
+        if index == 0 and not kind:  # one real call shows whether blocks return a tensor or a tuple
+            like = next(p for p in modules[0].parameters() if p.is_floating_point())
+            fitting = call.to(like.device, like.dtype)
+            out = type(modules[0]).forward(modules[0], hidden.to(like), *fitting.args, **fitting.kwargs)
+            kind.append(type(out))
+        if index == len(modules) - 1:
+            raise Stop
+        return (hidden,) if kind[0] is tuple else hidden
+
+    with _around_blocks(loaded, modules):
+        for batch in batches.values():
+            with _recording(modules, record), suppress(Stop):
+                loaded.model(input_ids=batch, use_cache=False)
+    return {size: [call.to(loaded.device, dtype) for call in each] for size, each in calls.items()}
+
+
+def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: list[tuple[str, nn.Module]]) -> Tensor:
+    """Hidden states ``[b, t, d]`` that enter the first block."""
+    found: list[Tensor] = []
+
+    def record(index: int, hidden: Tensor, call: Call) -> Any:
+        found.append(hidden.to(loaded.device, loaded.dtype))
+        raise Stop
+
+    modules = [block for _, block in blocks]
+    with _around_blocks(loaded, modules), _recording(modules[:1], record), suppress(Stop):
+        loaded.model(input_ids=batch, use_cache=False)
+    return found[0]
+
+
+@contextmanager
+def _around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None]:
+    """Let what lies before the blocks compute in ``loaded.dtype`` when the model is stored in another.
+
+    Tables of embeddings stay as they are, and what is looked up in them is cast; the rest is small, and the head is
+    not reached.
+    """
+    if loaded.streaming is None or loaded.dtype == loaded.storage_dtype:
+        yield
+        return
+    inside = {module for block in blocks for module in block.modules()} | {loaded.model.get_output_embeddings()}
+    handles, cast = [], []
+    for module in loaded.model.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(lambda _, args, out: out.to(loaded.dtype)))
+        elif module not in inside:
+            cast += [
+                (tensor, tensor.data)
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                if tensor.dtype == loaded.storage_dtype
+            ]
+    try:
+        for tensor, stored in cast:
+            tensor.data = stored.to(loaded.dtype)
+        yield
+    finally:
+        for tensor, stored in cast:
+            tensor.data = stored
+        for handle in handles:
+            handle.remove()

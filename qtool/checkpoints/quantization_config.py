@@ -1,0 +1,73 @@
+"""The ``quantization_config`` section of a native checkpoint: which linears are packed, and on which grids.
+
+A leaf, so that transformers can be taught our format while ``qtool.models.loading`` is itself being imported.
+"""
+
+from collections import Counter
+from typing import Any
+
+from pydantic import ValidationError
+
+from qtool.config.sections import ACTIVATION_KEYS, ACTIVATIONS_VERSION, FORMAT_VERSION, QuantSpec
+from qtool.system.errors import InputError
+
+SPEC_KEYS = tuple(QuantSpec.model_fields)
+
+
+def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
+    """The ``quantization_config`` of a native checkpoint: the most common grid, the linears, and who differs."""
+    common = Counter(specs.values()).most_common(1)[0][0].model_dump()
+    rounding = any(getattr(spec, key) is not None for spec in specs.values() for key in ACTIVATION_KEYS)
+    if not rounding:
+        common = {key: value for key, value in common.items() if key not in ACTIVATION_KEYS}
+    overrides = {
+        name: {key: value for key, value in spec.model_dump().items() if value != common.get(key)}
+        for name, spec in specs.items()
+    }
+    return {
+        "quant_method": "qtool",
+        "format_version": ACTIVATIONS_VERSION if rounding else FORMAT_VERSION,
+        **common,
+        "linears": list(specs),
+        "overrides": {name: changes for name, changes in overrides.items() if changes},
+    }
+
+
+def label(specs: dict[str, QuantSpec]) -> str:
+    """The grids in short: ``w4g128``, ``mixed w4g128 w2g64``, or ``w4g128 a8 kv4``."""
+    labels = Counter(spec.label() for spec in specs.values())
+    parts = list(labels) if len(labels) == 1 else ["mixed", *labels]
+    for key, short in (("activations", "a"), ("kv_cache", "kv")):
+        widths = sorted({getattr(spec, key) for spec in specs.values()} - {None})
+        parts += [short + "/".join(map(str, widths))] if widths else []
+    return " ".join(parts)
+
+
+def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
+    """The grid of each quantized linear that a ``quantization_config`` lists.
+
+    Raises:
+        InputError: not ours, or written by a later version.
+    """
+    if not isinstance(section, dict):
+        raise InputError(f"quantization_config is a {type(section).__name__}; an object was expected")
+    if section.get("quant_method") != "qtool":
+        raise InputError(f"quantization_config names {section.get('quant_method')!r}, not a qtool checkpoint")
+    version = section.get("format_version")
+    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION):
+        raise InputError(
+            f"the checkpoint has format version {version}, this qtool reads up to {ACTIVATIONS_VERSION}; upgrade qtool"
+        )
+    try:
+        section = {
+            "float_zero": False,
+            **dict.fromkeys(ACTIVATION_KEYS),
+            **section,
+        }  # as folders without these keys are
+        common = {key: section[key] for key in SPEC_KEYS}
+        specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
+        if not specs or not all(isinstance(name, str) for name in specs):
+            raise TypeError("linears must be a list of names")
+        return specs
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise InputError(f"quantization_config is damaged: {error}") from None

@@ -1,0 +1,77 @@
+"""transformers: after ``import qtool``, ``from_pretrained`` loads our checkpoints and keeps the weights packed.
+
+Only the stable part of the quantizer interface is defined, so that one file serves every supported 5.x.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtool.checkpoints.quantization_config import specs_of
+from qtool.quant.packed_linear import PackedLinear
+from qtool.system.errors import InputError
+
+
+@register_quantization_config("qtool")
+class QtoolConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` section of a native checkpoint, kept as it stands in ``config.json``."""
+
+    def __init__(self, **section: Any) -> None:
+        """Keep ``section``; it is checked here, before any tensor is read."""
+        section.setdefault("quant_method", "qtool")
+        self.specs = specs_of(section)
+        self.section = section
+        self.quant_method: Any = "qtool"  # the mixin wants its own enum, and compares by value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section, for ``config.json``."""
+        return dict(self.section)
+
+
+@register_quantizer("qtool")
+class QtoolQuantizer(HfQuantizer):
+    """Puts ``PackedLinear`` in the place of each listed linear before the weights are loaded."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beyond torch is needed."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        assert isinstance(self.quantization_config, QtoolConfig)
+        linears = dict(model.named_modules())
+        # AutoModel has no head, and its names lack the prefix of the body
+        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+        for full_name, spec in self.quantization_config.specs.items():
+            name = full_name.removeprefix(prefix)
+            linear: Any = linears.get(name)
+            weight = getattr(linear, "weight", None)
+            if not hasattr(linear, "bias") or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+                raise InputError(f"quantization_config lists {full_name}, which is no linear of {type(model).__name__}")
+            shape = weight.shape
+            out_features, in_features = shape if isinstance(linear, nn.Linear) else shape[::-1]  # Conv1D: transposed
+            bias = linear.bias.dtype if isinstance(linear.bias, nn.Parameter) else None
+            with torch.device("meta"):
+                model.set_submodule(name, PackedLinear(in_features, out_features, spec, bias))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Refuse tensors that do not fit their grid: older transformers do not compare shapes under a quantizer."""
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.check(name)
+            elif isinstance(module, nn.Linear) and module.weight.dim() != 2:
+                raise InputError(f"{name} is packed in the files, and quantization_config does not list it")
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` writes the packed tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes do not train."""
+        return False

@@ -1,0 +1,403 @@
+"""The command line: each command reads and checks what it was given, calls one function, and prints what came out.
+
+Imported without torch, transformers or pydantic, so that ``--help`` and shell completion answer at once: whatever
+needs them is imported inside the command, after the arguments are known. Results go to standard output, all else to
+standard error. Exit codes: 0 done, 1 a run failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from qtool import __version__
+from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
+from qtool.cli.output import describe, show, show_table
+from qtool.cli.session import running, terminate
+from qtool.system import distributed
+from qtool.system.errors import InputError
+
+METHOD_COMMANDS = {
+    "ptq": "Quantize a model without training it.",
+    "qat": "Quantize a model while training it.",
+    "efficientqat": "Train block by block, then the scales end to end.",
+    "lrqat": "Train low-rank terms inside the rounding.",
+}
+
+
+app = typer.Typer(
+    name="qtool",
+    help="Make large language models small: quantize, evaluate and export them.",
+    epilog="Start with: qtool ptq quickstart",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=recipe_names
+    ),
+]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over where an unfinished run was left.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, errors too.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"qtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _add_method_command(name: str, summary: str) -> None:
+    @app.command(name, cls=RecipeCommand, help=summary)
+    def command(
+        recipe: RecipeArgument,
+        set_: Set = [],  # noqa: B006 (typer copies it)
+        overwrite: Overwrite = False,
+        fresh: Fresh = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        _quantize(name, recipe, [*set_, *(["output.overwrite=true"] if overwrite else [])], fresh, quiet, as_json)
+
+
+for _name, _summary in METHOD_COMMANDS.items():
+    _add_method_command(_name, _summary)
+
+
+def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, quiet: bool, as_json: bool) -> None:
+    from qtool.config import plugins
+    from qtool.config import recipe as recipes
+
+    checked = recipes.load(path, overrides)
+    right = plugins.get(checked.method.name).command
+    if right != command:
+        raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
+    with running(quiet or not distributed.is_first(), checked.output.path):
+        from qtool.pipelines import quantize
+
+        outcome = quantize.quantize(checked, command, fresh)
+    if outcome is not None:  # else another of several processes shows it
+        show(outcome, as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: Set = [],  # noqa: B006 (typer copies it)
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="YAML to write, for quant.overrides.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show what widths a recipe's quant.budget comes to."""
+    from qtool.config import recipe as recipes
+
+    checked = recipes.load(recipe, set_)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"{output} cannot be written: {output.absolute().parent} is no folder")
+    if output is not None and output.exists() and not overwrite:
+        raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
+    with running(quiet, None):
+        from qtool.pipelines import quantize
+
+        found = quantize.plan(checked)
+    if output is not None:
+        output.write_text(found.yaml(checked.quant), encoding="utf-8")
+    print(found.model_dump_json(indent=2) if as_json else found.table())
+    if output is not None and not as_json:
+        print(f"\n{output}")
+
+
+@app.command("eval", cls=DescribedCommand)
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A model folder, a hub name, or a recipe: one with a method section stands for the folder it writes.",
+            autocompletion=recipe_names,
+        ),
+    ],
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,...")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N|auto")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", metavar="N")] = None,
+    context: Annotated[int | None, typer.Option("--context", metavar="N")] = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", metavar="NAME")] = None,
+    float_model: Annotated[
+        str | None,
+        typer.Option(
+            "--float-model", metavar="PATH", help="Compare with this model; left out: the one it was made from."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the report.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, KL divergence and lm-eval tasks."""
+    from qtool.config import recipe as recipes
+
+    options: dict[str, dict[str, Any]] = {
+        "model": {"dtype": dtype, "device": device},
+        "eval": {
+            "tasks": [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None,
+            "limit": limit,
+            "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
+            "num_fewshot": num_fewshot,
+            "context": context,
+            "backend": backend,
+        },
+    }
+    given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
+    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in recipes.packaged():
+        checked = recipes.load_eval(target, given)
+    else:
+        given["model"]["path"] = target
+        checked = recipes.check(recipes.EvalRecipe, given, "the command line")
+    where = output or (checked.output.path if checked.output else None)
+    with running(quiet, where):
+        from qtool.pipelines import evaluate as evaluation
+
+        asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
+        outcome = evaluation.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
+    show(outcome, as_json)
+
+
+@app.command("export", cls=DescribedCommand)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=format_names)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")],
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in the format of another engine."""
+    from qtool.config import recipe as recipes
+
+    entry = {"format": format_, "path": output, **({} if dtype is None else {"dtype": dtype})}
+    config = recipes.check_export(entry)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
+    with running(quiet, output):
+        from qtool.pipelines import quantize
+
+        path = quantize.export(folder, config, overwrite)
+    print(json.dumps({"path": str(path), "format": config.format}) if as_json else path)
+
+
+@app.command("bench", cls=DescribedCommand)
+def bench(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    prompt_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of the prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens decoded in each repeat.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Of each number; the median is shown.")] = 5,
+    dtype: Dtype = "bfloat16",
+    device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, memory and energy beside the same weights held densely."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
+    from qtool.config import recipe as recipes
+
+    model = {"path": str(folder), "dtype": dtype, "device": device}
+    checked = recipes.check(recipes.EvalRecipe, {"model": model}, "the command line")
+    with running(quiet, None):
+        from qtool.evaluation import bench as measuring
+
+        report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
+    show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+
+
+@app.command("sweep", cls=SweepCommand)
+def sweep(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP", help="A YAML file, or the name of a packaged table.", autocompletion=table_names
+        ),
+    ],
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every cell's recipe, or of the sweep."),
+    ] = [],  # noqa: B006 (typer copies it)
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell anew, also those that are done.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, metavar="N", help="Cells at once; left out: one, on a cluster all."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sweep.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe over a grid of keys, and put the results into one table."""
+    from qtool.sweeps import grid
+
+    plan = grid.load(file, set_, output)
+    with running(quiet, None):
+        from qtool.sweeps import runner as sweeping
+
+        outcome = sweeping.sweep(plan, fresh=fresh, jobs=jobs)
+    cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
+    show(outcome, as_json, cells)
+    if outcome.failed:
+        names = ", ".join(outcome.failed)
+        print(
+            f"error: {len(outcome.failed)} cell(s) failed, and the same command runs them again: {names}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side, and which are best for their size."""
+    from qtool.reports import comparison as comparing
+
+    found = comparing.compare(runs)
+    if output is not None:
+        found.write(output)
+    if as_json:
+        print(json.dumps({"path": str(output) if output else None, **found.as_dict()}))
+    else:
+        show_table(found)
+        if output is not None:
+            print(f"\n{output}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint's files against its manifest."""
+    from qtool.pipelines import reproduce as reproducing
+
+    found = reproducing.verify(folder)
+    text = f"{folder}: {found['files']} file(s) and {found['linears']} quantized linears are as they were written"
+    print(json.dumps({"path": str(folder), **found}) if as_json else text)
+
+
+@app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize again as a checkpoint says it was made, and compare."""
+    with running(quiet, None):
+        from qtool.pipelines import reproduce as reproducing
+
+        found = reproducing.reproduce(folder)
+    print(json.dumps({"path": str(folder), **found}) if as_json else f"{folder}: made again, the same bytes")
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=recipe_names)
+    ] = None,
+) -> None:
+    """List the packaged recipes and the tables for qtool sweep, or print one to start from."""
+    from qtool.config import recipe as recipes
+
+    packaged = recipes.packaged() | recipes.tables()
+    if name is None:
+        for each, path in packaged.items():
+            width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
+            with path.open(encoding="utf-8") as file:
+                print(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
+    elif name in packaged:
+        print(packaged[name].read_text(encoding="utf-8"), end="")
+    else:
+        raise InputError(f"no packaged recipe {name}; there are: {', '.join(packaged)}")
+
+
+@app.command()
+def schema(
+    of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep instead.")] = False,
+) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from qtool.config import recipe as recipes
+    from qtool.sweeps import grid
+
+    print(json.dumps(grid.schema() if of_sweep else recipes.schema(), indent=2))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices and data, and what is wrong."""
+    from qtool.cli import doctor as examination
+
+    found = examination.doctor()
+    print(json.dumps(found, indent=2) if as_json else examination.render(found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    command: Callable[..., Any] = typer.main.get_command(app).main
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = command(args or ["--help"], prog_name="qtool", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        return (code if isinstance(code, int) else 0) if args else 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        kind, code, message = describe(error)
+        if os.environ.get("QTOOL_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exception(error)
+        if code == 2 and not distributed.is_first():
+            return code  # the first process says the same
+        print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
+        if context := getattr(error, "ctx", None):  # of a usage error
+            print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)
+        if "--json" in args:
+            print(json.dumps({"error": message, "kind": kind, "exit_code": code}))
+        return code

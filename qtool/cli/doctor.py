@@ -1,0 +1,211 @@
+"""``qtool doctor``: what qtool finds on this machine, and what is wrong with it."""
+
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from qtool import __version__
+from qtool.system.progress import size
+
+# what qtool cannot do without, for when it runs from a source tree that is not installed
+REQUIRED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "datasets",
+    "lm-eval",
+    "accelerate",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "typer",
+)
+OPTIONAL = {
+    "compressed-tensors": "reads our folders without qtool",
+    "gptqmodel": "outside reader of gptq exports",
+    "auto-round": "outside reader of auto-round and gptq exports",
+    "gguf": "writes and reads gguf exports",
+    "llama-cpp-python": "runs gguf exports",
+    "mlx-lm": "runs mlx exports",
+    "bitsandbytes": "8-bit optimizers",
+    "gemlite": "fast kernels on CUDA",
+    "submitit": "sweeps on a Slurm cluster",
+    "ray": "sweeps on a Ray cluster",
+    "tensorboard": "training curves",
+    "wandb": "training curves",
+    "mlflow": "training curves",
+}
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, devices, data, hub and optional packages as plain data; ``problems`` says what must be put right."""
+    packages = _required()
+    problems = [
+        f"{name} {'is missing' if row['version'] is None else row['version'] + ' does not fit'}"
+        f"{', it must be ' + row['needs'] if row['needs'] else ''}: pip install '{name}{row['needs']}'"
+        for name, row in packages.items()
+        if not row["ok"]
+    ]
+    devices, fault = _devices()
+    return {
+        "qtool": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "devices": devices,
+        "kernels": _kernels() if fault is None else [],
+        "data": _data(),
+        "hub": _hub(),
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "problems": problems + ([fault] if fault else []),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _required() -> dict[str, dict[str, Any]]:
+    """Each required package with its version, the range qtool asks for, and whether it is inside."""
+    try:
+        wanted = [Requirement(line) for line in metadata.requires("qtool") or ()]
+    except metadata.PackageNotFoundError:
+        wanted = [Requirement(name) for name in REQUIRED]
+    rows = {}
+    for want in wanted:
+        if want.marker is not None and not want.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(want.name)
+        fits = version is not None and want.specifier.contains(version, prereleases=True)
+        rows[want.name] = {
+            "version": version,
+            "needs": ",".join(sorted(map(str, want.specifier), reverse=True)),
+            "ok": fits,
+        }
+    return rows
+
+
+def _devices() -> tuple[dict[str, Any], str | None]:
+    """CPU, memory, torch's threads and GPUs; and what is wrong with torch, if it cannot be imported."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": usable,
+        "memory_bytes": _memory_bytes(),
+        "torch_threads": None,
+        "cuda": None,
+        "gpus": [],
+    }
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return found, f"torch cannot be imported: {error}"
+    found["torch_threads"] = torch.get_num_threads()
+    found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            name = torch.cuda.get_device_name(i)
+            found["gpus"].append({"name": name, "memory_bytes": total, "free_bytes": free})
+    return found, None
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    """Memory this process may use: the machine's, or its control group's limit where that is lower; 0 if unknown."""
+    total = 0
+    if sys.platform != "win32":
+        with suppress(OSError, ValueError):
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            total = min(total or sys.maxsize, int(Path(limit).read_text(encoding="ascii")))
+    return total
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """The backends of packed linears, each tried on a small weight; ``reason``: why it is not active."""
+    try:
+        from qtool.quant import kernels
+    except ImportError:  # a package is missing, which is said among the problems
+        return []
+    return kernels.examine()
+
+
+def _data() -> dict[str, Any]:
+    """The folder with data sets, and what lies in it."""
+    try:
+        from qtool.data.windows import data_dir
+    except ImportError:  # a package is missing, which is said among the problems
+        return {"folder": None, "found": []}
+    folder = data_dir()
+    if folder is None:
+        return {"folder": None, "found": []}
+    found = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return {"folder": str(folder), "found": sorted(found)}
+
+
+def _hub() -> dict[str, Any]:
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return {"offline": True, "cache": ""}
+    return {"offline": bool(constants.HF_HUB_OFFLINE), "cache": str(constants.HF_HUB_CACHE)}
+
+
+def render(found: dict[str, Any]) -> str:
+    """What ``doctor`` found, for a person."""
+    devices, data, hub = found["devices"], found["data"], found["hub"]
+    memory = size(devices["memory_bytes"]) if devices["memory_bytes"] else "unknown"
+    threads = "torch cannot be imported" if devices["torch_threads"] is None else f"{devices['torch_threads']} threads"
+    gpus = [f"{gpu['name']}, {size(gpu['memory_bytes'])}, {size(gpu['free_bytes'])} free" for gpu in devices["gpus"]]
+    no_gpu = "none" if devices["cuda"] else "none (this torch is built without CUDA)"
+    if data["folder"] is None:
+        where = "no folder (set QTOOL_DATA_DIR to use one); data sets come from the hub"
+    else:
+        where = f"{data['folder']}: {', '.join(data['found']) or 'no data sets there'}"
+    here = {name: version for name, version in found["optional"].items() if version}
+    sections = {
+        f"qtool {found['qtool']}, Python {found['python']}, {found['platform']}": [
+            (name, row["version"] or "missing", row["needs"] + ("" if row["ok"] else "  <- see below"))
+            for name, row in found["packages"].items()
+        ],
+        "devices": [
+            ("CPU", devices["cpu"], ""),
+            ("", f"{devices['cores']} cores, {threads}, {memory}", ""),
+            *[(f"GPU {i}", gpu, "") for i, gpu in enumerate(gpus)],
+            *([] if gpus else [("GPU", no_gpu, "")]),
+        ],
+        "packed kernels (qtool.use_backend, --backend fast)": [
+            (f"{row['name']}, {row['device']}", row["serves"], row["reason"] or "active") for row in found["kernels"]
+        ],
+        "data": [
+            ("local", where, ""),
+            ("hub", f"{'offline' if hub['offline'] else 'online'}, cache {hub['cache']}", ""),
+        ],
+        "optional": [(name, here.get(name, "-"), use) for name, use in OPTIONAL.items()],
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines.append(title)
+        wide = max((len(value) for _, value, note in rows if note), default=0)
+        lines += [f"  {name:<20}{value:<{wide}}  {note}".rstrip() for name, value, note in rows]
+    lines += ["problems", *[f"  {line}" for line in found["problems"]]] if found["problems"] else ["all is well"]
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""What surrounds a command while it works: progress on standard error, and what Ctrl-C leaves behind."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from qtool.system import progress
+from qtool.system.errors import QtoolError
+
+
+class Interrupted(QtoolError):
+    """Ctrl-C, with what it left behind."""
+
+    exit_code = 130
+
+
+@contextmanager
+def running(quiet: bool, output: Path | None) -> Iterator[None]:
+    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
+    if quiet:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+    before = _identity(output)
+    try:
+        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt as error:
+        if output is None:
+            raise Interrupted("interrupted") from error
+        if _identity(output) == before:
+            begun = output.with_name(f"{output.name}.partial") / "state"
+            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
+            raise Interrupted(f"interrupted; nothing was written under {output}{then}") from error
+        raise Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
+
+
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "LMEVAL_LOG_LEVEL": "ERROR",
+}
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    try:
+        status = path.stat() if path else None
+    except OSError:
+        return None
+    return (status.st_ino, status.st_mtime_ns) if status else None
+
+
+def terminate(number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt

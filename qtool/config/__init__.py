@@ -1,0 +1,6 @@
+"""The recipe: its sections as pydantic models, how YAML becomes one, validation messages, and plugin contracts.
+
+May import ``system`` only.
+Begin with ``recipe.py``; ``sections.py``, ``quant.py`` and ``training.py`` define the keys, ``plugins.py`` the methods
+and formats by name.
+"""

@@ -1,0 +1,167 @@
+"""Conversations as tokens: which of them a model learns, and how they are packed into windows of equal length.
+
+A conversation is rendered by the tokenizer's own chat template, or, where it has none, in a plain format::
+
+    ### User:
+    Name a river in Italy.
+
+    ### Assistant:
+    The Po.<end of text>
+
+Only answers are learned: everything from the first character of an assistant's message to the end of what the template
+puts after it (the mark that ends the turn). All else is context. ``labels`` are the tokens where they are learned and
+-100 where they are not, at the same positions: shifting them by one is the loss's business.
+
+Packing. A window begins with the beginning of a conversation and is filled with whole ones, one after the other; the
+last is cut where the window ends, and the rest of it is left out, so that no answer is learned without its question.
+There is no padding: methods that only calibrate see nothing but text. As in windows of plain text, a token can attend
+to the conversations before its own; it is never asked to predict across the border, for a conversation begins with
+context. A window in which nothing is learned is not used.
+"""
+
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qtool.system import progress
+from qtool.system.errors import InputError
+
+IGNORED = -100  # the label of a token that is not learned; cross entropy's own default
+FIELDS = ("messages", "conversations", "instruction")  # a row with one of these is a conversation
+ROLES = {"human": "user", "gpt": "assistant"}  # other names that data sets use
+PLAIN = (
+    "{% for message in messages %}{{ '' if loop.first else '\n\n' }}"
+    "### {{ message.role | capitalize }}:{{ '\n' }}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
+)
+DATE = "26 Jul 2024"  # for templates that print the day: tokens must not depend on it
+
+Message = dict[str, str]  # role and content
+
+
+class Packed(NamedTuple):
+    """Windows of conversations: ``tokens`` and ``labels`` ``[n, t]`` int64; how many conversations were read."""
+
+    tokens: Tensor
+    labels: Tensor
+    num_conversations: int
+
+
+def is_conversation(row: dict[str, Any]) -> bool:
+    """Whether a row has the fields of a conversation."""
+    return any(field in row for field in FIELDS)
+
+
+def messages_of(row: dict[str, Any], place: str) -> list[Message]:
+    """The messages of a row in one of three shapes.
+
+    ``messages`` (role, content), ``conversations`` (from, value), or ``instruction`` with ``output`` and perhaps
+    ``input``. Answers before the first question have nothing to answer and are left out: templates refuse them.
+
+    Raises:
+        InputError: naming ``place``; the row has another shape.
+    """
+    if "instruction" in row and not row.get("messages") and not row.get("conversations"):
+        texts = [row["instruction"], row.get("input") or "", row.get("output")]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{place} has an 'instruction', and not texts in 'instruction', 'input' and 'output'")
+        question = "\n\n".join(text for text in texts[:2] if text)
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[2]}]
+    field, role, content = (
+        ("messages", "role", "content") if row.get("messages") else ("conversations", "from", "value")
+    )
+    found = row.get(field)
+    if not isinstance(found, list) or not found:
+        raise InputError(f"{place} has no conversation: a list 'messages', or 'instruction' and 'output', was expected")
+    conversation = []
+    for each in found:
+        if not isinstance(each, dict) or not isinstance(each.get(role), str) or not isinstance(each.get(content), str):
+            raise InputError(f"{place}: a message is {each!r:.60}; texts '{role}' and '{content}' were expected")
+        conversation.append({"role": ROLES.get(each[role], each[role]), "content": each[content]})
+    while conversation and conversation[0]["role"] == "assistant":
+        conversation.pop(0)
+    return conversation
+
+
+def encode(conversation: list[Message], tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list[int], list[bool]]:
+    """Tokens of one conversation, and which of them are learned.
+
+    A template may render an answer differently once others follow (those of reasoning models take the thoughts out).
+    Such an answer is context; the last one is always learned.
+
+    Raises:
+        InputError: the template refuses the conversation, or the tokenizer cannot say where its tokens begin.
+    """
+    if not tokenizer.is_fast:
+        raise InputError("this model's tokenizer is a slow one, which cannot say where its tokens begin in the text")
+    plain = not tokenizer.chat_template
+
+    def render(messages: list[Message], answering: bool = False) -> str:
+        template = PLAIN if plain else None
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answering, date_string=DATE
+        )
+        return str(text)
+
+    try:
+        whole = render(conversation)
+        answers = []
+        for index, message in enumerate(conversation):
+            if message["role"] == "assistant":
+                before, until = render(conversation[:index]), render(conversation[: index + 1])
+                if whole.startswith(before) and whole.startswith(until):
+                    # not its whole length: some templates open the thoughts there, and an answer without any has none
+                    start = _common(render(conversation[:index], answering=True), whole)
+                    answers.append(range(start, len(until)))
+    except Exception as error:  # templates are programs; what they raise on a conversation they do not take is theirs
+        raise InputError(f"{place}: the chat template of this model refuses the conversation: {error}") from error
+    if not answers and conversation[-1]["role"] == "assistant":
+        raise InputError(f"{place}: this model's chat template changes what came before an answer; none can be found")
+    encoded = tokenizer(whole, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
+    learned = [any(start in answer for answer in answers) and start < end for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], learned
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def pack(
+    records: Iterator[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, num: int, length: int
+) -> Packed:
+    """The first ``num`` windows of ``length`` tokens, or as many as there are; ``records`` are rows after their places.
+
+    Raises:
+        InputError: a row that is no conversation.
+    """
+    tokens, labels = [], []
+    ids: list[int] = []
+    learned: list[bool] = []
+    num_read = num_empty = 0
+    for place, row in records:
+        more = encode(messages_of(row, place), tokenizer, place)
+        num_read += 1
+        ids += more[0]
+        learned += more[1]
+        if len(ids) < length:
+            continue
+        window, mask = torch.tensor(ids[:length]), torch.tensor(learned[:length])
+        ids, learned = [], []
+        if not mask[1:].any():  # the first token of a window is predicted by nothing
+            num_empty += 1
+            continue
+        tokens.append(window)
+        labels.append(window.where(mask, IGNORED))
+        if len(tokens) == num:
+            break
+    if num_empty:
+        progress.note(f"{num_empty} window(s) of {length} tokens in which no answer began were left out")
+    if not tokens:
+        return Packed(torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int64), num_read)
+    return Packed(torch.stack(tokens), torch.stack(labels), num_read)

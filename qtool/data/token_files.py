@@ -1,0 +1,74 @@
+"""Token files: windows that were made elsewhere, used as they are."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qtool.data.conversations import IGNORED
+from qtool.system.errors import InputError
+
+SUFFIXES = (".npy", ".safetensors")
+KINDS = (torch.int32, torch.int64)
+
+
+def read_windows(path: Path, shape: tuple[int, int], vocabulary: int) -> tuple[Tensor, Tensor | None]:
+    """Exactly the windows of a file, in its order: ``tokens [n, t]`` int64, and ``labels`` like them where it has any.
+
+    A ``.npy`` file holds one array. A ``.safetensors`` file holds ``tokens``, or one tensor of any name, and perhaps
+    ``labels``: -100, or the token at the same position.
+
+    Raises:
+        InputError: it cannot be read, does not have ``shape``, or has tokens outside ``0 .. vocabulary - 1``.
+    """
+    tokens, labels = _numpy(path) if path.suffix == ".npy" else _safetensors(path)
+    for name, tensor in (("tokens", tokens), ("labels", labels)):
+        if tensor is not None and (tensor.dtype not in KINDS or tensor.dim() != 2):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path}: {name} are {kind} {list(tensor.shape)}; int32 or int64 [windows, length] was expected"
+            )
+    if tuple(tokens.shape) != shape:
+        found = f"data.num_samples: {tokens.shape[0]} and data.seq_len: {tokens.shape[1]}"
+        raise InputError(f"{path} holds {tokens.shape[0]} windows of {tokens.shape[1]} tokens, and {shape[0]} of "
+                         f"{shape[1]} are asked for; a token file is used whole: set {found}")  # fmt: skip
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    if outside.any():
+        row, column = (int(index) for index in outside.nonzero()[0])
+        raise InputError(
+            f"{path}: window {row}, position {column} is token {int(tokens[row, column])}; this model has "
+            f"{vocabulary} tokens, from 0 on: the file was made with another tokenizer"
+        )
+    if labels is None:
+        return tokens.long(), None
+    if labels.shape != tokens.shape or not ((labels == IGNORED) | (labels == tokens)).all():
+        raise InputError(f"{path}: labels must have the shape of tokens, and at each place {IGNORED} or its token")
+    if not (labels[:, 1:] != IGNORED).any(1).all():
+        raise InputError(f"{path}: a window has no token to learn: all its labels are {IGNORED}")
+    return tokens.long(), labels.long()
+
+
+def _numpy(path: Path) -> tuple[Tensor, None]:
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of several arrays")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))), None
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as one NumPy array of integers: {error}") from None
+
+
+def _safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            name = names[0] if len(names) == 1 else "tokens"
+            if name not in names:
+                raise InputError(
+                    f"{path} holds the tensors {', '.join(names) or 'none'}; one named tokens was expected"
+                )
+            return file.get_tensor(name), file.get_tensor("labels") if name != "labels" and "labels" in names else None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from None

@@ -1,0 +1,298 @@
+"""Text as tokens: windows for calibration and for perplexity, and where their text comes from.
+
+A data source is one row of ``SOURCES``. Files below :func:`data_dir` come first, the Hugging Face hub second.
+``generated`` needs neither: the model writes the text itself (the recipe of LLM-QAT, arXiv 2305.17888).
+
+Windows of plain text are cut from one stream: a document ends with the end-of-text token (or the next begins with the
+token that begins texts), it may go on in the next window, and nothing hides a document from the one that follows it in
+a window. Windows of conversations never go on, and have labels; ``qtool.data.conversations`` says how they are packed.
+Token files are taken as they are.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from qtool.config.sections import DataConfig
+from qtool.data.conversations import is_conversation, pack
+from qtool.data.generated import check_length, generated_tokens
+from qtool.data.readers import READERS, Hub, UnreachableError, check_file, load_hub, read_file, read_records
+from qtool.data.token_files import SUFFIXES, read_windows
+from qtool.models.loading import LoadedModel
+from qtool.system.errors import InputError
+
+GENERATED = "generated"
+GENERATED_WINDOWS = 32  # of perplexity text, where no limit is given
+CHARACTERS_PER_BATCH = 1 << 18
+T = TypeVar("T")
+Row = dict[str, Any]  # Any: whatever fields a data set has
+
+
+class Source(NamedTuple):
+    """Named text: its file below ``data_dir()``, where it is on the hub, and what its rows are."""
+
+    file: str
+    hub: Hub
+    rows: Literal["documents", "lines", "conversations"]  # lines of one text are joined by two newlines
+
+
+SOURCES: dict[str, Source] = {
+    "wikitext2": Source("wikitext2/{split}.jsonl", Hub("Salesforce/wikitext", "wikitext-2-raw-v1"), "lines"),
+    "enwiki": Source("enwiki/{split}.txt.xz", Hub("wikimedia/wikipedia", "20231101.en", streaming=True), "documents"),
+    "c4": Source("c4/{split}.jsonl", Hub("allenai/c4", "en", streaming=True), "documents"),
+    "redpajama": Source(
+        "redpajama/{split}.jsonl",
+        Hub("togethercomputer/RedPajama-Data-1T-Sample", files="*.jsonl", sorted=True),
+        "documents",
+    ),
+    # six of its 627 billion tokens, drawn evenly, as parquet; the whole is compressed in a way that datasets needs a
+    # package more for
+    "slimpajama": Source("slimpajama/{split}.jsonl", Hub("DKYoon/SlimPajama-6B", streaming=True), "documents"),
+    "alpaca": Source("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
+    "deita": Source("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
+}
+FILES = (*READERS, *SUFFIXES)
+
+
+class Calibration(NamedTuple):
+    """Calibration windows ``[n, t]`` int64, on the CPU.
+
+    ``labels`` are there where not every token is to be learned: the token itself, or -100. A method that does not
+    train on next tokens has no use for them.
+    """
+
+    tokens: Tensor
+    labels: Tensor | None = None
+
+
+def data_dir() -> Path | None:
+    """The folder with data kept on this machine: ``QTOOL_DATA_DIR``, else ``../shared/data`` where that exists.
+
+    An empty ``QTOOL_DATA_DIR`` means that there is none.
+
+    Raises:
+        InputError: ``QTOOL_DATA_DIR`` names no folder.
+    """
+    chosen = os.environ.get("QTOOL_DATA_DIR")
+    if chosen is not None:
+        if chosen and not Path(chosen).is_dir():
+            raise InputError(f"QTOOL_DATA_DIR is {chosen}, which is no folder; correct it, or set it to nothing")
+        return Path(chosen) if chosen else None
+    repository = Path(__file__).parents[1]
+    return next((p for base in (Path(), repository) if (p := base / ".." / "shared" / "data").is_dir()), None)
+
+
+def check_source(data: DataConfig) -> None:
+    """Whether ``data.source`` can be: a known name, or a file that exists and has a known suffix.
+
+    Raises:
+        InputError: it cannot.
+    """
+    known = [GENERATED, *SOURCES]
+    if data.source in known:
+        return
+    if Path(data.source).name.endswith(FILES) or Path(data.source).exists():
+        check_file(Path(data.source).expanduser(), FILES)
+        return
+    near = get_close_matches(data.source, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(
+        f"data.source: {data.source!r} is neither a known name ({', '.join(known)}) "
+        f"nor a path that ends in {', '.join(FILES)}{hint}"
+    )
+
+
+def calibration_tokens(data: DataConfig, loaded: LoadedModel, seed: int) -> Tensor:
+    """The tokens of :func:`calibration` alone: ``[num_samples, seq_len]`` int64, on the CPU."""
+    return calibration(data, loaded, seed).tokens
+
+
+def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
+    """Calibration windows ``[num_samples, seq_len]``.
+
+    Documents are read in order, tokenized with the special tokens that the tokenizer adds by itself (or, where it adds
+    none, followed by its end-of-text token), concatenated, and cut into disjoint consecutive windows. The first
+    ``num_samples`` are used; ``seed`` shuffles their order. Conversations are packed instead (``instructions.pack``),
+    and a file of tokens is used as it is, in its own order.
+
+    Raises:
+        InputError: the source cannot be read or has too little text, or a window is longer than the model's context.
+    """
+    check_source(data)
+    check_length("data.seq_len", data.seq_len, loaded)
+    if data.source == GENERATED:
+        return Calibration(generated_tokens(loaded, data.num_samples, data.seq_len, calibration_seed(seed)))
+    source, path = SOURCES.get(data.source), Path(data.source).expanduser()
+    if source is None and path.suffix in SUFFIXES:
+        vocabulary: int = loaded.model.config.get_text_config().vocab_size
+        return Calibration(*read_windows(path, (data.num_samples, data.seq_len), vocabulary))
+    order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
+    if source.rows == "conversations" if source else _holds_conversations(path):
+        records = _read(data.source, "train", read_records, _placed(data.source)) if source else read_records(path)
+        packed = pack(records, loaded.tokenizer, data.num_samples, data.seq_len)
+        if len(packed.tokens) < data.num_samples:
+            raise InputError(_too_little(data, len(packed.tokens), None, packed.num_conversations))
+        return Calibration(packed.tokens[order], packed.labels[order])
+    texts = _rows(data.source, "train") if source else read_file(path)
+    stream, num_texts = _token_stream(texts, source is not None and source.rows == "lines", loaded, data)
+    num_windows = len(stream) // data.seq_len
+    if num_windows < data.num_samples:
+        raise InputError(_too_little(data, num_windows, len(stream), num_texts))
+    return Calibration(stream[: data.num_samples * data.seq_len].view(data.num_samples, data.seq_len)[order])
+
+
+def is_local(data: DataConfig) -> bool:
+    """Whether the text of ``data.source`` is a file on this machine."""
+    folder = data_dir()
+    named = SOURCES.get(data.source)
+    if named is None:
+        return data.source != GENERATED and Path(data.source).expanduser().is_file()
+    return folder is not None and (folder / named.file.format(split="train")).exists()
+
+
+def _holds_conversations(path: Path) -> bool:
+    """Whether the first row of a file is a conversation."""
+    return any(is_conversation(row) for _, row in islice(read_records(path), 1))
+
+
+def _too_little(data: DataConfig, num_windows: int, num_tokens: int | None, num_texts: int) -> str:
+    if not num_texts:
+        return f"data.source: {data.source} is empty: no text was found in it"
+    advice = f"lower data.num_samples to {num_windows}, or " if num_windows else ""
+    found = f"in {num_texts} conversation(s)" if num_tokens is None else f"({num_tokens} tokens in {num_texts} text(s))"
+    return (
+        f"data.source: {data.source} has too little text: {num_windows} window(s) of {data.seq_len} tokens were found "
+        f"{found}, and {data.num_samples} are needed "
+        f"({data.num_samples * data.seq_len} tokens); {advice}lower data.seq_len, or give more text"
+    )
+
+
+def _rows(name: str, split: str) -> Iterator[str]:
+    """The texts of a named source."""
+    return _read(name, split, read_file, lambda rows: (row["text"] for row in rows))
+
+
+def _placed(name: str) -> Callable[[Iterator[Row]], Iterator[tuple[str, Row]]]:
+    """Rows of the hub after their places in words."""
+    return lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+
+
+def _read(
+    name: str,
+    split: str,
+    local: Callable[[Path], Iterator[T]],
+    remote: Callable[[Iterator[Row]], Iterator[T]],
+) -> Iterator[T]:
+    """A named source, by ``local`` from its file below ``data_dir()``, else by ``remote`` from its rows on the hub."""
+    source = SOURCES[name]
+    folder = data_dir()
+    file = folder / source.file.format(split=split) if folder else None
+    if file is not None and file.exists():
+        yield from local(file)
+        return
+    try:
+        yield from remote(load_hub(source.hub, split))
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{name} is not on this machine, and {error}; put it at $QTOOL_DATA_DIR/{source.file.format(split=split)} "
+            f"(QTOOL_DATA_DIR is {folder or 'not set'}), or use a file of your own as data.source"
+        ) from error
+
+
+def _joined(rows: Iterable[str], size: int) -> Iterator[str]:
+    """Pieces of at least ``size`` characters of the rows joined by two newlines."""
+    piece: list[str] = []
+    length = 0
+    for row in rows:
+        piece.append(row)
+        length += len(row)
+        if length >= size:
+            yield "\n\n".join(piece) + "\n\n"
+            piece, length = [], 0
+    if length:
+        yield "\n\n".join(piece)
+
+
+def _token_stream(texts: Iterator[str], joined: bool, loaded: LoadedModel, data: DataConfig) -> tuple[Tensor, int]:
+    """Tokens of as many texts as are needed, and how many texts were read."""
+    tokenizer = loaded.tokenizer
+    adds_special = bool(tokenizer.num_special_tokens_to_add())
+    end = [] if adds_special or joined or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    needed = data.num_samples * data.seq_len
+    size = min(CHARACTERS_PER_BATCH, 5 * needed)  # a token is about four characters of English
+    pieces = ([piece] for piece in _joined(texts, size)) if joined else _batches(texts, size)
+    parts: list[Tensor] = []  # a list of all ids would take five times the memory
+    num_tokens = num_texts = 0
+    for batch in pieces:
+        special = not (joined and num_texts)  # only the first piece begins a text
+        encoded = tokenizer(batch, add_special_tokens=special, verbose=False)["input_ids"]
+        parts.append(torch.tensor([i for ids in encoded for i in (*ids, *end)], dtype=torch.int64))
+        num_tokens += len(parts[-1])
+        num_texts += len(batch)
+        if num_tokens >= needed:
+            break
+    return torch.cat(parts)[:needed] if parts else torch.empty(0, dtype=torch.int64), num_texts
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Texts in lists of about ``size`` characters, without those that are only white space."""
+    batch: list[str] = []
+    length = 0
+    for text in texts:
+        if not text.strip():
+            continue
+        batch.append(text)
+        length += len(text)
+        if length >= size:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int | None, seed: int) -> Tensor:
+    """Disjoint windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's maximum when that is less.
+
+    ``wikitext2``: the test split joined by two newlines and tokenized once, as the papers do; a last part that does not
+    fill a window is left out. ``generated``: text from ``loaded`` by another seed than the calibration text.
+
+    Raises:
+        UnreachableError: WikiText-2 is neither on this machine nor reachable on the hub.
+        InputError: there is not one full window.
+    """
+    length = min(context, loaded.max_length)
+    if name == GENERATED:
+        return generated_tokens(loaded, limit or GENERATED_WINDOWS, length, evaluation_seed(seed))
+    text = "\n\n".join(_rows(name, "test"))
+    ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    num_windows = len(ids) // length
+    if not num_windows:
+        raise InputError(
+            f"{name} has only {len(ids)} tokens here, less than one window of {length}; lower eval.context"
+        )
+    return ids[: num_windows * length].view(num_windows, length)[:limit]
+
+
+def calibration_seed(seed: int) -> int:
+    """The seed of generated calibration text; never one that :func:`evaluation_seed` gives."""
+    return 2 * seed
+
+
+def evaluation_seed(seed: int) -> int:
+    """The seed of generated text that is only measured."""
+    return 2 * seed + 1
+
+
+def token_hash(tokens: Tensor, labels: Tensor | None = None) -> str:
+    """SHA-256 over the shape and the little-endian int64 bytes, and those of ``labels`` where there are any."""
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    for each in (tokens,) if labels is None else (tokens, labels):
+        digest.update(each.detach().cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

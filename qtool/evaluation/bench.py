@@ -1,0 +1,300 @@
+"""``qtool bench``: how fast, how large and how hungry a checkpoint is, beside the same weights held densely.
+
+The weights of one folder are measured three ways: ``dense`` (expanded once to the model's dtype, ordinary linears),
+``fast`` (packed, this machine's kernels) and ``exact`` (packed, what ``from_pretrained`` gives). Every number comes
+from forwards of the transformers model with its key-value cache: prefill is one forward over a prompt, a decode step
+one forward of one token for each sequence. Repeats of dense and fast take turns, so that a machine whose speed drifts
+slows both; the exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qtool.checkpoints.native import Source
+from qtool.checkpoints.quantization_config import label
+from qtool.config.sections import ModelConfig
+from qtool.models.backend import held_bytes, use_backend
+from qtool.models.loading import LoadedModel, choose_device, load_model, packed_linears, replace_linear
+from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
+from qtool.system import energy, memory, progress
+from qtool.system.errors import InputError
+
+BATCHES = (1, 8)
+WARM_STEPS = 2
+ENOUGH = 2.0  # seconds of decoding in one repeat
+SELF = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    prompt_tokens: int = 256
+    new_tokens: int = 32  # decoded in each repeat, fewer where that takes longer than ENOUGH
+    repeats: int = 5
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence when all repeats are done."""
+        return self.prompt_tokens + WARM_STEPS + self.repeats * self.new_tokens
+
+
+@dataclass
+class _Subject:
+    """One way to hold the weights, loaded and ready."""
+
+    name: str
+    title: str
+    model: PreTrainedModel
+    file_bytes: int
+    linears: str
+    weight_bytes: int
+    peak_bytes: int | None
+
+    def variant(self, speeds: dict[str, Speed]) -> Variant:
+        """The entry of the report."""
+        return Variant(
+            name=self.name,
+            title=self.title,
+            linears=self.linears,
+            file_bytes=self.file_bytes,
+            weight_bytes=self.weight_bytes,
+            peak_bytes=self.peak_bytes,
+            speeds=speeds,
+        )
+
+
+def bench(config: ModelConfig, plan: Plan) -> BenchReport:
+    """Measure a native checkpoint in the precision and on the device of ``config``.
+
+    Raises:
+        InputError: not a native checkpoint, or sequences longer than the model's context.
+    """
+    transformers.logging.disable_progress_bar()
+    started = time.perf_counter()
+    source = Source(Path(config.path))
+    held = _Memory(choose_device(config.device))
+    with progress.stage(f"loading {config.path}"):
+        loaded = load_model(config, quantized=True)
+    tokens = _prompts(loaded, plan)
+    clock = _Clock(loaded.device, energy.meter(_uuid(loaded.device)))
+    grid, name = label(source.specs), str(loaded.dtype).removeprefix("torch.")
+    speeds: dict[str, dict[str, Speed]] = {}
+
+    def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:
+        peak = held.peak(lambda: _next_logits(model, tokens))
+        weights = _num_bytes([*model.parameters(), *model.buffers()])
+        return _Subject(name, title, model, file_bytes, linears, weights + held_bytes(model), peak)
+
+    with torch.inference_mode():
+        exact = subject(EXACT, f"{grid} exact", loaded.model, source.num_bytes(), "expanded for each product")
+        with progress.stage("exact"):
+            speeds |= _measure([exact], tokens, plan, clock)
+            logits = _next_logits(loaded.model, tokens)
+        serving = use_backend(loaded.model, FAST)
+        fast = subject(FAST, f"{grid} fast", loaded.model, source.num_bytes(), str(serving))
+        difference = (_next_logits(loaded.model, tokens) - logits).abs().max() / logits.abs().max()
+        held.begin()
+        with progress.stage("loading the dense model"):
+            model = _dense(load_model(config, quantized=True))
+        dense = subject(
+            DENSE, f"dense {name}", model, _num_bytes(model.state_dict().values()), "none: ordinary linears"
+        )
+        with progress.stage("dense and fast in turns"):
+            speeds |= _measure([dense, fast], tokens, plan, clock)
+
+    return BenchReport(
+        path=config.path,
+        label=grid,
+        dtype=name,
+        device=str(loaded.device),
+        threads=torch.get_num_threads(),
+        prompt_tokens=plan.prompt_tokens,
+        variants=tuple(each.variant(speeds[each.name]) for each in (dense, fast, exact)),
+        logit_difference=difference.item(),
+        energy=clock.meter.source,
+        remarks=tuple(_remarks(loaded)),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def _prompts(loaded: LoadedModel, plan: Plan) -> Tensor:
+    """Random tokens ``[largest batch, prompt_tokens]``, always the same."""
+    if plan.length > loaded.max_length:
+        raise InputError(
+            f"a prompt of {plan.prompt_tokens} tokens and {plan.repeats} x {plan.new_tokens} more do not fit the "
+            f"context of {loaded.path} ({loaded.max_length}); ask for fewer"
+        )
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (max(BATCHES), plan.prompt_tokens), generator=generator).to(loaded.device)
+
+
+def _dense(loaded: LoadedModel) -> PreTrainedModel:
+    """The model with an ordinary linear, in the model's dtype, in the place of each packed one."""
+    for name, layer in packed_linears(loaded.model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.dequantized(loaded.dtype), requires_grad=False)
+        if layer.bias is not None:
+            linear.bias = layer.bias
+        replace_linear(loaded.model, name, linear)
+    return loaded.model
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, tied ones once."""
+    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
+
+
+def _remarks(loaded: LoadedModel) -> list[str]:
+    remarks, name = [], str(loaded.dtype).removeprefix("torch.")
+    float_bytes = sum(p.nbytes for name, p in loaded.model.named_parameters() if p.dim() == 2)
+    if float_bytes:
+        remarks.append(f"{progress.size(float_bytes)} of embeddings and head stay {name} in every column")
+    if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
+        able = torch.cpu.get_capabilities()
+        if not (able.get("avx512_bf16") or able.get("amx_bf16")):
+            remarks.append("this processor has no bfloat16 arithmetic: compare with --dtype float32 too")
+    return remarks
+
+
+# measuring
+
+
+class _Decoder:
+    """A model that has read ``prompt`` ``[batch, t]`` and writes on greedily, a token for each sequence a step."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
+        self.model = model
+        self._read(prompt, None)
+
+    def step(self) -> None:
+        """One forward of one token for each sequence, with the key-value cache of all before."""
+        self._read(self.token, self.cache)
+
+    def _read(self, tokens: Tensor, cache: Any) -> None:  # Any: the cache is of a class of the model's choice
+        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        last = {"logits_to_keep": 1} if keeps else {}  # as generate does
+        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **last)
+        self.logits, self.cache = out.logits[:, -1], out.past_key_values
+        self.token = self.logits.argmax(-1, keepdim=True)
+
+
+def _next_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Float32 logits ``[vocabulary]`` of one decode step after the first prompt."""
+    decoder = _Decoder(model, tokens[:1, :-1])
+    decoder.token = tokens[:1, -1:]
+    decoder.step()
+    logits: Tensor = decoder.logits[0].float()
+    return logits
+
+
+class _Clock:
+    """Seconds and joules of a piece of work."""
+
+    def __init__(self, device: torch.device, meter: energy.Meter) -> None:
+        self.device, self.meter = device, meter
+
+    def time(self, work: Callable[[], object]) -> tuple[float, float | None]:
+        """Run ``work`` to its end, on the GPU too."""
+        _synchronize(self.device)
+        before, start = self.meter.read(), time.perf_counter()
+        work()
+        _synchronize(self.device)
+        seconds = time.perf_counter() - start
+        return seconds, self.meter.joules(before, self.meter.read())
+
+
+def _measure(subjects: list[_Subject], tokens: Tensor, plan: Plan, clock: _Clock) -> dict[str, dict[str, Speed]]:
+    """Speeds by subject and measure; in each repeat the subjects take turns at each measure."""
+    work: dict[tuple[str, str], tuple[int, Callable[[], object]]] = {}  # tokens, and what makes them
+    for subject in subjects:
+        for batch in BATCHES:
+            decoder = _Decoder(subject.model, tokens[:batch])  # warms the prefill too
+            steps = plan.new_tokens
+            for _ in range(WARM_STEPS):
+                seconds, _ = clock.time(decoder.step)
+                steps = max(1, min(plan.new_tokens, int(ENOUGH / seconds)))
+            work[subject.name, decode(batch)] = (steps * batch, partial(_steps, decoder, steps))
+        work[subject.name, PREFILL] = (plan.prompt_tokens, partial(_Decoder, subject.model, tokens[:1]))
+    found: dict[tuple[str, str], list[tuple[float, float | None]]] = {key: [] for key in work}
+    measures = [*map(decode, BATCHES), PREFILL]
+    for _ in progress.track(range(plan.repeats), "measuring", plan.repeats):
+        for measure in measures:
+            for subject in subjects:
+                key = (subject.name, measure)
+                found[key].append(clock.time(work[key][1]))
+    return {
+        subject.name: {
+            measure: speed(work[subject.name, measure][0], *map(list, zip(*found[subject.name, measure], strict=True)))
+            for measure in measures
+        }
+        for subject in subjects
+    }
+
+
+def _steps(decoder: _Decoder, num_steps: int) -> None:
+    for _ in range(num_steps):
+        decoder.step()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _uuid(device: torch.device) -> str | None:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+class _Memory:
+    """Peaks of memory above what was held when a model began to be loaded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """From here on counts."""
+        self.base = self._held("VmRSS")
+
+    def peak(self, work: Callable[[], object]) -> int | None:
+        """The most that is held while ``work`` runs; ``None`` where the system cannot tell it from earlier peaks."""
+        if not self._reset():
+            return None
+        work()
+        top = self._held("VmHWM")
+        return None if top is None or self.base is None else top - self.base
+
+    def _reset(self) -> bool:
+        """Forget earlier peaks."""
+        memory.return_freed()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        with suppress(OSError):
+            (SELF / "clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is held now
+            return True
+        return False
+
+    def _held(self, field: str) -> int | None:
+        memory.return_freed()
+        if self.device.type == "cuda":
+            peak = field == "VmHWM"
+            return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)
+        with suppress(OSError):
+            for line in (SELF / "status").read_text(encoding="ascii", errors="replace").splitlines():
+                if line.startswith(f"{field}:"):
+                    return int(line.split()[1]) * 1024
+        return None

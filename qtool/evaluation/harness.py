@@ -1,0 +1,333 @@
+"""lm-eval's own tasks on a loaded model: its prompts, its metrics, its code; only the place of the data may differ.
+
+Where a task's data set lies below ``data_dir()`` it is read from there, everything else comes from the hub as always.
+The switch is :func:`local_data`: while it is open, the one method by which lm-eval's tasks fetch data looks here first.
+"""
+
+import copy
+import logging
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtool.data.readers import first_line, hub_access, read_rows, replaced
+from qtool.data.windows import data_dir
+from qtool.models.loading import LoadedModel
+from qtool.reports.records import Metric
+from qtool.system import progress
+from qtool.system.errors import InputError
+
+# Any in this file: lm-eval and datasets carry no types, and lm-eval's results are nested dicts of its own making.
+
+# (repository and configuration on the hub) -> folder below data_dir(); * stands for any configuration
+LOCAL: dict[tuple[str, str | None], str] = {
+    ("aps/super_glue", "boolq"): "boolq",
+    ("cais/mmlu", "*"): "mmlu/{name}",
+    ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"): "wikitext2",
+    ("allenai/ai2_arc", "ARC-Easy"): "arc_easy",
+    ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
+    ("baber/piqa", None): "piqa",
+    ("allenai/winogrande", "winogrande_xl"): "winogrande",
+    ("allenai/openbookqa", "main"): "openbookqa",
+}
+# task -> its folder in lm_eval/tasks. For these the index of all 14,000 task files, 11 s of work, is not needed.
+FOLDERS = {
+    "boolq": "super_glue/boolq",
+    "mmlu": "mmlu/default",
+    "wikitext": "wikitext",
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "piqa": "piqa",
+    "winogrande": "winogrande",
+    "openbookqa": "openbookqa",
+}
+LOGIT_BYTES = 128 << 20  # float32 logits of one forward pass on a CPU
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task as lm-eval gives it."""
+
+    task: str
+    metric: str
+    measured: Metric
+    higher_is_better: bool | None
+    num_fewshot: int | None
+    detail: bool  # summed up in the row of a group
+    note: str
+
+
+def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
+    """Whether lm-eval has these tasks and their data can be had, which is fetched now if it is on the hub.
+
+    Raises:
+        InputError: it has not, or the data cannot.
+    """
+    unknown = [task for task in tasks if task not in _manager(task).all_tasks]
+    if unknown:
+        raise InputError("\n  ".join(["eval.tasks:", *map(_unknown, unknown)]))
+    for task in tasks:
+        shots = num_fewshot if isinstance(num_fewshot, int) else num_fewshot.get(task)
+        with _harness():
+            loaded = _manager(task).load([task])
+        for name, part in loaded["tasks"].items():
+            wanted = shots if shots is not None else part.config.num_fewshot
+            if wanted and hasattr(part, "sampler") and not len(part.sampler.df):
+                raise InputError(
+                    f"eval.num_fewshot: {name} is asked for with {wanted} example(s), and the split they come from is "
+                    f"not below {data_dir()}; ask for 0, or set QTOOL_DATA_DIR to nothing to use the hub"
+                )
+
+
+def _unknown(task: str) -> str:
+    near = get_close_matches(task, [*_full_manager().all_tasks, "wikitext2", "generated"], n=3)
+    hint = f"; the nearest names are {', '.join(near)}" if near else ""
+    return f"lm-eval has no task {task!r}{hint}"
+
+
+@cache
+def _manager(task: str) -> Any:
+    """lm-eval's task manager: of the one folder that holds ``task`` where that is known, otherwise of all."""
+    import lm_eval.tasks
+
+    folder = FOLDERS.get(task) or (FOLDERS["mmlu"] if task.startswith("mmlu_") else None)
+    if folder is not None:
+        path = Path(lm_eval.tasks.__file__).parent / folder
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=path)
+        if task in manager.all_tasks:
+            return manager
+    return _full_manager()
+
+
+@cache
+def _full_manager() -> Any:
+    import lm_eval.tasks
+
+    with progress.stage("reading lm-eval's list of tasks"):
+        return lm_eval.tasks.TaskManager()
+
+
+def run(
+    loaded: LoadedModel, task: str, num_fewshot: int | None, limit: int | None, batch_size: int | str, title: str
+) -> list[Score]:
+    """Every metric of ``task``, a name that lm-eval knows, by lm-eval's ``simple_evaluate``."""
+    import lm_eval.evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
+    tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
+    with progress.stage(title), _harness() as seen:
+        model = HFLM(
+            pretrained=loaded.model,
+            tokenizer=tokenizer,
+            batch_size=_batch_size(loaded) if batch_size == "auto" else batch_size,
+            max_length=loaded.max_length,
+        )
+        results = lm_eval.evaluator.simple_evaluate(
+            model=model,
+            tasks=[task],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            task_manager=_manager(task),
+        )
+    scores = list(_scores(results, seen, loaded.max_length))
+    return sorted(scores, key=lambda score: (score.task != task, score.detail))
+
+
+def _batch_size(loaded: LoadedModel) -> int | str:
+    """``auto`` is lm-eval's own search on a GPU; on a CPU, where nothing ends that search, a budget for the logits."""
+    if loaded.device.type != "cpu":
+        return "auto"
+    per_row = loaded.max_length * int(loaded.model.config.get_text_config().vocab_size) * 4
+    return max(1, min(64, LOGIT_BYTES // per_row))
+
+
+def _scores(results: dict[str, Any], seen: "_Seen", max_length: int) -> Iterator[Score]:
+    groups = results.get("group_subtasks", {})
+    aggregated = {name for name in groups if any("," in key for key in results["results"].get(name, {}))}
+    within = {child for name in aggregated for child in groups[name]}
+    leaves = [name for name in results["results"] if name not in groups]
+    for name, values in results["results"].items():
+        parts = _leaves(name, groups) if name in groups else [name]
+        for key, value in values.items():
+            metric, _, rest = key.partition(",")
+            if not rest or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{rest}")
+            yield Score(
+                task=name,
+                metric=metric if rest == "none" else f"{metric} ({rest})",
+                measured=Metric(
+                    value=value,
+                    stderr=error if isinstance(error, int | float) else None,
+                    n=sum(results["n-samples"][part]["effective"] for part in parts),
+                ),
+                higher_is_better=results["higher_is_better"][parts[0]].get(metric),
+                num_fewshot=results["n-shot"].get(name, results["n-shot"].get(parts[0])),
+                detail=name in leaves and name in within,
+                note="" if name in within else seen.note(parts, max_length),
+            )
+
+
+def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
+    return [leaf for child in groups[name] for leaf in (_leaves(child, groups) if child in groups else [child])]
+
+
+class _Seen(logging.Handler):
+    """What happened inside lm-eval that belongs into a note: other splits, prompts that were cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: dict[str, str] = {}  # by task
+        self.num_cut = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "exceeds model's maximum length" in record.msg:
+            self.num_cut += 1
+        elif record.levelno >= logging.ERROR:
+            progress.note(f"lm-eval: {record.getMessage()}")
+
+    def note(self, tasks: Iterable[str], max_length: int) -> str:
+        """Everything a reader of the result of ``tasks`` must know."""
+        notes = list(dict.fromkeys(self.notes[task] for task in tasks if task in self.notes))
+        if self.num_cut:
+            notes.append(f"{self.num_cut} prompts of more than {max_length} tokens were cut from the left")
+        return "; ".join(notes)
+
+
+@contextmanager
+def _harness() -> Iterator[_Seen]:
+    """What surrounds every call into lm-eval: local data, our progress, no output, the random state kept."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+
+    seen = _Seen()
+    logger = logging.getLogger("lm_eval")
+    state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(local_data(seen))
+        stack.enter_context(redirect_stdout(sys.stderr))  # lm-eval prints; standard output is for results
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(replaced(lm_eval.models.huggingface, "tqdm", _Bar))
+        stack.enter_context(replaced(lm_eval.api.model, "tqdm", _plain))
+        stack.enter_context(replaced(lm_eval.api.task, "tqdm", _plain))
+        stack.enter_context(replaced(logger, "handlers", [seen]))
+        stack.enter_context(replaced(logger, "propagate", False))
+        level = logger.level
+        logger.setLevel(logging.WARNING)  # cut prompts are told as warnings
+        try:
+            yield seen
+        finally:
+            logger.setLevel(level)
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+
+
+@contextmanager
+def local_data(seen: _Seen) -> Iterator[None]:
+    """Inside, lm-eval's tasks take their data from ``data_dir()`` where that has it, and from the hub otherwise."""
+    from lm_eval.api.task import ConfigurableTask
+
+    fetch = ConfigurableTask.download
+
+    def download(self: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        folder = _local_folder(self.DATASET_PATH, self.DATASET_NAME)
+        if folder is not None and not dataset_kwargs and not callable(self.config.custom_dataset):
+            self.dataset, note = _read_folder(folder, pages=self.DATASET_PATH.endswith("wikitext_document_level"))
+            if note and self.config.test_split:
+                seen.notes[self.config.task] = note
+            return
+        try:
+            with hub_access():
+                fetch(self, dataset_kwargs, **kwargs)
+        except Exception as error:  # the hub's clients raise many kinds, and all of them mean: there is no such data
+            raise InputError(
+                f"eval.tasks: the data of {self.config.task}, {self.DATASET_PATH}, cannot be read from the Hugging "
+                f"Face hub ({first_line(error)}), and is not below QTOOL_DATA_DIR ({data_dir() or 'not set'}); "
+                "take the task out of eval.tasks, or go where there is a network"
+            ) from error
+
+    with replaced(ConfigurableTask, "download", download):
+        yield
+
+
+def _local_folder(repository: str | None, name: str | None) -> Path | None:
+    below = LOCAL.get((str(repository), name)) or LOCAL.get((str(repository), "*"))
+    root = data_dir()
+    if below is None or root is None:
+        return None
+    folder = root / below.format(name=name)
+    return folder if any(folder.glob("*.jsonl")) else None
+
+
+def _read_folder(folder: Path, pages: bool) -> tuple[Any, str]:
+    """The splits of a folder as a ``DatasetDict``, and a note when one stands in for another."""
+    import datasets
+
+    rows = {path.stem: [row for _, row in read_rows(path)] for path in sorted(folder.glob("*.jsonl"))}
+    if pages:
+        rows = {split: [{"page": page} for page in _pages(row["text"] for row in part)] for split, part in rows.items()}
+    splits = datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in rows.items()})
+    note = ""
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits["validation"]
+        note = f"validation split ({len(splits['test'])} examples): the test split is not below QTOOL_DATA_DIR"
+    if "train" not in splits:
+        splits["train"] = splits[min(splits)].select([])  # lm-eval lists it even for 0 examples in the prompt
+    return splits, note
+
+
+def _pages(rows: Iterable[str]) -> list[str]:
+    """WikiText rows put together as one text for each article, as EleutherAI/wikitext_document_level has them.
+
+    An article begins with a line such as `` = Title = ``. The blank rows of the hub are lines of one space in the
+    original file, which that data set is made from.
+    """
+    pages: list[list[str]] = [[]]
+    for row in rows:
+        line = row.removesuffix("\n") or " "
+        title = line.replace("= = =", "===").replace("= =", "==").strip()
+        if title.startswith("= ") and title.endswith(" ="):
+            pages.append([])
+        pages[-1].append(line)
+    pages[-1].append("")  # the file ends with a newline
+    texts = ["\n".join(lines) for lines in pages]
+    return [text for text in texts if text.strip()]
+
+
+# Any: whatever tqdm is called with
+def _plain(items: Iterable[Any], *args: Any, **kwargs: Any) -> Iterable[Any]:
+    """In place of a progress bar for what takes a moment."""
+    return items
+
+
+class _Bar:
+    """Shows lm-eval's progress as ours; has the part of tqdm's interface that is used there."""
+
+    def __init__(self, items: Sequence[Any] = (), *args: Any, total: int = 0, desc: str = "", **kwargs: Any) -> None:
+        self.title = desc.removeprefix("Running ") or "requests"
+        self.items = items
+        self.steps = iter(progress.track(range(total), self.title, total)) if total else iter(())
+        next(self.steps, None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return progress.track(self.items, self.title, len(self.items))
+
+    def update(self, count: int = 1) -> None:
+        for _ in range(count):
+            next(self.steps, None)
+
+    def close(self) -> None:
+        for _ in self.steps:
+            pass

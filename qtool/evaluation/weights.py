@@ -1,0 +1,59 @@
+"""What a report says of a model's linears: where they are, how wide their codes are, and how far these are off."""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qtool.config.sections import ModelConfig, QuantConfig, QuantSpec
+from qtool.models.loading import LoadedModel, load_model, packed_linears, stored_weight
+from qtool.quant.affine import QuantizedWeight, relative_error
+from qtool.quant.packed_linear import PackedLinear
+from qtool.reports.records import Linear
+from qtool.system import memory
+
+
+def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
+    """Shape ``(out, in)`` of every linear inside the decoder blocks by full name, in module order."""
+    found = {}
+    for block_name, block in loaded.blocks():
+        for name, module in block.named_modules():
+            if isinstance(module, PackedLinear):
+                found[f"{block_name}.{name}"] = (module.out_features, module.in_features)
+            elif isinstance(module, nn.Linear | Conv1D):
+                rows, columns = stored_weight(module).shape
+                found[f"{block_name}.{name}"] = (rows, columns)
+    return found
+
+
+def describe(
+    shapes: dict[str, tuple[int, int]], specs: dict[str, QuantSpec], errors: dict[str, float]
+) -> tuple[Linear, ...]:
+    """The linears ``shapes`` of a report; those that ``specs`` lacks stay in floating point."""
+    return tuple(
+        Linear(name=name, shape=shape)
+        if name not in specs
+        else Linear(
+            name=name,
+            shape=shape,
+            num_bits=specs[name].num_bits,
+            grid=specs[name].label(),
+            weight_error=errors.get(name),
+        )
+        for name, shape in shapes.items()
+    )
+
+
+def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) -> dict[str, float]:
+    """``relative_error`` of each packed linear of ``loaded`` against the float model's own files.
+
+    For methods that train all blocks together. One linear at a time: the float weights lie in mapped files, and the
+    pages of each are let go.
+    """
+    dtype = str(loaded.storage_dtype).removeprefix("torch.")  # what the files have, so that nothing is copied
+    floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}))
+    packed, pages, errors = packed_linears(loaded.model), memory.Pages(), {}
+    for target in floats.targets(quant):
+        codes, scale, zero_point, spec = packed[target.name].quantized
+        quantized = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
+        errors[target.name] = relative_error(target.stored_weight, quantized)
+        pages.drop(target.stored_weight)
+    return errors

@@ -1,0 +1,55 @@
+"""``dense``: a plain Hugging Face model whose linears hold the dequantized weights.
+
+A weight is ``(code - zero_point) * scale``: up to 8 bits of code times the 11 of a float16 scale, which half precision
+does not hold. So ``dtype: auto`` writes the checkpoint's own dtype only if every weight survives it, else float32.
+A dtype that is asked for by name is used, and what that rounds is said.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from qtool.checkpoints.native import Source
+from qtool.config.sections import ExportConfig
+from qtool.exporters._base import Exporter
+from qtool.exporters._folder import (
+    float_tensors,
+    inexact,
+    read_tensor,
+    skeleton,
+    stored_dtype,
+    transposed,
+    write_folder,
+)
+from qtool.quant.affine import dequantize
+
+
+def _weights(source: Source) -> dict[str, Tensor]:
+    flipped = transposed(source)
+    dense = {name: dequantize(*source.quantized(name)) for name in source.specs}
+    return {f"{name}.weight": (w.T.contiguous() if name in flipped else w) for name, w in dense.items()}
+
+
+def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    """Write the folder; a named dtype may round, and then the note says by how much."""
+    weights = _weights(source)
+    own = stored_dtype(source)
+    default = own if inexact(weights.values(), own) == 0 else "float32"
+    tensors, dtype = float_tensors(source, config, default)
+    error = inexact([*weights.values(), *(source.tensor(key) for key in source.float_names())], dtype)
+    tensors |= {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+    write_folder(source.folder, out, tensors, None, dtype)
+    if error:
+        return [f"{dtype} was asked for: tensors are rounded by up to {error:.1e} of their largest value"]
+    return [] if dtype == own else [f"written in {dtype}: {own} would not hold the dequantized weights exactly"]
+
+
+def read(folder: Path, name: str) -> Tensor:
+    """The weight ``[out, in]``."""
+    weight = read_tensor(folder, f"{name}.weight").float()
+    return weight.T if isinstance(skeleton(folder).get_submodule(name), Conv1D) else weight
+
+
+EXPORTER = Exporter("plain float weights, for any software", lambda source, config: None, write, read)

@@ -1,0 +1,326 @@
+"""``gguf``: one file for llama.cpp and what is built on it, for Llama, Mistral, Qwen 2 and Qwen 3.
+
+Each linear takes the smallest type of GGUF that holds its codes, scales and zero points exactly (``_gguf_blocks``), so
+that bits may differ from linear to linear, and a linear that no type holds is refused. The types are coarse: groups of
+fewer than 256 channels hold 2 and 3 bits in the 4.5 of Q4_0, which the summary says. Norms and biases are float32, as
+llama.cpp wants them; embeddings and heads keep their dtype.
+
+Tensor names come from the ``gguf`` package, which also writes the container. llama.cpp pairs the channels of a rotary
+embedding next to each other for Llama and Mistral: there rows of query and key, and their biases, change places.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qtool import __version__
+from qtool.checkpoints.native import Source, bits_per_weight
+from qtool.config.sections import ExportConfig, QuantSpec
+from qtool.exporters._base import Exporter
+from qtool.exporters._folder import GGUF_FILE as FILE
+from qtool.exporters._folder import (
+    Storage,
+    float_tensors,
+    float_zeros,
+    inexact,
+    quantization_section,
+    skeleton,
+    stored_dtype,
+    unfit,
+    write_folder,
+)
+from qtool.exporters.gguf import blocks, tokenizer
+from qtool.models.folders import read_config
+
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Family(NamedTuple):
+    """What llama.cpp takes for a ``model_type``."""
+
+    architecture: str
+    interleaved: bool
+    """Whether channels of a rotary pair lie next to each other."""
+    optional: bool
+    """Whether biases of linears, and a tensor that divides the rotary frequencies, are read where they are there."""
+
+
+FAMILIES = {
+    "llama": Family("llama", True, True),
+    "mistral": Family("llama", True, True),
+    "qwen2": Family("qwen2", False, False),
+    "qwen3": Family("qwen3", False, False),
+}
+
+
+def _model(folder: Path) -> Any:
+    """The config of the model in ``folder``."""
+    return skeleton(folder).config
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+# key after the architecture's name, whether it is an integer, and its value in the model's config
+METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
+    "context_length": (True, lambda config: config.max_position_embeddings),
+    "embedding_length": (True, lambda config: config.hidden_size),
+    "block_count": (True, lambda config: config.num_hidden_layers),
+    "feed_forward_length": (True, lambda config: config.intermediate_size),
+    "attention.head_count": (True, lambda config: config.num_attention_heads),
+    "attention.head_count_kv": (True, lambda config: config.num_key_value_heads),
+    "attention.key_length": (True, _head_dim),
+    "attention.value_length": (True, _head_dim),
+    "rope.dimension_count": (True, _head_dim),
+    "vocab_size": (True, lambda config: config.vocab_size),
+    "attention.layer_norm_rms_epsilon": (False, lambda config: config.rms_norm_eps),
+    "rope.freq_base": (False, lambda config: config.rope_parameters["rope_theta"]),
+}
+
+
+def refuses(source: Source, config: ExportConfig) -> str | None:
+    """Other families and tokenizers than llama.cpp's, grids that no type holds, and scales beyond float16."""
+    if find_spec("gguf") is None:
+        return "that needs the package gguf; install it with: pip install 'qtool[gguf]'"
+    if refusal := float_zeros(source, "GGUF") or _unknown_model(source):
+        return refusal
+    places = tensor_map(source.folder)
+    for name in (*source.float_names(), *(f"{name}.weight" for name in source.specs)):
+        if name not in places:
+            return f"{name} has no place in a GGUF file of {_model(source.folder).model_type}; export dense"
+    for name, spec in source.specs.items():
+        if refusal := _misfit(name, spec, int(source.tensor(f"{name}.weight_shape")[1])):
+            return refusal
+        if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
+            return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
+    return unfit(source, config) or tokenizer.refuses(source.folder, _model(source.folder).vocab_size)
+
+
+def _misfit(name: str, spec: QuantSpec, columns: int) -> str | None:
+    if blocks.choose(spec, columns) is not None:
+        return None
+    group = columns // spec.num_groups(columns)
+    if group % 32:
+        return (
+            f"{name} has groups of {group} input channels, and blocks of GGUF have 32 or 256; quantize with a multiple "
+            "of 32 as group_size, or an override for it"
+        )
+    return (
+        f"{name} is {spec.label()}, and no type of GGUF holds {spec.num_bits} bits with a zero point exactly; quantize "
+        "it with symmetric: true or with at most 4 bits (quant.overrides)"
+    )
+
+
+def _unknown_model(source: Source) -> str | None:
+    """Why llama.cpp would compute something else with the same weights."""
+    model = _model(source.folder)
+    if model.model_type not in FAMILIES:
+        return (
+            f"its model_type is {model.model_type}, and GGUF is written for {', '.join(FAMILIES)}; "
+            "export dense, and convert that with llama.cpp's convert_hf_to_gguf.py"
+        )
+    family = FAMILIES[model.model_type]
+    if model.hidden_act not in ("silu", "swish"):
+        return f"its activation is {model.hidden_act}, and llama.cpp computes SiLU for {model.model_type}"
+    if getattr(model, "attention_bias", False) and not family.optional:
+        return f"its attention has biases, which llama.cpp does not read for {model.model_type}; export dense instead"
+    rope = model.rope_parameters
+    kind = rope.get("rope_type", "default")
+    known = ("default", "linear", "llama3") if family.optional else ("default",)
+    if kind not in known or rope.get("partial_rotary_factor", 1) != 1:
+        return f"its rotary embedding is {kind}, and GGUF is written with {', '.join(known)} for {model.model_type}"
+    return None
+
+
+def tensor_map(folder: Path) -> dict[str, str]:
+    """The name in a GGUF file of each tensor of the float model in ``folder`` that has one, by its name there."""
+    return _tensor_map(skeleton(folder))
+
+
+@lru_cache(maxsize=2)  # asked for with every tensor
+def _tensor_map(model: nn.Module) -> dict[str, str]:
+    import gguf
+
+    config: Any = model.config
+    architectures = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(architectures[FAMILIES[config.model_type].architecture], config.num_hidden_layers)
+    found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    return {name: there for name, there in found.items() if there is not None}
+
+
+def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
+    """In a file's order, which row of query and key (or element of a bias) to write; ``None``: as they are."""
+    part = name.rpartition(".")[0].rpartition(".")[2]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part)
+    if heads is None or not FAMILIES[config.model_type].interleaved:
+        return None
+    return torch.flatten(torch.arange(rows).unflatten(0, (heads, 2, -1)).transpose(1, 2))
+
+
+def rope_factors(config: Any) -> Tensor | None:
+    """What divides each rotary frequency, float32 ``[head_dim / 2]``; ``None`` where nothing does."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
+    exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.int64).float() / _head_dim(config)
+    return torch.pow(config.rope_parameters["rope_theta"], -exponents) / scaled
+
+
+def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    """Write ``model.gguf``, and beside it the config and tokenizer that it was made from."""
+    import gguf
+
+    model = _model(source.folder)
+    family, names = FAMILIES[model.model_type], tensor_map(source.folder)
+    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    write_folder(source.folder, out, {}, None, dtype)
+    writer = gguf.GGUFWriter(out / FILE, family.architecture)
+    writer.add_name(f"{model.model_type} quantized by qtool {__version__}")
+    for key, (integer, value) in METADATA.items():
+        add = writer.add_uint32 if integer else writer.add_float32
+        add(f"{family.architecture}.{key}", value(model))
+    tokenizer.add(writer, source.folder, model.vocab_size)
+    for name, tensor in tensors.items():
+        kind = FLOATS[str(tensor.dtype).removeprefix("torch.")] if tensor.dim() > 1 else "F32"
+        held = tensor if tensor.dim() > 1 else tensor.float()
+        _add(writer, names[name], held.contiguous(), kind, _row_order(name, len(held), model))
+    factors = rope_factors(model)
+    if factors is not None:
+        _add(writer, "rope_freqs.weight", factors, "F32", None)
+    sizes: Counter[tuple[str, blocks.Block]] = Counter()
+    for name, spec in source.specs.items():
+        quantized = source.quantized(name)
+        block = blocks.choose(spec, quantized.codes.shape[1])
+        assert block is not None, name
+        packed = blocks.pack(quantized, block)
+        _add(writer, names[f"{name}.weight"], packed, block.name, _row_order(f"{name}.weight", len(packed), model))
+        sizes[spec.label(), block] += quantized.codes.numel()
+    types: Counter[str] = Counter()
+    for (_, block), size in sizes.items():
+        types[block.name] += size
+    common = types.most_common(1)[0][0]
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{common}" + ("_S" if common in ("Q3_K", "Q4_K") else "")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with (out / FILE).open("rb") as written:
+        os.fsync(written.fileno())
+    return _notes(source, model, sizes)
+
+
+def _add(writer: Any, name: str, tensor: Tensor, kind: str, order: Tensor | None) -> None:  # Any: a gguf.GGUFWriter
+    """Add a tensor of the type ``kind``, its rows in another ``order``; as bytes where numpy has no such type."""
+    import gguf
+
+    rows = tensor if order is None else tensor[order]
+    as_bytes = kind not in ("F32", "F16")
+    array = (rows.view(torch.uint8) if as_bytes else rows).numpy()
+    writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+
+def _notes(source: Source, model: Any, sizes: Counter[tuple[str, blocks.Block]]) -> list[str]:
+    """What a user must know."""
+    found = {name: source.tensor(f"{name}.weight_shape").tolist() for name in source.specs}
+    shapes = {name: (rows, columns) for name, (rows, columns) in found.items()}
+    written = sum(block.bits * size for (_, block), size in sizes.items()) / sizes.total()
+    own = bits_per_weight(source.specs, shapes)
+    kinds = ", ".join(f"{label} as {block.name} ({block.bits:g})" for label, block in sizes)
+    notes = [f"{written:.2f} bits per weight as written, {own:.2f} in the checkpoint: {kinds}"]
+    if any(block.name == "Q4_0" and not label.startswith("w4") for label, block in sizes):
+        notes.append(
+            "2 and 3 bits fill 4.5 in Q4_0; with one group per row, or groups of a multiple of 256 channels, 2 bits "
+            "would take 2.06 (asymmetric: 2.63), and 3 symmetric bits 3.44"
+        )
+    notes.append(
+        "llama.cpp rounds what a linear reads to 8 bits, so its results differ a little from any other reader's"
+    )
+    window = getattr(model, "sliding_window", None)
+    if window and window < model.max_position_embeddings:
+        notes.append(f"llama.cpp looks back over the whole text, and this model over {window} tokens: keep to that")
+    if rope_factors(model) is not None or getattr(model, "attention_bias", False):
+        notes.append("transformers' own reader of GGUF leaves out biases and scaled rotary frequencies of Llama")
+    if tokenizer.composes(source.folder):
+        notes.append("the tokenizer composes characters (NFC) before it reads, and llama.cpp takes them as they are")
+    return notes
+
+
+@lru_cache(maxsize=1)  # a vocabulary is slow to read, and every tensor is asked for by itself
+def _reader(file: Path, stamp: tuple[int, int]) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(file)
+
+
+def reader(folder: Path) -> Any:
+    """The ``gguf.GGUFReader`` of a written folder."""
+    found = (folder / FILE).stat()
+    return _reader(folder / FILE, (found.st_mtime_ns, found.st_size))
+
+
+def names(folder: Path) -> list[str]:
+    """Every tensor of the file, as the float model names it."""
+    inside = {tensor.name for tensor in reader(folder).tensors}
+    return [name for name, there in tensor_map(folder).items() if there in inside]
+
+
+def packed_linears(folder: Path) -> set[str]:
+    """The linears that the file holds in a quantized type."""
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader(folder).tensors}
+    places = tensor_map(folder)
+    return {n.removesuffix(".weight") for n in names(folder) if kinds[places[n]] not in FLOATS.values()}
+
+
+def tensor(folder: Path, name: str) -> Tensor:
+    """A tensor of the file in float32, dequantized by the ``gguf`` package, its rows as the float model has them."""
+    import gguf
+
+    there = tensor_map(folder)[name]
+    found = next(each for each in reader(folder).tensors if each.name == there)
+    values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32))
+    config = _model(folder)
+    if _row_order(name, len(values), config) is None:
+        return values
+    heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
+    return torch.flatten(values.unflatten(0, (heads, -1, 2)).transpose(1, 2), 0, 2)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The config of a written folder, and by their keys those figures of the file that are not the config's."""
+    fields, model = reader(folder).fields, _model(folder)
+    prefix = FAMILIES[model.model_type].architecture
+    found = {}
+    for key, (_, value) in METADATA.items():
+        field = fields.get(f"{prefix}.{key}")
+        stored = None if field is None else field.contents()
+        if stored is None or np.float32(stored) != np.float32(value(model)):
+            found[key] = stored
+    return read_config(folder) | found
+
+
+def recognises(folder: Path) -> bool:
+    """Whether all that a folder has of weights is our file."""
+    quantized = quantization_section(folder) or read_config(folder).get("quantization")
+    return not quantized and (folder / FILE).exists() and not any(folder.glob("*.safetensors"))
+
+
+EXPORTER = Exporter(
+    "GGUF, for llama.cpp",
+    refuses,
+    write,
+    lambda folder, name: tensor(folder, f"{name}.weight"),
+    Storage(names, tensor, packed_linears, described),
+    recognises,
+)

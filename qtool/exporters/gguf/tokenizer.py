@@ -1,0 +1,173 @@
+"""A Hugging Face tokenizer in GGUF's words, or why llama.cpp would read text differently.
+
+llama.cpp splits text before it merges, by rules of its own that a file names (``tokenizer.ggml.pre``); a name that does
+not fit gives other tokens in silence. So the ways of splitting that are known to have a name are listed here, and any
+other is refused. What a tokenizer puts around a text (BOS, EOS) is found by encoding one.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from qtool.system.errors import InputError
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = WORDS + r"|\p{N}{1,3}" + REST
+QWEN_2 = WORDS + r"|\p{N}" + REST
+BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # whether it also splits, as GPT-2 does
+# how a text is split -> the name of that in llama.cpp, and whether words of the vocabulary are left unmerged there
+SPLITS: dict[tuple[tuple[str, Any], ...], tuple[str, bool]] = {
+    (BYTES_OF_WORDS,): ("gpt-2", False),
+    (("Digits", True), BYTES_OF_WORDS): ("smollm", False),
+    (("Split", LLAMA_3), BYTES): ("llama-bpe", True),
+    (("Split", QWEN_2), BYTES): ("qwen2", False),
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
+SPACE = "\u2581"  # what SentencePiece writes for a space
+
+
+def description(folder: Path) -> dict[str, Any]:
+    """The tokenizer of ``folder`` as ``tokenizer.json`` describes it, and what it puts around a text.
+
+    Raises:
+        InputError: it has no such description.
+    """
+    stamp = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("tokenizer*")))
+    return _description(folder, stamp)
+
+
+@lru_cache(maxsize=2)  # asked for when a plan is checked and when it is written; the stamp tells changes apart
+def _description(folder: Path, stamp: object) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, from which a GGUF file is made")
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    bare, whole = (tokenizer.backend_tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    found["around"] = whole[:start], whole[start + len(bare) :]
+    found["special"] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    return found
+
+
+def _split(step: dict[str, Any]) -> tuple[str, Any]:
+    """One step of splitting, in the words of ``SPLITS``."""
+    kind = step["type"]
+    if kind == "ByteLevel" and not step["add_prefix_space"]:
+        return kind, step.get("use_regex", True)
+    if kind == "Digits":
+        return kind, step["individual_digits"]
+    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return kind, step["pattern"].get("Regex")
+    return kind, None
+
+
+def _steps(found: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be none, one or a sequence of ``inside``."""
+    if found is None:
+        return []
+    return list(found[inside]) if found["type"] == "Sequence" else [found]
+
+
+def kind_of(found: dict[str, Any]) -> tuple[str, str] | None:
+    """``tokenizer.ggml.model`` and ``tokenizer.ggml.pre`` of a described tokenizer; ``None`` when it has none."""
+    model = found["model"]
+    normalizers = [step["type"] for step in _steps(found["normalizer"], "normalizers")]
+    if model["type"] != "BPE":
+        return None
+    if model.get("byte_fallback") and _spaces(found) is not None:
+        return "llama", "default"
+    steps = tuple(_split(step) for step in _steps(found["pre_tokenizer"], "pretokenizers"))
+    name, whole_words = SPLITS.get(steps, ("", False))
+    if not name or normalizers not in ([], ["NFC"]) or bool(model.get("ignore_merges")) != whole_words:
+        return None
+    return "gpt2", name
+
+
+def _spaces(found: dict[str, Any]) -> bool | None:
+    """Whether a space is put before a text, in a tokenizer that writes spaces as SentencePiece does; else ``None``."""
+    normalizers = _steps(found["normalizer"], "normalizers")
+    steps = _steps(found["pre_tokenizer"], "pretokenizers")
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if not steps and normalizers == [{"type": "Prepend", "prepend": SPACE}, replaced]:
+        return True
+    if not steps and normalizers == [replaced]:
+        return False
+    if not normalizers and len(steps) == 1 and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == SPACE:
+        return {"first": True, "always": True, "never": False}.get(steps[0]["prepend_scheme"])
+    return None
+
+
+def composes(folder: Path) -> bool:
+    """Whether the tokenizer of ``folder`` composes characters, which llama.cpp leaves out."""
+    return "NFC" in [step["type"] for step in _steps(description(folder)["normalizer"], "normalizers")]
+
+
+def refuses(folder: Path, size: int) -> str | None:
+    """Why llama.cpp would read text differently, or an embedding of ``size`` rows not hold the tokens."""
+    found = description(folder)
+    if (highest := max(_ids(found).values())) >= size:
+        return f"its tokenizer has {highest + 1} tokens, and its embedding {size} rows"
+    if kind_of(found) is None:
+        return (
+            "its tokenizer prepares text in a way that has no known name in llama.cpp, which would read other tokens; "
+            f"known are byte-level BPE as in {', '.join(name for name, _ in SPLITS.values())}, and SentencePiece's BPE"
+        )
+    before, after = found["around"]
+    special = found["special"]
+    if before not in ([], [special["bos"]]) or after not in ([], [special["eos"]]):
+        return "its tokenizer puts more around a text than BOS and EOS, which a GGUF file cannot say"
+    if kind_of(found) == ("llama", "default") and not _by_rank(found["model"]):
+        return "its tokenizer's merges are not in the order of their tokens, from which llama.cpp would take it"
+    return None
+
+
+def _by_rank(model: dict[str, Any]) -> bool:
+    """Whether merges come in the order of the tokens that they make: llama.cpp merges by a score for each token."""
+    made = [model["vocab"]["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
+    return made == sorted(made)
+
+
+def _ids(found: dict[str, Any]) -> dict[str, int]:
+    return {**found["model"]["vocab"], **{added["content"]: added["id"] for added in found["added_tokens"]}}
+
+
+def vocabulary(found: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every token and its kind, in order; rows of the embedding that no token has are unused."""
+    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    ids = _ids(found)
+    for token, index in ids.items():
+        tokens[index], kinds[index] = token, NORMAL
+    if found["model"].get("byte_fallback"):
+        for index in (ids[f"<0x{byte:02X}>"] for byte in range(256) if f"<0x{byte:02X}>" in ids):
+            kinds[index] = BYTE
+    for added in found["added_tokens"]:
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    unknown = ids.get(found["model"].get("unk_token") or "")
+    if unknown is not None:
+        kinds[unknown] = UNKNOWN
+    return tokens, kinds
+
+
+def add(writer: Any, folder: Path, size: int) -> None:  # Any: the gguf package is optional
+    """Write the tokenizer of ``folder`` for an embedding of ``size`` rows; ``writer``: a ``gguf.GGUFWriter``."""
+    import gguf
+
+    found = description(folder)
+    kind = kind_of(found)
+    assert kind is not None
+    tokens, kinds = vocabulary(found, size)
+    writer.add_tokenizer_model(kind[0])
+    writer.add_tokenizer_pre(kind[1])
+    writer.add_token_list(tokens)
+    if kind[0] == "llama":
+        writer.add_token_scores([-float(index) for index in range(size)])
+        writer.add_add_space_prefix(bool(_spaces(found)))
+    writer.add_token_types(kinds)
+    special = gguf.SpecialVocab(folder, load_merges=kind[0] == "gpt2", n_vocab=size)
+    before, after = found["around"]
+    special.add_special_token |= {"bos": bool(before), "eos": bool(after)}
+    special.add_to_gguf(writer, quiet=True)

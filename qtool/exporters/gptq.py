@@ -1,0 +1,174 @@
+"""``gptq``: the layout that GPTQModel, transformers (with gptqmodel or auto-round), vLLM and SGLang read.
+
+Per linear ``p``, with ``K`` inputs and ``N`` outputs: ``p.qweight`` int32 ``[K b / 32, N]`` (each column its own
+stream along K), ``p.qzeros`` int32 ``[G, N b / 32]``, ``p.scales`` float16 ``[G, N]``, ``p.g_idx`` int32 ``[K]``.
+
+Version 1 stores ``zero_point - 1`` and readers add one to a whole word: a zero point of 0 would carry into its
+neighbour. So symmetric checkpoints are written as version 1, which most software reads, and asymmetric ones as
+version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool import __version__
+from qtool.checkpoints.native import Source, write_json
+from qtool.config.sections import BITS, ExportConfig, QuantSpec
+from qtool.exporters._base import Exporter
+from qtool.exporters._folder import (
+    conv1d,
+    float_linears,
+    float_tensors,
+    float_zeros,
+    inexact,
+    names_method,
+    read_tensor,
+    shared_block_prefix,
+    stored_dtype,
+    unfit,
+    unpack_bits,
+    write_folder,
+)
+from qtool.models.folders import read_config
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.packing import WORD, pack
+from qtool.system.errors import InputError
+
+ALIGNMENT = 32
+LAYOUT = ("qweight", "qzeros", "scales")
+
+
+def refuses(source: Source, config: ExportConfig) -> str | None:
+    """Float zero points, mixed grids, linears left in float, odd shapes, and scales or biases beyond float16."""
+    specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
+    if refusal := float_zeros(source, "GPTQ"):
+        return refusal
+    if len(specs) > 1:
+        return (
+            f"it has {len(specs)} different grids, and a GPTQ config that transformers reads holds one; "
+            "export auto-round or compressed-tensors instead"
+        )
+    left = [name for name in float_linears(source) if name.startswith(shared_block_prefix(source))]
+    if left:
+        return (
+            f"{left[0]} is left in floating point, which a GPTQ config cannot say; "
+            "export auto-round or compressed-tensors instead"
+        )
+    return layout_refuses(source, "GPTQ") or unfit(source, config)
+
+
+def layout_refuses(source: Source, format: str) -> str | None:
+    """Why the tensors of the layout cannot hold the checkpoint: ``Conv1D``, odd shapes, values beyond float16."""
+    if refusal := conv1d(source, f"whose {format} layout is not settled between readers"):
+        return refusal
+    for name in source.specs:
+        rows, columns = source.tensor(f"{name}.weight_shape").tolist()
+        if rows % ALIGNMENT or columns % ALIGNMENT:
+            return f"{name} is {rows} x {columns}, and {format} readers need multiples of {ALIGNMENT}"
+        floats = [f"{name}.weight_scale", *([f"{name}.bias"] if f"{name}.bias" in source.float_names() else [])]
+        for key in floats:
+            if inexact([source.tensor(key)], "float16"):
+                return f"{key} has values that float16 does not hold; quantize with scale_dtype: float16"
+    return None
+
+
+def section(spec: QuantSpec, version: int) -> dict[str, Any]:
+    """The ``quantization_config``, also written as ``quantize_config.json``."""
+    name = "gptq" if version == 1 else "gptq_v2"
+    return {
+        "quant_method": "gptq",
+        "bits": spec.num_bits,
+        "group_size": spec.group_size,
+        "sym": spec.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": name,
+        "format": name,
+        "pack_dtype": "int32",
+        "true_sequential": True,
+        "damp_percent": 0.01,
+        "meta": {"quantizer": [f"qtool:{__version__}"]},
+    }
+
+
+def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
+    """``qweight``, ``qzeros`` and ``scales`` of a weight in ``version`` 1 or 2, shaped as this module's text says."""
+    codes, scale, zero_point, spec = quantized
+    zeros = zero_point.to(torch.int32) - (1 if version == 1 else 0)
+    assert int(zeros.min()) >= 0, "version 1 cannot hold a zero point of 0"
+    return {
+        "qweight": pack(codes, spec.num_bits).T.contiguous(),
+        "qzeros": pack(zeros.T.contiguous(), spec.num_bits),
+        "scales": scale.T.to(torch.float16).contiguous(),
+    }
+
+
+def layout(source: Source, name: str, version: int) -> dict[str, Tensor]:
+    """The tensors of the linear ``name`` by full name; its bias, if it has one, in float16."""
+    tensors = {f"{name}.{part}": tensor for part, tensor in packed(source.quantized(name), version).items()}
+    if f"{name}.bias" in source.float_names():
+        tensors[f"{name}.bias"] = source.tensor(f"{name}.bias").to(torch.float16)
+    return tensors
+
+
+def write_version(source: Source, out: Path, config: ExportConfig, version: int) -> list[str]:
+    """Write the folder in the layout of ``version`` 1 or 2."""
+    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    spec = next(iter(source.specs.values()))
+    for name in source.specs:
+        tensors |= layout(source, name, version)
+        columns = int(source.tensor(f"{name}.weight_shape")[1])
+        tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // (columns // spec.num_groups(columns))
+    described = section(spec, version)
+    write_folder(source.folder, out, tensors, described, dtype)
+    write_json(out / "quantize_config.json", described)
+    notes = [f"written as {described['format']}"]
+    if spec.num_bits in (2, 3):
+        notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; there, use compressed-tensors")
+    elif not spec.symmetric:
+        notes.append("vLLM and SGLang refuse asymmetric GPTQ; there, use compressed-tensors")
+    return notes
+
+
+def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    """Version 1 when symmetric, else version 2."""
+    symmetric = next(iter(source.specs.values())).symmetric
+    return write_version(source, out, config, 1 if symmetric else 2)
+
+
+def read(folder: Path, name: str) -> Tensor:
+    """The weight ``[out, in]``, bit by bit."""
+    config = read_config(folder)["quantization_config"]
+    kind = config.get("checkpoint_format", "gptq")
+    if kind not in ("gptq", "gptq_v2") or config.get("bits") not in BITS:
+        raise InputError(f"{folder}: GPTQ variant {kind!r} with {config.get('bits')} bits cannot be read here")
+    bits, offset = config["bits"], 1 if kind == "gptq" else 0
+    parts = {part: read_tensor(folder, f"{name}.{part}") for part in (*LAYOUT, "g_idx")}
+    return unpacked(parts, bits, offset, parts["g_idx"].long())
+
+
+def unpacked(parts: dict[str, Tensor], bits: int, offset: int, groups: Tensor | None = None) -> Tensor:
+    """The weight float32 ``[out, in]`` of what ``packed`` makes, bit by bit.
+
+    ``offset`` is what readers add to a zero point, and ``groups`` ``[in]`` the group of each channel, if not in order.
+    """
+    scales = parts["scales"].float()  # [G, N]
+    columns = parts["qweight"].shape[0] * WORD // bits
+    if groups is None:
+        groups = torch.arange(columns) // (columns // len(scales))
+    codes = unpack_bits(parts["qweight"].T.contiguous(), bits, columns).T  # [K, N]
+    zeros = unpack_bits(parts["qzeros"], bits, scales.shape[1]) + offset  # [G, N]
+    return ((codes - zeros[groups]) * scales[groups]).T
+
+
+EXPORTER = Exporter(
+    "GPTQ: version 1 when symmetric, version 2 when not",
+    refuses,
+    write,
+    read,
+    recognises=partial(names_method, "gptq"),
+)

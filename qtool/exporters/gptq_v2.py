@@ -1,0 +1,8 @@
+"""``gptq-v2``: GPTQ with the zero point stored as it is, symmetric or not. See ``gptq``."""
+
+from functools import partial
+
+from qtool.exporters._base import Exporter
+from qtool.exporters.gptq import read, refuses, write_version
+
+EXPORTER = Exporter("GPTQ version 2: zero points stored as they are", refuses, partial(write_version, version=2), read)

@@ -1,0 +1,157 @@
+"""``mlx``: the affine layout of MLX, for Apple machines (and any other that has MLX), read by mlx-lm.
+
+Per linear ``p``, with ``K`` inputs and ``N`` outputs: ``p.weight`` uint32 ``[N, K b / 32]`` (our stream), and float32
+``p.scales`` and ``p.biases`` ``[N, G]``, with ``w = code * scale + bias`` and so ``bias = -scale * zero_point``.
+
+MLX dequantizes in the dtype of its scales. A float16 scale has 11 significant bits and a code or zero point up to 8, so
+that products are exact in float32 and rounded in half precision: 16-bit biases alone would change weights by up to
+6e-4 of their size. So both are written in float32, and only scales whose products need more than that are refused.
+
+MLX multiplies groups of 32, 64 and 128 channels. A group that one of these divides, a whole row among them, is written
+as several of them with one scale, which changes nothing.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtool.checkpoints.native import Source, write_json
+from qtool.config.sections import BITS, ExportConfig, QuantSpec
+from qtool.exporters._base import Exporter
+from qtool.exporters._folder import (
+    conv1d,
+    float_linears,
+    float_tensors,
+    float_zeros,
+    quantization_section,
+    read_tensor,
+    stored_dtype,
+    unfit,
+    unpack_bits,
+    write_folder,
+)
+from qtool.models.folders import read_config
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.packing import WORD, pack
+from qtool.system.errors import InputError
+
+GROUPS = (128, 64, 32)
+
+
+def written_group(spec: QuantSpec, columns: int) -> int | None:
+    """The largest group of MLX that divides a group of ``spec`` in rows of ``columns``; ``None`` if there is none."""
+    group = columns // spec.num_groups(columns)
+    return next((size for size in GROUPS if group % size == 0), None)
+
+
+def exact(scale: Tensor, spec: QuantSpec) -> bool:
+    """Whether float32 holds each scale times each code: so it does, if it holds the product with the highest one.
+
+    A product of two odd numbers is odd and grows with both, so none has more significant bits than that with the
+    highest code ``2**num_bits - 1``. Numbers below the normal ones are refused: engines take them for zero.
+    """
+    product = scale.float() * spec.qmax
+    normal = scale.float().abs() >= torch.finfo(torch.float32).smallest_normal
+    return bool(((product.double() == scale.double() * spec.qmax) & normal).all())
+
+
+def refuses(source: Source, config: ExportConfig) -> str | None:
+    """Float zero points, ``Conv1D`` layers, groups that MLX cannot be given, and scales of too many bits."""
+    if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs linear layers only"):
+        return refusal
+    for name, spec in source.specs.items():
+        columns = int(source.tensor(f"{name}.weight_shape")[1])
+        if written_group(spec, columns) is None:
+            return (
+                f"{name} has groups of {columns // spec.num_groups(columns)} input channels, and MLX multiplies groups "
+                "of 32, 64 and 128; quantize with one of these as group_size, or a multiple, or an override for it"
+            )
+        if not exact(source.tensor(f"{name}.weight_scale"), spec):
+            return (
+                f"{name}.weight_scale times a code is not exact in float32, in which MLX computes it; "
+                "quantize with scale_dtype: float16"
+            )
+    return unfit(source, config)
+
+
+def settings(spec: QuantSpec, columns: int) -> dict[str, Any]:
+    """The grid of rows of ``columns`` in MLX's words."""
+    return {"group_size": written_group(spec, columns), "bits": spec.num_bits}
+
+
+def section(source: Source) -> dict[str, Any]:
+    """The ``quantization`` of the config: the most common grid, each linear that differs, and ``False`` for floats."""
+    grids = {n: settings(spec, int(source.tensor(f"{n}.weight_shape")[1])) for n, spec in source.specs.items()}
+    common = Counter(tuple(grid.items()) for grid in grids.values()).most_common(1)[0][0]
+    differ = {name: grid for name, grid in grids.items() if tuple(grid.items()) != common}
+    return {**dict(common), "mode": "affine", **differ, **dict.fromkeys(float_linears(source), False)}
+
+
+def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
+    """``weight``, ``scales`` and ``biases`` of a weight, shaped as this module's text says."""
+    codes, scale, zero_point, spec = quantized
+    group = written_group(spec, codes.shape[1])
+    assert group is not None
+    repeat = codes.shape[1] // group // scale.shape[1]
+    return {
+        "weight": pack(codes, spec.num_bits).view(torch.uint32),
+        "scales": scale.float().repeat_interleave(repeat, 1),
+        "biases": (-scale.float() * zero_point).repeat_interleave(repeat, 1),
+    }
+
+
+def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    """Write the folder; the config says the grids twice, as mlx-lm does."""
+    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    size = bits = 0
+    split = set()
+    for name, spec in source.specs.items():
+        quantized = source.quantized(name)
+        parts = packed(quantized)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        size += quantized.codes.numel()
+        bits += 8 * sum(tensor.nbytes for tensor in parts.values())
+        if parts["scales"].shape != quantized.scale.shape:
+            split.add(spec.label())
+    described = section(source)
+    write_folder(source.folder, out, tensors, described, dtype)
+    write_json(out / "config.json", read_config(out) | {"quantization": described})
+    notes = [
+        f"{bits / size:.2f} bits per weight as written: scales and biases are float32, because 16 bits would change "
+        "weights; MLX computes these linears in float32"
+    ]
+    if split:
+        notes.append(f"groups of {', '.join(sorted(split))} are written as smaller ones with the same scale")
+    return notes
+
+
+def read(folder: Path, name: str) -> Tensor:
+    """The weight ``[out, in]``, bit by bit."""
+    described = read_config(folder)
+    config = described.get("quantization") or described["quantization_config"]  # the one that mlx-lm reads first
+    grid = {**config, **(config.get(name) or {})}
+    mode, bits = grid.get("mode", "affine"), grid.get("bits")
+    if mode != "affine" or bits not in BITS:
+        raise InputError(f"{folder}: {name}: MLX mode {mode!r} with {bits} bits cannot be read here")
+    return unpacked({part: read_tensor(folder, f"{name}.{part}") for part in ("weight", "scales", "biases")}, bits)
+
+
+def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
+    """The weight float32 ``[out, in]`` of what ``packed`` makes, bit by bit."""
+    words, scales, biases = parts["weight"].view(torch.int32), parts["scales"].float(), parts["biases"].float()
+    columns = words.shape[1] * WORD // bits
+    repeat = columns // scales.shape[1]
+    codes = unpack_bits(words, bits, columns)
+    return codes * scales.repeat_interleave(repeat, 1) + biases.repeat_interleave(repeat, 1)
+
+
+def recognises(folder: Path) -> bool:
+    """Whether a folder says what MLX's own models say."""
+    section = quantization_section(folder) or read_config(folder).get("quantization") or {}
+    return section.get("quant_method") is None and {"group_size", "bits"} <= section.keys()
+
+
+EXPORTER = Exporter("MLX affine, for Apple machines", refuses, write, read, recognises=recognises)

@@ -1,0 +1,65 @@
+"""EfficientQAT: train everything in one block at a time, then only the scales, end to end.
+
+Block-AP (``_blockap``) trains all weights, norms, scales and zero points of a block so that the quantized block on the
+quantized stream gives what the float block gives on the float stream: weights make up for what the rounding of others
+lost, and a block for those before it. E2E-QP (``_e2eqp``) keeps the codes and trains the scales on a loss of the whole
+model (Chen et al., arXiv 2407.11062).
+
+Where we differ: rates follow the model and the budget (the paper's belong to models of 7B and 4096 windows of 2048
+tokens; ``weight_lr``, ``quant_lr`` and ``e2e.lr`` take them); zero points are clamped where they are used and where
+they are packed; windows are shuffled; a block ends in the state that did best on windows that are held out; a loss that
+is not finite is answered by lower rates, and at last by the block as it started; and E2E-QP follows the float model's
+distribution rather than the text, of which there may be little. Where a block starts decides: from searched ranges
+Block-AP helps, from GPTQ's codes it lowers each block's error and raises the model's. ``init: minmax`` is the paper's.
+docs/benchmarks.md has the figures.
+"""
+
+from functools import partial
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from qtool.blocks.driver import run_blocks
+from qtool.config.plugins import Method
+from qtool.config.sections import QuantConfig
+from qtool.methods.efficientqat.block_ap import BlockConfig, quantize_block
+from qtool.methods.efficientqat.e2e_qp import ScaleConfig, train_scales
+from qtool.models.loading import LoadedModel
+from qtool.training.linears import Start
+
+
+class Config(BlockConfig):
+    """EfficientQAT: Block-AP, then E2E-QP."""
+
+    name: Literal["efficientqat"] = "efficientqat"
+    e2e: ScaleConfig = Field(ScaleConfig(), description="The second phase, E2E-QP.")
+
+
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Both phases on ``tokens`` ``[n, t]``, the second on those in ``labels``; ``seed`` fixes what each step sees."""
+    targets = loaded.targets(quant)
+    start = None if config.init_from is None else Start(config.init_from, targets)
+    step = partial(quantize_block, loaded=loaded, config=config, start=start, seed=seed)
+    series = run_blocks(loaded, tokens, targets, step, float_stream=True)
+    if trains_scales(config):
+        loaded.gather(targets, on_device=config.e2e.sharding == "none")
+        series |= train_scales(loaded, tokens, config.e2e, seed, labels)
+    return series
+
+
+def trains_scales(config: Config) -> bool:
+    """Whether there is a second phase."""
+    return config.e2e.steps != 0
+
+
+METHOD = Method(
+    "efficientqat",
+    "all of a block trained at once, then the scales end to end",
+    Config,
+    run,
+    end_to_end=trains_scales,
+    takes_labels=True,
+)

@@ -1,0 +1,152 @@
+"""E2E-QP, the second phase of EfficientQAT: the codes stay, the scales train on the whole model's own loss.
+
+A layer holds its packed codes and float32 masters of its scales, and nothing of the size of a float weight: the weight
+is expanded for each product, and again for its gradient. With ``W = (q - z) s`` and ``G`` the gradient of ``W``, the
+gradient of a scale is ``sum G (q - z)`` over its group, that of a zero point ``-s sum G``. Scales and zero points are
+rounded to what is stored before they are used, so packing at the end changes no bit.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from qtool.config.training import EndToEndConfig
+from qtool.models.loading import LoadedModel, packed_linears, replace_linear
+from qtool.quant import affine
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packing import unpack
+from qtool.training.end_to_end import num_steps, train_model
+from qtool.training.fit import Fit, Group, total_factor
+from qtool.training.losses import CE
+from qtool.training.sharding import train_by_block
+
+PHASE = "e2e-qp"  # names the folder of what it has reached
+
+
+class ScaleConfig(EndToEndConfig):
+    """The keys of E2E-QP."""
+
+    steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says; 0: no second phase.")
+    epochs: int = Field(3, ge=1, description="How often each calibration window is seen.")
+    trains: tuple[Literal["scales", "zero_points"], ...] = Field(
+        ("scales", "zero_points"), min_length=1, description="What trains; zero points on asymmetric grids only."
+    )
+    scale_travel: float = Field(
+        0.2, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
+    )
+    zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
+    lr: float | None = Field(
+        None, ge=0, description="Rate in place of both travels; papers: 2e-5 at 2 bits, else 1e-5."
+    )
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + bias`` with gradients of ``x``, the scale and the zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, layer: "ScaleLinear") -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, scale, zero_point = ctx.saved_tensors
+        layer: ScaleLinear = ctx.layer
+        grad_x = grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ layer.dequantized(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            of_weight = affine.grouped(grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype), layer.spec).to(
+                scale.dtype
+            )
+            total = of_weight.sum(-1)
+            if ctx.needs_input_grad[1]:
+                codes = unpack(layer.weight_packed, layer.spec.num_bits, layer.in_features)
+                grad_scale = torch.linalg.vecdot(of_weight, affine.grouped(codes, layer.spec).to(scale.dtype))
+                grad_scale -= zero_point * total
+            if ctx.needs_input_grad[2]:
+                grad_zero_point = -scale * total
+        return grad_x, grad_scale, grad_zero_point, None
+
+
+class ScaleLinear(PackedLinear):
+    """A packed linear whose scales, and zero points where asked to, train."""
+
+    scale: nn.Parameter  # float32 [out, groups]
+    zero_point: nn.Parameter
+
+    @classmethod
+    def of(cls, packed: PackedLinear, scales: bool, zero_points: bool) -> "ScaleLinear":
+        """Take over ``packed``, with the float32 masters that are to train."""
+        with torch.device(packed.weight_packed.device):
+            layer = cls(packed.in_features, packed.out_features, packed.spec)
+        for name, buffer in packed.named_buffers():
+            setattr(layer, name, buffer)
+        layer.bias = packed.bias
+        scale, zero_point = packed.qparams()
+        layer.scale = nn.Parameter(scale.clone(), requires_grad=scales)
+        layer.zero_point = nn.Parameter(zero_point.clone(), requires_grad=zero_points and not packed.spec.symmetric)
+        return layer
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as stored, float32 ``[out, groups]``, with gradients to the masters."""
+        return affine.stored_scale(self.scale, self.spec), affine.stored_zero_point(self.zero_point, self.spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        result: Tensor = _Product.apply(x, *self.qparams(), self)  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.no_grad()
+    def packed(self) -> PackedLinear:
+        """The layer as it is shipped, the same bit for bit."""
+        return PackedLinear.from_quantized(QuantizedWeight(*self.quantized), self.bias)
+
+
+def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[Group]:
+    """What trains of a layer, and at which rate; ``total`` is the sum of the schedule's factors."""
+    step = float(layer.scale.detach().mean())
+    groups = []
+    for parameter, travel in ((layer.scale, config.scale_travel * step), (layer.zero_point, config.zero_travel)):
+        if parameter.requires_grad:
+            groups.append(Group([parameter], travel / max(total, 1e-9) if config.lr is None else config.lr))
+    return groups
+
+
+def train_scales(
+    loaded: LoadedModel, tokens: Tensor, config: ScaleConfig, seed: int, labels: Tensor | None = None
+) -> dict[str, list[float]]:
+    """Train the scales of all packed linears on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned.
+
+    Returns the losses by step, and of validation.
+    """
+    teacher = None if config.loss == CE else loaded.float_copy()
+    total = total_factor(num_steps(config, len(tokens)), config.optim)
+    blocks = [name for name, _ in loaded.blocks()]
+    layers: list[dict[str, ScaleLinear]] = []
+
+    def put(index: int) -> list[Group]:
+        made = {}
+        for name, packed in packed_linears(loaded.model.get_submodule(blocks[index])).items():
+            made[f"{blocks[index]}.{name}"] = ScaleLinear.of(
+                packed, "scales" in config.trains, "zero_points" in config.trains
+            )
+        for name, layer in made.items():
+            replace_linear(loaded.model, name, layer)
+        layers.append(made)
+        return [group for layer in made.values() for group in groups_of(layer, total, config)]
+
+    def train(groups: list[Group]) -> Fit:
+        return train_model(loaded, teacher, tokens, groups, config, phase=PHASE, seed=seed, labels=labels)
+
+    def pack(index: int) -> None:
+        for name, layer in layers[index].items():
+            replace_linear(loaded.model, name, layer.packed())
+
+    found = train_by_block(loaded, teacher, config, put, train, pack)
+    return {"e2e_loss": found.losses} | ({"e2e_validation": found.validation} if found.validation else {})

@@ -1,0 +1,108 @@
+"""Which linears make the keys and values that a model caches: found by asking the model, with no table of names.
+
+The model of a config is built without weights, and run on a few tokens with a cache that keeps what it is given. The
+gradients of each key and each value then say which linears they come from.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from qtool.config.sections import QuantSpec
+from qtool.system.errors import InputError
+
+NUM_TOKENS = 3
+_known: dict[str, dict[str, int]] = {}  # by config: a run asks more than once, and the answer takes seconds
+
+
+class _Seen(DynamicCache):
+    """A cache that holds nothing and notes what comes, ``[1, heads, tokens, channels]``."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+        self.tensors: list[tuple[str, Tensor]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.tensors += [("keys", key_states), ("values", value_states)]
+        return key_states, value_states
+
+
+def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
+    """Each linear that makes the keys or the values of a block and nothing else, with the channels of a head.
+
+    Raises:
+        InputError: they are made together, or the model does not show them.
+    """
+    cannot = "kv_cache: keys and values cannot be rounded in this model: "
+    outputs: dict[str, Tensor] = {}
+    config = copy.deepcopy(config)
+    config.get_text_config().pad_token_id = None  # models look for it among the tokens, which have no values here
+    try:
+        with warnings.catch_warnings(), torch.device("meta"), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config).eval()
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    module.register_forward_hook(_leaf(outputs, name))
+            cache = _Seen(model.config)
+            model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except Exception as error:  # whatever a model cannot do without weights
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise InputError(f"{cannot}it does not run without weights ({reason}); leave kv_cache out") from error
+    found: dict[str, int] = {}
+    for what, tensor in cache.tensors:
+        grads = torch.autograd.grad(tensor.sum(), list(outputs.values()), allow_unused=True, retain_graph=True)
+        makers = [name for name, grad in zip(outputs, grads, strict=True) if grad is not None]
+        _, heads, _, channels = tensor.shape
+        if len(makers) != 1 or outputs[makers[0]].shape[-1] != heads * channels:
+            by = " and ".join(makers) or "no linear"
+            raise InputError(f"{cannot}{by} makes its {what} together with other things; leave kv_cache out")
+        found[makers[0]] = channels
+    if not found:
+        raise InputError(f"{cannot}it gives none to a cache; leave kv_cache out")
+    return found
+
+
+def with_heads(
+    specs: dict[str, QuantSpec], rows: dict[str, int], config: PretrainedConfig
+) -> tuple[dict[str, QuantSpec], list[str]]:
+    """``specs`` by linear with ``kv_cache`` only where it acts, and there with the channels that share a range.
+
+    ``rows`` has the channels that each linear makes. Also what is wrong, a line each.
+    """
+    text = config.to_json_string(use_diff=False)
+    try:
+        heads = _known.get(text) or _known.setdefault(text, key_value_linears(config))
+    except InputError as error:
+        return specs, [str(error)]
+    wrong = [
+        f"kv_cache: {name} makes keys or values and stays in floating point (quant.overrides), where they are not "
+        "rounded; quantize it, or leave kv_cache out"
+        for name in heads
+        if name not in specs
+    ]
+    found = {}
+    for name, spec in specs.items():
+        makes = name in heads and spec.kv_cache is not None
+        size = (spec.kv_group_size or heads[name]) if makes else None
+        if size and rows[name] % size:
+            wrong.append(f"kv_group_size {size} does not divide the {rows[name]} channels that {name} makes")
+        found[name] = spec.model_copy(update={"kv_cache": spec.kv_cache if makes else None, "kv_group_size": size})
+    return found, wrong
+
+
+def _leaf(outputs: dict[str, Tensor], name: str) -> Any:
+    """A hook that keeps a linear's output as the start of a graph, and hands on a copy that may be changed."""
+
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return out  # a router's scores and choices
+        outputs[name] = out.detach().requires_grad_()
+        return outputs[name].clone()
+
+    return hook

@@ -1,0 +1,299 @@
+"""Figures of a report, each only where its numbers were measured.
+
+Errors are shown as the root of what is recorded, ``|q - f| / |f|`` in percent; bars are one standard error.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from qtool.reports.drawing import LIGHT, TICKS, Plot, blank, settle, shortened, style, text_on, whole_numbers
+from qtool.reports.records import Linear
+from qtool.reports.report import Report, number
+from qtool.system.progress import duration, size
+
+MAX_POINTS = 400  # of a curve; of more steps each point is the mean of several
+DIGIT = 5.8  # how wide a digit is at most, in points
+PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block, the block's index, inside it
+FLOAT = "#5f6b7a"
+BITS = dict(enumerate(("#7a0019", "#b42318", "#b54708", "#175cd3", "#0e7090", "#087443", "#7a3e9d", "#5925dc"), 1))
+Grid = dict[tuple[str, int], Linear]
+LOSSES = {"loss": "validation", "e2e_loss": "e2e_validation"}  # by step, and what was measured in between
+
+
+def figures(report: Report) -> list[Plot]:
+    """Every figure that the report has numbers for."""
+    with style():
+        drawn = [plot for draw in DRAWERS if (plot := draw(report)) is not None]
+        for plot in drawn:
+            settle(plot.figure)
+    return drawn
+
+
+def grid_of(linears: Iterable[Linear]) -> Grid:
+    """Linears by name inside their block and the block's index."""
+    found = {}
+    for linear in linears:
+        if (place := PLACE.match(linear.name)) is not None:
+            found[place[3], int(place[2])] = linear
+    return found
+
+
+def blocks_and_parts(grid: Grid) -> tuple[list[int], list[str]]:
+    """The indices of the blocks, and the names inside them in their order."""
+    return sorted({block for _, block in grid}), list(dict.fromkeys(part for part, _ in grid))
+
+
+def relative(squared: float) -> float:
+    """A recorded error as a percentage of what it is an error of."""
+    return 100 * math.sqrt(squared) if squared >= 0 else math.nan
+
+
+def by_block(report: Report, name: str) -> tuple[float, ...]:
+    """A series with one number for each block, or nothing."""
+    series = report.series.get(name, ())
+    return series if any(map(math.isfinite, series)) else ()
+
+
+def curves(report: Report) -> list[tuple[str, Sequence[float], Sequence[float]]]:
+    """The losses by step of each training of the whole model, and of its validations."""
+    of_blocks = "block_error" in report.series  # then a "loss" is one of each block
+    names = [name for name in LOSSES if not (of_blocks and name == "loss")]
+    return [
+        (name, report.series[name], report.series.get(LOSSES[name], ()))
+        for name in names
+        if len(report.series.get(name, ())) > 1
+    ]
+
+
+def _metrics(report: Report) -> Plot | None:
+    rows = [row for row in report.shown() if row.value is not None and math.isfinite(row.value)]
+    if not rows:
+        return None
+    figure, all_axes = blank(0.45 + 0.72 * len(rows), len(rows))
+    said = []
+    for row, axes in zip(rows, all_axes, strict=True):
+        sides = [("quantized" if report.quantized else "measured", row.value, row.stderr, "accent", "o", 0.0)]
+        if row.float_value is not None and math.isfinite(row.float_value):
+            sides.insert(0, ("float", row.float_value, row.float_stderr, "second", "D", 1.0))
+        for name, value, error, colour, marker, at in sides:
+            known = error if error is not None and math.isfinite(error) else None
+            bars = {"fmt": marker, "color": LIGHT[colour], "capsize": 3, "markersize": 5}
+            axes.errorbar([value], [at], xerr=known, label=name, **bars)  # type: ignore[arg-type]
+            said.append(f"{row.task} {row.metric} {name} {number(value, error)}")
+        better = {True: ", higher is better", False: ", lower is better", None: ""}[row.higher_is_better]
+        task = row.metric if row.task == row.metric else f"{row.task}: {row.metric}"
+        axes.set_title(f"{shortened(task, 42)}{better}")
+        axes.set_ylim(-0.8, 1.8 if len(sides) > 1 else 0.8)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.18)
+        axes.grid(axis="x")
+        axes.locator_params(axis="x", nbins=5)
+        axes.ticklabel_format(axis="x", useOffset=False)
+    most = max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    caption = "Bars are one standard error of each number. Float and quantized read the same text, so their difference "
+    caption += "is known better than either: the table has its error."
+    return Plot("metrics", "Quality", figure, "; ".join(said) + ".", caption if report.quantized else "")
+
+
+def _sizes(report: Report) -> Plot | None:
+    if report.quantized_bytes is None or report.float_bytes is None:
+        return None
+    bars = [("float", report.float_bytes, "second"), ("quantized", report.quantized_bytes, "accent")]
+    bars += [(f"as {export.format}", export.num_bytes, "accent") for export in report.exports]
+    figure, (axes,) = blank(0.5 + 0.32 * len(bars))
+    _bars(axes, bars, lambda count: f"{count / 1e6:.2f} MB")
+    axes.set_xlabel("MB of weights on disk")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
+    said = ", ".join(f"{name} {count / 1e6:.2f} MB" for name, count, _ in bars)
+    return Plot("size", "Weights on disk", figure, f"{said}.")
+
+
+def _bits(report: Report) -> Plot | None:
+    grid = grid_of(report.linears)
+    if not grid:
+        return None
+    counts: dict[int | None, int] = {}
+    for linear in grid.values():
+        counts[linear.num_bits] = counts.get(linear.num_bits, 0) + 1
+    known = sorted(counts, key=lambda bits: math.inf if bits is None else bits)
+    figure, _ = _map(
+        grid,
+        lambda linear: _bits_colour(linear.num_bits),
+        lambda linear: "f" if linear.num_bits is None else str(linear.num_bits),
+        below=0.3,
+    )
+    names = {bits: "f: float" if bits is None else f"{bits} bits" for bits in known}
+    handles = [Patch(color=_bits_colour(bits), label=f"{names[bits]} ({counts[bits]})") for bits in known]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    said = ", ".join(f"{counts[bits]} in {'float' if bits is None else f'{bits} bits'}" for bits in known)
+    return Plot("bits", "Bits of each linear", figure, f"Of {len(grid)} linears {said}.")
+
+
+def _bits_colour(num_bits: int | None) -> str:
+    return FLOAT if num_bits is None else BITS.get(num_bits, FLOAT)
+
+
+def _errors(report: Report) -> Plot | None:
+    grid = grid_of(report.linears)
+    known = {place: relative(linear.weight_error) for place, linear in grid.items() if linear.weight_error is not None}
+    finite = [error for error in known.values() if math.isfinite(error)]
+    if not finite:
+        return None
+    scale = Normalize(min(finite), max(finite))
+    colours: Any = matplotlib.colormaps["cividis"].resampled(48)  # Any: a callable whose stub takes no float
+    places = {id(linear): place for place, linear in grid.items()}
+
+    def colour(linear: Linear) -> str | None:
+        error = known.get(places[id(linear)])
+        return None if error is None else _hex(colours(scale(error))) if math.isfinite(error) else LIGHT["bad"]
+
+    def text(linear: Linear) -> str:
+        error = known.get(places[id(linear)])
+        return "" if error is None else f"{error:.1f}" if error < 99.95 else f"{error:.0f}"
+
+    figure, axes = _map(grid, colour, text, below=0.45)
+    mappable = matplotlib.cm.ScalarMappable(scale, colours)
+    bar = figure.colorbar(
+        mappable, ax=axes, orientation="horizontal", ticks=MaxNLocator(TICKS), aspect=45, pad=0.03, fraction=0.06
+    )
+    bar.set_label("|Q(w) - w| / |w|, %")
+    bar.outline.set_visible(False)
+    worst = max(known, key=lambda place: known[place] if math.isfinite(known[place]) else math.inf)
+    said = f"{len(known)} linears, {min(finite):.2f} % to {max(finite):.2f} %; worst: {worst[0]} of block {worst[1]}."
+    return Plot("weight-errors", "Weight error of each linear, %", figure, said, said)
+
+
+def _blocks(report: Report) -> Plot | None:
+    errors = [relative(error) for error in by_block(report, "block_error")]
+    if not errors:
+        return None
+    figure, (axes,) = blank(2.1)
+    axes.plot(range(len(errors)), errors, "o-", color=LIGHT["accent"], markersize=4, linewidth=1.2)
+    finite = [error for error in errors if math.isfinite(error)]
+    axes.set_ylim(0, 1.12 * max(finite) or 1)
+    axes.set_xlabel("block")
+    axes.set_ylabel("|q(x) - f(x)| / |f(x)|, %")
+    axes.grid(axis="y")
+    whole_numbers(axes)
+    said = f"{len(errors)} blocks, {min(finite):.2f} % to {max(finite):.2f} %, the last one {errors[-1]:.2f} %."
+    caption = "Each block on what the quantized blocks before it give, beside the float block on the same."
+    return Plot("block-errors", "Output error of each block", figure, said, caption)
+
+
+def _loss(report: Report) -> Plot | None:
+    found = curves(report)
+    if not found:
+        return None
+    figure, all_axes = blank(2.1 * len(found), len(found))
+    said = []
+    for (name, losses, validation), axes in zip(found, all_axes, strict=True):
+        width = math.ceil(len(losses) / MAX_POINTS)
+        steps = [1 + start + (min(width, len(losses) - start) - 1) / 2 for start in range(0, len(losses), width)]
+        means = [math.fsum(part := losses[i : i + width]) / len(part) for i in range(0, len(losses), width)]
+        label = "training" if width == 1 else f"training, mean of each {width} steps"
+        axes.plot(steps, means, color=LIGHT["accent"], linewidth=1.1, label=label)
+        said.append(f"{name}: {len(losses)} steps, from {losses[0]:.4g} to {losses[-1]:.4g}")
+        if validation:
+            places = _validation_steps(report, name, len(losses), len(validation))
+            axes.plot(places, validation, "D--", color=LIGHT["second"], markersize=4, linewidth=1, label="validation")
+            said[-1] += f"; validation from {validation[0]:.4g} to {min(validation):.4g} at its best"
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss" if len(found) == 1 else name)
+        axes.grid(axis="y")
+        axes.legend(loc="upper right")
+        whole_numbers(axes)
+    return Plot("loss", "Loss of training", figure, "; ".join(said) + ".")
+
+
+def _validation_steps(report: Report, name: str, num_steps: int, count: int) -> list[float]:
+    """After how many steps each validation was: before the first, every so many, and at the end."""
+    method = (report.lock or {}).get("method", {})
+    every = (method.get("e2e", {}) if name.startswith("e2e_") else method).get("validate_every") or num_steps
+    steps: list[float] = [0, *range(every, num_steps, every), num_steps]
+    if len(steps) == count:
+        return steps
+    return [num_steps * i / max(1, count - 1) for i in range(count)]  # the recipe is not known
+
+
+def _phases(report: Report) -> Plot | None:
+    if not report.seconds:
+        return None
+    panels: list[tuple[str, dict[str, Any], str, Callable[[float], str]]] = [
+        ("time", report.seconds, "accent", duration),
+        ("most memory held by the end of the phase", report.peak_bytes, "second", size),
+        ("most GPU memory held by the end of the phase", report.peak_gpu_bytes, "second", size),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    lines = sum(len(values) + 1.6 for _, values, _, _ in panels)
+    ratios = [len(values) + 1.0 for _, values, _, _ in panels]
+    figure, all_axes = blank(0.2 + 0.24 * lines, len(panels), ratios)
+    said = []
+    for (title, values, colour, shown), axes in zip(panels, all_axes, strict=True):
+        _bars(axes, [(name, value, colour) for name, value in values.items()], shown)
+        axes.set_title(title)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        said.append(f"{title}: " + ", ".join(f"{name} {shown(value)}" for name, value in values.items()))
+    return Plot("phases", "Time and memory", figure, "; ".join(said) + ".")
+
+
+DRAWERS = (_metrics, _sizes, _bits, _errors, _blocks, _loss, _phases)
+
+
+def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[float], str]) -> None:
+    """Horizontal bars from top to bottom, each with its number behind it."""
+    names, values, colours = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), values, color=[LIGHT[name] for name in colours], height=0.62)
+    axes.bar_label(drawn, [shown(value) for value in values], padding=4)
+    axes.set_yticks(range(len(bars)), [shortened(name, 26) for name in names])
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, max(max(values), 1e-9) * 1.25)
+
+
+def _map(
+    grid: Grid, colour: Callable[[Linear], str | None], text: Callable[[Linear], str], below: float
+) -> tuple[Any, Axes]:
+    """Blocks from left to right, the linears of each from top to bottom; ``below`` inches are for a legend."""
+    blocks, parts = blocks_and_parts(grid)
+    figure, (axes,) = blank(0.55 + below + 0.235 * len(parts))
+    axes.set_xlim(0, len(blocks))
+    axes.set_ylim(len(parts), 0)
+    axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
+    figure.draw_without_rendering()  # says how much room the names leave
+    width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # of a cell, in points
+    texts = {place: text(linear) for place, linear in grid.items()}
+    fits = DIGIT * max(map(len, texts.values())) <= width
+    every = math.ceil((DIGIT * len(str(blocks[-1])) + 4) / width)
+    axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], [str(block) for block in blocks[::every]])
+    for (part, block), linear in grid.items():
+        column, row, fill = blocks.index(block), parts.index(part), colour(linear)
+        if fill is None:
+            continue
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor=LIGHT["panel"], linewidth=0.7))
+        if fits:
+            style_ = {"ha": "center", "va": "center", "fontsize": 8, "color": text_on(_rgb(fill))}
+            axes.text(column + 0.5, row + 0.5, texts[part, block], **style_)  # type: ignore[arg-type]
+    axes.tick_params(length=0)
+    axes.set_xlabel("block")
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _hex(colour: tuple[float, float, float, float]) -> str:
+    return matplotlib.colors.to_hex(colour)
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    return matplotlib.colors.to_rgb(colour)

@@ -1,0 +1,170 @@
+"""``report.html``: a report as one page that needs nothing else, no network and no other file.
+
+Everything that comes from outside (names, notes, paths) is escaped by the templates; only our own figures are not.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qtool import __version__
+from qtool.reports import model_card
+from qtool.reports.records import TaskResult
+from qtool.reports.report import PUBLISHED_COLUMNS, Report, published_cells
+from qtool.reports.verdict import RULE, words
+from qtool.system.progress import duration, size
+
+if TYPE_CHECKING:
+    from qtool.reports.drawing import Plot
+
+HTML_NAME = "report.html"
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+class Table(NamedTuple):
+    """Column names and rows of text; the first cell of a row names it."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write(folder: Path, report: Report, files: bool = False) -> None:
+    """Write ``report.html`` into ``folder``, and with ``files`` its figures as files under ``plots``."""
+    from qtool.reports import drawing  # matplotlib takes a while to import, and is needed only here
+    from qtool.reports import figures as report_figures
+
+    figures = report_figures.figures(report)
+    (folder / HTML_NAME).write_text(html(report, figures), encoding="utf-8")
+    if files and figures:
+        drawing.save(figures, folder)
+
+
+def html(report: Report, figures: Sequence["Plot"]) -> str:
+    """The page, with ``figures`` of the report in it."""
+    return render(
+        "report.html",
+        figures,
+        title=report.title(),
+        report=report,
+        headline=report.headline().replace(" %", f"{NBSP}%").replace(" ± ", f"{NBSP}±{NBSP}"),
+        tiles=list(_tiles(report)),
+        quality=Table(_columns(report), [_cells(report, row) for row in report.shown()]),
+        details=[_cells(report, row) for row in report.results if row.detail],
+        judged=report.judged() is not None,
+        rule=RULE,
+        linears=_linears(report),
+        phases=_phases(report),
+        published=Table(("task", *PUBLISHED_COLUMNS), [_published(row) for row in report.expected])
+        if report.expected
+        else None,
+        loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
+        how_to_load=model_card.how_to_load,
+        lock=list(_flat(report.lock or {})),
+    )
+
+
+def render(template: str, figures: Sequence["Plot"], **values: Any) -> str:  # Any: whatever the template asks for
+    """A page from ``template`` with ``figures`` drawn into it."""
+    from qtool.reports.drawing import COLOURS, inline_svg
+
+    drawn = [
+        {"name": plot.name, "title": plot.title, "caption": plot.caption, "svg": Markup(inline_svg(plot))}
+        for plot in figures
+    ]
+    return _templates().get_template(template).render(plots=drawn, colours=COLOURS, version=__version__, **values)
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("qtool.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
+    """Name, number and a remark of what a reader looks for first."""
+    if report.bits_per_weight is not None:
+        yield "bits per weight", f"{report.bits_per_weight:.2f}", "scales and zero points counted"
+    if report.float_bytes and report.quantized_bytes:
+        ratio = report.float_bytes / report.quantized_bytes
+        sizes = f"{report.float_bytes / 1e6:.2f} MB to {report.quantized_bytes / 1e6:.2f} MB"
+        yield "size on disk", f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger", sizes
+    if (quality := report.quality()) is not None:
+        name, shown, where, said = quality
+        yield name, shown.replace(" ", NBSP), ": ".join(part for part in (where, said.partition(" (")[0]) if part)
+    if "quantize" in report.seconds:
+        held = max(report.peak_bytes.values(), default=0)
+        yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
+
+
+def _columns(report: Report) -> list[str]:
+    words_column = ["in words"] if len(report.columns()) > 1 else []
+    return ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+
+
+def _shots(report: Report, cell: object) -> list[str]:
+    """The cell of a column that only prompts with examples need."""
+    if all(row.num_fewshot is None for row in report.results):
+        return []
+    return ["" if cell is None else str(cell)]
+
+
+def _cells(report: Report, row: TaskResult) -> list[str]:
+    loss = report.loss(row)
+    said = [] if len(report.columns()) == 1 else [words(*loss).partition(" (")[0] if loss else ""]
+    task = row.task if row.detail else row.task + report.mark(row)
+    n = "" if row.n is None else str(row.n)
+    return [task, row.metric, *report.numbers(row, "±"), *said, *_shots(report, row.num_fewshot), n]
+
+
+def _linears(report: Report) -> Table | None:
+    from qtool.reports import figures as report_figures
+
+    grid = report_figures.grid_of(report.linears)
+    if not grid:
+        return None
+    blocks, parts = report_figures.blocks_and_parts(grid)
+    rows = []
+    for part in parts:
+        cells = [part]
+        for block in blocks:
+            linear = grid.get((part, block))
+            bits = "" if linear is None else "float" if linear.num_bits is None else str(linear.num_bits)
+            error = None if linear is None else linear.weight_error
+            cells.append(bits if error is None else f"{bits} / {report_figures.relative(error):.2f}")
+        rows.append(cells)
+    return Table(["linear", *(f"block {block}" for block in blocks)], rows)
+
+
+def _phases(report: Report) -> Table | None:
+    if not report.seconds:
+        return None
+    held = {"memory": report.peak_bytes, "GPU memory": report.peak_gpu_bytes}
+    held = {name: peaks for name, peaks in held.items() if peaks}
+    rows = [
+        [phase, duration(taken), *(size(peaks[phase]) if phase in peaks else "" for peaks in held.values())]
+        for phase, taken in report.seconds.items()
+    ]
+    return Table(["phase", "time", *held], rows)
+
+
+def _published(row: Any) -> list[str]:
+    return [f"{row.task} {row.metric}", *published_cells(row)]
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """``dotted.key`` and value of everything inside."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,157 @@
+"""Quality against size: which runs no other run beats in both, and the figure that shows them.
+
+A run is on the front when no other is at least as good and at least as small, and better in one of the two. Errors play
+no part in that; the figure shows them as bars.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from qtool.reports.drawing import LIGHT, Plot, blank, settle, shortened, style
+
+OFFSETS = [  # of a label from its point, in units of the figure, and how it is aligned there
+    (6, 5, "left", "bottom"),
+    (6, -5, "left", "top"),
+    (-6, 5, "right", "bottom"),
+    (-6, -5, "right", "top"),
+    (0, 9, "center", "bottom"),
+    (0, -9, "center", "top"),
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+    (0, 18, "center", "bottom"),
+    (0, -18, "center", "top"),
+    (12, 14, "left", "bottom"),
+    (12, -14, "left", "top"),
+    (-12, 14, "right", "bottom"),
+    (-12, -14, "right", "top"),
+]
+
+
+NEAR = 10  # a label that is further off has a line to its point
+ENDS = ((1.0, -2, "right"), (0.0, 2, "left"))  # of the float model's line, and how its name is aligned there
+
+
+class Point(NamedTuple):
+    """A run in the plane."""
+
+    number: int  # in the table, from 1
+    name: str
+    x: float  # size: smaller is better
+    y: float  # quality
+    error: float | None  # standard error of ``y``
+
+
+def front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
+    """The points that no other beats, by size; equal ones are all on it."""
+    sign = -1 if higher_is_better else 1
+    found: list[Point] = []
+    best = math.inf
+    for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
+        cost = sign * point.y
+        twin = bool(found) and (found[-1].x, found[-1].y) == (point.x, point.y)
+        if cost < best or twin:
+            found.append(point)
+            best = cost
+    return found
+
+
+class Plane(NamedTuple):
+    """What the axes are."""
+
+    size: str
+    quality: str
+    higher_is_better: bool
+    reference: float | None  # the float model's quality
+    paired: bool = False  # whether errors are those of the change against the float model
+
+
+def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
+    """The figure, with the float model as a line across."""
+    best = front(points, plane.higher_is_better)
+    with style():
+        figure, (axes,) = blank(3.3)
+        on = {point.number for point in best}
+        for colour, chosen in (("muted", [p for p in points if p.number not in on]), ("accent", best)):
+            for point in chosen:
+                bars: dict[str, Any] = {"color": LIGHT[colour], "capsize": 3, "markersize": 5.5, "elinewidth": 0.9}
+                axes.errorbar([point.x], [point.y], yerr=point.error, fmt="o", **bars)
+        steps = [(point.x, point.y) for point in best]
+        axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=LIGHT["accent"], linewidth=1.1, zorder=1)
+        axes.margins(0.16)
+        axes.grid()
+        better = "higher" if plane.higher_is_better else "lower"
+        axes.set_title(f"{shortened(plane.quality, 40)}, {better} is better")
+        axes.set_xlabel(f"{plane.size}, less is better")
+        if plane.reference is not None:
+            axes.axhline(plane.reference, color=LIGHT["second"], linewidth=1.1, linestyle="--", zorder=0.5)
+        unlabelled = label(axes, points, best, plane.reference)
+    caption = "The line joins the runs that no other beats in both: the Pareto front. Bars are one standard error"
+    caption += " of the change against the float model." if plane.paired else "."
+    if unlabelled:
+        caption += f" No room for the names of {len(unlabelled)} points: the table has all."
+    said = "; ".join(f"{point.name} {point.x:.4g}, {point.y:.5g}" for point in points)
+    text = f"On the front: {', '.join(point.name for point in best)}. All runs: {said}."
+    return Plot(name, f"{plane.quality} against {plane.size}", figure, text, caption)
+
+
+def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:
+    """Write each name beside its point where it covers nothing, else its number; returns those with no room at all."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    settle(figure)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg has one
+    inside = axes.get_window_extent(renderer)
+    taken = list(_drawn(axes, points, best, reference))
+
+    def write(text: str, place: tuple[float, float], offset: tuple[float, float, str, str], **options: Any) -> bool:
+        dx, dy, ha, va = offset
+        options |= {"ha": ha, "va": va, "fontsize": 8, "textcoords": "offset points"}
+        if math.hypot(dx, dy) > NEAR:
+            options["arrowprops"] = {"arrowstyle": "-", "color": LIGHT["muted"], "linewidth": 0.6, "shrinkB": 4}
+        drawn = axes.annotate(text, place, (dx, dy), **options)
+        drawn.set_in_layout(False)
+        drawn.update_positions(renderer)
+        box = Text.get_window_extent(drawn, renderer)  # of the words alone, not of the line to the point
+        fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        if fits and not box.count_overlaps(taken):
+            taken.append(box)
+            return True
+        drawn.remove()
+        return False
+
+    unlabelled = []
+    for point in points:
+        texts = f"{point.number} {shortened(point.name, 30)}", str(point.number)
+        if not any(write(text, (point.x, point.y), offset) for text in texts for offset in OFFSETS):
+            unlabelled.append(point)
+    if reference is not None:
+        sides = [(x, (dx, dy, ha, va)) for dy, va in ((2, "bottom"), (-2, "top")) for x, dx, ha in ENDS]
+        any(
+            write("float", (x, reference), at, xycoords=("axes fraction", "data"), color=LIGHT["second"])
+            for x, at in sides
+        )
+    return unlabelled
+
+
+def _drawn(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> Iterator[Bbox]:
+    """Where points, their bars, the front and the line of the float model are, in pixels."""
+
+    def box(low: tuple[float, float], high: tuple[float, float], wide: float) -> Bbox:
+        (x0, y0), (x1, y1) = axes.transData.transform([low, high])
+        return Bbox.from_extents(min(x0, x1) - wide, min(y0, y1) - wide, max(x0, x1) + wide, max(y0, y1) + wide)
+
+    for x, y, error in ((point.x, point.y, point.error or 0.0) for point in points):
+        yield box((x, y), (x, y), 4)
+        yield box((x, y - error), (x, y + error), 3)
+    for left, right in pairwise(best):
+        yield box((left.x, left.y), (right.x, left.y), 1)
+        yield box((right.x, left.y), (right.x, right.y), 1)
+    if reference is not None:
+        low, high = axes.get_xlim()
+        yield box((low, reference), (high, reference), 1)

@@ -1,0 +1,148 @@
+"""The records that reports are made of, and published numbers beside ours."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from qtool.config.sections import ExpectedConfig
+from qtool.evaluation.contamination import RUN
+
+
+def _strict(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+# JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
+Number = Annotated[float, PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")]
+
+
+class Record(BaseModel):
+    """A frozen part of a report; keys of other versions are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Metric(Record):
+    """A measured number."""
+
+    value: Number
+    stderr: Number | None = Field(None, description="Standard error; null where it cannot be estimated.")
+    n: int = Field(description="Observations behind it: tokens predicted, or examples.")
+
+
+class TaskResult(Record):
+    """One metric of one task for the model and, beside it, for the float model it was made from."""
+
+    task: str
+    metric: str
+    value: Number | None = Field(description="Of the model that was evaluated; null: not measured, and note says why.")
+    stderr: Number | None = None
+    float_value: Number | None = Field(None, description="Of the float model, by the same code and data.")
+    float_stderr: Number | None = None
+    delta: Number | None = Field(None, description="value - float_value.")
+    delta_stderr: Number | None = Field(None, description="Of the difference on the same windows; perplexity only.")
+    higher_is_better: bool | None = None
+    num_fewshot: int | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
+    limit: int | None = Field(None, description="Only the first N windows, or examples of each subtask.")
+    n: int | None = Field(None, description="Tokens predicted, or examples.")
+    detail: bool = Field(False, description="Summed up in the row of its group; left out of tables.")
+    overlap: Number | None = Field(
+        None,
+        description=f"Share of the text's runs of {RUN} tokens that the calibration text holds; null: not measured.",
+    )
+    note: str = Field("", description="What a reader must know to compare this number with others.")
+
+
+def task_result(
+    task: str, metric: str, measured: Metric, reference: Metric | None, **fields: bool | int | float | str | None
+) -> TaskResult:
+    """A row from the model's number and the float model's; ``fields`` are further fields of the row."""
+    row = {"task": task, "metric": metric, "value": measured.value, "stderr": measured.stderr, "n": measured.n}
+    if reference is not None:
+        row |= {
+            "float_value": reference.value,
+            "float_stderr": reference.stderr,
+            "delta": measured.value - reference.value,
+        }
+    return TaskResult.model_validate(row | fields)
+
+
+def change_error(row: TaskResult) -> float | None:
+    """Standard error of a row's change: of the difference on the same windows, else as if both were independent."""
+    if row.delta_stderr is not None:
+        return row.delta_stderr
+    if row.stderr is None or row.float_stderr is None:
+        return None
+    return math.hypot(row.stderr, row.float_stderr)
+
+
+class CalibrationText(Record):
+    """What a method learned from."""
+
+    source: str
+    num_samples: int
+    seq_len: int
+
+
+class Published(Record):
+    """A published number, and ours beside it."""
+
+    task: str
+    metric: str
+    value: Number = Field(description="As published.")
+    source: str
+    measured: Number | None = Field(None, description="Ours; null: not measured, and note says why.")
+    stderr: Number | None = None
+    difference: Number | None = Field(None, description="measured - value.")
+    note: str = ""
+
+
+class Linear(Record):
+    """A linear inside a decoder block."""
+
+    name: str
+    shape: tuple[int, int] = Field(description="Output and input channels.")
+    num_bits: int | None = Field(None, description="Width of its codes; null: it stays in floating point.")
+    grid: str = Field("", description="In short, e.g. w4g128.")
+    weight_error: Number | None = Field(
+        None,
+        description="|Q(w) - w|**2 / |w|**2 with w the float weight, or what a method made of it before it was rounded "
+        "(AWQ's scales are part of w); null: not recorded.",
+    )
+
+
+class Exported(Record):
+    """An export, and what reading it back showed."""
+
+    format: str
+    path: str
+    num_bytes: int = Field(description="Weights on disk.")
+    weight_difference: Number = Field(description="Largest difference of a weight read back.")
+    logit_difference: Number = Field(description="Of the largest logit, on a fixed probe.")
+    notes: tuple[str, ...] = ()
+
+
+def compare(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:
+    """Published numbers beside those of ``results``; of several tasks the plain mean."""
+    return tuple(_beside(each, results) for each in expected)
+
+
+def _beside(expected: ExpectedConfig, results: Sequence[TaskResult]) -> Published:
+    name = expected.tasks[0] if len(expected.tasks) == 1 else f"mean of {', '.join(expected.tasks)}"
+    shown = {"task": name, "metric": expected.metric, "value": expected.value, "source": expected.source}
+    rows = []
+    for task in expected.tasks:
+        known = {row.metric: row for row in results if row.task == task}
+        row = known.get(expected.metric) or (known.get("acc") if expected.metric == "acc_norm" else None)
+        if row is None or row.value is None:
+            reason = f"{task} was not evaluated" if not known else f"{task} has {', '.join(known)} here"
+            return Published(**shown, note=row.note if row else f"not measured: {reason}")
+        rows.append(row)
+    measured = sum(row.value for row in rows if row.value is not None) / len(rows)
+    errors = [row.stderr for row in rows if row.stderr is not None]
+    stderr = math.hypot(*errors) / len(rows) if len(errors) == len(rows) else None
+    limits = {f"limit {row.limit}" for row in rows if row.limit is not None}
+    difference = measured - expected.value
+    return Published(**shown, measured=measured, stderr=stderr, difference=difference, note=", ".join(sorted(limits)))

@@ -1,0 +1,354 @@
+"""What a sweep is asked to do: a recipe, the keys that vary, and the cells that come of it, each a whole recipe.
+
+A cell is made by changes, in this order: ``set``, then the axes of ``grid`` as they are written, or those of an entry
+of ``cells``, and last ``--set``. A change is a dotted key of the recipe and a value. A mapping is merged into the
+section it is for; a ``method`` section with a name replaces the one before it, whose keys belong to another method. The
+key ``recipe`` changes what the cell starts from.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from qtool.config import plugins, validation
+from qtool.config.recipe import DIALECT, Key, Recipe, assignment, changed, examine, keys_of, read_yaml, tables
+from qtool.config.sections import Section
+from qtool.sweeps.launchers import LauncherConfig
+from qtool.system.errors import InputError
+
+Change = tuple[str, Any]
+NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
+RESERVED = ("sweep", "submitit")  # names of what else lies in a sweep's folder
+SUFFIXES = (".partial", ".yaml", ".log")
+BASE = "recipe"
+
+
+class BenchConfig(Section):
+    """How speed is measured: the options of ``qtool bench``."""
+
+    prompt_tokens: int = Field(256, ge=2, description="Tokens of the prompt.")
+    new_tokens: int = Field(32, ge=1, description="Tokens decoded in each repeat.")
+    repeats: int = Field(5, ge=1, description="Of each number; the median is shown.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Precision of computation."
+    )
+
+
+class SweepConfig(Section):
+    """A sweep: what varies, and what is done with it."""
+
+    recipe: str | dict[str, Any] = Field(
+        default_factory=dict, description="What every cell starts from: a packaged name, a file, or sections."
+    )
+    set: dict[str, Any] = Field(default_factory=dict, description="Changes of every cell: dotted key -> value.")
+    grid: dict[str, list[Any] | dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Axes, of which every combination is a cell. A key of the recipe -> its values, as a list or by "
+        "label; any other name -> sets of changes by label.",
+    )
+    exclude: tuple[dict[str, Any], ...] = Field(
+        (), description="Cells to leave out: axis -> value or list of values; all of an entry must fit."
+    )
+    cells: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Further cells by name: dotted key -> value, and columns: their labels."
+    )
+    over: tuple[str, ...] = Field((), description="Axes over which means and standard deviations are taken, e.g. seed.")
+    keep: Literal["all", "reports"] = Field(
+        "all", description="reports: drop the weights of a cell when it has been measured."
+    )
+    missing_models: Literal["error", "skip"] = Field(
+        "error", description="skip: a cell whose model is not on this machine is not run, and nothing is downloaded."
+    )
+    bench: bool | BenchConfig = Field(
+        False, description="Measure speed, memory and energy too, one cell after another; true, or how: repeats, ..."
+    )
+    launcher: LauncherConfig = Field(LauncherConfig(), description="Where cells run.")
+    output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
+
+
+class Cell(NamedTuple):
+    """One cell as it is written: its name, its label on each axis, what it starts from, and what is changed."""
+
+    name: str
+    columns: dict[str, str]
+    base: str | dict[str, Any]
+    changes: tuple[Change, ...]
+
+
+class Planned(NamedTuple):
+    """One cell as it will run: ``raw`` is ``recipe`` before defaults were filled in."""
+
+    name: str
+    columns: dict[str, str]
+    raw: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def command(self) -> str:
+        """The command that its method runs as."""
+        return plugins.get(self.recipe.method.name).command
+
+
+class Plan(NamedTuple):
+    """A checked sweep."""
+
+    name: str
+    title: str
+    config: SweepConfig
+    output: Path
+    cells: tuple[Planned, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns, in their order."""
+        return tuple(dict.fromkeys(column for cell in self.cells for column in cell.columns))
+
+
+def keys() -> list[Key]:
+    """The keys of a sweep as ``--help`` shows them."""
+    return keys_of(SweepConfig)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a sweep; the keys of the recipes inside it are those of ``recipe.schema``."""
+    return {"$schema": DIALECT, **SweepConfig.model_json_schema(), "title": "qtool sweep"}
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
+    """The sweep at ``path``, a file or the name of a packaged one.
+
+    ``overrides`` are ``key=value``, of a recipe's keys for every cell or of the sweep's own. ``output`` is another
+    folder than the sweep says.
+
+    Raises:
+        InputError: every fault of the sweep, or else every fault of all its cells.
+    """
+    raw, wrong, given = read_yaml(path, "sweep"), [], []
+    for text in overrides:
+        try:
+            key, value = assignment(text)
+            if key.partition(".")[0] in SweepConfig.model_fields:
+                raw = changed(raw, key, value)
+            else:
+                given.append((key, value))
+        except ValueError as error:
+            wrong.append(f"--set {text}: {error}")
+    config, found = examine(SweepConfig, raw)
+    wrong += found
+    cells: list[Cell] = []
+    if config is not None:
+        cells, found = expand(config)
+        varied = {key for where, changes in _all_changes(config) if where != "set" for key, _ in changes}
+        wrong += found + [
+            f"--set {key}: it varies from cell to cell"
+            for key, _ in given
+            if any(f"{other}.".startswith(f"{key}.") for other in varied)
+        ]
+    if wrong or config is None:
+        raise InputError("\n  ".join([f"{path} has {len(wrong)} fault(s):", *wrong]))
+    name = str(path) if str(path) in tables() and not Path(path).is_file() else Path(path).stem
+    folder = output or config.output or Path("out", "sweeps", *Path(name).parts)
+    return Plan(name, _title(path), config, folder, check(cells, given, folder, path))
+
+
+def expand(config: SweepConfig) -> tuple[list[Cell], list[str]]:
+    """The cells of a sweep, unchecked, and what is wrong with its axes and names."""
+    wrong = list(_axis_faults(config))
+    if wrong:
+        return [], wrong
+    axes = {axis: dict(_choices(axis, values)) for axis, values in config.grid.items()}
+    common = tuple(config.set.items())
+    cells, used = [], [0] * len(config.exclude)
+    for labels in product(*axes.values()) if axes else ():
+        columns = dict(zip(axes, labels, strict=True))
+        hits = [_fits(entry, columns) for entry in config.exclude]
+        used = [count + hit for count, hit in zip(used, hits, strict=True)]
+        if not any(hits):
+            changes = [change for axis, label in columns.items() for change in _changes(axis, axes[axis][label])]
+            name = "-".join(_slug(axis, label, config.grid[axis]) for axis, label in columns.items())
+            cells.append(_cell(config, name, columns, (*common, *changes)))
+    for name, entry in config.cells.items():
+        columns = {key: _text(value) for key, value in (entry.get("columns") or {}).items()} or {"cell": name}
+        changes = [(key, value) for key, value in entry.items() if key != "columns"]
+        cells.append(_cell(config, name, columns, (*common, *changes)))
+    for entry, count in zip(config.exclude, used, strict=True):
+        if not count:
+            wrong.append(f"exclude: no cell has {validation.found(entry)}")
+    if not cells:
+        wrong.append("there is no cell; give grid, or cells")
+    for name, count in Counter(cell.name for cell in cells).items():
+        if count > 1:
+            wrong.append(f"{count} cells would be called {name}; give the values labels: {{label: value}}")
+        if not NAME.fullmatch(name) or name in RESERVED or name.endswith(SUFFIXES):
+            wrong.append(f"{name!r} cannot be the name of a cell's folder; give it another one")
+    known = dict.fromkeys(column for cell in cells for column in cell.columns)
+    wrong += [
+        f"over: no column is called {axis!r}; there are {', '.join(known)}" for axis in config.over if axis not in known
+    ]
+    return cells, wrong
+
+
+def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: str | Path) -> tuple[Planned, ...]:
+    """Every cell as a checked recipe that writes below ``folder``; ``given`` changes all of them, last.
+
+    Raises:
+        InputError: every fault of all cells, each once, with the cells that have it.
+    """
+    planned, wrong = [], dict[str, list[str]]()
+    for cell in cells:
+        try:
+            raw = _raw(cell, given) | {"output": {"path": str(folder / cell.name)}}
+            checked, found = examine(Recipe, raw)
+        except (InputError, ValueError) as error:
+            checked, found = None, [str(error)]
+        if checked is not None and checked.export:
+            found = ["export: a sweep writes no exports; leave it out, and use qtool export on the cell you choose"]
+        for fault in found:
+            wrong.setdefault(fault, []).append(cell.name)
+        if checked is not None:
+            planned.append(Planned(cell.name, cell.columns, raw, checked))
+    if wrong:
+        bad = len({name for names in wrong.values() for name in names})
+        head = f"{source}: {bad} of {len(cells)} cell(s) have faults:"
+        raise InputError("\n  ".join([head, *fault_lines(wrong, len(cells))]))
+    return tuple(planned)
+
+
+def fault_lines(wrong: Mapping[str, Sequence[str]], total: int) -> list[str]:
+    """A line for each fault, after those of ``total`` cells that have it."""
+    return [f"[{which(names, total)}] {fault}".replace("\n", "\n  ") for fault, names in wrong.items()]
+
+
+def which(names: Sequence[str], total: int) -> str:
+    """Some of ``total`` cells in words."""
+    if len(names) == total > 1:
+        return "all cells"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _raw(cell: Cell, given: Sequence[Change]) -> dict[str, Any]:
+    raw = read_yaml(cell.base) if isinstance(cell.base, str) else cell.base
+    for key, value in (*cell.changes, *given):
+        replaces = key == "method" and isinstance(value, Mapping) and "name" in value
+        raw = changed(raw, key, value if replaces else _merged(_at(raw, key), value))
+    return raw
+
+
+def _merged(before: object, value: object) -> object:
+    if not isinstance(before, Mapping) or not isinstance(value, Mapping):
+        return value
+    return {**before, **{key: _merged(before.get(key), each) for key, each in value.items()}}
+
+
+def _at(raw: object, key: str) -> object:
+    """What is at a dotted key, or ``None``."""
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, Mapping) else None
+    return raw
+
+
+def _cell(config: SweepConfig, name: str, columns: dict[str, str], changes: tuple[Change, ...]) -> Cell:
+    bases = [value for key, value in changes if key == BASE]
+    return Cell(name, columns, bases[-1] if bases else config.recipe, tuple(c for c in changes if c[0] != BASE))
+
+
+# axes
+
+
+def _axis_faults(config: SweepConfig) -> Iterator[str]:
+    """What is wrong with axes and keys, before there are cells."""
+    for axis, values in config.grid.items():
+        if not values:
+            yield f"grid.{axis}: no values"
+        for label, count in Counter(label for label, _ in _choices(axis, values)).items():
+            if count > 1:
+                yield f"grid.{axis}: {count} values are called {label}; give them labels: {{label: value, ...}}"
+        if isinstance(values, list):
+            if not _is_key(axis):
+                near = get_close_matches(axis.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
+                hint = f"; the nearest section is {near[0]}" if near else ""
+                yield f"grid.{axis}: no key of a recipe, so its values need labels, and are sets of changes{hint}"
+            for value in values:
+                if isinstance(value, dict | list):
+                    yield f"grid.{axis}: {validation.found(value)} needs a label: write {{label: value, ...}}"
+        elif not _is_key(axis):
+            for label, value in values.items():
+                if not isinstance(value, dict):
+                    found = validation.found(value)
+                    yield f"grid.{axis}.{label}: should be changes (dotted key -> value); found {found}"
+    for entry in config.exclude:
+        for axis in entry:
+            if axis not in config.grid:
+                yield f"exclude: no axis is called {axis!r}; there are {', '.join(config.grid) or 'none'}"
+    for where, changes in _all_changes(config):
+        for key, _ in changes:
+            if key.partition(".")[0] == "output":
+                yield f"{where}: {key}: each cell writes into a folder of its own; leave it out"
+            elif not _is_key(key):
+                near = get_close_matches(key.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
+                yield f"{where}: {key}: no section of a recipe{f'; the nearest is {near[0]}' if near else ''}"
+    for name, entry in config.cells.items():
+        if not isinstance(entry.get("columns", {}), dict):
+            yield f"cells.{name}.columns: should be a mapping; found {validation.found(entry['columns'])}"
+
+
+def _all_changes(config: SweepConfig) -> Iterator[tuple[str, Sequence[Change]]]:
+    yield "set", tuple(config.set.items())
+    for name, entry in config.cells.items():
+        yield f"cells.{name}", [change for change in entry.items() if change[0] != "columns"]
+    for axis, values in config.grid.items():
+        if _is_key(axis):
+            yield "grid", [(axis, None)]
+        elif isinstance(values, dict):
+            for label, value in values.items():
+                yield f"grid.{axis}.{label}", tuple(value.items()) if isinstance(value, dict) else ()
+
+
+def _is_key(name: str) -> bool:
+    return name == BASE or name.partition(".")[0] in Recipe.model_fields
+
+
+def _choices(axis: str, values: Sequence[Any] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Label and value of each choice."""
+    if isinstance(values, Mapping):
+        yield from ((_text(label), value) for label, value in values.items())
+    elif axis == BASE:
+        yield from ((Path(str(value)).stem, value) for value in values)
+    else:
+        yield from ((_text(value), value) for value in values)
+
+
+def _changes(axis: str, value: Any) -> Sequence[Change]:
+    return [(axis, value)] if _is_key(axis) else list(value.items())
+
+
+def _fits(entry: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether a cell is one that an entry of ``exclude`` means."""
+    wanted = {axis: value if isinstance(value, list) else [value] for axis, value in entry.items()}
+    return all(columns[axis] in map(_text, values) for axis, values in wanted.items())
+
+
+def _text(value: object) -> str:
+    """A value as a recipe would write it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _slug(axis: str, label: str, values: Sequence[Any] | Mapping[str, Any]) -> str:
+    """The part of a cell's name: a label or a word as it is, ``num_bits=3`` for other values."""
+    words = isinstance(values, Mapping) or axis == BASE or any(v == label for v in values if isinstance(v, str))
+    text = re.sub(r"[^\w.,=+-]+", "_", label).strip("_")
+    return text if words else f"{axis.rpartition('.')[2]}={text}"
+
+
+def _title(path: str | Path) -> str:
+    """The first line of the file, a comment that says what the sweep is."""
+    file = Path(path) if Path(path).is_file() else tables()[str(path)]
+    first = file.read_text(encoding="utf-8-sig").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""

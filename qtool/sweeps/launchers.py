@@ -1,0 +1,236 @@
+"""Where the commands of a sweep run: processes of this machine, or jobs of a cluster through submitit or Ray.
+
+A command is run by :func:`execute`, wherever that is; what a cluster gets is that call and nothing else. All machines
+see the same folders under the same paths.
+"""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from time import sleep
+from typing import IO, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from qtool.config.sections import Section
+from qtool.system import progress
+from qtool.system.errors import InputError
+
+POLL = 2.0  # seconds between looks at jobs of a cluster
+PATIENCE = 60.0  # seconds that a process has to end after it was asked to
+LAST_LINES = 5  # of the log, where a command ended without a word
+
+
+class LauncherConfig(Section):
+    """Where cells run."""
+
+    name: Literal["local", "submitit", "ray"] = Field(
+        "local", description="Processes of this machine, jobs of Slurm through submitit, or tasks of Ray."
+    )
+    cluster: Literal["slurm", "local", "debug"] | None = Field(
+        None, description="What submitit submits to; unset: Slurm where it is there, else this machine."
+    )
+    address: str | None = Field(None, description="Of a running Ray cluster; unset: a Ray of this machine's own.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Of submitit's update_parameters (timeout_min, slurm_partition, gpus_per_node, ...), or options of "
+        "a Ray task (num_cpus, num_gpus, ...).",
+    )
+
+    @model_validator(mode="after")
+    def _keys_act(self) -> "LauncherConfig":
+        idle = [
+            f"{key} acts only with name: {owner}"
+            for key, owner in (("cluster", "submitit"), ("address", "ray"))
+            if getattr(self, key) is not None and self.name != owner
+        ]
+        if self.parameters and self.name == "local":
+            idle.append("parameters act only with a cluster; --jobs says how many processes there are")
+        if idle:
+            raise ValueError("; ".join(idle))
+        return self
+
+    def check(self) -> None:
+        """Whether the package that it needs is there.
+
+        Raises:
+            InputError: it is not.
+        """
+        if self.name != "local" and find_spec(self.name) is None:
+            extra = "qtool[cluster]" if self.name == "submitit" else self.name
+            raise InputError(
+                f"launcher.name: {self.name} needs the package {self.name}, which is not installed; "
+                f"pip install '{extra}', or use local"
+            )
+
+
+class Command(NamedTuple):
+    """A command, the file that gets its standard error, and what is added to its environment."""
+
+    arguments: list[str]
+    log: Path
+    environment: dict[str, str]
+
+
+class Ended(NamedTuple):
+    """How a command ended: what it printed, and what went wrong, which is nothing where it did its work."""
+
+    output: str
+    error: str
+
+
+Ends = Generator[tuple[int, Ended], None, None]  # the index and end of each command, as it ends
+
+
+def execute(command: Command, running: "set[subprocess.Popen[bytes]] | None" = None) -> Ended:
+    """Run a command to its end; while it runs it is also in ``running``.
+
+    The log is locked by whoever writes to it. So a command that outlived the sweep that started it, which ``kill -9``
+    lets happen, is waited for and not run beside itself.
+    """
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    with command.log.open("ab") as log:
+        _own(log, command.log)
+        log.truncate(0)
+        process = subprocess.Popen(
+            command.arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=os.environ | command.environment,
+        )
+        (running := set() if running is None else running).add(process)
+        try:
+            output = process.communicate()[0].decode(errors="replace")
+        finally:
+            running.discard(process)
+    return Ended(output, _error(process.returncode, output, command.log))
+
+
+def settle(log: Path) -> None:
+    """Wait until nothing that an earlier sweep started writes to ``log`` any more."""
+    if log.exists():
+        with log.open("ab") as opened:
+            _own(opened, log)
+
+
+def _own(log: IO[bytes], path: Path) -> None:
+    """Lock an open log, which lasts while this process or one that inherits the file has it open."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: a process that was left behind is not noticed
+        return
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        progress.note(f"an earlier start of this still runs, and is waited for: {path}")
+        fcntl.flock(log, fcntl.LOCK_EX)
+    except OSError:
+        progress.note(f"{path} is where files cannot be locked: let no two sweeps write there")
+
+
+def _error(code: int, output: str, log: Path) -> str:
+    if code == 0:
+        return ""
+    with suppress(ValueError, IndexError, KeyError, TypeError):
+        return str(json.loads(output.strip().splitlines()[-1])["error"])
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", as a system out of memory does" if name == "SIGKILL" else "")
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+    return "\n".join(said) or f"ended with exit code {code}"
+
+
+def launch(config: LauncherConfig, commands: Sequence[Command], jobs: int | None, folder: Path) -> Ends:
+    """Run ``commands``, at most ``jobs`` at once, and give the index and end of each as it ends.
+
+    ``None`` is one at a time on this machine, and all at once on a cluster. ``folder`` is for the cluster's own files.
+    When this is left early, what runs is ended and what waits is not begun.
+    """
+    start = {"local": _local, "submitit": _submitit, "ray": _ray}[config.name]
+    limit = jobs or (1 if config.name == "local" else max(len(commands), 1))
+    yield from start(config, commands, limit, folder)
+
+
+def _local(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Ends:
+    running: set[subprocess.Popen[bytes]] = set()
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="cell")
+    waiting: dict[Future[Ended], int] = {pool.submit(execute, each, running): i for i, each in enumerate(commands)}
+    try:
+        while waiting:
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(done), done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+        for process in list(running):
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        pool.shutdown()
+
+
+def _submitit(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Ends:
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
+    executor.update_parameters(**config.parameters)
+    yield from _polled(
+        commands,
+        jobs,
+        submit=lambda command: executor.submit(execute, command),
+        is_done=lambda job: job.done(),
+        result=lambda job: job.result(),
+        cancel=lambda job: job.cancel(),
+    )
+
+
+def _ray(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder: Path) -> Ends:
+    import ray
+
+    ray.init(address=config.address, ignore_reinit_error=True, log_to_driver=False)
+    task = ray.remote(execute)
+    task = task.options(**config.parameters) if config.parameters else task
+    yield from _polled(
+        commands,
+        jobs,
+        submit=task.remote,
+        is_done=lambda job: bool(ray.wait([job], timeout=0)[0]),
+        result=ray.get,
+        cancel=ray.cancel,
+    )
+
+
+def _polled(commands: Sequence[Command], jobs: int, *, submit: Any, is_done: Any, result: Any, cancel: Any) -> Ends:
+    """Keep ``jobs`` commands submitted; the four functions are the cluster's, and its jobs are of a type of its own."""
+    left = list(enumerate(commands))[::-1]
+    submitted: dict[int, Any] = {}
+    try:
+        while left or submitted:
+            while left and len(submitted) < jobs:
+                index, command = left.pop()
+                submitted[index] = submit(command)
+            finished = [index for index, job in submitted.items() if is_done(job)]
+            for index in finished:
+                yield index, _collected(submitted.pop(index), result)
+            if not finished:
+                sleep(POLL)
+    finally:
+        for job in submitted.values():
+            cancel(job)
+
+
+def _collected(job: Any, result: Any) -> Ended:
+    try:
+        ended: Ended = result(job)
+    except Exception as error:  # of many kinds: the node failed, the time was over, the job was cancelled
+        return Ended("", f"the cluster's job failed: {error}".strip())
+    return ended

@@ -1,0 +1,284 @@
+"""``qtool sweep``: every cell of a sweep, each in a process of its own, and one table of what they came to.
+
+    OUT/<cell>.yaml      the cell's recipe; `qtool <command> OUT/<cell>.yaml` runs it by hand
+    OUT/<cell>.log       what its process said
+    OUT/<cell>/          its checkpoint and report, and bench.json where speed was measured
+    OUT/<cell>.partial/  what an interrupted cell goes on from
+    OUT/sweep.json, OUT/sweep.md
+
+The table is written anew whenever a cell ends.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from qtool.checkpoints.native import check_folder
+from qtool.config.sections import ModelConfig
+from qtool.models.folders import resolve
+from qtool.models.loading import load_model
+from qtool.pipelines.quantize import check_early, lock_of
+from qtool.pipelines.run_state import hold
+from qtool.reports import comparison
+from qtool.sweeps import launchers
+from qtool.sweeps.cell import (
+    QTOOL,
+    Cell,
+    begun_by_another,
+    benched,
+    drop_weights,
+    how,
+    keep_bench,
+    result,
+    todo,
+    write_recipe,
+)
+from qtool.sweeps.grid import Plan, fault_lines
+from qtool.sweeps.launchers import Command, Ended
+from qtool.sweeps.table import SweepReport, groups
+from qtool.system import progress
+from qtool.system.errors import InputError
+
+WAITING = "its turn has not come yet"
+
+
+@dataclass
+class Outcome:
+    """What a sweep made, and what became of its cells in this call."""
+
+    path: Path
+    report: SweepReport
+    ran: list[str]
+    cached: list[str]
+    failed: list[str]
+    seconds: float
+
+    exports = ()
+
+
+def sweep(plan: Plan, *, fresh: bool = False, jobs: int | None = None) -> Outcome:
+    """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all of them anew.
+
+    Raises:
+        InputError: a model, data, a task, a folder or the launcher that cannot be used, by any of the cells; nothing
+            was run.
+    """
+    transformers.logging.disable_progress_bar()
+    started = time.perf_counter()
+    plan.config.launcher.check()
+    with _alone(plan.output):
+        cells = [Cell(each, plan.output) for each in plan.cells]
+        threads = _threads(plan, jobs)
+        _prepare(plan, cells, threads, fresh)
+        left = [cell for cell in cells if cell.todo != "nothing"]
+        cached = [cell.plan.name for cell in cells if cell.todo == "nothing" and not cell.reason]
+        for name in cached:
+            progress.note(f"{name}: cached")
+        for cell in cells:
+            if cell.reason:
+                progress.note(f"{cell.plan.name}: not run: {cell.reason}")
+        for cell in left:
+            write_recipe(cell)
+            cell.reason = WAITING
+        try:
+            _run(plan, cells, left, jobs, threads)
+            if plan.config.bench:
+                _bench(plan, cells)
+        except KeyboardInterrupt:
+            progress.note(f"{_summary(plan, cells).counts()}; the same command goes on with the others")
+            raise
+        report = _write(plan, cells)
+        _compare(plan, cells)
+    failed = [cell.plan.name for cell in cells if cell.failed]
+    ran = [cell.plan.name for cell in left]
+    return Outcome(plan.output, report, ran, cached, failed, time.perf_counter() - started)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    taken = f"another sweep is at work in {folder}; wait for it, or choose another --output"
+    busy = hold(folder / ".busy", folder, taken)
+    try:
+        yield
+    finally:
+        busy.release()
+
+
+def _threads(plan: Plan, jobs: int | None) -> int | None:
+    """Threads of each of several processes side by side; ``None``: as many as a process takes by itself."""
+    if plan.config.launcher.name != "local" or (jobs or 1) == 1 or "OMP_NUM_THREADS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (jobs or 1))
+
+
+# before anything runs
+
+
+def _prepare(plan: Plan, cells: Sequence[Cell], threads: int | None, fresh: bool) -> None:
+    """Find out what is left of each cell, and refuse what cannot be run.
+
+    Raises:
+        InputError: with the faults of all cells.
+    """
+    wrong: dict[str, list[str]] = {}
+    folders: dict[str, Path | None] = {}
+    hashes: dict[Path, dict[str, str]] = {}
+    for cell in cells:
+        path = cell.plan.recipe.model.path
+        try:
+            if path not in folders:
+                folders[path] = _at_hand(path, plan.config.missing_models == "skip")
+            folder = folders[path]
+            if folder is None:
+                cell.reason = f"{path} is not at hand"
+                continue
+            lock = lock_of(cell.plan.recipe, folder, hashes.get(folder))
+            hashes[folder] = lock["model_files"]
+            launchers.settle(cell.log)
+            cell.todo = "run" if fresh else todo(cell, lock, plan.config.bench)
+            if cell.todo != "nothing":
+                check_folder(cell.folder, overwrite=True, source=folder)
+            if cell.todo == "run":
+                own = lock if threads is None else lock | {"threads": threads}
+                cell.starts_over = fresh or begun_by_another(cell, own, plan.config.launcher.name)
+        except InputError as error:
+            wrong.setdefault(str(error), []).append(cell.plan.name)
+    _check([cell for cell in cells if cell.todo != "nothing"], wrong)
+    if wrong:
+        raise InputError("\n  ".join([f"{plan.name} cannot be run:", *fault_lines(wrong, len(cells))]))
+
+
+def _at_hand(path: str, skip: bool) -> Path | None:
+    if not skip:
+        return resolve(path)
+    try:
+        return resolve(path, fetch=False)
+    except InputError:
+        return None
+
+
+def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
+    """Note in ``wrong`` what a run would refuse before its first block, each kind of question asked once."""
+    asked: dict[str, str] = {}
+    models: dict[str, Any] = {}
+    for cell in cells:
+        made = cell.plan.recipe
+        key = json.dumps([made.model.path, *(part.model_dump_json() for part in (made.quant, made.data))])
+        key += made.method.name + (made.eval.model_dump_json() if made.eval else "")
+        if key not in asked:
+            asked[key] = ""
+            try:
+                check_early(made)
+                if made.model.path not in models:
+                    models[made.model.path] = load_model(ModelConfig(path=made.model.path, device="cpu"))
+                models[made.model.path].targets(made.quant)
+            except InputError as error:
+                asked[key] = str(error)
+        if asked[key]:
+            wrong.setdefault(asked[key], []).append(cell.plan.name)
+
+
+# running
+
+
+def _run(plan: Plan, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | None, threads: int | None) -> None:
+    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    commands = [Command(cell.command(), cell.log, environment) for cell in left]
+
+    def note(cell: Cell, ended: Ended) -> None:
+        cell.failed, cell.reason = bool(ended.error), ended.error
+        progress.note(f"{cell.plan.name}: " + (f"failed: {ended.error}; see {cell.log}" if cell.failed else "done"))
+        if not plan.config.bench:
+            _drop(plan, cell)
+        _write(plan, cells)
+
+    _write(plan, cells)
+    _launch(plan, left, commands, jobs, f"running cells, which write to {plan.output}/*.log", note)
+    for cell in cells:
+        if not plan.config.bench and cell not in left:
+            _drop(plan, cell)
+
+
+def _bench(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Measure the speed of the cells that are done, one after another, so that none disturbs another."""
+    config = how(plan.config.bench)
+    left = [cell for cell in cells if not cell.reason and benched(cell, config) is None]
+    options = [text for key, value in config for text in (f"--{key.replace('_', '-')}", str(value))]
+    commands = [
+        Command(
+            [*QTOOL, "bench", str(cell.folder), *options, "--device", cell.plan.recipe.model.device, "--json"],
+            cell.log.with_suffix(".bench.log"),
+            {},
+        )
+        for cell in left
+    ]
+
+    def note(cell: Cell, ended: Ended) -> None:
+        if ended.error:
+            cell.failed, cell.reason = True, f"bench: {ended.error}"
+            progress.note(f"{cell.plan.name}: failed: {cell.reason}")
+        else:
+            keep_bench(cell, config, ended.output)
+
+    _launch(plan, left, commands, 1, "measuring speed", note)
+    for cell in cells:
+        _drop(plan, cell)
+
+
+def _launch(
+    plan: Plan,
+    cells: Sequence[Cell],
+    commands: Sequence[Command],
+    jobs: int | None,
+    title: str,
+    note: Callable[[Cell, Ended], None],
+) -> None:
+    """Run a command for each of ``cells``, and ``note`` how it ended."""
+    if not commands:
+        return
+    with (
+        progress.counted(title, len(commands)) as reach,
+        closing(launchers.launch(plan.config.launcher, commands, jobs, plan.output / "submitit")) as ends,
+    ):
+        for count, (index, ended) in enumerate(ends, 1):
+            note(cells[index], ended)
+            reach(count)
+
+
+def _drop(plan: Plan, cell: Cell) -> None:
+    """Drop the weights of a cell that is done, where only reports are kept."""
+    if plan.config.keep == "reports" and not cell.reason:
+        drop_weights(cell)
+
+
+# results
+
+
+def _write(plan: Plan, cells: Sequence[Cell]) -> SweepReport:
+    """Write the table as it stands."""
+    report = _summary(plan, cells)
+    report.write(plan.output)
+    return report
+
+
+def _compare(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Write the page that shows the cells that are done side by side."""
+    done = [cell.folder for cell in cells if not cell.reason]
+    if done:
+        (plan.output / comparison.HTML_NAME).write_text(comparison.compare(done).html(), encoding="utf-8")
+
+
+def _summary(plan: Plan, cells: Sequence[Cell]) -> SweepReport:
+    rows = tuple(result(cell) for cell in cells)
+    over = plan.config.over
+    return SweepReport(
+        name=plan.name, title=plan.title, over=over, cells=rows, groups=groups(rows, over) if over else ()
+    )

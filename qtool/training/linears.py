@@ -1,0 +1,179 @@
+"""What methods share that train linears in place: putting them in, where they start, how fast they move, packing."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qtool.checkpoints.native import Source
+from qtool.config.sections import QuantConfig
+from qtool.config.training import EndToEndConfig, TrainedConfig
+from qtool.models.folders import resolve
+from qtool.models.loading import LoadedModel, Target, replace_linear
+from qtool.quant.packed_linear import QuantLinear
+from qtool.system.errors import InputError
+from qtool.training.end_to_end import num_steps, train_model
+from qtool.training.fit import Fit, Group, total_factor
+from qtool.training.losses import CE
+from qtool.training.sharding import train_by_block
+
+L = TypeVar("L", bound=QuantLinear)
+
+
+def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Target], L]) -> dict[str, L]:
+    """Put ``make(target)`` in the place of each target of ``model``; returns those layers by name."""
+    layers = {}
+    for target in targets:
+        layers[target.name] = make(target)
+        replace_linear(model, target.name, layers[target.name])
+    return layers
+
+
+def _taken(targets: list[Target], block: int) -> Iterator[Target]:
+    """Those of a block, the next on the list, off it: a float weight goes when replaced, unless a teacher has it."""
+    while targets and targets[0].block == block:
+        yield targets.pop(0)
+
+
+def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
+    """Put packed layers, the same bit for bit, in the places of ``layers``."""
+    for name, layer in layers.items():
+        replace_linear(model, name, layer.freeze())
+
+
+class Start:
+    """A native checkpoint that a training starts from instead of the float model, opened and checked."""
+
+    def __init__(self, folder: str, targets: Iterable[Target]) -> None:
+        """Compare its linears, grids and shapes with what the recipe asks for.
+
+        Raises:
+            InputError: they differ, or it is no checkpoint of ours.
+        """
+        self.source = Source(resolve(folder, key="method.init_from"))
+        asked, found = {target.name: target for target in targets}, self.source.specs
+        if asked.keys() != found.keys():
+            odd = min(asked.keys() ^ found.keys())
+            where = "only the recipe quantizes" if odd in asked else "the recipe leaves in floating point"
+            raise InputError(f"method.init_from: {folder} does not fit: {odd} is a linear that {where}")
+        for name, target in asked.items():
+            if found[name].weights_only != target.spec.weights_only:
+                raise InputError(
+                    f"method.init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
+                    f"{target.spec.label()}, and all keys of quant must agree"
+                )
+            if (shape := tuple(self.source.tensor(f"{name}.weight_shape").tolist())) != target.weight_shape:
+                raise InputError(
+                    f"method.init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}"
+                )
+
+    def take_floats(self, loaded: LoadedModel, within: str = "") -> None:
+        """Give ``loaded`` all that is not quantized, norms and biases; below the module ``within`` only.
+
+        For a model whose linears are still in their places. The parameters are new ones: a teacher may hold the old.
+        """
+        for name in self.source.float_names():
+            if name.startswith(within):
+                path, _, attribute = name.rpartition(".")
+                module = loaded.model.get_submodule(path)
+                own = getattr(module, attribute)
+                value = self.source.tensor(name).to(own).clone()
+                if not torch.equal(value, own):
+                    setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+
+    def take_codes(self, layers: dict[str, L]) -> None:
+        """Let each of ``layers`` start at the checkpoint's codes."""
+        for name, layer in layers.items():
+            layer.start_from(self.source.quantized(name))
+
+
+class EndToEnd(TrainedConfig, EndToEndConfig):
+    """The base of the section of a method that trains all linears at once."""
+
+
+class WeightsConfig(EndToEnd):
+    """The same of a method that trains their weights: how fast these move.
+
+    Rates follow the model and the budget: a weight whose gradient keeps its sign moves by ``travel`` quantization steps
+    in the whole training, whatever that is: Adam's steps have the size of the rate.
+    """
+
+    travel: float = Field(0.2, ge=0, description="How far a weight can move in all steps, in quantization steps.")
+    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
+    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
+
+
+class GridConfig(WeightsConfig):
+    """The same of a method that also trains scales and zero points."""
+
+    scale_travel: float = Field(
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+    )
+    scale_lr: float | None = Field(
+        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
+    )
+
+
+C = TypeVar("C", bound=EndToEnd)
+
+
+def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> Group:
+    """The weights of ``layer``; ``total`` is the sum of the schedule's factors."""
+    lr = config.travel * float(layer.qparams()[0].detach().mean()) / total if config.lr is None else config.lr
+    return Group([layer.weight], lr, config.weight_decay)
+
+
+def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[Group]:
+    """The weights, scales and, where they are learned, zero points of ``layer``."""
+    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
+    scale_lr = ends * float(layer.scale.detach().mean()) * 2 / layer.spec.qmax
+    groups = [
+        weight_group(layer, config, total),
+        Group([layer.scale], scale_lr if config.scale_lr is None else config.scale_lr),
+    ]
+    if layer.zero_point.requires_grad:
+        groups.append(Group([layer.zero_point], ends if config.scale_lr is None else config.scale_lr))
+    return groups
+
+
+def train_linears(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    quant: QuantConfig,
+    config: C,
+    seed: int,
+    make: Callable[[Target, C], L],
+    groups_of: Callable[[L, C, float], list[Group]],
+    labels: Tensor | None = None,
+) -> dict[str, list[float]]:
+    """Train a layer in the place of each target on ``tokens`` ``[n, t]``, all at once, and pack.
+
+    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere.
+    ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
+    the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
+    """
+    loaded.gather(on_device=config.sharding == "none")
+    targets = loaded.targets(quant)
+    start = None if config.init_from is None else Start(config.init_from, targets)
+    teacher = None if config.loss == CE else loaded.float_copy()
+    if start is not None:
+        start.take_floats(loaded)
+    total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
+    layers: list[dict[str, L]] = []
+
+    def put(index: int) -> list[Group]:
+        layers.append(put_linears(loaded.model, _taken(targets, index), lambda target: make(target, config)))
+        if start is not None:
+            start.take_codes(layers[index])
+        return [group for layer in layers[index].values() for group in groups_of(layer, config, total)]
+
+    def train(groups: list[Group]) -> Fit:
+        return train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
+
+    def pack(index: int) -> None:
+        pack_linears(loaded.model, layers[index])
+
+    found = train_by_block(loaded, teacher, config, put, train, pack)
+    return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})
