@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import wrapt
 
+from qtool.system.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from torch import nn
 
     from qtool.models.backend import Backends
-
-__version__ = "0.1.0"
 
 
 @wrapt.when_imported("transformers.modeling_utils")

@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 
-from qtool.cli import app
+from qtool.cli import main as command_line
 
 SPINS = "10000"  # looks for work that a waiting thread of GNU OpenMP takes before it sleeps; it would take 300,000
 
@@ -20,7 +20,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
     gc.set_threshold(50_000, 20, 20)
-    code = app.main()
+    code = command_line.main()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

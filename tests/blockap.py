@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.config.sections import QuantConfig, QuantSpec
+from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.methods import efficientqat
 from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.rounding import PLAIN
 

@@ -11,7 +11,11 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+if "QTOOL_DATA_DIR" not in os.environ and DATA.is_dir():
+    os.environ["QTOOL_DATA_DIR"] = str(DATA)
 
 torch.set_num_threads(1)  # the same sums on every machine, and no fight over cores
 transformers.utils.logging.disable_progress_bar()
@@ -75,9 +79,9 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with data on this machine; the test is skipped where there is none."""
-    from qtool.data import windows
+    from qtool.data import sources
 
-    folder = windows.data_dir()
+    folder = sources.data_dir()
     if folder is None:
         pytest.skip("no data on this machine: set QTOOL_DATA_DIR to a folder that has it")
     return folder

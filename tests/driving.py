@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
-from qtool.blocks.driver import BlockTask, Stage, run_blocks
-from qtool.config.sections import QuantConfig
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask, Stage
+from qtool.config.quant import QuantConfig
 from qtool.methods import rtn
-from qtool.models.loading import LoadedModel, Target
+from qtool.models.linears import Target
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 
 W2 = QuantConfig(num_bits=2, group_size=16)  # coarse, so that what came before shows in every input

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 
 WINDOW = 8  # of sliding attention: shorter than the 24 tokens of the calibration windows
 COMMON = {

@@ -6,7 +6,7 @@ import families
 import tiny
 import transformers
 
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 
 ROPE = {"rope_theta": 500.0, "factor": 8.0}
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

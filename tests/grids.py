@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 

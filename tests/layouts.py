@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import BITS, QuantSpec
+from qtool.config.quant import BITS, QuantSpec
 from qtool.quant.affine import QuantizedWeight, dequantize
 
 

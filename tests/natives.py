@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qtool.config.sections import BITS, ExportConfig, ModelConfig, QuantConfig
+from qtool.config.quant import BITS, QuantConfig
+from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _readback
-from qtool.pipelines import quantize
+from qtool.pipelines import export as exporting
 
 GRIDS = {
     f"w{bits}{'g32' if group > 0 else 'pc'}{'' if symmetric else '-asym'}": QuantConfig(
@@ -69,7 +70,7 @@ class Natives:
 
 def exported(folder: Path, name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
     config = ExportConfig(format=name, path=out, dtype=dtype)  # type: ignore[arg-type]
-    return quantize.export(folder, config, overwrite)
+    return exporting.export(folder, config, overwrite)
 
 
 def plain(folder: Path, **options: object) -> torch.nn.Module:

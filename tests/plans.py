@@ -5,9 +5,9 @@ import torch
 from qtool.allocation import plan
 from qtool.allocation.plan import Plan, units_of
 from qtool.config.budget import BudgetConfig
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 from qtool.data.windows import Calibration
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 
 
 def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qtool.config import plugins
-from qtool.config.sections import QuantConfig
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.config.quant import QuantConfig
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 
 W4 = QuantConfig(num_bits=4, group_size=16)

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qtool.config import plugins
-from qtool.config.sections import ModelConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import ModelConfig
 from qtool.methods.efficientqat import e2e_qp
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
-from qtool.models.loading import LoadedModel, load_model, packed_linears
-from qtool.quant.packed_linear import QuantLinear
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed
 from qtool.training import end_to_end, linears, sharding
 

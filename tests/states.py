@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from qtool.checkpoints.native import file_hashes
+from qtool.checkpoints.files import file_hashes
 from qtool.config import plugins, recipe
 from qtool.pipelines import quantize as pipeline
 from qtool.pipelines import run_state

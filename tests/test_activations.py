@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config.sections import QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.quant.activations import round_tokens
-from qtool.quant.packed_linear import PackedLinear, QuantLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.trained_linear import QuantLinear
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from qtool.blocks.driver import BlockTask, run_blocks
-from qtool.checkpoints import native
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
+from qtool.checkpoints import native, output_folder
 from qtool.checkpoints.native import Planned, Source
 from qtool.checkpoints.quantization_config import describe, label, specs_of
 from qtool.config import plugins
+from qtool.config.quant import QuantConfig
 from qtool.config.recipe import Recipe, resolved
-from qtool.config.sections import ACTIVATIONS_VERSION, FORMAT_VERSION, ExportConfig, ModelConfig, QuantConfig
+from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _base
 from qtool.models.kv_cache import key_value_linears
-from qtool.models.loading import LoadedModel, linear_bias, load_model, packed_linears
-from qtool.pipelines import quantize
+from qtool.models.linears import linear_bias, packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
+from qtool.pipelines import export, quantize
 from qtool.quant.activations import round_tokens
-from qtool.quant.packed_linear import QuantLinear
+from qtool.quant.packed_linear import ACTIVATIONS_VERSION, FORMAT_VERSION
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 from qtool.training.linears import Start, pack_linears, put_linears
 
@@ -57,7 +62,7 @@ def test_every_kind_of_method_ships_what_its_roundings_are(
     short = {"signround": {"iterations": 3}, "lsq": {"steps": 2, "batch_size": 2}}
     loaded = make_llama()
     method.run(loaded, tokens, A8KV4, method.config(**short.get(name, {})), 0)
-    with native.atomic_folder(tmp_path / "out", overwrite=False) as partial:
+    with output_folder.atomic_folder(tmp_path / "out", overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
     found = tiny.logits(loaded.model)
     assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), found)
@@ -73,7 +78,7 @@ def test_training_computes_what_is_loaded_bit_for_bit(llama: LoadedModel, tmp_pa
     layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, linear_bias(t.linear), t.spec))
     trained = tiny.logits(llama.model)
     pack_linears(llama.model, layers)
-    with native.atomic_folder(tmp_path / "out", overwrite=False) as partial:
+    with output_folder.atomic_folder(tmp_path / "out", overwrite=False) as partial:
         native.save(partial, llama, tiny.specs(llama))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(tiny.logits(loaded), trained)
@@ -280,7 +285,7 @@ def test_no_export_leaves_it_out(
     wanted = ExportConfig(format=name, path=tmp_path / "export")
     message = rf"cannot be exported as {name}: model\.layers\.0\.self_attn\.\w+ rounds activations .*; use the native"
     with pytest.raises(InputError, match=message):
-        quantize.export(tmp_path / "native", wanted, False)
+        export.export(tmp_path / "native", wanted, False)
     assert _base.refusal(name, Source(tmp_path / "native"), wanted)
     targets = llama.targets(config)
     planned = Planned(llama, {t.name: t.spec for t in targets}, {t.name: t.weight_shape for t in targets})

@@ -15,13 +15,15 @@ from states import Killed, hashes, killed_at_rename, quantize, stop_after
 from qtool.allocation.plan import Plan, check, units_of
 from qtool.allocation.sensitivity import ESTIMATORS, merged
 from qtool.allocation.solvers import SOLVERS
-from qtool.checkpoints.native import Source, folder_bytes
-from qtool.cli import app
+from qtool.checkpoints.files import folder_bytes
+from qtool.checkpoints.native import Source
+from qtool.cli import main
 from qtool.config import recipe
 from qtool.config.budget import BudgetConfig
-from qtool.config.sections import QuantConfig, QuantOverride, QuantSpec
-from qtool.models.loading import LoadedModel, Target
-from qtool.pipelines import quantize as pipeline
+from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec
+from qtool.models.linears import Target
+from qtool.models.loaded import LoadedModel
+from qtool.pipelines import plan as planning
 from qtool.system.errors import InputError
 
 MIXED = ("auto-round", "compressed-tensors", "dense", "gguf", "mlx")  # formats that hold several widths
@@ -216,7 +218,7 @@ def test_a_run_chooses_what_qtool_plan_shows(models, tmp_path, whole) -> None:
     """The run streams the model, and ``plan`` does not."""
     for estimator in ("loss", "hessian"):
         file = make(models, tmp_path / estimator, budget={"average_bits": 3.5, "estimator": estimator})
-        shown = pipeline.plan(recipe.load(file))
+        shown = planning.plan(recipe.load(file))
         if estimator == "loss":
             made = whole[1]
         else:
@@ -227,13 +229,13 @@ def test_a_run_chooses_what_qtool_plan_shows(models, tmp_path, whole) -> None:
 
 def test_a_plan_file_given_to_a_recipe_makes_the_same_bytes(models, tmp_path, whole, capsys) -> None:
     plan = tmp_path / "plan.yaml"
-    assert app.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 0
+    assert main.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 0
     assert "model.layers.0.self_attn: q_proj, k_proj, v_proj" in capsys.readouterr().out
     again = ["--set", f"quant.overrides={plan}", "--set", "quant.budget=null"]
-    assert app.main(["ptq", str(make(models, tmp_path / "out")), "-q", *again]) == 0
+    assert main.main(["ptq", str(make(models, tmp_path / "out")), "-q", *again]) == 0
     assert hashes(tmp_path / "out") == whole[0]
     assert "plan" not in manifest_of(tmp_path / "out")
-    assert app.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 2
+    assert main.main(["plan", str(make(models, tmp_path / "out")), "-o", str(plan), "-q"]) == 2
 
 
 def test_a_plan_file_keeps_the_overrides_of_its_recipe(llama, tokens, tmp_path) -> None:
@@ -271,10 +273,10 @@ def test_patterns_with_dots_can_be_set(tmp_path) -> None:
 
 def test_plan_prints_json_and_asks_for_a_budget(models, tmp_path, capsys) -> None:
     file = str(make(models, tmp_path / "out", budget={"average_bits": 3, "estimator": "variance"}))
-    assert app.main(["plan", file, "-q", "--json"]) == 0
+    assert main.main(["plan", file, "-q", "--json"]) == 0
     found = Plan.model_validate_json(capsys.readouterr().out)
     assert found.bits_per_weight <= 3
-    assert app.main(["plan", file, "-q", "--set", "quant.budget=null"]) == 2
+    assert main.main(["plan", file, "-q", "--set", "quant.budget=null"]) == 2
 
 
 @pytest.mark.parametrize(("number", "after"), [(1, True), (2, False), (2, True), (4, False)])

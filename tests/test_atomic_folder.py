@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from qtool.checkpoints import native
-from qtool.checkpoints.native import atomic_folder
-from qtool.config.sections import QuantConfig
+from qtool.checkpoints import native, output_folder
+from qtool.checkpoints.output_folder import atomic_folder
+from qtool.config.quant import QuantConfig
 from qtool.system.errors import InputError, RunError
 
 ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
@@ -109,9 +109,9 @@ def test_a_disk_that_is_really_full_leaves_nothing_and_keeps_what_was_there(fold
 
 @ONLY_ROOT
 def test_too_little_space_is_seen_before_the_work(small_disk: Path) -> None:
-    native.check_space(small_disk / "deep" / "out", 1000)
+    output_folder.check_space(small_disk / "deep" / "out", 1000)
     with pytest.raises(InputError, match=r"out needs about 0\.00 GB, and .*disk has 0\.00 GB free"):
-        native.check_space(small_disk / "deep" / "out", 100_000)
+        output_folder.check_space(small_disk / "deep" / "out", 100_000)
 
 
 def test_an_existing_folder_is_refused_and_not_touched(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import torch
 from quick import W4, correlated_inputs, generator, random_weight, run, same
 from torch import Tensor, nn
 
-from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
 from qtool.config import plugins
-from qtool.config.sections import ModelConfig, QuantConfig, QuantSpec
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import ModelConfig
 from qtool.methods import awq, rtn
-from qtool.models.loading import LoadedModel, Target, dense_weight, load_model, packed_linears
+from qtool.models.linears import Target, dense_weight, packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.quant.affine import dequantize, minmax_qparams, quantize
 
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qtool
-from qtool.config.sections import EvalConfig, ModelConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import EvalConfig, ModelConfig
 from qtool.evaluation import tasks
 from qtool.models import backend
-from qtool.models.loading import load_model, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loading import load_model
 from qtool.pipelines.evaluate import evaluate as run_evaluate
 from qtool.system import progress
 from qtool.system.errors import InputError

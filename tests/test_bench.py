@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 
 from qtool import evaluation
-from qtool.cli import app
-from qtool.config.sections import ModelConfig, QuantConfig
+from qtool.cli import main
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import ModelConfig
 from qtool.evaluation import bench
 from qtool.evaluation.bench import Plan
-from qtool.models.loading import packed_linears
+from qtool.models.linears import packed_linears
 from qtool.reports import bench_report
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Variant
 from qtool.system import energy
@@ -342,10 +343,10 @@ def test_what_cannot_be_measured_is_refused(folder: Path, capsys: pytest.Capture
         run(folder.parent / "float")
     with pytest.raises(InputError, match=r"256 tokens and 5 x 32 more do not fit the context of .* \(128\); ask for"):
         run(folder, Plan())
-    assert app.main(["bench", str(folder / "nothing")]) == 2
+    assert main.main(["bench", str(folder / "nothing")]) == 2
     assert "is not a folder; give one that qtool ptq wrote" in capsys.readouterr().err
-    assert app.main(["bench", str(folder), "--repeats", "0"]) == 2
-    assert app.main(["bench", str(folder), "--dtype", "int8"]) == 2
+    assert main.main(["bench", str(folder), "--repeats", "0"]) == 2
+    assert main.main(["bench", str(folder), "--dtype", "int8"]) == 2
     assert "model.dtype: should be 'auto', 'float32'" in capsys.readouterr().err
 
 
@@ -358,11 +359,11 @@ def test_the_command_prints_one_object_or_a_table(
     monkeypatch.setitem(sys.modules, "qtool.evaluation.bench", fake)
     monkeypatch.setattr(evaluation, "bench", fake, raising=False)
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--device", "cpu"]
-    assert app.main(["bench", str(folder), *options, "--json"]) == 0
+    assert main.main(["bench", str(folder), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["path"], found["exports"]) == (None, [])
     assert found["report"]["variants"][1]["speeds"]["decode, batch 1"]["tokens_per_second"] == 3.0
-    assert app.main(["bench", str(folder), "--dtype", "float32"]) == 0
+    assert main.main(["bench", str(folder), "--dtype", "float32"]) == 0
     assert "| decode, batch 1, tokens/s | 1.00 | 3.00 (3.00 x) | 1.00 (1.00 x) |" in capsys.readouterr().out
     path = str(folder)
     assert asked == [

@@ -21,9 +21,11 @@ from driving import (
 from torch import Tensor
 
 from qtool.blocks import driver
-from qtool.blocks.driver import PROBED_WINDOWS, BlockTask, Call, run_blocks
-from qtool.config.sections import QuantConfig
-from qtool.models.loading import LoadedModel, replace_linear
+from qtool.blocks.driver import PROBED_WINDOWS, Call, run_blocks
+from qtool.blocks.task import BlockTask
+from qtool.config.quant import QuantConfig
+from qtool.models.linears import replace_linear
+from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
 
 

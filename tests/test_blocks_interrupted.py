@@ -8,8 +8,10 @@ import torch
 from driving import CONFIGS, W2, make, nearest, pack_all, pack_in_stages, untouched
 from torch import Tensor
 
-from qtool.blocks.driver import BlockTask, run_blocks
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 
 
 @pytest.fixture(params=CONFIGS)

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors import safe_open
 
-from qtool.checkpoints import native
+from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import Source
 from qtool.checkpoints.quantization_config import describe, specs_of
-from qtool.config.sections import ACTIVATIONS_VERSION, BITS, QuantConfig, QuantSpec
+from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.models.folders import read_config
-from qtool.models.loading import packed_linears
+from qtool.models.linears import packed_linears
+from qtool.quant.packed_linear import ACTIVATIONS_VERSION
 from qtool.system.errors import InputError, RunError
 
 MIXED = QuantConfig.model_validate(
@@ -50,7 +51,7 @@ def mixed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def set_section(folder: Path, **values: object) -> None:
     config = read_config(folder)
     config["quantization_config"] |= values
-    native.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
 
 
 # what was written is what is read
@@ -107,7 +108,7 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 def test_a_large_checkpoint_is_sharded_with_an_index(
     folder: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "MAX_SHARD_SIZE", 30_000)
+    monkeypatch.setattr(files, "MAX_SHARD_SIZE", 30_000)
     tiny.quantize(folder, tmp_path / "out", MIXED)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -134,7 +135,7 @@ def test_others_may_read_the_files_as_far_as_the_umask_says(folder: Path, tmp_pa
 def test_a_write_that_reads_back_differently_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_file = native.save_file
+    save_file = files.save_file
 
     def failing(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         save_file(tensors, file, metadata=metadata)
@@ -142,7 +143,7 @@ def test_a_write_that_reads_back_differently_is_an_error(
         raw[-1] ^= 1
         file.write_bytes(raw)
 
-    monkeypatch.setattr(native, "save_file", failing)
+    monkeypatch.setattr(files, "save_file", failing)
     with pytest.raises(RunError, match=r"read back from .* differs"):
         tiny.quantize(folder, tmp_path / "out", QuantConfig(group_size=32))
     assert not list(tmp_path.iterdir())
@@ -167,7 +168,7 @@ def test_packed_tensors_on_disk_have_exactly_the_bits_per_weight_of_the_formula(
         assert size * 8 == pytest.approx(quant.bits_per_weight(columns) * rows * columns, rel=1e-12), name
         payload += size
     weights = sum(rows * columns for rows, columns in shapes.values())
-    assert payload * 8 == pytest.approx(native.bits_per_weight(source.specs, shapes) * weights, rel=1e-12)
+    assert payload * 8 == pytest.approx(sizes.bits_per_weight(source.specs, shapes) * weights, rel=1e-12)
     # and nothing else is there: the rest of the file is the float tensors, 17 bytes for each linear, and the header
     rest = sum(source.tensor(name).nbytes for name in source.float_names()) + 17 * len(shapes)
     file = tmp_path / "out" / "model.safetensors"
@@ -245,7 +246,7 @@ def test_a_section_that_lacks_a_key_is_refused(mixed: Path, tmp_path: Path, key:
     folder = tiny.copied(mixed, tmp_path / "lacking")
     config = read_config(folder)
     del config["quantization_config"][key]
-    native.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     with pytest.raises(InputError, match=f"damaged: '{key}'"):
         Source(folder)
 
@@ -253,7 +254,7 @@ def test_a_section_that_lacks_a_key_is_refused(mixed: Path, tmp_path: Path, key:
 @pytest.mark.parametrize("section", [[], "qtool", 4], ids=repr)
 def test_a_section_that_is_no_mapping_is_refused(mixed: Path, tmp_path: Path, section: object) -> None:
     folder = tiny.copied(mixed, tmp_path / "wrong")
-    native.write_json(folder / "config.json", read_config(folder) | {"quantization_config": section})
+    files.write_json(folder / "config.json", read_config(folder) | {"quantization_config": section})
     with pytest.raises(InputError, match="quantization_config"):
         Source(folder)
 

@@ -13,9 +13,9 @@ import pytest
 
 import qtool
 from qtool import pipelines
-from qtool.cli import app, doctor, session
+from qtool.cli import doctor, main, session
 from qtool.config import plugins
-from qtool.config.recipe import packaged, tables
+from qtool.config.files import packaged, tables
 from qtool.config.sections import MethodConfig
 from qtool.system import progress
 from qtool.system.errors import RunError
@@ -45,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fake.quantize = lambda *args: fake.calls.append(args) or outcome(exports=("out/y",))
     fake.evaluate = lambda *args: fake.calls.append(args) or outcome(None)
     fake.export = lambda *args: fake.calls.append(args) or args[1].path
-    for name in ("quantize", "evaluate"):
+    for name in ("quantize", "evaluate", "export"):
         monkeypatch.setitem(sys.modules, f"qtool.pipelines.{name}", fake)
         monkeypatch.setattr(pipelines, name, fake, raising=False)
     demo = {"demo": plugins.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
@@ -65,7 +65,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_ptq_checks_the_recipe_and_prints_report_and_paths(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app.main(["ptq", recipe, "--set", "seed=3", "--set", "quant.num_bits=2", "--overwrite"]) == 0
+    assert main.main(["ptq", recipe, "--set", "seed=3", "--set", "quant.num_bits=2", "--overwrite"]) == 0
     ((checked, command, fresh),) = run.calls
     assert (checked.seed, checked.quant.num_bits, checked.output.overwrite, command, fresh) == (
         3,
@@ -86,7 +86,7 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
         return outcome()
 
     run.quantize = noisy
-    assert app.main(["ptq", recipe, "--json"]) == 0
+    assert main.main(["ptq", recipe, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {
         "path": "out/x",
@@ -110,7 +110,7 @@ def test_quiet_shows_no_progress(
         return outcome()
 
     run.quantize = note
-    assert app.main(["ptq", recipe, "-q"]) == 0
+    assert main.main(["ptq", recipe, "-q"]) == 0
     assert capsys.readouterr().err == ""
     assert os.environ["TQDM_DISABLE"] == "1"
 
@@ -118,13 +118,13 @@ def test_quiet_shows_no_progress(
 def test_a_method_under_the_wrong_command_is_refused_before_any_work(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app.main(["qat", recipe]) == 2
+    assert main.main(["qat", recipe]) == 2
     assert capsys.readouterr().err == "error: method demo runs as: qtool ptq, not qtool qat\n"
     assert run.calls == []
 
 
 def test_all_faults_of_a_recipe_are_printed(run: Any, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["ptq", recipe, "--set", "quant.num_bit=3", "--set", "seed=x"]) == 2
+    assert main.main(["ptq", recipe, "--set", "quant.num_bit=3", "--set", "seed=x"]) == 2
     assert capsys.readouterr().err == (
         "error: r.yaml with --set has 2 fault(s):\n"
         "  quant.num_bit: unknown key; the nearest is quant.num_bits; found 3\n"
@@ -148,7 +148,7 @@ def test_all_faults_of_a_recipe_are_printed(run: Any, recipe: str, capsys: pytes
 def test_wrong_input_ends_with_exit_code_2(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    assert app.main(args) == 2
+    assert main.main(args) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"error: {message}")
     assert out == ""
@@ -180,7 +180,7 @@ def test_what_ends_a_run_has_a_kind_an_exit_code_and_no_traceback(
 
     run.quantize = fail
     monkeypatch.delenv("QTOOL_DEBUG", raising=False)
-    assert app.main(["ptq", recipe, "--json"]) == code
+    assert main.main(["ptq", recipe, "--json"]) == code
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert (found["kind"], found["exit_code"]) == (kind, code)
@@ -188,12 +188,12 @@ def test_what_ends_a_run_has_a_kind_an_exit_code_and_no_traceback(
     assert message in err
     assert "Traceback" not in err
     monkeypatch.setenv("QTOOL_DEBUG", "1")
-    assert app.main(["ptq", recipe]) == code
+    assert main.main(["ptq", recipe]) == code
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_json_usage_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["ptq", "--json"]) == 2
+    assert main.main(["ptq", "--json"]) == 2
     assert json.loads(capsys.readouterr().out) == {
         "error": "Missing argument 'RECIPE'.",
         "kind": "usage",
@@ -209,10 +209,10 @@ def test_ctrl_c_after_the_checkpoint_has_its_name_does_not_deny_it(
         raise KeyboardInterrupt
 
     run.quantize = fail
-    assert app.main(["ptq", recipe]) == 130
+    assert main.main(["ptq", recipe]) == 130
     assert capsys.readouterr().err == "interrupted; out/x is complete, but not what was to follow it\n"
     run.quantize = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    assert app.main(["ptq", recipe, "--overwrite"]) == 130
+    assert main.main(["ptq", recipe, "--overwrite"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written under out/x\n"
 
 
@@ -223,14 +223,14 @@ def test_ctrl_c_before_a_run_is_one_word(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plugins, "get", fail)
-    assert app.main(["ptq", recipe]) == 130
+    assert main.main(["ptq", recipe]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--tasks boolq,mmlu --limit 5 --batch-size 8 --num-fewshot 2 --context 64 --dtype float32 --device cpu"
     args = ["eval", str(tmp_path), *options.split(), "--float-model", "org/m", "-o", "out"]
-    assert app.main(args) == 0
+    assert main.main(args) == 0
     ((target, config, model, float_model, output, seed, expected, plots),) = run.calls
     assert (target, model.path, model.dtype, model.device) == (str(tmp_path), str(tmp_path), "float32", "cpu")
     assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
@@ -245,7 +245,7 @@ def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: s
         f"model: {{path: m}}\neval: {{tasks: [kl], limit: 3}}\nexpected: [{published}]\nseed: 4\n"
         "output: {path: o, plots: true}\n"
     )
-    assert app.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
+    assert main.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
     ((target, config, _, float_model, output, seed, expected, plots),) = run.calls
     assert (target, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
     assert (float_model, output, seed, plots) == (None, Path("o"), 4, True)
@@ -253,7 +253,7 @@ def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: s
 
 
 def test_eval_lists_what_is_wrong_with_its_options(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["eval", "x", "--limit", "0", "--dtype", "int8"]) == 2
+    assert main.main(["eval", "x", "--limit", "0", "--dtype", "int8"]) == 2
     err = capsys.readouterr().err
     assert "the command line has 2 fault(s):\n" in err
     assert "  eval.limit: should be greater than or equal to 1; found 0\n" in err
@@ -262,29 +262,29 @@ def test_eval_lists_what_is_wrong_with_its_options(run: Any, capsys: pytest.Capt
 
 def test_export_calls_the_exporter(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["export", str(tmp_path), "--format", "dense", "-o", "out", "--dtype", "float16", "--overwrite"]
-    assert app.main([*args, "--json"]) == 0
+    assert main.main([*args, "--json"]) == 0
     ((folder, config, overwrite),) = run.calls
     assert (folder, config.format, config.path, config.dtype) == (tmp_path, "dense", Path("out"), "float16")
     assert overwrite
     assert json.loads(capsys.readouterr().out) == {"path": "out", "format": "dense"}
-    assert app.main(["export", str(tmp_path / "no"), "-f", "dense", "-o", "out"]) == 2
+    assert main.main(["export", str(tmp_path / "no"), "-f", "dense", "-o", "out"]) == 2
     assert "is not a folder; give one that qtool ptq wrote" in capsys.readouterr().err
-    assert app.main(["export", str(tmp_path), "-f", "dens", "-o", "out"]) == 2
+    assert main.main(["export", str(tmp_path), "-f", "dens", "-o", "out"]) == 2
     assert "no such export format; the nearest is dense" in capsys.readouterr().err
 
 
 def test_recipes_lists_all_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["recipes"]) == 0
+    assert main.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*packaged(), *tables()]
     assert all(len(line) <= 120 and len(line.split()) > 4 for line in lines)
-    assert app.main(["recipes", "quickstart"]) == 0
+    assert main.main(["recipes", "quickstart"]) == 0
     text = (Path(qtool.__file__).parent / "recipes" / "quickstart.yaml").read_text()
     assert capsys.readouterr().out == text
 
 
 def test_help_of_ptq_ends_with_every_key(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["ptq", "--help"]) == 0
+    assert main.main(["ptq", "--help"]) == 0
     text = capsys.readouterr().out
     for each in ("One of: demo.", "num_bits ", "Bits per code. One of: 2, 3, 4, 8. [4]", "(top level)", "down_proj"):
         assert each in text
@@ -292,16 +292,16 @@ def test_help_of_ptq_ends_with_every_key(run: Any, capsys: pytest.CaptureFixture
 
 
 def test_no_arguments_print_the_help_and_count_as_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main([]) == 2
+    assert main.main([]) == 2
     assert capsys.readouterr().out.startswith("Usage: qtool")
-    assert app.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"qtool {qtool.__version__}\n"
 
 
 def test_options_are_described_by_the_recipe_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["eval", "--help"]) == 0
+    assert main.main(["eval", "--help"]) == 0
     assert "Perplexity window in tokens" in capsys.readouterr().out
-    assert app.main(["export", "--help"]) == 0
+    assert main.main(["export", "--help"]) == 0
     text = capsys.readouterr().out
     assert "One of: dense." in text or "One of: auto-round, compressed-tensors" in text
     assert "Of tensors that stay in floating point" in text
@@ -360,7 +360,7 @@ def test_doctor_finds_what_is_missing_or_does_not_fit(
 ) -> None:
     requires = ["torch>=2.6,<3", "rich", "typer>=1", 'pytest; extra == "test"', 'gone; python_version < "3"']
     _distribution(monkeypatch, requires, {"torch": "2.13.0+cpu", "typer": "0.29.2"})
-    assert app.main(["doctor", "--json"]) == 1
+    assert main.main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert set(found["packages"]) == {"torch", "rich", "typer"}
     assert found["packages"]["torch"] == {"version": "2.13.0+cpu", "needs": ">=2.6,<3", "ok": True}
@@ -374,7 +374,7 @@ def test_doctor_is_content_where_all_is_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _distribution(monkeypatch, ["torch>=2.6"], {"torch": "2.13.0", "wandb": "1.0"})
-    assert app.main(["doctor"]) == 0
+    assert main.main(["doctor"]) == 0
     text = capsys.readouterr().out
     for each in ("A GPU, 24.0 GB, 20.0 GB free", "2 cores, 2 threads, 16.0 GB", "set QTOOL_DATA_DIR", "all is well"):
         assert each in text

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 from rich.console import Console
 
-from qtool.cli import app
+from qtool.cli import main
 from qtool.reports import drawing, pareto
 from qtool.reports.comparison import Comparison, compare, comparison, difference_error
 from qtool.reports.pareto import Plane, Point, front
@@ -261,7 +261,7 @@ def test_names_are_as_long_as_tells_them_apart(tmp_path: Path) -> None:
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(save(tmp_path / name, report(value, bits))) for name, value, bits in (("a", 10, 4.25), ("b", 11, 3.25))]
     out = tmp_path / "out"
-    assert app.main(["compare", *runs, "-o", str(out)]) == 0
+    assert main.main(["compare", *runs, "-o", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "| 1 a | gptq w4g64 | 4.250 | 4.25 | 10.00 ± 0.10 \\* |" in printed
     assert printed.rstrip().endswith(str(out))
@@ -269,12 +269,12 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     figures = {f"plots/pareto-{kind}.{end}" for kind in ("bits", "size") for end in ("png", "svg")}
     assert names == {"compare.html", "compare.md", "compare.json"} | figures
     assert (out / "compare.md").read_text() in printed
-    assert app.main(["compare", *runs, "--json"]) == 0
+    assert main.main(["compare", *runs, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["path"] is None
     assert found | {"path": None} == {"path": None} | json.loads((out / "compare.json").read_text())
     assert [value["best"] for value in found["measures"][0]["values"]] == [True, False]
-    assert app.main(["compare", str(tmp_path)]) == 2
+    assert main.main(["compare", str(tmp_path)]) == 2
     assert "has no report.json" in capsys.readouterr().err
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import lzma
-import os
 import struct
 
 import pytest
@@ -13,16 +12,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from qtool.config.sections import DataConfig
-from qtool.data import generated, readers
+from qtool.data import generated, hub, readers, sources
 from qtool.data import windows as calibration_windows
-from qtool.data.readers import UnreachableError
-from qtool.models.loading import LoadedModel
+from qtool.data.hub import UnreachableError
+from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 ENGLISH = "The river runs through the old town, and the mill by the bridge is still used in autumn.\n"
 
 needs_data = pytest.mark.skipif(
-    calibration_windows.data_dir() is None, reason="no data: set QTOOL_DATA_DIR to a folder that has it"
+    sources.data_dir() is None, reason="no data: set QTOOL_DATA_DIR to a folder that has it"
 )
 
 
@@ -40,7 +39,7 @@ def no_local_data(monkeypatch):
 @pytest.fixture
 def no_hub(monkeypatch):
     """The hub does not answer, whatever the machine."""
-    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
 def config(source, num_samples=4, seq_len=32):
@@ -175,7 +174,7 @@ def test_shared_sources_give_windows_of_english(loaded):
 
 @needs_data
 def test_wikitext2_has_417_windows_of_1024_of_the_built_in_tokenizer(loaded, monkeypatch):
-    if not (calibration_windows.data_dir() / "wikitext2/test.jsonl").exists():
+    if not (sources.data_dir() / "wikitext2/test.jsonl").exists():
         pytest.skip("no wikitext2/test.jsonl below QTOOL_DATA_DIR")
     monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 1024)
     assert calibration_windows.perplexity_windows("wikitext2", loaded, 2048, None, seed=0).shape == (417, 1024)
@@ -255,29 +254,29 @@ def fault(source, loaded, num_samples=4, seq_len=32):
 
 def test_an_unknown_source_is_told_the_nearest_name():
     with pytest.raises(InputError, match=r"'wikitxt2'.*generated, wikitext2, enwiki, c4.*did you mean wikitext2\?"):
-        calibration_windows.check_source(config("wikitxt2"))
+        sources.check_source(config("wikitxt2"))
 
 
 def test_known_sources_pass_the_cheap_check_without_being_read(no_local_data):
     for source in ("generated", "wikitext2", "enwiki", "c4"):
-        calibration_windows.check_source(config(source))
+        sources.check_source(config(source))
 
 
 def test_a_file_that_does_not_exist_is_named():
     with pytest.raises(InputError, match=r"there is no file .*nowhere\.jsonl"):
-        calibration_windows.check_source(config("nowhere.jsonl"))
+        sources.check_source(config("nowhere.jsonl"))
 
 
 def test_a_suffix_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
     with pytest.raises(InputError, match=r"suffix.*\.txt, \.txt\.xz, \.jsonl, \.parquet"):
-        calibration_windows.check_source(config(tmp_path / "a.csv"))
+        sources.check_source(config(tmp_path / "a.csv"))
 
 
 def test_a_folder_is_refused(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(InputError, match="is a folder"):
-        calibration_windows.check_source(config(tmp_path / "a.txt"))
+        sources.check_source(config(tmp_path / "a.txt"))
 
 
 def test_an_empty_file_is_refused(loaded, tmp_path):
@@ -357,7 +356,7 @@ def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    with readers.hub_access():
+    with hub.hub_access():
         assert constants.HF_HUB_OFFLINE
         assert datasets.config.HF_HUB_OFFLINE
     assert before == constants.HF_HUB_OFFLINE
@@ -366,12 +365,15 @@ def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
 def test_a_data_folder_that_does_not_exist_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"QTOOL_DATA_DIR is .*nowhere"):
-        calibration_windows.data_dir()
+        sources.data_dir()
 
 
-def test_the_data_folder_is_found_beside_the_project(monkeypatch, tmp_path):
-    monkeypatch.delenv("QTOOL_DATA_DIR", raising=False)
+def test_without_the_variable_there_is_no_data_folder(monkeypatch, tmp_path):
     (tmp_path / "shared/data").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert os.path.samefile(calibration_windows.data_dir(), tmp_path / "shared/data")
+    for value in (None, ""):
+        monkeypatch.delenv("QTOOL_DATA_DIR", raising=False) if value is None else monkeypatch.setenv(
+            "QTOOL_DATA_DIR", value
+        )
+        assert sources.data_dir() is None

@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.blocks.driver import BlockTask, run_blocks
-from qtool.checkpoints import native
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
+from qtool.checkpoints import native, output_folder
 from qtool.config import plugins
-from qtool.config.sections import BITS, QuantConfig, QuantSpec
+from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
 from qtool.methods.efficientqat import block_ap, e2e_qp
 from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.packed_linear import PackedLinear
@@ -30,7 +31,7 @@ from qtool.training.fit import total_factor
 
 def folder(loaded: LoadedModel, path: Path) -> str:
     """``loaded`` as a native checkpoint."""
-    with native.atomic_folder(path, overwrite=False) as partial:
+    with output_folder.atomic_folder(path, overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
     return str(path)
 

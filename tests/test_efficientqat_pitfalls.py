@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.driver import run_blocks
 from qtool.blocks.hidden_states import Stream
-from qtool.config.sections import BITS, QuantSpec
+from qtool.blocks.task import BlockTask
+from qtool.config.quant import BITS, QuantSpec
 from qtool.methods.efficientqat import block_ap
 from qtool.methods.efficientqat.block_ap import BlockTraining, Windows, split_windows
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.system import progress
 
 

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from trained import W4, train
 
 from qtool.blocks.driver import run_blocks
-from qtool.checkpoints import native
+from qtool.checkpoints import files, native, output_folder
 from qtool.config import plugins
 from qtool.config.plugins import Method
-from qtool.config.sections import ModelConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
-from qtool.models.loading import LoadedModel, Streaming, load_model, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel, Streaming
+from qtool.models.loading import load_model
 from qtool.quant.affine import QuantizedWeight, dequantize
-from qtool.quant.packed_linear import QuantLinear
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.errors import InputError, RunError
 from qtool.training import end_to_end, linears
@@ -288,9 +291,9 @@ def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantCo
     loaded = tiny.load(folder)
     chosen = plugins.get(method)
     chosen.run(loaded, tokens, quant, chosen.config(**settings), 0)
-    with native.atomic_folder(out, overwrite=False) as partial:
+    with output_folder.atomic_folder(out, overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
-        native.write_json(partial / native.MANIFEST, {"format_version": 1})
+        files.write_json(partial / native.MANIFEST, {"format_version": 1})
     return loaded
 
 

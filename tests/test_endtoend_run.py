@@ -14,10 +14,12 @@ from accelerate.utils import LoggerType
 from torch import Tensor
 from trained import W4, train
 
-from qtool.checkpoints import native
+from qtool.checkpoints import native, output_folder
 from qtool.config import plugins, recipe
 from qtool.config.sections import ModelConfig
-from qtool.models.loading import LoadedModel, load_model, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.pipelines import quantize
 from qtool.system import distributed
 from qtool.system.errors import InputError
@@ -143,7 +145,7 @@ def test_a_start_brings_the_biases_of_its_linears(tmp_path: Path, tokens: Tensor
     for layer in packed_linears(first.model).values():
         if layer.bias is not None:
             layer.bias.data += 1
-    with native.atomic_folder(tmp_path / "start", overwrite=False) as partial:
+    with output_folder.atomic_folder(tmp_path / "start", overwrite=False) as partial:
         native.save(partial, first, tiny.specs(first))
     again = tiny.load(source)
     train(plugins.get("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))

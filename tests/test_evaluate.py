@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.config.sections import EvalConfig
-from qtool.data import readers
-from qtool.data.windows import data_dir, perplexity_windows
-from qtool.evaluation import harness
-from qtool.evaluation import tasks as evaluation_tasks
-from qtool.models.loading import LoadedModel
+from qtool.data import hub, readers
+from qtool.data.sources import data_dir
+from qtool.data.windows import perplexity_windows
+from qtool.evaluation import harness, local_tasks, perplexity
+from qtool.evaluation.tasks import _own_tasks, check_tasks, evaluate
+from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 
@@ -56,14 +57,14 @@ def windows():
 def nothing_local(monkeypatch):
     """No data on this machine, and a hub that does not answer."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
 @pytest.fixture
 def local(monkeypatch, tmp_path):
     """A data folder of our own with a little of everything."""
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
     def write(path, rows):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -86,32 +87,32 @@ def local(monkeypatch, tmp_path):
 def test_perplexity_equals_the_loss_of_transformers(loaded, windows):
     with torch.no_grad():
         losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in windows]).double()
-    measured = evaluation_tasks.perplexity(loaded.model, windows, 3)
+    measured = perplexity.perplexity(loaded.model, windows, 3)
     assert measured.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
     assert measured.stderr == pytest.approx((losses.mean().exp() * losses.std() / math.sqrt(7)).item(), rel=1e-4)
     assert measured.n == 7 * 39
 
 
 def test_perplexity_does_not_depend_on_batch_or_chunk(loaded, windows, monkeypatch):
-    expected = evaluation_tasks.perplexity(loaded.model, windows, 7).value
-    assert evaluation_tasks.perplexity(loaded.model, windows, 1).value == pytest.approx(expected, rel=1e-6)
-    assert evaluation_tasks.perplexity(loaded.model, windows, "auto").value == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(evaluation_tasks, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
-    assert evaluation_tasks.perplexity(loaded.model, windows, 2).value == pytest.approx(expected, rel=1e-6)
+    expected = perplexity.perplexity(loaded.model, windows, 7).value
+    assert perplexity.perplexity(loaded.model, windows, 1).value == pytest.approx(expected, rel=1e-6)
+    assert perplexity.perplexity(loaded.model, windows, "auto").value == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
+    assert perplexity.perplexity(loaded.model, windows, 2).value == pytest.approx(expected, rel=1e-6)
 
 
 def test_one_window_has_no_standard_error(loaded, windows):
-    assert evaluation_tasks.perplexity(loaded.model, windows[:1], "auto").stderr is None
+    assert perplexity.perplexity(loaded.model, windows[:1], "auto").stderr is None
 
 
 def test_a_model_does_not_diverge_from_itself(loaded, windows):
-    kl, agreement = evaluation_tasks.divergence(loaded.model, loaded.model, windows, 3)
+    kl, agreement = perplexity.divergence(loaded.model, loaded.model, windows, 3)
     assert (kl.value, kl.stderr) == (0, 0)
     assert (agreement.value, agreement.stderr) == (1, 0)
 
 
 def test_divergence_is_kl_from_the_float_model_in_float64(loaded, reference, windows):
-    kl, agreement = evaluation_tasks.divergence(loaded.model, reference.model, windows, 3)
+    kl, agreement = perplexity.divergence(loaded.model, reference.model, windows, 3)
     with torch.no_grad():
         mine, other = (m(windows).logits[:, :-1].double() for m in (loaded.model, reference.model))
     expected = torch.distributions.kl_divergence(
@@ -127,7 +128,7 @@ def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows):
     broken = random_llama(0)
     with torch.no_grad():
         broken.model.lm_head.weight[5] = torch.inf
-    assert not math.isfinite(evaluation_tasks.perplexity(broken.model, windows, "auto").value)
+    assert not math.isfinite(perplexity.perplexity(broken.model, windows, "auto").value)
 
 
 @needs("wikitext2/test.jsonl")
@@ -135,7 +136,7 @@ def test_the_built_in_model_on_the_first_windows_of_wikitext2():
     """The full number, 34.07 over 417 windows, is the slow test below; these two are enough to see a change."""
     model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
     loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
-    [row] = evaluation_tasks.evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
+    [row] = evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
     with torch.no_grad():
         chosen = perplexity_windows("wikitext2", loaded, 512, 2, seed=0)
         losses = torch.stack([model(w[None], labels=w[None]).loss for w in chosen])
@@ -148,7 +149,7 @@ def test_the_built_in_model_on_the_first_windows_of_wikitext2():
 def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2():
     model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
     loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
-    [row] = evaluation_tasks.evaluate(loaded, EvalConfig(), None, seed=0)
+    [row] = evaluate(loaded, EvalConfig(), None, seed=0)
     assert row.value == pytest.approx(34.07, abs=0.005)
     assert row.n == 417 * 1023
 
@@ -158,23 +159,23 @@ def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2():
 
 def test_both_models_are_measured_in_one_pass_as_they_are_alone(loaded, reference):
     words = perplexity_windows("generated", reference, 32, 4, seed=0)
-    mine = evaluation_tasks.perplexity(loaded.model, words, 2)
-    other = evaluation_tasks.perplexity(reference.model, words, 2)
-    rows = evaluation_tasks._own_tasks(loaded, EvalConfig(tasks=("generated",), limit=4, context=32), reference, 0)
+    mine = perplexity.perplexity(loaded.model, words, 2)
+    other = perplexity.perplexity(reference.model, words, 2)
+    rows = _own_tasks(loaded, EvalConfig(tasks=("generated",), limit=4, context=32), reference, 0)
     [row] = rows["generated"]
     assert row.value == pytest.approx(mine.value, rel=1e-6)
     assert row.float_value == pytest.approx(other.value, rel=1e-6)
     assert row.delta == pytest.approx(mine.value - other.value, rel=1e-5)
     assert row.delta_stderr is not None
-    kl, agreement = evaluation_tasks.divergence(loaded.model, reference.model, words, 2)
-    scores = evaluation_tasks.score_windows(loaded.model, reference.model, words, 3, True, "")
+    kl, agreement = perplexity.divergence(loaded.model, reference.model, words, 2)
+    scores = perplexity.score_windows(loaded.model, reference.model, words, 3, True, "")
     assert scores.kl.mean().item() == pytest.approx(kl.value)
     assert scores.agreement.mean().item() == pytest.approx(agreement.value)
 
 
 def test_rows_come_in_the_order_of_the_tasks(loaded, reference, local):
     tasks = ("kl", "generated", "wikitext2")
-    rows = evaluation_tasks.evaluate(loaded, EvalConfig(tasks=tasks, limit=2, context=16), reference, seed=0)
+    rows = evaluate(loaded, EvalConfig(tasks=tasks, limit=2, context=16), reference, seed=0)
     assert [(row.task, row.metric) for row in rows] == [
         ("kl", "kl"),
         ("kl", "top-1 agreement"),
@@ -187,21 +188,19 @@ def test_rows_come_in_the_order_of_the_tasks(loaded, reference, local):
 
 
 def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded, windows):
-    same = evaluation_tasks.score_windows(loaded.model, loaded.model, windows, 3, False, "")
-    assert evaluation_tasks._change_stderr(same.nll, same.reference_nll) == 0
+    same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
+    assert perplexity.change_stderr(same.nll, same.reference_nll) == 0
 
 
 def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded, reference, nothing_local):
-    rows = evaluation_tasks.evaluate(
-        loaded, EvalConfig(tasks=("wikitext2", "kl"), limit=2, context=16), reference, seed=0
-    )
+    rows = evaluate(loaded, EvalConfig(tasks=("wikitext2", "kl"), limit=2, context=16), reference, seed=0)
     assert [(row.task, row.value is None) for row in rows] == [("wikitext2", True), ("kl", False), ("kl", False)]
     assert rows[0].note.startswith("not measured: wikitext2 is not on this machine")
     assert "of generated" in rows[1].note
 
 
 def test_kl_without_a_float_model_has_a_row_that_says_so(loaded, nothing_local):
-    [row] = evaluation_tasks.evaluate(loaded, EvalConfig(tasks=("kl",)), None, seed=0)
+    [row] = evaluate(loaded, EvalConfig(tasks=("kl",)), None, seed=0)
     assert row.value is None
     assert row.note == "not measured: there is no float model to compare with"
 
@@ -209,14 +208,14 @@ def test_kl_without_a_float_model_has_a_row_that_says_so(loaded, nothing_local):
 def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded, local):
     (local / "wikitext2/test.jsonl").write_text("{")
     with pytest.raises(InputError, match="line 1 is not JSON"):
-        evaluation_tasks.evaluate(loaded, EvalConfig(), None, seed=0)
+        evaluate(loaded, EvalConfig(), None, seed=0)
 
 
 def test_our_own_tasks_do_not_import_lm_eval(loaded, reference, local, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     config = EvalConfig(tasks=("wikitext2", "generated", "kl"), limit=2, context=16)
-    evaluation_tasks.check_tasks(config)
-    assert len(evaluation_tasks.evaluate(loaded, config, reference, seed=0)) == 4
+    check_tasks(config)
+    assert len(evaluate(loaded, config, reference, seed=0)) == 4
 
 
 # -------------------------------------------------------------------------------------------- lm-eval tasks
@@ -227,7 +226,7 @@ def directly(loaded, task, num_fewshot, limit):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with harness.local_data(harness._Seen()):
+    with local_tasks.local_data(harness._Seen()):
         return lm_eval.simple_evaluate(
             model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4),
             tasks=[task],
@@ -280,7 +279,7 @@ def test_the_short_list_of_tasks_says_what_the_full_list_says():
         with harness._harness():
             return {name: str(part.dump_config()) for name, part in manager.load([task])["tasks"].items()}
 
-    for task in (*harness.FOLDERS, "mmlu_anatomy"):
+    for task in (*local_tasks.FOLDERS, "mmlu_anatomy"):
         assert harness._manager(task) is not harness._full_manager()
         assert parts(harness._manager(task), task) == parts(harness._full_manager(), task), task
 
@@ -288,7 +287,7 @@ def test_the_short_list_of_tasks_says_what_the_full_list_says():
 @needs("wikitext2/test.jsonl")
 def test_pages_of_wikitext_are_those_of_the_document_level_data_set():
     rows = list(readers.read_file(data_dir() / "wikitext2/test.jsonl"))
-    pages = harness._pages(rows)
+    pages = local_tasks._pages(rows)
     assert len(pages) == 62
     assert pages[0].startswith(" = Robert Boulter = \n \n Robert Boulter is an English film")
     # the original file is 1,290,590 bytes: a blank first line, and a newline before each page after the first
@@ -297,8 +296,8 @@ def test_pages_of_wikitext_are_those_of_the_document_level_data_set():
 
 def test_lm_eval_tasks_stand_beside_the_float_model(loaded, reference, local):
     config = EvalConfig(tasks=("boolq", "arc_easy", "wikitext"), num_fewshot={"boolq": 1}, limit=4, batch_size=4)
-    evaluation_tasks.check_tasks(config)
-    rows = evaluation_tasks.evaluate(loaded, config, reference, seed=0)
+    check_tasks(config)
+    rows = evaluate(loaded, config, reference, seed=0)
     assert [(row.task, row.metric, row.num_fewshot) for row in rows] == [
         ("boolq", "acc", 1),
         ("arc_easy", "acc", 0),
@@ -338,12 +337,12 @@ def test_lm_eval_leaves_no_trace(loaded, local, capfd):
 
 def test_few_shot_examples_that_are_not_here_are_refused(local):
     with pytest.raises(InputError, match="arc_easy is asked for with 2 example"):
-        evaluation_tasks.check_tasks(EvalConfig(tasks=("arc_easy",), num_fewshot=2))
+        check_tasks(EvalConfig(tasks=("arc_easy",), num_fewshot=2))
 
 
 def test_data_out_of_reach_is_told_before_any_work(nothing_local):
     with pytest.raises(InputError, match=r"the data of boolq, aps/super_glue, cannot be read.*QTOOL_DATA_DIR"):
-        evaluation_tasks.check_tasks(EvalConfig(tasks=("boolq",)))
+        check_tasks(EvalConfig(tasks=("boolq",)))
 
 
 def test_an_unknown_task_is_told_the_nearest_names(monkeypatch):
@@ -351,13 +350,13 @@ def test_an_unknown_task_is_told_the_nearest_names(monkeypatch):
     monkeypatch.setattr(harness, "_full_manager", lambda: few)
     monkeypatch.setattr(harness, "_manager", lambda task: few)
     with pytest.raises(InputError, match=r"no task 'bolq'; the nearest names are boolq"):
-        evaluation_tasks.check_tasks(EvalConfig(tasks=("bolq",)))
+        check_tasks(EvalConfig(tasks=("bolq",)))
 
 
 def test_faults_of_the_section_are_told():
     with pytest.raises(InputError, match="kl named more than once"):
-        evaluation_tasks.check_tasks(EvalConfig(tasks=("kl", "kl")))
+        check_tasks(EvalConfig(tasks=("kl", "kl")))
     with pytest.raises(InputError, match=r"'bolq' is not one of eval\.tasks.*did you mean boolq\?"):
-        evaluation_tasks.check_tasks(EvalConfig(tasks=("boolq",), num_fewshot={"bolq": 5}))
+        check_tasks(EvalConfig(tasks=("boolq",), num_fewshot={"bolq": 5}))
     with pytest.raises(InputError, match="'kl' is not one of"):
-        evaluation_tasks.check_tasks(EvalConfig(tasks=("kl",), num_fewshot={"kl": 5}))
+        check_tasks(EvalConfig(tasks=("kl",), num_fewshot={"kl": 5}))

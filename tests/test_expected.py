@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from qtool.cli import app
+from qtool.cli import main
 from qtool.config import recipe
 from qtool.config.sections import ExpectedConfig
 from qtool.reports.records import Metric, TaskResult, compare, task_result
@@ -154,12 +154,12 @@ def test_a_run_and_a_later_evaluation_print_the_numbers_of_the_recipe(
     }
     Path("r.yaml").write_text(yaml.safe_dump(raw))
     for command in (["ptq", "r.yaml"], ["eval", "q", "--tasks", "generated", "--limit", "2"], ["eval", "r.yaml"]):
-        assert app.main([*command, "--json"]) == 0
+        assert main.main([*command, "--json"]) == 0
         ours, missing = json.loads(capsys.readouterr().out)["report"]["expected"]
         assert ours["difference"] == pytest.approx(ours["measured"] - 10)
         assert ours["note"] == "limit 2"
         assert missing["note"] == "not measured: c4 was not evaluated"
     del raw["method"], raw["quant"], raw["output"]
     Path("float.yaml").write_text(yaml.safe_dump(raw))
-    assert app.main(["eval", "float.yaml"]) == 0
+    assert main.main(["eval", "float.yaml"]) == 0
     assert f"| c4 | perplexity | 8.5 | not measured |  | {PAPER}; not measured: c4" in capsys.readouterr().out

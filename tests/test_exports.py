@@ -14,7 +14,8 @@ from natives import GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
 
 from qtool.checkpoints.native import Source
 from qtool.config import plugins
-from qtool.config.sections import BITS, ExportConfig, QuantConfig
+from qtool.config.quant import BITS, QuantConfig
+from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.models.folders import read_config
 from qtool.quant.affine import dequantize
@@ -27,10 +28,8 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
 
 
 def same_floats(name: str, folder: Path, out: Path) -> bool:
-    source, storage = Source(folder), _base.get(name).storage
-    return all(
-        torch.equal(storage.tensor(out, each).float(), source.tensor(each).float()) for each in source.float_names()
-    )
+    source, opened = Source(folder), _base.get(name).open(out)
+    return all(torch.equal(opened.tensor(each).float(), source.tensor(each).float()) for each in source.float_names())
 
 
 def refused(name: str, grid: str) -> bool:
@@ -66,8 +65,9 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
         return
     out = native.export(name, grid)
     assert f"{out.name}.partial" not in [each.name for each in out.parent.iterdir()]
+    opened = exporter.open(out)
     for linear in source.specs:
-        assert torch.equal(exporter.read(out, linear), dequantize(*source.quantized(linear))), linear
+        assert torch.equal(exporter.read(opened, linear), dequantize(*source.quantized(linear))), linear
     assert same_floats(name, folder, out)
     if name != "dense" and "pc" not in grid:
         assert torch.equal(read_back(out), native.logits[folder])
@@ -115,7 +115,7 @@ def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     tiny.quantize(tiny.llama(tmp_path / "float", tied=True), tmp_path / "q", QuantConfig(group_size=32))
     for name in plugins.export_formats():
         out = exported(tmp_path / "q", name, tmp_path / name)
-        stored = _base.get(name).storage.names(out)
+        stored = _base.get(name).open(out).names()
         assert "model.embed_tokens.weight" in stored
         assert "lm_head.weight" not in stored
         assert read_config(out)["tie_word_embeddings"] is True
@@ -132,7 +132,7 @@ def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, na
 
 
 def test_a_sharded_checkpoint_exports_as_well(native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtool.checkpoints.native.MAX_SHARD_SIZE", 30_000)
+    monkeypatch.setattr("qtool.checkpoints.files.MAX_SHARD_SIZE", 30_000)
     tiny.quantize(native.floats("mixed"), tmp_path / "q", MIXED["mixed"])
     assert len(list((tmp_path / "q").glob("*.safetensors"))) > 3
     out = exported(tmp_path / "q", "compressed-tensors", tmp_path / "ct")

@@ -9,7 +9,7 @@ from layouts import WEIGHTS, Weight
 from natives import GRIDS, Natives, exported, read_back
 
 from qtool.checkpoints.native import Source
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 from qtool.exporters import gptq
 from qtool.models.folders import read_config
 from qtool.system.errors import InputError

@@ -17,8 +17,10 @@ from natives import GRIDS, Natives, exported, plain, read_back
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtool.checkpoints.native import Source, write_json
-from qtool.config.sections import ExportConfig, QuantConfig, QuantSpec
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import Source
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters.gguf import blocks, tokenizer
 from qtool.models.folders import read_config
@@ -112,9 +114,9 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
     assert {kinds[f"blk.{i}.{part}.weight"] for i in range(4) for part in ("attn_q", "ffn_down")} == {name}
     assert kinds["token_embd.weight"] == "BF16"
     assert kinds["output_norm.weight"] == "F32"
-    source = Source(tmp_path / "q")
+    source, opened = Source(tmp_path / "q"), _base.get("gguf").open(out)
     for linear in source.specs:
-        assert torch.equal(_base.get("gguf").read(out, linear), dequantize(*source.quantized(linear)))
+        assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
 
 
 # what transformers, which shares nothing with us, makes of the file

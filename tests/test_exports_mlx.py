@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from layouts import WEIGHTS, Weight
 from natives import GRIDS, Natives, exported, read_back
 
-from qtool.checkpoints.native import Source, write_json
-from qtool.config.sections import BITS, QuantConfig, QuantSpec
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import Source
+from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.exporters import mlx
 from qtool.models.folders import read_config
 from qtool.system.errors import InputError

@@ -11,12 +11,14 @@ from pydantic import ValidationError
 from quick import W4, correlated_inputs, generator, random_weight, run, same
 from torch import Tensor
 
-from qtool.blocks.driver import BlockTask, Stage, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask, Stage
 from qtool.config import plugins
-from qtool.config.sections import BITS, QuantSpec
+from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
 from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.cli import app
-from qtool.sweeps import grid, launchers
-from qtool.sweeps.grid import SweepConfig, expand
-from qtool.sweeps.launchers import LauncherConfig
+from qtool.cli import main
+from qtool.config.sweep import LauncherConfig, SweepConfig
+from qtool.sweeps import grid
+from qtool.sweeps.grid import expand
 from qtool.system.errors import InputError
 
 AXES = ("model.path", "quant.num_bits", "quant.group_size", "seed")
@@ -181,19 +181,19 @@ def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> Non
 
 
 def test_help_and_schema_have_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["sweep", "--help"]) == 0
+    assert main.main(["sweep", "--help"]) == 0
     text = capsys.readouterr().out
     for key in grid.keys():  # noqa: SIM118 (a function)
         assert f"    {key.name}" in text
     assert "launcher.parameters" in text
-    assert app.main(["schema", "--sweep"]) == 0
+    assert main.main(["schema", "--sweep"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["properties"]) == list(SweepConfig.model_fields)
     assert found["properties"]["keep"]["enum"] == ["all", "reports"]
 
 
 def test_a_launcher_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "find_spec", lambda name: None)
+    monkeypatch.setattr("qtool.config.sweep.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs the package submitit.*pip install 'qtool\[cluster\]'"):
         LauncherConfig(name="submitit").check()
     with pytest.raises(InputError, match="pip install 'ray'"):

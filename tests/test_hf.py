@@ -20,12 +20,16 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import qtool
 from qtool.checkpoints import transformers_hook
-from qtool.checkpoints.native import Source, write_json
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import Source
 from qtool.checkpoints.quantization_config import describe
-from qtool.config.sections import ACTIVATIONS_VERSION, ModelConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import ModelConfig
 from qtool.models.folders import read_config
-from qtool.models.loading import load_model, packed_linears, replace_linear
+from qtool.models.linears import packed_linears, replace_linear
+from qtool.models.loading import load_model
 from qtool.quant.affine import dequantize
+from qtool.quant.packed_linear import ACTIVATIONS_VERSION
 from qtool.system.errors import InputError
 
 MIXED = QuantConfig.model_validate(

@@ -14,15 +14,18 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qtool.checkpoints import native
+from qtool.checkpoints import native, output_folder
 from qtool.checkpoints.native import Source
 from qtool.checkpoints.quantization_config import describe, specs_of
 from qtool.config import plugins, recipe
-from qtool.config.sections import BITS, ExportConfig, QuantConfig, QuantSpec
+from qtool.config.quant import BITS, QuantConfig, QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.methods import hqq, rtn
 from qtool.methods.hqq import Grid, improve, objective, optimise, shrink
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.pipelines import export
 from qtool.pipelines import quantize as pipeline
 from qtool.quant.affine import dequantize, minmax_qparams, quantize, round_to_codes, to_grid
 from qtool.quant.packed_linear import PackedLinear
@@ -53,7 +56,7 @@ def heavy_tailed(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def checkpoint_of(loaded: LoadedModel, path: Path) -> Path:
-    with native.atomic_folder(path, overwrite=False) as partial:
+    with output_folder.atomic_folder(path, overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
     return path
 
@@ -185,11 +188,11 @@ def test_an_export_holds_them_or_is_refused_with_the_reason(
     config = ExportConfig(format=name, path=tmp_path / "out")
     if name != "dense":
         with pytest.raises(InputError, match=r"float_zero.* does not hold those exactly; export dense instead"):
-            pipeline.export(folder, config, False)
+            export.export(folder, config, False)
         return
-    path = pipeline.export(folder, config, False)
+    opened = _base.get("dense").open(export.export(folder, config, False))
     for linear, layer in packed_linears(llama.model).items():
-        assert torch.equal(_base.get("dense").read(path, linear), layer.dequantized())
+        assert torch.equal(_base.get("dense").read(opened, linear), layer.dequantized())
 
 
 def test_an_export_that_cannot_hold_them_is_refused_before_the_run(llama_folder: Path, tmp_path: Path) -> None:

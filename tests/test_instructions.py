@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from qtool.config import plugins
 from qtool.config.recipe import Recipe
-from qtool.config.sections import DataConfig
-from qtool.data import conversations, windows
-from qtool.data.conversations import IGNORED, encode, messages_of, pack
+from qtool.config.sections import IGNORED, DataConfig
+from qtool.data import conversations, sources, windows
+from qtool.data.conversations import encode, messages_of, pack
 from qtool.methods import rtn
 from qtool.pipelines import quantize
 from qtool.pipelines.run_state import RunState
@@ -277,9 +277,9 @@ def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
         return iter(rows)
 
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(windows, "load_hub", hub)
+    monkeypatch.setattr(sources, "load_hub", hub)
     remote = windows.calibration(config(name), loaded, 0)
-    assert asked == [(windows.SOURCES[name].hub, "train")]
+    assert asked == [(sources.SOURCES[name].hub, "train")]
     assert windows.token_hash(*local) == windows.token_hash(*remote)
 
 

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qtool.checkpoints.native import Source, file_hashes
+from qtool.checkpoints.files import file_hashes
+from qtool.checkpoints.native import Source
 from qtool.config import plugins
+from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe
-from qtool.config.sections import QuantConfig, QuantSpec
 from qtool.evaluation import weights
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize as pipeline
 from qtool.pipelines import run_state
 from qtool.quant import affine

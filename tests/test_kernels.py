@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.quant import affine, kernels, packed_linear
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from qtool.config import plugins
 from qtool.config.recipe import Recipe
+from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
 from qtool.data import windows
-from qtool.data.conversations import IGNORED
 from qtool.pipelines import quantize
 from qtool.training.end_to_end import _Training
 

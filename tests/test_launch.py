@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from qtool.cli import app
+from qtool.config.sweep import LauncherConfig
 from qtool.sweeps import launchers
-from qtool.sweeps.launchers import Command, Ended, LauncherConfig
+from qtool.sweeps.launchers import Command, Ended
 
 
 def command(folder: Path, code: str, name: str = "c") -> Command:

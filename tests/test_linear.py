@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import PackedLinear, QuantLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.trained_linear import QuantLinear
 
 # --------------------------------------------------------------------------------------------------- gradients
 

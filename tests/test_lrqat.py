@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from quick import correlated_inputs
 from torch import Tensor, nn
 
-from qtool.checkpoints import native
-from qtool.config.sections import BITS, QuantConfig, QuantSpec
+from qtool.checkpoints import native, output_folder
+from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.methods import lrqat, rtn
 from qtool.methods.lrqat import LENGTH, Config, LowRankLinear, Phi, input_directions, principal
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize, to_grid
 
 FORMS = ("fixed", "codes", "bfloat16", "float32")
@@ -296,6 +297,6 @@ def test_goes_on_from_a_checkpoint(form: Any, llama_folder: Path, tmp_path: Path
     expected = packed_linears(first.model)
     for name, layer in packed_linears(loaded.model).items():
         assert torch.equal(layer.weight_packed, expected[name].weight_packed), name
-    with native.atomic_folder(tmp_path / "again", overwrite=False) as partial:
+    with output_folder.atomic_folder(tmp_path / "again", overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
     assert tiny.stored(tmp_path / "again").keys() == tiny.stored(tmp_path / "start").keys()

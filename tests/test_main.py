@@ -6,7 +6,7 @@ import os
 import pytest
 
 from qtool import __main__
-from qtool.cli import app
+from qtool.cli import main
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(
     thresholds = gc.get_threshold()
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(given))
-        patch.setattr(app, "main", lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0)
+        patch.setattr(main, "main", lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0)
         patch.setattr(os, "_exit", seen.append)
         __main__.main()
     gc.set_threshold(*thresholds)

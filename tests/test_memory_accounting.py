@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qtool.config import recipe
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 from qtool.methods import lrqat
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize
 from qtool.training import end_to_end
 

@@ -13,11 +13,12 @@ from quick import W4, run, same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qtool.checkpoints import native
+from qtool.checkpoints import native, output_folder
 from qtool.config import plugins
-from qtool.config.sections import BITS, QuantConfig
+from qtool.config.quant import BITS, QuantConfig
 from qtool.methods import rtn
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 
 # ---------------------------------------------------------------------------- the contract, for every method there is
 
@@ -73,7 +74,7 @@ def test_same_arguments_same_bits(
 def test_survives_disk_with_equal_logits(method: plugins.Method, family: str, tmp_path: Path, tokens: Tensor) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / "float"))
     run(method, loaded, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False))
-    with native.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+    with output_folder.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert set(packed_linears(restored)) == set(packed_linears(loaded.model))
@@ -85,7 +86,7 @@ def test_keeps_zero_points_between_codes_where_asked_to(
 ) -> None:
     result = run(method, llama, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False, float_zero=True))
     assert all(bool((weight.zero_point != weight.zero_point.round()).any()) for weight in result.values())
-    with native.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+    with output_folder.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
         native.save(partial, llama, tiny.specs(llama))
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert torch.equal(tiny.logits(restored), tiny.logits(llama.model))

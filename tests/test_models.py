@@ -11,10 +11,12 @@ from families import CONFIGS, W4, WINDOW, make_config, write
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.blocks.driver import BlockTask, run_blocks
-from qtool.config.sections import QuantConfig
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
+from qtool.config.quant import QuantConfig
 from qtool.methods import awq, gptq, rtn
-from qtool.models.loading import LoadedModel, dense_weight, packed_linears
+from qtool.models.linears import dense_weight, packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qtool.checkpoints import native
+from qtool.checkpoints import native, output_folder
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models import folders
-from qtool.models.loading import LoadedModel, decoder_blocks, load_model
+from qtool.models.linears import decoder_blocks
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.system.errors import InputError
 
 
@@ -232,7 +234,7 @@ def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
     with suppress(InputError):
         loaded = tiny.load(folder)
         rtn.run(loaded, None, W4, rtn.Config(), 0)
-        with native.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+        with output_folder.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
             native.save(partial, loaded, tiny.specs(loaded))
 
 

@@ -17,9 +17,9 @@ from qtool.config.recipe import Recipe
 from qtool.config.sections import EvalConfig, ModelConfig
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation import contamination
-from qtool.evaluation.contamination import ALARM, RUN, relation
+from qtool.evaluation.contamination import relation
 from qtool.pipelines import evaluate, quantize
-from qtool.reports.records import CalibrationText, Metric, task_result
+from qtool.reports.records import ALARM, RUN, CalibrationText, Metric, task_result
 from qtool.reports.report import Report
 
 
@@ -141,10 +141,10 @@ def recipe(folder: Path, out: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool.data import readers
+    from qtool.data import hub
 
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
 @pytest.mark.usefixtures("no_data")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packing import num_words, pack, unpack
 

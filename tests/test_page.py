@@ -12,7 +12,8 @@ from matplotlib import colormaps, colors
 
 from qtool.reports import drawing, figures, html
 from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
-from qtool.reports.report import Report, number
+from qtool.reports.report import Report
+from qtool.reports.text import number
 
 LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction")
 

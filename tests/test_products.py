@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quick import correlated_inputs
 
-from qtool.blocks.driver import Stage
+from qtool.blocks.task import Stage
 from qtool.methods import gptq
 from qtool.methods.gptq import collect
+from qtool.quant.hessian import add_gram, mirror
 from qtool.system import matmul
 
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -70,8 +71,8 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
     before = MATMUL.fp32_precision, cuda.fp32_precision
     total = torch.zeros(size, size)
     with matmul.exact_products(dtype):
-        matmul.add_gram(total, x.float())
-    matmul.mirror(total)
+        add_gram(total, x.float())
+    mirror(total)
     assert (MATMUL.fp32_precision, cuda.fp32_precision) == before
     expected = x.double().T @ x.double()
     assert (total - expected).abs().max() <= 1e-5 * expected.abs().max()

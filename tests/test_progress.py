@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool.system import progress
+from qtool.cli import progress_display
+from qtool.system import memory, progress, units
 
 
 class Clock:
@@ -26,7 +27,7 @@ class Clock:
         return self.now
 
 
-class Recorder(progress.Lines):
+class Recorder(progress_display.Lines):
     """Lines, kept with the time they were written at."""
 
     def __init__(self, clock: Clock, every: float = 10.0) -> None:
@@ -43,10 +44,16 @@ class Recorder(progress.Lines):
         return [text.partition(", peak")[0] for _, text in self.lines]
 
 
+def show_time(patch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Let progress and its display read ``clock``."""
+    for module in (progress, progress_display):
+        patch.setattr(module, "time", SimpleNamespace(monotonic=clock))
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "_now", clock)
+    show_time(monkeypatch, clock)
     return clock
 
 
@@ -84,7 +91,7 @@ def test_lines_say_start_end_and_how_long(clock: Clock) -> None:
 def test_a_log_stays_short_and_has_its_first_and_last_line(seconds: list[float], every: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
-        patch.setattr(progress, "_now", clock)
+        show_time(patch, clock)
         sink = Recorder(clock, every)
         with progress.use(sink):
             busy(clock, seconds)
@@ -141,24 +148,26 @@ def test_items_are_taken_one_by_one(clock: Clock) -> None:
 
 
 def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(progress.for_terminal(quiet=False), progress.Lines)  # pytest's standard error is no terminal
-    with progress.use(progress.for_terminal(quiet=False)):
+    assert isinstance(
+        progress_display.for_terminal(quiet=False), progress_display.Lines
+    )  # pytest's standard error is no terminal
+    with progress.use(progress_display.for_terminal(quiet=False)):
         progress.note("hello")
     assert tuple(capsys.readouterr()) == ("", "note: hello\n")
-    with progress.use(progress.for_terminal(quiet=True)):
+    with progress.use(progress_display.for_terminal(quiet=True)):
         progress.note("hello")
     assert tuple(capsys.readouterr()) == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(progress.for_terminal(quiet=False), progress.Live)
+    assert isinstance(progress_display.for_terminal(quiet=False), progress_display.Live)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(progress.for_terminal(quiet=False), progress.Lines)
+    assert isinstance(progress_display.for_terminal(quiet=False), progress_display.Lines)
 
 
 def test_the_live_display_shows_bar_count_time_to_go_and_memory(clock: Clock) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
-    sink = progress.Live(console)
+    sink = progress_display.Live(console)
     with progress.use(sink), progress.stage("quantizing"):
         for i in progress.track(range(3), "blocks", 3):
             clock.now += 61
@@ -180,35 +189,35 @@ def test_the_live_display_shows_bar_count_time_to_go_and_memory(clock: Clock) ->
     ("seconds", "text"), [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1:00"), (185, "3:05"), (3725, "1:02:05")]
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
-    assert progress.duration(seconds) == text
+    assert units.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"), [(0, "0 MB"), (812e6, "812 MB"), (999.6e6, "1.0 GB"), (3.44e9, "3.4 GB")]
 )
 def test_sizes_read_well(num_bytes: float, text: str) -> None:
-    assert progress.size(num_bytes) == text
+    assert units.size(num_bytes) == text
 
 
 def test_peak_memory_counts_this_process() -> None:
-    before = progress.peak_memory_bytes()
+    before = memory.peak_memory_bytes()
     block = bytearray(before)  # as much again
     block[::4096] = b"x" * len(block[::4096])
-    assert progress.peak_memory_bytes() >= 1.5 * before > 1e6
+    assert memory.peak_memory_bytes() >= 1.5 * before > 1e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts the parent on Linux")
 def test_peak_memory_does_not_count_the_parent() -> None:
     ballast = bytearray(300_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from qtool.system import progress; print(progress.peak_memory_bytes())"
+    code = "from qtool.system import memory; print(memory.peak_memory_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e6 < int(child.stdout) < 200e6
 
 
 def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert progress.peak_gpu_bytes() == 0
+    assert memory.peak_gpu_bytes() == 0
     cuda = SimpleNamespace(
         is_available=lambda: True,
         is_initialized=lambda: True,
@@ -216,6 +225,6 @@ def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.Monk
         max_memory_allocated=lambda i: (i + 1) * 10**9,
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert progress.memory().endswith(", GPU 2.0 GB")
+    assert memory.memory().endswith(", GPU 2.0 GB")
     cuda.is_initialized = lambda: False
-    assert "GPU" not in progress.memory()
+    assert "GPU" not in memory.memory()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import BITS, QuantSpec
+from qtool.config.quant import BITS, QuantSpec
 from qtool.quant import affine
 from qtool.quant.ranges import search_qparams
 from qtool.system.errors import InputError

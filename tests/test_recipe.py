@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
-from qtool.config import plugins, recipe
-from qtool.config.sections import MethodConfig, QuantConfig
+from qtool.config import describe, files, plugins, recipe
+from qtool.config.overrides import overridden
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import MethodConfig
 from qtool.system.errors import InputError
 
 
@@ -185,12 +187,12 @@ def test_a_path_that_is_no_file_says_what_there_is(tmp_path: Path) -> None:
 
 def test_a_packaged_name_is_a_recipe_unless_a_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "generated" in recipe.read_yaml("quickstart")["eval"]["tasks"]
+    assert "generated" in files.read_yaml("quickstart")["eval"]["tasks"]
     Path("quickstart").mkdir()
-    assert "eval" in recipe.read_yaml("quickstart")
+    assert "eval" in files.read_yaml("quickstart")
     Path("quickstart").rmdir()
     Path("quickstart").write_text("seed: 7")
-    assert recipe.read_yaml("quickstart") == {"seed": 7}
+    assert files.read_yaml("quickstart") == {"seed": 7}
 
 
 @given(st.text(alphabet=st.characters(blacklist_categories=["Cs"]), max_size=60) | st.binary(max_size=40))
@@ -204,7 +206,7 @@ def test_whatever_a_file_holds_nothing_but_an_input_error_comes_out(tmp_path: Pa
 
 @pytest.mark.parametrize("word", ["off", "on", "yes", "no"])
 def test_on_and_off_are_words_and_so_are_dates(write: Any, word: str) -> None:
-    assert recipe.read_yaml(write(f"a: {word}\nb: 2024-01-01\nc: true")) == {"a": word, "b": "2024-01-01", "c": True}
+    assert files.read_yaml(write(f"a: {word}\nb: 2024-01-01\nc: true")) == {"a": word, "b": "2024-01-01", "c": True}
     assert recipe.load(write(GOOD), [f"quant.symmetric={word}"]).quant.symmetric == (word in ("on", "yes"))
 
 
@@ -250,7 +252,7 @@ def test_a_pattern_with_dots_goes_up_to_the_last_key(write: Any) -> None:
 
 @given(st.text(string.ascii_letters + string.digits + "._*[]?!-", min_size=1))
 def test_any_pattern_can_be_set(pattern: str) -> None:
-    raw, wrong = recipe._override({}, [f"quant.overrides.{pattern}.num_bits=8"])
+    raw, wrong = overridden({}, [f"quant.overrides.{pattern}.num_bits=8"])
     assert not wrong
     assert raw == {"quant": {"overrides": {pattern: {"num_bits": 8}}}}
 
@@ -264,7 +266,7 @@ _values = st.recursive(_plain, lambda inner: st.lists(inner, max_size=3) | st.di
 def test_what_is_set_is_there_and_nothing_else_changed(path: list[str], value: Any, before: dict[str, Any]) -> None:
     before.pop(path[0], None)
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
-    raw, wrong = recipe._override(before, [f"{'.'.join(path)}={text}"])
+    raw, wrong = overridden(before, [f"{'.'.join(path)}={text}"])
     assert not wrong
     target: Any = raw
     for part in path:
@@ -320,7 +322,7 @@ def test_the_resolved_recipe_means_the_same(bits: int, group: int, overrides: di
 
 
 def test_the_schema_ties_the_keys_of_a_method_to_its_name() -> None:
-    found = recipe.schema()
+    found = describe.schema()
     (section,) = found["properties"]["method"]["oneOf"]
     assert section["properties"]["name"] == {"const": "demo", "description": "a demonstration"}
     assert section["required"] == ["name"]
@@ -331,11 +333,11 @@ def test_the_schema_ties_the_keys_of_a_method_to_its_name() -> None:
 
 
 def test_keys_have_a_default_and_a_description() -> None:
-    table = recipe.keys("ptq")
+    table = describe.keys("ptq")
     assert table["method"][1] == [("name", "required", "One of: demo.")]
     assert table["method demo"][1][1] == ("order", "off", "Order of columns. One of: off, full.")
     assert all(key.description.endswith(".") for _, keys in table.values() for key in keys)
-    assert "method demo" not in recipe.keys("qat")
+    assert "method demo" not in describe.keys("qat")
 
 
 # eval

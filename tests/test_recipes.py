@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import qtool
-from qtool.config import plugins, recipe
+from qtool.config import files, plugins, recipe
 
 FOLDER = Path(qtool.__file__).parent / "recipes"
 PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # those are sweeps
@@ -23,7 +23,7 @@ def test_none_is_forgotten() -> None:
     assert len(PATHS) == 13 + 44
     assert len([path for path in PAPERS if path.parent.name == "efficientqat"]) == 5 * 4
     assert len([path for path in PAPERS if path.parent.name == "lrqat"]) == 4 * 6
-    assert recipe.packaged() == {name(path): path for path in PATHS}
+    assert files.packaged() == {name(path): path for path in PATHS}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from qtool.reports.records import Metric, TaskResult, task_result
-from qtool.reports.report import Report, number
+from qtool.reports.report import Report
+from qtool.reports.text import number
 
 
 def row(task, metric, value, reference=None, **fields):

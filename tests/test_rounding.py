@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from staircases import GATES, STAIRCASES, assert_equal, softclamp
 from torch import Tensor, nn
 
-from qtool.config.sections import BITS, SCALE_BITS, QuantSpec
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.config.training import RoundingConfig
+from qtool.methods.paretoq import SeqLinear
 from qtool.quant import affine, rounding
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import QuantLinear, SeqLinear
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 
 ESTIMATORS = sorted(rounding.ESTIMATORS)

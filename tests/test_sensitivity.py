@@ -12,11 +12,12 @@ from plans import budgeted, planned
 from qtool.allocation import sensitivity
 from qtool.allocation.plan import units_of
 from qtool.allocation.sensitivity import ESTIMATORS, Unit, compensated, nearest, rounded_unit
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 from qtool.data.windows import Calibration
-from qtool.evaluation import tasks
+from qtool.evaluation import perplexity
 from qtool.methods import gptq
-from qtool.models.loading import LoadedModel, Target, dense_weight, packed_linears, weight_of
+from qtool.models.linears import Target, dense_weight, packed_linears, weight_of
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import dequantize
 from qtool.quant.affine import quantize as codes_of
 from qtool.quant.ranges import search_qparams
@@ -94,7 +95,7 @@ def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
             for target in unit.targets:
                 moved = dense_weight(llama.model.get_submodule(target.name)) - target.weight
                 assert moved.abs().max() == 0  # the target's own linear is rounded here, too
-            expected, _ = tasks.divergence(llama.model, reference, tokens, "auto")
+            expected, _ = perplexity.divergence(llama.model, reference, tokens, "auto")
         assert cost[2] == pytest.approx(expected.value, rel=1e-3)
 
 

@@ -23,8 +23,10 @@ from qtool.config import plugins, recipe
 from qtool.config.sections import ModelConfig
 from qtool.config.training import EndToEndConfig
 from qtool.models.folders import resolve
-from qtool.models.loading import LoadedModel, load_model, packed_linears
-from qtool.pipelines import quantize
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
+from qtool.pipelines import lock, quantize
 from qtool.pipelines.run_state import run_state
 from qtool.system import distributed
 from qtool.system.errors import InputError, RunError
@@ -240,7 +242,7 @@ def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monk
         checked = recipe.load(written_recipe(tmp_path, "out", sharding))
         source = resolve(checked.model.path)
         with run_state(
-            checked.output.path, quantize.lock_of(checked, source), overwrite=False, fresh=False, source=source
+            checked.output.path, lock.lock_of(checked, source), overwrite=False, fresh=False, source=source
         ) as state:
             _Kept(state.folder / "training" / end_to_end.TRAINING).write({"steps": torch.tensor([2, 2])})
             raise sharded.Stopped

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
 from qtool.config import plugins, recipe
-from qtool.config.sections import BITS, QuantConfig, QuantSpec
+from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.methods import rtn, signround
 from qtool.methods.signround import SignRoundLinear, Training, minibatches
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.ranges import search_qparams
 from qtool.system.errors import InputError

@@ -9,8 +9,9 @@ import pytest
 import tiny
 
 from qtool.config.sections import DataConfig
-from qtool.data import readers, windows
-from qtool.data.readers import Hub, UnreachableError, load_hub
+from qtool.data import hub as hub_module
+from qtool.data import sources, windows
+from qtool.data.hub import Hub, UnreachableError, load_hub
 
 TEXT = "The river runs through the old town, and the mill by the bridge is still used in autumn. "
 
@@ -24,7 +25,7 @@ def loaded() -> Any:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder that stands for the hub: ``hf://datasets`` and repositories' names are read from below it."""
     fetch = datasets.load_dataset
-    monkeypatch.setattr(readers, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub_module, "_hub_answers", lambda: True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
     def load(path: str, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
@@ -72,8 +73,8 @@ def test_whole_repositories_are_read_by_their_usual_names(name: str, hub: Path) 
     repositories = {"slimpajama": "DKYoon/SlimPajama-6B", "alpaca": "tatsu-lab/alpaca"}
     repository = repositories.get(name, "hkust-nlp/deita-10k-v0")
     write(hub / repository / "train.jsonl", [{"text": "one"}, {"text": "two"}])
-    assert windows.SOURCES[name].hub.repository == repository
-    assert [row["text"] for row in load_hub(windows.SOURCES[name].hub, "train")] == ["one", "two"]
+    assert sources.SOURCES[name].hub.repository == repository
+    assert [row["text"] for row in load_hub(sources.SOURCES[name].hub, "train")] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["redpajama", "slimpajama"])
@@ -81,29 +82,29 @@ def test_text_in_the_data_folder_comes_first(
     name: str, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(windows, "load_hub", None)
+    monkeypatch.setattr(sources, "load_hub", None)
     config = DataConfig(source=name, num_samples=4, seq_len=16)
-    assert not windows.is_local(config)
+    assert not sources.is_local(config)
     write(tmp_path / name / "train.jsonl", [{"text": TEXT}] * 20)
-    assert windows.is_local(config)
+    assert sources.is_local(config)
     assert windows.calibration_tokens(config, loaded, 0).shape == (4, 16)
 
 
-@pytest.mark.parametrize("name", sorted(windows.SOURCES))
+@pytest.mark.parametrize("name", sorted(sources.SOURCES))
 def test_what_is_nowhere_is_told_with_the_ways_around_it(
     name: str, loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(readers, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub_module, "_hub_answers", lambda: False)
     config = DataConfig(source=name, num_samples=4, seq_len=16)
-    windows.check_source(config)
-    assert not windows.is_local(config)
+    sources.check_source(config)
+    assert not sources.is_local(config)
     with pytest.raises(UnreachableError, match=rf"hub.*\$QTOOL_DATA_DIR/{name}/train.*file of your own"):
         windows.calibration(config, loaded, 0)
 
 
 def test_what_is_local_is_known_without_reading(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    assert windows.is_local(DataConfig(source=str(tmp_path / "a.txt")))
-    assert not windows.is_local(DataConfig(source=str(tmp_path / "b.txt")))
-    assert not windows.is_local(DataConfig(source="generated"))
+    assert sources.is_local(DataConfig(source=str(tmp_path / "a.txt")))
+    assert not sources.is_local(DataConfig(source=str(tmp_path / "b.txt")))
+    assert not sources.is_local(DataConfig(source="generated"))

@@ -7,9 +7,8 @@ import pytest
 import typer
 
 from qtool.cli import app
-from qtool.config import plugins, recipe
-from qtool.sweeps import grid
-from qtool.sweeps.launchers import LauncherConfig
+from qtool.config import describe, plugins, sweep
+from qtool.config.sweep import LauncherConfig
 
 HEAVY = (
     "torch",
@@ -36,7 +35,7 @@ def loaded_after(code: str) -> set[str]:
     "code",
     [
         "import qtool.cli.app",
-        "from qtool.cli.app import main; main(['--help'])",
+        "from qtool.cli.main import main; main(['--help'])",
         "import qtool.system.progress",
     ],
 )
@@ -74,16 +73,16 @@ def test_options() -> None:
 
 
 def test_sweep_keys() -> None:
-    assert list(grid.SweepConfig.model_fields) == [
+    assert list(sweep.SweepConfig.model_fields) == [
         *("recipe", "set", "grid", "exclude", "cells", "over", "keep", "missing_models", "bench", "launcher", "output")
     ]
     assert list(LauncherConfig.model_fields) == ["name", "cluster", "address", "parameters"]
-    for section in (grid.SweepConfig, grid.BenchConfig, LauncherConfig):
+    for section in (sweep.SweepConfig, sweep.BenchConfig, LauncherConfig):
         assert all((field.description or "").endswith(".") for field in section.model_fields.values())
 
 
 def test_recipe_keys() -> None:
-    found = {section: [key.name for key in keys] for section, (_, keys) in recipe.keys().items()}
+    found = {section: [key.name for key in keys] for section, (_, keys) in describe.keys().items()}
     own = {section for section in found if section.startswith("method ")}
     assert own == {f"method {name}" for name in plugins.names()}
     assert {section: names for section, names in found.items() if section not in own} == {
@@ -107,7 +106,7 @@ def test_recipe_keys() -> None:
 
 def test_keys_of_efficientqat() -> None:
     """The keys of its own; those of ``rounding``, ``optim`` and end-to-end training are pinned where they are made."""
-    found = [key.name for key in recipe.keys()["method efficientqat"][1]]
+    found = [key.name for key in describe.keys()["method efficientqat"][1]]
     phase_one = (
         "init_from init trains low_rank epochs min_steps batch_size travel scale_travel zero_travel norm_travel "
         "weight_lr quant_lr validation_samples"
@@ -134,12 +133,12 @@ GRID = ["scale_travel", "scale_lr"]
     [("lsq", ["init", *GRID]), ("paretoq", GRID), ("qat", []), ("llmqat", [])],
 )
 def test_keys_of_trained_methods(method: str, own: list[str]) -> None:
-    found = [key.name for key in recipe.keys()[f"method {method}"][1]]
+    found = [key.name for key in describe.keys()[f"method {method}"][1]]
     assert sorted(found) == sorted([*END_TO_END, *TRAINED, *own])
 
 
 def test_every_key_is_described() -> None:
-    for section, (text, keys) in recipe.keys().items():
+    for section, (text, keys) in describe.keys().items():
         assert text, section
         for key in keys:
             assert key.description.endswith("."), f"{section}.{key.name}"

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import yaml
 
-from qtool.cli import app
+from qtool.cli import app, main
 from qtool.sweeps import grid, launchers, runner
 from qtool.sweeps.launchers import Command, Ended
 from qtool.system import progress
@@ -33,7 +33,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert command.arguments[:3] == [sys.executable, "-m", "qtool"]
         commands.append(command.arguments[3:])
         with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()), progress.use(progress.Sink()):
-            code = app.main(command.arguments[3:])
+            code = main.main(command.arguments[3:])
         return Ended(out.getvalue(), launchers._error(code, out.getvalue(), command.log))
 
     monkeypatch.setattr(launchers, "execute", execute)
@@ -139,7 +139,7 @@ def test_a_failed_cell_stops_no_other_and_is_run_again(
     assert "1 of 3 cells done, 2 failed." in Path("out/sweep.md").read_text()
     assert "1. it broke; in two lines\n" in Path("out/sweep.md").read_text()
     broken.pop()
-    assert app.main(["sweep", "s.yaml", "-o", "out", "--json"]) == 1
+    assert main.main(["sweep", "s.yaml", "-o", "out", "--json"]) == 1
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert (found["ran"], found["cached"], found["failed"]) == (
@@ -150,7 +150,7 @@ def test_a_failed_cell_stops_no_other_and_is_run_again(
     assert found["report"] == json.loads(Path("out/sweep.json").read_text())
     assert "error: 1 cell(s) failed, and the same command runs them again: num_bits=4" in err
     broken.clear()
-    assert app.main(["sweep", "s.yaml", "-o", "out", "-q"]) == 0
+    assert main.main(["sweep", "s.yaml", "-o", "out", "-q"]) == 0
     assert "3 of 3 cells done." in capsys.readouterr().out
 
 

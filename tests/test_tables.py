@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import qtool
-from qtool.cli import app
-from qtool.config import recipe
+from qtool.cli import main
+from qtool.config import files, recipe
 from qtool.reports.records import Metric, task_result
 from qtool.sweeps import grid, runner
 from qtool.sweeps.table import CellResult, Mean, SweepReport, groups
@@ -97,20 +97,20 @@ CELLS = {
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, grid.Plan]:
-    return {name: grid.load(name) for name in recipe.tables()}
+    return {name: grid.load(name) for name in files.tables()}
 
 
 def test_every_packaged_table_loads_with_all_its_cells(tables: dict[str, grid.Plan]) -> None:
     assert {name.removeprefix("tables/"): len(plan.cells) for name, plan in tables.items()} == CELLS
     for name, plan in tables.items():
-        what, how = recipe.tables()[name].read_text().splitlines()[:2]
+        what, how = files.tables()[name].read_text().splitlines()[:2]
         assert what == f"# {plan.title}"
         assert how == f"#   qtool sweep {name}"
         assert name.startswith("tables/builtin") or plan.config.missing_models == "skip"
         for cell in plan.cells:
             assert set(cell.columns) == set(plan.columns)
             assert cell.recipe.model.path.startswith("builtin:") == name.startswith("tables/builtin")
-    assert not recipe.packaged().keys() & recipe.tables().keys()
+    assert not files.packaged().keys() & files.tables().keys()
 
 
 def test_papers_tables_are_what_their_numbers_make() -> None:
@@ -163,7 +163,7 @@ def test_a_table_without_its_models_is_not_run_and_says_so(
     tables: dict[str, grid.Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "resolve", lambda path, fetch: (_ for _ in ()).throw(InputError("not here")))
-    assert app.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
+    assert main.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
     text = capsys.readouterr().out
     assert "0 of 37 cells done, 37 not run." in text
     assert "meta-llama/Llama-2-7b-hf is not at hand" in text

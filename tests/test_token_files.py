@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from qtool.config.sections import DataConfig
-from qtool.data import windows
-from qtool.data.conversations import IGNORED
+from qtool.config.sections import IGNORED, DataConfig
+from qtool.data import sources, windows
 from qtool.data.token_files import read_windows
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 TOKENS = torch.arange(12).view(3, 4) + 1
@@ -35,7 +34,7 @@ def test_an_array_is_used_exactly_and_in_its_order_whatever_the_seed(
     loaded: LoadedModel, tmp_path: Path, dtype: str
 ) -> None:
     np.save(tmp_path / "a.npy", TOKENS.numpy().astype(dtype))
-    windows.check_source(config(tmp_path / "a.npy"))
+    sources.check_source(config(tmp_path / "a.npy"))
     for seed in (0, 1):
         tokens, labels = windows.calibration(config(tmp_path / "a.npy"), loaded, seed)
         assert tokens.dtype == torch.int64

@@ -11,7 +11,8 @@ from natives import Q_PROJ, Natives, exported, read_back
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qtool.checkpoints.native import Source, write_json
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import Source
 from qtool.config import plugins
 from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _readback

@@ -26,10 +26,13 @@ from transformers import (
 )
 
 import qtool
-from qtool.checkpoints import native
-from qtool.config.sections import ModelConfig, QuantConfig, QuantSpec
+from qtool.checkpoints import native, output_folder
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
-from qtool.models.loading import LoadedModel, load_model, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 
 BUILTIN = Path(qtool.__file__).parent / "models" / "builtin" / "wiki-llama-3m"
 END = "<|endoftext|>"
@@ -154,7 +157,7 @@ def packed(folder: Path, quant: QuantConfig) -> LoadedModel:
 def quantize(folder: Path, out: Path, quant: QuantConfig) -> LoadedModel:
     """Write a native checkpoint (without manifest and model card) and return the model it was written from."""
     loaded = packed(folder, quant)
-    with native.atomic_folder(out, overwrite=False) as partial:
+    with output_folder.atomic_folder(out, overwrite=False) as partial:
         native.save(partial, loaded, specs(loaded))
     return loaded
 

@@ -14,16 +14,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from qtool import __version__
 from qtool.allocation.sensitivity import ESTIMATORS, Unit, fused, measure
 from qtool.allocation.solvers import SOLVERS
-from qtool.checkpoints import native
+from qtool.checkpoints import sizes as checkpoint_sizes
 from qtool.config.budget import BudgetConfig
+from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec
 from qtool.config.section import Section
-from qtool.config.sections import QuantConfig, QuantOverride, QuantSpec
 from qtool.data.windows import Calibration
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError, RunError
+from qtool.system.version import __version__
 
 
 class Allotment(Section):
@@ -155,8 +155,8 @@ def plan(
             )
             for unit, bits, cost in zip(units, widths, costs, strict=True)
         ),
-        bits_per_weight=native.bits_per_weight(specs(units, widths), shapes(units)),
-        num_bytes=native.planned_bytes(loaded, specs(units, widths), shapes(units)),
+        bits_per_weight=checkpoint_sizes.bits_per_weight(specs(units, widths), shapes(units)),
+        num_bytes=checkpoint_sizes.planned_bytes(loaded, specs(units, widths), shapes(units)),
     )
 
 
@@ -239,7 +239,7 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], budget: BudgetConfig) -> 
         widest = [unit.choices[-1] for unit in units]
         sizes = [[_bytes(unit, width) for width in unit.choices] for unit in units]
         packed = sum(each[-1] for each in sizes)
-        rest = native.planned_bytes(loaded, specs(units, widest), shapes(units)) - packed
+        rest = checkpoint_sizes.planned_bytes(loaded, specs(units, widest), shapes(units)) - packed
         capacity, smallest = budget.size - rest, sum(each[0] for each in sizes)
         asked = f"size is {budget.size:,}", f"{smallest + rest:,} bytes, of which {rest:,} are not of packed weights"
     if smallest > capacity:
@@ -261,5 +261,5 @@ def _bits(unit: Unit, width: int) -> int:
 def _bytes(unit: Unit, width: int) -> int:
     """All tensors of the packed linears."""
     found = shapes([unit])
-    parts = (native.packed_parts(name, spec, found[name]) for name, spec in specs([unit], [width]).items())
+    parts = (checkpoint_sizes.packed_parts(name, spec, found[name]) for name, spec in specs([unit], [width]).items())
     return sum(tensor.nbytes for each in parts for tensor in each.values())

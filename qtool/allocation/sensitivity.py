@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.blocks.driver import TOKENS_PER_BATCH, Stage
-from qtool.blocks.walk import group_inputs, walk
+from qtool.blocks.driver import TOKENS_PER_BATCH, group_inputs, walk
+from qtool.blocks.task import Stage
 from qtool.config.budget import BudgetConfig
-from qtool.data.conversations import IGNORED
+from qtool.config.sections import IGNORED
 from qtool.data.windows import Calibration
 from qtool.methods import gptq
-from qtool.models.loading import LoadedModel, Target, weight_of
+from qtool.models.linears import Target, weight_of
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, quantize
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 
 
 class Stop(Exception):

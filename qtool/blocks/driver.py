@@ -10,243 +10,23 @@ about to read its input; when the group is packed, all batches go on from there.
 many groups it has, where recomputing costs one for each.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from qtool.blocks.calls import Call, Stop, first_hidden, record_calls
+from qtool.blocks.calls import Call, first_hidden, record_calls
 from qtool.blocks.hidden_states import Stream
-from qtool.models.loading import LoadedModel, Target, packed_linears, replace_linear
-from qtool.quant.affine import QuantizedWeight, relative_error
+from qtool.blocks.task import ERROR_OF, BlockTask, Figures
+from qtool.models.linears import Target, packed_linears, replace_linear
+from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
-from qtool.system import memory, progress
+from qtool.system import memory, progress, units
 
 TOKENS_PER_BATCH = 2048  # more are no faster on a processor, and need more memory
 PROBED_WINDOWS = 4  # that measure a block's error
-ERROR_OF = "weight_error "  # followed by a linear's name: a figure of its own
-Figures = dict[str, float]
 Series = dict[str, list[float]]
-
-
-class Stage(NamedTuple):
-    """Linears that read the same tensor, and what they read, ``[tokens, in]`` for each batch."""
-
-    targets: list[Target]
-    inputs: Iterable[Tensor]  # may be made anew each time they are gone through
-    float_inputs: Iterable[Tensor] | None
-
-
-@dataclass
-class BlockTask:
-    """One block, its inputs, and the linears to quantize in it."""
-
-    index: int
-    name: str
-    block: nn.Module
-    inputs: Stream  # each [b, t, d]: from the quantized blocks before
-    float_inputs: Stream | None  # the same from the float model, for methods that ask for it
-    targets: list[Target]
-    calls: dict[int, Call]  # by batch size, 1 among them
-    compute: torch.dtype  # of the block while it is worked on
-    pausing: bool = True  # whether memory allows every batch's forward to be held in the middle of the block
-    streamed: bool = False  # whether float weights may go as soon as they are packed
-    outputs: Stream | None = None  # what the quantized block makes of the inputs; made by the driver when left out
-    float_outputs: Stream | None = None
-    weight_errors: Figures = field(default_factory=dict)  # of packed linears, against the weight the method rounded
-    _groups: list[list[Target]] = field(default_factory=list)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[b, t, d]`` after the block as it is now."""
-        call = self.calls[hidden.shape[0]]
-        out = self.block(hidden.to(self.compute), *call.args, **call.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result.to(hidden.dtype)
-
-    def through(self, stream: Stream) -> Stream:
-        """What the block as it is now makes of ``stream``, kept where that is kept."""
-        outputs = stream.like()
-        for hidden in stream:
-            outputs.append(self.forward(hidden))
-        return outputs
-
-    @property
-    def groups(self) -> list[list[Target]]:
-        """The targets in the order they run, those that read the same tensor together (q, k, v; gate, up)."""
-        if not self._groups:
-            seen: dict[tuple[Any, ...], list[Target]] = {}
-            kept: list[Tensor] = []  # holds the tensors, so that no address is used twice
-            by_module = {target.linear: target for target in self.targets}
-
-            def visit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0]
-                kept.append(x)
-                seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(by_module[module])
-
-            self.observe(by_module, visit, [self.inputs[0][:1]])
-            unused = {target.name for target in self.targets} - {t.name for group in seen.values() for t in group}
-            assert not unused, f"the block's forward does not use {sorted(unused)}"
-            self._groups = list(seen.values())
-        return self._groups
-
-    @torch.no_grad()
-    def observe(
-        self,
-        modules: Iterable[nn.Module],
-        visit: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
-        inputs: Iterable[Tensor],
-    ) -> list[Tensor]:
-        """Run the block on ``inputs``; ``visit`` gets each module's arguments just before it runs. Returns outputs."""
-        hooks = [module.register_forward_pre_hook(visit, with_kwargs=True) for module in modules]
-        try:
-            return [self.forward(hidden) for hidden in inputs]
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def pass_floats(self, leaders: Iterable[nn.Module] = ()) -> dict[nn.Module, Tensor]:
-        """Set ``float_outputs`` by the block as it is now.
-
-        Returns the sum of squares ``[in]`` of each channel that ``leaders`` read meanwhile.
-        """
-        assert self.float_inputs is not None
-        squares: dict[nn.Module, Tensor] = {}
-
-        def visit(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0].flatten(0, -2).float()
-            squares[linear] = squares.get(linear, 0) + x.square().sum(0)
-
-        leaders, outputs = list(leaders), self.float_inputs.like()
-        for hidden in self.float_inputs:
-            outputs.append(self.observe(leaders, visit, [hidden])[0])
-        self.float_outputs = outputs
-        return squares
-
-    def stages(self) -> Iterator[Stage]:
-        """Each group of linears in the order they run; the caller packs them before it asks for the next group."""
-        if self.pausing:
-            yield from self._paused_stages()
-            return
-        for group in self.groups:
-            read = partial(_Reader, self, group[0])
-            yield Stage(group, read(self.inputs), read(self.float_inputs, True) if self.float_inputs else None)
-        if self.float_inputs is not None:
-            with self._unpacked():
-                self.float_outputs = self.through(self.float_inputs)
-
-    def _paused_stages(self) -> Iterator[Stage]:
-        leaders = [group[0] for group in self.groups]
-        runs = [greenlet(self.forward) for _ in self.inputs]
-        float_runs = [greenlet(self.forward) for _ in self.float_inputs or ()]
-        floats = set(float_runs)
-
-        def pausing(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-            forward, leads = linear.forward, any(leader.linear is linear for leader in leaders)
-            name = next(target.name for target in self.targets if target.linear is linear)
-
-            def paused_forward(x: Tensor) -> Tensor:
-                run = getcurrent()
-                if leads:
-                    assert run.parent is not None
-                    run.parent.switch(x.flatten(0, -2))
-                layer = linear if run in floats else self.block.get_submodule(self._local(name))
-                result: Tensor = forward(x) if layer is linear else layer(x)
-                return result
-
-            return paused_forward
-
-        for target in self.targets:
-            target.linear.forward = pausing(target.linear)  # on the instance, removed below
-        try:
-            inputs = [run.switch(hidden) for run, hidden in zip(runs, self.inputs, strict=True)]
-            float_inputs = [run.switch(hidden) for run, hidden in zip(float_runs, self.float_inputs or (), strict=True)]
-            # below, float runs see the float linears wherever they look, whatever has been packed
-            for group in self.groups:
-                yield Stage(group, inputs, float_inputs if self.float_inputs is not None else None)
-                if self.streamed and self.float_inputs is None:
-                    for target in group:
-                        target.linear.to_empty(device=torch.device("meta"))
-                memory.return_freed()
-                self._expand(group)
-                del inputs[:], float_inputs[:]  # the caller is done with them: let each go as its batch moves on
-                for run in runs:
-                    inputs.append(run.switch())
-                with self._unpacked():
-                    for run in float_runs:
-                        float_inputs.append(run.switch())
-                self._contract(group)
-                memory.return_freed()
-            self.outputs = Stream(None, inputs)
-            self.float_outputs = Stream(None, float_inputs) if self.float_inputs is not None else None
-        finally:
-            for target in self.targets:
-                del target.linear.forward
-            self._contract(self.targets)
-
-    def _expand(self, group: list[Target]) -> None:
-        """Let the packed layers of ``group`` expand their weight once, not in every call of the stages; same bits."""
-        for target in group:
-            layer = self.block.get_submodule(self._local(target.name))
-            if isinstance(layer, PackedLinear):
-                dense = layer.dequantized(self.compute)
-                layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
-
-    def _contract(self, group: list[Target]) -> None:
-        """Forget the expanded weights of ``group``."""
-        for target in group:
-            vars(self.block.get_submodule(self._local(target.name))).pop("forward", None)
-
-    @contextmanager
-    def _unpacked(self) -> Iterator[None]:
-        """The float linears back in their places, for as long as the context lasts."""
-        packed = {target: self.block.get_submodule(self._local(target.name)) for target in self.targets}
-        for target in packed:
-            replace_linear(self.block, self._local(target.name), target.linear)
-        try:
-            yield
-        finally:
-            for target, layer in packed.items():
-                replace_linear(self.block, self._local(target.name), layer)
-
-    def pack(self, target: Target, weight: QuantizedWeight) -> None:
-        """Put the packed layer in the place of the target."""
-        self.weight_errors[ERROR_OF + target.name] = relative_error(target.stored_weight, weight)
-        bias = target.linear.bias
-        layer = PackedLinear.from_quantized(weight, bias if isinstance(bias, Tensor) else None)
-        replace_linear(self.block, self._local(target.name), layer)
-
-    def _local(self, name: str) -> str:
-        return name.removeprefix(f"{self.name}.")
-
-
-@dataclass
-class _Reader:
-    """What a linear reads, ``[tokens, in]`` for each batch, made anew each time: slower than pausing, and smaller."""
-
-    task: BlockTask
-    target: Target
-    stream: Stream
-    unpacked: bool = False
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(self._read, self.stream)
-
-    def _read(self, hidden: Tensor) -> Tensor:
-        found: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0].flatten(0, -2))
-            raise Stop
-
-        with self.task._unpacked() if self.unpacked else nullcontext(), suppress(Stop):
-            self.task.observe([self.target.linear], stop, [hidden])
-        return found[0]
 
 
 @torch.no_grad()
@@ -341,7 +121,7 @@ class Flow:
         on_disk = budget is not None and stream_bytes > budget
         self._pausing = budget is None or stream_bytes + paused_bytes <= budget
         if on_disk:
-            progress.note(f"hidden states take {progress.size(stream_bytes)}, above data.memory_budget: kept on disk")
+            progress.note(f"hidden states take {units.size(stream_bytes)}, above data.memory_budget: kept on disk")
         folder = loaded.streaming.finished.folder if loaded.streaming and on_disk else None
         self.inputs = Stream(folder, [first])
         for batch in batches[1:]:
@@ -399,3 +179,40 @@ def _restore(task: BlockTask, tensors: dict[str, Tensor]) -> None:
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).square().sum() / expected.float().square().sum())
+
+
+@torch.no_grad()
+def walk(loaded: LoadedModel, tokens: Tensor, targets: Sequence[Target]) -> Iterator[BlockTask]:
+    """Each block of the float model with what enters it, one block of a streamed model in memory at a time.
+
+    Nothing is quantized or kept, and the model is afterwards what it was.
+    """
+    flow = Flow(loaded, tokens, list(targets), loaded.dtype, False)
+    blocks = loaded.blocks()
+    for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
+        stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
+        bring_in(block, loaded, loaded.dtype)
+        inputs, _, calls, _ = flow.at(index)
+        mine = [target for target in targets if target.block == index]
+        task = BlockTask(index, name, block, inputs, None, mine, calls, loaded.dtype)
+        yield task
+        flow.advance(task)
+        for tensor, data in stored:
+            tensor.data = data
+
+
+def group_inputs(task: BlockTask) -> Iterator[tuple[list[Target], list[Tensor]]]:
+    """Linears of a block that read the same tensor, and what they read, ``[tokens, in]`` for each batch.
+
+    The block is run once. A group's inputs go when the next is asked for, unless the caller holds them.
+    """
+    read: dict[nn.Module, list[Tensor]] = {group[0].linear: [] for group in task.groups}
+
+    def visit(linear: nn.Module, args: Any, kwargs: Any) -> None:  # Any: the arguments of whatever linear it is
+        read[linear].append(args[0].flatten(0, -2))
+
+    task.outputs = task.inputs.like()
+    for hidden in task.inputs:
+        task.outputs.append(task.observe(read, visit, [hidden])[0])
+    for group in task.groups:
+        yield group, read.pop(group[0].linear)

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qtool.config.sections import ACTIVATION_KEYS, ACTIVATIONS_VERSION, FORMAT_VERSION, QuantSpec
+from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
+from qtool.quant.packed_linear import ACTIVATIONS_VERSION, FORMAT_VERSION
 from qtool.system.errors import InputError
 
 SPEC_KEYS = tuple(QuantSpec.model_fields)

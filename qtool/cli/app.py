@@ -6,23 +6,20 @@ standard error. Exit codes: 0 done, 1 a run failed, 2 the user's input is wrong,
 """
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
-from qtool import __version__
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
-from qtool.cli.output import describe, show, show_table
-from qtool.cli.session import running, terminate
+from qtool.cli.output import show, show_table
+from qtool.cli.session import running
 from qtool.system import distributed
 from qtool.system.errors import InputError
+from qtool.system.version import __version__
 
 METHOD_COMMANDS = {
     "ptq": "Quantize a model without training it.",
@@ -90,9 +87,9 @@ for _name, _summary in METHOD_COMMANDS.items():
 
 def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, quiet: bool, as_json: bool) -> None:
     from qtool.config import plugins
-    from qtool.config import recipe as recipes
+    from qtool.config.recipe import load
 
-    checked = recipes.load(path, overrides)
+    checked = load(path, overrides)
     right = plugins.get(checked.method.name).command
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
@@ -116,17 +113,17 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what widths a recipe's quant.budget comes to."""
-    from qtool.config import recipe as recipes
+    from qtool.config.recipe import load
 
-    checked = recipes.load(recipe, set_)
+    checked = load(recipe, set_)
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"{output} cannot be written: {output.absolute().parent} is no folder")
     if output is not None and output.exists() and not overwrite:
         raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
     with running(quiet, None):
-        from qtool.pipelines import quantize
+        from qtool.pipelines import plan as planning
 
-        found = quantize.plan(checked)
+        found = planning.plan(checked)
     if output is not None:
         output.write_text(found.yaml(checked.quant), encoding="utf-8")
     print(found.model_dump_json(indent=2) if as_json else found.table())
@@ -163,7 +160,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL divergence and lm-eval tasks."""
-    from qtool.config import recipe as recipes
+    from qtool.config import files
+    from qtool.config.recipe import EvalRecipe, check, load_eval
 
     options: dict[str, dict[str, Any]] = {
         "model": {"dtype": dtype, "device": device},
@@ -177,11 +175,11 @@ def evaluate(
         },
     }
     given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
-    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in recipes.packaged():
-        checked = recipes.load_eval(target, given)
+    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in files.packaged():
+        checked = load_eval(target, given)
     else:
         given["model"]["path"] = target
-        checked = recipes.check(recipes.EvalRecipe, given, "the command line")
+        checked = check(EvalRecipe, given, "the command line")
     where = output or (checked.output.path if checked.output else None)
     with running(quiet, where):
         from qtool.pipelines import evaluate as evaluation
@@ -202,16 +200,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in the format of another engine."""
-    from qtool.config import recipe as recipes
+    from qtool.config.recipe import check_export
 
     entry = {"format": format_, "path": output, **({} if dtype is None else {"dtype": dtype})}
-    config = recipes.check_export(entry)
+    config = check_export(entry)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
     with running(quiet, output):
-        from qtool.pipelines import quantize
+        from qtool.pipelines import export as exporting
 
-        path = quantize.export(folder, config, overwrite)
+        path = exporting.export(folder, config, overwrite)
     print(json.dumps({"path": str(path), "format": config.format}) if as_json else path)
 
 
@@ -229,10 +227,10 @@ def bench(
     """Measure speed, memory and energy beside the same weights held densely."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    from qtool.config import recipe as recipes
+    from qtool.config.recipe import EvalRecipe, check
 
     model = {"path": str(folder), "dtype": dtype, "device": device}
-    checked = recipes.check(recipes.EvalRecipe, {"model": model}, "the command line")
+    checked = check(EvalRecipe, {"model": model}, "the command line")
     with running(quiet, None):
         from qtool.evaluation import bench as measuring
 
@@ -308,9 +306,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint's files against its manifest."""
-    from qtool.pipelines import reproduce as reproducing
+    from qtool.pipelines import verify as verifying
 
-    found = reproducing.verify(folder)
+    found = verifying.verify(folder)
     text = f"{folder}: {found['files']} file(s) and {found['linears']} quantized linears are as they were written"
     print(json.dumps({"path": str(folder), **found}) if as_json else text)
 
@@ -336,9 +334,9 @@ def recipes(
     ] = None,
 ) -> None:
     """List the packaged recipes and the tables for qtool sweep, or print one to start from."""
-    from qtool.config import recipe as recipes
+    from qtool.config import files
 
-    packaged = recipes.packaged() | recipes.tables()
+    packaged = files.packaged() | files.tables()
     if name is None:
         for each, path in packaged.items():
             width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
@@ -355,10 +353,10 @@ def schema(
     of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep instead.")] = False,
 ) -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from qtool.config import recipe as recipes
+    from qtool.config import describe as description
     from qtool.sweeps import grid
 
-    print(json.dumps(grid.schema() if of_sweep else recipes.schema(), indent=2))
+    print(json.dumps(grid.schema() if of_sweep else description.schema(), indent=2))
 
 
 @app.command()
@@ -370,34 +368,3 @@ def doctor(as_json: Json = False) -> None:
     print(json.dumps(found, indent=2) if as_json else examination.render(found))
     if found["problems"]:
         raise typer.Exit(1)
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    args = list(sys.argv[1:] if args is None else args)
-    command: Callable[..., Any] = typer.main.get_command(app).main
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, terminate)
-    try:
-        code = command(args or ["--help"], prog_name="qtool", standalone_mode=False)
-        sys.stdout.flush()
-        if code == 130:  # typer turns Ctrl-C into this
-            raise KeyboardInterrupt
-        return (code if isinstance(code, int) else 0) if args else 2
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (Exception, KeyboardInterrupt) as error:
-        kind, code, message = describe(error)
-        if os.environ.get("QTOOL_DEBUG") == "1":
-            import traceback
-
-            traceback.print_exception(error)
-        if code == 2 and not distributed.is_first():
-            return code  # the first process says the same
-        print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
-        if context := getattr(error, "ctx", None):  # of a usage error
-            print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)
-        if "--json" in args:
-            print(json.dumps({"error": message, "kind": kind, "exit_code": code}))
-        return code

@@ -10,8 +10,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from qtool import __version__
-from qtool.system.progress import size
+from qtool.system.units import size
+from qtool.system.version import __version__
 
 # what qtool cannot do without, for when it runs from a source tree that is not installed
 REQUIRED = (
@@ -152,7 +152,7 @@ def _kernels() -> list[dict[str, Any]]:
 def _data() -> dict[str, Any]:
     """The folder with data sets, and what lies in it."""
     try:
-        from qtool.data.windows import data_dir
+        from qtool.data.sources import data_dir
     except ImportError:  # a package is missing, which is said among the problems
         return {"folder": None, "found": []}
     folder = data_dir()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from qtool.config.recipe import Key
+    from qtool.config.describe import Key
 
 
 class DescribedCommand(TyperCommand):
@@ -14,7 +14,7 @@ class DescribedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
         """Fill in the descriptions, then write the options as usual."""
-        from qtool.config import plugins, recipe
+        from qtool.config import describe, plugins
         from qtool.config.sections import EvalConfig, ExportConfig, ModelConfig, OutputConfig
 
         sections = {"eval": (EvalConfig, ModelConfig), "bench": (ModelConfig,)}.get(
@@ -24,7 +24,7 @@ class DescribedCommand(TyperCommand):
         for param in self.params:
             field = fields.get(str(param.name).rstrip("_"))
             if field is not None and not getattr(param, "help", None):
-                param.help = recipe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
+                param.help = describe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
                 if param.name == "format_":
                     param.help = f"One of: {', '.join(plugins.export_formats())}."  # type: ignore[attr-defined]
         super().format_options(ctx, formatter)
@@ -35,11 +35,11 @@ class RecipeCommand(DescribedCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write every key with its default and description, by section."""
-        from qtool.config import recipe
+        from qtool.config import describe
 
         formatter.write_paragraph()
         formatter.write_text("Recipe keys, in the file or as --set section.key=value:")
-        for section, (text, keys) in recipe.keys(self.name).items():
+        for section, (text, keys) in describe.keys(self.name).items():
             formatter.write_paragraph()
             formatter.write(_wrapped(f"  {section or '(top level)'}", f"{text}", formatter.width, 22))
             _write_keys(formatter, keys)
@@ -80,16 +80,16 @@ def _wrapped(left: str, right: str, width: int, column: int) -> str:
 
 def recipe_names(incomplete: str) -> list[str]:
     """Packaged recipes, for the shell."""
-    from qtool.config import recipe
+    from qtool.config import files
 
-    return [name for name in recipe.packaged() if name.startswith(incomplete)]
+    return [name for name in files.packaged() if name.startswith(incomplete)]
 
 
 def table_names(incomplete: str) -> list[str]:
     """Packaged sweeps, for the shell."""
-    from qtool.config import recipe
+    from qtool.config import files
 
-    return [name for name in recipe.tables() if name.startswith(incomplete)]
+    return [name for name in files.tables() if name.startswith(incomplete)]
 
 
 def format_names(incomplete: str) -> list[str]:

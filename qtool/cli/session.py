@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from qtool.cli import progress_display
 from qtool.system import progress
 from qtool.system.errors import QtoolError
 
@@ -24,7 +25,7 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
             os.environ.setdefault(name, value)
     before = _identity(output)
     try:
-        with progress.use(progress.for_terminal(quiet)), redirect_stdout(sys.stderr):
+        with progress.use(progress_display.for_terminal(quiet)), redirect_stdout(sys.stderr):
             yield
     except KeyboardInterrupt as error:
         if output is None:

@@ -146,3 +146,30 @@ class EndToEndConfig(Section):
         if self.validate_every and not self.validation_samples:
             raise ValueError("validate_every needs validation_samples, the number of windows to keep out of training")
         return self
+
+
+class EndToEnd(TrainedConfig, EndToEndConfig):
+    """The base of the section of a method that trains all linears at once."""
+
+
+class WeightsConfig(EndToEnd):
+    """The same of a method that trains their weights: how fast these move.
+
+    Rates follow the model and the budget: a weight whose gradient keeps its sign moves by ``travel`` quantization steps
+    in the whole training, whatever that is: Adam's steps have the size of the rate.
+    """
+
+    travel: float = Field(0.2, ge=0, description="How far a weight can move in all steps, in quantization steps.")
+    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
+    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
+
+
+class GridConfig(WeightsConfig):
+    """The same of a method that also trains scales and zero points."""
+
+    scale_travel: float = Field(
+        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+    )
+    scale_lr: float | None = Field(
+        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
+    )

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qtool.config.sections import IGNORED
 from qtool.system import progress
 from qtool.system.errors import InputError
 
-IGNORED = -100  # the label of a token that is not learned; cross entropy's own default
 FIELDS = ("messages", "conversations", "instruction")  # a row with one of these is a conversation
 ROLES = {"human": "user", "gpt": "assistant"}  # other names that data sets use
 PLAIN = (

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.system import progress
 from qtool.system.errors import InputError
 

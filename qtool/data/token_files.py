@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qtool.data.conversations import IGNORED
+from qtool.config.sections import IGNORED
 from qtool.system.errors import InputError
 
 SUFFIXES = (".npy", ".safetensors")

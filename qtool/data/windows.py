@@ -10,12 +10,10 @@ Token files are taken as they are.
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,42 +21,14 @@ from torch import Tensor
 from qtool.config.sections import DataConfig
 from qtool.data.conversations import is_conversation, pack
 from qtool.data.generated import check_length, generated_tokens
-from qtool.data.readers import READERS, Hub, UnreachableError, check_file, load_hub, read_file, read_records
+from qtool.data.readers import read_file, read_records
+from qtool.data.sources import GENERATED, SOURCES, check_source, placed, read_source, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
-GENERATED = "generated"
 GENERATED_WINDOWS = 32  # of perplexity text, where no limit is given
 CHARACTERS_PER_BATCH = 1 << 18
-T = TypeVar("T")
-Row = dict[str, Any]  # Any: whatever fields a data set has
-
-
-class Source(NamedTuple):
-    """Named text: its file below ``data_dir()``, where it is on the hub, and what its rows are."""
-
-    file: str
-    hub: Hub
-    rows: Literal["documents", "lines", "conversations"]  # lines of one text are joined by two newlines
-
-
-SOURCES: dict[str, Source] = {
-    "wikitext2": Source("wikitext2/{split}.jsonl", Hub("Salesforce/wikitext", "wikitext-2-raw-v1"), "lines"),
-    "enwiki": Source("enwiki/{split}.txt.xz", Hub("wikimedia/wikipedia", "20231101.en", streaming=True), "documents"),
-    "c4": Source("c4/{split}.jsonl", Hub("allenai/c4", "en", streaming=True), "documents"),
-    "redpajama": Source(
-        "redpajama/{split}.jsonl",
-        Hub("togethercomputer/RedPajama-Data-1T-Sample", files="*.jsonl", sorted=True),
-        "documents",
-    ),
-    # six of its 627 billion tokens, drawn evenly, as parquet; the whole is compressed in a way that datasets needs a
-    # package more for
-    "slimpajama": Source("slimpajama/{split}.jsonl", Hub("DKYoon/SlimPajama-6B", streaming=True), "documents"),
-    "alpaca": Source("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
-    "deita": Source("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
-}
-FILES = (*READERS, *SUFFIXES)
 
 
 class Calibration(NamedTuple):
@@ -70,43 +40,6 @@ class Calibration(NamedTuple):
 
     tokens: Tensor
     labels: Tensor | None = None
-
-
-def data_dir() -> Path | None:
-    """The folder with data kept on this machine: ``QTOOL_DATA_DIR``, else ``../shared/data`` where that exists.
-
-    An empty ``QTOOL_DATA_DIR`` means that there is none.
-
-    Raises:
-        InputError: ``QTOOL_DATA_DIR`` names no folder.
-    """
-    chosen = os.environ.get("QTOOL_DATA_DIR")
-    if chosen is not None:
-        if chosen and not Path(chosen).is_dir():
-            raise InputError(f"QTOOL_DATA_DIR is {chosen}, which is no folder; correct it, or set it to nothing")
-        return Path(chosen) if chosen else None
-    repository = Path(__file__).parents[1]
-    return next((p for base in (Path(), repository) if (p := base / ".." / "shared" / "data").is_dir()), None)
-
-
-def check_source(data: DataConfig) -> None:
-    """Whether ``data.source`` can be: a known name, or a file that exists and has a known suffix.
-
-    Raises:
-        InputError: it cannot.
-    """
-    known = [GENERATED, *SOURCES]
-    if data.source in known:
-        return
-    if Path(data.source).name.endswith(FILES) or Path(data.source).exists():
-        check_file(Path(data.source).expanduser(), FILES)
-        return
-    near = get_close_matches(data.source, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(
-        f"data.source: {data.source!r} is neither a known name ({', '.join(known)}) "
-        f"nor a path that ends in {', '.join(FILES)}{hint}"
-    )
 
 
 def calibration_tokens(data: DataConfig, loaded: LoadedModel, seed: int) -> Tensor:
@@ -135,26 +68,17 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), vocabulary))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
     if source.rows == "conversations" if source else _holds_conversations(path):
-        records = _read(data.source, "train", read_records, _placed(data.source)) if source else read_records(path)
+        records = read_source(data.source, "train", read_records, placed(data.source)) if source else read_records(path)
         packed = pack(records, loaded.tokenizer, data.num_samples, data.seq_len)
         if len(packed.tokens) < data.num_samples:
             raise InputError(_too_little(data, len(packed.tokens), None, packed.num_conversations))
         return Calibration(packed.tokens[order], packed.labels[order])
-    texts = _rows(data.source, "train") if source else read_file(path)
+    texts = source_texts(data.source, "train") if source else read_file(path)
     stream, num_texts = _token_stream(texts, source is not None and source.rows == "lines", loaded, data)
     num_windows = len(stream) // data.seq_len
     if num_windows < data.num_samples:
         raise InputError(_too_little(data, num_windows, len(stream), num_texts))
     return Calibration(stream[: data.num_samples * data.seq_len].view(data.num_samples, data.seq_len)[order])
-
-
-def is_local(data: DataConfig) -> bool:
-    """Whether the text of ``data.source`` is a file on this machine."""
-    folder = data_dir()
-    named = SOURCES.get(data.source)
-    if named is None:
-        return data.source != GENERATED and Path(data.source).expanduser().is_file()
-    return folder is not None and (folder / named.file.format(split="train")).exists()
 
 
 def _holds_conversations(path: Path) -> bool:
@@ -172,38 +96,6 @@ def _too_little(data: DataConfig, num_windows: int, num_tokens: int | None, num_
         f"{found}, and {data.num_samples} are needed "
         f"({data.num_samples * data.seq_len} tokens); {advice}lower data.seq_len, or give more text"
     )
-
-
-def _rows(name: str, split: str) -> Iterator[str]:
-    """The texts of a named source."""
-    return _read(name, split, read_file, lambda rows: (row["text"] for row in rows))
-
-
-def _placed(name: str) -> Callable[[Iterator[Row]], Iterator[tuple[str, Row]]]:
-    """Rows of the hub after their places in words."""
-    return lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
-
-
-def _read(
-    name: str,
-    split: str,
-    local: Callable[[Path], Iterator[T]],
-    remote: Callable[[Iterator[Row]], Iterator[T]],
-) -> Iterator[T]:
-    """A named source, by ``local`` from its file below ``data_dir()``, else by ``remote`` from its rows on the hub."""
-    source = SOURCES[name]
-    folder = data_dir()
-    file = folder / source.file.format(split=split) if folder else None
-    if file is not None and file.exists():
-        yield from local(file)
-        return
-    try:
-        yield from remote(load_hub(source.hub, split))
-    except UnreachableError as error:
-        raise UnreachableError(
-            f"{name} is not on this machine, and {error}; put it at $QTOOL_DATA_DIR/{source.file.format(split=split)} "
-            f"(QTOOL_DATA_DIR is {folder or 'not set'}), or use a file of your own as data.source"
-        ) from error
 
 
 def _joined(rows: Iterable[str], size: int) -> Iterator[str]:
@@ -270,7 +162,7 @@ def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int 
     length = min(context, loaded.max_length)
     if name == GENERATED:
         return generated_tokens(loaded, limit or GENERATED_WINDOWS, length, evaluation_seed(seed))
-    text = "\n\n".join(_rows(name, "test"))
+    text = "\n\n".join(source_texts(name, "test"))
     ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     num_windows = len(ids) // length
     if not num_windows:

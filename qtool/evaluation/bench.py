@@ -25,9 +25,11 @@ from qtool.checkpoints.native import Source
 from qtool.checkpoints.quantization_config import label
 from qtool.config.sections import ModelConfig
 from qtool.models.backend import held_bytes, use_backend
-from qtool.models.loading import LoadedModel, choose_device, load_model, packed_linears, replace_linear
+from qtool.models.linears import packed_linears, replace_linear
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import choose_device, load_model
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
-from qtool.system import energy, memory, progress
+from qtool.system import energy, memory, progress, units
 from qtool.system.errors import InputError
 
 BATCHES = (1, 8)
@@ -161,7 +163,7 @@ def _remarks(loaded: LoadedModel) -> list[str]:
     remarks, name = [], str(loaded.dtype).removeprefix("torch.")
     float_bytes = sum(p.nbytes for name, p in loaded.model.named_parameters() if p.dim() == 2)
     if float_bytes:
-        remarks.append(f"{progress.size(float_bytes)} of embeddings and head stay {name} in every column")
+        remarks.append(f"{units.size(float_bytes)} of embeddings and head stay {name} in every column")
     if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
         able = torch.cpu.get_capabilities()
         if not (able.get("avx512_bf16") or able.get("amx_bf16")):

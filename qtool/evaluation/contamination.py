@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RUN = 13
-ALARM = 0.01
+from qtool.reports.records import RUN
+
 CHUNK = 1 << 20  # calibration tokens looked up at once
 FACTORS = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))  # odd, as int64
 

@@ -4,130 +4,30 @@
 quantized and the float model go through the same code on the same windows, in one pass where both are at hand.
 """
 
-import math
-from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qtool.config.sections import METRICS, EvalConfig
-from qtool.data.readers import UnreachableError
-from qtool.data.windows import GENERATED, perplexity_windows
+from qtool.data.hub import UnreachableError
+from qtool.data.sources import GENERATED
+from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import Seen, overlap, relation
+from qtool.evaluation.perplexity import (
+    WindowScores,
+    change_stderr,
+    mean_metric,
+    perplexity_metric,
+    score_windows,
+)
 from qtool.models import backend
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric, TaskResult, task_result
-from qtool.system import progress
 from qtool.system.errors import InputError
 
 WIKITEXT = "wikitext2"
 DIVERGENCE = "kl"
 OWN_TASKS = tuple(METRICS)
-LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # of one forward pass
-CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits worked on at once in float32; on a CPU, what its caches hold
-BatchSize = int | Literal["auto"]
-
-
-class WindowScores(NamedTuple):
-    """Means over the predictions of each window, float64 ``[n]``; the last three need a reference model."""
-
-    nll: Tensor
-    reference_nll: Tensor | None
-    kl: Tensor | None
-    agreement: Tensor | None
-    num_predictions: int
-
-
-def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: BatchSize) -> Metric:
-    """Token perplexity on ``windows [n, t]``: exp of the mean negative log-likelihood of ``t - 1`` predictions in each.
-
-    The standard error is over windows, by the delta method.
-    """
-    return _perplexity(score_windows(model, None, windows, batch_size, False, "perplexity").nll, windows)
-
-
-def divergence(
-    model: PreTrainedModel, reference: PreTrainedModel, windows: Tensor, batch_size: BatchSize
-) -> tuple[Metric, Metric]:
-    """Mean KL(reference || model) in nats per token, and the share of tokens on whose most likely successor both agree.
-
-    Over the same ``t - 1`` predictions of each window as :func:`perplexity`; standard errors are over windows.
-    """
-    scores = score_windows(model, reference, windows, batch_size, True, "divergence")
-    assert scores.kl is not None
-    assert scores.agreement is not None
-    return _mean(scores.kl, scores.num_predictions), _mean(scores.agreement, scores.num_predictions)
-
-
-@torch.inference_mode()
-def score_windows(
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    windows: Tensor,
-    batch_size: BatchSize,
-    compare: bool,
-    title: str,
-) -> WindowScores:
-    """Score ``windows [n, t]`` with ``model`` and, in the same pass, with ``reference``.
-
-    ``compare`` adds what needs the logits of both: kl and agreement.
-    """
-    models = [model] if reference is None else [model, reference]
-    batches = windows.split(_batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size)
-    columns: list[list[Tensor]] = []
-    for batch in progress.track(batches, title, len(batches)):
-        logits = [m(batch.to(m.device), use_cache=False).logits for m in models]
-        for index, window in enumerate(batch):
-            columns.append(_score_window([one[index, :-1] for one in logits], window[1:].to(model.device), compare))
-    table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
-    nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
-    assert nll is not None
-    return WindowScores(nll, reference_nll, kl, agreement, windows.shape[0] * (windows.shape[1] - 1))
-
-
-def _score_window(logits: Sequence[Tensor], labels: Tensor, compare: bool) -> list[Tensor]:
-    """Sums over the rows of ``logits [t - 1, vocabulary]``: nll of each model, then kl and agreement."""
-    device = labels.device
-    size = max(1, CHUNK_NUMBERS.get(device.type, CHUNK_NUMBERS["cpu"]) // logits[0].shape[-1])
-    sums = torch.zeros(len(logits) + 2 * compare, dtype=torch.float64, device=device)
-    for label, *chunks in zip(labels.split(size), *(one.to(device).split(size) for one in logits), strict=True):
-        logs = [F.log_softmax(chunk.float(), -1) for chunk in chunks]
-        for index, log in enumerate(logs):
-            sums[index] += F.nll_loss(log, label, reduction="sum")
-        if compare:
-            mine, other = logs
-            sums[-1] += (mine.argmax(-1) == other.argmax(-1)).sum()
-            sums[-2] += torch.linalg.vecdot(other.exp(), other - mine).sum()
-    return list(sums)
-
-
-def _batch_size(models: Sequence[PreTrainedModel], length: int) -> int:
-    """How many windows' logits fit the budget."""
-    device = models[0].device.type
-    per_window: int = sum(length * m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
-    return max(1, min(64, LOGIT_BYTES.get(device, LOGIT_BYTES["cpu"]) // per_window))
-
-
-def _mean(values: Tensor, n: int) -> Metric:
-    """The mean over windows and its standard error; ``n`` counts predictions."""
-    stderr = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
-    return Metric(value=values.mean().item(), stderr=stderr, n=n)
-
-
-def _perplexity(nll: Tensor, windows: Tensor) -> Metric:
-    mean = _mean(nll, windows.shape[0] * (windows.shape[1] - 1))
-    value = nll.mean().exp().item()
-    return Metric(value=value, stderr=None if mean.stderr is None else value * mean.stderr, n=mean.n)
-
-
-def _change_stderr(nll: Tensor, reference_nll: Tensor) -> float | None:
-    """Standard error of the change in perplexity: both models read the same windows, so most of the spread cancels."""
-    change = nll.mean().exp() * nll - reference_nll.mean().exp() * reference_nll
-    return _mean(change, len(nll)).stderr
 
 
 def check_tasks(config: EvalConfig) -> None:
@@ -226,12 +126,12 @@ def _perplexity_row(
     note = f"{windows.shape[0]} windows of {windows.shape[1]} tokens"
     if name == GENERATED:
         note += " that the float model wrote" if has_reference else " that this model wrote itself"
-    other = None if scores.reference_nll is None else _perplexity(scores.reference_nll, windows)
-    change = None if scores.reference_nll is None else _change_stderr(scores.nll, scores.reference_nll)
+    other = None if scores.reference_nll is None else perplexity_metric(scores.reference_nll, windows)
+    change = None if scores.reference_nll is None else change_stderr(scores.nll, scores.reference_nll)
     return task_result(
         name,
         "perplexity",
-        _perplexity(scores.nll, windows),
+        perplexity_metric(scores.nll, windows),
         other,
         delta_stderr=change,
         higher_is_better=False,
@@ -247,7 +147,7 @@ def _divergence_rows(name: str, scores: WindowScores, windows: Tensor, config: E
         task_result(
             DIVERGENCE,
             metric,
-            _mean(values, scores.num_predictions),
+            mean_metric(values, scores.num_predictions),
             None,
             higher_is_better=better,
             limit=config.limit,

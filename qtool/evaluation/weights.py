@@ -3,8 +3,11 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.config.sections import ModelConfig, QuantConfig, QuantSpec
-from qtool.models.loading import LoadedModel, load_model, packed_linears, stored_weight
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import ModelConfig
+from qtool.models.linears import packed_linears, stored_weight
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.records import Linear

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.checkpoints.native import Source
 from qtool.config.sections import ExportConfig
-from qtool.exporters._folder import SAFETENSORS, Storage
+from qtool.exporters._folder import WrittenFolder
 
 
 class Exporter(NamedTuple):
@@ -24,12 +24,16 @@ class Exporter(NamedTuple):
     """Why this checkpoint cannot be written in this format, and what to do; ``None`` when it can."""
     write: Callable[[Source, Path, ExportConfig], list[str]]
     """Write the folder; returns what a user of the result must know, one sentence each."""
-    read: Callable[[Path, str], Tensor]
+    read: Callable[[WrittenFolder, str], Tensor]
     """Float32 weight ``[out, in]`` of a linear in a written folder, by code that shares nothing with ``write``."""
-    storage: Storage = SAFETENSORS
-    """How the other tensors of a written folder are read."""
+    loading: str
+    """Which software loads the folder: one or two sentences for the model card and the report."""
+    open: Callable[[Path], WrittenFolder] = WrittenFolder
+    """Opens a written folder for ``read``."""
     recognises: Callable[[Path], bool] = lambda folder: False
     """Whether a folder, ours or another tool's, is one of those that ``read`` reads."""
+    library: str = "transformers"
+    """The library that the hub names on the model's page."""
 
 
 def refusal(name: str, source: Source, config: ExportConfig) -> str | None:

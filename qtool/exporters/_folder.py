@@ -1,10 +1,10 @@
 """What every export writes the same way, and reads back without the code that wrote it."""
 
 import shutil
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,25 +12,38 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qtool.checkpoints.native import Files, Source, write_json, write_shards
+from qtool.checkpoints.files import Files, write_json, write_shards
+from qtool.checkpoints.native import Source
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import read_config
 
-GGUF_FILE = "model.gguf"
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
 
 
-class Storage(NamedTuple):
-    """How a written folder is read."""
+class WrittenFolder:
+    """A written folder of safetensors files, opened once; a format that stores otherwise has a subclass."""
 
-    names: Callable[[Path], list[str]]
-    """Every tensor, by name."""
-    tensor: Callable[[Path, str], Tensor]
-    """One that is no quantized weight, with the values that it has in the float model."""
-    packed: Callable[[Path], set[str]]
-    """The quantized linears."""
-    config: Callable[[Path], dict[str, Any]]
-    """What the model is made from: ``config.json``, and whatever else says so."""
+    def __init__(self, folder: Path, marker: str = "") -> None:
+        """Open ``folder``; ``marker`` is the tensor that each packed linear of the format has, ``""`` if none is."""
+        self.folder, self._marker = folder, marker
+        self._files = Files(folder)
+
+    def names(self) -> list[str]:
+        """Every tensor, by name."""
+        return list(self._files.names)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that is no quantized weight, with the values that it has in the float model."""
+        return self._files.tensor(name)
+
+    def packed(self) -> set[str]:
+        """The quantized linears."""
+        return {name.rpartition(".")[0] for name in self.names() if self._marker and name.endswith(f".{self._marker}")}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What the model is made from: ``config.json``, and whatever else says so."""
+        return read_config(self.folder)
 
 
 def quantization_section(folder: Path) -> dict[str, Any]:
@@ -148,24 +161,6 @@ def shared_block_prefix(source: Source) -> str:
     first = next(iter(source.specs))
     parts = first.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """Every tensor of a folder's safetensors files."""
-    return list(Files(folder).names)
-
-
-def read_tensor(folder: Path, name: str) -> Tensor:
-    """One tensor of a written folder, whichever shard holds it."""
-    return Files(folder).tensor(name)
-
-
-def packed_linears(folder: Path) -> set[str]:
-    """The linears of a folder's safetensors files that are quantized."""
-    return {name.rpartition(".")[0] for name in tensor_names(folder) if name.endswith((".scales", ".weight_packed"))}
-
-
-SAFETENSORS = Storage(tensor_names, read_tensor, packed_linears, read_config)
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:

@@ -17,15 +17,9 @@ from qtool.exporters import _base as formats
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import write_folder
 from qtool.models.folders import check_files, read_config, resolve
-from qtool.models.loading import (
-    LoadedModel,
-    choose_device,
-    compute_dtype,
-    load_model,
-    most_common,
-    packed_linears,
-    replace_linear,
-)
+from qtool.models.linears import packed_linears, replace_linear
+from qtool.models.loaded import LoadedModel, most_common
+from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
 from qtool.system.errors import RunError
 
@@ -45,8 +39,9 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
     probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
     ours = loaded.model(probe).logits
     worst = 0.0
+    opened = exporter.open(out)
     for name, layer in packed_linears(loaded.model).items():
-        weight = exporter.read(out, name)
+        weight = exporter.read(opened, name)
         expected = dequantize(*source.quantized(name))
         if weight.shape != expected.shape:
             raise RunError(f"{name} was exported as {list(weight.shape)}; {list(expected.shape)} was expected")
@@ -55,11 +50,11 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
         replace_linear(loaded.model, name, _linear(weight, layer.bias))
     for name in source.float_names():
-        stored, read = source.tensor(name), exporter.storage.tensor(out, name)
+        stored, read = source.tensor(name), opened.tensor(name)
         if not rounded and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
     ignored = ("quantization_config", "quantization", "dtype", "torch_dtype")
-    described = exporter.storage.config(out), read_config(source.folder)
+    described = opened.config, read_config(source.folder)
     theirs, mine = ({k: v for k, v in config.items() if k not in ignored} for config in described)
     if theirs != mine:
         changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
@@ -81,15 +76,16 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     own = most_common(check_files(folder)) if stored else getattr(torch, read_config(folder)["dtype"])
     dtype = compute_dtype(config.dtype, own, choose_device(config.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    packed = exporter.storage.packed(folder)
+    opened = exporter.open(folder)
+    packed = opened.packed()
     with TemporaryDirectory() as temporary:
         dense = Path(temporary)
         tensors = {
-            name: exporter.storage.tensor(folder, name)
-            for name in exporter.storage.names(folder)
+            name: opened.tensor(name)
+            for name in opened.names()
             if name.rpartition(".")[0] not in packed or name.endswith(".bias")
         }
-        tensors |= {f"{name}.weight": exporter.read(folder, name).contiguous() for name in packed}
+        tensors |= {f"{name}.weight": exporter.read(opened, name).contiguous() for name in packed}
         write_folder(folder, dense, tensors, None, config.dtype)
         loaded = load_model(config.model_copy(update={"path": str(dense)}))
     return replace(loaded, path=config.path, folder=folder)

@@ -17,24 +17,24 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool import __version__
 from qtool.checkpoints.native import Source
-from qtool.config.sections import BITS, ExportConfig, QuantSpec
+from qtool.config.quant import BITS, QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    WrittenFolder,
     float_linears,
     float_tensors,
     float_zeros,
     names_method,
-    read_tensor,
     shared_block_prefix,
     stored_dtype,
     unfit,
     write_folder,
 )
 from qtool.exporters.gptq import LAYOUT, layout, layout_refuses, unpacked
-from qtool.models.folders import read_config
 from qtool.system.errors import InputError
+from qtool.system.version import __version__
 
 OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0}  # what readers add to a zero point
 
@@ -89,13 +89,13 @@ def _settings_of(config: dict[str, Any], name: str) -> dict[str, Any]:
     return {**config, **extra.get(found, {})}
 
 
-def read(folder: Path, name: str) -> Tensor:
+def read(opened: WrittenFolder, name: str) -> Tensor:
     """The weight ``[out, in]``, bit by bit."""
-    config = read_config(folder)["quantization_config"]
+    config = opened.config["quantization_config"]
     kind, bits = config.get("packing_format"), _settings_of(config, name).get("bits")
     if kind not in OFFSETS or bits not in BITS:
-        raise InputError(f"{folder}: {name}: auto-round variant {kind!r} with {bits} bits cannot be read here")
-    parts = {part: read_tensor(folder, f"{name}.{part}") for part in LAYOUT}
+        raise InputError(f"{opened.folder}: {name}: auto-round variant {kind!r} with {bits} bits cannot be read here")
+    parts = {part: opened.tensor(f"{name}.{part}") for part in LAYOUT}
     return unpacked(parts, bits, OFFSETS[kind])
 
 
@@ -104,5 +104,7 @@ EXPORTER = Exporter(
     refuses,
     write,
     read,
-    recognises=partial(names_method, "auto-round"),
+    "Load it with `transformers` and `auto-round` installed.",
+    partial(WrittenFolder, marker="scales"),
+    partial(names_method, "auto-round"),
 )

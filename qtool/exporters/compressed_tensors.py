@@ -13,22 +13,23 @@ from typing import Any
 from torch import Tensor
 
 from qtool.checkpoints.native import Source
-from qtool.config.sections import BITS, PARTS, ExportConfig, QuantSpec
+from qtool.config.quant import BITS, QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    WrittenFolder,
     conv1d,
     float_linears,
     float_tensors,
     float_zeros,
     inexact,
     names_method,
-    read_tensor,
     stored_dtype,
     unfit,
     unpack_bits,
     write_folder,
 )
-from qtool.models.folders import read_config
+from qtool.quant.packed_linear import PARTS
 from qtool.system.errors import InputError
 
 
@@ -130,20 +131,20 @@ def _matches(target: str, name: str) -> bool:
     return target in ("Linear", name)
 
 
-def read(folder: Path, name: str) -> Tensor:
+def read(opened: WrittenFolder, name: str) -> Tensor:
     """The weight ``[out, in]``, bit by bit."""
-    config = read_config(folder)["quantization_config"]
+    config = opened.config["quantization_config"]
     groups = list(config.get("config_groups", {}).values())
     weights = next((g["weights"] for g in groups if any(_matches(t, name) for t in g["targets"])), None)
     if config.get("format") != "pack-quantized" or weights is None or weights["num_bits"] not in BITS:
-        raise InputError(f"{folder}: {name} is in a compressed-tensors format that cannot be read here")
-    rows, columns = read_tensor(folder, f"{name}.weight_shape").tolist()
-    scale = read_tensor(folder, f"{name}.weight_scale").float()
-    codes = unpack_bits(read_tensor(folder, f"{name}.weight_packed"), weights["num_bits"], columns)
+        raise InputError(f"{opened.folder}: {name} is in a compressed-tensors format that cannot be read here")
+    rows, columns = opened.tensor(f"{name}.weight_shape").tolist()
+    scale = opened.tensor(f"{name}.weight_scale").float()
+    codes = unpack_bits(opened.tensor(f"{name}.weight_packed"), weights["num_bits"], columns)
     if weights["symmetric"]:
         zeros = scale.new_full(scale.shape, 2 ** (weights["num_bits"] - 1))
     else:
-        words = read_tensor(folder, f"{name}.weight_zero_point").T.contiguous()
+        words = opened.tensor(f"{name}.weight_zero_point").T.contiguous()
         zeros = unpack_bits(words, weights["num_bits"], rows).T
     repeat = columns // scale.shape[1]
     return (codes - zeros.repeat_interleave(repeat, 1)) * scale.repeat_interleave(repeat, 1)
@@ -154,5 +155,7 @@ EXPORTER = Exporter(
     refuses,
     write,
     read,
-    recognises=partial(names_method, "compressed-tensors"),
+    "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
+    partial(WrittenFolder, marker="weight_packed"),
+    partial(names_method, "compressed-tensors"),
 )

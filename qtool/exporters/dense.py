@@ -15,9 +15,9 @@ from qtool.checkpoints.native import Source
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    WrittenFolder,
     float_tensors,
     inexact,
-    read_tensor,
     skeleton,
     stored_dtype,
     transposed,
@@ -46,10 +46,16 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     return [] if dtype == own else [f"written in {dtype}: {own} would not hold the dequantized weights exactly"]
 
 
-def read(folder: Path, name: str) -> Tensor:
+def read(opened: WrittenFolder, name: str) -> Tensor:
     """The weight ``[out, in]``."""
-    weight = read_tensor(folder, f"{name}.weight").float()
-    return weight.T if isinstance(skeleton(folder).get_submodule(name), Conv1D) else weight
+    weight = opened.tensor(f"{name}.weight").float()
+    return weight.T if isinstance(skeleton(opened.folder).get_submodule(name), Conv1D) else weight
 
 
-EXPORTER = Exporter("plain float weights, for any software", lambda source, config: None, write, read)
+EXPORTER = Exporter(
+    "plain float weights, for any software",
+    lambda source, config: None,
+    write,
+    read,
+    "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
+)

@@ -15,30 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtool import __version__
-from qtool.checkpoints.native import Source, write_json
-from qtool.config.sections import BITS, ExportConfig, QuantSpec
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import Source
+from qtool.config.quant import BITS, QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    WrittenFolder,
     conv1d,
     float_linears,
     float_tensors,
     float_zeros,
     inexact,
     names_method,
-    read_tensor,
     shared_block_prefix,
     stored_dtype,
     unfit,
     unpack_bits,
     write_folder,
 )
-from qtool.models.folders import read_config
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import WORD, pack
 from qtool.system.errors import InputError
+from qtool.system.version import __version__
 
 ALIGNMENT = 32
+LOADING = (
+    "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 bits when "
+    "symmetric."
+)
 LAYOUT = ("qweight", "qzeros", "scales")
 
 
@@ -140,14 +145,14 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     return write_version(source, out, config, 1 if symmetric else 2)
 
 
-def read(folder: Path, name: str) -> Tensor:
+def read(opened: WrittenFolder, name: str) -> Tensor:
     """The weight ``[out, in]``, bit by bit."""
-    config = read_config(folder)["quantization_config"]
+    config = opened.config["quantization_config"]
     kind = config.get("checkpoint_format", "gptq")
     if kind not in ("gptq", "gptq_v2") or config.get("bits") not in BITS:
-        raise InputError(f"{folder}: GPTQ variant {kind!r} with {config.get('bits')} bits cannot be read here")
+        raise InputError(f"{opened.folder}: GPTQ variant {kind!r} with {config.get('bits')} bits cannot be read here")
     bits, offset = config["bits"], 1 if kind == "gptq" else 0
-    parts = {part: read_tensor(folder, f"{name}.{part}") for part in (*LAYOUT, "g_idx")}
+    parts = {part: opened.tensor(f"{name}.{part}") for part in (*LAYOUT, "g_idx")}
     return unpacked(parts, bits, offset, parts["g_idx"].long())
 
 
@@ -170,5 +175,7 @@ EXPORTER = Exporter(
     refuses,
     write,
     read,
-    recognises=partial(names_method, "gptq"),
+    LOADING,
+    partial(WrittenFolder, marker="scales"),
+    partial(names_method, "gptq"),
 )

@@ -12,22 +12,25 @@ as several of them with one scale, which changes nothing.
 """
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.checkpoints.native import Source, write_json
-from qtool.config.sections import BITS, ExportConfig, QuantSpec
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import Source
+from qtool.config.quant import BITS, QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    WrittenFolder,
     conv1d,
     float_linears,
     float_tensors,
     float_zeros,
     quantization_section,
-    read_tensor,
     stored_dtype,
     unfit,
     unpack_bits,
@@ -128,15 +131,16 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     return notes
 
 
-def read(folder: Path, name: str) -> Tensor:
+def read(opened: WrittenFolder, name: str) -> Tensor:
     """The weight ``[out, in]``, bit by bit."""
-    described = read_config(folder)
-    config = described.get("quantization") or described["quantization_config"]  # the one that mlx-lm reads first
+    config = (
+        opened.config.get("quantization") or opened.config["quantization_config"]
+    )  # the one that mlx-lm reads first
     grid = {**config, **(config.get(name) or {})}
     mode, bits = grid.get("mode", "affine"), grid.get("bits")
     if mode != "affine" or bits not in BITS:
-        raise InputError(f"{folder}: {name}: MLX mode {mode!r} with {bits} bits cannot be read here")
-    return unpacked({part: read_tensor(folder, f"{name}.{part}") for part in ("weight", "scales", "biases")}, bits)
+        raise InputError(f"{opened.folder}: {name}: MLX mode {mode!r} with {bits} bits cannot be read here")
+    return unpacked({part: opened.tensor(f"{name}.{part}") for part in ("weight", "scales", "biases")}, bits)
 
 
 def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
@@ -154,4 +158,13 @@ def recognises(folder: Path) -> bool:
     return section.get("quant_method") is None and {"group_size", "bits"} <= section.keys()
 
 
-EXPORTER = Exporter("MLX affine, for Apple machines", refuses, write, read, recognises=recognises)
+EXPORTER = Exporter(
+    "MLX affine, for Apple machines",
+    refuses,
+    write,
+    read,
+    "Load it with `mlx-lm`, on an Apple machine or any other that has MLX.",
+    partial(WrittenFolder, marker="scales"),
+    recognises,
+    library="mlx",
+)

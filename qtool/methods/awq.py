@@ -26,10 +26,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
 from qtool.config.plugins import Method
-from qtool.config.sections import MethodConfig, QuantConfig
-from qtool.models.loading import LoadedModel, Target, weight_of
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import MethodConfig
+from qtool.models.linears import Target, weight_of
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import (
     QuantizedWeight,
     fake_quantize,

@@ -26,15 +26,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qtool.blocks.driver import BlockTask, Stage, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask, Stage
 from qtool.config.plugins import Method
-from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
-from qtool.models.loading import LoadedModel, Target
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import MethodConfig
+from qtool.models.linears import Target
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
+from qtool.quant.hessian import PART, add_gram, mirror, parts
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.system.errors import RunError
-from qtool.system.matmul import PART, add_gram, exact_products, mirror, parts
+from qtool.system.matmul import exact_products
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
 ONE_BY_ONE = 16  # columns; more of them are corrected by a product

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from qtool.config.plugins import Method
+from qtool.config.training import WeightsConfig
 from qtool.methods.qat import MinMaxLinear, groups_of
-from qtool.models.loading import Target, linear_bias
+from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import grouped, stored_scale
-from qtool.training.linears import WeightsConfig, train_linears
+from qtool.training.linears import train_linears
 
 
 class Config(WeightsConfig):

@@ -28,20 +28,21 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.blocks.driver import Stage
-from qtool.blocks.walk import group_inputs, walk
+from qtool.blocks.driver import group_inputs, walk
+from qtool.blocks.task import Stage
 from qtool.config.plugins import Method
-from qtool.config.sections import QuantConfig, QuantSpec
-from qtool.config.training import OptimConfig
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.training import EndToEnd, OptimConfig
 from qtool.methods import gptq
-from qtool.models.loading import LoadedModel, Target, linear_bias
+from qtool.models.linears import Target, linear_bias
+from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import QuantLinear
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
+from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import Group
-from qtool.training.linears import EndToEnd, train_linears
+from qtool.training.linears import train_linears
 
 OBSERVED = 2**14  # tokens that say where inputs are large
 SPARE, ROUNDS = 8, 4  # of subspace iteration: directions more than are asked for, and products

@@ -20,12 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.config.plugins import Method
-from qtool.config.sections import QuantSpec
-from qtool.models.loading import Target, linear_bias
+from qtool.config.quant import QuantSpec
+from qtool.config.training import GridConfig
+from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import grouped, minmax_qparams, stored_scale
-from qtool.quant.packed_linear import QuantLinear
 from qtool.quant.ranges import search_qparams
-from qtool.training.linears import GridConfig, grid_groups, train_linears
+from qtool.quant.trained_linear import QuantLinear
+from qtool.training.linears import grid_groups, train_linears
 
 
 class Config(GridConfig):

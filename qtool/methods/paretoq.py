@@ -10,6 +10,7 @@ Where we differ: the paper trains everything on billions of tokens from a rate o
 take those); here only the quantized linears train, and the default rates follow the model and the budget.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -17,13 +18,17 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.config.plugins import Method
-from qtool.config.sections import QuantConfig
-from qtool.config.training import RoundingConfig
-from qtool.models.loading import LoadedModel, Target, linear_bias
-from qtool.quant.affine import grouped, stored_scale
-from qtool.quant.packed_linear import QuantLinear, SeqLinear
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.training import GridConfig, RoundingConfig
+from qtool.models.linears import Target, linear_bias
+from qtool.models.loaded import LoadedModel
+from qtool.quant import affine
+from qtool.quant.affine import QuantizedWeight, grouped, stored_scale
+from qtool.quant.rounding import PLAIN
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
-from qtool.training.linears import GridConfig, grid_groups, train_linears
+from qtool.system.errors import InputError
+from qtool.training.linears import grid_groups, train_linears
 
 SEQ_BITS = 2
 
@@ -70,3 +75,47 @@ METHOD = Method(
     end_to_end=lambda config: True,
     takes_labels=True,
 )
+
+
+class SeqLinear(QuantLinear):
+    """Stretched elastic quantization (ParetoQ, arXiv 2502.02631): levels in equal distances to both sides of zero.
+
+    ``alpha (round(clip(w / alpha, -0.99, 0.99) n - 1/2) + 1/2) / n`` with ``n = 2**(num_bits - 1)`` is our grid with
+    ``scale = alpha / n`` and the zero point held at ``qmax / 2``, between two codes: so ``float_zero``. At 2 bits the
+    levels are ``-0.75 alpha .. 0.75 alpha``. The gradient of a weight ends where ``|w / alpha|`` is 0.99, nearly at the
+    edges of the outer cells; that of ``alpha`` is LSQ's, with all weights of the matrix counted in its factor. What
+    trains is the scale: an optimizer that ignores the size of gradients moves ``alpha`` by ``n`` times its step.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, rounding: RoundingConfig = PLAIN) -> None:
+        """Start from ``alpha``, the largest absolute weight of each group."""
+        assert spec.float_zero, "levels to both sides of zero ask for a zero point between codes"
+        super().__init__(weight, bias, spec, rounding)
+        alpha = affine.grouped(self.weight.detach(), spec).abs().amax(-1)
+        self.scale.data = affine.stored_scale(torch.where(alpha == 0, 1.0, alpha) / spec.middle, spec)
+        self.zero_point.data.fill_(spec.qmax / 2)
+        self.zero_point.requires_grad_(False)
+
+    @property
+    def scale_gradient_factor(self) -> float:
+        """``1 / sqrt(numel(W) (2**(num_bits - 1) - 1))``."""
+        return 1 / math.sqrt(self.num_weights * (self.spec.middle - 1))
+
+    def start_from(self, quantized: QuantizedWeight) -> None:
+        """Start at exactly the codes of ``quantized``, whose zero points must be the middle too.
+
+        Raises:
+            InputError: another grid.
+        """
+        if not bool((quantized.zero_point == self.spec.qmax / 2).all()):
+            raise InputError(
+                f"the weights to start from have zero points other than {self.spec.qmax / 2}, which this method holds; "
+                "start from a checkpoint of the same method, or from the float model"
+            )
+        super().start_from(quantized)
+
+    def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Weight in grid units, clipped where ``|w / alpha|`` is 0.99, ``[out, groups, group_size]``."""
+        grid = super().grid_weight(scale, zero_point)
+        edge = 0.99 * self.spec.middle
+        return grid.clamp(self.spec.qmax / 2 - edge, self.spec.qmax / 2 + edge)

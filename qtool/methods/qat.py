@@ -15,11 +15,12 @@ from typing import Literal
 from torch import Tensor
 
 from qtool.config.plugins import Method
-from qtool.models.loading import Target, linear_bias
+from qtool.config.training import WeightsConfig
+from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import minmax_qparams
-from qtool.quant.packed_linear import QuantLinear
+from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import Group
-from qtool.training.linears import WeightsConfig, train_linears, weight_group
+from qtool.training.linears import train_linears, weight_group
 
 
 class Config(WeightsConfig):

@@ -10,10 +10,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
 from qtool.config.plugins import Method
-from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
-from qtool.models.loading import LoadedModel
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import MethodConfig
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 

@@ -27,13 +27,16 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from qtool.blocks.driver import BlockTask, run_blocks
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
 from qtool.config.plugins import Method
-from qtool.config.sections import MethodConfig, QuantConfig, QuantSpec
-from qtool.models.loading import LoadedModel, Target, linear_bias, replace_linear
+from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.sections import MethodConfig
+from qtool.models.linears import Target, linear_bias, replace_linear
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
-from qtool.quant.packed_linear import QuantLinear
 from qtool.quant.ranges import search_qparams
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 
 PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}

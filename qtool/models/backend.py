@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from qtool.quant.packed_linear import PackedLinear
-from qtool.system import progress
+from qtool.system import progress, units
 from qtool.system.errors import InputError
 
 BACKENDS = ("exact", "fast")
@@ -33,7 +33,7 @@ class Backends:
             f"{len(names)} by the exact path ({names[0]}{', ...' if names[1:] else ''}: {reason})"
             for reason, names in self.exact.items()
         ]
-        held = f"; {progress.size(self.num_bytes)} beside the packed weights" if self.num_bytes else ""
+        held = f"; {units.size(self.num_bytes)} beside the packed weights" if self.num_bytes else ""
         return ", ".join(parts) + held
 
 

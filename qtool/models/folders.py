@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -45,11 +45,6 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
         raise InputError(
             f"{key}: there is no folder {path}, and it cannot be had from the hub either: {first_line(error)}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message that may have many."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtool.system import progress
+from qtool.system import memory, progress
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Clock:
         with progress.stage(title):
             yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
-        peaks = (self.peak_bytes, progress.peak_memory_bytes()), (self.peak_gpu_bytes, progress.peak_gpu_bytes())
+        peaks = (self.peak_bytes, memory.peak_memory_bytes()), (self.peak_gpu_bytes, memory.peak_gpu_bytes())
         for found, peak in peaks:
             if peak:  # 0: there is none, or the system does not tell
                 found[name] = max([peak, *found.values()])  # Linux counts pages a little late

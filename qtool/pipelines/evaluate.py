@@ -1,45 +1,31 @@
 """``qtool eval``: a model of any kind measured, beside the float model that it was made from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from qtool.checkpoints import native
+from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import MANIFEST, Source
 from qtool.checkpoints.quantization_config import label as _label
 from qtool.config.sections import DataConfig, EvalConfig, ExpectedConfig, ModelConfig
-from qtool.data import windows
+from qtool.data import sources, windows
 from qtool.evaluation import tasks as evaluation
 from qtool.evaluation import weights
 from qtool.evaluation.contamination import Seen
 from qtool.exporters._readback import load_exported
 from qtool.models.folders import resolve
-from qtool.models.loading import LoadedModel, load_model, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.pipelines.clock import Clock
+from qtool.pipelines.outcome import Outcome, described, dtype_name
 from qtool.reports import html
-from qtool.reports.records import CalibrationText, compare
+from qtool.reports.records import compare
 from qtool.reports.report import Report
 from qtool.system import progress
 from qtool.system.errors import InputError
-
-
-@dataclass
-class Outcome:
-    """What a command made: the folder of its result, the report, the exports, and how long it took."""
-
-    path: Path | None
-    report: Report
-    exports: list[Path]
-    seconds: float
-
-
-def described(config: DataConfig) -> CalibrationText:
-    """A data section as reports have it."""
-    return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
 
 
 def evaluate(
@@ -89,17 +75,17 @@ def evaluate(
             "quantized": target,
             "label": _label(source.specs),
             "method": manifest["recipe"]["method"]["name"],
-            "bits_per_weight": native.bits_per_weight(source.specs, shapes),
+            "bits_per_weight": sizes.bits_per_weight(source.specs, shapes),
             "quantized_bytes": source.num_bytes(),
             "linears": weights.describe(weights.block_linears(loaded), source.specs, manifest.get("weight_errors", {})),
             "series": manifest["series"],
             "lock": manifest.get("lock"),
         }
     elif origin is not None:
-        known = {"quantized": target, "quantized_bytes": native.folder_bytes(folder)}
+        known = {"quantized": target, "quantized_bytes": files.folder_bytes(folder)}
     report = Report(
         model=origin or target,
-        float_bytes=native.folder_bytes(reference.folder) if reference else None,
+        float_bytes=files.folder_bytes(reference.folder) if reference else None,
         results=tuple(results),
         expected=compare(expected, results),
         dtype=dtype_name(loaded.dtype),
@@ -120,7 +106,7 @@ def _seen(manifest: dict[str, Any], loaded: LoadedModel, config: EvalConfig) -> 
     if not manifest.get("data") or not set(config.tasks) & set(evaluation.OWN_TASKS):
         return None
     recorded = DataConfig.model_validate(manifest["recipe"]["data"])
-    if not windows.is_local(recorded):
+    if not sources.is_local(recorded):
         return Seen(recorded.source, None)
     try:
         text = windows.calibration(recorded, loaded, manifest["seed"])
@@ -143,8 +129,3 @@ def _reference(path: str | None, model: ModelConfig, *, required: bool) -> Loade
             raise
         progress.note(f"the float model is not measured: {error}")
         return None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

@@ -7,42 +7,14 @@ from typing import Any
 
 import torch
 
-from qtool.checkpoints.native import MANIFEST, Files, Source, bits_per_weight, file_hashes
+from qtool.checkpoints.files import Files
 from qtool.config.recipe import Recipe
 from qtool.models.folders import resolve
-from qtool.pipelines.quantize import lock_of, quantize
-from qtool.pipelines.run_state import differences
+from qtool.pipelines.lock import differences, lock_of
+from qtool.pipelines.quantize import quantize
+from qtool.pipelines.verify import opened
 from qtool.system import progress
 from qtool.system.errors import InputError, RunError
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Hash every safetensors file again and compare what the manifest says with what the tensors are.
-
-    Returns how many files and quantized linears were checked.
-
-    Raises:
-        InputError: no checkpoint of ours with a manifest that names its files.
-        RunError: naming everything that differs.
-    """
-    source, manifest = _opened(folder)
-    found = file_hashes(folder, "*.safetensors")
-    faults = [
-        f"{name} is missing" if name not in found else f"{name} was changed after it was written"
-        for name, expected in manifest["files"].items()
-        if found.get(name) != expected
-    ]
-    faults += [f"{name} is not in the manifest" for name in sorted(found.keys() - manifest["files"].keys())]
-    if not faults:
-        for name in source.specs:
-            source.quantized(name)  # refuses what does not fit its grid
-        shapes = {name: tuple(source.tensor(f"{name}.weight_shape").tolist()) for name in source.specs}
-        bits = bits_per_weight(source.specs, shapes)
-        if bits != manifest["bits_per_weight"]:
-            faults.append(f"it has {bits} bits per weight, and the manifest says {manifest['bits_per_weight']}")
-    if faults:
-        raise RunError("\n  ".join([f"{folder} is not as it was written:", *faults]))
-    return {"files": len(found), "linears": len(source.specs), "bits_per_weight": manifest["bits_per_weight"]}
 
 
 def reproduce(folder: Path) -> dict[str, Any]:
@@ -52,7 +24,7 @@ def reproduce(folder: Path) -> dict[str, Any]:
         InputError: the model, the software or the machine is not what it was made with.
         RunError: naming the first block that differs.
     """
-    _, manifest = _opened(folder)
+    _, manifest = opened(folder)
     recipe = Recipe.model_validate(manifest["recipe"])
     now = json.loads(json.dumps(lock_of(recipe, resolve(recipe.model.path))))
     changes = list(differences(manifest["lock"], now))
@@ -68,16 +40,6 @@ def reproduce(folder: Path) -> dict[str, Any]:
             why = f" (not as it was: {'; '.join(changes)})" if changes else ""
             raise RunError(f"{folder} came out differently; the first difference is in {place}{why}")
     return {"same": True, "changes": changes}
-
-
-def _opened(folder: Path) -> tuple[Source, dict[str, Any]]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one that qtool wrote")
-    source = Source(folder)
-    manifest = source.manifest
-    if "files" not in manifest:
-        raise InputError(f"{folder} has no {MANIFEST} that lists its files; only what qtool wrote itself has one")
-    return source, manifest
 
 
 def _first_difference(before: Path, now: Path) -> str | None:

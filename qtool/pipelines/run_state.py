@@ -13,26 +13,27 @@ lock is refused with the difference. ``model`` is renamed last, so nothing unfin
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qtool.checkpoints.native import Files, as_stored, check_folder, failed, file_hashes, shard_name, swap, write_shard
+from qtool.checkpoints.files import Files, file_hashes, shard_name, write_durably, write_shard
+from qtool.checkpoints.native import as_stored
+from qtool.checkpoints.output_folder import check_folder, failed, swap
 from qtool.data.windows import Calibration, token_hash
-from qtool.models.loading import LoadedModel, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.pipelines.lock import Lock, differences
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
+from qtool.system.locks import hold
 from qtool.training.end_to_end import TRAINING
 
-Lock = dict[str, Any]
 PLAN = "plan.json"
 
 
@@ -165,23 +166,6 @@ def run_state(
         busy.release()
 
 
-def hold(lock: Path, path: Path, taken: str) -> FileLock:
-    """Acquire the file ``lock``, in a folder that is made for it, until its holder releases it or dies.
-
-    Raises:
-        InputError: ``taken``, where another process holds it; or ``path`` cannot be written.
-    """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        busy = FileLock(lock, mode=0o666)
-        busy.acquire(blocking=False)
-    except Timeout:
-        raise InputError(taken) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
-    return busy
-
-
 def _stopped(path: Path, partial: Path, error: Exception) -> RunError:
     return RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on")
 
@@ -210,27 +194,3 @@ def _begin(state: RunState, fresh: bool) -> None:
     state.model.mkdir()
     state.blocks.mkdir(exist_ok=True)
     write_durably(file, state.lock)
-
-
-def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """``dotted.key: before -> now`` for every value that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif before != now:
-        yield f"{key}: {_short(before)} -> {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def write_durably(file: Path, content: dict[str, Any]) -> None:
-    """JSON that is on the disk, whole, when this returns."""
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as text:
-        json.dump(content, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
-    partial.rename(file)

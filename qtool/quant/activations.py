@@ -8,9 +8,9 @@ rotary embedding; what a cache then holds is the same however the tokens came, a
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qtool.config.sections import QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.quant.rounding import straight_through
 
 
@@ -33,3 +33,13 @@ def round_input(x: Tensor, spec: QuantSpec) -> Tensor:
 def round_output(y: Tensor, spec: QuantSpec) -> Tensor:
     """What a linear on ``spec`` makes of its product, if that is keys or values."""
     return y if spec.kv_cache is None else round_tokens(y, spec.kv_cache, spec.kv_group_size)
+
+
+class Rounding(nn.Module):
+    """A linear that rounds what it reads and gives as its spec says; ``forward`` is the product between."""
+
+    spec: QuantSpec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``; here and not in ``forward``, which is replaced here and there."""
+        return round_output(super().__call__(round_input(x, self.spec)), self.spec)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.config.sections import QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
 from qtool.system.errors import InputError

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.config.sections import QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 

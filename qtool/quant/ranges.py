@@ -12,7 +12,7 @@ here each group has its own, the best of 1, 0.98, ... 0.22. Methods offer it as 
 import torch
 from torch import Tensor
 
-from qtool.config.sections import QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point
 
 SHRINKS = tuple(1 - i / 50 for i in range(1, 40))

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from qtool.reports.records import Number, Record
 from qtool.system.environment import environment
-from qtool.system.progress import size
+from qtool.system.units import size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,10 +22,11 @@ from pydantic import ValidationError
 
 from qtool.reports import html as html_page
 from qtool.reports.records import TaskResult
-from qtool.reports.report import JSON_NAME, Report, markdown_table, number
+from qtool.reports.report import JSON_NAME, Report
+from qtool.reports.text import markdown_table, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system.errors import InputError
-from qtool.system.progress import duration, size
+from qtool.system.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,8 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from qtool.reports.drawing import LIGHT, TICKS, Plot, blank, settle, shortened, style, text_on, whole_numbers
 from qtool.reports.records import Linear
-from qtool.reports.report import Report, number
-from qtool.system.progress import duration, size
+from qtool.reports.report import Report
+from qtool.reports.text import number
+from qtool.system.units import duration, size
 
 MAX_POINTS = 400  # of a curve; of more steps each point is the mean of several
 DIGIT = 5.8  # how wide a digit is at most, in points

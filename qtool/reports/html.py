@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qtool import __version__
 from qtool.reports import model_card
 from qtool.reports.records import TaskResult
-from qtool.reports.report import PUBLISHED_COLUMNS, Report, published_cells
+from qtool.reports.report import Report
+from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
 from qtool.reports.verdict import RULE, words
-from qtool.system.progress import duration, size
+from qtool.system.units import duration, size
+from qtool.system.version import __version__
 
 if TYPE_CHECKING:
     from qtool.reports.drawing import Plot
@@ -63,7 +64,6 @@ def html(report: Report, figures: Sequence["Plot"]) -> str:
         if report.expected
         else None,
         loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
-        how_to_load=model_card.how_to_load,
         lock=list(_flat(report.lock or {})),
     )
 

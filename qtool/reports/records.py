@@ -7,7 +7,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 from qtool.config.sections import ExpectedConfig
-from qtool.evaluation.contamination import RUN
+
+RUN = 13
+ALARM = 0.01
+pass
 
 
 def _strict(value: float) -> float | str:
@@ -122,6 +125,7 @@ class Exported(Record):
     weight_difference: Number = Field(description="Largest difference of a weight read back.")
     logit_difference: Number = Field(description="Of the largest logit, on a fixed probe.")
     notes: tuple[str, ...] = ()
+    loading: str = Field("", description="Which software loads it.")
 
 
 def compare(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:

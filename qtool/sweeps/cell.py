@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import yaml
 
-from qtool.checkpoints.native import MANIFEST, write_json
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import MANIFEST
 from qtool.config import recipe
-from qtool.pipelines.run_state import differences
+from qtool.config.sweep import BenchConfig, how
+from qtool.pipelines.lock import differences
 from qtool.reports.bench_report import BenchReport
 from qtool.reports.records import compare
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
-from qtool.sweeps.grid import BenchConfig, Planned
+from qtool.sweeps.grid import Planned
 from qtool.sweeps.table import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
@@ -160,11 +162,6 @@ def keep_bench(cell: Cell, bench: bool | BenchConfig, output: str) -> None:
     """Keep what ``qtool bench --json`` printed."""
     report = json.loads(output.strip().splitlines()[-1])["report"]
     write_json(cell.folder / BENCH, {"plan": how(bench).model_dump(), "report": report})
-
-
-def how(bench: bool | BenchConfig) -> BenchConfig:
-    """How speed is measured where a sweep says only that it is."""
-    return bench if isinstance(bench, BenchConfig) else BenchConfig()
 
 
 def benched(cell: Cell, bench: bool | BenchConfig | None) -> BenchReport | None:

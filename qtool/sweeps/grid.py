@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from qtool.config import plugins, validation
-from qtool.config.recipe import DIALECT, Key, Recipe, assignment, changed, examine, keys_of, read_yaml, tables
-from qtool.config.sections import Section
-from qtool.sweeps.launchers import LauncherConfig
+from qtool.config.describe import DIALECT, Key, keys_of
+from qtool.config.files import read_yaml, tables
+from qtool.config.overrides import assignment, changed
+from qtool.config.recipe import Recipe, examine
+from qtool.config.sweep import SweepConfig
 from qtool.system.errors import InputError
 
 Change = tuple[str, Any]
@@ -28,49 +28,6 @@ NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
 RESERVED = ("sweep", "submitit")  # names of what else lies in a sweep's folder
 SUFFIXES = (".partial", ".yaml", ".log")
 BASE = "recipe"
-
-
-class BenchConfig(Section):
-    """How speed is measured: the options of ``qtool bench``."""
-
-    prompt_tokens: int = Field(256, ge=2, description="Tokens of the prompt.")
-    new_tokens: int = Field(32, ge=1, description="Tokens decoded in each repeat.")
-    repeats: int = Field(5, ge=1, description="Of each number; the median is shown.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Precision of computation."
-    )
-
-
-class SweepConfig(Section):
-    """A sweep: what varies, and what is done with it."""
-
-    recipe: str | dict[str, Any] = Field(
-        default_factory=dict, description="What every cell starts from: a packaged name, a file, or sections."
-    )
-    set: dict[str, Any] = Field(default_factory=dict, description="Changes of every cell: dotted key -> value.")
-    grid: dict[str, list[Any] | dict[str, Any]] = Field(
-        default_factory=dict,
-        description="Axes, of which every combination is a cell. A key of the recipe -> its values, as a list or by "
-        "label; any other name -> sets of changes by label.",
-    )
-    exclude: tuple[dict[str, Any], ...] = Field(
-        (), description="Cells to leave out: axis -> value or list of values; all of an entry must fit."
-    )
-    cells: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="Further cells by name: dotted key -> value, and columns: their labels."
-    )
-    over: tuple[str, ...] = Field((), description="Axes over which means and standard deviations are taken, e.g. seed.")
-    keep: Literal["all", "reports"] = Field(
-        "all", description="reports: drop the weights of a cell when it has been measured."
-    )
-    missing_models: Literal["error", "skip"] = Field(
-        "error", description="skip: a cell whose model is not on this machine is not run, and nothing is downloaded."
-    )
-    bench: bool | BenchConfig = Field(
-        False, description="Measure speed, memory and energy too, one cell after another; true, or how: repeats, ..."
-    )
-    launcher: LauncherConfig = Field(LauncherConfig(), description="Where cells run.")
-    output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
 
 
 class Cell(NamedTuple):

@@ -11,63 +11,16 @@ import subprocess
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from time import sleep
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from pydantic import Field, model_validator
-
-from qtool.config.sections import Section
+from qtool.config.sweep import LauncherConfig
 from qtool.system import progress
-from qtool.system.errors import InputError
 
 POLL = 2.0  # seconds between looks at jobs of a cluster
 PATIENCE = 60.0  # seconds that a process has to end after it was asked to
 LAST_LINES = 5  # of the log, where a command ended without a word
-
-
-class LauncherConfig(Section):
-    """Where cells run."""
-
-    name: Literal["local", "submitit", "ray"] = Field(
-        "local", description="Processes of this machine, jobs of Slurm through submitit, or tasks of Ray."
-    )
-    cluster: Literal["slurm", "local", "debug"] | None = Field(
-        None, description="What submitit submits to; unset: Slurm where it is there, else this machine."
-    )
-    address: str | None = Field(None, description="Of a running Ray cluster; unset: a Ray of this machine's own.")
-    parameters: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Of submitit's update_parameters (timeout_min, slurm_partition, gpus_per_node, ...), or options of "
-        "a Ray task (num_cpus, num_gpus, ...).",
-    )
-
-    @model_validator(mode="after")
-    def _keys_act(self) -> "LauncherConfig":
-        idle = [
-            f"{key} acts only with name: {owner}"
-            for key, owner in (("cluster", "submitit"), ("address", "ray"))
-            if getattr(self, key) is not None and self.name != owner
-        ]
-        if self.parameters and self.name == "local":
-            idle.append("parameters act only with a cluster; --jobs says how many processes there are")
-        if idle:
-            raise ValueError("; ".join(idle))
-        return self
-
-    def check(self) -> None:
-        """Whether the package that it needs is there.
-
-        Raises:
-            InputError: it is not.
-        """
-        if self.name != "local" and find_spec(self.name) is None:
-            extra = "qtool[cluster]" if self.name == "submitit" else self.name
-            raise InputError(
-                f"launcher.name: {self.name} needs the package {self.name}, which is not installed; "
-                f"pip install '{extra}', or use local"
-            )
 
 
 class Command(NamedTuple):

@@ -20,12 +20,13 @@ from typing import Any
 
 import transformers
 
-from qtool.checkpoints.native import check_folder
+from qtool.checkpoints.output_folder import check_folder
 from qtool.config.sections import ModelConfig
+from qtool.config.sweep import how
 from qtool.models.folders import resolve
 from qtool.models.loading import load_model
-from qtool.pipelines.quantize import check_early, lock_of
-from qtool.pipelines.run_state import hold
+from qtool.pipelines.checks import check_early
+from qtool.pipelines.lock import lock_of
 from qtool.reports import comparison
 from qtool.sweeps import launchers
 from qtool.sweeps.cell import (
@@ -34,7 +35,6 @@ from qtool.sweeps.cell import (
     begun_by_another,
     benched,
     drop_weights,
-    how,
     keep_bench,
     result,
     todo,
@@ -45,6 +45,7 @@ from qtool.sweeps.launchers import Command, Ended
 from qtool.sweeps.table import SweepReport, groups
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.locks import hold
 
 WAITING = "its turn has not come yet"
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
 from qtool.reports.records import Number, Published, Record, TaskResult
-from qtool.reports.report import markdown_table, note_of, number
+from qtool.reports.text import markdown_table, note_of, number
 from qtool.system.environment import environment
 
 if TYPE_CHECKING:

@@ -15,3 +15,8 @@ class InputError(QtoolError):
 
 class RunError(QtoolError):
     """A run that began could not be finished: disk full, a matrix that cannot be factorised, a check that failed."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message that may have many."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,10 +9,15 @@ import ctypes
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from mmap import PAGESIZE
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from qtool.system.units import size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENOUGH = 3 * 2**28  # bytes, of which Python and torch take half
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # of Linux's madvise
@@ -25,18 +30,18 @@ class Pages:
         """Read where they are; files mapped later are not among them."""
         self._starts, self._ends = _mapped_files()
 
-    def drop(self, *tensors: Tensor) -> None:
+    def drop(self, *tensors: "Tensor") -> None:
         """Let go of the pages of tensors that lie in mapped files.
 
         Only for tensors whose values nobody has changed since they were mapped: changes would be lost.
         """
         self._advise(tensors, _DO_NOT_NEED)
 
-    def read_ahead(self, tensors: Iterable[Tensor]) -> None:
+    def read_ahead(self, tensors: Iterable["Tensor"]) -> None:
         """Have the system read tensors that lie in mapped files, while the caller goes on."""
         self._advise(tensors, _WILL_NEED)
 
-    def _advise(self, tensors: Iterable[Tensor], advice: int) -> None:
+    def _advise(self, tensors: Iterable["Tensor"], advice: int) -> None:
         if _libc is None:
             return
         for tensor in tensors:
@@ -77,3 +82,32 @@ def _mapped_files() -> tuple[list[int], list[int]]:
             starts.append(start)
             ends.append(end)
     return starts, ends
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory this process has held so far; 0 where the system does not tell."""
+    with suppress(OSError):  # on Linux getrusage also counts the parent's memory at the time of the fork
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_bytes() -> int:
+    """The most GPU memory torch has allocated on one device; 0 without torch loaded, or without a GPU in use."""
+    torch: Any = sys.modules.get("torch")  # Any: never imported from here
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_available() or not cuda.is_initialized():
+        return 0
+    return max(int(cuda.max_memory_allocated(i)) for i in range(cuda.device_count()))
+
+
+def memory() -> str:
+    """Peak memory in words, with the GPU's where there is one in use."""
+    gpu = peak_gpu_bytes()
+    return f"peak {size(peak_memory_bytes())}" + (f", GPU {size(gpu)}" if gpu else "")

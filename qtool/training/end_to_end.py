@@ -22,11 +22,11 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.checkpoints.native import Files, write_shard
+from qtool.checkpoints.files import Files, write_shard
+from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
-from qtool.data.conversations import IGNORED
-from qtool.models.loading import LoadedModel
-from qtool.quant.packed_linear import QuantLinear
+from qtool.models.loaded import LoadedModel
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
 from qtool.training.fit import Fit, Group, NonFiniteError, State, fit, windows_of_step

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.checkpoints.native import Source
-from qtool.config.sections import QuantConfig
-from qtool.config.training import EndToEndConfig, TrainedConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.training import EndToEnd, GridConfig, WeightsConfig
 from qtool.models.folders import resolve
-from qtool.models.loading import LoadedModel, Target, replace_linear
-from qtool.quant.packed_linear import QuantLinear
+from qtool.models.linears import Target, replace_linear
+from qtool.models.loaded import LoadedModel
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 from qtool.training.end_to_end import num_steps, train_model
 from qtool.training.fit import Fit, Group, total_factor
@@ -87,33 +87,6 @@ class Start:
         """Let each of ``layers`` start at the checkpoint's codes."""
         for name, layer in layers.items():
             layer.start_from(self.source.quantized(name))
-
-
-class EndToEnd(TrainedConfig, EndToEndConfig):
-    """The base of the section of a method that trains all linears at once."""
-
-
-class WeightsConfig(EndToEnd):
-    """The same of a method that trains their weights: how fast these move.
-
-    Rates follow the model and the budget: a weight whose gradient keeps its sign moves by ``travel`` quantization steps
-    in the whole training, whatever that is: Adam's steps have the size of the rate.
-    """
-
-    travel: float = Field(0.2, ge=0, description="How far a weight can move in all steps, in quantization steps.")
-    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
-    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
-
-
-class GridConfig(WeightsConfig):
-    """The same of a method that also trains scales and zero points."""
-
-    scale_travel: float = Field(
-        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
-    )
-    scale_lr: float | None = Field(
-        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
-    )
 
 
 C = TypeVar("C", bound=EndToEnd)

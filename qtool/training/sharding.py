@@ -18,8 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qtool.config.training import EndToEndConfig
-from qtool.models.loading import LoadedModel, decoder_blocks, packed_linears
-from qtool.quant.packed_linear import PackedLinear, QuantLinear
+from qtool.models.linears import decoder_blocks, packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.training.fit import Fit, Group

@@ -29,13 +29,14 @@ import torch
 
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.sensitivity import ESTIMATORS, Unit
-from qtool.checkpoints.native import bits_per_weight
+from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config import plugins
 from qtool.config.budget import BudgetConfig
-from qtool.config.sections import DataConfig, ModelConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import DataConfig, ModelConfig
 from qtool.data import windows
 from qtool.data.windows import Calibration
-from qtool.evaluation import tasks
+from qtool.evaluation import perplexity
 from qtool.models.loading import load_model
 from qtool.system.environment import environment
 
@@ -129,8 +130,8 @@ class Bench:
         quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
         plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
-        kl, _ = tasks.divergence(loaded.model, self.reference.model, self.windows, "auto")
-        return {"perplexity": tasks.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
+        kl, _ = perplexity.divergence(loaded.model, self.reference.model, self.windows, "auto")
+        return {"perplexity": perplexity.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
 
     def alone(self, units: list[Unit], width: int) -> list[float]:
         """Divergence on held-out text when the method quantizes each unit alone, to ``width`` bits."""

@@ -16,7 +16,8 @@ import transformers
 from qtool.config.sections import ModelConfig
 from qtool.evaluation import bench
 from qtool.models.backend import use_backend
-from qtool.models.loading import LoadedModel, load_model
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 
 
 def load(folder: Path) -> LoadedModel:

@@ -33,10 +33,10 @@ from memory_accounting import Cell, Shape, held_bytes, peak_bytes, saved_bytes
 from memory_watch import WATCHED, Watch, in_use
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 from qtool.methods import efficientqat, lrqat, lsq
 from qtool.methods.efficientqat import block_ap
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.system import memory
 from qtool.training import end_to_end
 

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtool.methods.efficientqat import block_ap
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import QuantLinear
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import memory
 from qtool.training.fit import _Run
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtool.checkpoints import native
-from qtool.config.sections import ModelConfig, QuantConfig
+from qtool.checkpoints import native, output_folder
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models.folders import BUILTIN
 from qtool.models.loading import load_model
@@ -73,7 +74,7 @@ def main() -> None:
         loaded = load_model(ModelConfig(path=str(args.folder / "float"), dtype="bfloat16", device="cpu"))
         specs = {target.name: target.spec for target in loaded.targets(quant(grid))}
         rtn.run(loaded, None, quant(grid), rtn.Config(), 0)
-        with native.atomic_folder(args.folder / grid, overwrite=False) as partial:
+        with output_folder.atomic_folder(args.folder / grid, overwrite=False) as partial:
             native.save(partial, loaded, specs)
         print(args.folder / grid)
 

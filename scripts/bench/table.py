@@ -21,12 +21,14 @@ from typing import Any
 import torch
 import yaml
 
-from qtool.checkpoints.native import bits_per_weight
+from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config import plugins
-from qtool.config.sections import DataConfig, MethodConfig, ModelConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import DataConfig, MethodConfig, ModelConfig
 from qtool.data.windows import calibration_tokens, perplexity_windows
-from qtool.evaluation import tasks
-from qtool.models.loading import LoadedModel, load_model
+from qtool.evaluation.perplexity import score_windows
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.system.environment import environment
 
 MODEL = "builtin:wiki-llama-3m"
@@ -74,7 +76,7 @@ def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.
         cell["seconds"] = time.process_time() - start
     loaded.model.float()  # measured in float32 whatever the method computed in; packed scales keep their dtype
     windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0)
-    scores = tasks.score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
+    scores = score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
     assert scores.kl is not None
     error = scores.nll.std() / len(windows) ** 0.5
     perplexity = scores.nll.mean().exp()

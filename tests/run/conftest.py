@@ -11,7 +11,7 @@ import pytest
 import tiny
 from running import Result, offline, whole_run, write_recipe
 
-from qtool.cli import app
+from qtool.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def qtool_(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
     def run(*args: str | Path) -> Result:
         capsys.readouterr()
-        code = app.main([str(arg) for arg in args])
+        code = main.main([str(arg) for arg in args])
         printed = capsys.readouterr()
         print(printed.err)  # for a person who reads the messages: pytest -rP
         return Result(code, printed.out, printed.err)
@@ -68,7 +68,7 @@ def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         redirect_stderr(StringIO()) as err,
     ):
         offline(monkeypatch)
-        code = app.main(["ptq", write_recipe(models, **whole_run(models)), "--json"])
+        code = main.main(["ptq", write_recipe(models, **whole_run(models)), "--json"])
     assert code == 0, err.getvalue()
     return at, Result(code, out.getvalue(), err.getvalue())
 

@@ -19,16 +19,19 @@ from running import NATIVE_FILES, Result, digest, left, own, weights_digest
 from transformers import AutoModelForCausalLM
 
 import qtool
-from qtool.checkpoints import native
+from qtool.checkpoints import native as checkpoint
 from qtool.checkpoints.native import MANIFEST, Source
 from qtool.config import plugins
 from qtool.config.recipe import Recipe
-from qtool.config.sections import FORMAT_VERSION, ModelConfig
+from qtool.config.sections import ModelConfig
 from qtool.data import windows
 from qtool.data.windows import calibration_tokens, token_hash
 from qtool.evaluation import tasks as evaluation
-from qtool.models.loading import load_model, packed_linears
+from qtool.models.linears import packed_linears
+from qtool.models.loading import load_model
+from qtool.pipelines import export as exporting
 from qtool.pipelines import quantize as pipeline
+from qtool.quant.packed_linear import FORMAT_VERSION
 from qtool.reports import model_card
 from qtool.reports.report import Report
 from qtool.system.errors import RunError
@@ -288,7 +291,7 @@ def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
     def fail(*args: object, **kwargs: object) -> None:
         raise RunError("it differs after export")
 
-    monkeypatch.setattr(pipeline, "verify", fail)
+    monkeypatch.setattr(exporting, "verify", fail)
     result = qtool_("ptq", recipe(**gptq))
     assert result.code == 1
     assert "it differs after export" in result.message
@@ -308,10 +311,10 @@ class Stage(NamedTuple):
 STAGES = {
     "loading": Stage(pipeline, "load_model", "nothing"),
     "reading data": Stage(windows, "calibration", "nothing"),
-    "saving": Stage(native, "save", "blocks"),
+    "saving": Stage(checkpoint, "save", "blocks"),
     "writing the card": Stage(model_card, "write", "blocks"),
     "evaluating": Stage(evaluation, "evaluate", "all"),
-    "exporting": Stage(pipeline, "verify", "all"),
+    "exporting": Stage(exporting, "verify", "all"),
 }
 
 

@@ -22,9 +22,11 @@ from running import (
 )
 from safetensors.torch import save_file
 
-from qtool.checkpoints.native import MANIFEST, Planned, Source, write_json
+from qtool.checkpoints.files import write_json
+from qtool.checkpoints.native import MANIFEST, Planned, Source
 from qtool.config import plugins
-from qtool.config.sections import ExportConfig, QuantConfig
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.models.folders import read_config
 

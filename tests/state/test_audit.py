@@ -5,7 +5,7 @@ import json
 import pytest
 from states import make, quantize
 
-from qtool.pipelines import reproduce
+from qtool.pipelines import reproduce, verify
 from qtool.system.errors import InputError, RunError
 
 
@@ -16,7 +16,7 @@ def written(folder, tmp_path):
 
 
 def test_verify_accepts_what_was_written(written):
-    assert reproduce.verify(written)["linears"] == 3 * 7
+    assert verify.verify(written)["linears"] == 3 * 7
 
 
 def test_verify_finds_a_changed_bit_a_missing_and_a_new_file(written):
@@ -26,7 +26,7 @@ def test_verify_finds_a_changed_bit_a_missing_and_a_new_file(written):
     first.write_bytes(content)
     second.rename(written / "new.safetensors")
     with pytest.raises(RunError) as found:
-        reproduce.verify(written)
+        verify.verify(written)
     message = str(found.value)
     assert f"{first.name} was changed" in message
     assert f"{second.name} is missing" in message
@@ -38,7 +38,7 @@ def test_verify_compares_the_manifest_with_the_tensors(written):
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"bits_per_weight": 4.0}))
     with pytest.raises(RunError, match=r"the manifest says 4\.0"):
-        reproduce.verify(written)
+        verify.verify(written)
 
 
 def test_reproduce_makes_the_same_bytes(written):

@@ -156,9 +156,9 @@ def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back
 
 
 def test_a_full_disk_ends_the_run_and_what_is_done_stays(folder, tmp_path, monkeypatch, whole):
-    from qtool.checkpoints import native
+    from qtool.checkpoints import files
 
-    save_file, count = native.save_file, 0
+    save_file, count = files.save_file, 0
 
     def full(*args, **kwargs):
         nonlocal count
@@ -169,7 +169,7 @@ def test_a_full_disk_ends_the_run_and_what_is_done_stays(folder, tmp_path, monke
 
     checked = make(folder, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(native, "save_file", full)
+        patch.setattr(files, "save_file", full)
         with pytest.raises(RunError, match=r"the disk is full; .*out\.partial holds what is done"):
             quantize(checked)
     assert len(list((tmp_path / "out.partial" / "state").glob("block-*.json"))) == 2
@@ -207,7 +207,7 @@ def test_the_same_recipe_gives_the_same_bytes(folder, tmp_path, whole):
 @pytest.mark.parametrize("compute", ["float32", "auto"])
 def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, compute):
     """The same method on a model that is whole in memory, saved by the library call."""
-    from qtool.checkpoints import native
+    from qtool.checkpoints import files, native
     from qtool.config.plugins import get
     from qtool.data import windows
     from qtool.models.loading import load_model
@@ -223,7 +223,7 @@ def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, 
     get("gptq").run(loaded, tokens, checked.quant, checked.method, checked.seed)
     (tmp_path / "library").mkdir()
     native.save(tmp_path / "library", loaded, tiny.specs(loaded))
-    streamed, whole = native.Files(tmp_path / "out"), native.Files(tmp_path / "library")
+    streamed, whole = files.Files(tmp_path / "out"), files.Files(tmp_path / "library")
     assert set(streamed.names) == set(whole.names)
     for name in whole.names:
         assert torch.equal(streamed.tensor(name), whole.tensor(name)), name

@@ -12,7 +12,7 @@ embedding next to each other for Llama and Mistral: there rows of query and key,
 import os
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qtool import __version__
-from qtool.checkpoints.native import Source, bits_per_weight
-from qtool.config.sections import ExportConfig, QuantSpec
+from qtool.checkpoints.native import Source
+from qtool.checkpoints.sizes import bits_per_weight
+from qtool.config.quant import QuantSpec
+from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
-from qtool.exporters._folder import GGUF_FILE as FILE
 from qtool.exporters._folder import (
-    Storage,
+    WrittenFolder,
     float_tensors,
     float_zeros,
     inexact,
@@ -40,6 +40,7 @@ from qtool.exporters._folder import (
 )
 from qtool.exporters.gguf import blocks, tokenizer
 from qtool.models.folders import read_config
+from qtool.system.version import __version__
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -72,6 +73,7 @@ def _head_dim(config: Any) -> int:
 
 
 # key after the architecture's name, whether it is an integer, and its value in the model's config
+FILE = "model.gguf"
 METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
     "context_length": (True, lambda config: config.max_position_embeddings),
     "embedding_length": (True, lambda config: config.hidden_size),
@@ -257,57 +259,51 @@ def _notes(source: Source, model: Any, sizes: Counter[tuple[str, blocks.Block]])
     return notes
 
 
-@lru_cache(maxsize=1)  # a vocabulary is slow to read, and every tensor is asked for by itself
-def _reader(file: Path, stamp: tuple[int, int]) -> Any:
-    import gguf
+class GGUFFolder(WrittenFolder):
+    """A folder with ``model.gguf``, opened once."""
 
-    return gguf.GGUFReader(file)
+    def __init__(self, folder: Path) -> None:
+        """Read the file's metadata; tensors are mapped, and a vocabulary is slow to read."""
+        import gguf
 
+        self.folder = folder
+        self.reader: Any = gguf.GGUFReader(folder / FILE)  # Any: the package carries no types
+        self._tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self._places = tensor_map(folder)
 
-def reader(folder: Path) -> Any:
-    """The ``gguf.GGUFReader`` of a written folder."""
-    found = (folder / FILE).stat()
-    return _reader(folder / FILE, (found.st_mtime_ns, found.st_size))
+    def names(self) -> list[str]:
+        """Every tensor of the file, as the float model names it."""
+        return [name for name, there in self._places.items() if there in self._tensors]
 
+    def packed(self) -> set[str]:
+        """The linears that the file holds in a quantized type."""
+        kinds = {name: self._tensors[self._places[name]].tensor_type.name for name in self.names()}
+        return {name.removesuffix(".weight") for name, kind in kinds.items() if kind not in FLOATS.values()}
 
-def names(folder: Path) -> list[str]:
-    """Every tensor of the file, as the float model names it."""
-    inside = {tensor.name for tensor in reader(folder).tensors}
-    return [name for name, there in tensor_map(folder).items() if there in inside]
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in float32, dequantized by the ``gguf`` package, with its rows as the float model has them."""
+        import gguf
 
+        found = self._tensors[self._places[name]]
+        values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32))
+        config = _model(self.folder)
+        if _row_order(name, len(values), config) is None:
+            return values
+        heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
+        return torch.flatten(values.unflatten(0, (heads, -1, 2)).transpose(1, 2), 0, 2)
 
-def packed_linears(folder: Path) -> set[str]:
-    """The linears that the file holds in a quantized type."""
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader(folder).tensors}
-    places = tensor_map(folder)
-    return {n.removesuffix(".weight") for n in names(folder) if kinds[places[n]] not in FLOATS.values()}
-
-
-def tensor(folder: Path, name: str) -> Tensor:
-    """A tensor of the file in float32, dequantized by the ``gguf`` package, its rows as the float model has them."""
-    import gguf
-
-    there = tensor_map(folder)[name]
-    found = next(each for each in reader(folder).tensors if each.name == there)
-    values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32))
-    config = _model(folder)
-    if _row_order(name, len(values), config) is None:
-        return values
-    heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
-    return torch.flatten(values.unflatten(0, (heads, -1, 2)).transpose(1, 2), 0, 2)
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """The config of a written folder, and by their keys those figures of the file that are not the config's."""
-    fields, model = reader(folder).fields, _model(folder)
-    prefix = FAMILIES[model.model_type].architecture
-    found = {}
-    for key, (_, value) in METADATA.items():
-        field = fields.get(f"{prefix}.{key}")
-        stored = None if field is None else field.contents()
-        if stored is None or np.float32(stored) != np.float32(value(model)):
-            found[key] = stored
-    return read_config(folder) | found
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``, and by their keys those figures of the file that are not the config's."""
+        model = _model(self.folder)
+        prefix = FAMILIES[model.model_type].architecture
+        found = {}
+        for key, (_, value) in METADATA.items():
+            field = self.reader.fields.get(f"{prefix}.{key}")
+            stored = None if field is None else field.contents()
+            if stored is None or np.float32(stored) != np.float32(value(model)):
+                found[key] = stored
+        return read_config(self.folder) | found
 
 
 def recognises(folder: Path) -> bool:
@@ -320,7 +316,9 @@ EXPORTER = Exporter(
     "GGUF, for llama.cpp",
     refuses,
     write,
-    lambda folder, name: tensor(folder, f"{name}.weight"),
-    Storage(names, tensor, packed_linears, described),
+    lambda opened, name: opened.tensor(f"{name}.weight"),
+    "Load `model.gguf` with llama.cpp, or with software built on it.",
+    GGUFFolder,
     recognises,
+    library="gguf",
 )

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.config.plugins import Method
-from qtool.config.sections import QuantConfig
+from qtool.config.quant import QuantConfig
 from qtool.methods.efficientqat.block_ap import BlockConfig, quantize_block
 from qtool.methods.efficientqat.e2e_qp import ScaleConfig, train_scales
-from qtool.models.loading import LoadedModel
+from qtool.models.loaded import LoadedModel
 from qtool.training.linears import Start
 
 

@@ -19,16 +19,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.blocks.driver import BlockTask, Figures
 from qtool.blocks.hidden_states import Stream
-from qtool.config.sections import QuantSpec
+from qtool.blocks.task import BlockTask, Figures
+from qtool.config.quant import QuantSpec
 from qtool.config.training import OptimConfig, RoundingConfig, TrainedConfig
 from qtool.methods import gptq
-from qtool.models.loading import LoadedModel, Target, linear_bias
+from qtool.models.linears import Target, linear_bias
+from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
-from qtool.quant.packed_linear import PackedLinear, QuantLinear
+from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
+from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.training.fit import Fit, Group, NonFiniteError, fit, total_factor, windows_of_step
 from qtool.training.linears import Start, put_linears

@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.config.training import EndToEndConfig
-from qtool.models.loading import LoadedModel, packed_linears, replace_linear
+from qtool.models.linears import packed_linears, replace_linear
+from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear

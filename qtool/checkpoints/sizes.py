@@ -1,0 +1,43 @@
+"""How large a packed checkpoint is: bits per weight, packed parts, bytes before anything is written."""
+
+import json
+
+import torch
+from torch import Tensor
+
+from qtool.config.quant import QuantSpec
+from qtool.models.loaded import LoadedModel
+from qtool.quant.packed_linear import PackedLinear
+
+HEADER_BYTES = 64  # at most, of a safetensors file without its list of tensors
+
+
+def bits_per_weight(specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> float:
+    """Average stored bits of the quantized weights, scales and zero points counted."""
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    bits = sum(spec.bits_per_weight(shapes[name][1]) * sizes[name] for name, spec in specs.items())
+    return bits / sum(sizes.values())
+
+
+def packed_parts(name: str, spec: QuantSpec, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of a quantized linear ``(out, in)``, by full name, on the meta device."""
+    with torch.device("meta"):
+        return {f"{name}.{part}": tensor for part, tensor in PackedLinear(*shape[::-1], spec).named_buffers()}
+
+
+def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> int:
+    """The most that weight files with these grids take, headers included.
+
+    Norms and biases are counted in float32: methods that change them may store them so.
+    """
+    tensors: dict[str, Tensor] = {}
+    state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in specs}
+    for name in {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}.values():  # tied: the first name
+        dtype = loaded.file_dtypes.get(name, state[name].dtype)
+        grows = dtype.is_floating_point and state[name].dim() < 2
+        tensors[name] = state[name].to("meta", torch.promote_types(dtype, torch.float32) if grows else dtype)
+    for name, spec in specs.items():
+        tensors |= packed_parts(name, spec, shapes[name])
+    size = sum(t.nbytes for t in tensors.values())
+    listed = {name: {"dtype": "BF16", "shape": [*t.shape], "data_offsets": [size, size]} for name, t in tensors.items()}
+    return size + len(json.dumps(listed, separators=(",", ":"))) + HEADER_BYTES * (len(loaded.blocks()) + 1)

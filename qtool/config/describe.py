@@ -1,0 +1,92 @@
+"""The keys of a recipe with defaults and descriptions, for ``--help`` and the JSON schema."""
+
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from qtool.config import plugins, validation
+from qtool.config.recipe import Recipe
+from qtool.config.sections import MethodConfig, Section
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors: a ``method`` section has the keys of the method it names."""
+    whole = Recipe.model_json_schema()
+    sections = []
+    for name in plugins.names():
+        section = plugins.get(name).config.model_json_schema()
+        whole["$defs"] |= section.pop("$defs", {})
+        section["properties"]["name"] = {"const": name, "description": plugins.get(name).summary}
+        section["required"] = sorted({"name", *section.get("required", ())})
+        sections.append(section)
+    del whole["$defs"]["MethodConfig"]
+    whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
+    whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file that has them
+    whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(plugins.export_formats())
+    return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
+
+
+class Key(NamedTuple):
+    """One line of a recipe as ``--help`` shows it."""
+
+    name: str
+    default: str
+    description: str
+
+
+def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
+    """Description and keys of each section; ``method gptq`` and the like are the methods (of ``command``, or all)."""
+    table: dict[str, tuple[str, list[Key]]] = {}
+    alone = []
+    for name, field in Recipe.model_fields.items():
+        hint = validation.bare(field.annotation)
+        text = field.description or ""
+        if hint is MethodConfig:
+            fitting = [each for each in plugins.names() if command in (None, plugins.get(each).command)]
+            table[name] = text, [Key("name", "required", f"One of: {', '.join(fitting)}.")]
+            for method in fitting:
+                own = [key for key in keys_of(plugins.get(method).config) if key.name != "name"]
+                table[f"{name} {method}"] = plugins.get(method).summary, own
+        elif get_origin(hint) is tuple:
+            rows = keys_of(validation.bare(get_args(hint)[0]))
+            if name == "export":
+                rows[0] = Key("format", "required", f"One of: {', '.join(plugins.export_formats())}.")
+            table[f"{name}.N"] = text, rows
+        elif issubclass(hint, Section):
+            table[name] = text, keys_of(hint)
+        else:
+            alone.append(_key(name, field))
+    return {**table, "": ("Of the whole run.", alone)}
+
+
+def keys_of(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
+    """The keys of ``section``, those of sections inside it with the name of that before them (and its ``values``)."""
+    found = []
+    for name, field in section.model_fields.items():
+        hint, value = validation.bare(field.annotation), getattr(values, name, None)
+        if isinstance(hint, type) and issubclass(hint, Section):
+            found += keys_of(hint, f"{before}{name}.", value or field.default)
+        else:
+            key = _key(f"{before}{name}", field)
+            found.append(key if values is None else key._replace(default=_shown(value)))
+    return found
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    if field.is_required():
+        return Key(name, "required", describe(field))
+    return Key(name, _shown(field.get_default(call_default_factory=True)), describe(field))
+
+
+def _shown(default: object) -> str:
+    empty = default is None or default in ({}, ())
+    return "" if empty else validation.found(default).replace('"', "").strip("[]")
+
+
+def describe(field: FieldInfo) -> str:
+    """What a key means, with the values it can have where they are few."""
+    hint = validation.bare(field.annotation)
+    choices = f" One of: {', '.join(map(str, get_args(hint)))}." if get_origin(hint) is Literal else ""
+    return (field.description or "") + choices

@@ -1,0 +1,59 @@
+"""Recipe files: the packaged ones by name, and how a YAML file is read."""
+
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qtool.config import validation
+from qtool.config.yaml_loader import parse
+from qtool.system.errors import InputError
+
+TABLES = "tables/"  # what names of packaged sweeps begin with
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with qtool, by name: the path below ``recipes``, without the suffix."""
+    return {name: path for name, path in _files().items() if not name.startswith(TABLES)}
+
+
+def tables() -> dict[str, Path]:
+    """The sweeps that come with qtool, by name."""
+    return {name: path for name, path in _files().items() if name.startswith(TABLES)}
+
+
+def _files() -> dict[str, Path]:
+    folder = Path(str(files("qtool") / "recipes"))
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(names.items(), key=lambda item: (item[0].count("/"), item[0])))
+
+
+def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """The sections of a recipe (or sweep) file, or of a packaged one's name, unchecked.
+
+    Raises:
+        InputError: Missing, a folder, not UTF-8, not YAML, empty, or no mapping.
+    """
+    path = Path(path)
+    names = packaged() if what == "recipe" else tables()
+    if path.is_dir() and str(path) not in names:
+        raise InputError(f"{path} is a folder; a {what} is a YAML file")
+    if not path.is_file() and str(path) not in names:
+        nearest = get_close_matches(path.stem if what == "recipe" else str(path), names, n=1)
+        hint = f"did you mean the packaged {what} {nearest[0]}?" if nearest else "qtool recipes lists those that exist"
+        raise InputError(f"{path} does not exist; {hint}")
+    try:
+        text = (path if path.is_file() else names[str(path)]).read_bytes().decode("utf-8-sig")
+        raw = parse(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {line}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if raw is None:
+        raise InputError(f"{path} is empty; qtool recipes quickstart prints a recipe to start from")
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds {validation.found(raw)}, not sections (model:, method:, ...)")
+    return raw

@@ -1,0 +1,145 @@
+"""The ``quant`` section of a recipe, and ``QuantSpec``, the grid of one weight."""
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from qtool.config.budget import BudgetConfig
+from qtool.config.section import Section as Section
+from qtool.system.errors import InputError
+
+ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
+ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # the first two
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
+SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+def _check_group_size(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("use a positive number of input channels, or -1 for one group per row")
+    return value
+
+
+class QuantSpec(Section):
+    """The grid of one weight ``[out, in]``: codes ``0 .. 2**num_bits - 1``, one scale and zero point per group.
+
+    And to how many bits its linear rounds what it reads, and, where that is keys or values, what it gives.
+    """
+
+    num_bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per code.")
+    group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
+        128, description="Input channels that share one scale; must divide the channels; -1: one group per row."
+    )
+    symmetric: bool = Field(True, description="Hold the zero point at the middle code (nothing stored for it).")
+    scale_dtype: ScaleDtype = Field(
+        "float16", description="What scales are stored as, and rounded to before they are used."
+    )
+    float_zero: bool = Field(
+        False, description="Zero points may lie between codes, and are stored like scales; native and dense only."
+    )
+    activations: int | None = Field(
+        None, ge=2, le=8, description="Bits of what linears read, ranged for each token; unset: float. Native only."
+    )
+    kv_cache: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="Bits of keys and values, ranged for each token and head; unset: float. Native only.",
+    )
+    kv_group_size: int | None = Field(
+        None, ge=1, description="Channels of keys and values that share a range; unset: those of a head."
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        if self.float_zero and self.symmetric:
+            raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
+        if self.kv_group_size is not None and self.kv_cache is None:
+            raise ValueError("kv_group_size acts only with kv_cache: give both, or neither")
+        return self
+
+    @property
+    def weights_only(self) -> "QuantSpec":
+        """The grid of the weight alone."""
+        return QuantSpec(**self.model_dump(include=set(QuantSpec.model_fields), exclude=set(ACTIVATION_KEYS)))
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code, always 0."""
+        return 0
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return int(2**self.num_bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return int(2 ** (self.num_bits - 1))
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups in one row of ``in_features`` weights."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Stored bits per weight with scales and zero points counted: ``b + (b + 16) / g``."""
+        zero_bits = SCALE_BITS[self.scale_dtype] if self.float_zero else self.num_bits
+        per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else zero_bits)
+        return self.num_bits + per_group * self.num_groups(in_features) / in_features
+
+    def label(self) -> str:
+        """The usual short name, e.g. ``w4g128``, ``w2g64 asym`` or ``w4g64 float zero``."""
+        group = "pc" if self.group_size == -1 else f"g{self.group_size}"
+        kind = " float zero" if self.float_zero else " asym"
+        return f"w{self.num_bits}{group}" + ("" if self.symmetric else kind)
+
+
+class QuantOverride(QuantSpec):
+    """What is different for the linears that match a pattern; keys left out keep the section's value."""
+
+    skip: bool = Field(False, description="Leave these linears in floating point.")
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        return self  # half a grid: the section's own keys complete it
+
+
+class QuantConfig(QuantSpec):
+    """How weights are quantized: one grid for all linears of the decoder blocks, and overrides by name."""
+
+    overrides: dict[str, QuantOverride] = Field(
+        default_factory=dict,
+        description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true. Or a "
+        "file that qtool plan wrote.",
+    )
+    budget: BudgetConfig | None = Field(None, description="A size, for which num_bits is chosen linear by linear.")
+    preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
+        None, description="What activations and kv_cache are unless they are given: 8 and 8, 8 and 4, or 4 and 4 bits."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
+        return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
+
+    def spec_for(self, name: str) -> QuantSpec | None:
+        """The grid of the linear ``name``; later patterns win; ``None`` when it stays in floating point."""
+        values = self.model_dump(include=set(QuantSpec.model_fields))
+        skip = False
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                changes = override.model_dump(exclude_unset=True)
+                skip = changes.pop("skip", skip)
+                if changes.get("kv_cache", 0) is None:  # then what it was to be grouped by means nothing
+                    values["kv_group_size"] = None
+                values |= changes
+        try:
+            return None if skip else QuantSpec(**values)
+        except ValidationError as error:  # one by one they are right, or they would have been refused
+            raise InputError(f"quant.overrides that match {name}: {error.errors()[0]['msg']}") from None
+
+
+BITS: tuple[int, ...] = get_args(QuantSpec.model_fields["num_bits"].annotation)

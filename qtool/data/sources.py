@@ -1,0 +1,118 @@
+"""Named text sources: where each one's file lies, where it is on the hub, and what its rows are."""
+
+import os
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from qtool.config.sections import DataConfig
+from qtool.data.hub import Hub, UnreachableError, load_hub
+from qtool.data.readers import READERS, check_file, read_file
+from qtool.data.token_files import SUFFIXES
+from qtool.system.errors import InputError
+
+GENERATED = "generated"
+T = TypeVar("T")
+Row = dict[str, Any]  # Any: whatever fields a data set has
+
+
+class Source(NamedTuple):
+    """Named text: its file below ``data_dir()``, where it is on the hub, and what its rows are."""
+
+    file: str
+    hub: Hub
+    rows: Literal["documents", "lines", "conversations"]  # lines of one text are joined by two newlines
+
+
+SOURCES: dict[str, Source] = {
+    "wikitext2": Source("wikitext2/{split}.jsonl", Hub("Salesforce/wikitext", "wikitext-2-raw-v1"), "lines"),
+    "enwiki": Source("enwiki/{split}.txt.xz", Hub("wikimedia/wikipedia", "20231101.en", streaming=True), "documents"),
+    "c4": Source("c4/{split}.jsonl", Hub("allenai/c4", "en", streaming=True), "documents"),
+    "redpajama": Source(
+        "redpajama/{split}.jsonl",
+        Hub("togethercomputer/RedPajama-Data-1T-Sample", files="*.jsonl", sorted=True),
+        "documents",
+    ),
+    # six of its 627 billion tokens, drawn evenly, as parquet; the whole is compressed in a way that datasets needs a
+    # package more for
+    "slimpajama": Source("slimpajama/{split}.jsonl", Hub("DKYoon/SlimPajama-6B", streaming=True), "documents"),
+    "alpaca": Source("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
+    "deita": Source("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
+}
+FILES = (*READERS, *SUFFIXES)
+
+
+def data_dir() -> Path | None:
+    """The folder that ``QTOOL_DATA_DIR`` names, with data kept on this machine; ``None`` where it is unset or empty.
+
+    Raises:
+        InputError: ``QTOOL_DATA_DIR`` names no folder.
+    """
+    chosen = os.environ.get("QTOOL_DATA_DIR")
+    if not chosen:
+        return None
+    if not Path(chosen).is_dir():
+        raise InputError(f"QTOOL_DATA_DIR is {chosen}, which is no folder; correct it, or set it to nothing")
+    return Path(chosen)
+
+
+def check_source(data: DataConfig) -> None:
+    """Whether ``data.source`` can be: a known name, or a file that exists and has a known suffix.
+
+    Raises:
+        InputError: it cannot.
+    """
+    known = [GENERATED, *SOURCES]
+    if data.source in known:
+        return
+    if Path(data.source).name.endswith(FILES) or Path(data.source).exists():
+        check_file(Path(data.source).expanduser(), FILES)
+        return
+    near = get_close_matches(data.source, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(
+        f"data.source: {data.source!r} is neither a known name ({', '.join(known)}) "
+        f"nor a path that ends in {', '.join(FILES)}{hint}"
+    )
+
+
+def is_local(data: DataConfig) -> bool:
+    """Whether the text of ``data.source`` is a file on this machine."""
+    folder = data_dir()
+    named = SOURCES.get(data.source)
+    if named is None:
+        return data.source != GENERATED and Path(data.source).expanduser().is_file()
+    return folder is not None and (folder / named.file.format(split="train")).exists()
+
+
+def source_texts(name: str, split: str) -> Iterator[str]:
+    """The texts of a named source."""
+    return read_source(name, split, read_file, lambda rows: (row["text"] for row in rows))
+
+
+def placed(name: str) -> Callable[[Iterator[Row]], Iterator[tuple[str, Row]]]:
+    """Rows of the hub after their places in words."""
+    return lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+
+
+def read_source(
+    name: str,
+    split: str,
+    local: Callable[[Path], Iterator[T]],
+    remote: Callable[[Iterator[Row]], Iterator[T]],
+) -> Iterator[T]:
+    """A named source, by ``local`` from its file below ``data_dir()``, else by ``remote`` from its rows on the hub."""
+    source = SOURCES[name]
+    folder = data_dir()
+    file = folder / source.file.format(split=split) if folder else None
+    if file is not None and file.exists():
+        yield from local(file)
+        return
+    try:
+        yield from remote(load_hub(source.hub, split))
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{name} is not on this machine, and {error}; put it at $QTOOL_DATA_DIR/{source.file.format(split=split)} "
+            f"(QTOOL_DATA_DIR is {folder or 'not set'}), or use a file of your own as data.source"
+        ) from error

@@ -1,0 +1,14 @@
+"""Durations and sizes in words."""
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s``, ``3:05`` or ``1:02:05``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def size(num_bytes: float) -> str:
+    """``812 MB`` or ``3.4 GB``, in powers of ten."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 0.9995e9 else f"{num_bytes / 1e6:.0f} MB"
