@@ -60,7 +60,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_quant.py tests/test_recipe.py tests/test_recipes.py tests/test_surface.py
+	$(BIN)/python -m pytest -q tests/quant tests/config tests/test_surface.py
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
 from hypothesis import HealthCheck, settings
 
 from qtool.models.loaded import LoadedModel
@@ -33,7 +33,7 @@ settings.load_profile("qtool")
 @pytest.fixture(autouse=True)
 def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without figures, which take about a second for each run; only tests of figures draw them."""
-    if request.module.__name__ not in ("test_page", "test_compare"):
+    if request.path.stem not in ("test_html", "test_comparison"):
         monkeypatch.setattr("qtool.reports.figures.DRAWERS", ())
 
 

@@ -1,0 +1,147 @@
+"""What the estimators measure: against their formulas, and on a model with a planted weakness."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny
+from helpers.bit_plans import budgeted, planned
+
+from qtool.allocation import sensitivity
+from qtool.allocation.plan import units_of
+from qtool.allocation.sensitivity import ESTIMATORS, Unit, compensated, nearest, rounded_unit
+from qtool.config.quant import QuantConfig
+from qtool.data.windows import Calibration
+from qtool.evaluation import perplexity
+from qtool.methods import gptq
+from qtool.models.linears import Target, dense_weight, packed_linears, weight_of
+from qtool.models.loaded import LoadedModel
+from qtool.quant.affine import dequantize
+from qtool.quant.affine import quantize as codes_of
+from qtool.quant.ranges import search_qparams
+from qtool.system.errors import RunError
+
+
+def units_with(loaded: LoadedModel) -> list[Unit]:
+    return units_of(loaded, budgeted(average_bits=8.5))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, tmp_path, tokens) -> None:
+    loaded = tiny.load(tiny.FAMILIES[family](tmp_path / family))
+    loud, quiet = {
+        "llama": ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"),
+        "gpt2": ("transformer.h.1.mlp.c_proj", "transformer.h.0.attn.c_proj"),
+    }[family]
+    for name, factor in ((loud, 30), (quiet, 1e-3)):
+        weight = weight_of(loaded.model.get_submodule(name))
+        weight.data = weight.data * factor  # not in place: it lies in a mapped file, whose pages may be dropped
+    units = units_with(loaded)
+    costs = ESTIMATORS[estimator].measure(loaded, units, Calibration(tokens), nearest)
+    by_name = {unit.targets[0].name: cost for unit, cost in zip(units, costs, strict=True)}
+    for bits in (2, 3, 4):
+        assert by_name[loud][bits] > 100 * by_name[quiet][bits]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_more_bits_cost_less_and_the_model_stays_what_it_was(estimator, llama, tokens) -> None:
+    before = copy.deepcopy(llama.model.state_dict())
+    costs = ESTIMATORS[estimator].measure(llama, units_with(llama), Calibration(tokens), nearest)
+    assert all(c[2] > c[3] > c[4] > c[8] > 0 for c in costs)
+    after = llama.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad or p.grad is not None for p in llama.model.parameters())
+
+
+def error_of(target: Target, bits: int) -> torch.Tensor:
+    spec = target.spec.model_copy(update={"num_bits": bits})
+    grid = search_qparams(target.weight, spec)
+    return dequantize(codes_of(target.weight, *grid, spec), *grid, spec) - target.weight
+
+
+def test_hessian_is_the_trace_times_the_error(llama, tokens) -> None:
+    units = units_with(llama)
+    read: dict[str, torch.Tensor] = {}
+    for target in llama.targets(QuantConfig(group_size=32)):
+        target.linear.register_forward_pre_hook(lambda _, args, name=target.name: read.__setitem__(name, args[0]))
+    costs = ESTIMATORS["hessian"].measure(llama, units, Calibration(tokens), nearest)
+    llama.model(tokens)
+    for unit, cost in zip(units, costs, strict=True):
+        expected = sum(float(read[t.name].square().mean() * error_of(t, 3).square().sum()) for t in unit.targets)
+        assert cost[3] == pytest.approx(expected, rel=1e-4)
+
+
+def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama, tokens) -> None:
+    units = units_with(llama)
+    costs = ESTIMATORS["fisher"].measure(llama, units, Calibration(tokens), nearest)
+    target = units[3].targets[0]
+    weight = weight_of(llama.model.get_submodule(target.name)).requires_grad_(True)
+    squares = torch.zeros_like(weight)
+    for window in tokens:
+        logits = llama.model(window[None]).logits[0, :-1]
+        squares += torch.autograd.grad(F.cross_entropy(logits, window[1:]), weight)[0].square() / len(tokens)
+    expected = float((squares * error_of(target, 2).square()).sum()) * tokens.shape[1] / 2
+    assert costs[3][2] == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
+    units, reference = units_with(llama)[:2], copy.deepcopy(llama.model)
+    costs = ESTIMATORS["loss"].measure(llama, units, Calibration(tokens), nearest)
+    for unit, cost in zip(units, costs, strict=True):
+        with rounded_unit(llama, unit, 2):
+            for target in unit.targets:
+                moved = dense_weight(llama.model.get_submodule(target.name)) - target.weight
+                assert moved.abs().max() == 0  # the target's own linear is rounded here, too
+            expected, _ = perplexity.divergence(llama.model, reference, tokens, "auto")
+        assert cost[2] == pytest.approx(expected.value, rel=1e-3)
+
+
+def test_compensated_weights_are_those_of_gptq(make_llama, tokens) -> None:
+    """In the first block, whose first linears read the same in a model that is quantized and in one that is not."""
+    loaded, text = make_llama(), Calibration(tokens)
+    units = units_with(loaded)
+    weights = compensated(loaded, units, text)
+    quantized = make_llama()
+    gptq.run(quantized, tokens, QuantConfig(num_bits=3, group_size=32), gptq.Config(), 0)
+    layers = packed_linears(quantized.model)
+    for target in units[0].targets:
+        same = weights(target, 3) == dequantize(*layers[target.name].quantized)
+        assert same.float().mean() > 0.99  # there q, k and v are solved in one product, whose sums have another order
+    nearer = ESTIMATORS["block"].measure(loaded, units, text, weights)
+    for cost, plain in zip(nearer, ESTIMATORS["block"].measure(loaded, units, text, nearest), strict=True):
+        assert cost[3] < plain[3]
+
+
+def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama, tokens) -> None:
+    unit = units_with(llama)[3]
+    cost = ESTIMATORS["delta-loss"].measure(llama, [unit], Calibration(tokens), nearest)[0][3]
+    target = unit.targets[0]
+    error, weight = error_of(target, 3), weight_of(llama.model.get_submodule(target.name))
+    weight.data += error
+    weight.requires_grad_(True)
+    logits = llama.model(tokens).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert cost == pytest.approx(float((torch.autograd.grad(loss, weight)[0] * error).abs().sum()), rel=1e-3)
+
+
+def test_only_learned_tokens_count(llama, tokens) -> None:
+    """Labels that leave out a window's tokens give what the other windows give alone."""
+    labels = tokens.clone()
+    labels[2:] = -100
+    units = units_with(llama)[:1]
+    for name in ("loss", "delta-loss"):
+        masked = ESTIMATORS[name].measure(llama, units, Calibration(tokens, labels), nearest)
+        alone = ESTIMATORS[name].measure(llama, units, Calibration(tokens[:2]), nearest)
+        assert masked[0][2] == pytest.approx(alone[0][2], rel=1e-4)
+
+
+def test_a_cost_that_is_no_number_ends_the_run(llama, tokens, monkeypatch) -> None:
+    broken = sensitivity.Estimator(
+        lambda _, units, *rest: [dict.fromkeys(u.choices, math.nan) for u in units], False, False
+    )
+    monkeypatch.setitem(ESTIMATORS, "variance", broken)
+    with pytest.raises(RunError, match=r"layers\.0\.self_attn: q_proj, k_proj, v_proj: estimator variance found"):
+        planned(llama, budgeted(average_bits=3, estimator="variance"), tokens)

@@ -1,0 +1,89 @@
+"""The block driver leaves nothing behind when a method, a block or the user interrupts it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.block_driving import CONFIGS, W2, make, nearest, pack_all, pack_in_stages, untouched
+from torch import Tensor
+
+from qtool.blocks.driver import run_blocks
+from qtool.blocks.task import BlockTask
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+
+
+@pytest.fixture(params=CONFIGS)
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    return make(request.param)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("float_stream", [False, True])
+@pytest.mark.parametrize("stop_at", range(4))
+def test_an_exception_between_stages_leaves_no_patched_forward(
+    llama: LoadedModel, tokens: Tensor, stop_at: int, float_stream: bool
+) -> None:
+    targets = llama.targets(W2)
+
+    def quantize_block(task: BlockTask) -> None:
+        for number, stage in enumerate(task.stages()):
+            assert not untouched(llama)
+            if number == stop_at:
+                raise Interrupted
+            for target in stage.targets:
+                task.pack(target, nearest(target))
+
+    with pytest.raises(Interrupted):
+        run_blocks(llama, tokens, targets, quantize_block, float_stream=float_stream)
+    assert untouched(llama)
+    assert not any("forward" in vars(target.linear) for target in targets)
+    assert len(packed_linears(llama.model)) == (0, 3, 4, 6)[stop_at]
+
+
+def test_a_run_after_an_interrupted_one_is_like_any_other(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor
+) -> None:
+    def interrupted(task: BlockTask) -> None:
+        for _ in task.stages():
+            raise KeyboardInterrupt
+
+    first, second = make_llama(), make_llama()
+    with pytest.raises(KeyboardInterrupt):
+        run_blocks(first, tokens, first.targets(W2), interrupted)
+    errors = run_blocks(first, tokens, first.targets(W2), pack_in_stages)
+    assert errors == run_blocks(second, tokens, second.targets(W2), pack_in_stages)
+    assert torch.equal(tiny.logits(first.model), tiny.logits(second.model))
+
+
+def test_an_exception_inside_the_block_comes_out_and_leaves_no_patched_forward(
+    llama: LoadedModel, tokens: Tensor
+) -> None:
+    def explode(*_: object) -> None:
+        raise Interrupted
+
+    def quantize_block(task: BlockTask) -> None:
+        for stage in task.stages():
+            for target in stage.targets:
+                task.pack(target, nearest(target))
+            task.block.get_submodule("mlp").act_fn.register_forward_hook(explode)
+
+    with pytest.raises(Interrupted):
+        run_blocks(llama, tokens, llama.targets(W2), quantize_block)
+    assert untouched(llama)
+
+
+def test_an_exception_while_the_calls_are_recorded_leaves_no_patched_forward(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(type(llama.blocks()[0][1]), "forward", explode)
+    with pytest.raises(Interrupted):
+        run_blocks(llama, tokens, llama.targets(W2), pack_all)
+    assert untouched(llama)

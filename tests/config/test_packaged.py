@@ -1,0 +1,88 @@
+"""Every packaged recipe loads, says what it does and how to run it, and writes where no other one does."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import qtool
+from qtool.config import files, plugins, recipe
+
+FOLDER = Path(qtool.__file__).parent / "recipes"
+PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # those are sweeps
+PAPERS = [path for path in PATHS if path.is_relative_to(FOLDER / "papers")]
+GENERATOR = Path(__file__).parents[2] / "scripts" / "make_paper_recipes.py"
+
+
+def name(path: Path) -> str:
+    return path.relative_to(FOLDER).with_suffix("").as_posix()
+
+
+def test_none_is_forgotten() -> None:
+    assert len(PATHS) == 13 + 44
+    assert len([path for path in PAPERS if path.parent.name == "efficientqat"]) == 5 * 4
+    assert len([path for path in PAPERS if path.parent.name == "lrqat"]) == 4 * 6
+    assert files.packaged() == {name(path): path for path in PATHS}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name)
+def test_it_loads_and_opens_with_what_it_does_and_its_command(path: Path) -> None:
+    checked = recipe.load(path)
+    assert checked == recipe.load(name(path))
+    what, command = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert re.fullmatch(r"# [A-Z].{20,100}\.", what)
+    assert command == f"#   qtool {plugins.get(checked.method.name).command} {name(path)}"
+
+
+# the papers'
+
+
+def test_the_papers_recipes_are_what_their_table_makes() -> None:
+    made = runpy.run_path(str(GENERATOR))["recipes"]()
+    assert {path.relative_to(FOLDER / "papers"): path.read_text(encoding="utf-8") for path in PAPERS} == made
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=name)
+def test_a_paper_s_recipe_says_its_grid_in_its_name_and_its_numbers_where_it_has_any(path: Path) -> None:
+    checked = recipe.load(path)
+    short = checked.quant.spec_for("model.layers.0.mlp.up_proj").label().removesuffix(" asym")
+    assert path.stem.endswith(f"-{short}")
+    assert checked.method.name == path.parent.name
+    assert checked.eval is not None
+    assert ("wikitext2",) in [each.tasks for each in checked.expected] or path.stem.startswith("mistral-7b")
+    missing = {task for each in checked.expected for task in each.tasks} - set(checked.eval.tasks)
+    assert missing <= {"c4"}  # of which the report says that it was not evaluated
+    lower = {each.metric: each.value for each in checked.expected if each.tasks != ("c4",)}
+    assert 3 < lower.get("perplexity", 4) < 13
+    assert 0.5 < lower.get("acc", lower.get("acc_norm", 0.6)) < 0.8
+
+
+@pytest.mark.parametrize("method", ["efficientqat", "lrqat"])
+def test_fewer_bits_and_larger_groups_are_worse_in_the_papers(method: str) -> None:
+    """A slip of the pen in their table would show."""
+    rows: dict[str, dict[str, float]] = {}
+    for path in PAPERS:
+        expected = recipe.load(path).expected
+        if path.parent.name == method and expected:
+            model, _, label = path.stem.rpartition("-")
+            rows.setdefault(model, {})[label] = expected[0].value
+    order = ("w4g128", "w4pc", "w3g128", "w3pc", "w2g64", "w2g128", "w2pc")
+    assert len(rows) == 4
+    for found in rows.values():
+        values = [found[label] for label in order if label in found]
+        assert values == sorted(values)
+
+
+# all
+
+
+def test_each_has_an_output_of_its_own() -> None:
+    outputs = [recipe.load(path).output.path for path in PATHS]
+    assert len(set(outputs)) == len(outputs)
+    assert all(path.parts[0] == "out" for path in outputs)
+
+
+def test_the_folder_at_the_top_is_the_packaged_one() -> None:
+    top = Path(__file__).parents[2] / "recipes"
+    assert sorted(top.resolve().rglob("*.yaml")) == sorted(path.resolve() for path in FOLDER.rglob("*.yaml"))

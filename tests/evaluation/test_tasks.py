@@ -1,0 +1,362 @@
+"""Numbers that decide what people ship: each against an independent computation, and honest where there is none."""
+
+import dataclasses
+import json
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtool.config.sections import EvalConfig
+from qtool.data import hub, readers
+from qtool.data.sources import data_dir
+from qtool.data.windows import perplexity_windows
+from qtool.evaluation import harness, local_tasks, perplexity
+from qtool.evaluation.tasks import _own_tasks, check_tasks, evaluate
+from qtool.models.loaded import LoadedModel
+from qtool.system.errors import InputError
+
+
+def missing(*files):
+    folder = data_dir()
+    return folder is None or not all((folder / file).exists() for file in files)
+
+
+def needs(*files):
+    return pytest.mark.skipif(missing(*files), reason=f"QTOOL_DATA_DIR has no {', '.join(files)}")
+
+
+def random_llama(seed, **changes):
+    loaded = tiny.with_builtin_tokenizer(seed, 256, **changes)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(10)  # logits that are not all alike
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return random_llama(0)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return random_llama(1)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(0, 4096, (7, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def nothing_local(monkeypatch):
+    """No data on this machine, and a hub that does not answer."""
+    monkeypatch.setenv("QTOOL_DATA_DIR", "")
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+
+
+@pytest.fixture
+def local(monkeypatch, tmp_path):
+    """A data folder of our own with a little of everything."""
+    monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+
+    def write(path, rows):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    question = {"question": "is water wet", "passage": "Water is a liquid , and wets most things ."}
+    write("boolq/validation.jsonl", [question | {"idx": i, "label": i % 2} for i in range(6)])
+    write("boolq/train.jsonl", [question | {"idx": i, "label": i % 2} for i in range(6)])
+    choices = {"text": ["sun", "moon", "sea", "wind"], "label": ["A", "B", "C", "D"]}
+    light = {"question": "What gives light?", "choices": choices, "answerKey": "A"}
+    write("arc_easy/validation.jsonl", [light | {"id": str(i)} for i in range(4)])
+    rows = ["", " = A = \n", "", " One two . \n", " = B = \n", " Three . \n"] * 9
+    write("wikitext2/test.jsonl", [{"text": row} for row in rows])
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------- perplexity and kl
+
+
+def test_perplexity_equals_the_loss_of_transformers(loaded, windows):
+    with torch.no_grad():
+        losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in windows]).double()
+    measured = perplexity.perplexity(loaded.model, windows, 3)
+    assert measured.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert measured.stderr == pytest.approx((losses.mean().exp() * losses.std() / math.sqrt(7)).item(), rel=1e-4)
+    assert measured.n == 7 * 39
+
+
+def test_perplexity_does_not_depend_on_batch_or_chunk(loaded, windows, monkeypatch):
+    expected = perplexity.perplexity(loaded.model, windows, 7).value
+    assert perplexity.perplexity(loaded.model, windows, 1).value == pytest.approx(expected, rel=1e-6)
+    assert perplexity.perplexity(loaded.model, windows, "auto").value == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
+    assert perplexity.perplexity(loaded.model, windows, 2).value == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_window_has_no_standard_error(loaded, windows):
+    assert perplexity.perplexity(loaded.model, windows[:1], "auto").stderr is None
+
+
+def test_a_model_does_not_diverge_from_itself(loaded, windows):
+    kl, agreement = perplexity.divergence(loaded.model, loaded.model, windows, 3)
+    assert (kl.value, kl.stderr) == (0, 0)
+    assert (agreement.value, agreement.stderr) == (1, 0)
+
+
+def test_divergence_is_kl_from_the_float_model_in_float64(loaded, reference, windows):
+    kl, agreement = perplexity.divergence(loaded.model, reference.model, windows, 3)
+    with torch.no_grad():
+        mine, other = (m(windows).logits[:, :-1].double() for m in (loaded.model, reference.model))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=other), torch.distributions.Categorical(logits=mine)
+    )
+    assert kl.value == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert kl.stderr == pytest.approx((expected.mean(1).std() / math.sqrt(7)).item(), rel=1e-4)
+    assert agreement.value == pytest.approx((mine.argmax(-1) == other.argmax(-1)).double().mean().item())
+    assert kl.n == agreement.n == 7 * 39
+
+
+def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows):
+    broken = random_llama(0)
+    with torch.no_grad():
+        broken.model.lm_head.weight[5] = torch.inf
+    assert not math.isfinite(perplexity.perplexity(broken.model, windows, "auto").value)
+
+
+@needs("wikitext2/test.jsonl")
+def test_the_built_in_model_on_the_first_windows_of_wikitext2():
+    """The full number, 34.07 over 417 windows, is the slow test below; these two are enough to see a change."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
+    [row] = evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
+    with torch.no_grad():
+        chosen = perplexity_windows("wikitext2", loaded, 512, 2, seed=0)
+        losses = torch.stack([model(w[None], labels=w[None]).loss for w in chosen])
+    assert row.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert (row.limit, row.n) == (2, 2 * 511)
+
+
+@pytest.mark.slow
+@needs("wikitext2/test.jsonl")
+def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2():
+    model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
+    [row] = evaluate(loaded, EvalConfig(), None, seed=0)
+    assert row.value == pytest.approx(34.07, abs=0.005)
+    assert row.n == 417 * 1023
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_both_models_are_measured_in_one_pass_as_they_are_alone(loaded, reference):
+    words = perplexity_windows("generated", reference, 32, 4, seed=0)
+    mine = perplexity.perplexity(loaded.model, words, 2)
+    other = perplexity.perplexity(reference.model, words, 2)
+    rows = _own_tasks(loaded, EvalConfig(tasks=("generated",), limit=4, context=32), reference, 0)
+    [row] = rows["generated"]
+    assert row.value == pytest.approx(mine.value, rel=1e-6)
+    assert row.float_value == pytest.approx(other.value, rel=1e-6)
+    assert row.delta == pytest.approx(mine.value - other.value, rel=1e-5)
+    assert row.delta_stderr is not None
+    kl, agreement = perplexity.divergence(loaded.model, reference.model, words, 2)
+    scores = perplexity.score_windows(loaded.model, reference.model, words, 3, True, "")
+    assert scores.kl.mean().item() == pytest.approx(kl.value)
+    assert scores.agreement.mean().item() == pytest.approx(agreement.value)
+
+
+def test_rows_come_in_the_order_of_the_tasks(loaded, reference, local):
+    tasks = ("kl", "generated", "wikitext2")
+    rows = evaluate(loaded, EvalConfig(tasks=tasks, limit=2, context=16), reference, seed=0)
+    assert [(row.task, row.metric) for row in rows] == [
+        ("kl", "kl"),
+        ("kl", "top-1 agreement"),
+        ("generated", "perplexity"),
+        ("wikitext2", "perplexity"),
+    ]
+    assert "of wikitext2" in rows[0].note
+    assert "that the float model wrote" in rows[2].note
+    assert rows[3].note == "2 windows of 16 tokens"
+
+
+def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded, windows):
+    same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
+    assert perplexity.change_stderr(same.nll, same.reference_nll) == 0
+
+
+def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded, reference, nothing_local):
+    rows = evaluate(loaded, EvalConfig(tasks=("wikitext2", "kl"), limit=2, context=16), reference, seed=0)
+    assert [(row.task, row.value is None) for row in rows] == [("wikitext2", True), ("kl", False), ("kl", False)]
+    assert rows[0].note.startswith("not measured: wikitext2 is not on this machine")
+    assert "of generated" in rows[1].note
+
+
+def test_kl_without_a_float_model_has_a_row_that_says_so(loaded, nothing_local):
+    [row] = evaluate(loaded, EvalConfig(tasks=("kl",)), None, seed=0)
+    assert row.value is None
+    assert row.note == "not measured: there is no float model to compare with"
+
+
+def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded, local):
+    (local / "wikitext2/test.jsonl").write_text("{")
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        evaluate(loaded, EvalConfig(), None, seed=0)
+
+
+def test_our_own_tasks_do_not_import_lm_eval(loaded, reference, local, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    config = EvalConfig(tasks=("wikitext2", "generated", "kl"), limit=2, context=16)
+    check_tasks(config)
+    assert len(evaluate(loaded, config, reference, seed=0)) == 4
+
+
+# -------------------------------------------------------------------------------------------- lm-eval tasks
+
+
+def directly(loaded, task, num_fewshot, limit):
+    """lm-eval's own ``simple_evaluate``, called as its documentation says; only the data is redirected."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    with local_tasks.local_data(harness._Seen()):
+        return lm_eval.simple_evaluate(
+            model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4),
+            tasks=[task],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=harness._manager(task),
+        )["results"]
+
+
+@needs("boolq/validation.jsonl")
+def test_boolq_equals_simple_evaluate_called_directly(loaded):
+    [score] = harness.run(loaded, "boolq", None, 12, 2, "boolq")
+    expected = directly(loaded, "boolq", None, 12)["boolq"]
+    assert score.measured.value == expected["acc,none"]
+    assert score.measured.stderr == expected["acc_stderr,none"]
+    assert (score.metric, score.measured.n, score.num_fewshot) == ("acc", 12, 0)
+
+
+@pytest.mark.slow
+@needs("mmlu/anatomy/test.jsonl")
+def test_mmlu_equals_simple_evaluate_called_directly(loaded):
+    scores = harness.run(loaded, "mmlu", 5, 3, "auto", "mmlu")
+    expected = directly(loaded, "mmlu", 5, 3)
+    assert len(scores) == 1 + 4 + 57
+    for score in scores:
+        assert score.measured.value == expected[score.task]["acc,none"]
+        assert score.measured.stderr == expected[score.task]["acc_stderr,none"]
+        assert score.num_fewshot == 5
+    shown = [(score.task, score.measured.n) for score in scores if not score.detail]
+    assert shown == [
+        ("mmlu", 171),
+        ("mmlu_stem", 57),
+        ("mmlu_other", 39),
+        ("mmlu_social_sciences", 36),
+        ("mmlu_humanities", 39),
+    ]
+
+
+@needs("mmlu/anatomy/test.jsonl", "mmlu/anatomy/dev.jsonl")
+def test_a_subject_of_mmlu_equals_simple_evaluate_called_directly(loaded):
+    [score] = harness.run(loaded, "mmlu_anatomy", 5, 8, "auto", "mmlu_anatomy")
+    assert score.measured.value == directly(loaded, "mmlu_anatomy", 5, 8)["mmlu_anatomy"]["acc,none"]
+    assert "cut from the left" in score.note  # 5 examples and 256 tokens of context
+
+
+@pytest.mark.slow
+@needs("wikitext2/test.jsonl", "boolq/validation.jsonl", "piqa/validation.jsonl", "mmlu/anatomy/test.jsonl")
+def test_the_short_list_of_tasks_says_what_the_full_list_says():
+    def parts(manager, task):
+        with harness._harness():
+            return {name: str(part.dump_config()) for name, part in manager.load([task])["tasks"].items()}
+
+    for task in (*local_tasks.FOLDERS, "mmlu_anatomy"):
+        assert harness._manager(task) is not harness._full_manager()
+        assert parts(harness._manager(task), task) == parts(harness._full_manager(), task), task
+
+
+@needs("wikitext2/test.jsonl")
+def test_pages_of_wikitext_are_those_of_the_document_level_data_set():
+    rows = list(readers.read_file(data_dir() / "wikitext2/test.jsonl"))
+    pages = local_tasks._pages(rows)
+    assert len(pages) == 62
+    assert pages[0].startswith(" = Robert Boulter = \n \n Robert Boulter is an English film")
+    # the original file is 1,290,590 bytes: a blank first line, and a newline before each page after the first
+    assert sum(len(page.encode()) for page in pages) == 1_290_590 - 2 - 61
+
+
+def test_lm_eval_tasks_stand_beside_the_float_model(loaded, reference, local):
+    config = EvalConfig(tasks=("boolq", "arc_easy", "wikitext"), num_fewshot={"boolq": 1}, limit=4, batch_size=4)
+    check_tasks(config)
+    rows = evaluate(loaded, config, reference, seed=0)
+    assert [(row.task, row.metric, row.num_fewshot) for row in rows] == [
+        ("boolq", "acc", 1),
+        ("arc_easy", "acc", 0),
+        ("arc_easy", "acc_norm", 0),
+        ("wikitext", "word_perplexity", 0),
+        ("wikitext", "byte_perplexity", 0),
+        ("wikitext", "bits_per_byte", 0),
+    ]
+    assert [row.higher_is_better for row in rows] == [True, True, True, False, False, False]
+    assert all(row.delta == row.value - row.float_value for row in rows)
+    assert rows[1].note == "validation split (4 examples): the test split is not below QTOOL_DATA_DIR"
+    assert rows[3].value != rows[3].float_value
+    [alone] = harness.run(reference, "boolq", 1, 4, 4, "boolq")
+    assert rows[0].float_value == alone.measured.value
+
+
+def test_lm_eval_leaves_no_trace(loaded, local, capfd):
+    from lm_eval.api.task import ConfigurableTask
+
+    def traces():
+        return (
+            torch.random.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            ConfigurableTask.download,
+            loaded.tokenizer.pad_token,
+            loaded.tokenizer.model_max_length,
+        )
+
+    before = traces()
+    harness.run(loaded, "boolq", None, 4, "auto", "boolq")
+    with harness._harness():
+        print("lm-eval prints now and then")
+    assert traces() == before
+    assert capfd.readouterr().out == ""
+
+
+def test_few_shot_examples_that_are_not_here_are_refused(local):
+    with pytest.raises(InputError, match="arc_easy is asked for with 2 example"):
+        check_tasks(EvalConfig(tasks=("arc_easy",), num_fewshot=2))
+
+
+def test_data_out_of_reach_is_told_before_any_work(nothing_local):
+    with pytest.raises(InputError, match=r"the data of boolq, aps/super_glue, cannot be read.*QTOOL_DATA_DIR"):
+        check_tasks(EvalConfig(tasks=("boolq",)))
+
+
+def test_an_unknown_task_is_told_the_nearest_names(monkeypatch):
+    few = dataclasses.make_dataclass("Few", ["all_tasks"])(["boolq", "boolq-seq2seq", "mmlu"])
+    monkeypatch.setattr(harness, "_full_manager", lambda: few)
+    monkeypatch.setattr(harness, "_manager", lambda task: few)
+    with pytest.raises(InputError, match=r"no task 'bolq'; the nearest names are boolq"):
+        check_tasks(EvalConfig(tasks=("bolq",)))
+
+
+def test_faults_of_the_section_are_told():
+    with pytest.raises(InputError, match="kl named more than once"):
+        check_tasks(EvalConfig(tasks=("kl", "kl")))
+    with pytest.raises(InputError, match=r"'bolq' is not one of eval\.tasks.*did you mean boolq\?"):
+        check_tasks(EvalConfig(tasks=("boolq",), num_fewshot={"bolq": 5}))
+    with pytest.raises(InputError, match="'kl' is not one of"):
+        check_tasks(EvalConfig(tasks=("kl",), num_fewshot={"kl": 5}))

@@ -1,0 +1,116 @@
+"""Other software reads an export and finds the same weights. Each witness has an environment of its own, named by a
+variable; without it the test is skipped.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import gguf_models, tiny, vocabularies
+from helpers.gguf_models import ROWS
+from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qtool.checkpoints.native import Source
+from qtool.quant.affine import dequantize
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
+    return Natives(tmp_path_factory.mktemp("natives"))
+
+
+def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) -> dict[str, Tensor]:
+    """What the interpreter that ``variable`` names read from ``out``."""
+    python = os.environ.get(variable)
+    if not python:
+        pytest.skip(f"set {variable} to the Python of an environment with {needs}")
+    file = out.with_name(f"{out.name}.witness.safetensors")
+    done = subprocess.run([python, SCRIPTS / script, out, file, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(file)
+
+
+def check(folder: Path, witness: dict[str, Tensor], tolerance: float) -> None:
+    """Every weight is the same to the last bit, and the logits to ``tolerance`` of the largest."""
+    source = Source(folder)
+    for linear in source.specs:
+        assert torch.equal(witness[f"{linear}.weight"], dequantize(*source.quantized(linear))), linear
+    with torch.no_grad():
+        ours = plain(folder)(witness["tokens"]).logits
+    assert torch.allclose(witness["logits"], ours, rtol=0, atol=tolerance * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
+@pytest.mark.parametrize("grid", ["w2g32", "w3g32", "w4g32", "w8g32", "w4pc", "w2g32-asym", "w3g32-asym", "w4g32-asym"])
+def test_gptqmodel_reads_the_same_weights_and_logits(name: str, grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export(name, grid)
+    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "bench/witness_gptq.py", out, "--weights")
+    check(folder, witness, 1e-4)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
+def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("auto-round", grid)
+    witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
+    check(folder, witness, 1e-5)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
+def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("mlx", grid)
+    witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
+    assert all(tensor.dtype == torch.float32 for name, tensor in witness.items() if name.endswith("_proj.weight"))
+    check(folder, witness, 1e-5)
+
+
+GGUF_GRIDS = [grid for grid in (*GRIDS, *MIXED) if grid not in ("w8pc-asym", "w8g32-asym", "mixed-asym")]
+ACTIVATIONS = 0.05  # llama.cpp rounds what a linear reads to 8 bits; a wrong order of rows or frequencies is above 1
+
+
+def logits_of_llama_cpp(out: Path, *options: str) -> dict[str, Tensor]:
+    needs = "llama-cpp-python and safetensors"
+    return witnessed("QTOOL_LLAMA_CPP_PYTHON", needs, "witness/witness_gguf.py", out, *options)
+
+
+def near(folder: Path, witness: dict[str, Tensor]) -> bool:
+    with torch.no_grad():
+        ours = plain(folder)(witness["tokens"]).logits
+    return float((witness["logits"] - ours).norm() / ours.norm()) < ACTIVATIONS
+
+
+@pytest.mark.parametrize("grid", GGUF_GRIDS)
+def test_llama_cpp_computes_the_same_up_to_its_activations(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("gguf", grid)
+    assert near(folder, logits_of_llama_cpp(out))
+
+
+@pytest.mark.parametrize("quant", list(ROWS), ids=str)
+def test_llama_cpp_computes_the_types_of_256_weights(quant: str, tmp_path: Path) -> None:
+    tiny.quantize(tiny.BUILTIN, tmp_path / "q", ROWS[quant])
+    out = exported(tmp_path / "q", "gguf", tmp_path / "out")
+    assert f"as {quant} (" in (out / "README.md").read_text()
+    assert near(tmp_path / "q", logits_of_llama_cpp(out))
+
+
+@pytest.mark.parametrize("name", list(gguf_models.CHANGES))
+def test_llama_cpp_computes_every_family_and_rotary_embedding(name: str, tmp_path: Path) -> None:
+    folder = gguf_models.quantized(name, tmp_path)
+    assert near(folder, logits_of_llama_cpp(exported(folder, "gguf", tmp_path / "out")))
+
+
+@pytest.mark.parametrize("kind", vocabularies.KINDS)
+def test_llama_cpp_reads_the_same_tokens(kind: str, native: Natives, tmp_path: Path) -> None:
+    floats = tiny.copied(native.floats(), tmp_path / "float")
+    tokenizer = vocabularies.save(kind, floats)
+    tiny.quantize(floats, tmp_path / "q", GRIDS["w4g32"])
+    text = tmp_path / "text.txt"
+    text.write_bytes(vocabularies.TEXT.encode())
+    witness = logits_of_llama_cpp(exported(tmp_path / "q", "gguf", tmp_path / "out"), "--text", str(text))
+    assert witness["text_tokens"].tolist() == tokenizer(vocabularies.TEXT)["input_ids"]

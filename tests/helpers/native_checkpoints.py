@@ -1,0 +1,86 @@
+"""Native checkpoints of tiny models, their exports, and how each is read."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from helpers import tiny
+from qtool.config.quant import BITS, QuantConfig
+from qtool.config.sections import ExportConfig, ModelConfig
+from qtool.exporters import _readback
+from qtool.pipelines import export as exporting
+
+GRIDS = {
+    f"w{bits}{'g32' if group > 0 else 'pc'}{'' if symmetric else '-asym'}": QuantConfig(
+        num_bits=bits, group_size=group, symmetric=symmetric
+    )
+    for bits in BITS
+    for group in (-1, 32)
+    for symmetric in (True, False)
+}
+MIXED = {
+    "mixed": QuantConfig.model_validate(
+        {
+            "num_bits": 4,
+            "group_size": 32,
+            "overrides": {
+                "*.down_proj": {"num_bits": 8},
+                "*.v_proj": {"num_bits": 2, "group_size": -1},
+                "*.1.mlp.up_proj": {"num_bits": 3},
+            },
+        }
+    ),
+    "mixed-asym": QuantConfig.model_validate(
+        {"num_bits": 3, "group_size": 32, "symmetric": False, "overrides": {"*.down_proj": {"num_bits": 8}}}
+    ),
+    "skipped": QuantConfig.model_validate({"group_size": 32, "overrides": {"*.1.mlp.up_proj": {"skip": True}}}),
+}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+class Natives:
+    """Native checkpoints of the tiny models by family and grid, and their exports, made when they are asked for."""
+
+    def __init__(self, at: Path) -> None:
+        self.at = at
+        self.logits: dict[Path, Tensor] = {}
+
+    def floats(self, grid: str = "w4g32", family: str = "llama") -> Path:
+        """The float model: a Llama of one block, or of two where a mix tells them apart."""
+        blocks = 2 if grid in MIXED else 1
+        folder = self.at / (f"llama-{blocks}" if family == "llama" else family)
+        if not folder.exists():
+            tiny.llama(folder, blocks=blocks) if family == "llama" else tiny.FAMILIES[family](folder)
+        return folder
+
+    def __call__(self, grid: str = "w4g32", family: str = "llama") -> Path:
+        out = self.at / f"{family}-{grid}"
+        if not out.exists():
+            written = tiny.quantize(self.floats(grid, family), out, (GRIDS | MIXED)[grid])
+            self.logits[out] = tiny.logits(written.model)
+        return out
+
+    def export(self, name: str, grid: str = "w4g32") -> Path:
+        """The export as it comes; only read it."""
+        out = self.at / "exports" / f"{grid}-{name}"
+        return out if out.exists() else exported(self(grid), name, out)
+
+
+def exported(folder: Path, name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
+    config = ExportConfig(format=name, path=out, dtype=dtype)  # type: ignore[arg-type]
+    return exporting.export(folder, config, overwrite)
+
+
+def plain(folder: Path, **options: object) -> torch.nn.Module:
+    """The model as plain transformers loads it, in float32."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model
+
+
+def read_back(folder: Path) -> Tensor:
+    """Logits of an export as ``qtool eval`` reads it."""
+    loaded = _readback.load_exported(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
+    assert loaded is not None
+    return tiny.logits(loaded.model)

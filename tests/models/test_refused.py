@@ -1,0 +1,256 @@
+"""A model that cannot be used is refused in a clear line, and one that can is loaded as it is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import tiny
+from helpers.families import GATED, W4, write
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qtool.checkpoints import native, output_folder
+from qtool.config.sections import ModelConfig
+from qtool.methods import rtn
+from qtool.models import folders
+from qtool.models.linears import decoder_blocks
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
+from qtool.system.errors import InputError
+
+
+@pytest.fixture
+def folder(llama_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to damage."""
+    return Path(shutil.copytree(llama_folder, tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def shard(folder: Path) -> list[Path]:
+    """Split the one weight file in two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for file, part in zip(files, (names[:10], names[10:]), strict=True):
+        save_file({name: tensors[name] for name in part}, file, metadata={"format": "pt"})
+    weight_map = {name: files[name not in names[:10]].name for name in names}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    return files
+
+
+def refuse(path: Path | str, match: str) -> str:
+    with pytest.raises(InputError, match=match) as refused:
+        load_model(ModelConfig(path=str(path), device="cpu"))
+    text = str(refused.value)
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+def test_a_model_in_shards_is_loaded(folder: Path, pristine_llama: LoadedModel) -> None:
+    shard(folder)
+    loaded = tiny.load(folder)
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, pristine_llama.model.get_parameter(name))
+
+
+def test_a_loaded_model_does_not_train_and_says_what_it_is(folder: Path) -> None:
+    loaded = tiny.load(folder)
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert (loaded.storage_dtype, loaded.dtype, loaded.max_length) == (torch.float32, torch.float32, tiny.CONTEXT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_precision_holds_the_checkpoint_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    """``auto`` may compute in more than the checkpoint has, never in less."""
+    folder = tiny.llama(tmp_path / "m", dtype=dtype)
+    loaded = load_model(ModelConfig(path=str(folder), device="cpu"))
+    assert loaded.storage_dtype == dtype
+    assert loaded.dtype in (dtype, torch.float32)
+    for name, tensor in tiny.stored(folder).items():
+        assert torch.equal(loaded.model.get_parameter(name).float(), tensor.float()), name
+
+
+def test_fused_experts_are_refused(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
+    refuse(
+        write(config, tmp_path / "moe"), r"moe is a mixture of experts \(num_\w+ is set\); that is not supported yet"
+    )
+
+
+def test_fused_experts_are_refused_where_the_config_does_not_say_so() -> None:
+    config = transformers.MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(InputError, match=r"^model\.layers\.0\.mlp\.experts\.\w+ is a fused 3-D parameter"):
+        decoder_blocks(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_without_decoder_blocks_is_refused() -> None:
+    with pytest.raises(InputError, match="Sequential has no list of decoder blocks"):
+        decoder_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_an_already_quantized_model_is_refused(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    refuse(folder, r"is already quantized \(gptq\); start from the float model")
+
+
+def test_code_in_the_checkpoint_is_never_run(folder: Path) -> None:
+    (folder / "modeling_evil.py").write_text("raise SystemExit('it ran')")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    refuse(folder, r"needs code from its own folder \(auto_map\); qtool never runs such code")
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/where/at/all", "~/no/such/folder", "a b"])
+def test_a_missing_folder_is_refused(path: str) -> None:
+    refuse(path, f"there is no folder {path}")
+
+
+def test_a_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, **_: object) -> None:
+        raise OSError(f"{source} is not a valid model identifier\nmore lines\nof advice")
+
+    monkeypatch.setattr(folders, "snapshot_download", fail)
+    text = refuse("someone/nothing", r"there is no folder someone/nothing, and it cannot be had from the hub either")
+    assert text.endswith("not a valid model identifier")
+
+
+def test_an_unknown_builtin_is_refused_with_those_there_are() -> None:
+    refuse("builtin:llama-9t", r"there is no model builtin:llama-9t; built in: builtin:wiki-llama-3m")
+
+
+def test_a_file_instead_of_a_folder_is_refused(folder: Path) -> None:
+    refuse(folder / "model.safetensors", "is a file; a folder with config.json and safetensors is needed")
+
+
+def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    refuse(folder, r"has no config\.json")
+
+
+@pytest.mark.parametrize(("text", "match"), [("{", "is not JSON"), ("[]", "holds a list"), ("", "is not JSON")])
+def test_a_config_that_is_no_json_object_is_refused(folder: Path, text: str, match: str) -> None:
+    (folder / "config.json").write_text(text)
+    refuse(folder, match)
+
+
+def test_an_unknown_model_type_is_refused(folder: Path) -> None:
+    change_config(folder, model_type="perceptron")
+    refuse(folder, "cannot be loaded: .*perceptron")
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    tiny.load(folder)  # safetensors beside them: those are read
+    (folder / "model.safetensors").unlink()
+    refuse(folder, r"holds only pickled weights \(pytorch_model\.bin\), which can run code when read")
+    (folder / "pytorch_model.bin").unlink()
+    refuse(folder, r"has no \*\.safetensors file")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99, 0.001])
+def test_truncated_weights_are_refused(folder: Path, keep: float) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    refuse(folder, r"model\.safetensors is truncated or damaged .*copy or download it again")
+
+
+def test_weights_that_are_no_safetensors_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n" * 20)
+    refuse(folder, "is truncated or damaged")
+
+
+def test_a_missing_shard_is_refused(folder: Path) -> None:
+    shard(folder)[1].unlink()
+    refuse(folder, r"index\.json lists model-00002-of-00002\.safetensors, which is not there \(1 file\(s\) missing\)")
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_tensor_of_the_wrong_shape_is_refused(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(96, 32)}))
+    refuse(folder, r"up_proj\.weight has shape \[96, 32\] in the file, and the config asks for \[96, 64\]")
+
+
+def test_a_missing_tensor_is_refused(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refuse(folder, r"lacks 1 tensor\(s\) that its config asks for, the first is model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: float) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[5:8].fill_(value))
+    refuse(folder, r"1\.self_attn\.v_proj\.weight holds 3 NaN or infinite value\(s\)")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_tensors_beside_the_targets_that_are_not_finite_are_refused_by_name(folder: Path, name: str) -> None:
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[5:8].fill_(float("nan")))
+    refuse(folder, name)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_an_index_that_cannot_be_read_is_refused(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    refuse(folder, r"model\.safetensors\.index\.json")
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 65}, {"hidden_size": "wide"}], ids=str)
+def test_a_config_that_transformers_refuses_is_refused(folder: Path, changes: dict[str, object]) -> None:
+    change_config(folder, **changes)
+    refuse(folder, "cannot be loaded: ")
+
+
+def test_a_quantization_config_of_null_is_none(folder: Path) -> None:
+    change_config(folder, quantization_config=None)
+    tiny.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
+    folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    """A common sight: float32 files, or float32 norms, under a config that says half precision."""
+    change_config(folder, dtype=dtype)
+    with suppress(InputError):
+        loaded = tiny.load(folder)
+        rtn.run(loaded, None, W4, rtn.Config(), 0)
+        with output_folder.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
+            native.save(partial, loaded, tiny.specs(loaded))
+
+
+def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+    refuse(folder, "cannot be loaded: ")
+
+
+@pytest.mark.parametrize("device", ["cuda:99x", "gpu"])
+def test_a_device_that_is_none_is_refused(folder: Path, device: str) -> None:
+    with pytest.raises(InputError, match=f"model.device: '{device}' is no device"):
+        load_model(ModelConfig(path=str(folder), device=device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.device: cuda was asked for, and this torch sees no GPU"):
+        load_model(ModelConfig(path=str(folder), device="cuda"))

@@ -1,0 +1,427 @@
+"""The whole pipeline through the command line: what it leaves on disk, what it prints, and what it does not lose."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pytest
+import torch
+import yaml
+from helpers import tiny
+from helpers.whole_runs import NATIVE_FILES, Result, digest, left, own, weights_digest
+from transformers import AutoModelForCausalLM
+
+import qtool
+from qtool.checkpoints import native as checkpoint
+from qtool.checkpoints.native import MANIFEST, Source
+from qtool.config import plugins
+from qtool.config.recipe import Recipe
+from qtool.config.sections import ModelConfig
+from qtool.data import windows
+from qtool.data.windows import calibration_tokens, token_hash
+from qtool.evaluation import tasks as evaluation
+from qtool.models.linears import packed_linears
+from qtool.models.loading import load_model
+from qtool.pipelines import export as exporting
+from qtool.pipelines import quantize as pipeline
+from qtool.quant.packed_linear import FORMAT_VERSION
+from qtool.reports import model_card
+from qtool.reports.report import Report
+from qtool.system.errors import RunError
+
+
+def test_a_run_leaves_the_checkpoint_and_the_exports_and_nothing_else(whole: Result) -> None:
+    assert {path.name for path in Path("out").iterdir()} == {"q", "gptq", "dense"}
+    assert {path.name for path in Path("out/q").iterdir()} == NATIVE_FILES
+    sharded = {name for name in NATIVE_FILES if name.startswith("model")}
+    exported = NATIVE_FILES - {"qtool.json", "report.html", "report.json", "report.md"} - sharded | {
+        "model.safetensors"
+    }
+    assert {path.name for path in Path("out/dense").iterdir()} == exported
+    assert {path.name for path in Path("out/gptq").iterdir()} == exported | {"quantize_config.json"}
+    assert {path.name for path in Path().iterdir()} == {"out", "r.yaml"}
+
+
+def test_json_is_one_object_with_paths_and_report(whole: Result) -> None:
+    assert len(whole.out.splitlines()) == 1
+    printed = json.loads(whole.out)
+    assert set(printed) == {"path", "exports", "seconds", "report"}
+    assert printed["path"] == "out/q"
+    assert printed["exports"] == ["out/gptq", "out/dense"]
+    assert printed["report"] == json.loads(Path("out/q/report.json").read_text())
+    assert "quantizing blocks" in whole.err
+
+
+def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Path, gptq: dict[str, Any]) -> None:
+    manifest = json.loads(Path("out/q", MANIFEST).read_text())
+    assert set(manifest) == {
+        "format_version",
+        "recipe",
+        "seed",
+        "data",
+        "label",
+        "bits_per_weight",
+        "command",
+        "files",
+        "lock",
+        "float_bytes",
+        "quantized_bytes",
+        "series",
+        "weight_errors",
+        "seconds",
+        "versions",
+        "date",
+    }
+    assert manifest["format_version"] == FORMAT_VERSION
+    assert (manifest["seed"], manifest["label"], manifest["bits_per_weight"]) == (3, "w4g32", 4.5)
+    resolved = manifest["recipe"]
+    written = yaml.safe_load(Path("r.yaml").read_text())
+    for section, values in written.items():
+        if isinstance(values, dict):
+            assert {key: resolved[section][key] for key in values} == values
+    assert set(resolved["method"]) == set(plugins.get("gptq").config.model_fields)  # defaults are filled in
+    assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
+    floats = tiny.load(models / "llama")
+    tokens = calibration_tokens(Recipe.model_validate(resolved).data, floats, 3)
+    assert manifest["data"] == {"tokens": [8, 32], "sha256": token_hash(tokens)}
+    assert list(manifest["series"]) == ["block_error"]
+    assert len(manifest["series"]["block_error"]) == 2
+    assert all(0 < error < 0.1 for error in manifest["series"]["block_error"])
+    assert {"load", "data", "quantize"} <= set(manifest["seconds"])
+    assert manifest["quantized_bytes"] == sum(p.stat().st_size for p in Path("out/q").glob("*.safetensors"))
+    assert manifest["float_bytes"] == sum(tensor.nbytes for tensor in tiny.stored(models / "llama").values())
+    assert {"python", "platform", "qtool", "torch", "transformers"} <= set(manifest["versions"])
+    assert manifest["versions"]["qtool"] == qtool.__version__
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_the_report_is_complete_and_the_model_card_holds_its_numbers(whole: Result) -> None:
+    report = Report.model_validate_json(Path("out/q/report.json").read_text())
+    assert Path("out/q/report.md").read_text() == report.markdown()
+    assert (report.method, report.label, report.seed, report.device) == ("gptq", "w4g32", 3, "cpu")
+    assert [(row.task, row.metric) for row in report.results] == [
+        ("generated", "perplexity"),
+        ("kl", "kl"),
+        ("kl", "top-1 agreement"),
+    ]
+    perplexity, divergence, agreement = report.results
+    assert perplexity.value is not None
+    assert perplexity.float_value is not None
+    assert perplexity.float_value > 1
+    assert divergence.value is not None
+    assert 0 < divergence.value < 1
+    assert agreement.value is not None
+    assert 0.3 < agreement.value <= 1
+    assert {"load", "data", "quantize", "save", "eval", "export gptq", "export dense"} == set(report.seconds)
+    shown = Path("out/q/report.html").read_text()
+    assert shown.count("<svg") == 6  # the fixture draws: quality, sizes, bits, two kinds of errors, phases
+    readme = Path("out/q/README.md").read_text()
+    assert report.markdown().rstrip() in readme
+    for number in (f"{perplexity.value:.2f}", f"{divergence.value:.4f}", "4.500 (scales and zero points counted)"):
+        assert number in readme
+    assert "import qtool" in readme
+    assert 'from_pretrained("q")' in readme
+    assert ".partial" not in readme
+    assert [(export.format, export.path, export.num_bytes) for export in report.exports] == [
+        (name, f"out/{name}", sum(p.stat().st_size for p in Path("out", name).glob("*.safetensors")))
+        for name in ("gptq", "dense")
+    ]
+    assert all(export.weight_difference == 0 and export.logit_difference < 1e-5 for export in report.exports)
+    header = yaml.safe_load(readme.split("---")[1])
+    assert header["tags"] == ["qtool"]
+    assert "base_model" not in header  # an absolute path is no name on the hub
+
+
+def test_a_local_folder_is_not_called_a_base_model_on_the_hub(
+    qtool_: Callable[..., Result], recipe: Callable[..., str], models: Path
+) -> None:
+    own(models / "llama", "models/mine")
+    assert qtool_("ptq", recipe(model={"path": "models/mine"})).code == 0
+    assert "base_model" not in Path("out/q/README.md").read_text()
+
+
+def test_the_checkpoint_computes_what_the_exports_compute(whole: Result) -> None:
+    native = AutoModelForCausalLM.from_pretrained("out/q", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained("out/dense", dtype=torch.float32)
+    assert torch.equal(tiny.logits(native), tiny.logits(dense))
+    assert len(packed_linears(native)) == 14
+    assert not packed_linears(dense)
+
+
+def test_eval_measures_the_folder_the_recipe_and_the_exports_alike(
+    whole: Result, qtool_: Callable[..., Result], models: Path, tmp_path: Path
+) -> None:
+    options = ("--tasks", "generated,kl", "--limit", "2", "--context", "32", "--dtype", "float32", "--json")
+    expected = json.loads(whole.out)["report"]["results"]
+
+    def numbers(rows: list[dict[str, Any]]) -> list[Any]:
+        return [(row["task"], row["metric"], row["value"], row["float_value"], row["n"]) for row in rows]
+
+    by_recipe = qtool_("eval", "r.yaml", "--json")
+    assert by_recipe.code == 0, by_recipe.err
+    assert numbers(json.loads(by_recipe.out)["report"]["results"]) == numbers(expected)
+    # a command line has no seed: 0, and so another text
+    native = qtool_("eval", "out/q", *options)
+    assert native.code == 0, native.err
+    report = json.loads(native.out)["report"]
+    assert (report["quantized"], report["label"], report["method"]) == ("out/q", "w4g32", "gptq")
+    assert report["bits_per_weight"] == 4.5
+    for name in ("gptq", "dense"):
+        report_at = tmp_path / name
+        other = qtool_("eval", f"out/{name}", *options, "--float-model", models / "llama", "--output", report_at)
+        assert other.code == 0, other.err
+        assert numbers(json.loads(other.out)["report"]["results"]) == numbers(report["results"])
+        assert {path.name for path in report_at.iterdir()} == {"report.html", "report.json", "report.md"}
+
+
+def test_a_run_without_eval_and_export_has_a_report_with_sizes_only(
+    qtool_: Callable[..., Result], recipe: Callable[..., str]
+) -> None:
+    result = qtool_("ptq", recipe(), "--quiet")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[-1] == "out/q"
+    assert {path.name for path in Path("out/q").iterdir()} == NATIVE_FILES
+    report = Report.model_validate_json(Path("out/q/report.json").read_text())
+    assert report.results == ()
+    assert json.loads(Path("out/q", MANIFEST).read_text())["data"] is None
+
+
+def test_the_same_recipe_gives_the_same_bytes(
+    qtool_: Callable[..., Result], recipe: Callable[..., str], gptq: dict[str, Any]
+) -> None:
+    sums = []
+    for _ in range(2):
+        assert qtool_("ptq", recipe(method=gptq["method"], data=gptq["data"]), "--overwrite").code == 0
+        sums.append(weights_digest())
+    assert sums[0] == sums[1]
+    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=3").code == 0
+    assert weights_digest() != sums[0]
+
+
+def test_set_changes_one_key_and_the_manifest_says_so(
+    qtool_: Callable[..., Result], recipe: Callable[..., str]
+) -> None:
+    pattern = "quant.overrides.*.down_proj.num_bits=8"
+    assert qtool_("ptq", recipe(), "--set", pattern, "--set", "quant.symmetric=false").code == 0
+    specs = Source(Path("out/q")).specs
+    assert {spec.num_bits for name, spec in specs.items() if "down_proj" in name} == {8}
+    assert {spec.num_bits for name, spec in specs.items() if "down_proj" not in name} == {4}
+    manifest = json.loads(Path("out/q", MANIFEST).read_text())
+    assert manifest["recipe"]["quant"]["overrides"] == {"*.down_proj": {"num_bits": 8}}
+    assert manifest["label"].startswith("mixed ")
+
+
+def test_export_writes_beside_the_checkpoint_and_says_where(
+    qtool_: Callable[..., Result], recipe: Callable[..., str]
+) -> None:
+    assert qtool_("ptq", recipe()).code == 0
+    before = digest(Path("out/q"))
+    result = qtool_("export", "out/q", "--format", "compressed-tensors", "-o", "out/ct", "--json")
+    assert result.code == 0
+    assert json.loads(result.out) == {"path": "out/ct", "format": "compressed-tensors"}
+    assert "base_model" not in Path("out/ct/README.md").read_text()
+    assert digest(Path("out/q")) == before
+    again = qtool_("export", "out/q", "--format", "compressed-tensors", "-o", "out/ct")
+    assert again.code == 2
+    assert "out/ct exists; choose another folder, or pass --overwrite" in again.message
+    assert qtool_("export", "out/q", "-f", "compressed-tensors", "-o", "out/ct", "--overwrite").code == 0
+
+
+def test_eval_without_the_float_model_says_so_and_goes_on(
+    qtool_: Callable[..., Result], recipe: Callable[..., str], models: Path
+) -> None:
+    model = own(models / "llama")
+    assert qtool_("ptq", recipe(model={"path": "./model"})).code == 0
+    shutil.rmtree(model)
+    result = qtool_("eval", "out/q", "--tasks", "generated,kl", "--limit", "1", "--context", "16", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "note: the float model is not measured: model.path: there is no folder ./model" in result.err
+    assert "not measured: there is no float model to compare with" in result.out
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_other_families_go_through_as_well(
+    family: str, qtool_: Callable[..., Result], recipe: Callable[..., str], gptq: dict[str, Any], models: Path
+) -> None:
+    sections = gptq | {"model": {"path": str(models / family)}, "export": [{"format": "dense", "path": "out/dense"}]}
+    assert qtool_("ptq", recipe(**sections)).code == 0
+    native = AutoModelForCausalLM.from_pretrained("out/q", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained("out/dense", dtype=torch.float32)
+    assert torch.equal(tiny.logits(native), tiny.logits(dense))
+
+
+# what comes after the checkpoint cannot lose it
+
+
+def complete(folder: str) -> bool:
+    loaded = load_model(ModelConfig(path=folder, device="cpu"), quantized=True)
+    return bool(packed_linears(loaded.model)) and Path(folder, MANIFEST).exists() and Path(folder, "README.md").exists()
+
+
+def test_a_failed_evaluation_keeps_the_checkpoint(
+    qtool_: Callable[..., Result],
+    recipe: Callable[..., str],
+    gptq: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object) -> None:
+        raise RunError("the evaluation broke")
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    result = qtool_("ptq", recipe(**gptq))
+    assert result.code == 1
+    assert "the evaluation broke" in result.message
+    assert complete("out/q")
+    assert {path.name for path in Path("out").iterdir()} == {"q"}
+
+
+def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
+    qtool_: Callable[..., Result],
+    recipe: Callable[..., str],
+    gptq: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RunError("it differs after export")
+
+    monkeypatch.setattr(exporting, "verify", fail)
+    result = qtool_("ptq", recipe(**gptq))
+    assert result.code == 1
+    assert "it differs after export" in result.message
+    assert complete("out/q")
+    assert {path.name for path in Path("out").iterdir()} == {"q"}
+    assert Report.model_validate_json(Path("out/q/report.json").read_text()).results
+
+
+class Stage(NamedTuple):
+    """A place in the run, and what is there after it fails: nothing, finished blocks to go on with, or all."""
+
+    owner: object
+    name: str
+    kept: Literal["nothing", "blocks", "all"]
+
+
+STAGES = {
+    "loading": Stage(pipeline, "load_model", "nothing"),
+    "reading data": Stage(windows, "calibration", "nothing"),
+    "saving": Stage(checkpoint, "save", "blocks"),
+    "writing the card": Stage(model_card, "write", "blocks"),
+    "evaluating": Stage(evaluation, "evaluate", "all"),
+    "exporting": Stage(exporting, "verify", "all"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_leaves_the_whole_checkpoint_or_nothing_and_says_which(
+    stage: str,
+    qtool_: Callable[..., Result],
+    recipe: Callable[..., str],
+    gptq: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[stage].owner, STAGES[stage].name, interrupt)
+        result = qtool_("ptq", recipe(**gptq))
+    assert result.code == 130
+    last = result.err.splitlines()[-1]
+    kept = STAGES[stage].kept
+    if kept == "all":
+        assert last == "interrupted; out/q is complete, but not what was to follow it"
+        assert complete("out/q")
+        assert left()[0] == "out/q"
+        assert not [path for path in left() if "partial" in path]
+    elif kept == "blocks":
+        expected = "interrupted; nothing was written under out/q; the same command goes on from out/q.partial"
+        assert last == expected
+        assert not Path("out/q").exists()
+        assert qtool_("ptq", "r.yaml").code == 0
+        assert not Path("out/q.partial").exists()
+    else:
+        assert last == "interrupted; nothing was written under out/q"
+        assert left() == []
+
+
+@pytest.mark.parametrize("stage", ["saving", "writing the card"])
+def test_an_error_while_writing_keeps_what_overwrite_was_to_replace(
+    stage: str, qtool_: Callable[..., Result], recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert qtool_("ptq", recipe()).code == 0
+    before = digest(Path("out/q"))
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device", "out/q.partial/x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[stage].owner, STAGES[stage].name, full)
+        result = qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8")
+    assert result.code == 1
+    assert "writing out/q failed: the disk is full" in result.message
+    assert "out/q.partial holds what is done, and the same command goes on" in result.message
+    assert digest(Path("out/q")) == before
+    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
+    assert {path.name for path in Path("out").iterdir()} == {"q"}
+    assert digest(Path("out/q")) != before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_disk_that_fills_up_while_writing_leaves_nothing_new(
+    there: bool, qtool_: Callable[..., Result], recipe: Callable[..., str]
+) -> None:
+    if there:
+        assert qtool_("ptq", recipe()).code == 0
+    before = digest(Path("out/q")) if there else {}
+    with tiny.files_up_to(25_000):
+        result = qtool_("ptq", recipe(), "--json", "--overwrite", "--set", "quant.num_bits=8")
+    assert result.code == 1
+    assert "Traceback" not in result.err
+    printed = json.loads(result.out)
+    assert printed["kind"] == "run"
+    assert printed["error"].startswith("writing out/q failed: ")
+    assert ("; nothing was left under that name;" in printed["error"]) == (not there)
+    assert Path("out/q").exists() == there
+    if there:
+        assert digest(Path("out/q")) == before
+    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
+    assert {path.name for path in Path("out").iterdir()} == {"q"}
+
+
+def start(*args: str, **options: Any) -> subprocess.Popen[str]:
+    python_path = [str(Path(qtool.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "qtool", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, python_path))},
+        **options,
+    )
+
+
+def test_ctrl_c_in_the_middle_of_quantizing_is_clean(recipe: Callable[..., str], work: Path) -> None:
+    data = {"source": str(tiny.text(work, 9000)), "num_samples": 1500, "seq_len": 128}
+    process = start("ptq", recipe(method={"name": "gptq"}, data=data))
+    assert process.stderr is not None
+    said = ""
+    while "quantizing blocks" not in said:
+        line = process.stderr.readline()
+        assert line, f"it ended before: {said}"
+        said += line
+    assert Path("out/q.partial").is_dir()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=200)
+    assert process.returncode == 130, said + rest
+    assert "Traceback" not in said + rest
+    assert rest.splitlines()[-1] == "interrupted; nothing was written under out/q"
+    assert out == ""
+    assert left() == []

@@ -1,0 +1,75 @@
+"""A run may be killed at any moment and goes on to the same bytes."""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+from helpers.stopped_runs import METHODS, hashes, in_child, killed_at_rename, make, quantize, wait
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+
+
+@pytest.mark.parametrize("method", ["gptq", "lsq", "efficientqat"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(folder, tmp_path, whole, after, method):
+    expected, number = whole(method), 0
+    while True:
+        output = tmp_path / f"out-{number}"
+        checked = make(folder, output, method)
+        status = killed_at_rename(checked, number, after)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        if not output.exists():
+            quantize(checked)
+        assert hashes(output) == expected, number
+        assert not output.with_name(f"{output.name}.partial").exists() or after
+        number += 1
+    # lock, tokens, three blocks with a record each, the rest, the folder; or four steps in place of the blocks; or both
+    assert number >= {"gptq": 10, "lsq": 8, "efficientqat": 13}[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(folder, tmp_path, whole, method):
+    expected = whole(method)
+    start = time.monotonic()
+    quantize(make(folder, tmp_path / "timed", method))
+    lasts = time.monotonic() - start
+    draw = random.Random(0)
+    for i in range(3):
+        output = tmp_path / f"out-{i}"
+        checked = make(folder, output, method)
+        child = in_child(lambda checked=checked: quantize(checked))
+        time.sleep(draw.uniform(0, 1.2 * lasts))
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+        if not output.exists():
+            quantize(checked)
+        assert hashes(output) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", [name for name in ("gptq", "awq", "signround") if name in METHODS])
+def test_ten_random_kills_each(folder, tmp_path, whole, method):
+    """Thirty with all three methods; a run may be killed again and again before it is let finish."""
+    expected = whole(method)
+    start = time.monotonic()
+    quantize(make(folder, tmp_path / "timed", method))
+    lasts = time.monotonic() - start
+    draw = random.Random(method)
+    kills = 0
+    while kills < 10:
+        output = tmp_path / f"out-{kills}"
+        checked = make(folder, output, method)
+        while not output.exists():
+            child = in_child(lambda checked=checked: quantize(checked))
+            time.sleep(draw.uniform(0, 1.1 * lasts))
+            os.kill(child, signal.SIGKILL)
+            kills += wait(child) == -signal.SIGKILL
+            if kills >= 10 and not output.exists():
+                quantize(checked)
+        assert hashes(output) == expected

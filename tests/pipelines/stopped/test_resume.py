@@ -1,0 +1,229 @@
+"""A run goes on with what it has done, and never with the blocks of another."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.stopped_runs import METHODS, Killed, hashes, make, quantize, stop_after
+
+from qtool.pipelines import quantize as pipeline
+from qtool.pipelines import run_state
+from qtool.system.errors import InputError, RunError
+from qtool.training import end_to_end
+
+
+def test_finished_blocks_are_not_done_again(half_done, tmp_path, whole, monkeypatch):
+    from qtool.methods import gptq
+
+    done = []
+    solve = gptq.quantize_group
+    monkeypatch.setattr(gptq, "quantize_group", lambda task, *rest: (done.append(task.index), solve(task, *rest)))
+    quantize(half_done)
+    assert set(done) == {2}
+    assert hashes(tmp_path / "out") == whole("gptq")
+    manifest = json.loads((tmp_path / "out" / "qtool.json").read_text())
+    assert len(manifest["series"]["block_error"]) == 3
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_finished_training_is_not_done_again(folder, tmp_path, whole, monkeypatch):
+    """Neither its steps nor, once all are done, any forward of the model."""
+    checked = make(folder, tmp_path / "out", "lsq")
+    done = []
+    losses = end_to_end._Training.losses
+
+    def counted(self, step):
+        done.append(step)
+        return losses(self, step)
+
+    monkeypatch.setattr(end_to_end._Training, "losses", counted)
+    write = end_to_end._Kept.write
+
+    def stopping(kept, state):
+        write(kept, state)
+        if int(state["steps"][0]) in (2, 4):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(end_to_end._Kept, "write", stopping)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                quantize(checked)
+        assert done == [0, 1, 2, 3]
+        quantize(checked)
+    assert done == [0, 1, 2, 3]
+    assert hashes(tmp_path / "out") == whole("lsq")
+    series = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]
+    assert (len(series["loss"]), len(series["validation"])) == (4, 3)
+
+
+def test_how_often_a_training_is_kept_changes_nothing(folder, tmp_path, whole):
+    quantize(make(folder, tmp_path / "out", "lsq", method__save_every=3))
+    assert hashes(tmp_path / "out") == whole("lsq")
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(half_done, folder, tmp_path):
+    changed = make(folder, tmp_path / "out", quant__num_bits=3)
+    with pytest.raises(InputError, match=r"--fresh to start over:\n  quant\.num_bits: 4 -> 3$"):
+        quantize(changed)
+    assert (tmp_path / "out.partial" / "state" / "block-00001.json").exists(), "what is done was lost"
+
+
+def test_a_changed_model_is_refused(folder, tmp_path, monkeypatch):
+    other = tmp_path / "models"
+    other.mkdir()
+    tiny.llama(other / "float", blocks=3)
+    (other / "text.txt").write_text("\n".join(tiny.PROSE * 40), encoding="utf-8")
+    checked = make(other, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Killed):
+            quantize(checked)
+    tiny.llama(other / "float", blocks=3, tied=True)
+    with pytest.raises(InputError, match=r"model_files\.config\.json: "):
+        quantize(checked)
+
+
+def test_changed_text_is_refused(half_done, folder, tmp_path):
+    text = folder / "text.txt"
+    before = text.read_text()
+    try:
+        text.write_text("Something else entirely. " * 400)
+        with pytest.raises(InputError, match="the calibration text has changed"):
+            quantize(half_done)
+    finally:
+        text.write_text(before)
+    quantize(half_done)
+
+
+def test_fresh_starts_over(half_done, folder, tmp_path):
+    changed = make(folder, tmp_path / "out", quant__num_bits=3)
+    quantize(changed, fresh=True)
+    assert json.loads((tmp_path / "out" / "qtool.json").read_text())["label"].startswith("w3")
+
+
+def test_a_damaged_shard_is_made_again(half_done, tmp_path, whole):
+    shard = sorted((tmp_path / "out.partial" / "model").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    quantize(half_done)
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def test_what_does_not_change_the_result_may_change(half_done, folder, tmp_path, whole):
+    quantize(make(folder, tmp_path / "out", data__memory_budget="1kB"))
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def sharded(folder, target):
+    """The float model in one file for each block."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(folder / "float").save_pretrained(target / "float", max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(folder / "float").save_pretrained(target / "float")
+    (target / "text.txt").write_text((folder / "text.txt").read_text())
+    assert len(list((target / "float").glob("*.safetensors"))) > 2
+    return target
+
+
+def test_sharded_files_give_the_same_weights(folder, tmp_path, whole):
+    quantize(make(sharded(folder, tmp_path), tmp_path / "out"))
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back(folder, tmp_path, monkeypatch, whole):
+    models = sharded(folder, tmp_path)
+    shard = sorted((models / "float").glob("*.safetensors"))[-1]
+    kept = shard.read_bytes()
+    checked = make(models, tmp_path / "out")
+    write = run_state.RunState.write
+
+    def losing(self, index, tensors, figures):
+        write(self, index, tensors, figures)
+        shard.unlink(missing_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_state.RunState, "write", losing)
+        with pytest.raises(RunError, match=r"is no longer in .*; put its file back"):
+            quantize(checked)
+    with pytest.raises(InputError, match=f"lists {shard.name}, which is not there"):
+        quantize(checked)
+    shard.write_bytes(kept)
+    quantize(checked)
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def test_a_full_disk_ends_the_run_and_what_is_done_stays(folder, tmp_path, monkeypatch, whole):
+    from qtool.checkpoints import files
+
+    save_file, count = files.save_file, 0
+
+    def full(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 4:  # tokens and two blocks are written
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)
+
+    checked = make(folder, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        with pytest.raises(RunError, match=r"the disk is full; .*out\.partial holds what is done"):
+            quantize(checked)
+    assert len(list((tmp_path / "out.partial" / "state").glob("block-*.json"))) == 2
+    quantize(checked)
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+def test_two_runs_do_not_write_one_folder(half_done, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "out.partial" / "busy"), pytest.raises(InputError, match="another run is writing"):
+        quantize(half_done)
+
+
+def test_an_interrupted_run_that_has_done_nothing_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_model", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(make(folder, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*/"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", ["0", "40kB"], ids=["disk", "memory without pausing"])
+def test_a_memory_budget_changes_no_bit(folder, tmp_path, whole, method, budget):
+    quantize(make(folder, tmp_path / "out", method, data__memory_budget=budget))
+    assert hashes(tmp_path / "out") == whole(method)
+
+
+def test_the_same_recipe_gives_the_same_bytes(folder, tmp_path, whole):
+    quantize(make(folder, tmp_path / "out"))
+    assert hashes(tmp_path / "out") == whole("gptq")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compute", ["float32", "auto"])
+def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, compute):
+    """The same method on a model that is whole in memory, saved by the library call."""
+    from qtool.checkpoints import files, native
+    from qtool.config.plugins import get
+    from qtool.data import windows
+    from qtool.models.loading import load_model
+
+    models = tmp_path / "models"
+    models.mkdir()
+    tiny.llama(models / "float", blocks=2, dtype=dtype)
+    (models / "text.txt").write_text((folder / "text.txt").read_text())
+    checked = make(models, tmp_path / "out", model__dtype=compute)
+    quantize(checked)
+    loaded = load_model(checked.model)
+    tokens = windows.calibration_tokens(checked.data, loaded, checked.seed)
+    get("gptq").run(loaded, tokens, checked.quant, checked.method, checked.seed)
+    (tmp_path / "library").mkdir()
+    native.save(tmp_path / "library", loaded, tiny.specs(loaded))
+    streamed, whole = files.Files(tmp_path / "out"), files.Files(tmp_path / "library")
+    assert set(streamed.names) == set(whole.names)
+    for name in whole.names:
+        assert torch.equal(streamed.tensor(name), whole.tensor(name)), name

@@ -1,0 +1,152 @@
+"""Training of the whole model as a run does it: trackers, and processes that share it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import LoggerType
+from helpers import tiny
+from helpers.methods import W4, train
+from torch import Tensor
+
+from qtool.checkpoints import native, output_folder
+from qtool.config import plugins, recipe
+from qtool.config.sections import ModelConfig
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
+from qtool.pipelines import quantize
+from qtool.system import distributed
+from qtool.system.errors import InputError
+from qtool.training import end_to_end
+
+
+def written_recipe(folder: Path, name: str, **method: Any) -> Path:
+    """A run on a tiny model in ``folder``."""
+    if not (folder / "float").exists():
+        tiny.llama(folder / "float")
+        tiny.text(folder)
+    raw = {
+        "model": {"path": str(folder / "float"), "device": "cpu", "dtype": "float32"},
+        "method": {"name": "lsq", "batch_size": 5, "epochs": 3} | method,
+        "quant": {"num_bits": 2, "group_size": 16, "symmetric": False},
+        "data": {"source": str(folder / "prose.txt"), "num_samples": 8, "seq_len": 32},
+        "output": {"path": str(folder / name)},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return file
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
+    checked = recipe.load(written_recipe(tmp_path, "out", tracker="wandb"))
+    with pytest.raises(InputError, match="tracker: wandb is not installed; install it, or set tracker: none"):
+        quantize.quantize(checked, "qat")
+
+
+def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[dict[str, float], int]] = []
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            assert options["log_with"] == "tensorboard"
+            assert options["project_dir"] == tmp_path / "out.logs"
+
+        def init_trackers(self, phase: str) -> None:
+            assert phase == "training"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append((values, step))
+
+        def end_training(self) -> None:
+            sent.append(({}, 0))
+
+    monkeypatch.setattr(end_to_end, "Accelerator", Recorder)
+    monkeypatch.setattr(end_to_end, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    quantize.quantize(recipe.load(written_recipe(tmp_path, "out")), "qat")
+    losses = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]["loss"]
+    assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
+
+
+def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.several(0, 2, monkeypatch)
+    file = written_recipe(tmp_path, "out")
+    file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
+    with pytest.raises(InputError, match="method rtn runs in one process, and there are 2"):
+        quantize.quantize(recipe.load(file), "ptq")
+
+
+def test_more_processes_than_windows_in_a_step_are_refused(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.several(0, 3, monkeypatch)
+    with pytest.raises(InputError, match="batch_size 2 is less than the 3 processes"):
+        train(plugins.get("lsq"), llama, tokens)
+
+
+def test_sharding_that_a_launcher_asks_for_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fully sharded training, which would not be done"):
+        distributed.begin(torch.device("cpu"))
+
+
+def test_a_process_alone_is_the_first_and_waits_for_nobody() -> None:
+    assert (distributed.count(), distributed.number(), distributed.is_first(), distributed.active()) == (
+        1,
+        0,
+        True,
+        False,
+    )
+    value = torch.ones(2)
+    distributed.average(value)
+    distributed.wait()
+    assert value.tolist() == [1.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of a run in two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("processes")
+    file = written_recipe(folder, "two", validation_samples=3, validate_every=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qtool"]
+    return folder, subprocess.run([*launch, "qat", str(file)], capture_output=True, text=True)
+
+
+def test_two_processes_have_the_losses_of_one(two_processes: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Three windows for one of them and two for the other."""
+    folder, done = two_processes
+    assert done.returncode == 0, done.stderr
+    quantize.quantize(recipe.load(written_recipe(folder, "one", validation_samples=3, validate_every=2)), "qat")
+    two, one = (json.loads((folder / name / "qtool.json").read_text())["series"] for name in ("two", "one"))
+    assert len(one["loss"]) == 3
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["validation"] == pytest.approx(one["validation"], abs=1e-5)
+
+
+def test_only_the_first_process_writes_and_talks(two_processes: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = two_processes
+    assert done.stdout.splitlines()[-1] == str(folder / "two")
+    assert done.stdout.count("* bits per weight") == 1
+    assert done.stderr.count("training on 5 windows: 0/3") == 1
+    assert not list(folder.glob("*.partial"))
+    restored = load_model(ModelConfig(path=str(folder / "two"), device="cpu"), quantized=True)
+    assert len(packed_linears(restored.model)) == 14
+
+
+def test_a_start_brings_the_biases_of_its_linears(tmp_path: Path, tokens: Tensor) -> None:
+    """AWQ folds scales into them."""
+    source = tiny.llama(tmp_path / "float", dtype=torch.float32, bias=True)
+    first = tiny.packed(source, W4)
+    for layer in packed_linears(first.model).values():
+        if layer.bias is not None:
+            layer.bias.data += 1
+    with output_folder.atomic_folder(tmp_path / "start", overwrite=False) as partial:
+        native.save(partial, first, tiny.specs(first))
+    again = tiny.load(source)
+    train(plugins.get("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
+    assert torch.equal(tiny.logits(again.model), tiny.logits(first.model))

@@ -1,0 +1,304 @@
+"""The page of a report: complete, readable for everyone, the same every time, and without anything from outside."""
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.html import HOSTILE, Tree
+from matplotlib import colormaps, colors
+
+from qtool.reports import drawing, figures, html
+from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
+from qtool.reports.report import Report
+from qtool.reports.text import number
+
+LOADS = ("src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction")
+
+
+def row(task: str, metric: str, value: float, reference: float | None = None, **fields: Any) -> TaskResult:
+    other = None if reference is None else Metric(value=reference, stderr=0.05, n=10)
+    return task_result(task, metric, Metric(value=value, stderr=0.04, n=10), other, **fields)
+
+
+def linears(name: str = "model.layers", blocks: int = 3) -> tuple[Linear, ...]:
+    widths = itertools.cycle((4, 2, None))
+    return tuple(
+        Linear(
+            name=f"{name}.{block}.{part}",
+            shape=(8, 8),
+            num_bits=(bits := next(widths)),
+            weight_error=None if bits is None else 0.01 * (block + 1) / bits,
+        )
+        for block in range(blocks)
+        for part in ("attn.q_proj", "mlp.up_proj")
+    )
+
+
+def full(name: str = "some/model") -> Report:
+    """A report with everything in it; ``name`` is wherever a name is."""
+    return Report(
+        model=name,
+        quantized=f"out/{name}",
+        method="gptq",
+        label="w4g64",
+        bits_per_weight=4.25,
+        float_bytes=6_800_000,
+        quantized_bytes=2_000_000,
+        seconds={"load": 0.1, "quantize": 75.0, name: 3.0},
+        peak_bytes={"load": 10**8, "quantize": 3 * 10**9},
+        peak_gpu_bytes={"quantize": 5 * 10**9},
+        calibration=CalibrationText(source=name, num_samples=4, seq_len=32),
+        results=(
+            row(
+                "wikitext2", "perplexity", 35.1, 34.0, delta_stderr=0.03, note=name, overlap=0.5, higher_is_better=False
+            ),
+            row("kl", "kl", 0.0312, higher_is_better=False),
+            row(name, "acc", 0.25, 0.26, num_fewshot=5, limit=20, higher_is_better=True),
+            row("mmlu_part", "acc", 0.2525, detail=True, higher_is_better=True),
+            TaskResult(task="generated", metric="perplexity", value=None, note="not measured: no reason"),
+        ),
+        expected=(Published(task="wikitext2", metric="perplexity", value=35.0, source=name, measured=35.1),),
+        linears=linears(name),
+        series={"block_error": (0.001, 0.002, 0.003), "e2e_loss": tuple(1 / (i + 1) for i in range(900))},
+        exports=(
+            Exported(
+                format="gptq", path=name, num_bytes=2_100_000, weight_difference=0, logit_difference=1e-7, notes=(name,)
+            ),
+        ),
+        lock={"model_files": {name: "abc"}, "seed": 0, "method": {"e2e": {"validate_every": 0}}},
+        environment={"torch": name},
+        date="2025-01-01T00:00:00+00:00",
+    )
+
+
+def alone() -> Report:
+    return Report(model="m", results=(row("wikitext2", "perplexity", 35.0, higher_is_better=False),))
+
+
+def broken() -> Report:
+    """NaN and infinity in every place that can hold one."""
+    bad = (math.nan, math.inf)
+    return full().model_copy(
+        update={
+            "results": tuple(
+                task_result(f"t{i}", "perplexity", Metric(value=a, stderr=b, n=1), Metric(value=b, stderr=a, n=1))
+                for i, (a, b) in enumerate(itertools.product((*bad, 1.0), repeat=2))
+            ),
+            "linears": tuple(
+                linear.model_copy(update={"weight_error": bad[i % 2]}) for i, linear in enumerate(linears())
+            ),
+            "series": {"block_error": (math.nan, math.inf, 0.1), "e2e_loss": (math.nan, math.inf)},
+        }
+    )
+
+
+REPORTS = {
+    "full": full(),
+    "hostile": full(HOSTILE),
+    "float model alone": alone(),
+    "not evaluated": full().model_copy(update={"results": (), "expected": ()}),
+    "nothing": Report(model="m"),
+    "broken": broken(),
+    "trained": Report(
+        model="m",
+        seconds={"eval": 0.0},
+        series={"loss": (3.0, 2.0, 1.0, 0.5), "validation": (3.0, 1.0, 0.4)},
+        lock={"method": {"validate_every": 3}},
+    ),
+}
+
+
+pages: dict[str, str] = {}
+
+
+@pytest.fixture(params=REPORTS)
+def report(request: pytest.FixtureRequest) -> Report:
+    return REPORTS[request.param]
+
+
+@pytest.fixture
+def made(report: Report) -> str:
+    """The page; made once for each report."""
+    name = next(name for name, each in REPORTS.items() if each is report)
+    if name not in pages:
+        pages[name] = html.html(report, figures.figures(report))
+    return pages[name]
+
+
+def test_it_is_well_formed_and_loads_nothing(made: str) -> None:
+    tree = Tree(made)
+    tags = {tag for tag, _ in tree.tags}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    for tag, attrs in tree.tags:
+        for name in LOADS:
+            assert (attrs.get(name) or "#").startswith("#"), (tag, attrs)
+        assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
+        for value in attrs.values():
+            assert not re.search(r"url\((?!#)", value or ""), (tag, value)
+        assert "http" not in (attrs.get("style") or "")
+    assert not re.search(r"@import|url\(|http", tree.style)
+    assert made.isascii() or '<meta charset="utf-8">' in made
+
+
+def test_ids_are_given_once_and_references_are_to_them(made: str) -> None:
+    tree = Tree(made)
+    ids = [attrs["id"] for _, attrs in tree.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]*)\)", made)) | {
+        (attrs["href"] or "")[1:] for _, attrs in tree.tags if "href" in attrs
+    }
+    used |= {attrs["aria-labelledby"] or "" for _, attrs in tree.tags if "aria-labelledby" in attrs}
+    assert used <= set(ids)
+
+
+def test_names_from_outside_are_text() -> None:
+    tree = Tree(html.html(REPORTS["hostile"], figures.figures(REPORTS["hostile"])))
+    assert "script" not in {tag for tag, _ in tree.tags}
+    assert tree.text.count(" ".join(HOSTILE.split())) >= 8
+    assert "49" not in tree.text.replace(HOSTILE, "")
+
+
+def test_every_metric_is_there_with_its_error(report: Report, made: str) -> None:
+    text = Tree(made).text
+    for each in report.results:
+        assert each.metric in text
+        for value, error in ((each.value, each.stderr), (each.float_value, each.float_stderr)):
+            if value is not None:
+                assert number(value, error) in text
+    for warning in (*report.warnings(), *report.notes(), report.headline()):
+        assert " ".join(warning.split()) in text.replace(html.NBSP, " ")
+    for each in report.expected:
+        assert number(each.measured, each.stderr) in text
+
+
+def test_figures_have_words_and_tables_have_headers(made: str) -> None:
+    tree = Tree(made)
+    drawn = [attrs for tag, attrs in tree.tags if tag == "svg"]
+    assert len(drawn) == sum(tag == "figcaption" for tag, _ in tree.tags)
+    assert all(attrs["role"] == "img" and len(attrs["aria-label"] or "") > 20 for attrs in drawn)
+    tables = sum(tag == "table" for tag, _ in tree.tags)
+    assert tables == sum(tag == "caption" for tag, _ in tree.tags) == sum(tag == "thead" for tag, _ in tree.tags)
+    headers = [attrs.get("scope") for tag, attrs in tree.tags if tag == "th"]
+    assert set(headers) <= {"col", "row"}
+    rows = sum(tag == "tr" for tag, _ in tree.tags)
+    assert headers.count("row") == rows - tables
+    assert next(tag for tag, _ in tree.tags if tag in ("h1", "h2", "h3")) == "h1"
+
+
+def test_figures_are_there_only_for_what_was_measured() -> None:
+    drawn = {name: [plot.name for plot in figures.figures(report)] for name, report in REPORTS.items()}
+    everything = ["metrics", "size", "bits", "weight-errors", "block-errors", "loss", "phases"]
+    assert drawn["full"] == drawn["hostile"] == everything
+    assert drawn["float model alone"] == ["metrics"]
+    assert drawn["nothing"] == []
+    assert drawn["trained"] == ["loss", "phases"]
+    assert "metrics" not in drawn["not evaluated"]
+
+
+def contrast(a: str, b: str) -> float:
+    bright, dark = sorted((drawing.luminance(colors.to_rgb(colour)) for colour in (a, b)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_every_colour_of_text_is_readable_in_both_themes() -> None:
+    style = Tree(html.html(alone(), [])).style
+    light, dark = style.split("@media (prefers-color-scheme: dark)", 1)
+    on = {"notice-ink": ["notice"]}
+    text = set(re.findall(r"[^-]color: var\(--([\w-]+)\)", style))
+    assert {"ink", "muted", "accent", "good", "notice-ink"} <= text
+    for theme in (light, dark.split("}", 1)[0]):
+        values = dict(re.findall(r"--([\w-]+): (#\w{6})", theme))
+        assert set(values) == set(drawing.COLOURS)
+        for name in text | set(drawing.DRAWN) - {"panel", "line"}:
+            for behind in on.get(name, ["page", "panel"]):
+                assert contrast(values[name], values[behind]) >= 4.5, (name, behind, values)
+
+
+def test_text_on_cells_is_readable() -> None:
+    cells = [*figures.BITS.values(), figures.FLOAT, *(colors.to_hex(colormaps["cividis"](i)) for i in range(256))]
+    for cell in cells:
+        assert contrast(drawing.text_on(colors.to_rgb(cell)), cell) >= 4.5
+
+
+def test_figures_take_their_colours_from_the_page(made: str) -> None:
+    body = made[made.index("<body") :]
+    assert not [colour for colour in drawing.LIGHT.values() if colour in body]
+    used = set(re.findall(r"var\(--([\w-]+)\)", made))
+    assert used <= set(drawing.COLOURS)
+
+
+def test_the_same_report_makes_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        html.write(folder, full(), files=True)
+    names = sorted(str(path.relative_to(first)) for path in first.rglob("*.*"))
+    assert names == sorted(
+        ["report.html", *(f"plots/{p.name}.{end}" for p in figures.figures(full()) for end in ("png", "svg"))]
+    )
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert (first / "plots/bits.png").read_bytes().startswith(b"\x89PNG")
+    assert "<dc:date>" not in (first / "plots/bits.svg").read_text()
+
+
+def test_no_files_but_the_page_unless_asked(tmp_path: Path) -> None:
+    html.write(tmp_path, full())
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 10, 80, 126])
+def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> None:
+    report = full("a" * 60).model_copy(
+        update={
+            "linears": tuple(
+                each.model_copy(update={"name": each.name.replace("mlp", "m" * 90)}) for each in linears(blocks=blocks)
+            ),
+            "series": {"block_error": tuple(0.001 * (i + 1) for i in range(blocks))},
+        }
+    )
+    for plot in figures.figures(report):
+        plot.figure.draw_without_rendering()
+        renderer = plot.figure.canvas.get_renderer()
+        whole = plot.figure.bbox
+        boxes = []
+        for axes in plot.figure.axes:
+            texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+            for side, (axis, ends) in enumerate(((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))):
+                low, high = sorted(ends)
+                texts += [label for label in axis.get_ticklabels() if low <= label.get_position()[side] <= high]
+            for text in texts:
+                if text.get_text() and text.get_visible():
+                    boxes.append((text.get_text(), text.get_window_extent(renderer)))
+        for text, box in boxes:
+            assert box.x0 >= whole.x0 - 1, (plot.name, text)
+            assert box.x1 <= whole.x1 + 1, (plot.name, text)
+            assert box.y0 >= whole.y0 - 1, (plot.name, text)
+            assert box.y1 <= whole.y1 + 1, (plot.name, text)
+        for (text, box), (other, beside) in itertools.combinations(boxes, 2):
+            assert not box.padded(-1).overlaps(beside.padded(-1)), (plot.name, text, other)
+
+
+@pytest.mark.parametrize(
+    ("every", "count", "expected"),
+    [(3, 3, [0, 3, 4]), (2, 3, [0, 2, 4]), (0, 2, [0, 4]), (1, 3, [0, 2, 4])],  # the last: not of this recipe
+)
+def test_validations_stand_at_their_steps(every: int, count: int, expected: list[float]) -> None:
+    report = Report(model="m", lock={"method": {"validate_every": every}})
+    assert figures._validation_steps(report, "loss", 4, count) == expected
+
+
+def test_a_long_curve_shows_the_mean_of_every_step() -> None:
+    losses = tuple(float(i % 7) for i in range(1003))
+    (plot,) = figures.figures(Report(model="m", series={"loss": losses}))
+    (line,) = plot.figure.axes[0].lines
+    steps, means = line.get_data()
+    width = math.ceil(len(losses) / figures.MAX_POINTS)
+    assert len(means) == math.ceil(len(losses) / width) <= figures.MAX_POINTS
+    sizes = [width] * (len(means) - 1) + [len(losses) - width * (len(means) - 1)]
+    assert sum(m * s for m, s in zip(means, sizes, strict=True)) == pytest.approx(sum(losses))
+    assert steps[0] == (1 + width) / 2
+    assert f"mean of each {width} steps" in plot.figure.axes[0].get_legend_handles_labels()[1][0]
