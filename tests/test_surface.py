@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from qtool.cli import app
-from qtool.config import describe, plugins, sweep
+from qtool.config import catalog, describe, plugins, sweep
 from qtool.config.sweep import LauncherConfig
 
 HEAVY = (
@@ -55,7 +55,9 @@ def test_commands() -> None:
 
 
 def test_every_command_has_a_method_and_every_method_a_command() -> None:
-    assert {plugins.get(name).command for name in plugins.names()} == set(app.METHOD_COMMANDS)
+    found = {name: plugins.get(name).command for name in catalog.methods()}
+    assert {name: command for command, names in catalog.commands().items() for name in names} == found
+    assert set(found.values()) == set(app.SUMMARIES)
 
 
 def test_options() -> None:
@@ -84,7 +86,7 @@ def test_sweep_keys() -> None:
 def test_recipe_keys() -> None:
     found = {section: [key.name for key in keys] for section, (_, keys) in describe.keys().items()}
     own = {section for section in found if section.startswith("method ")}
-    assert own == {f"method {name}" for name in plugins.names()}
+    assert own == {f"method {name}" for name in catalog.methods()}
     assert {section: names for section, names in found.items() if section not in own} == {
         "model": ["path", "dtype", "device"],
         "method": ["name"],

@@ -12,16 +12,18 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from qtool.allocation.sensitivity import ESTIMATORS, Unit, fused, measure
 from qtool.allocation.solvers import SOLVERS
+from qtool.blocks.job import Job
 from qtool.checkpoints import sizes as checkpoint_sizes
 from qtool.config.budget import BudgetConfig
 from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec
 from qtool.config.section import Section
-from qtool.data.windows import Calibration
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 from qtool.system.errors import InputError, RunError
 from qtool.system.version import __version__
 
@@ -112,26 +114,20 @@ def check(quant: QuantConfig) -> None:
         )
 
 
-def plan(
-    loaded: LoadedModel,
-    whole: Callable[[], LoadedModel],
-    units: Sequence[Unit],
-    quant: QuantConfig,
-    text: Calibration | None,
-) -> Plan:
-    """Allot widths to the units of ``loaded``, which may be streamed; ``whole`` gives the model in memory.
+def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quant: QuantConfig) -> Plan:
+    """Allot widths to the units of a job's model, which may be streamed; ``whole`` gives the model in memory.
 
     Raises:
         RunError: a cost that is not finite.
     """
     budget = quant.budget
     assert budget is not None
-    assert text is not None
+    loaded, count = job.loaded, budget.num_samples
     sizes, capacity = _sizes(loaded, units, budget)
-    some = Calibration(
-        text.tokens[: budget.num_samples], None if text.labels is None else text.labels[: budget.num_samples]
-    )
-    costs = measure(whole() if ESTIMATORS[budget.estimator].whole else loaded, units, some, budget)
+    some = replace(job, tokens=job.text[:count], labels=None if job.labels is None else job.labels[:count])
+    if ESTIMATORS[budget.estimator].whole:
+        some = replace(some, loaded=whole(), workspace=None)
+    costs = measure(some, units, budget)
     for unit, cost in zip(units, costs, strict=True):
         wrong = [bits for bits, value in cost.items() if not math.isfinite(value)]
         if wrong:
@@ -170,7 +166,7 @@ def units_of(loaded: LoadedModel, quant: QuantConfig) -> list[Unit]:
     budget = quant.budget
     assert budget is not None
     narrowest = min(*budget.choices, *budget.pins.values(), max(budget.choices))
-    targets = loaded.targets(quant.model_copy(update={"num_bits": narrowest, "budget": None}))
+    targets = select_targets(loaded, quant.model_copy(update={"num_bits": narrowest, "budget": None}))
     groups = fused(loaded, targets)
     faults = [
         f"quant.budget.{key}: no quantized linear matches '{pattern}'"

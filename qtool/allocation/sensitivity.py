@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import TOKENS_PER_BATCH, group_inputs, walk
+from qtool.blocks.job import Job
 from qtool.blocks.task import Stage
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
-from qtool.data.windows import Calibration
 from qtool.methods import gptq
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
@@ -65,7 +65,8 @@ Weights = Callable[[Target, int], Tensor]  # float32 [out, in] of a linear round
 def fused(loaded: LoadedModel, targets: Sequence[Target]) -> list[list[Target]]:
     """The targets by unit, in the order they run, as one forward of each block shows it."""
     window = torch.zeros(1, 2, dtype=torch.int64)
-    return merged([group for task in walk(loaded, window, targets) if task.targets for group in task.groups])
+    job = Job(loaded, tuple(targets), window)
+    return merged([group for task in walk(job) if task.targets for group in task.groups])
 
 
 def merged(groups: Sequence[Sequence[Target]]) -> list[list[Target]]:
@@ -85,12 +86,12 @@ def nearest(target: Target, num_bits: int) -> Tensor:
     return dequantize(quantize(weight, *grid, spec), *grid, spec)
 
 
-def compensated(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -> Weights:
+def compensated(job: Job, units: Sequence[Unit]) -> Weights:
     """The weights of each width rounded by GPTQ on the float model's inputs; a byte per code and width is held."""
     found: dict[tuple[str, int], QuantizedWeight] = {}
     choices = {target.name: unit.choices for unit in units for target in unit.targets}
     config = gptq.Config()
-    for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
+    for task in walk(job):
         for group, inputs in group_inputs(task):
             statistics = gptq.collect(Stage(group, inputs, None), config)
             for target in group:
@@ -102,15 +103,15 @@ def compensated(loaded: LoadedModel, units: Sequence[Unit], text: Calibration) -
     return lambda target, num_bits: dequantize(*found[target.name, num_bits])
 
 
-def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> dict[str, Tensor]:
+def input_energy(job: Job) -> dict[str, Tensor]:
     """Mean square ``[in]`` of each channel that each linear reads: the diagonal of GPTQ's Hessian, halved."""
     found: dict[str, Tensor] = {}
-    for task in walk(loaded, tokens, [target for unit in units for target in unit.targets]):
+    for task in walk(job):
         names = {target.linear: target.name for target in task.targets}
 
         # Any: the arguments of whatever linear it is
         def visit(linear: nn.Module, args: Any, kwargs: Any, names: dict[nn.Module, str] = names) -> None:
-            squares = args[0].flatten(0, -2).float().square().sum(0) / tokens.numel()
+            squares = args[0].flatten(0, -2).float().square().sum(0) / job.text.numel()
             found[names[linear]] = found.get(names[linear], 0) + squares
 
         task.outputs = task.inputs.like()
@@ -119,13 +120,13 @@ def input_energy(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor) -> 
     return found
 
 
-def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+def variance(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """``n alpha sigma**2 4**-b``: the weights' variance and their inputs' mean energy; nothing is rounded.
 
     The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its
     optimum in real numbers is ``b = log2(alpha sigma**2) / 2`` plus what all units have in common.
     """
-    energy = input_energy(loaded, units, text.tokens)
+    energy = input_energy(job)
     costs: Costs = []
     for unit in units:
         spread = sum(float(energy[t.name].mean() * t.weight.var(correction=0)) * t.weight.numel() for t in unit.targets)
@@ -133,31 +134,31 @@ def variance(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weig
     return costs
 
 
-def hessian(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+def hessian(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """``tr(H) / in * |Q(W) - W|**2``: the squared error of the outputs, if all input channels had the same energy."""
-    energy = input_energy(loaded, units, text.tokens)
-    return _of_errors(loaded, units, weights, lambda t, error: error.square().sum() * energy[t.name].mean())
+    energy = input_energy(job)
+    return _of_errors(job.loaded, units, weights, lambda t, error: error.square().sum() * energy[t.name].mean())
 
 
-def block(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, its residual stream included.
 
     A share of what goes on to the next block, and therefore one measure for all units.
     """
     costs: Costs = [{} for _ in units]
-    for task in walk(loaded, text.tokens, [target for unit in units for target in unit.targets]):
+    for task in walk(job):
         task.outputs = task.through(task.inputs)
         energy = sum(float(out.float().square().sum()) for out in task.outputs)
         mine = [index for index, unit in enumerate(units) if unit.targets[0].block == task.index]
         jobs = [(index, bits) for index in mine for bits in units[index].choices]
         for index, bits in progress.track(jobs, "rounding units", len(jobs)):
-            with rounded_unit(loaded, units[index], bits, weights):
+            with rounded_unit(job.loaded, units[index], bits, weights):
                 found = zip(map(task.forward, task.inputs), task.outputs, strict=True)
                 costs[index][bits] = sum(float((a.float() - b.float()).square().sum()) for a, b in found) / energy
     return costs
 
 
-def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+def fisher(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """``t / 2 sum E[g**2] (Q(W) - W)**2`` with ``g`` the gradient of a window's mean loss over its ``t`` tokens.
 
     The second-order growth of the loss in nats per token, with the diagonal of the empirical Fisher information for its
@@ -165,28 +166,28 @@ def fisher(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weight
     square.
     """
     targets = [target for unit in units for target in unit.targets]
-    squares = {t.name: torch.zeros(t.weight_shape, device=loaded.device) for t in targets}
-    scale = text.tokens.shape[1] / 2 / len(text.tokens)
-    with _gradients(loaded, targets, lambda name, grad: squares[name].add_(grad.float().square(), alpha=scale)):
-        for tokens, labels in progress.track(list(_batches(text, 1)), "gradients", len(text.tokens)):
-            (_nll(loaded, tokens, labels) / _learned(labels).sum()).backward()
-    return _of_errors(loaded, units, weights, lambda t, error: (squares[t.name] * error.square()).sum())
+    squares = {t.name: torch.zeros(t.weight_shape, device=job.loaded.device) for t in targets}
+    scale = job.text.shape[1] / 2 / len(job.text)
+    with _gradients(job.loaded, targets, lambda name, grad: squares[name].add_(grad.float().square(), alpha=scale)):
+        for tokens, labels in progress.track(list(_batches(job, 1)), "gradients", len(job.text)):
+            (_nll(job.loaded, tokens, labels) / _learned(labels).sum()).backward()
+    return _of_errors(job.loaded, units, weights, lambda t, error: (squares[t.name] * error.square()).sum())
 
 
-def loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+def loss(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """The divergence from the float model, in nats per token, when one unit alone is rounded."""
 
     def divergence(tokens: Tensor, labels: Tensor, teacher: Tensor, change: Changes) -> float:
         with torch.no_grad():
-            student = _logits(loaded, tokens)
-        learned = _learned(labels).to(loaded.device)
+            student = _logits(job.loaded, tokens)
+        learned = _learned(labels).to(job.loaded.device)
         rows = zip(teacher[learned].split(ROWS), student[learned].split(ROWS), strict=True)
         return sum(float(kl(*pair).sum()) for pair in rows)
 
-    return _one_at_a_time(loaded, units, text, weights, divergence)
+    return _one_at_a_time(job, units, weights, divergence)
 
 
-def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights) -> Costs:
+def delta_loss(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """``sum |g (Q(W) - W)|`` with ``g`` the gradient of the mean loss where the unit alone is rounded: AutoRound's.
 
     To the first order, and as if no two errors ever made up for each other.
@@ -196,11 +197,13 @@ def delta_loss(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, we
         found: list[float] = []
         targets = list(change)
         by_name = {target.name: target for target in targets}
-        with _gradients(loaded, targets, lambda name, g: found.append(float((g * change[by_name[name]]).abs().sum()))):
-            _nll(loaded, tokens, labels).backward()
+        with _gradients(
+            job.loaded, targets, lambda name, g: found.append(float((g * change[by_name[name]]).abs().sum()))
+        ):
+            _nll(job.loaded, tokens, labels).backward()
         return sum(found)
 
-    return _one_at_a_time(loaded, units, text, weights, first_order)
+    return _one_at_a_time(job, units, weights, first_order)
 
 
 def _of_errors(
@@ -222,9 +225,7 @@ Changes = dict[Target, Tensor]  # float32 [out, in]: what rounding adds to each 
 Measure = Callable[[Tensor, Tensor, Tensor, Changes], float]
 
 
-def _one_at_a_time(
-    loaded: LoadedModel, units: Sequence[Unit], text: Calibration, weights: Weights, measure: Measure
-) -> Costs:
+def _one_at_a_time(job: Job, units: Sequence[Unit], weights: Weights, measure: Measure) -> Costs:
     """The mean over tokens of ``measure`` with each unit at each of its widths, all else in floating point.
 
     ``measure`` gets tokens, labels, the float model's logits that predict the next token, and the change of the
@@ -232,7 +233,8 @@ def _one_at_a_time(
     """
     costs: Costs = [dict.fromkeys(unit.choices, 0.0) for unit in units]
     jobs = [(index, bits) for index, unit in enumerate(units) for bits in unit.choices]
-    batches = list(_batches(text, max(1, TOKENS_PER_BATCH // text.tokens.shape[1])))
+    loaded = job.loaded
+    batches = list(_batches(job, max(1, TOKENS_PER_BATCH // job.text.shape[1])))
     count = sum(int(_learned(labels).sum()) for _, labels in batches)
     for number, (tokens, labels) in enumerate(batches):
         with torch.no_grad():
@@ -289,10 +291,10 @@ def _gradients(
             parameter.requires_grad_(False)
 
 
-def _batches(text: Calibration, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(job: Job, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows and what is to be learned of them, ``size`` at a time."""
-    labels = text.tokens if text.labels is None else text.labels
-    return zip(text.tokens.split(size), labels.split(size), strict=True)
+    labels = job.text if job.labels is None else job.labels
+    return zip(job.text.split(size), labels.split(size), strict=True)
 
 
 def _learned(labels: Tensor) -> Tensor:
@@ -315,7 +317,7 @@ def _nll(loaded: LoadedModel, tokens: Tensor, labels: Tensor) -> Tensor:
 class Estimator(NamedTuple):
     """How costs are found."""
 
-    measure: Callable[[LoadedModel, Sequence[Unit], Calibration, Weights], Costs]
+    measure: Callable[[Job, Sequence[Unit], Weights], Costs]
     whole: bool  # whether the whole model must be in memory
     outputs: bool  # whether it measures what comes out, where errors of weights can make up for each other
 
@@ -330,10 +332,10 @@ ESTIMATORS = {
 }
 
 
-def measure(loaded: LoadedModel, units: Sequence[Unit], text: Calibration, config: BudgetConfig) -> Costs:
-    """The costs that the estimator of ``config`` finds in ``loaded``; ``units`` may be those of a streamed copy."""
+def measure(job: Job, units: Sequence[Unit], config: BudgetConfig) -> Costs:
+    """The costs that the estimator of ``config`` finds on the text of the job; ``units`` may be of another copy."""
     estimator = ESTIMATORS[config.estimator]
-    own = [[replace(t, linear=loaded.model.get_submodule(t.name)) for t in unit.targets] for unit in units]
-    units = [Unit(tuple(targets), unit.choices) for targets, unit in zip(own, units, strict=True)]
+    units = [Unit(tuple(t.within(job.loaded.model) for t in unit.targets), unit.choices) for unit in units]
+    job = replace(job, targets=tuple(target for unit in units for target in unit.targets))
     by_gptq = estimator.outputs and config.rounding == "gptq"
-    return estimator.measure(loaded, units, text, compensated(loaded, units, text) if by_gptq else nearest)
+    return estimator.measure(job, units, compensated(job, units) if by_gptq else nearest)

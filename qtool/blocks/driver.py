@@ -10,7 +10,7 @@ about to read its input; when the group is packed, all batches go on from there.
 many groups it has, where recomputing costs one for each.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from qtool.blocks.calls import Call, first_hidden, record_calls
 from qtool.blocks.hidden_states import Stream
-from qtool.blocks.task import ERROR_OF, BlockTask, Figures
+from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series
+from qtool.blocks.task import BlockTask
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
@@ -26,103 +27,130 @@ from qtool.system import memory, progress, units
 
 TOKENS_PER_BATCH = 2048  # more are no faster on a processor, and need more memory
 PROBED_WINDOWS = 4  # that measure a block's error
-Series = dict[str, list[float]]
 
 
 @torch.no_grad()
 def run_blocks(
-    loaded: LoadedModel,
-    tokens: Tensor | None,
-    targets: list[Target],
+    job: Job,
     quantize_block: Callable[[BlockTask], Figures | None],
     *,
     float_stream: bool = False,
     compute: torch.dtype | None = None,
-) -> Series:
+) -> Result:
     """Call ``quantize_block`` for each block in order, and carry its new outputs to the next.
 
-    ``tokens`` ``[n, t]``, or ``None`` for a method that reads no text and gets empty streams. The hidden states between
-    blocks have the model's dtype; a block computes in that too, or in ``compute`` for a method that changes float
-    weights. The blocks of a streamed model are kept by its run when they are done, and let go here; those that were
-    kept before are only passed through.
+    A method that reads no text gets empty streams. The hidden states between blocks have the model's dtype; a block
+    computes in that too, or in ``compute`` for a method that changes float weights. With a workspace each block is kept
+    there when it is done, and freed here; those that were kept before are only passed through.
 
-    Each linear's ``relative_error`` goes to ``loaded.weight_errors``.
-
-    Returns the figures of every block: those that ``quantize_block`` gave, and with tokens ``block_error`` on the first
-    windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
+    The result has the figures of every block: those that ``quantize_block`` gave, and with text ``block_error`` on the
+    first windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
     """
+    loaded, workspace = job.loaded, job.workspace
+    assert loaded.streaming is None or workspace is not None, "a streamed model needs somewhere to keep its blocks"
     blocks = loaded.blocks()
-    finished = loaded.streaming.finished if loaded.streaming else None
-    kept: list[tuple[dict[str, Tensor], Figures] | None] = []
-    for index in range(len(blocks)):  # in order: a block that is done after one that is not was made from other inputs
-        kept.append(finished.read(index) if finished and all(kept) else None)
+    kept = _kept(workspace, len(blocks))
     compute = compute or loaded.dtype
-    flow = None if tokens is None or all(kept) else Flow(loaded, tokens, targets, compute, float_stream)
-    series: Series = {}
+    flow = None if job.tokens is None or all(kept) else Flow(job, compute, float_stream)
+    figures: list[Figures] = []
+    weight_errors: dict[str, float] = {}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         done = kept[index]
-        figures = done[1] if done else {}
         if done is None or flow:
-            mine = [target for target in targets if target.block == index]
-            if finished and index + 1 < len(blocks):
+            if workspace and index + 1 < len(blocks):
                 memory.Pages().read_ahead(blocks[index + 1][1].parameters())
             stored_dtypes = bring_in(block, loaded, compute)
-            inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
-            task = BlockTask(
-                index, name, block, inputs, float_inputs, mine, calls, compute, pausing, loaded.streaming is not None
-            )
+            task = _task(job, index, name, block, flow, compute)
             if done is None:
-                before = task.forward(inputs[0][:PROBED_WINDOWS]) if flow else None
-                figures = (quantize_block(task) or {}) | task.weight_errors
-                left = {target.name for target in mine} - {f"{name}.{part}" for part in packed_linears(block)}
-                assert not left, f"the method left these as they were: {sorted(left)}"
-                if flow and before is not None:
-                    flow.advance(task)
-                    figures["block_error"] = _relative_error(flow.inputs[0][: len(before)], before)
+                done = _quantize(task, quantize_block, flow)
+                if workspace:
+                    workspace.write(index, done)
             elif flow:
-                if float_inputs is not None:
-                    task.float_outputs = task.through(float_inputs)
-                _restore(task, done[0])
-                flow.advance(task)
-            if not finished:
+                _pass_through(task, done, flow)
+            if workspace is None:
                 _cast_back(block, stored_dtypes)
-        if finished:
-            if done is None:
-                tensors = {f"{name}.{part}": value for part, value in block.state_dict().items()}
-                finished.write(index, tensors, figures)
-            for part in (block, *(target.linear for target in targets if target.block == index)):
-                part.to_empty(device=torch.device("meta"))
-            memory.return_freed()
-        for key, value in figures.items():
-            if key.startswith(ERROR_OF):
-                loaded.weight_errors[key.removeprefix(ERROR_OF)] = value
             else:
-                series.setdefault(key, []).append(value)
-    return series
+                _free(task.floats)
+        if workspace:
+            _free([block])
+        figures.append(done.figures)
+        weight_errors |= done.weight_errors
+    return Result(block_series(figures), weight_errors)
+
+
+def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | None]:
+    """The blocks of an earlier start; one that is done after one that is not was made from other inputs."""
+    kept: list[FinishedBlock | None] = []
+    for index in range(num_blocks):
+        kept.append(workspace.read(index) if workspace and all(kept) else None)
+    return kept
+
+
+def _task(job: Job, index: int, name: str, block: nn.Module, flow: "Flow | None", compute: torch.dtype) -> BlockTask:
+    """The task of one block, which holds its float linears."""
+    inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
+    streamed = job.loaded.streaming is not None
+    return BlockTask(index, name, block, inputs, float_inputs, job.of_block(index), calls, compute, pausing, streamed)
+
+
+def _quantize(
+    task: BlockTask, quantize_block: Callable[[BlockTask], Figures | None], flow: "Flow | None"
+) -> FinishedBlock:
+    """Let the method quantize a block, and carry its outputs on."""
+    before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if flow else None
+    figures = dict(quantize_block(task) or {})
+    left = {target.name for target in task.targets} - {f"{task.name}.{part}" for part in packed_linears(task.block)}
+    assert not left, f"the method left these as they were: {sorted(left)}"
+    if flow and before is not None:
+        flow.advance(task)
+        figures["block_error"] = relative_change(flow.inputs[0][: len(before)], before)
+    tensors = {f"{task.name}.{part}": value for part, value in task.block.state_dict().items()}
+    return FinishedBlock(tensors, figures, task.weight_errors)
+
+
+def _pass_through(task: BlockTask, done: FinishedBlock, flow: "Flow") -> None:
+    """Carry the hidden states through a block that an earlier start has finished."""
+    if task.float_inputs is not None:
+        task.float_outputs = task.through(task.float_inputs)
+    _restore(task, done.tensors)
+    flow.advance(task)
+
+
+def _free(modules: Iterable[nn.Module]) -> None:
+    """Let go of the tensors of ``modules``, which lie elsewhere."""
+    for module in modules:
+        module.to_empty(device=torch.device("meta"))
+    memory.return_freed()
+
+
+def gather(job: Job, *, on_device: bool = True) -> None:
+    """Bring the whole model of a job into memory, with the blocks that its workspace keeps in their places."""
+    workspace = job.workspace
+    finished = [workspace.read(index) for index in range(len(job.loaded.blocks()))] if workspace else []
+    job.loaded.gather([each and each.tensors for each in finished], job.targets, on_device=on_device)
 
 
 class Flow:
     """The hidden states on their way through the blocks, and how the model calls each block."""
 
-    def __init__(
-        self, loaded: LoadedModel, tokens: Tensor, targets: list[Target], compute: torch.dtype, float_stream: bool
-    ) -> None:
+    def __init__(self, job: Job, compute: torch.dtype, float_stream: bool) -> None:
         """Bring every batch to the first block, and choose what is held in memory."""
+        loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
         batches = list(tokens.to(loaded.model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
         sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
         self._calls = record_calls(loaded, {len(batch): batch for batch in sizes.values()}, blocks, compute)
         first = first_hidden(loaded, batches[0], blocks)
         stream_bytes = 2 * first[0].nbytes * len(tokens) * (2 if float_stream else 1)  # what enters, and what leaves
-        widest = max((target.weight_shape[1] for target in targets), default=0)
+        widest = max((target.weight_shape[1] for target in job.targets), default=0)
         # a paused forward holds what the next linear reads, its residual, and about as much again in callers
         paused_bytes = (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if float_stream else 1)
-        budget = loaded.streaming.budget if loaded.streaming else None
+        budget = workspace.memory_budget if workspace else None
         on_disk = budget is not None and stream_bytes > budget
         self._pausing = budget is None or stream_bytes + paused_bytes <= budget
         if on_disk:
             progress.note(f"hidden states take {units.size(stream_bytes)}, above data.memory_budget: kept on disk")
-        folder = loaded.streaming.finished.folder if loaded.streaming and on_disk else None
+        folder = workspace.scratch if workspace and on_disk else None
         self.inputs = Stream(folder, [first])
         for batch in batches[1:]:
             self.inputs.append(first_hidden(loaded, batch, blocks))
@@ -172,29 +200,30 @@ def _restore(task: BlockTask, tensors: dict[str, Tensor]) -> None:
         bias = target.linear.bias
         with torch.device(task.inputs[0].device):
             layer = PackedLinear(columns, rows, target.spec, task.compute if isinstance(bias, Tensor) else None)
-        replace_linear(task.block, target.name.removeprefix(f"{task.name}."), layer)
+        replace_linear(task.block, task.local_name(target), layer)
     for name, tensor in task.block.state_dict(keep_vars=True).items():
         tensor.data = tensors[f"{task.name}.{name}"].to(tensor)
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_change(found: Tensor, expected: Tensor) -> float:
+    """``|found - expected|**2 / |expected|**2``, in float32."""
     return float((found.float() - expected.float()).square().sum() / expected.float().square().sum())
 
 
 @torch.no_grad()
-def walk(loaded: LoadedModel, tokens: Tensor, targets: Sequence[Target]) -> Iterator[BlockTask]:
+def walk(job: Job) -> Iterator[BlockTask]:
     """Each block of the float model with what enters it, one block of a streamed model in memory at a time.
 
     Nothing is quantized or kept, and the model is afterwards what it was.
     """
-    flow = Flow(loaded, tokens, list(targets), loaded.dtype, False)
+    loaded = job.loaded
+    flow = Flow(job, loaded.dtype, False)
     blocks = loaded.blocks()
     for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
         stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
         bring_in(block, loaded, loaded.dtype)
         inputs, _, calls, _ = flow.at(index)
-        mine = [target for target in targets if target.block == index]
-        task = BlockTask(index, name, block, inputs, None, mine, calls, loaded.dtype)
+        task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
         yield task
         flow.advance(task)
         for tensor, data in stored:

@@ -18,9 +18,6 @@ from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory
 
-ERROR_OF = "weight_error "  # followed by a linear's name: a figure of its own
-Figures = dict[str, float]
-
 
 class Stage(NamedTuple):
     """Linears that read the same tensor, and what they read, ``[tokens, in]`` for each batch."""
@@ -46,8 +43,12 @@ class BlockTask:
     streamed: bool = False  # whether float weights may go as soon as they are packed
     outputs: Stream | None = None  # what the quantized block makes of the inputs; made by the driver when left out
     float_outputs: Stream | None = None
-    weight_errors: Figures = field(default_factory=dict)  # of packed linears, against the weight the method rounded
+    weight_errors: dict[str, float] = field(default_factory=dict)  # of packed linears, against the float weight
     _groups: list[list[Target]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Hold the float linears, which methods and float forwards need until the block is done."""
+        self.floats = [target.linear for target in self.targets]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[b, t, d]`` after the block as it is now."""
@@ -135,14 +136,14 @@ class BlockTask:
 
         def pausing(linear: nn.Module) -> Callable[[Tensor], Tensor]:
             forward, leads = linear.forward, any(leader.linear is linear for leader in leaders)
-            name = next(target.name for target in self.targets if target.linear is linear)
+            name = next(self.local_name(target) for target in self.targets if target.linear is linear)
 
             def paused_forward(x: Tensor) -> Tensor:
                 run = getcurrent()
                 if leads:
                     assert run.parent is not None
                     run.parent.switch(x.flatten(0, -2))
-                layer = linear if run in floats else self.block.get_submodule(self._local(name))
+                layer = linear if run in floats else self.block.get_submodule(name)
                 result: Tensor = forward(x) if layer is linear else layer(x)
                 return result
 
@@ -179,7 +180,7 @@ class BlockTask:
     def _expand(self, group: list[Target]) -> None:
         """Let the packed layers of ``group`` expand their weight once, not in every call of the stages; same bits."""
         for target in group:
-            layer = self.block.get_submodule(self._local(target.name))
+            layer = self.block.get_submodule(self.local_name(target))
             if isinstance(layer, PackedLinear):
                 dense = layer.dequantized(self.compute)
                 layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
@@ -187,29 +188,30 @@ class BlockTask:
     def _contract(self, group: list[Target]) -> None:
         """Forget the expanded weights of ``group``."""
         for target in group:
-            vars(self.block.get_submodule(self._local(target.name))).pop("forward", None)
+            vars(self.block.get_submodule(self.local_name(target))).pop("forward", None)
 
     @contextmanager
     def _unpacked(self) -> Iterator[None]:
         """The float linears back in their places, for as long as the context lasts."""
-        packed = {target: self.block.get_submodule(self._local(target.name)) for target in self.targets}
+        packed = {target: self.block.get_submodule(self.local_name(target)) for target in self.targets}
         for target in packed:
-            replace_linear(self.block, self._local(target.name), target.linear)
+            replace_linear(self.block, self.local_name(target), target.linear)
         try:
             yield
         finally:
             for target, layer in packed.items():
-                replace_linear(self.block, self._local(target.name), layer)
+                replace_linear(self.block, self.local_name(target), layer)
 
     def pack(self, target: Target, weight: QuantizedWeight) -> None:
         """Put the packed layer in the place of the target."""
-        self.weight_errors[ERROR_OF + target.name] = relative_error(target.stored_weight, weight)
+        self.weight_errors[target.name] = relative_error(target.stored_weight, weight)
         bias = target.linear.bias
         layer = PackedLinear.from_quantized(weight, bias if isinstance(bias, Tensor) else None)
-        replace_linear(self.block, self._local(target.name), layer)
+        replace_linear(self.block, self.local_name(target), layer)
 
-    def _local(self, name: str) -> str:
-        return name.removeprefix(f"{self.name}.")
+    def local_name(self, target: Target) -> str:
+        """The name of a target within its block."""
+        return target.name.removeprefix(f"{self.name}.")
 
 
 @dataclass

@@ -8,11 +8,9 @@ and layout of compressed-tensors' ``pack-quantized``. ``p.weight`` is one byte t
 """
 
 import copy
-import json
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,17 +104,13 @@ class Source:
         return Files(self.folder)
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """``qtool.json``, empty when the folder was written by ``save_pretrained``."""
-        file = self.folder / MANIFEST
-        if not file.exists():
-            return {}
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            _ = found["recipe"]["model"]["path"], found["recipe"]["method"]["name"], found["label"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is damaged ({error!r}); remove it to use the folder without it") from None
-        return dict(found)
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape ``(out, in)`` of each quantized linear."""
+        found = {}
+        for name in self.specs:
+            rows, columns = self.tensor(f"{name}.weight_shape").tolist()
+            found[name] = rows, columns
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""

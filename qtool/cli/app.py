@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -17,11 +16,12 @@ import typer
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import show, show_table
 from qtool.cli.session import running
+from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
-METHOD_COMMANDS = {
+SUMMARIES = {  # of the commands that run methods, in the order of the list of commands
     "ptq": "Quantize a model without training it.",
     "qat": "Quantize a model while training it.",
     "efficientqat": "Train block by block, then the scales end to end.",
@@ -81,8 +81,8 @@ def _add_method_command(name: str, summary: str) -> None:
         _quantize(name, recipe, [*set_, *(["output.overwrite=true"] if overwrite else [])], fresh, quiet, as_json)
 
 
-for _name, _summary in METHOD_COMMANDS.items():
-    _add_method_command(_name, _summary)
+for _name in dict.fromkeys([*SUMMARIES, *sorted(catalog.commands())]):
+    _add_method_command(_name, SUMMARIES.get(_name, f"Quantize a model with {', '.join(catalog.commands()[_name])}."))
 
 
 def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, quiet: bool, as_json: bool) -> None:
@@ -94,11 +94,11 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
     with running(quiet or not distributed.is_first(), checked.output.path):
-        from qtool.pipelines import quantize
+        from qtool.pipelines import quantize as pipeline
 
-        outcome = quantize.quantize(checked, command, fresh)
+        outcome = pipeline.quantize(checked, fresh)
     if outcome is not None:  # else another of several processes shows it
-        show(outcome, as_json)
+        show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
 
 
 @app.command()
@@ -121,9 +121,9 @@ def plan(
     if output is not None and output.exists() and not overwrite:
         raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
     with running(quiet, None):
-        from qtool.pipelines import plan as planning
+        from qtool.pipelines import plan as pipeline
 
-        found = planning.plan(checked)
+        found = pipeline.plan(checked)
     if output is not None:
         output.write_text(found.yaml(checked.quant), encoding="utf-8")
     print(found.model_dump_json(indent=2) if as_json else found.table())
@@ -182,11 +182,18 @@ def evaluate(
         checked = check(EvalRecipe, given, "the command line")
     where = output or (checked.output.path if checked.output else None)
     with running(quiet, where):
-        from qtool.pipelines import evaluate as evaluation
+        from qtool.pipelines import evaluate as pipeline
 
-        asked = checked.model.path, checked.eval, checked.model, float_model, where, checked.seed
-        outcome = evaluation.evaluate(*asked, checked.expected, checked.output is not None and checked.output.plots)
-    show(outcome, as_json)
+        outcome = pipeline.evaluate(
+            checked.model,
+            checked.eval,
+            float_model=float_model,
+            output=where,
+            seed=checked.seed,
+            expected=checked.expected,
+            plots=checked.output is not None and checked.output.plots,
+        )
+    show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
 
 
 @app.command("export", cls=DescribedCommand)
@@ -207,9 +214,9 @@ def export(
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
     with running(quiet, output):
-        from qtool.pipelines import export as exporting
+        from qtool.pipelines import export as pipeline
 
-        path = exporting.export(folder, config, overwrite)
+        path = pipeline.export(folder, config, overwrite)
     print(json.dumps({"path": str(path), "format": config.format}) if as_json else path)
 
 
@@ -235,7 +242,7 @@ def bench(
         from qtool.evaluation import bench as measuring
 
         report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
-    show(SimpleNamespace(path=None, exports=[], seconds=report.seconds, report=report), as_json)
+    show(report, as_json, seconds=report.seconds)
 
 
 @app.command("sweep", cls=SweepCommand)
@@ -268,7 +275,7 @@ def sweep(
 
         outcome = sweeping.sweep(plan, fresh=fresh, jobs=jobs)
     cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
-    show(outcome, as_json, cells)
+    show(outcome.report, as_json, outcome.path, seconds=outcome.seconds, more=cells)
     if outcome.failed:
         names = ", ".join(outcome.failed)
         print(
@@ -306,11 +313,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint's files against its manifest."""
-    from qtool.pipelines import verify as verifying
+    from qtool.pipelines import verify as pipeline
 
-    found = verifying.verify(folder)
-    text = f"{folder}: {found['files']} file(s) and {found['linears']} quantized linears are as they were written"
-    print(json.dumps({"path": str(folder), **found}) if as_json else text)
+    found = pipeline.verify(folder)
+    text = f"{folder}: {found.files} file(s) and {found.linears} quantized linears are as they were written"
+    print(json.dumps({"path": str(folder), **found._asdict()}) if as_json else text)
 
 
 @app.command()
@@ -321,10 +328,11 @@ def reproduce(
 ) -> None:
     """Quantize again as a checkpoint says it was made, and compare."""
     with running(quiet, None):
-        from qtool.pipelines import reproduce as reproducing
+        from qtool.pipelines import reproduce as pipeline
 
-        found = reproducing.reproduce(folder)
-    print(json.dumps({"path": str(folder), **found}) if as_json else f"{folder}: made again, the same bytes")
+        changes = pipeline.reproduce(folder)
+    found = {"path": str(folder), "same": True, "changes": changes}
+    print(json.dumps(found) if as_json else f"{folder}: made again, the same bytes")
 
 
 @app.command()

@@ -14,7 +14,7 @@ class DescribedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
         """Fill in the descriptions, then write the options as usual."""
-        from qtool.config import describe, plugins
+        from qtool.config import catalog, describe
         from qtool.config.sections import EvalConfig, ExportConfig, ModelConfig, OutputConfig
 
         sections = {"eval": (EvalConfig, ModelConfig), "bench": (ModelConfig,)}.get(
@@ -26,7 +26,7 @@ class DescribedCommand(TyperCommand):
             if field is not None and not getattr(param, "help", None):
                 param.help = describe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
                 if param.name == "format_":
-                    param.help = f"One of: {', '.join(plugins.export_formats())}."  # type: ignore[attr-defined]
+                    param.help = f"One of: {', '.join(catalog.export_formats())}."  # type: ignore[attr-defined]
         super().format_options(ctx, formatter)
 
 
@@ -94,6 +94,6 @@ def table_names(incomplete: str) -> list[str]:
 
 def format_names(incomplete: str) -> list[str]:
     """Export formats, for the shell."""
-    from qtool.config import plugins
+    from qtool.config import catalog
 
-    return [name for name in plugins.export_formats() if name.startswith(incomplete)]
+    return [name for name in catalog.export_formats() if name.startswith(incomplete)]

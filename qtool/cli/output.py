@@ -1,8 +1,9 @@
 """How a command's result is printed, and what is said of an error."""
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import typer
 
@@ -10,30 +11,47 @@ from qtool.cli.session import Interrupted
 from qtool.system.errors import InputError, RunError
 
 
-def show(outcome: Any, as_json: bool, more: Mapping[str, Any] | None = None) -> None:
-    """Print what a command made, an outcome like ``run.Outcome``; ``more`` is said in JSON only."""
-    paths = [str(path) for path in (outcome.path, *outcome.exports) if path is not None]
+class Shown(Protocol):
+    """A report as a command prints it."""
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """The report as plain data."""
+
+
+def show(
+    report: Shown,
+    as_json: bool,
+    path: Path | None = None,
+    exports: Sequence[Path] = (),
+    seconds: float = 0.0,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the report of a command and the folders that it wrote; ``more`` is said in JSON only."""
     if as_json:
         from pydantic_core import to_json
 
         result = {
-            "path": str(outcome.path) if outcome.path else None,
-            "exports": [str(path) for path in outcome.exports],
-            "seconds": round(outcome.seconds, 3),
+            "path": str(path) if path else None,
+            "exports": [str(each) for each in exports],
+            "seconds": round(seconds, 3),
             **(more or {}),
-            "report": outcome.report.model_dump(mode="json"),
+            "report": report.model_dump(mode="json"),
         }
         print(to_json(result, inf_nan_mode="null").decode())
         return
-    show_table(outcome.report)
-    if paths:
+    show_table(report)
+    folders = [str(each) for each in (path, *exports) if each is not None]
+    if folders:
         print()
-    for path in paths:
-        print(path)
+    for folder in folders:
+        print(folder)
 
 
 def show_table(report: Any) -> None:
-    """Print what has a table for a terminal and one in Markdown."""
+    """Print a report, or a comparison, as a table for a terminal or as Markdown."""
     if sys.stdout.isatty() and hasattr(report, "render"):
         from rich.console import Console
 

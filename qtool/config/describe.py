@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from qtool.config import plugins, validation
+from qtool.config import catalog, plugins, validation
 from qtool.config.recipe import Recipe
 from qtool.config.sections import MethodConfig, Section
 
@@ -15,7 +15,7 @@ def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors: a ``method`` section has the keys of the method it names."""
     whole = Recipe.model_json_schema()
     sections = []
-    for name in plugins.names():
+    for name in catalog.methods():
         section = plugins.get(name).config.model_json_schema()
         whole["$defs"] |= section.pop("$defs", {})
         section["properties"]["name"] = {"const": name, "description": plugins.get(name).summary}
@@ -24,7 +24,7 @@ def schema() -> dict[str, Any]:
     del whole["$defs"]["MethodConfig"]
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
     whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file that has them
-    whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(plugins.export_formats())
+    whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(catalog.export_formats())
     return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 
 
@@ -44,7 +44,7 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
         hint = validation.bare(field.annotation)
         text = field.description or ""
         if hint is MethodConfig:
-            fitting = [each for each in plugins.names() if command in (None, plugins.get(each).command)]
+            fitting = [each for each in catalog.methods() if command in (None, plugins.get(each).command)]
             table[name] = text, [Key("name", "required", f"One of: {', '.join(fitting)}.")]
             for method in fitting:
                 own = [key for key in keys_of(plugins.get(method).config) if key.name != "name"]
@@ -52,7 +52,7 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
         elif get_origin(hint) is tuple:
             rows = keys_of(validation.bare(get_args(hint)[0]))
             if name == "export":
-                rows[0] = Key("format", "required", f"One of: {', '.join(plugins.export_formats())}.")
+                rows[0] = Key("format", "required", f"One of: {', '.join(catalog.export_formats())}.")
             table[f"{name}.N"] = text, rows
         elif issubclass(hint, Section):
             table[name] = text, keys_of(hint)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qtool.config import plugins, validation
+from qtool.config import catalog, plugins, validation
 from qtool.config.files import read_yaml
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
@@ -46,8 +46,8 @@ def _method_section(value: object) -> object:
     name = value.get("name")
     if not isinstance(name, str):  # the keys of a section depend on its method: without one, only that is said
         return MethodConfig.model_validate({"name": name} if "name" in value else {})
-    if name not in plugins.names():
-        raise ValidationError.from_exception_data("method", [_unknown("name", name, "method", plugins.names())])
+    if name not in catalog.methods():
+        raise ValidationError.from_exception_data("method", [_unknown("name", name, "method", catalog.methods())])
     return plugins.get(name).config.model_validate(value)
 
 
@@ -56,9 +56,9 @@ def _export_section(value: object) -> object:
     if not isinstance(value, Mapping) or not isinstance(value.get("format"), str):
         return value
     value = {**value, "format": value["format"].replace("_", "-")}
-    if value["format"] in plugins.export_formats():
+    if value["format"] in catalog.export_formats():
         return value
-    wrong = [_unknown("format", value["format"], "export format", plugins.export_formats())]
+    wrong = [_unknown("format", value["format"], "export format", catalog.export_formats())]
     try:
         ExportConfig.model_validate(value)
     except ValidationError as error:

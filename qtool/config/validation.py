@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qtool.config import plugins
+from qtool.config import catalog, plugins
 from qtool.config.sections import MethodConfig, Section
 
 _KINDS = {
@@ -97,7 +97,7 @@ def bare(hint: Any) -> Any:
 def _section(raw: Mapping[str, object], key: str, field: FieldInfo) -> Any:
     """The type of a field; for ``method`` the section of the method asked for."""
     hint, section = bare(field.annotation), raw.get(key)
-    if hint is MethodConfig and isinstance(section, Mapping) and section.get("name") in plugins.names():
+    if hint is MethodConfig and isinstance(section, Mapping) and section.get("name") in catalog.methods():
         return plugins.get(str(section["name"])).config
     return hint
 

@@ -8,6 +8,7 @@ from qtool.config.sections import ModelConfig
 from qtool.models.linears import packed_linears, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.records import Linear
@@ -54,7 +55,7 @@ def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) 
     dtype = str(loaded.storage_dtype).removeprefix("torch.")  # what the files have, so that nothing is copied
     floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}))
     packed, pages, errors = packed_linears(loaded.model), memory.Pages(), {}
-    for target in floats.targets(quant):
+    for target in select_targets(floats, quant):
         codes, scale, zero_point, spec = packed[target.name].quantized
         quantized = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
         errors[target.name] = relative_error(target.stored_weight, quantized)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.checkpoints.native import Source
-from qtool.config import plugins
+from qtool.config import catalog
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base as formats
 from qtool.exporters._base import Exporter
@@ -68,7 +68,7 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
 def load_exported(config: ModelConfig) -> LoadedModel | None:
     """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
     folder = resolve(config.path)
-    exporter = next((each for each in map(formats.get, plugins.export_formats()) if each.recognises(folder)), None)
+    exporter = next((each for each in map(formats.get, catalog.export_formats()) if each.recognises(folder)), None)
     if exporter is None:
         return None
     # expanded weights are float32, whatever the export computes in

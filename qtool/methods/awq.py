@@ -27,12 +27,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target, weight_of
-from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import (
     QuantizedWeight,
     fake_quantize,
@@ -263,11 +261,11 @@ def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
     return chosen
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
-    step = partial(quantize_block, config=config, storage=loaded.storage_dtype, found={})
+def run(job: Job, config: Config) -> Result:
+    """Quantize the blocks in order on the text of the job; its seed is not used."""
+    step = partial(quantize_block, config=config, storage=job.loaded.storage_dtype, found={})
     # float32: scaling a half-precision weight in place would round it
-    return run_blocks(loaded, tokens, loaded.targets(quant), step, compute=torch.float32)
+    return run_blocks(job, step, compute=torch.float32)
 
 
 METHOD = Method("ptq", "activation-aware scales folded into norms, then clipping", Config, run)

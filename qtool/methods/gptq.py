@@ -27,12 +27,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask, Stage
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target
-from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
 from qtool.quant.hessian import PART, add_gram, mirror, parts
 from qtool.quant.ranges import search_qparams
@@ -288,14 +287,14 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
             task.pack(target, QuantizedWeight(rows[0], rows[1], rows[2], spec))
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` is not used."""
+def run(job: Job, config: Config) -> Result:
+    """Quantize the blocks in order on the text of the job; its seed is not used."""
 
     def quantize_block(task: BlockTask) -> None:
         for stage in task.stages():
             quantize_group(task, stage.targets, collect(stage, config), config)
 
-    return run_blocks(loaded, tokens, loaded.targets(quant), quantize_block, float_stream=config.gptaq > 0)
+    return run_blocks(job, quantize_block, float_stream=config.gptaq > 0)
 
 
 METHOD = Method("ptq", "second-order error compensation, column by column", Config, run)

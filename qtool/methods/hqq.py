@@ -23,11 +23,10 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
-from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import (
     QuantizedWeight,
     dequantize,
@@ -122,14 +121,13 @@ def optimise(weight: Tensor, spec: QuantSpec, config: Config) -> tuple[Quantized
     return QuantizedWeight(quantize(weight, *best, spec), *best, spec), unsnapped
 
 
-def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Quantize every target; ``tokens`` and ``seed`` are not used.
+def run(job: Job, config: Config) -> Result:
+    """Quantize every target; text and seed are not used.
 
-    Returns of each block ``weight_error``, ``|Q(w) - w|**2 / |w|**2`` over its linears, and where zero points were made
-    integers ``float_zero_error``, the same before that.
+    The series ``weight_error`` has ``|Q(w) - w|**2 / |w|**2`` over the linears of each block; where zero points are
+    made integers, ``float_zero_error`` has the error before that.
     """
-    targets = loaded.targets(quant)
-    snapping = not all(target.spec.symmetric or target.spec.float_zero for target in targets)
+    snapping = not all(target.spec.symmetric or target.spec.float_zero for target in job.targets)
 
     def quantize_block(task: BlockTask) -> dict[str, float]:
         after = before = total = 0.0
@@ -143,15 +141,15 @@ def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, s
         errors = {"weight_error": after / total if total else 0.0}
         return errors | ({"float_zero_error": before / total if total else 0.0} if snapping else {})
 
-    series = run_blocks(loaded, tokens, targets, quantize_block)
+    result = run_blocks(job, quantize_block)
     if snapping:
-        before, after = sum(series["float_zero_error"]), sum(series["weight_error"])
+        before, after = sum(result.values("float_zero_error")), sum(result.values("weight_error"))
         change = 100 * (after / before - 1) if before else 0.0
         progress.note(
             f"hqq: making zero points integers changed the squared weight error by {change:+.1f} %; quant.float_zero: "
             "true leaves them between codes (native format and dense export only)"
         )
-    return series
+    return result
 
 
 METHOD = Method("ptq", "zero points optimised for sparse errors, no data", Config, run, needs_data=lambda config: False)

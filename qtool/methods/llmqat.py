@@ -10,18 +10,16 @@ Where we differ: the divergence is a mean over tokens, where the paper's code di
 depend on their length; and only the quantized linears train, at rates that follow the model and the budget.
 """
 
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qtool.config.plugins import Method
 from qtool.config.training import WeightsConfig
 from qtool.methods.qat import MinMaxLinear, groups_of
 from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import grouped, stored_scale
-from qtool.training.linears import train_linears
+from qtool.training.linears import trained_method
 
 
 class Config(WeightsConfig):
@@ -47,11 +45,4 @@ def make_linear(target: Target, config: Config) -> AbsMaxLinear:
     return AbsMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
 
 
-METHOD = Method(
-    "qat",
-    "weights distilled end to end without data (LLM-QAT)",
-    Config,
-    partial(train_linears, make=make_linear, groups_of=groups_of),
-    end_to_end=lambda config: True,
-    takes_labels=True,
-)
+METHOD = trained_method("qat", "weights distilled end to end without data (LLM-QAT)", Config, make_linear, groups_of)

@@ -21,6 +21,7 @@ paper's rates.
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -29,13 +30,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qtool.blocks.driver import group_inputs, walk
+from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import Stage
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.training import EndToEnd, OptimConfig
 from qtool.methods import gptq
 from qtool.models.linears import Target, linear_bias
-from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import pack, unpack
@@ -209,12 +209,11 @@ def principal(gram: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def input_directions(
-    loaded: LoadedModel, tokens: Tensor, targets: list[Target], rank: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """For each linear the main directions ``[rank, in]`` of what it reads in the float model, of the first tokens."""
     found: dict[str, Tensor] = {}
-    for task in walk(loaded, tokens[: max(1, OBSERVED // tokens.shape[1])], targets):
+    observed = job.text[: max(1, OBSERVED // job.text.shape[1])]
+    for task in walk(replace(job, tokens=observed)):
         for group, inputs in group_inputs(task):
             gram = gptq.collect(Stage(group, inputs, None), gptq.Config()).hessian
             found |= dict.fromkeys([target.name for target in group], principal(gram, rank, generator))
@@ -230,23 +229,18 @@ def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[Group]
     return [Group([layer.a, layer.b], lr), Group([layer.scale], scale_lr)]
 
 
-def run(
-    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, absorb the factors and pack.
-
-    ``seed`` fixes B and the order of windows.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def run(job: Job, config: Config) -> Result:
+    """Train on the text of the job, absorb the factors and pack; the job's seed fixes B and the order of windows."""
+    generator = torch.Generator().manual_seed(job.seed)
     directions: dict[str, Tensor] = {}
     if config.factors == "inputs":
-        directions = input_directions(loaded, tokens, loaded.targets(quant), config.rank, generator)
+        directions = input_directions(job, config.rank, generator)
 
     def make(target: Target, config: Config) -> LowRankLinear:
         bias = linear_bias(target.linear)
         return LowRankLinear(target.weight, bias, target.spec, config, generator, directions.pop(target.name, None))
 
-    return train_linears(loaded, tokens, quant, config, seed, make, groups_of, labels)
+    return train_linears(job, config, make, groups_of)
 
 
 METHOD = Method(
@@ -255,5 +249,4 @@ METHOD = Method(
     Config,
     run,
     end_to_end=lambda config: True,
-    takes_labels=True,
 )

@@ -12,21 +12,19 @@ training, and so do the ends of a range by ``scale_travel`` steps. ``lr`` and ``
 papers give them.
 """
 
-from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.config.plugins import Method
 from qtool.config.quant import QuantSpec
 from qtool.config.training import GridConfig
 from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import grouped, minmax_qparams, stored_scale
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
-from qtool.training.linears import grid_groups, train_linears
+from qtool.training.linears import grid_groups, trained_method
 
 
 class Config(GridConfig):
@@ -56,11 +54,6 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
     return layer
 
 
-METHOD = Method(
-    "qat",
-    "all weights and scales trained end to end (learned step size)",
-    Config,
-    partial(train_linears, make=make_linear, groups_of=grid_groups),
-    end_to_end=lambda config: True,
-    takes_labels=True,
+METHOD = trained_method(
+    "qat", "all weights and scales trained end to end (learned step size)", Config, make_linear, grid_groups
 )

@@ -17,11 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.blocks.job import Job, Method, Result
+from qtool.config.quant import QuantSpec
 from qtool.config.training import GridConfig, RoundingConfig
 from qtool.models.linears import Target, linear_bias
-from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight, grouped, stored_scale
 from qtool.quant.rounding import PLAIN
@@ -54,17 +53,15 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
     return layer
 
 
-def run(
-    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Train on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned, and pack."""
-    plain = [t for t in loaded.targets(quant) if t.spec.num_bits == SEQ_BITS and not t.spec.float_zero]
+def run(job: Job, config: Config) -> Result:
+    """Train on the text of the job, and pack."""
+    plain = [t for t in job.targets if t.spec.num_bits == SEQ_BITS and not t.spec.float_zero]
     if plain:
         progress.note(
             f"{len(plain)} linears of {SEQ_BITS} bits are trained with integer zero points, as lsq does; ParetoQ's "
             "levels need quant.symmetric: false and quant.float_zero: true"
         )
-    return train_linears(loaded, tokens, quant, config, seed, make_linear, grid_groups, labels)
+    return train_linears(job, config, make_linear, grid_groups)
 
 
 METHOD = Method(
@@ -73,7 +70,6 @@ METHOD = Method(
     Config,
     run,
     end_to_end=lambda config: True,
-    takes_labels=True,
 )
 
 

@@ -9,18 +9,16 @@ grid too is the difference to ``lsq``.
 checkpoint's, up to the rounding of scales, where its ranges were the extremes, and something near it where not.
 """
 
-from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
-from qtool.config.plugins import Method
 from qtool.config.training import WeightsConfig
 from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import Group
-from qtool.training.linears import train_linears, weight_group
+from qtool.training.linears import trained_method, weight_group
 
 
 class Config(WeightsConfig):
@@ -47,11 +45,4 @@ def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[G
     return [weight_group(layer, config, total)]
 
 
-METHOD = Method(
-    "qat",
-    "weights trained end to end on their min-max grid",
-    Config,
-    partial(train_linears, make=make_linear, groups_of=groups_of),
-    end_to_end=lambda config: True,
-    takes_labels=True,
-)
+METHOD = trained_method("qat", "weights trained end to end on their min-max grid", Config, make_linear, groups_of)

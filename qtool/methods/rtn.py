@@ -11,11 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
-from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 
@@ -36,10 +35,10 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, config: Config) -> Quantiz
     return QuantizedWeight(quantize(weight, *find, spec), *find, spec)
 
 
-def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Quantize every target; ``tokens`` and ``seed`` are not used.
+def run(job: Job, config: Config) -> Result:
+    """Quantize every target; text and seed are not used.
 
-    Returns ``weight_error`` of each block: ``|Q(w) - w|**2 / |w|**2`` over its linears.
+    The series ``weight_error`` has ``|Q(w) - w|**2 / |w|**2`` over the linears of each block.
     """
 
     def quantize_block(task: BlockTask) -> dict[str, float]:
@@ -52,7 +51,7 @@ def run(loaded: LoadedModel, tokens: None, quant: QuantConfig, config: Config, s
             task.pack(target, rounded)
         return {"weight_error": change / total if total else 0.0}
 
-    return run_blocks(loaded, tokens, loaded.targets(quant), quantize_block)
+    return run_blocks(job, quantize_block)
 
 
 METHOD = Method("ptq", "round to nearest, min-max or searched range", Config, run, needs_data=lambda config: False)

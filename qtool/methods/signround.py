@@ -28,12 +28,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target, linear_bias, replace_linear
-from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
@@ -208,17 +207,17 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             else:
                 grid = minmax_qparams(weight, spec)
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
-            replace_linear(task.block, target.name.removeprefix(f"{task.name}."), layers[target])
+            replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + task.index)
     best = Training(task, task.float_outputs, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int) -> dict[str, list[float]]:
-    """Quantize the blocks in order on ``tokens`` ``[n, t]``; ``seed`` and a block's index fix its minibatches."""
-    step = partial(quantize_block, config=config, seed=seed)
-    return run_blocks(loaded, tokens, loaded.targets(quant), step, float_stream=True)
+def run(job: Job, config: Config) -> Result:
+    """Quantize the blocks in order on the text of the job; its seed and a block's index fix the minibatches."""
+    step = partial(quantize_block, config=config, seed=job.seed)
+    return run_blocks(job, step, float_stream=True)
 
 
 METHOD = Method("ptq", "rounding and ranges learned by signed gradients, block by block", Config, run)

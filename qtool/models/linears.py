@@ -1,15 +1,12 @@
 """Decoder blocks and linears in a module tree: finding, reading and replacing them."""
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
@@ -17,12 +14,33 @@ from qtool.system.errors import InputError
 
 @dataclass(frozen=True)
 class Target:
-    """A linear to quantize: its full name, the float module, its grid, and the index of its block."""
+    """A linear to quantize: its full name, its grid, the index of its block, and its weight's shape ``(out, in)``.
+
+    The module is only referred to weakly: once it is replaced, its float weight is freed, whoever holds the target.
+    """
 
     name: str
-    linear: nn.Module
     spec: QuantSpec
     block: int
+    weight_shape: tuple[int, int]
+    reference: ReferenceType[nn.Module] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, name: str, linear: nn.Module, spec: QuantSpec, block: int) -> "Target":
+        """The target ``linear``, an ``nn.Linear`` or a ``Conv1D``."""
+        rows, columns = stored_weight(linear).shape
+        return cls(name, spec, block, (rows, columns), ref(linear))
+
+    def within(self, model: nn.Module) -> "Target":
+        """The same linear of another copy of the model."""
+        return replace(self, reference=ref(model.get_submodule(self.name)))
+
+    @property
+    def linear(self) -> nn.Module:
+        """The float module, which must not have been freed."""
+        linear = self.reference()
+        assert linear is not None, f"{self.name} was replaced, and its float module is gone"
+        return linear
 
     @property
     def weight(self) -> Tensor:
@@ -31,30 +49,8 @@ class Target:
 
     @property
     def stored_weight(self) -> Tensor:
-        """The same in the dtype it has, a view."""
+        """The weight ``[out, in]`` in its stored dtype, a view."""
         return stored_weight(self.linear)
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """``(out, in)``, without touching the weight."""
-        rows, columns = self.stored_weight.shape
-        return rows, columns
-
-
-def shortened(faults: list[str]) -> Iterator[str]:
-    """Each fault, those that differ only in block numbers and counts once, with how many more there are."""
-    kinds: dict[str, list[str]] = {}
-    for fault in faults:
-        kinds.setdefault(re.sub(r"\d+", "0", fault), []).append(fault)
-    for same in kinds.values():
-        yield same[0] + (f" (and {len(same) - 1} more like it)" if len(same) > 1 else "")
-
-
-def unmatched(quant: QuantConfig, names: list[str]) -> Iterator[str]:
-    for pattern in quant.overrides:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = get_close_matches(pattern, names, n=1, cutoff=0.0)
-            yield f"quant.overrides: no linear matches '{pattern}'; the nearest of {len(names)} names is {near[0]}"
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

@@ -4,6 +4,7 @@ Blocks and linears are found in the module tree: the blocks are the ``ModuleList
 parameters, the linears are every ``nn.Linear`` or ``Conv1D`` inside. Nothing is copied from an architecture.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qtool.config.sections import ModelConfig
 from qtool.models.folders import check_files, read_config, resolve
-from qtool.models.loaded import FinishedBlocks, LoadedModel, Streaming, from_files, most_common
+from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.system import matmul, memory, progress
 from qtool.system.errors import InputError, first_line
 
@@ -32,12 +33,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(
-    config: ModelConfig, *, quantized: bool = False, finished: FinishedBlocks | None = None, budget: int = 0
-) -> LoadedModel:
+def load_model(config: ModelConfig, *, quantized: bool = False, streamed: bool = False) -> LoadedModel:
     """Load a model for quantization, or, with ``quantized``, any folder for evaluation.
 
-    With ``finished`` it is streamed within ``budget`` bytes, and only checked here: see ``LoadedModel``.
+    With ``streamed`` its tensors stay in mapped files: see ``LoadedModel``.
 
     Raises:
         InputError: missing, damaged, pickled, incomplete, already quantized, with values that are not finite, or
@@ -63,7 +62,7 @@ def load_model(
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
-        model, info = from_files(folder, storage if finished else dtype)
+        model, info = from_files(folder, storage if streamed else dtype)
     except InputError:
         raise
     except Exception as error:  # whatever transformers finds wrong with a folder, the folder is what is wrong
@@ -71,25 +70,27 @@ def load_model(
         hint = "" if found else " (the folder has no tokenizer.json)"
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':')}{hint}") from error
     _check_complete(config.path, info)
-    if not quantized:
-        _check_finite(model)
+    extremes = {} if quantized else _check_finite(model)
     model.eval().requires_grad_(False)
-    if finished is None:
-        return LoadedModel(model.to(device), tokenizer, config.path, folder, file_dtypes)
-    streaming = Streaming(finished, dtype, device, budget)
-    return LoadedModel(model, tokenizer, config.path, folder, file_dtypes, streaming)
+    streaming = Streaming(dtype, device) if streamed else None
+    return LoadedModel(
+        model if streamed else model.to(device), tokenizer, config.path, folder, file_dtypes, streaming, extremes
+    )
 
 
-def _check_finite(model: nn.Module) -> None:
-    pages = memory.Pages()
+def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """The lowest and the highest value of each parameter, which must be finite."""
+    pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
-        low, high = parameter.aminmax()
+        low, high = (float(end) for end in parameter.aminmax())
         pages.drop(parameter)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        extremes[name] = low, high
+        if not (math.isfinite(low) and math.isfinite(high)):
             found = int((~torch.isfinite(parameter)).sum())
             raise InputError(
                 f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
             )
+    return extremes
 
 
 def compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:

@@ -5,14 +5,14 @@ from pathlib import Path
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import Source
 from qtool.checkpoints.output_folder import atomic_folder
-from qtool.config.recipe import Recipe
 from qtool.config.sections import ExportConfig
-from qtool.exporters import _base as formats
+from qtool.exporters import _base
 from qtool.exporters._readback import verify
+from qtool.pipelines.checks import check_export
+from qtool.pipelines.manifest import read_manifest
 from qtool.reports import model_card
 from qtool.reports.records import Exported
 from qtool.system import progress
-from qtool.system.errors import InputError
 
 
 def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
@@ -26,17 +26,17 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
 
 
 def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
-    source = Source(folder)
-    exporter = formats.get(config.format)
-    _refuse(formats.refusal(config.format, source, config), config, str(folder))
+    """Write one export; returns what a report says of it."""
+    source, manifest = Source(folder), read_manifest(folder)
+    exporter = _base.get(config.format)
+    check_export(source, config, str(folder))
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
         differences = verify(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
-        manifest = source.manifest
         model_card.write_export(
             partial,
-            base=str(manifest["recipe"]["model"]["path"]) if manifest else source.folder.name,
-            label=manifest.get("label", "quantized"),
+            base=manifest.recorded.model.path if manifest else folder.name,
+            label=manifest.label if manifest else "quantized",
             format=config.format,
             library=exporter.library,
             loading=exporter.loading,
@@ -53,13 +53,3 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exporte
         loading=exporter.loading,
         **differences,
     )
-
-
-def check_exports(recipe: Recipe, planned: Source) -> None:
-    for entry in recipe.export:
-        _refuse(formats.refusal(entry.format, planned, entry), entry, recipe.model.path)
-
-
-def _refuse(reason: str | None, config: ExportConfig, what: str) -> None:
-    if reason is not None:
-        raise InputError(f"{what} cannot be exported as {config.format}: {reason}")

@@ -1,37 +1,43 @@
-"""The pipeline: recipe -> model -> tokens -> method -> checkpoint -> evaluation -> exports.
+"""``qtool ptq|qat|efficientqat|lrqat``: recipe -> model -> text -> method -> checkpoint -> evaluation -> exports.
 
 Everything that can be refused is refused before the model is quantized. The checkpoint gets its name when it is whole;
 evaluation and exports come after, and a failure there loses nothing of it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from qtool.allocation import plan as bit_plan
-from qtool.checkpoints import native, output_folder, sizes
-from qtool.checkpoints.files import file_hashes, folder_bytes, write_json
+from qtool.allocation.plan import Plan
+from qtool.blocks.job import Job, Method, Result, load_method
+from qtool.checkpoints import files, native, output_folder, sizes
 from qtool.checkpoints.native import MANIFEST, Planned
-from qtool.checkpoints.quantization_config import label as _label
-from qtool.config import plugins
+from qtool.checkpoints.quantization_config import label
+from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe, resolved
-from qtool.config.sections import OutputConfig
+from qtool.config.sections import MethodConfig, OutputConfig
 from qtool.data import windows
 from qtool.data.windows import Calibration
-from qtool.evaluation import tasks as evaluation
-from qtool.evaluation import weights
+from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import Seen
 from qtool.models.folders import resolve
-from qtool.models.linears import packed_linears
+from qtool.models.linears import Target, packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
-from qtool.pipelines.checks import check_early
+from qtool.models.targets import select_targets
+from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import Clock
-from qtool.pipelines.export import check_exports, write_export
+from qtool.pipelines.export import write_export
 from qtool.pipelines.lock import lock_of
+from qtool.pipelines.manifest import CalibrationTokens, Manifest
 from qtool.pipelines.outcome import Outcome, described, dtype_name
-from qtool.pipelines.plan import kept_calibration, kept_plan, needs_text
-from qtool.pipelines.run_state import run_state
+from qtool.pipelines.plan import kept_plan
+from qtool.pipelines.run_state import RunState, run_state
+from qtool.pipelines.workspace import RunWorkspace
 from qtool.quant.packed_linear import FORMAT_VERSION
 from qtool.reports import html, model_card
 from qtool.reports.records import Exported, compare
@@ -40,8 +46,32 @@ from qtool.system import distributed, progress
 from qtool.system.environment import environment
 
 
-def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | None:
-    """Run a recipe whose method belongs to ``command``, or go on where an earlier start of it was stopped.
+@dataclass(frozen=True)
+class Run:
+    """A run under way: its recipe and method, its folder, and how long it has taken."""
+
+    recipe: Recipe
+    method: Method[MethodConfig]
+    state: RunState
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the first block is quantized."""
+
+    job: Job
+    quant: QuantConfig  # with the widths that a budget came to
+    text: Calibration | None
+    plan: Plan | None
+    specs: dict[str, QuantSpec]
+    shapes: dict[str, tuple[int, int]]  # (out, in) of each target
+    linears: dict[str, tuple[int, int]]  # (out, in) of each linear of the blocks
+    float_bytes: int
+
+
+def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
+    """Run a recipe, or go on where an earlier start of it was stopped.
 
     ``fresh`` forgets an unfinished run. Of several processes the first one writes and evaluates; others get ``None``.
 
@@ -51,95 +81,197 @@ def quantize(recipe: Recipe, command: str, fresh: bool = False) -> Outcome | Non
     """
     transformers.logging.disable_progress_bar()
     clock = Clock()
-    method = plugins.get(recipe.method.name)
-    assert method.command == command
     check_early(recipe)
+    with open_run(recipe, fresh, clock) as run:
+        prepared = prepare(run)
+        result = run_method(run, prepared)
+        if not distributed.is_first():
+            return None
+        report = save(run, prepared, result)
+        text = prepared.text
+        del prepared, result  # the model
+    report = evaluate(recipe, report, text, clock)
+    _publish(recipe.output, report)
+    report = export_all(recipe, report, clock)
+    return Outcome(recipe.output.path, report, [Path(each.path) for each in report.exports], clock.total)
+
+
+@contextmanager
+def open_run(recipe: Recipe, fresh: bool, clock: Clock) -> Iterator[Run]:
+    """Take the folder of the run, begun anew or where an earlier start was stopped; its result gets its name last."""
+    method: Method[MethodConfig] = load_method(recipe.method.name)
     folder = resolve(recipe.model.path)
     distributed.begin(choose_device(recipe.model.device))
     lock = lock_of(recipe, folder)
-    output, end_to_end = recipe.output, method.end_to_end(recipe.method)
-    options: dict[str, Any] = {"overwrite": output.overwrite, "fresh": fresh, "source": folder}
-    with run_state(output.path, lock, end_to_end=end_to_end, **options) as state:
-        with clock.phase("load", f"loading {recipe.model.path}"):
-            loaded = load_model(recipe.model, finished=state, budget=recipe.data.memory_budget)
-            state.loaded = loaded
-            units = None if recipe.quant.budget is None else bit_plan.units_of(loaded, recipe.quant)
-            targets = loaded.targets(recipe.quant) if units is None else [t for unit in units for t in unit.targets]
-        linears = weights.block_linears(loaded)
-        specs = {target.name: target.spec for target in targets} if units is None else bit_plan.mixed(units)
-        shapes = {target.name: target.weight_shape for target in targets}
-        float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
-        output_folder.check_space(output.path, float_bytes)  # never more than the float model
-        check_exports(recipe, Planned(loaded, specs, shapes))
-        text = allotted = None
-        if needs_text(recipe):
-            with clock.phase("data", f"reading calibration text: {recipe.data.source}"):
-                text = kept_calibration(recipe, loaded, state)
-        quant = recipe.quant
-        if units is not None:
-            with clock.phase("allocate", "choosing widths"):
-                allotted = kept_plan(recipe, state, units, text)
-            quant = allotted.applied(quant)
-            specs = {target.name: target.spec for target in loaded.targets(quant)}
-        del targets, units  # they hold the float linears, which a method lets go of as it replaces them
-        bits = sizes.bits_per_weight(specs, shapes)
-        tokens, labels = text if text and method.needs_data(recipe.method) else (None, None)
-        masked = {"labels": labels} if method.takes_labels and labels is not None else {}
-        with clock.phase("quantize", f"{recipe.method.name}, {_label(specs)}"):
-            series = method.run(loaded, tokens, quant, recipe.method, recipe.seed, **masked)
-        distributed.end()
-        if not distributed.is_first():
-            return None
-        assert set(packed_linears(loaded.model)) <= set(specs), "the method quantized more than its targets"
-        with clock.phase("save", f"writing {output.path}"):
-            if end_to_end:
-                loaded.weight_errors = weights.weight_errors(loaded, recipe.model, quant)
-                output_folder.clear(state.model)  # all is in memory; what is there is of a run that was killed here
-            native.save(state.model, loaded, specs)
-            report = Report(
-                model=recipe.model.path,
-                quantized=str(output.path),
-                label=_label(specs),
-                method=recipe.method.name,
-                bits_per_weight=bits,
-                float_bytes=float_bytes,
-                quantized_bytes=folder_bytes(state.model),
-                dtype=dtype_name(loaded.dtype),
-                device=str(loaded.device),
-                seed=recipe.seed,
-                calibration=None if text is None else described(recipe.data),
-                expected=compare(recipe.expected, ()),
-                linears=weights.describe(linears, specs, loaded.weight_errors),
-                series=series,
-                lock=lock,
-                **clock.measured(),
-            )
-            manifest = _manifest(recipe, report, text, loaded.weight_errors)
-            manifest |= {} if allotted is None else {"plan": allotted.model_dump(mode="json")}
-            files = file_hashes(state.model, "*.safetensors")
-            write_json(state.model / MANIFEST, manifest | {"command": command, "lock": lock, "files": files})
-            model_card.write(state.model, report, MANIFEST)
-        del loaded
+    output = recipe.output
+    with run_state(
+        output.path,
+        lock,
+        overwrite=output.overwrite,
+        fresh=fresh,
+        source=folder,
+        end_to_end=method.end_to_end(recipe.method),
+    ) as state:
+        yield Run(recipe, method, state, clock)
+
+
+def prepare(run: Run) -> Prepared:
+    """Load the model, select and check its targets, refuse exports, read text and choose widths."""
+    recipe, quant, clock = run.recipe, run.recipe.quant, run.clock
+    with clock.phase("load", f"loading {recipe.model.path}"):
+        loaded = load_model(recipe.model, streamed=True)
+        units = None if quant.budget is None else bit_plan.units_of(loaded, quant)
+        targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
+    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
+    shapes = {target.name: target.weight_shape for target in targets}
+    specs = _specs(targets) if units is None else bit_plan.mixed(units)
+    float_bytes = _refuse_late_faults(recipe, loaded, specs, shapes)
+    text = plan = None
+    if needs_text(recipe):
+        with clock.phase("data", f"reading calibration text: {recipe.data.source}"):
+            text = calibration_text(recipe, loaded, run.state)
+    tokens, labels = text or (None, None)
+    job = Job(loaded, targets, tokens, labels, recipe.seed, workspace)
+    if units is not None:
+        with clock.phase("allocate", "choosing widths"):
+            plan = kept_plan(recipe, run.state, job, units)
+        quant = plan.applied(quant)
+        job = replace(job, targets=select_targets(loaded, quant))
+    if not run.method.needs_data(recipe.method):
+        job = replace(job, tokens=None, labels=None)
+    linears = weights.block_linears(loaded)
+    return Prepared(job, quant, text, plan, _specs(job.targets), shapes, linears, float_bytes)
+
+
+def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
+    return {target.name: target.spec for target in targets}
+
+
+def _refuse_late_faults(
+    recipe: Recipe, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]
+) -> int:
+    """Refuse a disk that is too full and exports that cannot be; returns the bytes of the float weights."""
+    float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
+    output_folder.check_space(recipe.output.path, float_bytes)  # never more than the float model
+    check_exports(recipe, Planned(loaded, specs, shapes))
+    return float_bytes
+
+
+def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
+    """The calibration windows, made by the first process and read by all."""
+    if distributed.is_first():
+        if recipe.data.source != "generated":
+            state.keep_tokens(*windows.calibration(recipe.data, loaded, recipe.seed))
+        elif state.calibration() is None:
+            # to write text a model must be whole
+            state.keep_tokens(*windows.calibration(recipe.data, load_model(recipe.model), recipe.seed))
+    distributed.wait()
+    text = state.calibration()
+    assert text is not None
+    return text
+
+
+def run_method(run: Run, prepared: Prepared) -> Result:
+    """Quantize the model of the job in place."""
+    recipe, job = run.recipe, prepared.job
+    with run.clock.phase("quantize", f"{recipe.method.name}, {label(prepared.specs)}"):
+        result = run.method.run(job, recipe.method)
+    distributed.end()
+    if distributed.is_first():
+        assert set(packed_linears(job.loaded.model)) <= set(prepared.specs), (
+            "the method quantized more than its targets"
+        )
+    return result
+
+
+def save(run: Run, prepared: Prepared, result: Result) -> Report:
+    """Write the checkpoint with its manifest and model card."""
+    recipe, state, loaded = run.recipe, run.state, prepared.job.loaded
+    with run.clock.phase("save", f"writing {recipe.output.path}"):
+        errors = result.weight_errors
+        if state.end_to_end:
+            errors = weights.weight_errors(loaded, recipe.model, prepared.quant)
+            output_folder.clear(state.model)  # all is in memory; what is there is of a run that was killed here
+        native.save(state.model, loaded, prepared.specs)
+        report = _report(run, prepared, result, errors)
+        _manifest(run, prepared, report, errors).write(state.model)
+        model_card.write(state.model, report, MANIFEST)
+    return report
+
+
+def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
+    """The report before anything is evaluated."""
+    recipe, loaded = run.recipe, prepared.job.loaded
+    return Report(
+        model=recipe.model.path,
+        quantized=str(recipe.output.path),
+        label=label(prepared.specs),
+        method=recipe.method.name,
+        bits_per_weight=sizes.bits_per_weight(prepared.specs, prepared.shapes),
+        float_bytes=prepared.float_bytes,
+        quantized_bytes=files.folder_bytes(run.state.model),
+        dtype=dtype_name(loaded.dtype),
+        device=str(loaded.device),
+        seed=recipe.seed,
+        calibration=None if prepared.text is None else described(recipe.data),
+        expected=compare(recipe.expected, ()),
+        linears=weights.describe(prepared.linears, prepared.specs, weight_errors),
+        series=result.series,
+        lock=run.state.lock,
+        **run.clock.measured(),
+    )
+
+
+def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[str, float]) -> Manifest:
+    text = prepared.text
+    tokens = None if text is None else CalibrationTokens(tokens=text.tokens.shape, sha256=windows.token_hash(*text))
+    assert report.label is not None
+    assert report.bits_per_weight is not None
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        recipe=resolved(run.recipe),
+        seed=run.recipe.seed,
+        data=tokens,
+        label=report.label,
+        bits_per_weight=report.bits_per_weight,
+        float_bytes=prepared.float_bytes,
+        quantized_bytes=files.folder_bytes(run.state.model),
+        series=report.series,
+        weight_errors=weight_errors,
+        seconds=report.seconds,
+        versions=environment(),
+        date=report.date,
+        plan=prepared.plan,
+        command=run.method.command,
+        lock=run.state.lock,
+        files=files.file_hashes(run.state.model, "*.safetensors"),
+    )
+
+
+def evaluate(recipe: Recipe, report: Report, text: Calibration | None, clock: Clock) -> Report:
+    """The report with what the recipe has measured, on the checkpoint as it was written."""
     if recipe.eval is not None:
-        progress.note(f"{output.path} is complete; what follows reads it")
+        progress.note(f"{recipe.output.path} is complete; what follows reads it")
         with clock.phase("eval", "evaluating"):
-            written = load_model(recipe.model.model_copy(update={"path": str(output.path)}), quantized=True)
+            written = load_model(recipe.model.model_copy(update={"path": str(recipe.output.path)}), quantized=True)
             reference = load_model(recipe.model)
             seen = None if text is None else Seen(recipe.data.source, text.tokens)
-            results = evaluation.evaluate(written, recipe.eval, reference, recipe.seed, seen)
-            found = {"results": tuple(results), "backend": recipe.eval.backend}
-            report = report.model_copy(update=found | {"expected": compare(recipe.expected, results)})
-            del written, reference
-    report = report.model_copy(update=clock.measured())
-    _publish(output, report)
+            results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen)
+        found = {"results": tuple(results), "backend": recipe.eval.backend}
+        report = report.model_copy(update=found | {"expected": compare(recipe.expected, results)})
+    return report.model_copy(update=clock.measured())
+
+
+def export_all(recipe: Recipe, report: Report, clock: Clock) -> Report:
+    """Write every export of the recipe; the report that names them takes the place of the one before."""
     exports: list[Exported] = []
     for entry in recipe.export:
         with clock.phase(f"export {entry.format}", f"exporting {entry.format}"):
-            exports.append(write_export(output.path, entry, output.overwrite))
+            exports.append(write_export(recipe.output.path, entry, recipe.output.overwrite))
     if exports:
         report = report.model_copy(update={"exports": tuple(exports), **clock.measured()})
-        _publish(output, report)
-    return Outcome(output.path, report, [Path(entry.path) for entry in exports], clock.total)
+        _publish(recipe.output, report)
+    return report
 
 
 def _publish(output: OutputConfig, report: Report) -> None:
@@ -147,26 +279,3 @@ def _publish(output: OutputConfig, report: Report) -> None:
     report.write(output.path)
     model_card.write(output.path, report, MANIFEST)
     html.write(output.path, report, output.plots)
-
-
-def _manifest(
-    recipe: Recipe,
-    report: Report,
-    text: Calibration | None,
-    weight_errors: dict[str, float],
-) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "recipe": resolved(recipe),
-        "seed": recipe.seed,
-        "data": None if text is None else {"tokens": list(text.tokens.shape), "sha256": windows.token_hash(*text)},
-        "label": report.label,
-        "bits_per_weight": report.bits_per_weight,
-        "float_bytes": report.float_bytes,
-        "quantized_bytes": report.quantized_bytes,
-        "series": report.series,
-        "weight_errors": weight_errors,
-        "seconds": report.seconds,
-        "versions": environment(),
-        "date": report.date,
-    }

@@ -1,33 +1,31 @@
-"""Whether a checkpoint is what its manifest says, and whether making it again gives the same bytes."""
+"""``qtool reproduce``: a checkpoint made again from its manifest, and compared tensor by tensor."""
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qtool.checkpoints.files import Files
-from qtool.config.recipe import Recipe
 from qtool.models.folders import resolve
 from qtool.pipelines.lock import differences, lock_of
 from qtool.pipelines.quantize import quantize
-from qtool.pipelines.verify import opened
+from qtool.pipelines.verify import open_checkpoint
 from qtool.system import progress
 from qtool.system.errors import InputError, RunError
 
 
-def reproduce(folder: Path) -> dict[str, Any]:
+def reproduce(folder: Path) -> list[str]:
     """Run a checkpoint's recipe again beside it, and compare every tensor.
 
+    Returns the differences of the lock, of software or machine, in spite of which the bytes are the same.
+
     Raises:
-        InputError: the model, the software or the machine is not what it was made with.
+        InputError: the model is not what it was made with.
         RunError: naming the first block that differs.
     """
-    _, manifest = opened(folder)
-    recipe = Recipe.model_validate(manifest["recipe"])
-    now = json.loads(json.dumps(lock_of(recipe, resolve(recipe.model.path))))
-    changes = list(differences(manifest["lock"], now))
+    _, manifest = open_checkpoint(folder)
+    recipe = manifest.recipe_again()
+    changes = differences(manifest.lock, lock_of(recipe, resolve(recipe.model.path)))
     if any(change.startswith(("model_files", "model:")) for change in changes):
         raise InputError("\n  ".join([f"{folder} was made from another model:", *changes]))
     for change in changes:
@@ -35,11 +33,11 @@ def reproduce(folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as temporary:
         again = Path(temporary) / "again"
         output = recipe.output.model_copy(update={"path": again, "overwrite": False})
-        quantize(recipe.model_copy(update={"output": output, "eval": None, "export": ()}), manifest["command"])
+        quantize(recipe.model_copy(update={"output": output, "eval": None, "export": ()}))
         if (place := _first_difference(folder, again)) is not None:
             why = f" (not as it was: {'; '.join(changes)})" if changes else ""
             raise RunError(f"{folder} came out differently; the first difference is in {place}{why}")
-    return {"same": True, "changes": changes}
+    return changes
 
 
 def _first_difference(before: Path, now: Path) -> str | None:

@@ -12,23 +12,21 @@ A block counts as done when its ``.json`` is there, which is written after its s
 lock is refused with the difference. ``model`` is renamed last, so nothing unfinished ever has the final name.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qtool.checkpoints.files import Files, file_hashes, shard_name, write_durably, write_shard
-from qtool.checkpoints.native import as_stored
+from qtool.checkpoints.files import Files, write_durably, write_shard
 from qtool.checkpoints.output_folder import check_folder, failed, swap
 from qtool.data.windows import Calibration, token_hash
-from qtool.models.linears import packed_linears
-from qtool.models.loaded import LoadedModel
-from qtool.pipelines.lock import Lock, differences
+from qtool.pipelines.lock import differences
+from qtool.reports.records import Lock, Number
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
 from qtool.system.locks import hold
@@ -37,14 +35,21 @@ from qtool.training.end_to_end import TRAINING
 PLAN = "plan.json"
 
 
+class BlockRecord(BaseModel):
+    """``block-00003.json``: a finished block."""
+
+    sha256: str  # of its shard
+    figures: dict[str, Number]
+    weight_errors: dict[str, Number]
+
+
 @dataclass
 class RunState:
-    """The folder of a run: keeps finished blocks (``models.FinishedBlocks``) and tokens."""
+    """The folder of a run and what lies in it."""
 
     partial: Path
     lock: Lock
-    end_to_end: bool = False  # whether finished blocks are only halfway
-    loaded: LoadedModel | None = field(default=None, init=False)  # set when it is loaded, before any block is done
+    end_to_end: bool = False  # if set, finished blocks are an intermediate that a later phase goes on with
 
     @property
     def folder(self) -> Path:
@@ -63,38 +68,19 @@ class RunState:
 
     @property
     def begun(self) -> bool:
-        """Whether anything is done that another start can go on from."""
+        """True if anything is done that another start can go on from."""
         return any(any(self.folder.glob(made)) for made in ("block-*.json", f"*/{TRAINING}", PLAN))
 
-    def _record(self, index: int) -> Path:
+    def record_file(self, index: int) -> Path:
+        """The file whose presence says that a block is done."""
         return self.folder / f"block-{index:05d}.json"
 
-    def _shard(self, index: int) -> Path:
-        assert self.loaded is not None
-        return self.blocks / shard_name(index + 1, len(self.loaded.blocks()))
-
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-        """Tensors and figures of a finished block; ``None`` when it is not done, or its shard is damaged."""
+    def record(self, index: int) -> BlockRecord | None:
+        """The record of a block; ``None`` when it is not done."""
         try:
-            record = json.loads(self._record(index).read_text(encoding="utf-8"))
+            return BlockRecord.model_validate_json(self.record_file(index).read_bytes())
         except (OSError, ValueError):
             return None
-        shard = self._shard(index)
-        if file_hashes(self.blocks, shard.name) != {shard.name: record["sha256"]}:
-            progress.note(f"{shard} is not what was written; block {index} is done again")
-            return None
-        files = Files(self.blocks, shard.name)
-        return {name: files.tensor(name) for name in files.names}, record["figures"]
-
-    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
-        """Keep a finished block. Of several processes the first one does, and all go on when it has."""
-        assert self.loaded is not None
-        if distributed.is_first():
-            shard = self._shard(index)
-            write_shard(as_stored(tensors, packed_linears(self.loaded.model), self.loaded), shard)
-            record = {"sha256": file_hashes(self.blocks, shard.name)[shard.name], "figures": figures}
-            write_durably(self._record(index), record)
-        distributed.wait()
 
     def calibration(self) -> Calibration | None:
         """The calibration windows of the earlier start of this run."""
@@ -172,14 +158,11 @@ def _stopped(path: Path, partial: Path, error: Exception) -> RunError:
 
 def _begin(state: RunState, fresh: bool) -> None:
     file = state.folder / "lock.json"
-    before = None
-    if file.exists() and not fresh:
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            progress.note(f"{file} is damaged; starting over")
+    before = None if fresh else read_lock(state.partial)
+    if before is None and file.exists() and not fresh:
+        progress.note(f"{file} is damaged; starting over")
     if before is not None:
-        changes = list(differences(before, json.loads(json.dumps(state.lock))))
+        changes = differences(before, state.lock)
         if changes:
             raise InputError(
                 "\n  ".join([f"{state.partial} was begun by another run; pass --fresh to start over:", *changes])
@@ -193,4 +176,12 @@ def _begin(state: RunState, fresh: bool) -> None:
     state.folder.mkdir()
     state.model.mkdir()
     state.blocks.mkdir(exist_ok=True)
-    write_durably(file, state.lock)
+    write_durably(file, state.lock.model_dump(mode="json"))
+
+
+def read_lock(partial: Path) -> Lock | None:
+    """The lock that an unfinished run was begun with; ``None`` where there is none, or it is damaged."""
+    try:
+        return Lock.model_validate_json((partial / "state" / "lock.json").read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -140,8 +140,8 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     return change / total if total else math.inf if change else 0.0
 
 
-def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
-    """Refuse what the grid cannot hold, naming the tensor.
+def check_weight(weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[float, float] | None = None) -> None:
+    """Refuse what the grid cannot hold, naming the tensor; ``extremes`` are its lowest and highest value, if known.
 
     Raises:
         InputError: NaN or infinite values, a group size that does not divide, or a scale above its stored dtype.
@@ -152,7 +152,10 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
             f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that; "
             f"choose a divisor or add an override for it (quant.overrides)"
         )
-    low, high = (float(end) for end in weight.detach().aminmax())  # needs no memory, and keeps NaN
+    if extremes is None:
+        low, high = (float(end) for end in weight.detach().aminmax())  # needs no memory, and keeps NaN
+    else:
+        low, high = extremes
     largest = max(-low, high) if low == low else low
     if not largest < float("inf"):  # also true for NaN
         found = int((~torch.isfinite(weight)).sum())

@@ -344,8 +344,8 @@ def _models(reports: Iterable[Report]) -> list[str]:
     """What identifies each report's float model: its files' hashes, where a report of it has them, or its name."""
     reports = list(reports)
     hashes = [
-        hashlib.sha256(json.dumps(report.lock["model_files"], sort_keys=True).encode()).hexdigest()
-        if report.lock and "model_files" in report.lock
+        hashlib.sha256(json.dumps(report.lock.model_files, sort_keys=True).encode()).hexdigest()
+        if report.lock
         else None
         for report in reports
     ]

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from qtool.reports.drawing import LIGHT, TICKS, Plot, blank, settle, shortened, style, text_on, whole_numbers
-from qtool.reports.records import Linear
+from qtool.reports.records import Linear, Series
 from qtool.reports.report import Report
 from qtool.reports.text import number
 from qtool.system.units import duration, size
@@ -26,7 +26,6 @@ PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block
 FLOAT = "#5f6b7a"
 BITS = dict(enumerate(("#7a0019", "#b42318", "#b54708", "#175cd3", "#0e7090", "#087443", "#7a3e9d", "#5925dc"), 1))
 Grid = dict[tuple[str, int], Linear]
-LOSSES = {"loss": "validation", "e2e_loss": "e2e_validation"}  # by step, and what was measured in between
 
 
 def figures(report: Report) -> list[Plot]:
@@ -59,19 +58,14 @@ def relative(squared: float) -> float:
 
 def by_block(report: Report, name: str) -> tuple[float, ...]:
     """A series with one number for each block, or nothing."""
-    series = report.series.get(name, ())
-    return series if any(map(math.isfinite, series)) else ()
+    values = next((each.values for each in report.series if (each.name, each.per) == (name, "block")), ())
+    return values if any(map(math.isfinite, values)) else ()
 
 
-def curves(report: Report) -> list[tuple[str, Sequence[float], Sequence[float]]]:
-    """The losses by step of each training of the whole model, and of its validations."""
-    of_blocks = "block_error" in report.series  # then a "loss" is one of each block
-    names = [name for name in LOSSES if not (of_blocks and name == "loss")]
-    return [
-        (name, report.series[name], report.series.get(LOSSES[name], ()))
-        for name in names
-        if len(report.series.get(name, ())) > 1
-    ]
+def curves(report: Report) -> list[tuple[Series, Series | None]]:
+    """The losses by step of each training of the whole model, and those of its validations."""
+    validations = {each.name: each for each in report.series if each.per == "validation"}
+    return [(each, validations.get(each.name)) for each in report.series if each.per == "step" and len(each.values) > 1]
 
 
 def _metrics(report: Report) -> Plot | None:
@@ -197,33 +191,25 @@ def _loss(report: Report) -> Plot | None:
         return None
     figure, all_axes = blank(2.1 * len(found), len(found))
     said = []
-    for (name, losses, validation), axes in zip(found, all_axes, strict=True):
+    for (training, validation), axes in zip(found, all_axes, strict=True):
+        name, losses = training.name, training.values
         width = math.ceil(len(losses) / MAX_POINTS)
         steps = [1 + start + (min(width, len(losses) - start) - 1) / 2 for start in range(0, len(losses), width)]
         means = [math.fsum(part := losses[i : i + width]) / len(part) for i in range(0, len(losses), width)]
         label = "training" if width == 1 else f"training, mean of each {width} steps"
         axes.plot(steps, means, color=LIGHT["accent"], linewidth=1.1, label=label)
         said.append(f"{name}: {len(losses)} steps, from {losses[0]:.4g} to {losses[-1]:.4g}")
-        if validation:
-            places = _validation_steps(report, name, len(losses), len(validation))
-            axes.plot(places, validation, "D--", color=LIGHT["second"], markersize=4, linewidth=1, label="validation")
-            said[-1] += f"; validation from {validation[0]:.4g} to {min(validation):.4g} at its best"
+        if validation is not None:
+            held = validation.values
+            style_ = {"color": LIGHT["second"], "markersize": 4, "linewidth": 1, "label": "validation"}
+            axes.plot(validation.at, held, "D--", **style_)  # type: ignore[arg-type] # values of many kinds
+            said[-1] += f"; validation from {held[0]:.4g} to {min(held):.4g} at its best"
         axes.set_xlabel("step")
         axes.set_ylabel("loss" if len(found) == 1 else name)
         axes.grid(axis="y")
         axes.legend(loc="upper right")
         whole_numbers(axes)
     return Plot("loss", "Loss of training", figure, "; ".join(said) + ".")
-
-
-def _validation_steps(report: Report, name: str, num_steps: int, count: int) -> list[float]:
-    """After how many steps each validation was: before the first, every so many, and at the end."""
-    method = (report.lock or {}).get("method", {})
-    every = (method.get("e2e", {}) if name.startswith("e2e_") else method).get("validate_every") or num_steps
-    steps: list[float] = [0, *range(every, num_steps, every), num_steps]
-    if len(steps) == count:
-        return steps
-    return [num_steps * i / max(1, count - 1) for i in range(count)]  # the recipe is not known
 
 
 def _phases(report: Report) -> Plot | None:

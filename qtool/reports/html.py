@@ -64,7 +64,7 @@ def html(report: Report, figures: Sequence["Plot"]) -> str:
         if report.expected
         else None,
         loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
-        lock=list(_flat(report.lock or {})),
+        lock=list(_flat(report.lock.model_dump(mode="json") if report.lock else {})),
     )
 
 

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
 
 from qtool.config.sections import ExpectedConfig
 
-RUN = 13
-ALARM = 0.01
-pass
+RUN = 13  # tokens of a run of text that counts as known
+ALARM = 0.01  # share of known runs from which a report warns
 
 
 def _strict(value: float) -> float | str:
@@ -100,6 +99,32 @@ class Published(Record):
     stderr: Number | None = None
     difference: Number | None = Field(None, description="measured - value.")
     note: str = ""
+
+
+class Lock(BaseModel):
+    """Everything that the bytes of a quantized model depend on; a run that was begun with another lock is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    model: dict[str, JsonValue] = Field(description="The recipe's section, but for keys that change no bit.")
+    method: dict[str, JsonValue]
+    quant: dict[str, JsonValue]
+    data: dict[str, JsonValue]
+    seed: int
+    model_files: dict[str, str] = Field(description="SHA-256 of the float model's files.")
+    versions: dict[str, str] = Field(description="Of the packages that compute.")
+    processor: str = Field(description="The CPU's name: on another one sums run in another order, to other bits.")
+    threads: int
+    processes: int
+
+
+class Series(Record):
+    """Numbers that a method recorded, one for each block, training step or validation."""
+
+    name: str
+    per: Literal["block", "step", "validation"] = Field(description="What there is one number of.")
+    at: tuple[int, ...] = Field(description="The block's index, or the number of steps done, of each value.")
+    values: tuple[Number, ...]
 
 
 class Linear(Record):

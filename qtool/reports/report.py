@@ -4,7 +4,7 @@ import math
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -14,9 +14,10 @@ from qtool.reports.records import (
     CalibrationText,
     Exported,
     Linear,
-    Number,
+    Lock,
     Published,
     Record,
+    Series,
     TaskResult,
     change_error,
 )
@@ -49,16 +50,14 @@ class Report(Record):
     results: tuple[TaskResult, ...] = ()
     expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
     linears: tuple[Linear, ...] = Field((), description="Of all decoder blocks, in their order.")
-    series: dict[str, tuple[Number, ...]] = Field(
-        default_factory=dict, description="What the method recorded of each block, step or validation."
-    )
+    series: tuple[Series, ...] = Field((), description="What the method recorded of each block, step or validation.")
     peak_bytes: dict[str, int] = Field(
         default_factory=dict,
         description="Most memory resident from the start of the process to the end of each phase; mapped files count.",
     )
     peak_gpu_bytes: dict[str, int] = Field(default_factory=dict, description="The same, allocated on one GPU by torch.")
     exports: tuple[Exported, ...] = ()
-    lock: dict[str, Any] | None = Field(None, description="What the bytes of the quantized model depend on.")
+    lock: Lock | None = Field(None, description="What the bytes of the quantized model depend on.")
     dtype: str | None = Field(None, description="Precision of computation, of both models.")
     device: str | None = None
     backend: str | None = Field(None, description="Arithmetic of packed linears: exact or fast; null: nothing packed.")

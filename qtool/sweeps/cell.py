@@ -15,12 +15,13 @@ from typing import Any, Literal
 import yaml
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import MANIFEST
 from qtool.config import recipe
 from qtool.config.sweep import BenchConfig, how
 from qtool.pipelines.lock import differences
+from qtool.pipelines.manifest import Manifest, read_manifest
+from qtool.pipelines.run_state import read_lock
 from qtool.reports.bench_report import BenchReport
-from qtool.reports.records import compare
+from qtool.reports.records import Lock, compare
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
 from qtool.sweeps.grid import Planned
@@ -68,10 +69,10 @@ class Cell:
         return [*QTOOL, self.plan.command, str(self.file), "--json", *options]
 
 
-def todo(cell: Cell, lock: dict[str, Any], bench: bool | BenchConfig) -> Todo:
+def todo(cell: Cell, lock: Lock, bench: bool | BenchConfig) -> Todo:
     """What is left of a cell whose result would have ``lock``."""
-    manifest = _read(cell.folder / MANIFEST)
-    if manifest is None or list(differences(_anywhere(manifest.get("lock") or {}), _anywhere(lock))):
+    manifest = _manifest(cell)
+    if manifest is None or differences(manifest.lock, lock, MACHINE):
         return "run"
     has_weights = any(cell.folder.glob("*.safetensors"))
     if bench and not has_weights and benched(cell, bench) is None:
@@ -81,21 +82,20 @@ def todo(cell: Cell, lock: dict[str, Any], bench: bool | BenchConfig) -> Todo:
     return "evaluate" if has_weights and cell.plan.recipe.eval is not None else "run"
 
 
-def _anywhere(lock: dict[str, Any]) -> dict[str, Any]:
-    """A lock without the machine, as it is after it was written and read."""
-    kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in lock.items() if key not in MACHINE}))
-    return kept
+def _manifest(cell: Cell) -> Manifest | None:
+    """The manifest of a cell's checkpoint; ``None`` where there is none, or not a whole one."""
+    try:
+        return read_manifest(cell.folder)
+    except InputError:
+        return None
 
 
-def begun_by_another(cell: Cell, lock: dict[str, Any], launcher: str) -> bool:
+def begun_by_another(cell: Cell, lock: Lock, launcher: str) -> bool:
     """Whether what is left of an interrupted run is of another lock, so that this one starts over."""
-    before = _read(cell.out / f"{cell.plan.name}.partial" / "state" / "lock.json")
+    before = read_lock(cell.out / f"{cell.plan.name}.partial")
     if before is None:
         return False
-    if launcher == "local":
-        changes = list(differences(before, json.loads(json.dumps(lock))))
-    else:
-        changes = list(differences(_anywhere(before), _anywhere(lock)))
+    changes = differences(before, lock, () if launcher == "local" else MACHINE)
     if changes:
         progress.note(f"{cell.plan.name} starts over, for it is not what was begun: {'; '.join(changes)}")
     return bool(changes)
@@ -132,23 +132,25 @@ def result(cell: Cell) -> CellResult:
         "model": made.model.path,
         "method": made.method.name,
     }
-    manifest, report = _read(cell.folder / MANIFEST), _report(cell)
+    manifest, report = _manifest(cell), _report(cell)
     if cell.reason or manifest is None or report is None:
         status = "failed" if cell.failed else "not run"
         reason = cell.reason or f"{cell.folder} has no report"
         return CellResult(**known, status=status, reason=reason, expected=compare(made.expected, ()))
-    lock = manifest["lock"]
     return CellResult(
         **known,
         status="done",
-        **{key: manifest[key] for key in ("label", "bits_per_weight", "float_bytes", "quantized_bytes")},
-        seconds=report.seconds | manifest["seconds"],
+        label=manifest.label,
+        bits_per_weight=manifest.bits_per_weight,
+        float_bytes=manifest.float_bytes,
+        quantized_bytes=manifest.quantized_bytes,
+        seconds=report.seconds | manifest.seconds,
         results=report.results,
         expected=compare(made.expected, report.results),
         bench=benched(cell, None),
         dtype=report.dtype,
         device=report.device,
-        machine=f"{lock['processor']}, {lock['threads']} threads",
+        machine=f"{manifest.lock.processor}, {manifest.lock.threads} threads",
     )
 
 

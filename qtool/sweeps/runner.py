@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
 
@@ -24,7 +23,9 @@ from qtool.checkpoints.output_folder import check_folder
 from qtool.config.sections import ModelConfig
 from qtool.config.sweep import how
 from qtool.models.folders import resolve
+from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early
 from qtool.pipelines.lock import lock_of
 from qtool.reports import comparison
@@ -60,8 +61,6 @@ class Outcome:
     cached: list[str]
     failed: list[str]
     seconds: float
-
-    exports = ()
 
 
 def sweep(plan: Plan, *, fresh: bool = False, jobs: int | None = None) -> Outcome:
@@ -142,13 +141,13 @@ def _prepare(plan: Plan, cells: Sequence[Cell], threads: int | None, fresh: bool
                 cell.reason = f"{path} is not at hand"
                 continue
             lock = lock_of(cell.plan.recipe, folder, hashes.get(folder))
-            hashes[folder] = lock["model_files"]
+            hashes[folder] = lock.model_files
             launchers.settle(cell.log)
             cell.todo = "run" if fresh else todo(cell, lock, plan.config.bench)
             if cell.todo != "nothing":
                 check_folder(cell.folder, overwrite=True, source=folder)
             if cell.todo == "run":
-                own = lock if threads is None else lock | {"threads": threads}
+                own = lock if threads is None else lock.model_copy(update={"threads": threads})
                 cell.starts_over = fresh or begun_by_another(cell, own, plan.config.launcher.name)
         except InputError as error:
             wrong.setdefault(str(error), []).append(cell.plan.name)
@@ -169,7 +168,7 @@ def _at_hand(path: str, skip: bool) -> Path | None:
 def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
     """Note in ``wrong`` what a run would refuse before its first block, each kind of question asked once."""
     asked: dict[str, str] = {}
-    models: dict[str, Any] = {}
+    models: dict[str, LoadedModel] = {}
     for cell in cells:
         made = cell.plan.recipe
         key = json.dumps([made.model.path, *(part.model_dump_json() for part in (made.quant, made.data))])
@@ -180,7 +179,7 @@ def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
                 check_early(made)
                 if made.model.path not in models:
                     models[made.model.path] = load_model(ModelConfig(path=made.model.path, device="cpu"))
-                models[made.model.path].targets(made.quant)
+                select_targets(models[made.model.path], made.quant)
             except InputError as error:
                 asked[key] = str(error)
         if asked[key]:

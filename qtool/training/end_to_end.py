@@ -22,6 +22,7 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qtool.blocks.job import Job, Workspace
 from qtool.checkpoints.files import Files, write_shard
 from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
@@ -44,33 +45,30 @@ def num_steps(config: EndToEndConfig, num_windows: int) -> int:
 
 
 def train_model(
-    loaded: LoadedModel,
+    job: Job,
     teacher: nn.Module | None,
-    tokens: Tensor,
     groups: Sequence[Group],
     config: EndToEndConfig,
     *,
     phase: str,
-    seed: int,
-    labels: Tensor | None = None,
 ) -> Fit:
-    """Train the parameters of ``groups`` in ``loaded.model``, which is whole, on windows ``tokens`` ``[n, t]``.
+    """Train the parameters of ``groups`` in the model of the job, which is whole, on its text.
 
-    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere; each window has some.
-    ``teacher`` is the float model, for every loss but cross entropy. ``phase`` names the folder of what is kept.
+    ``teacher`` is the float model, for every loss but cross entropy. ``phase`` names the folder of what is kept. Each
+    window has some tokens that are learned.
 
     Raises:
         InputError: fewer windows than are to be kept out, or a dtype that cannot train.
         RunError: the loss is not finite.
     """
-    training = _Training(loaded, teacher, tokens, tokens if labels is None else labels, config, seed)
+    loaded, tokens, workspace = job.loaded, job.text, job.workspace
+    training = _Training(loaded, teacher, tokens, tokens if job.labels is None else job.labels, config, job.seed)
     total = num_steps(config, len(tokens))
     layers = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
-    state = loaded.streaming.finished.folder if loaded.streaming else None
-    keeper = _Kept(state / phase / TRAINING, config.sharding == "full") if state else None
+    keeper = _Kept(workspace.phase(phase) / TRAINING, config.sharding == "full") if workspace else None
     with (
         progress.counted(f"training on {training.num_trained} windows", total) as reach,
-        _tracking(loaded, config, phase) as track,
+        _tracking(workspace, loaded.device, config, phase) as track,
         _rerun_blocks(loaded, config.gradient_checkpointing),
     ):
 
@@ -262,19 +260,19 @@ def _rerun_blocks(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _tracking(loaded: LoadedModel, config: EndToEndConfig, phase: str) -> Iterator[Callable[[float], None]]:
-    """Sends each step's loss to the tracker that ``config`` names, if any; beside the output of a run only."""
+def _tracking(
+    workspace: Workspace | None, device: torch.device, config: EndToEndConfig, phase: str
+) -> Iterator[Callable[[float], None]]:
+    """Send each step's loss to the tracker that ``config`` names, if any; only in a run that has a workspace."""
     name, available = config.tracker, [str(each.value) for each in get_available_trackers()]
     if name == "auto":
         name = "tensorboard" if "tensorboard" in available else "none"
     elif name not in (*available, "none"):
         raise InputError(f"tracker: {name} is not installed; install it, or set tracker: none")
-    folder = loaded.streaming.finished.folder.parent if loaded.streaming else None
-    if name == "none" or folder is None or not distributed.is_first():
+    if name == "none" or workspace is None or not distributed.is_first():
         yield lambda loss: None
         return
-    logs = folder.with_name(f"{folder.name.removesuffix('.partial')}.logs")
-    accelerator = Accelerator(cpu=loaded.device.type == "cpu", log_with=name, project_dir=logs)
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=name, project_dir=workspace.logs)
     accelerator.init_trackers(phase)
     count = 0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.config.training import OptimConfig
+from qtool.reports.records import Series
 from qtool.system import distributed
 from qtool.system.errors import InputError
 
@@ -33,6 +34,16 @@ class Fit(NamedTuple):
     losses: list[float]  # of every step
     validation: list[float]  # before the first step, and each time after; empty without ``validate``
     best_step: int  # steps after which the parameters were what they are now
+    validated_at: list[int]  # steps done before each validation
+
+    def series(self, name: str) -> tuple[Series, ...]:
+        """The losses as series called ``name``: of each step, and of each validation where there were any."""
+        steps = tuple(range(1, len(self.losses) + 1))
+        losses = Series(name=name, per="step", at=steps, values=tuple(self.losses))
+        if not self.validation:
+            return (losses,)
+        at, values = tuple(self.validated_at), tuple(self.validation)
+        return losses, Series(name=name, per="validation", at=at, values=values)
 
 
 class Keeper(Protocol):
@@ -167,7 +178,14 @@ def fit(
             on_step(loss)
     if num_steps == 0:
         run.end()
-    return Fit(run.losses, run.validation, run.best_step)
+    at = validation_steps(num_steps, validate_every) if validate is not None else []
+    return Fit(run.losses, run.validation, run.best_step, at)
+
+
+def validation_steps(num_steps: int, every: int) -> list[int]:
+    """The numbers of steps after which ``fit`` validates: 0, multiples of ``every`` if it is set, and the last."""
+    between = range(every, num_steps, every) if every else ()
+    return [0, *between, num_steps] if num_steps else [0]
 
 
 def _held(parameter: nn.Parameter) -> nn.Parameter:

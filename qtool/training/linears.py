@@ -1,13 +1,14 @@
 """What methods share that train linears in place: putting them in, where they start, how fast they move, packing."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qtool.blocks.job import Job, Method, Result
 from qtool.checkpoints.native import Source
-from qtool.config.quant import QuantConfig
 from qtool.config.training import EndToEnd, GridConfig, WeightsConfig
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, replace_linear
@@ -29,12 +30,6 @@ def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Tar
         layers[target.name] = make(target)
         replace_linear(model, target.name, layers[target.name])
     return layers
-
-
-def _taken(targets: list[Target], block: int) -> Iterator[Target]:
-    """Those of a block, the next on the list, off it: a float weight goes when replaced, unless a teacher has it."""
-    while targets and targets[0].block == block:
-        yield targets.pop(0)
 
 
 def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
@@ -112,41 +107,49 @@ def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[Gr
 
 
 def train_linears(
-    loaded: LoadedModel,
-    tokens: Tensor,
-    quant: QuantConfig,
+    job: Job,
     config: C,
-    seed: int,
     make: Callable[[Target, C], L],
     groups_of: Callable[[L, C, float], list[Group]],
-    labels: Tensor | None = None,
-) -> dict[str, list[float]]:
-    """Train a layer in the place of each target on ``tokens`` ``[n, t]``, all at once, and pack.
+) -> Result:
+    """Train a layer in the place of each target on the text of the job, all at once, and pack.
 
-    ``labels``, where there are any, are the tokens that are learned and -100 elsewhere.
-    ``groups_of(layer, config, total)`` says what trains of a layer and how fast; ``total`` is the sum of the factors of
-    the schedule, so what moves at ``distance / total`` goes no further than ``distance`` under Adam.
+    ``groups_of(layer, config, total)`` gives the parameters of a layer with their learning rates; ``total`` is the sum
+    of the schedule's factors, so a parameter with the rate ``distance / total`` goes no further than ``distance`` under
+    Adam.
     """
+    loaded = job.loaded
     loaded.gather(on_device=config.sharding == "none")
-    targets = loaded.targets(quant)
-    start = None if config.init_from is None else Start(config.init_from, targets)
+    start = None if config.init_from is None else Start(config.init_from, job.targets)
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    total = max(total_factor(num_steps(config, len(tokens)), config.optim), 1e-9)
+    total = max(total_factor(num_steps(config, len(job.text)), config.optim), 1e-9)
     layers: list[dict[str, L]] = []
 
     def put(index: int) -> list[Group]:
-        layers.append(put_linears(loaded.model, _taken(targets, index), lambda target: make(target, config)))
+        layers.append(put_linears(loaded.model, job.of_block(index), lambda target: make(target, config)))
         if start is not None:
             start.take_codes(layers[index])
         return [group for layer in layers[index].values() for group in groups_of(layer, config, total)]
 
     def train(groups: list[Group]) -> Fit:
-        return train_model(loaded, teacher, tokens, groups, config, phase="training", seed=seed, labels=labels)
+        return train_model(job, teacher, groups, config, phase="training")
 
     def pack(index: int) -> None:
         pack_linears(loaded.model, layers[index])
 
     found = train_by_block(loaded, teacher, config, put, train, pack)
-    return {"loss": found.losses} | ({"validation": found.validation} if found.validation else {})
+    return Result(found.series("loss"), {})
+
+
+def trained_method(
+    command: str,
+    summary: str,
+    config: type[C],
+    make: Callable[[Target, C], L],
+    groups_of: Callable[[L, C, float], list[Group]],
+) -> Method[C]:
+    """The method that trains ``make(target, config)`` in the place of each target, end to end."""
+    run = partial(train_linears, make=make, groups_of=groups_of)
+    return Method(command, summary, config, run, end_to_end=lambda config: True)

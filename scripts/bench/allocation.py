@@ -29,8 +29,8 @@ import torch
 
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.sensitivity import ESTIMATORS, Unit
+from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
-from qtool.config import plugins
 from qtool.config.budget import BudgetConfig
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import DataConfig, ModelConfig
@@ -126,10 +126,10 @@ class Bench:
 
     def quantized(self, overrides: dict[str, Any], grid: dict[str, int] | None = None) -> dict[str, float]:
         """Perplexity and divergence of the model that the method makes with these overrides."""
-        loaded, plugin = load_model(MODEL), plugins.get(self.args.method)
+        loaded, plugin = load_model(MODEL), load_method(self.args.method)
         quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
-        plugin.run(loaded, self.text.tokens if plugin.needs_data(config) else None, quant, config, 0)
+        plugin.run(Job.select(loaded, quant, self.text.tokens if plugin.needs_data(config) else None), config)
         kl, _ = perplexity.divergence(loaded.model, self.reference.model, self.windows, "auto")
         return {"perplexity": perplexity.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
 

@@ -33,6 +33,7 @@ from memory_accounting import Cell, Shape, held_bytes, peak_bytes, saved_bytes
 from memory_watch import WATCHED, Watch, in_use
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig
 from qtool.methods import efficientqat, lrqat, lsq
 from qtool.methods.efficientqat import block_ap
@@ -80,15 +81,15 @@ def run(loaded: LoadedModel, shape: Shape, cell: Cell) -> None:
         block = efficientqat.Config.model_validate(
             {"init": "minmax", "min_steps": steps, "epochs": 1e-9, "batch_size": shape.batch, "e2e": {"steps": 0}}
         )
-        efficientqat.run(loaded, tokens[: shape.batch], quant, block, 0)  # a batch, which is worked on at once
+        efficientqat.run(Job.select(loaded, quant, tokens[: shape.batch]), block)  # a batch, which is worked on at once
         return
     settings: dict[str, Any] = {"loss": "ce", "steps": steps, "batch_size": shape.batch}
     settings["gradient_checkpointing"] = cell.blocks_again
     if cell.method == "lsq":
-        lsq.METHOD.run(loaded, tokens, quant, lsq.Config(**settings, init="minmax"), 0)
+        lsq.METHOD.run(Job.select(loaded, quant, tokens), lsq.Config(**settings, init="minmax"))
         return
     settings |= {"phi": cell.phi, "checkpoint_weights": cell.weights_again, "rank": cell.rank, "range": "minmax"}
-    lrqat.run(loaded, tokens, quant, lrqat.Config(**settings), 0)
+    lrqat.run(Job.select(loaded, quant, tokens), lrqat.Config(**settings))
 
 
 def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
@@ -149,8 +150,6 @@ def compared(shape: Shape, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
     """A cell as measured, beside what its shapes say. Of Block-AP without what other blocks and windows take."""
     held = held_bytes(shape, cell)
     ours = {kind: found["held"].get(kind, 0) for kind in held}
-    if cell.method == "efficientqat":  # every block's float weights are there, as the model was not read from files
-        ours["float weights"] //= shape.blocks
     apart = sum(found["held"].values()) - sum(ours.values())
     return {
         "held": ours,

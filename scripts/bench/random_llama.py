@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models.folders import BUILTIN
 from qtool.models.loading import load_model
+from qtool.models.targets import select_targets
 
 
 def quant(grid: str) -> QuantConfig:
@@ -72,8 +74,8 @@ def main() -> None:
         if (args.folder / grid).exists():
             continue
         loaded = load_model(ModelConfig(path=str(args.folder / "float"), dtype="bfloat16", device="cpu"))
-        specs = {target.name: target.spec for target in loaded.targets(quant(grid))}
-        rtn.run(loaded, None, quant(grid), rtn.Config(), 0)
+        specs = {target.name: target.spec for target in select_targets(loaded, quant(grid))}
+        rtn.run(Job.select(loaded, quant(grid)), rtn.Config())
         with output_folder.atomic_folder(args.folder / grid, overwrite=False) as partial:
             native.save(partial, loaded, specs)
         print(args.folder / grid)

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 import yaml
 
+from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
-from qtool.config import plugins
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import DataConfig, MethodConfig, ModelConfig
 from qtool.data.windows import calibration_tokens, perplexity_windows
 from qtool.evaluation.perplexity import score_windows
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.targets import select_targets
 from qtool.system.environment import environment
 
 MODEL = "builtin:wiki-llama-3m"
@@ -53,7 +54,7 @@ def section(method: str) -> MethodConfig:
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = yaml.safe_load(value)
-    return plugins.get(name).config.model_validate(raw)
+    return load_method(name).config.model_validate(raw)
 
 
 @cache
@@ -68,11 +69,11 @@ def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.
     cell: dict[str, float] = {"bits_per_weight": 16.0, "seconds": 0.0}
     if method != "float":
         config, chosen = quant(grid), section(method)
-        targets = loaded.targets(config)
+        targets = select_targets(loaded, config)
         shapes = {t.name: t.weight_shape for t in targets}
         cell["bits_per_weight"] = bits_per_weight({t.name: t.spec for t in targets}, shapes)
         start = time.process_time()
-        plugins.get(chosen.name).run(loaded, tokens, config, chosen, seed)
+        load_method(chosen.name).run(Job.select(loaded, config, tokens, seed=seed), chosen)
         cell["seconds"] = time.process_time() - start
     loaded.model.float()  # measured in float32 whatever the method computed in; packed scales keep their dtype
     windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0)

@@ -23,6 +23,7 @@ from qtool.config.budget import BudgetConfig
 from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec
 from qtool.models.linears import Target
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 from qtool.pipelines import plan as planning
 from qtool.system.errors import InputError
 
@@ -47,7 +48,8 @@ def test_units_of_other_architectures(family: str, tmp_path) -> None:
 def test_experts_of_a_layer_are_one_unit() -> None:
     spec = QuantSpec()
     names = [f"model.layers.{i}.mlp.experts.{e}.{p}" for i in (0, 1) for e in (0, 1) for p in ("up_proj", "down_proj")]
-    groups = [[Target(name, torch.nn.Linear(1, 1), spec, 0)] for name in ["model.layers.0.mlp.gate", *names]]
+    linear = torch.nn.Linear(1, 1)
+    groups = [[Target.of(name, linear, spec, 0)] for name in ["model.layers.0.mlp.gate", *names]]
     assert [len(unit) for unit in merged(groups)] == [1, 4, 4]
 
 
@@ -59,7 +61,7 @@ def test_average_bits_count_scales_and_zero_points(llama, tokens, average_bits, 
         average_bits += 0.7
     plan = planned(llama, budgeted(quant, average_bits=average_bits, estimator="variance", solver=solver), tokens)
     assert average_bits - 0.7 < plan.bits_per_weight <= average_bits
-    targets = llama.targets(plan.applied(quant))
+    targets = select_targets(llama, plan.applied(quant))
     stored = sum(t.spec.bits_per_weight(t.weight_shape[1]) * t.weight.numel() for t in targets)
     assert stored / sum(t.weight.numel() for t in targets) == plan.bits_per_weight
 
@@ -81,7 +83,7 @@ def test_pins_and_floors_hold_for_all_that_is_fused(llama, tokens) -> None:
         pins={"*.1.*.q_proj": 8},
     )
     plan = planned(llama, quant, tokens)
-    found = {target.name: target.spec.num_bits for target in llama.targets(plan.applied(quant))}
+    found = {target.name: target.spec.num_bits for target in select_targets(llama, plan.applied(quant))}
     assert all(bits >= 3 for name, bits in found.items() if name.endswith("down_proj"))
     assert {found[f"model.layers.1.self_attn.{p}_proj"] for p in "qkv"} == {8}
     assert set(found.values()) >= {2, 8}
@@ -249,7 +251,7 @@ def test_a_plan_file_keeps_the_overrides_of_its_recipe(llama, tokens, tmp_path) 
     )
     read = recipe.load(tmp_path / "r.yaml").quant
     assert read == plan.applied(quant)
-    specs = {target.name: target.spec for target in llama.targets(read)}
+    specs = {target.name: target.spec for target in select_targets(llama, read)}
     assert "model.layers.0.self_attn.o_proj" not in specs
     assert specs["model.layers.1.mlp.down_proj"].group_size == 16
 

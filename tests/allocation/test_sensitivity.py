@@ -2,26 +2,34 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny
 from helpers.bit_plans import budgeted, planned
+from torch import Tensor
 
 from qtool.allocation import sensitivity
 from qtool.allocation.plan import units_of
 from qtool.allocation.sensitivity import ESTIMATORS, Unit, compensated, nearest, rounded_unit
+from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig
-from qtool.data.windows import Calibration
 from qtool.evaluation import perplexity
 from qtool.methods import gptq
 from qtool.models.linears import Target, dense_weight, packed_linears, weight_of
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 from qtool.quant.affine import dequantize
 from qtool.quant.affine import quantize as codes_of
 from qtool.quant.ranges import search_qparams
 from qtool.system.errors import RunError
+
+
+def job(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor, labels: Tensor | None = None) -> Job:
+    """The targets of ``units``, and text."""
+    return Job(loaded, tuple(target for unit in units for target in unit.targets), tokens, labels)
 
 
 def units_with(loaded: LoadedModel) -> list[Unit]:
@@ -40,7 +48,7 @@ def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, 
         weight = weight_of(loaded.model.get_submodule(name))
         weight.data = weight.data * factor  # not in place: it lies in a mapped file, whose pages may be dropped
     units = units_with(loaded)
-    costs = ESTIMATORS[estimator].measure(loaded, units, Calibration(tokens), nearest)
+    costs = ESTIMATORS[estimator].measure(job(loaded, units, tokens), units, nearest)
     by_name = {unit.targets[0].name: cost for unit, cost in zip(units, costs, strict=True)}
     for bits in (2, 3, 4):
         assert by_name[loud][bits] > 100 * by_name[quiet][bits]
@@ -49,7 +57,7 @@ def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_more_bits_cost_less_and_the_model_stays_what_it_was(estimator, llama, tokens) -> None:
     before = copy.deepcopy(llama.model.state_dict())
-    costs = ESTIMATORS[estimator].measure(llama, units_with(llama), Calibration(tokens), nearest)
+    costs = ESTIMATORS[estimator].measure(job(llama, units_with(llama), tokens), units_with(llama), nearest)
     assert all(c[2] > c[3] > c[4] > c[8] > 0 for c in costs)
     after = llama.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -65,9 +73,9 @@ def error_of(target: Target, bits: int) -> torch.Tensor:
 def test_hessian_is_the_trace_times_the_error(llama, tokens) -> None:
     units = units_with(llama)
     read: dict[str, torch.Tensor] = {}
-    for target in llama.targets(QuantConfig(group_size=32)):
+    for target in select_targets(llama, QuantConfig(group_size=32)):
         target.linear.register_forward_pre_hook(lambda _, args, name=target.name: read.__setitem__(name, args[0]))
-    costs = ESTIMATORS["hessian"].measure(llama, units, Calibration(tokens), nearest)
+    costs = ESTIMATORS["hessian"].measure(job(llama, units, tokens), units, nearest)
     llama.model(tokens)
     for unit, cost in zip(units, costs, strict=True):
         expected = sum(float(read[t.name].square().mean() * error_of(t, 3).square().sum()) for t in unit.targets)
@@ -76,7 +84,7 @@ def test_hessian_is_the_trace_times_the_error(llama, tokens) -> None:
 
 def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama, tokens) -> None:
     units = units_with(llama)
-    costs = ESTIMATORS["fisher"].measure(llama, units, Calibration(tokens), nearest)
+    costs = ESTIMATORS["fisher"].measure(job(llama, units, tokens), units, nearest)
     target = units[3].targets[0]
     weight = weight_of(llama.model.get_submodule(target.name)).requires_grad_(True)
     squares = torch.zeros_like(weight)
@@ -89,7 +97,7 @@ def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama, tokens) -
 
 def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
     units, reference = units_with(llama)[:2], copy.deepcopy(llama.model)
-    costs = ESTIMATORS["loss"].measure(llama, units, Calibration(tokens), nearest)
+    costs = ESTIMATORS["loss"].measure(job(llama, units, tokens), units, nearest)
     for unit, cost in zip(units, costs, strict=True):
         with rounded_unit(llama, unit, 2):
             for target in unit.targets:
@@ -101,23 +109,24 @@ def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
 
 def test_compensated_weights_are_those_of_gptq(make_llama, tokens) -> None:
     """In the first block, whose first linears read the same in a model that is quantized and in one that is not."""
-    loaded, text = make_llama(), Calibration(tokens)
+    loaded = make_llama()
     units = units_with(loaded)
-    weights = compensated(loaded, units, text)
+    weights = compensated(job(loaded, units, tokens), units)
     quantized = make_llama()
-    gptq.run(quantized, tokens, QuantConfig(num_bits=3, group_size=32), gptq.Config(), 0)
+    gptq.run(Job.select(quantized, QuantConfig(num_bits=3, group_size=32), tokens), gptq.Config())
     layers = packed_linears(quantized.model)
     for target in units[0].targets:
         same = weights(target, 3) == dequantize(*layers[target.name].quantized)
         assert same.float().mean() > 0.99  # there q, k and v are solved in one product, whose sums have another order
-    nearer = ESTIMATORS["block"].measure(loaded, units, text, weights)
-    for cost, plain in zip(nearer, ESTIMATORS["block"].measure(loaded, units, text, nearest), strict=True):
+    work = job(loaded, units, tokens)
+    nearer = ESTIMATORS["block"].measure(work, units, weights)
+    for cost, plain in zip(nearer, ESTIMATORS["block"].measure(work, units, nearest), strict=True):
         assert cost[3] < plain[3]
 
 
 def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama, tokens) -> None:
     unit = units_with(llama)[3]
-    cost = ESTIMATORS["delta-loss"].measure(llama, [unit], Calibration(tokens), nearest)[0][3]
+    cost = ESTIMATORS["delta-loss"].measure(job(llama, [unit], tokens), [unit], nearest)[0][3]
     target = unit.targets[0]
     error, weight = error_of(target, 3), weight_of(llama.model.get_submodule(target.name))
     weight.data += error
@@ -133,8 +142,8 @@ def test_only_learned_tokens_count(llama, tokens) -> None:
     labels[2:] = -100
     units = units_with(llama)[:1]
     for name in ("loss", "delta-loss"):
-        masked = ESTIMATORS[name].measure(llama, units, Calibration(tokens, labels), nearest)
-        alone = ESTIMATORS[name].measure(llama, units, Calibration(tokens[:2]), nearest)
+        masked = ESTIMATORS[name].measure(job(llama, units, tokens, labels), units, nearest)
+        alone = ESTIMATORS[name].measure(job(llama, units, tokens[:2]), units, nearest)
         assert masked[0][2] == pytest.approx(alone[0][2], rel=1e-4)
 
 

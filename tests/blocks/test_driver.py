@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qtool.blocks import driver
 from qtool.blocks.driver import PROBED_WINDOWS, Call, run_blocks
+from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.models.linears import replace_linear
@@ -69,7 +70,7 @@ def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel
         assert equal(task.outputs, run_copy(task.block, task)[0])
         assert task.float_outputs is None
 
-    run_blocks(loaded, tokens, loaded.targets(W2), quantize_block)
+    run_blocks(Job.select(loaded, W2, tokens), quantize_block)
     assert len(compared) >= 6
     assert set(compared) == {3}
 
@@ -83,7 +84,7 @@ def test_stages_end_where_packing_everything_at_once_ends(
     logits = []
     for quantize_block in (pack_in_stages, pack_all):
         loaded = copy.deepcopy(pristine)
-        run_blocks(loaded, tokens, loaded.targets(W2), quantize_block)
+        run_blocks(Job.select(loaded, W2, tokens), quantize_block)
         logits.append(tiny.logits(loaded.model))
     assert torch.equal(*logits)
 
@@ -99,7 +100,7 @@ def test_later_groups_see_the_groups_before_them_quantized(llama: LoadedModel, t
             for target in stage.targets:
                 task.pack(target, nearest(target))
 
-    run_blocks(llama, tokens, llama.targets(W2), quantize_block)
+    run_blocks(Job.select(llama, W2, tokens), quantize_block)
     first = {name: change for name, change in changes.items() if name.startswith("model.layers.0.")}
     assert first.pop("model.layers.0.self_attn.q_proj") == 0
     assert len(first) == 3
@@ -115,7 +116,7 @@ def test_linears_that_read_the_same_tensor_are_one_group_in_the_order_they_run(
         found.append([[target.name.rpartition(".")[2] for target in group] for group in task.groups])
         pack_all(task)
 
-    run_blocks(llama, tokens, llama.targets(W2), quantize_block)
+    run_blocks(Job.select(llama, W2, tokens), quantize_block)
     assert found == [[["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]] * 2
 
 
@@ -130,7 +131,7 @@ def test_linears_that_stay_in_floating_point_are_in_no_group(llama: LoadedModel,
         pack_in_stages(task)
         assert equal(task.outputs, before) == (task.index == 1)
 
-    run_blocks(llama, tokens, llama.targets(quant), quantize_block)
+    run_blocks(Job.select(llama, quant, tokens), quantize_block)
     assert found == [[["k_proj", "v_proj"], ["o_proj"]], []]
 
 
@@ -152,20 +153,20 @@ def test_the_float_stream_is_the_float_model(loaded: LoadedModel, tokens: Tensor
 @pytest.mark.usefixtures("small_batches")
 def test_the_quantized_stream_is_the_same_beside_a_float_stream(loaded: LoadedModel, tokens: Tensor) -> None:
     other = copy.deepcopy(loaded)
-    errors = run_blocks(loaded, tokens, loaded.targets(W2), pack_in_stages)
-    assert run_blocks(other, tokens, other.targets(W2), pack_in_stages, float_stream=True) == errors
+    errors = run_blocks(Job.select(loaded, W2, tokens), pack_in_stages)
+    assert run_blocks(Job.select(other, W2, tokens), pack_in_stages, float_stream=True) == errors
 
 
 def test_a_float_stream_without_stages_is_our_mistake(llama: LoadedModel, tokens: Tensor) -> None:
     with pytest.raises(AssertionError, match="hands its outputs over"):
-        run_blocks(llama, tokens, llama.targets(W2), pack_all, float_stream=True)
+        run_blocks(Job.select(llama, W2, tokens), pack_all, float_stream=True)
 
 
 # -------------------------------------------------------------------------------------------------- the driver
 
 
 def test_a_run_leaves_no_patched_forward_and_no_hook(loaded: LoadedModel, tokens: Tensor) -> None:
-    run_blocks(loaded, tokens, loaded.targets(W2), pack_in_stages)
+    run_blocks(Job.select(loaded, W2, tokens), pack_in_stages)
     assert untouched(loaded)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in loaded.model.modules())
 
@@ -178,7 +179,7 @@ def test_each_block_is_fed_by_the_quantized_blocks_before_it(loaded: LoadedModel
         walked.append(task.inputs[0])
         pack_in_stages(task)
 
-    run_blocks(loaded, tokens, loaded.targets(W2), quantize_block)
+    run_blocks(Job.select(loaded, W2, tokens), quantize_block)
     found: list[Tensor] = []
     hook = loaded.blocks()[1][1].register_forward_pre_hook(lambda _, args: found.append(args[0]))
     with torch.no_grad():
@@ -199,7 +200,7 @@ def test_the_size_of_batches_does_not_matter(
         def quantize_block(task: BlockTask, outputs: list[Tensor] = outputs) -> None:
             outputs[:] = [torch.cat([task.forward(x) for x in task.inputs])]
 
-        run_blocks(loaded, tokens, [], quantize_block)
+        run_blocks(Job(loaded, (), tokens), quantize_block)
         results.append(outputs[0])
     for result in results[1:]:
         assert torch.allclose(result, results[0], rtol=1e-4, atol=1e-5 * float(results[0].abs().max()))
@@ -212,7 +213,7 @@ def test_a_block_is_called_with_what_was_recorded_for_that_size_of_batch(llama: 
         scaled = replace(task, block=lambda x, scale, shift: (x * scale + shift,), calls=calls)
         assert [float(scaled.forward(torch.ones(size, 1, 1))[0]) for size in (3, 1, 2)] == [6.0, 2.0, 4.0]
 
-    run_blocks(llama, tokens, [], visit)
+    run_blocks(Job(llama, (), tokens), visit)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -222,7 +223,7 @@ def test_masks_are_recorded_for_every_size_of_batch_and_every_block(tokens: Tens
     def walk(task: BlockTask) -> None:
         masks.append({size: call.kwargs["attention_mask"] for size, call in task.calls.items()})
 
-    run_blocks(make("gemma3"), tokens, [], walk)
+    run_blocks(Job(make("gemma3"), (), tokens), walk)
     local, everything = masks
     assert {size: mask.shape[0] for size, mask in local.items()} == {1: 1, 2: 2}
     assert local[1][0, 0].sum(-1).tolist() == [min(position, 8) for position in range(1, 25)]
@@ -240,7 +241,7 @@ def test_the_errors_are_relative_output_errors_on_the_first_windows(llama: Loade
         after = run_copy(task.block, task)[0][0][:PROBED_WINDOWS].double()
         expected.append(float((after - before).square().sum() / before.square().sum()))
 
-    errors = run_blocks(llama, tokens, llama.targets(W2), quantize_block)["block_error"]
+    errors = run_blocks(Job.select(llama, W2, tokens), quantize_block).values("block_error")
     assert errors == pytest.approx(expected, rel=1e-4)
     assert all(0.001 < error < 1 for error in errors)
 
@@ -251,7 +252,7 @@ def test_a_method_that_leaves_a_target_is_caught(llama: LoadedModel, tokens: Ten
             task.pack(target, nearest(target))
 
     with pytest.raises(AssertionError, match=r"left these as they were: \['model\.layers\.0\.mlp\.down_proj'\]"):
-        run_blocks(llama, tokens, llama.targets(W2), leave_the_last)
+        run_blocks(Job.select(llama, W2, tokens), leave_the_last)
 
 
 def test_the_errors_are_numbers_in_half_precision(llama: LoadedModel, tokens: Tensor) -> None:
@@ -259,5 +260,5 @@ def test_the_errors_are_numbers_in_half_precision(llama: LoadedModel, tokens: Te
     with torch.no_grad():
         llama.model.get_input_embeddings().weight.mul_(100)
     llama.model.half()
-    errors = run_blocks(llama, tokens, llama.targets(W2), pack_in_stages)["block_error"]
+    errors = run_blocks(Job.select(llama, W2, tokens), pack_in_stages).values("block_error")
     assert all(0 < error < 1 for error in errors), errors

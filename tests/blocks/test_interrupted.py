@@ -9,9 +9,11 @@ from helpers.block_driving import CONFIGS, W2, make, nearest, pack_all, pack_in_
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 
 
 @pytest.fixture(params=CONFIGS)
@@ -28,7 +30,7 @@ class Interrupted(Exception):
 def test_an_exception_between_stages_leaves_no_patched_forward(
     llama: LoadedModel, tokens: Tensor, stop_at: int, float_stream: bool
 ) -> None:
-    targets = llama.targets(W2)
+    targets = select_targets(llama, W2)
 
     def quantize_block(task: BlockTask) -> None:
         for number, stage in enumerate(task.stages()):
@@ -39,7 +41,7 @@ def test_an_exception_between_stages_leaves_no_patched_forward(
                 task.pack(target, nearest(target))
 
     with pytest.raises(Interrupted):
-        run_blocks(llama, tokens, targets, quantize_block, float_stream=float_stream)
+        run_blocks(Job(llama, tuple(targets), tokens), quantize_block, float_stream=float_stream)
     assert untouched(llama)
     assert not any("forward" in vars(target.linear) for target in targets)
     assert len(packed_linears(llama.model)) == (0, 3, 4, 6)[stop_at]
@@ -54,9 +56,9 @@ def test_a_run_after_an_interrupted_one_is_like_any_other(
 
     first, second = make_llama(), make_llama()
     with pytest.raises(KeyboardInterrupt):
-        run_blocks(first, tokens, first.targets(W2), interrupted)
-    errors = run_blocks(first, tokens, first.targets(W2), pack_in_stages)
-    assert errors == run_blocks(second, tokens, second.targets(W2), pack_in_stages)
+        run_blocks(Job.select(first, W2, tokens), interrupted)
+    errors = run_blocks(Job.select(first, W2, tokens), pack_in_stages)
+    assert errors == run_blocks(Job.select(second, W2, tokens), pack_in_stages)
     assert torch.equal(tiny.logits(first.model), tiny.logits(second.model))
 
 
@@ -73,7 +75,7 @@ def test_an_exception_inside_the_block_comes_out_and_leaves_no_patched_forward(
             task.block.get_submodule("mlp").act_fn.register_forward_hook(explode)
 
     with pytest.raises(Interrupted):
-        run_blocks(llama, tokens, llama.targets(W2), quantize_block)
+        run_blocks(Job.select(llama, W2, tokens), quantize_block)
     assert untouched(llama)
 
 
@@ -85,5 +87,5 @@ def test_an_exception_while_the_calls_are_recorded_leaves_no_patched_forward(
 
     monkeypatch.setattr(type(llama.blocks()[0][1]), "forward", explode)
     with pytest.raises(Interrupted):
-        run_blocks(llama, tokens, llama.targets(W2), pack_all)
+        run_blocks(Job.select(llama, W2, tokens), pack_all)
     assert untouched(llama)

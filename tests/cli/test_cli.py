@@ -14,7 +14,7 @@ import pytest
 import qtool
 from qtool import pipelines
 from qtool.cli import doctor, main, session
-from qtool.config import plugins
+from qtool.config import catalog, plugins
 from qtool.config.files import packaged, tables
 from qtool.config.sections import MethodConfig
 from qtool.system import progress
@@ -43,15 +43,15 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     fake: Any = ModuleType("qtool.pipelines.quantize")
     fake.calls = []
     fake.quantize = lambda *args: fake.calls.append(args) or outcome(exports=("out/y",))
-    fake.evaluate = lambda *args: fake.calls.append(args) or outcome(None)
+    fake.evaluate = lambda *args, **keys: fake.calls.append((*args, keys)) or outcome(None)
     fake.export = lambda *args: fake.calls.append(args) or args[1].path
     for name in ("quantize", "evaluate", "export"):
         monkeypatch.setitem(sys.modules, f"qtool.pipelines.{name}", fake)
         monkeypatch.setattr(pipelines, name, fake, raising=False)
-    demo = {"demo": plugins.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
-    monkeypatch.setattr(plugins, "names", lambda: tuple(demo))
+    demo = {"demo": SimpleNamespace(command="ptq", summary="a demonstration", config=Demo)}
+    monkeypatch.setattr(catalog, "methods", lambda: tuple(demo))
     monkeypatch.setattr(plugins, "get", demo.__getitem__)
-    monkeypatch.setattr("qtool.config.plugins.export_formats", lambda: ("dense",))
+    monkeypatch.setattr("qtool.config.catalog.export_formats", lambda: ("dense",))
     return fake  # type: ignore[no-any-return]
 
 
@@ -66,14 +66,8 @@ def test_ptq_checks_the_recipe_and_prints_report_and_paths(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["ptq", recipe, "--set", "seed=3", "--set", "quant.num_bits=2", "--overwrite"]) == 0
-    ((checked, command, fresh),) = run.calls
-    assert (checked.seed, checked.quant.num_bits, checked.output.overwrite, command, fresh) == (
-        3,
-        2,
-        True,
-        "ptq",
-        False,
-    )
+    ((checked, fresh),) = run.calls
+    assert (checked.seed, checked.quant.num_bits, checked.output.overwrite, fresh) == (3, 2, True, False)
     assert capsys.readouterr().out == "| perplexity |\n|---|\n| inf |\n\nout/x\nout/y\n"
 
 
@@ -231,11 +225,11 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
     options = "--tasks boolq,mmlu --limit 5 --batch-size 8 --num-fewshot 2 --context 64 --dtype float32 --device cpu"
     args = ["eval", str(tmp_path), *options.split(), "--float-model", "org/m", "-o", "out"]
     assert main.main(args) == 0
-    ((target, config, model, float_model, output, seed, expected, plots),) = run.calls
-    assert (target, model.path, model.dtype, model.device) == (str(tmp_path), str(tmp_path), "float32", "cpu")
+    ((model, config, keys),) = run.calls
+    assert (model.path, model.dtype, model.device) == (str(tmp_path), "float32", "cpu")
     assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
     assert (config.num_fewshot, config.context) == (2, 64)
-    assert (float_model, output, seed, expected, plots) == ("org/m", Path("out"), 0, (), False)
+    assert keys == {"float_model": "org/m", "output": Path("out"), "seed": 0, "expected": (), "plots": False}
     assert capsys.readouterr().out.endswith("| inf |\n")
 
 
@@ -246,10 +240,10 @@ def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: s
         "output: {path: o, plots: true}\n"
     )
     assert main.main(["eval", "e.yaml", "--limit", "7", "--batch-size", "auto"]) == 0
-    ((target, config, _, float_model, output, seed, expected, plots),) = run.calls
-    assert (target, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
-    assert (float_model, output, seed, plots) == (None, Path("o"), 4, True)
-    assert [each.source for each in expected] == ["a paper"]
+    ((model, config, keys),) = run.calls
+    assert (model.path, config.tasks, config.limit, config.batch_size) == ("m", ("kl",), 7, "auto")
+    assert (keys["float_model"], keys["output"], keys["seed"], keys["plots"]) == (None, Path("o"), 4, True)
+    assert [each.source for each in keys["expected"]] == ["a paper"]
 
 
 def test_eval_lists_what_is_wrong_with_its_options(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import qtool
-from qtool.config import files, plugins, recipe
+from qtool.blocks.job import load_method
+from qtool.config import files, recipe
 
 FOLDER = Path(qtool.__file__).parent / "recipes"
 PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # those are sweeps
@@ -32,7 +33,7 @@ def test_it_loads_and_opens_with_what_it_does_and_its_command(path: Path) -> Non
     assert checked == recipe.load(name(path))
     what, command = path.read_text(encoding="utf-8").splitlines()[:2]
     assert re.fullmatch(r"# [A-Z].{20,100}\.", what)
-    assert command == f"#   qtool {plugins.get(checked.method.name).command} {name(path)}"
+    assert command == f"#   qtool {load_method(checked.method.name).command} {name(path)}"
 
 
 # the papers'

@@ -3,6 +3,7 @@
 import datetime
 import string
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
-from qtool.config import describe, files, plugins, recipe
+from qtool.config import catalog, describe, files, plugins, recipe
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import MethodConfig
@@ -31,7 +32,7 @@ class Demo(MethodConfig):
         return self
 
 
-METHODS = {"demo": plugins.Method("ptq", "a demonstration", Demo, run=lambda *_: {})}
+METHODS = {"demo": SimpleNamespace(command="ptq", summary="a demonstration", config=Demo)}
 GOOD = """
 model: {path: somewhere}
 method: {name: demo}
@@ -42,9 +43,9 @@ output: {path: out}
 @pytest.fixture(autouse=True)
 def _demo_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """One method and two export formats, so that nothing here depends on the real ones, nor loads torch."""
-    monkeypatch.setattr(plugins, "names", lambda: tuple(METHODS))
+    monkeypatch.setattr(catalog, "methods", lambda: tuple(METHODS))
     monkeypatch.setattr(plugins, "get", METHODS.__getitem__)
-    monkeypatch.setattr(plugins, "export_formats", lambda: ("compressed-tensors", "dense"))
+    monkeypatch.setattr(catalog, "export_formats", lambda: ("compressed-tensors", "dense"))
 
 
 @pytest.fixture
@@ -143,10 +144,10 @@ def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch:
     for name in ("__init__", "_private", "compressed_tensors", "dense"):
         (tmp_path / "exporters").mkdir(exist_ok=True)
         (tmp_path / "exporters" / f"{name}.py").touch()
-    monkeypatch.setattr(plugins, "files", lambda package: tmp_path)
-    plugins.export_formats.cache_clear()
-    assert plugins.export_formats() == ("compressed-tensors", "dense")
-    plugins.export_formats.cache_clear()
+    monkeypatch.setattr(catalog, "files", lambda package: tmp_path)
+    catalog.export_formats.cache_clear()
+    assert catalog.export_formats() == ("compressed-tensors", "dense")
+    catalog.export_formats.cache_clear()
 
 
 @pytest.mark.parametrize(

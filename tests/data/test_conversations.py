@@ -1,6 +1,7 @@
 """Conversations: what of them is learned, how they fill windows, and who gets the labels."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from qtool.config import plugins
+from qtool.blocks.job import Job, Method, Result
 from qtool.config.recipe import Recipe
 from qtool.config.sections import IGNORED, DataConfig
 from qtool.data import conversations, sources, windows
@@ -328,14 +329,15 @@ def test_a_run_goes_on_only_with_the_same_labels(tmp_path: Path) -> None:
 def test_labels_reach_the_methods_that_take_them_and_no_other(
     takes_labels: bool, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    calls: list[Job] = []
 
-    def method(loaded: Any, tokens: torch.Tensor, quant: Any, config: Any, seed: int, **more: torch.Tensor) -> Any:
-        calls.append((tokens, more))
-        return rtn.run(loaded, None, quant, rtn.Config(), seed)
+    def method(job: Job, config: rtn.Config) -> Result:
+        calls.append(job)
+        return rtn.run(replace(job, tokens=None), config)
 
-    trained = plugins.Method("ptq", "for this test", rtn.Config, method, takes_labels=takes_labels)
-    monkeypatch.setattr(plugins, "get", lambda name: trained)
+    reading = Method("ptq", "for this test", rtn.Config, method, needs_data=lambda config: takes_labels)
+    for module in ("quantize", "checks"):
+        monkeypatch.setattr(f"qtool.pipelines.{module}.load_method", lambda name: reading)
     raw = {
         "model": {"path": str(llama_folder), "dtype": "float32", "device": "cpu"},
         "method": {"name": "rtn"},
@@ -344,11 +346,15 @@ def test_labels_reach_the_methods_that_take_them_and_no_other(
         "output": {"path": str(tmp_path / "q")},
     }
     recipe = Recipe.model_validate(raw)
-    quantize.quantize(recipe, "ptq")
+    quantize.quantize(recipe)
     text = windows.calibration(recipe.data, tiny.load(llama_folder), 0)
-    ((tokens, more),) = calls
-    assert torch.equal(tokens, text.tokens)
+    (job,) = calls
     assert text.labels is not None
-    assert torch.equal(more["labels"], text.labels) if takes_labels else not more
+    if not takes_labels:
+        assert (job.tokens, job.labels) == (None, None)
+        return
+    assert torch.equal(job.text, text.tokens)
+    assert job.labels is not None
+    assert torch.equal(job.labels, text.labels)
     manifest = json.loads((tmp_path / "q" / "qtool.json").read_text())
     assert manifest["data"]["sha256"] == windows.token_hash(*text)

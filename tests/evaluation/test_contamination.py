@@ -153,7 +153,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     same = perplexity_windows("generated", floats, 48, 4, seed=0)
     np.save(tmp_path / "same.npy", torch.cat([same[:2], same[:2].flip(1)]).numpy())
     text = {"source": str(tmp_path / "same.npy"), "num_samples": 4, "seq_len": 48}
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data=text), "ptq").report
+    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data=text)).report
     assert [each.overlap for each in found.results] == [0.5, 0.5, 0.5]
     assert len(found.warnings()) == 1
     for name in ("report.md", "README.md"):
@@ -162,35 +162,32 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
 
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
-    asked = str(tmp_path / "q"), config, model, None, None, 0
-    again = evaluate.evaluate(*asked).report
+    again = evaluate.evaluate(model, config).report
     assert again.results[0].overlap == 0.5
     assert again.calibration == found.calibration
     np.save(tmp_path / "same.npy", same.numpy())  # it is not what was used any more
-    assert evaluate.evaluate(*asked).report.results[0].overlap is None
+    assert evaluate.evaluate(model, config).report.results[0].overlap is None
 
 
 @pytest.mark.usefixtures("no_data")
 def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the_same_text(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    found = quantize.quantize(
-        recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}), "ptq"
-    ).report
+    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48})).report
     assert found.results[0].overlap is not None
     assert found.results[0].overlap < ALARM
     assert found.results[0].note.endswith("same distribution, other text")
     assert "same distribution" not in found.results[1].note
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
-    alone = evaluate.evaluate(str(tmp_path / "q"), config, model, None, None, 0).report
+    alone = evaluate.evaluate(model, config).report
     assert alone.results[0].overlap is None  # the model would have to write it again
     assert alone.results[0].note.endswith("same distribution, other text")
 
 
 @pytest.mark.usefixtures("no_data")
 def test_a_method_without_data_has_seen_nothing(llama_folder: Path, tmp_path: Path) -> None:
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"}), "ptq").report
+    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"})).report
     assert found.calibration is None
     assert [each.overlap for each in found.results] == [None] * 3
     assert "distribution" not in found.markdown()

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.files import file_hashes
 from qtool.checkpoints.native import Source
-from qtool.config import plugins
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe
 from qtool.evaluation import weights
 from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize as pipeline
-from qtool.pipelines import run_state
+from qtool.pipelines import workspace
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize, relative_error
 from qtool.reports.report import Report
@@ -58,7 +58,7 @@ def make(models: Path, output: Path, method: str, family: str = "llama", **quant
 
 
 def quantized(recipe: Recipe) -> Report:
-    pipeline.quantize(recipe, plugins.get(recipe.method.name).command)
+    pipeline.quantize(recipe, load_method(recipe.method.name).command)
     return Report.model_validate_json((recipe.output.path / "report.json").read_text())
 
 
@@ -138,16 +138,16 @@ def test_a_run_that_was_stopped_has_the_same_errors_and_the_same_bytes(
 ) -> None:
     whole = make(models, tmp_path / "whole", method)
     expected = quantized(whole)
-    write = run_state.RunState.write
+    write = workspace.RunWorkspace.write
 
-    def stopping(self: run_state.RunState, index: int, *rest: Any) -> None:
+    def stopping(self: workspace.RunWorkspace, index: int, *rest: Any) -> None:
         write(self, index, *rest)
         if index == 1:
             raise Stopped
 
     recipe = make(models, tmp_path / "out", method)
     with monkeypatch.context() as patch:
-        patch.setattr(run_state.RunState, "write", stopping)
+        patch.setattr(workspace.RunWorkspace, "write", stopping)
         with pytest.raises(Stopped):
             quantized(recipe)
     found = quantized(recipe)
@@ -163,8 +163,8 @@ def test_a_whole_model_and_a_streamed_one_have_the_same_errors(models: Path, tmp
     streamed = errors(quantized(recipe))
     loaded: LoadedModel = tiny.load(models / "llama")
     tokens = load_tokens(models, recipe, loaded)
-    gptq.run(loaded, tokens, recipe.quant, gptq.Config(), 0)
-    assert loaded.weight_errors == pytest.approx(streamed, rel=1e-4)
+    result = gptq.run(Job.select(loaded, recipe.quant, tokens), gptq.Config())
+    assert result.weight_errors == pytest.approx(streamed, rel=1e-4)
 
 
 def load_tokens(models: Path, recipe: Recipe, loaded: LoadedModel) -> torch.Tensor:

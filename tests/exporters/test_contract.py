@@ -13,7 +13,7 @@ from helpers import tiny
 from helpers.native_checkpoints import GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
 
 from qtool.checkpoints.native import Source
-from qtool.config import plugins
+from qtool.config import catalog
 from qtool.config.quant import BITS, QuantConfig
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
@@ -43,12 +43,12 @@ def refused(name: str, grid: str) -> bool:
 
 
 def test_the_formats_are_the_files() -> None:
-    assert plugins.export_formats() == ("auto-round", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mlx")
-    for name in plugins.export_formats():
+    assert catalog.export_formats() == ("auto-round", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mlx")
+    for name in catalog.export_formats():
         assert len(_base.get(name).summary) > 10
 
 
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
 def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     name: str, grid: str, native: Natives, tmp_path: Path
@@ -74,7 +74,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 def test_biases_and_transposed_linears_are_exported_or_refused(
     name: str, family: str, native: Natives, tmp_path: Path
 ) -> None:
@@ -90,7 +90,7 @@ def test_biases_and_transposed_linears_are_exported_or_refused(
     assert torch.equal(logits, native.logits[folder])
 
 
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives) -> None:
     folder, out = native(), native.export(name)
     files = {file.name for file in out.iterdir()}
@@ -113,7 +113,7 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
 
 def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     tiny.quantize(tiny.llama(tmp_path / "float", tied=True), tmp_path / "q", QuantConfig(group_size=32))
-    for name in plugins.export_formats():
+    for name in catalog.export_formats():
         out = exported(tmp_path / "q", name, tmp_path / name)
         stored = _base.get(name).open(out).names()
         assert "model.embed_tokens.weight" in stored
@@ -122,7 +122,7 @@ def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(plain(tmp_path / "dense")), tiny.logits(plain(tmp_path / "q")))
 
 
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, native: Natives, tmp_path: Path) -> None:
     folder = tiny.copied(native(), tmp_path / "q")
     norm = "model.layers.0.input_layernorm.weight"

@@ -22,6 +22,7 @@ from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters.gguf import blocks, tokenizer
 from qtool.models.folders import read_config
+from qtool.models.targets import select_targets
 from qtool.quant.affine import dequantize
 from qtool.system.errors import InputError, RunError
 
@@ -375,7 +376,7 @@ def test_it_is_refused_before_the_run(tmp_path: Path) -> None:
     from qtool.checkpoints.native import Planned
 
     loaded = tiny.load(tiny.llama(tmp_path / "float"))
-    targets = loaded.targets(QuantConfig(num_bits=8, group_size=32, symmetric=False))
+    targets = select_targets(loaded, QuantConfig(num_bits=8, group_size=32, symmetric=False))
     shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
     planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
     reason = _base.refusal("gguf", planned, ExportConfig(format="gguf", path=tmp_path / "out"))

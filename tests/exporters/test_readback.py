@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import Source
-from qtool.config import plugins
+from qtool.config import catalog
 from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _readback
 from qtool.models.folders import read_config
@@ -108,7 +108,7 @@ def test_a_failed_overwrite_keeps_the_export_that_was_there(
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 def test_a_config_that_makes_another_model_of_the_weights_is_found(
     name: str, native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,9 @@ import torch
 
 from qtool.allocation import plan
 from qtool.allocation.plan import Plan, units_of
+from qtool.blocks.job import Job
 from qtool.config.budget import BudgetConfig
 from qtool.config.quant import QuantConfig
-from qtool.data.windows import Calibration
 from qtool.models.loaded import LoadedModel
 
 
@@ -16,4 +16,4 @@ def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:
 
 
 def planned(loaded: LoadedModel, quant: QuantConfig, tokens: torch.Tensor) -> Plan:
-    return plan.plan(loaded, lambda: loaded, units_of(loaded, quant), quant, Calibration(tokens))
+    return plan.plan(Job(loaded, (), tokens), lambda: loaded, units_of(loaded, quant), quant)

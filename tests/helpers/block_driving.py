@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrained
 
 from helpers import tiny
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask, Stage
 from qtool.config.quant import QuantConfig
 from qtool.methods import rtn
@@ -39,7 +41,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 def make(name: str) -> LoadedModel:
     torch.manual_seed(0)
     model = Auto.from_config(CONFIGS[name]()).eval().requires_grad_(False)
-    return LoadedModel(model, tiny.tokenizer(), name, None, torch.float32)
+    return LoadedModel(model, tiny.tokenizer(), name, Path(), {})
 
 
 def nearest(target: Target) -> QuantizedWeight:
@@ -91,7 +93,7 @@ def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, S
         results.append((task, None, outputs))
         hidden[:] = outputs
 
-    run_blocks(loaded, tokens, loaded.targets(W2), quantize_block, float_stream=True)
+    run_blocks(Job.select(loaded, W2, tokens), quantize_block, float_stream=True)
     return results
 
 

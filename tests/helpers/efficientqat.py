@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.methods import by_name
+from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.methods import efficientqat
 from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
@@ -32,8 +34,10 @@ def config(**settings: Any) -> efficientqat.Config:
     )
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> dict[str, Any]:
-    return efficientqat.run(loaded, tokens, quant, config(**settings), seed)
+def run(
+    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any
+) -> dict[str, list[float]]:
+    return by_name(efficientqat.run(Job.select(loaded, quant, tokens, seed=seed), config(**settings)).series)
 
 
 def weights(loaded: LoadedModel) -> dict[str, QuantizedWeight]:

@@ -1,15 +1,19 @@
 """Quick runs of every method, and random weights and inputs to quantize."""
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.config import plugins
+from qtool.blocks.job import Job, Method
 from qtool.config.quant import QuantConfig
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
+from qtool.reports.records import Series
 
 W4 = QuantConfig(num_bits=4, group_size=16)
 
@@ -36,22 +40,34 @@ QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best r
 TRAINED = {"batch_size": 2, "travel": 0.3}  # of methods that train the whole model
 
 
+def by_name(series: Iterable[Series]) -> dict[str, list[float]]:
+    """The values of each series; ``validation`` and ``e2e_validation`` are those of ``loss`` and ``e2e_loss``."""
+    names = {"validation": "validation", "step": "loss", "block": "loss"}
+    return {each.name.replace("loss", names[each.per]): list(each.values) for each in series}
+
+
+def recorded(manifest: Path) -> dict[str, list[float]]:
+    """The series of a ``qtool.json`` or ``report.json``."""
+    return by_name(Series.model_validate(each) for each in json.loads(manifest.read_text())["series"])
+
+
 def run(
-    method: plugins.Method, loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, **settings: Any
+    method: Method[Any], loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, **settings: Any
 ) -> dict[str, QuantizedWeight]:
     """Quantize ``loaded`` and return what became of each linear."""
     config = method.config(**QUICK.get(method.config.model_fields["name"].default, {}) | settings)
-    series = method.run(loaded, tokens if method.needs_data(config) else None, quant, config, 0)
+    result = method.run(Job.select(loaded, quant, tokens if method.needs_data(config) else None), config)
     if not method.end_to_end(config):
-        assert all(len(values) == len(loaded.blocks()) for values in series.values())
+        assert all(len(each.values) == len(loaded.blocks()) for each in result.series)
     return {name: layer.quantized for name, layer in packed_linears(loaded.model).items()}
 
 
 def train(
-    method: plugins.Method, loaded: LoadedModel, tokens: Tensor, quant: QuantConfig = W4, **settings: Any
+    method: Method[Any], loaded: LoadedModel, tokens: Tensor, quant: QuantConfig = W4, **settings: Any
 ) -> tuple[dict[str, QuantizedWeight], dict[str, list[float]]]:
-    series = method.run(loaded, tokens, quant, method.config(**TRAINED | settings), 0)
-    return {name: layer.quantized for name, layer in packed_linears(loaded.model).items()}, series
+    result = method.run(Job.select(loaded, quant, tokens), method.config(**TRAINED | settings))
+    quantized = {name: layer.quantized for name, layer in packed_linears(loaded.model).items()}
+    return quantized, by_name(result.series)
 
 
 def same(ours: dict[str, QuantizedWeight], theirs: dict[str, QuantizedWeight]) -> bool:

@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from helpers import tiny
-from qtool.config import plugins
+from helpers.methods import by_name
+from qtool.blocks.job import Job, load_method
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.methods.efficientqat import e2e_qp
@@ -146,12 +147,13 @@ def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -
     with recorded(found):
         config = ModelConfig(path=str(folder / case.family), dtype=case.dtype, device=device)
         state.mkdir(exist_ok=True)
-        loaded = load_model(config, finished=tiny.Kept(state), budget=1 << 30)
+        loaded = load_model(config, streamed=True)
         settings = COMMON | case.settings | {"sharding": split, "optim": case.optim}
         if case.method == "efficientqat":
             settings = {"epochs": 1, "min_steps": 1, "batch_size": 5, "e2e": settings}
-        method = plugins.get(case.method)
-        found["series"] = method.run(loaded, tokens(), case.quant, method.config(**settings), 0)
+        method = load_method(case.method)
+        job = replace(Job.select(loaded, case.quant, tokens()), workspace=tiny.Kept(state))
+        found["series"] = by_name(method.run(job, method.config(**settings)).series)
     weights = {name: layer.quantized[:3] for name, layer in packed_linears(loaded.model).items()}
     found["weights"] = {name: torch.cat([part.float().flatten() for part in parts]) for name, parts in weights.items()}
     found["rest"] = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from qtool.checkpoints.files import file_hashes
-from qtool.config import plugins, recipe
+from qtool.config import recipe
 from qtool.pipelines import quantize as pipeline
-from qtool.pipelines import run_state
+from qtool.pipelines import workspace
 
 QUANT = {"num_bits": 4, "group_size": 32}
 METHODS = {
@@ -44,7 +44,7 @@ def make(folder, output, method="gptq", **changes):
 
 
 def quantize(checked, **options):
-    return pipeline.quantize(checked, plugins.get(checked.method.name).command, **options)
+    return pipeline.quantize(checked, **options)
 
 
 def hashes(output):
@@ -100,11 +100,11 @@ def killed_at_rename(checked, number, after):
 
 def stop_after(monkeypatch, blocks):
     """Let the run fail when it has kept so many blocks."""
-    write = run_state.RunState.write
+    write = workspace.RunWorkspace.write
 
-    def limited(self, index, tensors, figures):
-        write(self, index, tensors, figures)
+    def limited(self, index, block):
+        write(self, index, block)
         if index + 1 == blocks:
             raise Killed
 
-    monkeypatch.setattr(run_state.RunState, "write", limited)
+    monkeypatch.setattr(workspace.RunWorkspace, "write", limited)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import qtool
+from qtool.blocks.job import FinishedBlock, Job
 from qtool.checkpoints import native, output_folder
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ModelConfig
@@ -150,7 +151,7 @@ def load(folder: Path) -> LoadedModel:
 def packed(folder: Path, quant: QuantConfig) -> LoadedModel:
     """The model of ``folder``, rounded to nearest."""
     loaded = load(folder)
-    rtn.run(loaded, None, quant, rtn.Config(), 0)
+    rtn.run(Job.select(loaded, quant), rtn.Config())
     return loaded
 
 
@@ -238,17 +239,23 @@ def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> Loaded
 
 
 class Kept:
-    """Finished blocks in memory."""
+    """A workspace that keeps finished blocks in memory."""
+
+    memory_budget = 1 << 30
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.blocks: dict[int, tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self.scratch = folder
+        self.logs = folder / "logs"
+        self.blocks: dict[int, FinishedBlock] = {}
 
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    def phase(self, name: str) -> Path:
+        return self.scratch / name
+
+    def read(self, index: int) -> FinishedBlock | None:
         return self.blocks.get(index)
 
-    def write(self, index: int, tensors: dict[str, Tensor], figures: dict[str, float]) -> None:
-        self.blocks[index] = {name: tensor.clone() for name, tensor in tensors.items()}, figures
+    def write(self, index: int, block: FinishedBlock) -> None:
+        self.blocks[index] = block._replace(tensors={name: tensor.clone() for name, tensor in block.tensors.items()})
 
 
 def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:

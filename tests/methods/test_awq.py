@@ -12,8 +12,8 @@ from helpers.methods import W4, correlated_inputs, generator, random_weight, run
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
-from qtool.config import plugins
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ModelConfig
 from qtool.methods import awq, rtn
@@ -41,8 +41,8 @@ def test_awq_that_scales_and_clips_nothing_is_rtn(
     """``num_ratios: 1`` tries only the ratio 0, whose scale is one everywhere."""
     quant = QuantConfig(num_bits=4, group_size=16, symmetric=symmetric)
     ours, theirs = with_outliers(make_llama()), with_outliers(make_llama())
-    found = run(plugins.get("awq"), ours, tokens, quant, num_ratios=1, clip=False)
-    assert same(found, run(plugins.get("rtn"), theirs, tokens, quant))
+    found = run(load_method("awq"), ours, tokens, quant, num_ratios=1, clip=False)
+    assert same(found, run(load_method("rtn"), theirs, tokens, quant))
     for name, parameter in theirs.model.named_parameters():
         assert torch.equal(ours.model.get_parameter(name), parameter), name
 
@@ -55,13 +55,13 @@ def test_awq_lowers_the_block_error_where_channels_are_loud(
 
     def first_output(loaded: LoadedModel) -> Tensor:
         outputs: list[Tensor] = []
-        run_blocks(loaded, tokens, [], lambda task: outputs.append(task.forward(task.inputs[0])))
+        run_blocks(Job(loaded, (), tokens), lambda task: outputs.append(task.forward(task.inputs[0])))
         return outputs[0]
 
     def error(**settings: Any) -> float:
         loaded = with_outliers(make_llama(), 10)
         before = first_output(loaded)
-        run(plugins.get("awq"), loaded, tokens, quant, **settings)
+        run(load_method("awq"), loaded, tokens, quant, **settings)
         return float((first_output(loaded) - before).norm() / before.norm())
 
     nearest, scaled, clipped = error(num_ratios=1, clip=False), error(clip=False), error(num_ratios=1)
@@ -74,7 +74,7 @@ def test_awq_scales_loud_channels_up_and_moves_the_rest_into_the_norm(llama: Loa
     """The function of the float parts is kept: norm and dequantized readers together are what they were."""
     loaded = with_outliers(llama)
     floats = copy.deepcopy(loaded)
-    run(plugins.get("awq"), loaded, tokens, QuantConfig(num_bits=8, group_size=16, scale_dtype="float32"))
+    run(load_method("awq"), loaded, tokens, QuantConfig(num_bits=8, group_size=16, scale_dtype="float32"))
     for block in (0, 1):
         name = f"model.layers.{block}.input_layernorm"
         norms = [model.model.get_submodule(name).weight for model in (floats, loaded)]
@@ -96,7 +96,7 @@ def test_awq_judges_by_the_module_around_the_readers(llama: LoadedModel, tokens:
         for target in task.targets:
             task.pack(target, rtn.round_to_nearest(target.weight, target.spec, rtn.Config()))
 
-    run_blocks(llama, tokens, llama.targets(W4), visit)
+    run_blocks(Job.select(llama, W4, tokens), visit)
     assert (
         found
         == [{"input_layernorm": "self_attn", "post_attention_layernorm": "mlp", "mlp.up_proj": "mlp.down_proj"}] * 2
@@ -118,13 +118,13 @@ def test_clipping_is_never_worse_than_not_clipping_and_leaves_queries_and_keys(s
         return torch.einsum("rgi,gti->rgt", change, x).square().sum(-1)
 
     minmax = minmax_qparams(weight, spec)
-    clipped = awq.clipped_qparams(Target("mlp.up_proj", linear, spec, 0), moment, awq.Config())
+    clipped = awq.clipped_qparams(Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config())
     assert bool((errors(clipped) <= errors(minmax) * (1 + 1e-4)).all())
     assert float(errors(clipped).sum()) < 0.9 * float(errors(minmax).sum())
     for kept in (
-        awq.clipped_qparams(Target("attn.q_proj", linear, spec, 0), moment, awq.Config()),
-        awq.clipped_qparams(Target("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip=False)),
-        awq.clipped_qparams(Target("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip_steps=1)),
+        awq.clipped_qparams(Target.of("attn.q_proj", linear, spec, 0), moment, awq.Config()),
+        awq.clipped_qparams(Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip=False)),
+        awq.clipped_qparams(Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip_steps=1)),
     ):
         assert torch.equal(kept[0], minmax[0])
         assert torch.equal(kept[1], minmax[1])
@@ -135,7 +135,7 @@ def test_awq_on_a_checkpoint_in_half_precision_writes_norms_that_disk_holds(tmp_
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             parameter.copy_(parameter.bfloat16())
-    run(plugins.get("awq"), loaded, tokens, W4)
+    run(load_method("awq"), loaded, tokens, W4)
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter.bfloat16().float(), parameter), name
 
@@ -150,7 +150,7 @@ def test_awq_folds_the_same_norms_in_half_precision(monkeypatch: pytest.MonkeyPa
         before = {
             name: parameter.clone() for name, parameter in loaded.model.named_parameters() if parameter.dim() == 1
         }
-        run(plugins.get("awq"), loaded, tokens, QuantConfig(num_bits=3, group_size=32), clip=False)
+        run(load_method("awq"), loaded, tokens, QuantConfig(num_bits=3, group_size=32), clip=False)
         after = dict(loaded.model.named_parameters())
         folded[dtype] = [name for name, value in before.items() if not torch.equal(value, after[name])]
     assert len(folded["float32"]) == 8  # both norms of four blocks

@@ -13,27 +13,29 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qtool.blocks.job import Job, Method, load_method
 from qtool.checkpoints import native, output_folder
-from qtool.config import plugins
+from qtool.config import catalog
 from qtool.config.quant import BITS, QuantConfig
 from qtool.methods import rtn
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 
 # ---------------------------------------------------------------------------- the contract, for every method there is
 
 
-@pytest.fixture(params=plugins.names())
-def method(request: pytest.FixtureRequest) -> plugins.Method:
-    return plugins.get(request.param)
+@pytest.fixture(params=catalog.methods())
+def method(request: pytest.FixtureRequest) -> Method[Any]:
+    return load_method(request.param)
 
 
 def test_there_are_the_methods_that_users_know() -> None:
     trained = {"efficientqat", "llmqat", "lrqat", "lsq", "paretoq", "qat"}
-    assert {"awq", "gptq", "hqq", "rtn", "signround"} | trained <= set(plugins.names())
+    assert {"awq", "gptq", "hqq", "rtn", "signround"} | trained <= set(catalog.methods())
 
 
-def test_a_method_says_what_it_is(method: plugins.Method, request: pytest.FixtureRequest) -> None:
+def test_a_method_says_what_it_is(method: Method[Any], request: pytest.FixtureRequest) -> None:
     assert method.config.model_fields["name"].default == request.node.callspec.params["method"]
     assert method.summary
     assert not method.summary.endswith(".")
@@ -44,10 +46,10 @@ def test_a_method_says_what_it_is(method: plugins.Method, request: pytest.Fixtur
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packs_every_target_and_no_other_linear(
-    method: plugins.Method, llama: LoadedModel, tokens: Tensor, symmetric: bool
+    method: Method[Any], llama: LoadedModel, tokens: Tensor, symmetric: bool
 ) -> None:
     quant = QuantConfig(num_bits=4, group_size=16, symmetric=symmetric)
-    targets = {target.name: target.spec for target in llama.targets(quant)}
+    targets = {target.name: target.spec for target in select_targets(llama, quant)}
     result = run(method, llama, tokens, quant)
     assert {name: weight.spec for name, weight in result.items()} == targets
     assert [name for name, m in llama.model.named_modules() if isinstance(m, nn.Linear)] == ["lm_head"]
@@ -57,9 +59,7 @@ def test_packs_every_target_and_no_other_linear(
         assert float(weight.codes.float().std()) > 1, f"{name} has hardly any codes"
 
 
-def test_same_arguments_same_bits(
-    method: plugins.Method, make_llama: Callable[[], LoadedModel], tokens: Tensor
-) -> None:
+def test_same_arguments_same_bits(method: Method[Any], make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
     """The global random state is no argument."""
     first, second = make_llama(), make_llama()
     torch.manual_seed(1)
@@ -71,7 +71,7 @@ def test_same_arguments_same_bits(
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_survives_disk_with_equal_logits(method: plugins.Method, family: str, tmp_path: Path, tokens: Tensor) -> None:
+def test_survives_disk_with_equal_logits(method: Method[Any], family: str, tmp_path: Path, tokens: Tensor) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / "float"))
     run(method, loaded, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False))
     with output_folder.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
@@ -82,7 +82,7 @@ def test_survives_disk_with_equal_logits(method: plugins.Method, family: str, tm
 
 
 def test_keeps_zero_points_between_codes_where_asked_to(
-    method: plugins.Method, llama: LoadedModel, tmp_path: Path, tokens: Tensor
+    method: Method[Any], llama: LoadedModel, tmp_path: Path, tokens: Tensor
 ) -> None:
     result = run(method, llama, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False, float_zero=True))
     assert all(bool((weight.zero_point != weight.zero_point.round()).any()) for weight in result.values())
@@ -94,7 +94,7 @@ def test_keeps_zero_points_between_codes_where_asked_to(
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_8_bits_leave_the_model_as_good_as_it_was(
-    method: plugins.Method, family: str, tmp_path: Path, tokens: Tensor
+    method: Method[Any], family: str, tmp_path: Path, tokens: Tensor
 ) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / "float"))
     before = tiny.logits(loaded.model)
@@ -102,7 +102,7 @@ def test_8_bits_leave_the_model_as_good_as_it_was(
     assert 0 < float((tiny.logits(loaded.model) - before).norm() / before.norm()) < 0.03
 
 
-def test_overrides_are_respected(method: plugins.Method, llama: LoadedModel, tokens: Tensor) -> None:
+def test_overrides_are_respected(method: Method[Any], llama: LoadedModel, tokens: Tensor) -> None:
     overrides: dict[str, Any] = {
         "*.q_proj": {"num_bits": 8},  # in one group with k and v, which have 4
         "*.v_proj": {"symmetric": False, "group_size": -1},
@@ -127,7 +127,7 @@ def test_overrides_are_respected(method: plugins.Method, llama: LoadedModel, tok
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_more_bits_less_error(
-    method: plugins.Method, make_llama: Callable[[], LoadedModel], tokens: Tensor, symmetric: bool
+    method: Method[Any], make_llama: Callable[[], LoadedModel], tokens: Tensor, symmetric: bool
 ) -> None:
     before = tiny.logits(make_llama().model)
     errors = []
@@ -139,7 +139,7 @@ def test_more_bits_less_error(
     assert errors[-1] < 0.05 * errors[0]
 
 
-def test_unknown_settings_are_refused(method: plugins.Method) -> None:
+def test_unknown_settings_are_refused(method: Method[Any]) -> None:
     with pytest.raises(ValidationError, match="dampp"):
         method.config(dampp=1)
 
@@ -150,8 +150,8 @@ def test_unknown_settings_are_refused(method: plugins.Method) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rtn_is_the_nearest_code_of_the_min_max_grid(llama: LoadedModel, symmetric: bool) -> None:
     quant = QuantConfig(num_bits=3, group_size=32, symmetric=symmetric, scale_dtype="bfloat16")
-    weights = {target.name: target.weight.clone() for target in llama.targets(quant)}
-    for name, found in run(plugins.get("rtn"), llama, torch.empty(0), quant).items():
+    weights = {target.name: target.weight.clone() for target in select_targets(llama, quant)}
+    for name, found in run(load_method("rtn"), llama, torch.empty(0), quant).items():
         w = weights[name].view(weights[name].shape[0], -1, 32)
         grid = ((torch.arange(8) - found.zero_point.unsqueeze(-1)) * found.scale.unsqueeze(-1)).unsqueeze(2)
         distance = (grid - w.unsqueeze(-1)).abs()
@@ -160,11 +160,11 @@ def test_rtn_is_the_nearest_code_of_the_min_max_grid(llama: LoadedModel, symmetr
 
 
 def test_rtn_reports_the_weight_error_of_each_block(llama: LoadedModel) -> None:
-    targets = llama.targets(W4)
+    targets = select_targets(llama, W4)
     weights = {target.name: target.weight.clone() for target in targets}
-    series = rtn.run(llama, None, W4, rtn.Config(), 0)
+    result = rtn.run(Job.select(llama, W4), rtn.Config())
     packed = packed_linears(llama.model)
-    for block, error in enumerate(series["weight_error"]):
+    for block, error in enumerate(result.values("weight_error")):
         names = [target.name for target in targets if target.block == block]
         change = sum(float((packed[name].dequantized() - weights[name]).square().sum()) for name in names)
         assert error == pytest.approx(change / sum(float(weights[name].square().sum()) for name in names), rel=1e-5)
@@ -173,7 +173,7 @@ def test_rtn_reports_the_weight_error_of_each_block(llama: LoadedModel) -> None:
 def test_rtn_with_a_searched_range_has_less_weight_error(make_llama: Callable[[], LoadedModel]) -> None:
     quant = QuantConfig(num_bits=3, group_size=32)
     plain, searched = (
-        rtn.run(make_llama(), None, quant, rtn.Config(range=kind, norm=2.0), 0)["weight_error"]
+        rtn.run(Job.select(make_llama(), quant), rtn.Config(range=kind, norm=2.0)).values("weight_error")
         for kind in ("minmax", "search")
     )
     assert all(ours < 0.95 * theirs for ours, theirs in zip(searched, plain, strict=True))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
-from qtool.config import plugins
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
@@ -45,7 +45,7 @@ def test_no_epochs_are_round_to_nearest(make_llama: Make, tokens: Tensor, bits: 
     quant = QuantConfig(num_bits=bits, group_size=16, symmetric=symmetric)
     ours, nearest = make_llama(), make_llama()
     run(ours, tokens, quant, epochs=0)
-    rtn.run(nearest, None, quant, rtn.Config(), 0)
+    rtn.run(Job.select(nearest, quant), rtn.Config())
     assert same(ours, nearest)
 
 
@@ -77,7 +77,7 @@ def test_no_steps_are_no_phase_and_the_default_trains(llama: LoadedModel, tokens
 def test_starting_at_gptq_without_training_is_gptq(make_llama: Make, tokens: Tensor) -> None:
     ours, theirs = make_llama(), make_llama()
     run(ours, tokens, W2A, epochs=0, init="gptq")
-    gptq.run(theirs, tokens, W2A, gptq.Config(), 0)
+    gptq.run(Job.select(theirs, W2A, tokens), gptq.Config())
     assert same(ours, theirs)
 
 
@@ -269,7 +269,7 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
             task.pack(target, layer.quantized)
 
     quant = QuantConfig(num_bits=bits, group_size=16, symmetric=False)
-    run_blocks(llama, tokens, llama.targets(quant), step, float_stream=True)
+    run_blocks(Job.select(llama, quant, tokens), step, float_stream=True)
 
 
 # ------------------------------------------------------------------------------------------- the layer of the scales
@@ -322,9 +322,9 @@ def test_starts_from_any_checkpoint(name: str, family: str, tmp_path: Path, toke
     """At its very codes, grids, norms and biases."""
     path = tiny.FAMILIES[family](tmp_path / "float")
     theirs, ours = tiny.load(path), tiny.load(path)
-    method = plugins.get(name)
+    method = load_method(name)
     quick: dict[str, Any] = {"iterations": 4} if name == "signround" else {}
-    method.run(theirs, tokens, W2A, method.config(name=name, **quick), 0)
+    method.run(Job.select(theirs, W2A, tokens), method.config(name=name, **quick))
     start = folder(theirs, tmp_path / "packed")
     run(ours, tokens, W2A, epochs=0, init_from=start)
     assert same(ours, theirs)
@@ -332,7 +332,7 @@ def test_starts_from_any_checkpoint(name: str, family: str, tmp_path: Path, toke
 
 def test_training_goes_on_from_a_checkpoint(make_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     before = make_llama()
-    awq.run(before, tokens, W2A, awq.Config(), 0)
+    awq.run(Job.select(before, W2A, tokens), awq.Config())
     start = folder(before, tmp_path / "packed")
     trained, again = make_llama(), make_llama()
     series = run(trained, tokens, W2A, init_from=start, travel=0.3)

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask, Stage
-from qtool.config import plugins
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
 from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress
@@ -308,16 +309,16 @@ def test_linears_that_share_an_input_are_solved_together_as_each_alone(
 ) -> None:
     """Rows do not touch each other: stacking q, k and v changes nothing but the time."""
     together, alone = make_llama(), make_llama()
-    targets = alone.targets(W4)
+    targets = select_targets(alone, W4)
     config = gptq.Config()
-    gptq.run(together, tokens, W4, config, 0)
+    gptq.run(Job.select(together, W4, tokens), config)
 
     def one_by_one(task: BlockTask) -> None:
         for stage in task.stages():
             for target in stage.targets:
                 gptq.quantize_group(task, [target], collect(stage, config), config)
 
-    run_blocks(alone, tokens, targets, one_by_one)
+    run_blocks(Job(alone, tuple(targets), tokens), one_by_one)
     first, second = packed_linears(together.model), packed_linears(alone.model)
     for name in first:
         agreement = (first[name].quantized.codes == second[name].quantized.codes).float().mean()
@@ -391,8 +392,8 @@ def test_gptaq_is_the_plain_formula() -> None:
 
 
 def test_gptaq_runs_through_a_model_and_changes_it(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
-    plain = run(plugins.get("gptq"), make_llama(), tokens, W4)
-    steered = run(plugins.get("gptq"), make_llama(), tokens, W4, gptaq=0.25)
+    plain = run(load_method("gptq"), make_llama(), tokens, W4)
+    steered = run(load_method("gptq"), make_llama(), tokens, W4, gptaq=0.25)
     first = "model.layers.0.self_attn."
     for name in plain:
         drifted = name not in (f"{first}q_proj", f"{first}k_proj", f"{first}v_proj")  # these read what the model reads

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
 from qtool.checkpoints.native import Source
 from qtool.checkpoints.quantization_config import describe, specs_of
-from qtool.config import plugins, recipe
+from qtool.config import catalog, recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
@@ -135,11 +136,11 @@ def test_integer_zero_points_are_said_to_cost_what_they_cost(make_llama: Callabl
 
     quant = FLOAT_ZERO.model_copy(update={"float_zero": False})
     with progress.use(Notes()):
-        snapped = hqq.run(make_llama(), None, quant, hqq.Config(), 0)
-        free = hqq.run(make_llama(), None, FLOAT_ZERO, hqq.Config(), 0)
-    assert snapped["float_zero_error"] == pytest.approx(free["weight_error"])
-    assert list(free) == ["weight_error"]
-    change = 100 * (sum(snapped["weight_error"]) / sum(free["weight_error"]) - 1)
+        snapped = hqq.run(Job.select(make_llama(), quant), hqq.Config())
+        free = hqq.run(Job.select(make_llama(), FLOAT_ZERO), hqq.Config())
+    assert snapped.values("float_zero_error") == pytest.approx(free.values("weight_error"))
+    assert {each.name for each in free.series} == {"weight_error"}
+    change = 100 * (sum(snapped.values("weight_error")) / sum(free.values("weight_error")) - 1)
     assert change > 1
     assert len(notes) == 1
     assert f"{change:+.1f} %" in notes[0]
@@ -165,7 +166,7 @@ def test_a_packed_layer_keeps_zero_points_between_codes(bits: int, scale_dtype: 
 
 
 def test_zero_points_between_codes_come_back_from_disk_bit_for_bit(llama: LoadedModel, tmp_path: Path) -> None:
-    hqq.run(llama, None, FLOAT_ZERO, hqq.Config(), 0)
+    hqq.run(Job.select(llama, FLOAT_ZERO), hqq.Config())
     folder = checkpoint_of(llama, tmp_path / "packed")
     layers, source = packed_linears(llama.model), Source(folder)
     for dtype in (torch.float32, torch.bfloat16):
@@ -178,12 +179,12 @@ def test_zero_points_between_codes_come_back_from_disk_bit_for_bit(llama: Loaded
     assert torch.equal(tiny.logits(loaded), tiny.logits(llama.model))
 
 
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 def test_an_export_holds_them_or_is_refused_with_the_reason(
     name: str, make_llama: Callable[[], LoadedModel], tmp_path: Path
 ) -> None:
     llama = make_llama()
-    hqq.run(llama, None, FLOAT_ZERO, hqq.Config(iterations=2), 0)
+    hqq.run(Job.select(llama, FLOAT_ZERO), hqq.Config(iterations=2))
     folder = checkpoint_of(llama, tmp_path / "packed")
     config = ExportConfig(format=name, path=tmp_path / "out")
     if name != "dense":
@@ -206,7 +207,7 @@ def test_an_export_that_cannot_hold_them_is_refused_before_the_run(llama_folder:
     }
     file.write_text(json.dumps(wanted))
     with pytest.raises(InputError, match=r"cannot be exported as gptq: .* has zero points between codes"):
-        pipeline.quantize(recipe.load(file), "ptq")
+        pipeline.quantize(recipe.load(file))
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import RoundingConfig
@@ -20,6 +21,7 @@ from qtool.methods import lrqat, rtn
 from qtool.methods.lrqat import LENGTH, Config, LowRankLinear, Phi, input_directions, principal
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize, to_grid
 
 FORMS = ("fixed", "codes", "bfloat16", "float32")
@@ -222,8 +224,8 @@ def test_inputs_that_are_never_active_have_directions_too() -> None:
 
 def test_factors_start_where_the_inputs_of_the_float_model_are_large(llama: LoadedModel, tokens: Tensor) -> None:
     before = {name: value.clone() for name, value in llama.model.state_dict().items()}
-    targets = llama.targets(QuantConfig(num_bits=3, group_size=16))
-    found = input_directions(llama, tokens, targets, 4, generator())
+    targets = select_targets(llama, QuantConfig(num_bits=3, group_size=16))
+    found = input_directions(Job(llama, targets, tokens), 4, generator())
     assert found.keys() == {target.name for target in targets}
     assert all(torch.equal(value, before[name]) for name, value in llama.model.state_dict().items())
     read: dict[str, Tensor] = {}
@@ -262,7 +264,7 @@ def test_only_factors_and_scales_train_and_all_of_them_move(llama: LoadedModel, 
         patch.setattr(LowRankLinear, "freeze", spy)
         patch.setattr(lrqat, "LowRankLinear", Recorded)
         config = Config(rank=4, steps=3, batch_size=2, loss="ce")
-        lrqat.run(llama, tokens, QuantConfig(num_bits=3, group_size=16, symmetric=False), config, 0)
+        lrqat.run(Job.select(llama, QuantConfig(num_bits=3, group_size=16, symmetric=False), tokens), config)
     assert len(seen["before"]) == len(seen["after"]) == 3 * 14
     for before, after in zip(seen["before"], seen["after"], strict=True):
         assert not torch.equal(before, after)
@@ -271,8 +273,8 @@ def test_only_factors_and_scales_train_and_all_of_them_move(llama: LoadedModel, 
 def test_no_steps_is_round_to_nearest(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
     quant = QuantConfig(num_bits=3, group_size=16)
     ours, theirs = make_llama(), make_llama()
-    lrqat.run(ours, tokens, quant, Config(steps=0, phi="float32", range="minmax"), 0)
-    rtn.run(theirs, None, quant, rtn.Config(), 0)
+    lrqat.run(Job.select(ours, quant, tokens), Config(steps=0, phi="float32", range="minmax"))
+    rtn.run(Job.select(theirs, quant), rtn.Config())
     expected = packed_linears(theirs.model)
     for name, layer in packed_linears(ours.model).items():
         assert torch.equal(layer.weight_packed, expected[name].weight_packed), name
@@ -281,11 +283,13 @@ def test_no_steps_is_round_to_nearest(make_llama: Callable[[], LoadedModel], tok
 
 def test_training_lowers_the_loss_and_beats_its_start(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
     quant = QuantConfig(num_bits=2, group_size=16, symmetric=False)
-    found = lrqat.run(make_llama(), tokens, quant, Config(rank=8, steps=40, batch_size=5, travel=1.0), 0)
-    assert found["loss"][-1] < 0.8 * found["loss"][0]
+    found = lrqat.run(Job.select(make_llama(), quant, tokens), Config(rank=8, steps=40, batch_size=5, travel=1.0))
+    assert found.values("loss")[-1] < 0.8 * found.values("loss")[0]
     frozen = Config(rank=8, steps=40, batch_size=5, travel=0.0)
-    scales_only = lrqat.run(make_llama(), tokens, quant, frozen, 0)
-    assert found["loss"][-1] < 0.95 * scales_only["loss"][-1], "the factors give nothing beyond the scales"
+    scales_only = lrqat.run(Job.select(make_llama(), quant, tokens), frozen)
+    assert found.values("loss")[-1] < 0.95 * scales_only.values("loss")[-1], (
+        "the factors give nothing beyond the scales"
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -293,7 +297,7 @@ def test_goes_on_from_a_checkpoint(form: Any, llama_folder: Path, tmp_path: Path
     quant = QuantConfig(num_bits=3, group_size=16, symmetric=False)
     first = tiny.quantize(llama_folder, tmp_path / "start", quant)
     loaded = tiny.load(llama_folder)
-    lrqat.run(loaded, tokens, quant, Config(steps=0, phi=form, init_from=str(tmp_path / "start")), 0)
+    lrqat.run(Job.select(loaded, quant, tokens), Config(steps=0, phi=form, init_from=str(tmp_path / "start")))
     expected = packed_linears(first.model)
     for name, layer in packed_linears(loaded.model).items():
         assert torch.equal(layer.weight_packed, expected[name].weight_packed), name

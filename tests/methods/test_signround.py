@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
-from qtool.config import plugins, recipe
+from qtool.config import recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.methods import rtn, signround
 from qtool.methods.signround import SignRoundLinear, Training, minibatches
@@ -31,7 +32,7 @@ W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
 
 def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> list[float]:
     config = signround.Config(**{"iterations": 24} | settings)
-    return signround.run(loaded, tokens, quant, config, seed)["block_error"]
+    return signround.run(Job.select(loaded, quant, tokens, seed=seed), config).values("block_error")
 
 
 def weights(loaded: LoadedModel) -> dict[str, QuantizedWeight]:
@@ -79,7 +80,7 @@ def test_no_iterations_on_min_max_ranges_are_round_to_nearest(
     quant = QuantConfig(num_bits=bits, group_size=16, symmetric=symmetric)
     ours, nearest = make_llama(), make_llama()
     run(ours, tokens, quant, iterations=0, range="minmax")
-    rtn.run(nearest, None, quant, rtn.Config(), 0)
+    rtn.run(Job.select(nearest, quant), rtn.Config())
     assert same(ours, nearest)
 
 
@@ -159,7 +160,7 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
         assert float((packed - task.float_outputs[0].float()).square().sum()) == min(seen)
         assert min(seen) < seen[0]
 
-    run_blocks(loaded, tokens, loaded.targets(quant), step, float_stream=True)
+    run_blocks(Job.select(loaded, quant, tokens), step, float_stream=True)
 
 
 def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
@@ -334,7 +335,7 @@ def test_a_block_does_not_depend_on_how_those_before_it_were_made(
             task.pack(target, finished[target.name])
         return None
 
-    run_blocks(resumed, tokens, resumed.targets(W3), step, float_stream=True)
+    run_blocks(Job.select(resumed, W3, tokens), step, float_stream=True)
     assert same(whole, resumed)
 
 
@@ -371,4 +372,4 @@ def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path
 def test_an_unknown_preset_is_a_fault() -> None:
     with pytest.raises(InputError, match="preset"):
         recipe.check(recipe.Recipe, {"method": {"name": "signround", "preset": "bestt"}}, "r")
-    assert plugins.get("signround").needs_data(signround.Config())
+    assert load_method("signround").needs_data(signround.Config())

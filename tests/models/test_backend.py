@@ -174,6 +174,6 @@ def test_the_report_of_an_evaluation_says_which(folder: Path) -> None:
     for name, words in (("exact", "float32 on cpu"), ("fast", "float32 on cpu with fast kernels")):
         config = EvalConfig(tasks=("generated",), limit=1, context=16, backend=name)
         model = ModelConfig(path=str(folder), dtype="float32", device="cpu")
-        report = run_evaluate(str(folder), config, model, None, None, 0).report
+        report = run_evaluate(model, config).report
         assert report.backend == name
         assert ("computed in", words) in report.facts()

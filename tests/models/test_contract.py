@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.methods import awq, gptq, rtn
 from qtool.models.linears import dense_weight, packed_linears
 from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 
@@ -101,9 +103,10 @@ def last(name: str) -> str:
 
 def float_tasks(loaded: LoadedModel, tokens: Tensor, visit: Callable[[BlockTask], None]) -> None:
     """``visit`` each block with its targets, and leave it as ``visit`` does."""
-    targets = loaded.targets(W4)
+    targets = select_targets(loaded, W4)
     run_blocks(
-        loaded, tokens, [], lambda task: visit(replace(task, targets=[t for t in targets if t.block == task.index]))
+        Job(loaded, (), tokens),
+        lambda task: visit(replace(task, targets=[t for t in targets if t.block == task.index])),
     )
 
 
@@ -116,7 +119,7 @@ def test_every_linear_of_every_block_is_a_target_and_runs_in_known_groups(
     linears = {n: m for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     head = loaded.model.get_output_embeddings()
     inside = {name for name, module in linears.items() if module is not head}
-    targets = loaded.targets(W4)
+    targets = select_targets(loaded, W4)
     assert {target.name for target in targets} == inside
     assert [target.block for target in targets] == sorted(target.block for target in targets)
     found: list[list[list[str]]] = []
@@ -142,8 +145,8 @@ def test_the_block_walk_is_the_plain_forward(loaded: LoadedModel, tokens: Tensor
         assert task.targets == []
         walked.append((task.inputs[0].clone(), task.forward(task.inputs[0])))
 
-    errors = run_blocks(loaded, tokens, [], quantize_block)
-    assert errors == {"block_error": [0.0, 0.0]}
+    result = run_blocks(Job(loaded, (), tokens), quantize_block)
+    assert [(each.name, each.values) for each in result.series] == [("block_error", (0.0, 0.0))]
     assert len(walked) == len(plain) == 2
     for one, other in zip(walked, plain, strict=True):
         assert torch.equal(one[0], other[0])
@@ -162,10 +165,10 @@ def test_the_window_of_sliding_attention_is_in_force(
         if task.index == 0:
             first.append(task.forward(task.inputs[0]))
 
-    run_blocks(loaded, tokens, [], outputs)
+    run_blocks(Job(loaded, (), tokens), outputs)
     changed = tokens.clone()
     changed[:, 0] = (tokens[:, 0] + 7) % tiny.VOCABULARY
-    run_blocks(loaded, changed, [], outputs)
+    run_blocks(Job(loaded, (), changed), outputs)
     differs = (first[0] != first[1]).flatten(2).any(2).any(0)
     assert bool(differs[:WINDOW].all())
     assert not bool(differs[WINDOW:].any())
@@ -174,8 +177,8 @@ def test_the_window_of_sliding_attention_is_in_force(
 def test_after_rtn_every_target_is_packed_and_nothing_else_changed(
     family: str, original: LoadedModel, loaded: LoadedModel, tokens: Tensor
 ) -> None:
-    targets = loaded.targets(W4)
-    rtn.run(loaded, None, W4.model_copy(update={"num_bits": 8}), rtn.Config(), 0)
+    targets = select_targets(loaded, W4)
+    rtn.run(Job.select(loaded, W4.model_copy(update={"num_bits": 8})), rtn.Config())
     packed = packed_linears(loaded.model)
     assert set(packed) == {target.name for target in targets}
     assert not any(isinstance(m, nn.Linear | Conv1D) for _, block in loaded.blocks() for m in block.modules())
@@ -197,11 +200,11 @@ def test_after_rtn_every_target_is_packed_and_nothing_else_changed(
 def test_gptq_runs_and_is_not_rtn(loaded: LoadedModel, original: LoadedModel, tokens: Tensor) -> None:
     """Each linear's own output error is lower than that of round-to-nearest on the first block, which shares inputs."""
     config = gptq.Config(range="minmax")
-    gptq.run(loaded, tokens, W4, config, 0)
+    gptq.run(Job.select(loaded, W4, tokens), config)
     packed = packed_linears(loaded.model)
-    assert set(packed) == {target.name for target in original.targets(W4)}
+    assert set(packed) == {target.name for target in select_targets(original, W4)}
     assert bool(torch.isfinite(logits(loaded, tokens)).all())
-    first = [target for target in original.targets(W4) if target.block == 0]
+    first = [target for target in select_targets(original, W4) if target.block == 0]
     inputs: dict[str, Tensor] = {}
 
     def record(task: BlockTask) -> None:
@@ -211,7 +214,7 @@ def test_gptq_runs_and_is_not_rtn(loaded: LoadedModel, original: LoadedModel, to
                 by_module, lambda m, args, _: inputs.update({by_module[m]: args[0].flatten(0, -2)}), task.inputs
             )
 
-    run_blocks(original, tokens, [], record)
+    run_blocks(Job(original, (), tokens), record)
     group = [target for target in first if last(target.name) in GROUPS_OF_FIRST_INPUT]
     assert group
     for target in first:
@@ -291,7 +294,7 @@ def test_overrides_choose_the_grid_by_name_and_later_ones_win(llama: LoadedModel
         "model.layers.1.self_attn.q_proj": {"skip": False, "group_size": -1},
         "*.k_proj": {"symmetric": False},  # says nothing about skipping
     }
-    targets = llama.targets(QuantConfig(num_bits=4, group_size=16, overrides=overrides))
+    targets = select_targets(llama, QuantConfig(num_bits=4, group_size=16, overrides=overrides))
     labels = {target.name.removeprefix("model.layers."): target.spec.label() for target in targets}
     assert labels == {
         **{f"0.self_attn.{part}_proj": "w4g16" for part in "qvo"},
@@ -305,35 +308,36 @@ def test_overrides_choose_the_grid_by_name_and_later_ones_win(llama: LoadedModel
 
 def test_a_group_size_that_does_not_divide_lists_every_linear_it_is_wrong_for(llama: LoadedModel) -> None:
     with pytest.raises(InputError) as refused:
-        llama.targets(QuantConfig(group_size=64))
+        select_targets(llama, QuantConfig(group_size=64))
     lines = str(refused.value).splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["model.layers.0.mlp.down_proj.weight"]
     assert "has 96 input channels, and group_size 64 does not divide that" in lines[0]
     assert lines[0].endswith("(and 1 more like it)")  # the same linear of the other block
     with pytest.raises(InputError) as refused:
-        llama.targets(QuantConfig(group_size=48))  # wrong for the six linears of 64 channels in both blocks
+        select_targets(llama, QuantConfig(group_size=48))  # wrong for the six linears of 64 channels in both blocks
     assert str(refused.value).count("(and 1 more like it)") == 6
     overrides = {"*.down_proj": {"group_size": 32}}
-    assert len(llama.targets(QuantConfig(group_size=64, overrides=overrides))) == 14
+    assert len(select_targets(llama, QuantConfig(group_size=64, overrides=overrides))) == 14
 
 
 def test_an_override_that_matches_nothing_is_refused_with_the_nearest_name(llama: LoadedModel) -> None:
     overrides = {"model.layers.0.mlp.down_prj": {"num_bits": 8}, "*.o_proj": {"num_bits": 8}}
     with pytest.raises(InputError, match=r"no linear matches 'model\.layers\.0\.mlp\.down_prj'") as refused:
-        llama.targets(QuantConfig(group_size=16, overrides=overrides))
+        select_targets(llama, QuantConfig(group_size=16, overrides=overrides))
     assert str(refused.value).endswith("the nearest of 14 names is model.layers.0.mlp.down_proj")
 
 
 def test_a_recipe_that_skips_everything_is_refused(llama: LoadedModel) -> None:
     with pytest.raises(InputError, match="skip every linear"):
-        llama.targets(QuantConfig(group_size=16, overrides={"*": {"skip": True}}))
+        select_targets(llama, QuantConfig(group_size=16, overrides={"*": {"skip": True}}))
 
 
 def test_all_faults_of_a_recipe_are_named_at_once(llama: LoadedModel) -> None:
     with torch.no_grad():
         llama.model.get_submodule("model.layers.1.mlp.up_proj").weight[3, 4] = float("nan")
+    llama.extremes.clear()  # they were found when it was loaded
     with pytest.raises(InputError) as refused:
-        llama.targets(QuantConfig(group_size=64, overrides={"*.k_prj": {"num_bits": 8}}))
+        select_targets(llama, QuantConfig(group_size=64, overrides={"*.k_prj": {"num_bits": 8}}))
     text = str(refused.value)
     for part in ("'*.k_prj'", "0.mlp.down_proj", "(and 1 more like it)", "1.mlp.up_proj.weight holds 1 NaN"):
         assert part in text

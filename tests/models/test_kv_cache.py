@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
 from qtool.checkpoints.native import Planned, Source
 from qtool.checkpoints.quantization_config import describe, label, specs_of
-from qtool.config import plugins
+from qtool.config import catalog
 from qtool.config.quant import QuantConfig
 from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import ExportConfig, ModelConfig
@@ -27,6 +28,7 @@ from qtool.models.kv_cache import key_value_linears
 from qtool.models.linears import linear_bias, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.targets import select_targets
 from qtool.pipelines import export, quantize
 from qtool.quant.activations import round_tokens
 from qtool.quant.packed_linear import ACTIVATIONS_VERSION, FORMAT_VERSION
@@ -58,10 +60,10 @@ def test_every_kind_of_method_ships_what_its_roundings_are(
     name: str, make_llama: Callable[[], LoadedModel], tokens: Tensor, llama_folder: Path, tmp_path: Path
 ) -> None:
     """No method knows of activations; what it trained with, what transformers loads and a witness agree."""
-    method = plugins.get(name)
+    method = load_method(name)
     short = {"signround": {"iterations": 3}, "lsq": {"steps": 2, "batch_size": 2}}
     loaded = make_llama()
-    method.run(loaded, tokens, A8KV4, method.config(**short.get(name, {})), 0)
+    method.run(Job.select(loaded, A8KV4, tokens), method.config(**short.get(name, {})))
     with output_folder.atomic_folder(tmp_path / "out", overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
     found = tiny.logits(loaded.model)
@@ -74,7 +76,7 @@ def test_every_kind_of_method_ships_what_its_roundings_are(
 
 def test_training_computes_what_is_loaded_bit_for_bit(llama: LoadedModel, tmp_path: Path) -> None:
     """The model with layers that train, before it is packed, and the checkpoint of it."""
-    targets = llama.targets(A8KV4)
+    targets = select_targets(llama, A8KV4)
     layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, linear_bias(t.linear), t.spec))
     trained = tiny.logits(llama.model)
     pack_linears(llama.model, layers)
@@ -97,7 +99,7 @@ def test_the_driver_goes_on_from_rounded_blocks(llama: LoadedModel, tokens: Tens
         for paused, plain in zip(task.outputs, task.through(task.inputs), strict=True):
             assert torch.equal(paused, plain)
 
-    run_blocks(llama, tokens, llama.targets(A8KV4), quantize_block)
+    run_blocks(Job.select(llama, A8KV4, tokens), quantize_block)
     assert len(packed_linears(llama.model)) == 14
 
 
@@ -130,7 +132,7 @@ def test_fewer_bits_more_error(llama_folder: Path) -> None:
 
 
 def test_keys_and_values_are_found_and_get_the_channels_of_a_head(llama: LoadedModel) -> None:
-    specs = {target.name: target.spec for target in llama.targets(A8KV4)}
+    specs = {target.name: target.spec for target in select_targets(llama, A8KV4)}
     makers = {ATTENTION.format(i, name) for i in (0, 1) for name in ("k_proj", "v_proj")}
     assert {name for name, spec in specs.items() if spec.kv_cache} == makers
     assert {(spec.kv_cache, spec.kv_group_size) for name, spec in specs.items() if name in makers} == {(4, 16)}
@@ -206,7 +208,7 @@ def recipe_for(folder: Path, out: Path, quant: dict[str, Any], **more: Any) -> R
 def test_what_cannot_be_found_is_refused_before_any_work(tmp_path: Path) -> None:
     recipe = recipe_for(tiny.gpt2(tmp_path / "gpt2"), tmp_path / "out", {"kv_cache": 8})
     with pytest.raises(InputError, match="c_attn makes its keys together"):
-        quantize.quantize(recipe, "ptq")
+        quantize.quantize(recipe)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -222,7 +224,7 @@ def test_what_cannot_be_found_is_refused_before_any_work(tmp_path: Path) -> None
 )
 def test_rounding_that_cannot_act_is_refused(llama: LoadedModel, quant: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        llama.targets(QuantConfig.model_validate({"group_size": 16, **quant}))
+        select_targets(llama, QuantConfig.model_validate({"group_size": 16, **quant}))
 
 
 def test_overrides_change_the_rounding_of_some_linears(llama: LoadedModel) -> None:
@@ -230,7 +232,7 @@ def test_overrides_change_the_rounding_of_some_linears(llama: LoadedModel) -> No
     quant = QuantConfig.model_validate(
         {"group_size": 16, "preset": "a4kv4", "kv_group_size": 8, "overrides": overrides}
     )
-    specs = {target.name: target.spec for target in llama.targets(quant)}
+    specs = {target.name: target.spec for target in select_targets(llama, quant)}
     assert specs["model.layers.0.mlp.down_proj"].activations == 8
     assert specs["model.layers.0.mlp.up_proj"].activations == 4
     assert specs["model.layers.1.mlp.down_proj"].activations is None
@@ -262,7 +264,7 @@ def test_a_group_without_bits_is_refused() -> None:
 
 
 def test_a_checkpoint_says_that_it_rounds_and_older_readers_stop_at_its_version(llama: LoadedModel) -> None:
-    specs = {target.name: target.spec for target in llama.targets(A8KV4)}
+    specs = {target.name: target.spec for target in select_targets(llama, A8KV4)}
     section = json.loads(json.dumps(describe(specs)))
     assert section["format_version"] == ACTIVATIONS_VERSION == FORMAT_VERSION + 1
     assert (section["activations"], section["kv_cache"]) == (8, None)
@@ -274,7 +276,7 @@ def test_a_checkpoint_says_that_it_rounds_and_older_readers_stop_at_its_version(
     assert not {"activations", "kv_cache", "kv_group_size"} & plain.keys()
 
 
-@pytest.mark.parametrize("name", plugins.export_formats())
+@pytest.mark.parametrize("name", catalog.export_formats())
 @pytest.mark.parametrize("quant", [{"activations": 8}, {"kv_cache": 8}])
 def test_no_export_leaves_it_out(
     name: str, quant: dict[str, Any], llama_folder: Path, llama: LoadedModel, tmp_path: Path
@@ -287,12 +289,12 @@ def test_no_export_leaves_it_out(
     with pytest.raises(InputError, match=message):
         export.export(tmp_path / "native", wanted, False)
     assert _base.refusal(name, Source(tmp_path / "native"), wanted)
-    targets = llama.targets(config)
+    targets = select_targets(llama, config)
     planned = Planned(llama, {t.name: t.spec for t in targets}, {t.name: t.weight_shape for t in targets})
     assert _base.refusal(name, planned, wanted)
     entry = [{"format": name, "path": str(tmp_path / "export")}]
     with pytest.raises(InputError, match=message):
-        quantize.quantize(recipe_for(llama_folder, tmp_path / "out", quant, export=entry), "ptq")
+        quantize.quantize(recipe_for(llama_folder, tmp_path / "out", quant, export=entry))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "export").exists()
 
@@ -301,7 +303,7 @@ def test_a_training_with_rounding_starts_from_weights_without_it(
     llama: LoadedModel, tmp_path: Path, llama_folder: Path
 ) -> None:
     tiny.quantize(llama_folder, tmp_path / "start", QuantConfig(num_bits=4, group_size=16, symmetric=False))
-    targets = llama.targets(A8KV4)
+    targets = select_targets(llama, A8KV4)
     layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, None, t.spec))
     Start(str(tmp_path / "start"), targets).take_codes(layers)
     source = Source(tmp_path / "start")

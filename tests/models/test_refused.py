@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
@@ -233,7 +234,7 @@ def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
     change_config(folder, dtype=dtype)
     with suppress(InputError):
         loaded = tiny.load(folder)
-        rtn.run(loaded, None, W4, rtn.Config(), 0)
+        rtn.run(Job.select(loaded, W4), rtn.Config())
         with output_folder.atomic_folder(tmp_path / "packed", overwrite=False) as partial:
             native.save(partial, loaded, tiny.specs(loaded))
 

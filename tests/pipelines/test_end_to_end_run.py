@@ -1,6 +1,5 @@
 """Training of the whole model as a run does it: trackers, and processes that share it."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,12 @@ import torch
 import yaml
 from accelerate.utils import LoggerType
 from helpers import tiny
-from helpers.methods import W4, train
+from helpers.methods import W4, recorded, train
 from torch import Tensor
 
+from qtool.blocks.job import load_method
 from qtool.checkpoints import native, output_folder
-from qtool.config import plugins, recipe
+from qtool.config import recipe
 from qtool.config.sections import ModelConfig
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
@@ -46,7 +46,7 @@ def written_recipe(folder: Path, name: str, **method: Any) -> Path:
 def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
     checked = recipe.load(written_recipe(tmp_path, "out", tracker="wandb"))
     with pytest.raises(InputError, match="tracker: wandb is not installed; install it, or set tracker: none"):
-        quantize.quantize(checked, "qat")
+        quantize.quantize(checked)
 
 
 def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +68,8 @@ def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(end_to_end, "Accelerator", Recorder)
     monkeypatch.setattr(end_to_end, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
-    quantize.quantize(recipe.load(written_recipe(tmp_path, "out")), "qat")
-    losses = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]["loss"]
+    quantize.quantize(recipe.load(written_recipe(tmp_path, "out")))
+    losses = recorded(tmp_path / "out" / "qtool.json")["loss"]
     assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
 
 
@@ -78,7 +78,7 @@ def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pyt
     file = written_recipe(tmp_path, "out")
     file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
     with pytest.raises(InputError, match="method rtn runs in one process, and there are 2"):
-        quantize.quantize(recipe.load(file), "ptq")
+        quantize.quantize(recipe.load(file))
 
 
 def test_more_processes_than_windows_in_a_step_are_refused(
@@ -86,7 +86,7 @@ def test_more_processes_than_windows_in_a_step_are_refused(
 ) -> None:
     tiny.several(0, 3, monkeypatch)
     with pytest.raises(InputError, match="batch_size 2 is less than the 3 processes"):
-        train(plugins.get("lsq"), llama, tokens)
+        train(load_method("lsq"), llama, tokens)
 
 
 def test_sharding_that_a_launcher_asks_for_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +121,8 @@ def test_two_processes_have_the_losses_of_one(two_processes: tuple[Path, subproc
     """Three windows for one of them and two for the other."""
     folder, done = two_processes
     assert done.returncode == 0, done.stderr
-    quantize.quantize(recipe.load(written_recipe(folder, "one", validation_samples=3, validate_every=2)), "qat")
-    two, one = (json.loads((folder / name / "qtool.json").read_text())["series"] for name in ("two", "one"))
+    quantize.quantize(recipe.load(written_recipe(folder, "one", validation_samples=3, validate_every=2)))
+    two, one = (recorded(folder / name / "qtool.json") for name in ("two", "one"))
     assert len(one["loss"]) == 3
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["validation"] == pytest.approx(one["validation"], abs=1e-5)
@@ -148,5 +148,5 @@ def test_a_start_brings_the_biases_of_its_linears(tmp_path: Path, tokens: Tensor
     with output_folder.atomic_folder(tmp_path / "start", overwrite=False) as partial:
         native.save(partial, first, tiny.specs(first))
     again = tiny.load(source)
-    train(plugins.get("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
+    train(load_method("lsq"), again, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
     assert torch.equal(tiny.logits(again.model), tiny.logits(first.model))

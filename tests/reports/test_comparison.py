@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.html import HOSTILE, Tree
+from helpers.records import locked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -192,14 +193,14 @@ def test_perplexity_of_another_float_model_is_not_compared_but_accuracy_is() -> 
 
 
 def test_a_model_is_known_by_its_files_and_not_by_how_it_was_called() -> None:
-    lock = {"model_files": {"model.safetensors": "abc"}}
+    lock = locked(model_files={"model.safetensors": "abc"})
     same = {
         "a": report(10.0, model="m", lock=lock),
         "b": report(9.0, model="./m", lock=lock),
         "c": report(8, model="m"),
     }
     assert not any("Different float models" in note for note in comparison(same).notes)
-    changed = {"model_files": {"model.safetensors": "abd"}}
+    changed = locked(model_files={"model.safetensors": "abd"})
     assert "Different" in comparison(same | {"d": report(10.0, lock=changed)}).notes[0]
 
 

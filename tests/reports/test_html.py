@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from helpers.html import HOSTILE, Tree
+from helpers.records import locked, per_block, per_step
 from matplotlib import colormaps, colors
 
 from qtool.reports import drawing, figures, html
-from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
+from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, Series, TaskResult, task_result
 from qtool.reports.report import Report
 from qtool.reports.text import number
 
@@ -62,13 +63,13 @@ def full(name: str = "some/model") -> Report:
         ),
         expected=(Published(task="wikitext2", metric="perplexity", value=35.0, source=name, measured=35.1),),
         linears=linears(name),
-        series={"block_error": (0.001, 0.002, 0.003), "e2e_loss": tuple(1 / (i + 1) for i in range(900))},
+        series=(per_block(0.001, 0.002, 0.003), per_step("e2e_loss", [1 / (i + 1) for i in range(900)])),
         exports=(
             Exported(
                 format="gptq", path=name, num_bytes=2_100_000, weight_difference=0, logit_difference=1e-7, notes=(name,)
             ),
         ),
-        lock={"model_files": {name: "abc"}, "seed": 0, "method": {"e2e": {"validate_every": 0}}},
+        lock=locked(model_files={name: "abc"}, method={"e2e": {"validate_every": 0}}),
         environment={"torch": name},
         date="2025-01-01T00:00:00+00:00",
     )
@@ -90,7 +91,7 @@ def broken() -> Report:
             "linears": tuple(
                 linear.model_copy(update={"weight_error": bad[i % 2]}) for i, linear in enumerate(linears())
             ),
-            "series": {"block_error": (math.nan, math.inf, 0.1), "e2e_loss": (math.nan, math.inf)},
+            "series": (per_block(math.nan, math.inf, 0.1), per_step("e2e_loss", [math.nan, math.inf])),
         }
     )
 
@@ -105,8 +106,10 @@ REPORTS = {
     "trained": Report(
         model="m",
         seconds={"eval": 0.0},
-        series={"loss": (3.0, 2.0, 1.0, 0.5), "validation": (3.0, 1.0, 0.4)},
-        lock={"method": {"validate_every": 3}},
+        series=(
+            per_step("loss", [3.0, 2.0, 1.0, 0.5]),
+            Series(name="loss", per="validation", at=(0, 3, 4), values=(3.0, 1.0, 0.4)),
+        ),
     ),
 }
 
@@ -257,7 +260,7 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
             "linears": tuple(
                 each.model_copy(update={"name": each.name.replace("mlp", "m" * 90)}) for each in linears(blocks=blocks)
             ),
-            "series": {"block_error": tuple(0.001 * (i + 1) for i in range(blocks))},
+            "series": (per_block(*(0.001 * (i + 1) for i in range(blocks))),),
         }
     )
     for plot in figures.figures(report):
@@ -282,18 +285,9 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
             assert not box.padded(-1).overlaps(beside.padded(-1)), (plot.name, text, other)
 
 
-@pytest.mark.parametrize(
-    ("every", "count", "expected"),
-    [(3, 3, [0, 3, 4]), (2, 3, [0, 2, 4]), (0, 2, [0, 4]), (1, 3, [0, 2, 4])],  # the last: not of this recipe
-)
-def test_validations_stand_at_their_steps(every: int, count: int, expected: list[float]) -> None:
-    report = Report(model="m", lock={"method": {"validate_every": every}})
-    assert figures._validation_steps(report, "loss", 4, count) == expected
-
-
 def test_a_long_curve_shows_the_mean_of_every_step() -> None:
     losses = tuple(float(i % 7) for i in range(1003))
-    (plot,) = figures.figures(Report(model="m", series={"loss": losses}))
+    (plot,) = figures.figures(Report(model="m", series=(per_step("loss", losses),)))
     (line,) = plot.figure.axes[0].lines
     steps, means = line.get_data()
     width = math.ceil(len(losses) / figures.MAX_POINTS)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import tiny
+from helpers.records import locked
 
 import qtool
 from qtool.cli import main
@@ -285,7 +286,7 @@ def test_what_was_begun_with_other_keys_starts_over(
     base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
 ) -> None:
     Path("out/a.partial/state").mkdir(parents=True)
-    Path("out/a.partial/state/lock.json").write_text('{"seed": 1}')
+    Path("out/a.partial/state/lock.json").write_text(locked(seed=1).model_dump_json())
     assert run({"recipe": base, "cells": {"a": {}}}).failed == []
     assert ran == [["ptq", "out/a.yaml", "--json", "--fresh"]]
 

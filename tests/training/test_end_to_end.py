@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.blocks.driver import run_blocks
+from qtool.blocks.driver import gather, run_blocks
+from qtool.blocks.job import Job, Method, load_method
 from qtool.checkpoints import files, native, output_folder
-from qtool.config import plugins
-from qtool.config.plugins import Method
+from qtool.config import catalog
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel, Streaming
 from qtool.models.loading import load_model
+from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight, dequantize
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
@@ -32,12 +34,12 @@ from qtool.training import end_to_end, linears
 from qtool.training.fit import windows_of_step
 
 W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False)
-TRAINED = [name for name in plugins.names() if plugins.get(name).command == "qat"]
+TRAINED = [name for name in catalog.methods() if load_method(name).command == "qat"]
 
 
 @pytest.fixture(params=TRAINED)
 def method(request: pytest.FixtureRequest) -> Method:
-    return plugins.get(request.param)
+    return load_method(request.param)
 
 
 def same(ours: dict[str, QuantizedWeight], theirs: dict[str, QuantizedWeight]) -> bool:
@@ -65,11 +67,11 @@ def test_every_window_is_seen_once_before_any_is_seen_again(size: int, num: int,
 def test_no_steps_or_no_rate_is_round_to_nearest(
     name: str, make_llama: Callable[[], LoadedModel], tokens: Tensor, still: dict[str, Any], symmetric: bool
 ) -> None:
-    method, quant = plugins.get(name), QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
+    method, quant = load_method(name), QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
     still = {key: value for key, value in still.items() if key in method.config.model_fields}
     found, _ = train(method, make_llama(), tokens, quant, **still, **minmax(method))
     nearest = make_llama()
-    rtn.run(nearest, None, quant, rtn.Config(), 0)
+    rtn.run(Job.select(nearest, quant), rtn.Config())
     assert same(found, {name: layer.quantized for name, layer in packed_linears(nearest.model).items()})
 
 
@@ -81,10 +83,10 @@ def test_every_trainable_parameter_moves(
     after: dict[str, Tensor] = {}
     training = linears.train_model
 
-    def watched(loaded: LoadedModel, *args: Any, **kwargs: Any) -> Any:
-        before.update({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
-        found = training(loaded, *args, **kwargs)
-        after.update({name: p.detach().clone() for name, p in loaded.model.named_parameters()})
+    def watched(job: Job, *args: Any, **kwargs: Any) -> Any:
+        before.update({name: p.detach().clone() for name, p in job.loaded.model.named_parameters()})
+        found = training(job, *args, **kwargs)
+        after.update({name: p.detach().clone() for name, p in job.loaded.model.named_parameters()})
         return found
 
     monkeypatch.setattr(linears, "train_model", watched)
@@ -101,8 +103,8 @@ def test_every_trainable_parameter_moves(
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_llmqat_starts_on_the_grid_of_the_largest_weight(llama: LoadedModel, tokens: Tensor, bits: int) -> None:
     quant = QuantConfig(num_bits=bits, group_size=-1)
-    weights = {target.name: target.weight.clone() for target in llama.targets(quant)}
-    found, _ = train(plugins.get("llmqat"), llama, tokens, quant, steps=0)
+    weights = {target.name: target.weight.clone() for target in select_targets(llama, quant)}
+    found, _ = train(load_method("llmqat"), llama, tokens, quant, steps=0)
     for name, weight in found.items():
         highest = 2 ** (bits - 1) - 1
         scale = (weights[name].abs().amax(1, keepdim=True) / highest).half().float()
@@ -113,15 +115,15 @@ def test_llmqat_starts_on_the_grid_of_the_largest_weight(llama: LoadedModel, tok
 
 def test_paretoq_has_levels_on_both_sides_of_zero_at_2_bits(llama: LoadedModel, tokens: Tensor) -> None:
     quant = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
-    weights = {target.name: target.weight.clone() for target in llama.targets(quant)}
+    weights = {target.name: target.weight.clone() for target in select_targets(llama, quant)}
     again = copy.deepcopy(llama)
-    found, _ = train(plugins.get("paretoq"), llama, tokens, quant, steps=0)
+    found, _ = train(load_method("paretoq"), llama, tokens, quant, steps=0)
     for name, weight in found.items():
         assert bool((weight.zero_point == 1.5).all())
         alpha = weights[name].abs().amax(1, keepdim=True)
         levels = alpha * ((weights[name] / alpha).clamp(-0.99, 0.99).mul(2).sub(0.5).round() + 0.5) / 2
         assert torch.allclose(dequantize(*weight), levels, rtol=1e-4), name
-    moved, _ = train(plugins.get("paretoq"), again, tokens, quant, steps=4)
+    moved, _ = train(load_method("paretoq"), again, tokens, quant, steps=4)
     assert all(bool((weight.zero_point == 1.5).all()) for weight in moved.values())
 
 
@@ -133,7 +135,7 @@ def test_paretoq_on_a_grid_of_integers_says_that_it_is_lsq(llama: LoadedModel, t
             notes.append(message)
 
     with progress.use(Notes()):
-        found, _ = train(plugins.get("paretoq"), llama, tokens, QuantConfig(num_bits=2, group_size=16), steps=0)
+        found, _ = train(load_method("paretoq"), llama, tokens, QuantConfig(num_bits=2, group_size=16), steps=0)
     assert all(bool((weight.zero_point == 2).all()) for weight in found.values())
     assert [note.split(";")[0] for note in notes] == [
         "14 linears of 2 bits are trained with integer zero points, as lsq does"
@@ -149,7 +151,7 @@ def test_training_lowers_the_loss(method: Method, llama: LoadedModel, tokens: Te
 
 @pytest.mark.parametrize("loss", ["ce", "reverse-kl", "mixed", "topk-kl", "cakld"])
 def test_any_loss_trains(llama: LoadedModel, tokens: Tensor, loss: str) -> None:
-    _, series = train(plugins.get("lsq"), llama, tokens, W2, epochs=16, loss=loss, top_k=8)
+    _, series = train(load_method("lsq"), llama, tokens, W2, epochs=16, loss=loss, top_k=8)
     losses = series["loss"]
     assert sum(losses[-10:]) < 0.97 * sum(losses[:10]), losses
 
@@ -161,7 +163,7 @@ def test_a_teacher_is_held_only_where_it_is_asked(
     made: list[nn.Module] = []
     monkeypatch.setattr(linears.LoadedModel, "float_copy", lambda loaded: made.append(copy.deepcopy(loaded.model)))
     with pytest.raises(AssertionError) if loss == "kl" else copy_nothing():
-        train(plugins.get("lsq"), llama, tokens, steps=1, loss=loss)
+        train(load_method("lsq"), llama, tokens, steps=1, loss=loss)
     assert len(made) == (loss == "kl")
 
 
@@ -176,7 +178,7 @@ def test_the_teacher_shares_every_tensor_and_stays_as_it_is(llama: LoadedModel, 
     for name, parameter in llama.model.named_parameters():
         assert teacher.get_parameter(name).data_ptr() == parameter.data_ptr(), name
     before = tiny.logits(teacher)
-    train(plugins.get("lsq"), llama, tokens)
+    train(load_method("lsq"), llama, tokens)
     assert torch.equal(tiny.logits(teacher), before)
     assert torch.equal(tiny.logits(llama.float_copy()), before), "read from its files"
 
@@ -198,7 +200,7 @@ def test_what_is_packed_is_what_was_trained(
 
 def test_running_blocks_again_changes_no_bit(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
     plain, again = (
-        train(plugins.get("lsq"), make_llama(), tokens, W2, gradient_checkpointing=wanted) for wanted in (False, True)
+        train(load_method("lsq"), make_llama(), tokens, W2, gradient_checkpointing=wanted) for wanted in (False, True)
     )
     assert plain[1] == again[1]
     assert same(plain[0], again[0])
@@ -221,7 +223,7 @@ def test_running_blocks_again_holds_less(llama: LoadedModel) -> None:
 
 def test_parts_of_a_step_add_up(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
     one, parts = (
-        train(plugins.get("lsq"), make_llama(), tokens, W2, batch_size=5, steps=3, optim={"accumulation": count})[1]
+        train(load_method("lsq"), make_llama(), tokens, W2, batch_size=5, steps=3, optim={"accumulation": count})[1]
         for count in (1, 3)
     )
     assert one["loss"] == pytest.approx(parts["loss"], rel=1e-4)
@@ -242,11 +244,11 @@ def test_the_best_state_on_windows_kept_out_is_what_is_packed(
     options = {"validation_samples": 2, "validate_every": 1, "epochs": 2, "travel": 40.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(end_to_end._Training, "_token_losses", watched)
-        found, series = train(plugins.get("lsq"), make_llama(), tokens, W4, **options)
+        found, series = train(load_method("lsq"), make_llama(), tokens, W4, **options)
     assert seen == {0, 1, 2}
     assert len(series["validation"]) == 1 + len(series["loss"])
     assert series["validation"][0] == min(series["validation"])
-    assert same(found, train(plugins.get("lsq"), make_llama(), tokens, W4, steps=0)[0])
+    assert same(found, train(load_method("lsq"), make_llama(), tokens, W4, steps=0)[0])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
@@ -255,15 +257,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     losses = end_to_end._Training._token_losses
     monkeypatch.setattr(end_to_end._Training, "_token_losses", lambda self, rows: losses(self, rows) * torch.nan)
     with pytest.raises(RunError, match=r"the loss is not finite in step 1; lower the learning rates, or set optim"):
-        train(plugins.get("lsq"), llama, tokens)
+        train(load_method("lsq"), llama, tokens)
 
 
 def test_what_cannot_train_is_refused(llama: LoadedModel, tokens: Tensor, llama_folder: Path) -> None:
     with pytest.raises(InputError, match="validation_samples 5 of 5 windows leave none to train on"):
-        train(plugins.get("lsq"), copy.deepcopy(llama), tokens, validation_samples=5)
+        train(load_method("lsq"), copy.deepcopy(llama), tokens, validation_samples=5)
     half = load_model(ModelConfig(path=str(llama_folder), dtype="float16", device="cpu"))
     with pytest.raises(InputError, match=r"gradients do not fit float16; set model\.dtype"):
-        train(plugins.get("lsq"), half, tokens)
+        train(load_method("lsq"), half, tokens)
 
 
 def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,12 +274,12 @@ def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, m
     dtypes: set[torch.dtype] = set()
     training = linears.train_model
 
-    def watched(loaded: LoadedModel, teacher: Any, tokens: Tensor, groups: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched(job: Job, teacher: Any, groups: Any, *args: Any, **kwargs: Any) -> Any:
         dtypes.update(p.dtype for group in groups for p in group.parameters)
-        return training(loaded, teacher, tokens, groups, *args, **kwargs)
+        return training(job, teacher, groups, *args, **kwargs)
 
     monkeypatch.setattr(linears, "train_model", watched)
-    _, series = train(plugins.get("lsq"), loaded, tokens, W2, epochs=16)
+    _, series = train(load_method("lsq"), loaded, tokens, W2, epochs=16)
     assert dtypes == {torch.float32}
     assert sum(series["loss"][-10:]) < 0.9 * sum(series["loss"][:10])
     assert tiny.logits(loaded.model).dtype == torch.bfloat16
@@ -289,8 +291,8 @@ def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, m
 def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantConfig, **settings: Any) -> LoadedModel:
     """A native checkpoint made by another method."""
     loaded = tiny.load(folder)
-    chosen = plugins.get(method)
-    chosen.run(loaded, tokens, quant, chosen.config(**settings), 0)
+    chosen = load_method(method)
+    chosen.run(Job.select(loaded, quant, tokens), chosen.config(**settings))
     with output_folder.atomic_folder(out, overwrite=False) as partial:
         native.save(partial, loaded, tiny.specs(loaded))
         files.write_json(partial / native.MANIFEST, {"format_version": 1})
@@ -305,7 +307,7 @@ def test_it_starts_at_exactly_the_codes_of_another_method(
     """AWQ changes norms too, and they come along."""
     quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
     before = written(other, llama_folder, tmp_path / "start", tokens, quant)
-    found, _ = train(plugins.get("lsq"), llama, tokens, quant, steps=0, init_from=str(tmp_path / "start"))
+    found, _ = train(load_method("lsq"), llama, tokens, quant, steps=0, init_from=str(tmp_path / "start"))
     assert same(found, {name: layer.quantized for name, layer in packed_linears(before.model).items()})
     assert torch.equal(tiny.logits(llama.model), tiny.logits(before.model))
 
@@ -315,8 +317,8 @@ def test_plain_training_starts_near_the_codes_of_another_method(
 ) -> None:
     before = written("gptq", llama_folder, tmp_path / "start", tokens, W4, range="minmax")
     codes = {name: layer.quantized.codes for name, layer in packed_linears(before.model).items()}
-    nearest, _ = train(plugins.get("qat"), copy.deepcopy(llama), tokens, W4, steps=0)
-    found, _ = train(plugins.get("qat"), llama, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
+    nearest, _ = train(load_method("qat"), copy.deepcopy(llama), tokens, W4, steps=0)
+    found, _ = train(load_method("qat"), llama, tokens, W4, steps=0, init_from=str(tmp_path / "start"))
     for name, weight in found.items():
         assert float((weight.codes == codes[name]).float().mean()) > 0.9, name
         assert float((nearest[name].codes == codes[name]).float().mean()) < 0.9, name
@@ -334,7 +336,7 @@ def test_the_teacher_is_the_float_model_wherever_training_starts(
         return training(loaded, teacher, *args, **kwargs)
 
     monkeypatch.setattr(linears, "train_model", watched)
-    train(plugins.get("lsq"), llama, tokens, W4, steps=1, init_from=str(tmp_path / "start"))
+    train(load_method("lsq"), llama, tokens, W4, steps=1, init_from=str(tmp_path / "start"))
 
 
 @pytest.mark.parametrize(
@@ -353,9 +355,9 @@ def test_a_start_that_does_not_fit_is_refused(
     written("rtn", llama_folder, tmp_path / "start", tokens, W4)
     quant = QuantConfig(**{"num_bits": 4, "group_size": 16} | changes)
     with pytest.raises(InputError, match=f"init_from: .*{match}"):
-        train(plugins.get("lsq"), llama, tokens, quant, init_from=str(tmp_path / "start"))
+        train(load_method("lsq"), llama, tokens, quant, init_from=str(tmp_path / "start"))
     with pytest.raises(InputError, match="float model"):
-        train(plugins.get("lsq"), llama, tokens, quant, init_from=str(llama_folder))
+        train(load_method("lsq"), llama, tokens, quant, init_from=str(llama_folder))
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -365,19 +367,18 @@ def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp
     folder = tiny.FAMILIES[family](tmp_path / "float")
     expected = tiny.packed(folder, W2)
     kept = tiny.Kept(tmp_path)
-    streamed = load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"), finished=kept, budget=1 << 30)
-    assert isinstance(streamed.streaming, Streaming)
-    targets = streamed.targets(W2)
+    config = ModelConfig(path=str(folder), dtype="float32", device="cpu")
+    job = replace(Job.select(load_model(config, streamed=True), W2), workspace=kept)
+    assert isinstance(job.loaded.streaming, Streaming)
 
     def nearest(task: Any) -> None:
         for target in task.targets:
             task.pack(target, rtn.round_to_nearest(target.weight, target.spec, rtn.Config()))
 
-    run_blocks(streamed, None, targets, nearest)
+    run_blocks(job, nearest)
     if start == "again":
-        streamed = load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"), finished=kept, budget=1)
-        targets = streamed.targets(W2)
-    streamed.gather(targets)
-    assert all(tensor.device.type == "cpu" for tensor in streamed.model.state_dict().values())
-    assert torch.equal(tiny.logits(streamed.model), tiny.logits(expected.model))
-    assert torch.equal(tiny.logits(streamed.float_copy()), tiny.logits(tiny.load(folder).model))
+        job = replace(Job.select(load_model(config, streamed=True), W2), workspace=kept)
+    gather(job)
+    assert all(tensor.device.type == "cpu" for tensor in job.loaded.model.state_dict().values())
+    assert torch.equal(tiny.logits(job.loaded.model), tiny.logits(expected.model))
+    assert torch.equal(tiny.logits(job.loaded.float_copy()), tiny.logits(tiny.load(folder).model))

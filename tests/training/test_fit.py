@@ -246,3 +246,17 @@ def test_a_section_given_half_keeps_its_methods_own_defaults() -> None:
 
     chosen = Config(optim={"betas": (0.9, 0.95)}).optim  # type: ignore[arg-type]
     assert (chosen.schedule, chosen.max_grad_norm, chosen.betas) == ("linear", 1.0, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [(4, 3, [0, 3, 4]), (4, 2, [0, 2, 4]), (4, 0, [0, 4]), (4, 1, [0, 1, 2, 3, 4]), (4, 9, [0, 4]), (0, 3, [0])],
+)
+def test_validations_stand_at_their_steps(steps: int, every: int, expected: list[int]) -> None:
+    called = iter(range(100))
+    _, found = train(steps, validate=lambda: float(next(called)), validate_every=every)
+    assert found.validated_at == expected
+    assert len(found.validation) == len(expected)
+    by_step, *by_validation = found.series("loss")
+    assert (by_step.per, by_step.at) == ("step", tuple(range(1, steps + 1)))
+    assert [(each.per, each.at) for each in by_validation] == [("validation", tuple(expected))]

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny
+from helpers.methods import recorded
 
-from qtool.config import plugins
+from qtool.blocks.job import load_method
+from qtool.config import catalog
 from qtool.config.recipe import Recipe
 from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
@@ -68,7 +70,9 @@ def test_a_divergence_counts_only_learned_tokens(llama: Any, tokens: torch.Tenso
     assert one.gamma == pytest.approx(truth[labels[:, 1:] != IGNORED].mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in plugins.names() if plugins.get(name).takes_labels])
+@pytest.mark.parametrize(
+    "name", [name for name in catalog.methods() if load_method(name).end_to_end(load_method(name).config())]
+)
 def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: Path) -> None:
     rows = [
         {"instruction": f"Question number {i}?", "output": f"Answer {i}, and no more than that."} for i in range(60)
@@ -93,8 +97,8 @@ def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: 
             "quant": {"group_size": 32, "num_bits": 8},
             "output": {"path": str(tmp_path / f"q{len(losses)}")},
         }
-        quantize.quantize(Recipe.model_validate(raw), plugins.get(name).command)
-        losses.append(json.loads((tmp_path / f"q{len(losses)}" / "qtool.json").read_text())["series"][series][0])
+        quantize.quantize(Recipe.model_validate(raw), load_method(name).command)
+        losses.append(recorded(tmp_path / f"q{len(losses)}" / "qtool.json")[series][0])
     with torch.no_grad():
         model = tiny.load(llama_folder).model
         expected = [model(text.tokens, labels=labels).loss.item() for labels in (text.labels, text.tokens)]

@@ -12,6 +12,7 @@ import torch
 from helpers import tiny
 from torch import Tensor, nn
 
+from qtool.blocks.job import Job
 from qtool.config import recipe
 from qtool.config.quant import QuantConfig
 from qtool.methods import lrqat
@@ -70,11 +71,11 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     real = end_to_end.train_model
 
-    def look(loaded: LoadedModel, *arguments: Any, **others: Any) -> Any:
+    def look(job: Job, *arguments: Any, **others: Any) -> Any:
         gc.collect()
         linears = [each for each in gc.get_objects() if type(each) is nn.Linear and id(each) not in before]
-        found.append(sum(each.weight is not loaded.model.lm_head.weight for each in linears))
-        return real(loaded, *arguments, **others)
+        found.append(sum(each.weight is not job.loaded.model.lm_head.weight for each in linears))
+        return real(job, *arguments, **others)
 
     monkeypatch.setattr("qtool.training.linears.train_model", look)
     return found
@@ -85,7 +86,7 @@ def test_float_weights_go_when_they_are_replaced_unless_a_teacher_has_them(
     loss: Any, count: int, alive: list[int], make_llama: Callable[[], LoadedModel], tokens: Tensor
 ) -> None:
     quant = QuantConfig(num_bits=4, group_size=16)
-    lrqat.run(make_llama(), tokens, quant, lrqat.Config(rank=4, steps=1, loss=loss), 0)
+    lrqat.run(Job.select(make_llama(), quant, tokens), lrqat.Config(rank=4, steps=1, loss=loss))
     assert alive == [count]
 
 
@@ -98,5 +99,5 @@ def test_a_run_holds_no_float_weights_either(method: str, alive: list[int], llam
         "data": {"source": str(tiny.text(tmp_path)), "num_samples": 4, "seq_len": 16},
         "output": {"path": str(tmp_path / "out")},
     }
-    quantize.quantize(recipe.Recipe.model_validate(raw), "qat" if method == "lsq" else method)
+    quantize.quantize(recipe.Recipe.model_validate(raw))
     assert alive == [0]

@@ -1,6 +1,5 @@
 """Training with the model split over processes is that of one process; what each holds is its part."""
 
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -13,13 +12,15 @@ import torch
 import yaml
 from helpers import sharded_training as sharded
 from helpers import tiny
+from helpers.methods import recorded
 from helpers.sharded_training import CASES, CLIPPED, KILLED, STEPS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qtool.config import plugins, recipe
+from qtool.blocks.job import Job, load_method
+from qtool.config import recipe
 from qtool.config.sections import ModelConfig
 from qtool.config.training import EndToEndConfig
 from qtool.models.folders import resolve
@@ -190,8 +191,8 @@ def compare_runs(folder: Path, device: str) -> None:
     done = subprocess.run([*LAUNCH, "-m", "qtool", "qat", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(folder / "two")
-    quantize.quantize(recipe.load(written_recipe(folder, "one", "none", device)), "qat")
-    two, one = (json.loads((folder / name / "qtool.json").read_text())["series"] for name in ("two", "one"))
+    quantize.quantize(recipe.load(written_recipe(folder, "one", "none", device)))
+    two, one = (recorded(folder / name / "qtool.json") for name in ("two", "one"))
     for name in ("loss", "validation"):
         assert two[name] == pytest.approx(one[name], abs=1e-5)
     restored, other = (
@@ -219,16 +220,16 @@ def test_two_gpus_split_a_model(tmp_path: Path) -> None:
 def test_one_process_does_not_ignore_sharding(tmp_path: Path, llama: LoadedModel, tokens: Tensor) -> None:
     message = "this is the only one; start more with torchrun --nproc-per-node N -m qtool, or set sharding: none"
     with pytest.raises(InputError, match=message):
-        quantize.quantize(recipe.load(written_recipe(tmp_path, "out", "full")), "qat")
+        quantize.quantize(recipe.load(written_recipe(tmp_path, "out", "full")))
     assert not list(tmp_path.glob("out*partial")), "nothing was begun"
     file = written_recipe(tmp_path, "out", "none")
     raw = yaml.safe_load(file.read_text()) | {"method": {"name": "efficientqat", "e2e": {"sharding": "full"}}}
     file.write_text(yaml.safe_dump(raw))
     with pytest.raises(InputError, match=message):
-        quantize.quantize(recipe.load(file), "efficientqat")
-    method = plugins.get("lsq")
+        quantize.quantize(recipe.load(file))
+    method = load_method("lsq")
     with pytest.raises(InputError, match=message):
-        method.run(llama, tokens, sharded.W2, method.config(sharding="full"), 0)
+        method.run(Job.select(llama, sharded.W2, tokens), method.config(sharding="full"))
 
 
 def test_a_launcher_that_asks_for_it_is_told_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,11 @@ from functools import partial
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from qtool.blocks.driver import run_blocks
-from qtool.config.plugins import Method
-from qtool.config.quant import QuantConfig
+from qtool.blocks.driver import gather, run_blocks
+from qtool.blocks.job import Job, Method, Result
 from qtool.methods.efficientqat.block_ap import BlockConfig, quantize_block
 from qtool.methods.efficientqat.e2e_qp import ScaleConfig, train_scales
-from qtool.models.loaded import LoadedModel
 from qtool.training.linears import Start
 
 
@@ -36,18 +33,15 @@ class Config(BlockConfig):
     e2e: ScaleConfig = Field(ScaleConfig(), description="The second phase, E2E-QP.")
 
 
-def run(
-    loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, config: Config, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Both phases on ``tokens`` ``[n, t]``, the second on those in ``labels``; ``seed`` fixes what each step sees."""
-    targets = loaded.targets(quant)
-    start = None if config.init_from is None else Start(config.init_from, targets)
-    step = partial(quantize_block, loaded=loaded, config=config, start=start, seed=seed)
-    series = run_blocks(loaded, tokens, targets, step, float_stream=True)
-    if trains_scales(config):
-        loaded.gather(targets, on_device=config.e2e.sharding == "none")
-        series |= train_scales(loaded, tokens, config.e2e, seed, labels)
-    return series
+def run(job: Job, config: Config) -> Result:
+    """Run both phases on the text of the job, the second on its labels; the seed fixes the windows of each step."""
+    start = None if config.init_from is None else Start(config.init_from, job.targets)
+    step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed)
+    result = run_blocks(job, step, float_stream=True)
+    if not trains_scales(config):
+        return result
+    gather(job, on_device=config.e2e.sharding == "none")
+    return Result(result.series + train_scales(job, config.e2e), {})
 
 
 def trains_scales(config: Config) -> bool:
@@ -61,5 +55,4 @@ METHOD = Method(
     Config,
     run,
     end_to_end=trains_scales,
-    takes_labels=True,
 )

@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.blocks.hidden_states import Stream
-from qtool.blocks.task import BlockTask, Figures
+from qtool.blocks.job import Figures
+from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.training import OptimConfig, RoundingConfig, TrainedConfig
 from qtool.methods import gptq
@@ -273,7 +274,7 @@ def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
         statistics = gptq.collect(stage._replace(float_inputs=None), solver)
         gptq.quantize_group(task, stage.targets, statistics, solver)
         for target in stage.targets:
-            layer = task.block.get_submodule(target.name.removeprefix(f"{task.name}."))
+            layer = task.block.get_submodule(task.local_name(target))
             assert isinstance(layer, PackedLinear)
             found[target.name] = layer.quantized
     task.outputs = None  # those of GPTQ's codes

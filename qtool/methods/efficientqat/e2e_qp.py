@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from qtool.blocks.job import Job
 from qtool.config.training import EndToEndConfig
 from qtool.models.linears import packed_linears, replace_linear
-from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packing import unpack
+from qtool.reports.records import Series
 from qtool.training.end_to_end import num_steps, train_model
 from qtool.training.fit import Fit, Group, total_factor
 from qtool.training.losses import CE
@@ -119,15 +120,14 @@ def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[Gro
     return groups
 
 
-def train_scales(
-    loaded: LoadedModel, tokens: Tensor, config: ScaleConfig, seed: int, labels: Tensor | None = None
-) -> dict[str, list[float]]:
-    """Train the scales of all packed linears on ``tokens`` ``[n, t]``, of which those in ``labels`` are learned.
+def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
+    """Train the scales of all packed linears on the text of the job.
 
-    Returns the losses by step, and of validation.
+    Returns the loss of each step, and that of each validation.
     """
+    loaded = job.loaded
     teacher = None if config.loss == CE else loaded.float_copy()
-    total = total_factor(num_steps(config, len(tokens)), config.optim)
+    total = total_factor(num_steps(config, len(job.text)), config.optim)
     blocks = [name for name, _ in loaded.blocks()]
     layers: list[dict[str, ScaleLinear]] = []
 
@@ -143,11 +143,11 @@ def train_scales(
         return [group for layer in made.values() for group in groups_of(layer, total, config)]
 
     def train(groups: list[Group]) -> Fit:
-        return train_model(loaded, teacher, tokens, groups, config, phase=PHASE, seed=seed, labels=labels)
+        return train_model(job, teacher, groups, config, phase=PHASE)
 
     def pack(index: int) -> None:
         for name, layer in layers[index].items():
             replace_linear(loaded.model, name, layer.packed())
 
     found = train_by_block(loaded, teacher, config, put, train, pack)
-    return {"e2e_loss": found.losses} | ({"e2e_validation": found.validation} if found.validation else {})
+    return found.series("e2e_loss")

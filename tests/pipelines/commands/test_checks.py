@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import MANIFEST, Planned, Source
-from qtool.config import plugins
+from qtool.config import catalog
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.models.folders import read_config
+from qtool.models.targets import select_targets
 
 
 @pytest.fixture
@@ -83,11 +84,11 @@ def test_what_is_planned_is_refused_for_the_same_reason_as_what_is_made(models: 
     for index, changes in enumerate([MIXED, SKIPPED, {"scale_dtype": "float32"}, {}]):
         quant = QuantConfig.model_validate({"num_bits": 4, "group_size": 32, **changes})
         loaded = tiny.load(models / "llama")
-        targets = loaded.targets(quant)
+        targets = select_targets(loaded, quant)
         shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
         planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
         tiny.quantize(models / "llama", Path(f"q{index}"), quant)
-        for name in plugins.export_formats():
+        for name in catalog.export_formats():
             exporter = _base.get(name)
             before, after = exporter.refuses(planned, config), exporter.refuses(Source(Path(f"q{index}")), config)
             assert before == after, name

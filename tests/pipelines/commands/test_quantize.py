@@ -19,9 +19,9 @@ from helpers.whole_runs import NATIVE_FILES, Result, digest, left, own, weights_
 from transformers import AutoModelForCausalLM
 
 import qtool
+from qtool.blocks.job import load_method
 from qtool.checkpoints import native as checkpoint
 from qtool.checkpoints.native import MANIFEST, Source
-from qtool.config import plugins
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.data import windows
@@ -86,14 +86,14 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
     for section, values in written.items():
         if isinstance(values, dict):
             assert {key: resolved[section][key] for key in values} == values
-    assert set(resolved["method"]) == set(plugins.get("gptq").config.model_fields)  # defaults are filled in
+    assert set(resolved["method"]) == set(load_method("gptq").config.model_fields)  # defaults are filled in
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
     floats = tiny.load(models / "llama")
     tokens = calibration_tokens(Recipe.model_validate(resolved).data, floats, 3)
     assert manifest["data"] == {"tokens": [8, 32], "sha256": token_hash(tokens)}
-    assert list(manifest["series"]) == ["block_error"]
-    assert len(manifest["series"]["block_error"]) == 2
-    assert all(0 < error < 0.1 for error in manifest["series"]["block_error"])
+    assert [each["name"] for each in manifest["series"]] == ["block_error"]
+    assert len(manifest["series"][0]["values"]) == 2
+    assert all(0 < error < 0.1 for error in manifest["series"][0]["values"])
     assert {"load", "data", "quantize"} <= set(manifest["seconds"])
     assert manifest["quantized_bytes"] == sum(p.stat().st_size for p in Path("out/q").glob("*.safetensors"))
     assert manifest["float_bytes"] == sum(tensor.nbytes for tensor in tiny.stored(models / "llama").values())

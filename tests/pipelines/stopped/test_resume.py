@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from helpers import tiny
+from helpers.methods import recorded
 from helpers.stopped_runs import METHODS, Killed, hashes, make, quantize, stop_after
 
+from qtool.blocks.job import Job
 from qtool.pipelines import quantize as pipeline
-from qtool.pipelines import run_state
+from qtool.pipelines import workspace
 from qtool.system.errors import InputError, RunError
 from qtool.training import end_to_end
 
@@ -22,8 +24,7 @@ def test_finished_blocks_are_not_done_again(half_done, tmp_path, whole, monkeypa
     quantize(half_done)
     assert set(done) == {2}
     assert hashes(tmp_path / "out") == whole("gptq")
-    manifest = json.loads((tmp_path / "out" / "qtool.json").read_text())
-    assert len(manifest["series"]["block_error"]) == 3
+    assert len(recorded(tmp_path / "out" / "qtool.json")["block_error"]) == 3
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -54,7 +55,7 @@ def test_finished_training_is_not_done_again(folder, tmp_path, whole, monkeypatc
         quantize(checked)
     assert done == [0, 1, 2, 3]
     assert hashes(tmp_path / "out") == whole("lsq")
-    series = json.loads((tmp_path / "out" / "qtool.json").read_text())["series"]
+    series = recorded(tmp_path / "out" / "qtool.json")
     assert (len(series["loss"]), len(series["validation"])) == (4, 3)
 
 
@@ -138,14 +139,14 @@ def test_a_shard_deleted_in_mid_run_is_named_and_the_run_goes_on_when_it_is_back
     shard = sorted((models / "float").glob("*.safetensors"))[-1]
     kept = shard.read_bytes()
     checked = make(models, tmp_path / "out")
-    write = run_state.RunState.write
+    write = workspace.RunWorkspace.write
 
-    def losing(self, index, tensors, figures):
-        write(self, index, tensors, figures)
+    def losing(self, index, block):
+        write(self, index, block)
         shard.unlink(missing_ok=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state.RunState, "write", losing)
+        patch.setattr(workspace.RunWorkspace, "write", losing)
         with pytest.raises(RunError, match=r"is no longer in .*; put its file back"):
             quantize(checked)
     with pytest.raises(InputError, match=f"lists {shard.name}, which is not there"):
@@ -220,7 +221,7 @@ def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, 
     quantize(checked)
     loaded = load_model(checked.model)
     tokens = windows.calibration_tokens(checked.data, loaded, checked.seed)
-    get("gptq").run(loaded, tokens, checked.quant, checked.method, checked.seed)
+    get("gptq").run(Job.select(loaded, checked.quant, tokens, seed=checked.seed), checked.method)
     (tmp_path / "library").mkdir()
     native.save(tmp_path / "library", loaded, tiny.specs(loaded))
     streamed, whole = files.Files(tmp_path / "out"), files.Files(tmp_path / "library")

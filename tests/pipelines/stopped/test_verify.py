@@ -16,7 +16,7 @@ def written(folder, tmp_path):
 
 
 def test_verify_accepts_what_was_written(written):
-    assert verify.verify(written)["linears"] == 3 * 7
+    assert verify.verify(written).linears == 3 * 7
 
 
 def test_verify_finds_a_changed_bit_a_missing_and_a_new_file(written):
@@ -42,7 +42,7 @@ def test_verify_compares_the_manifest_with_the_tensors(written):
 
 
 def test_reproduce_makes_the_same_bytes(written):
-    assert reproduce.reproduce(written) == {"same": True, "changes": []}
+    assert reproduce.reproduce(written) == []
     assert [path.name for path in written.parent.iterdir() if path.is_dir()] == ["out"]
 
 

@@ -1,0 +1,150 @@
+"""The seam between a run, a model and a method: a ``Job`` goes in, a ``Result`` comes out.
+
+A method's file exports ``METHOD = Method(...)``. Its ``run(job, config)`` leaves every target of the job a
+``PackedLinear`` and no other linear, and its result depends on the job and the config only. The pipeline selects and
+checks the targets, reads the calibration text and keeps what is finished; a method sees none of that.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from qtool.config.quant import QuantConfig
+from qtool.config.sections import MethodConfig
+from qtool.models.linears import Target
+from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
+from qtool.reports.records import Series
+
+Figures = dict[str, float]
+
+
+class FinishedBlock(NamedTuple):
+    """A quantized block as a run keeps it."""
+
+    tensors: dict[str, Tensor]  # state dict, by full name
+    figures: Figures  # one number per name, for the series of the result
+    weight_errors: dict[str, float]  # relative error of each packed linear, by full name
+
+
+class Workspace(Protocol):
+    """Where a run keeps what it must not lose, and what does not fit into memory."""
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes of RAM for hidden states and paused forwards."""
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for hidden states that do not fit into ``memory_budget``."""
+
+    @property
+    def logs(self) -> Path:
+        """Folder for the logs of a training tracker, beside the output folder."""
+
+    def phase(self, name: str) -> Path:
+        """The folder where the training phase ``name`` keeps its state."""
+
+    def read(self, index: int) -> FinishedBlock | None:
+        """Return the finished block ``index``, or ``None`` when it is not done yet."""
+
+    def write(self, index: int, block: FinishedBlock) -> None:
+        """Keep a finished block durably; a later start of the run goes on from it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The input of a method.
+
+    ``tokens`` is ``[n, t]`` int64, or ``None`` for a method that reads no text. ``labels`` has its shape: the token
+    itself where it is learned, -100 elsewhere; ``None``: every token is learned. Without a ``workspace`` all stays in
+    memory and nothing is resumed.
+    """
+
+    loaded: LoadedModel
+    targets: tuple[Target, ...]
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    seed: int = 0
+    workspace: Workspace | None = None
+
+    @classmethod
+    def select(
+        cls,
+        loaded: LoadedModel,
+        quant: QuantConfig,
+        tokens: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        seed: int = 0,
+    ) -> "Job":
+        """Make the job of quantizing ``loaded`` in memory, with the targets that ``quant`` selects.
+
+        Raises:
+            InputError: a target cannot be quantized with its grid.
+        """
+        return cls(loaded, select_targets(loaded, quant), tokens, labels, seed)
+
+    @property
+    def text(self) -> Tensor:
+        """The tokens ``[n, t]`` of a method that needs text."""
+        assert self.tokens is not None, "the method was given no calibration text"
+        return self.tokens
+
+    def of_block(self, index: int) -> list[Target]:
+        """The targets of one block, in module order."""
+        return [target for target in self.targets if target.block == index]
+
+
+class Result(NamedTuple):
+    """The output of a method, which has changed the model of its job in place."""
+
+    series: tuple[Series, ...]
+    weight_errors: dict[str, float]
+    """``|Q(w) - w|**2 / |w|**2`` of each packed linear; empty when the float weights are gone by then."""
+
+    def values(self, name: str, per: str | None = None) -> tuple[float, ...]:
+        """The values of the series called ``name``; ``per`` tells series of one name apart."""
+        return next(each.values for each in self.series if each.name == name and per in (None, each.per))
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+@dataclass(frozen=True)
+class Method(Generic[C]):
+    """The contract of a method: what its file exports as ``METHOD``.
+
+    ``command`` is the ``qtool`` command that runs it, and must be the first argument, a plain string:
+    ``config.plugins`` reads it from the file's text.
+    """
+
+    command: str
+    summary: str
+    config: type[C]
+    run: Callable[[Job, C], Result]
+    needs_data: Callable[[C], bool] = lambda config: True
+    end_to_end: Callable[[C], bool] = lambda config: False
+    """True if the method trains the whole model, after all blocks; then finished blocks are only an intermediate."""
+
+
+def load_method(name: str) -> Method[Any]:  # Any: each method has a config class of its own
+    """The method called ``name``, one of ``config.catalog.methods()``; imports its file."""
+    method: Method[Any] = import_module(f"qtool.methods.{name}").METHOD
+    return method
+
+
+def block_series(figures: Iterable[Figures]) -> tuple[Series, ...]:
+    """The figures of the blocks, in order, as one series for each name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for index, each in enumerate(figures):
+        for name, value in each.items():
+            found.setdefault(name, []).append((index, value))
+    return tuple(
+        Series(name=name, per="block", at=tuple(at for at, _ in points), values=tuple(value for _, value in points))
+        for name, points in found.items()
+    )

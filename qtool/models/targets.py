@@ -1,0 +1,75 @@
+"""Which linears of a model are quantized, and on which grid: selected once per run, and checked."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qtool.config.quant import QuantConfig
+from qtool.models.kv_cache import with_heads
+from qtool.models.linears import Target, stored_weight, weight_of
+from qtool.models.loaded import LoadedModel
+from qtool.quant.affine import check_weight
+from qtool.system import memory
+from qtool.system.errors import InputError
+
+
+def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...]:
+    """Every linear of the decoder blocks that ``quant`` does not skip, in module order, with its grid.
+
+    A weight whose extremes are known from loading is not read again.
+
+    Raises:
+        InputError: all faults at once: an override that matches nothing, a group size that does not divide, values that
+            are not finite, a scale that its dtype cannot hold.
+    """
+    linears = [
+        (f"{block_name}.{name}", module, index)
+        for index, (block_name, block) in enumerate(loaded.blocks())
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    names = [name for name, _, _ in linears]
+    faults = list(_unmatched(quant, names))
+    targets, pages = [], memory.Pages()
+    for name, module, index in linears:
+        spec = quant.spec_for(name)
+        if spec is None:
+            continue
+        try:
+            check_weight(stored_weight(module), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
+        except InputError as error:
+            faults.append(str(error))
+        pages.drop(weight_of(module))
+        targets.append(Target.of(name, module, spec, index))
+    if any(target.spec.kv_cache is not None for target in targets):
+        asked = {target.name: target.spec for target in targets}
+        specs, wrong = with_heads(asked, {t.name: t.weight_shape[0] for t in targets}, loaded.model.config)
+        targets = [replace(target, spec=specs[target.name]) for target in targets]
+        faults += wrong
+    if not targets and not faults:
+        faults.append("quant.overrides skip every linear; there is nothing to quantize")
+    if faults:
+        raise InputError("\n  ".join([f"{loaded.path} cannot be quantized with this recipe:", *_shortened(faults)]))
+    return tuple(targets)
+
+
+def _shortened(faults: list[str]) -> Iterator[str]:
+    """Faults that differ only in block numbers and counts become one, with the number of others like it."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(re.sub(r"\d+", "0", fault), []).append(fault)
+    for same in kinds.values():
+        yield same[0] + (f" (and {len(same) - 1} more like it)" if len(same) > 1 else "")
+
+
+def _unmatched(quant: QuantConfig, names: list[str]) -> Iterator[str]:
+    """A fault for each override whose pattern matches no linear."""
+    for pattern in quant.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=1, cutoff=0.0)
+            yield f"quant.overrides: no linear matches '{pattern}'; the nearest of {len(names)} names is {near[0]}"

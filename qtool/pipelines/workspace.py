@@ -1,0 +1,60 @@
+"""The workspace of a run: finished blocks, the state of training phases, and scratch space, below its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.blocks.job import FinishedBlock
+from qtool.checkpoints.files import Files, file_hashes, shard_name, write_durably, write_shard
+from qtool.checkpoints.native import as_stored
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.pipelines.run_state import BlockRecord, RunState
+from qtool.system import distributed, progress
+
+
+@dataclass(frozen=True)
+class RunWorkspace:
+    """The ``blocks.job.Workspace`` of a run that quantizes ``loaded``."""
+
+    state: RunState
+    loaded: LoadedModel
+    memory_budget: int  # bytes
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for hidden states that do not fit into memory."""
+        return self.state.folder
+
+    @property
+    def logs(self) -> Path:
+        """Folder for the logs of a training tracker, beside the output folder."""
+        return self.state.partial.with_name(f"{self.state.partial.name.removesuffix('.partial')}.logs")
+
+    def phase(self, name: str) -> Path:
+        """The folder of a training phase."""
+        return self.state.folder / name
+
+    def _shard(self, index: int) -> Path:
+        return self.state.blocks / shard_name(index + 1, len(self.loaded.blocks()))
+
+    def read(self, index: int) -> FinishedBlock | None:
+        """Return a finished block; ``None`` when it is not done, or its shard is damaged."""
+        record = self.state.record(index)
+        if record is None:
+            return None
+        shard = self._shard(index)
+        if file_hashes(shard.parent, shard.name) != {shard.name: record.sha256}:
+            progress.note(f"{shard} is not what was written; block {index} is done again")
+            return None
+        files = Files(shard.parent, shard.name)
+        return FinishedBlock({name: files.tensor(name) for name in files.names}, record.figures, record.weight_errors)
+
+    def write(self, index: int, block: FinishedBlock) -> None:
+        """Keep a finished block. Of several processes the first one does, and all go on when it has."""
+        if distributed.is_first():
+            shard = self._shard(index)
+            write_shard(as_stored(block.tensors, packed_linears(self.loaded.model), self.loaded), shard)
+            sha256 = file_hashes(shard.parent, shard.name)[shard.name]
+            record = BlockRecord(sha256=sha256, figures=block.figures, weight_errors=block.weight_errors)
+            write_durably(self.state.record_file(index), record.model_dump(mode="json"))
+        distributed.wait()
