@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from qtool.models.loaded import LoadedModel
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.tensors import size_for
 
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
@@ -120,4 +121,4 @@ def _batch_size(loaded: LoadedModel, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token: int = 2 * config.num_hidden_layers * heads * head_dim * loaded.model.dtype.itemsize
-    return max(1, CACHE_BYTES.get(loaded.device.type, CACHE_BYTES["cpu"]) // (per_token * length))
+    return max(1, size_for(loaded.device, CACHE_BYTES) // (per_token * length))

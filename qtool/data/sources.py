@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from qtool.config.sections import DataConfig
 from qtool.data.hub import Hub, UnreachableError, load_hub
-from qtool.data.readers import READERS, check_file, read_file
+from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
 from qtool.system.errors import InputError
 
@@ -87,22 +87,25 @@ def is_local(data: DataConfig) -> bool:
 
 
 def source_texts(name: str, split: str) -> Iterator[str]:
-    """The texts of a named source."""
-    return read_source(name, split, read_file, lambda rows: (row["text"] for row in rows))
+    """Yield the texts of the named source ``name``."""
+    return _read(name, split, read_file, lambda rows: (row["text"] for row in rows))
 
 
-def placed(name: str) -> Callable[[Iterator[Row]], Iterator[tuple[str, Row]]]:
-    """Rows of the hub after their places in words."""
-    return lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+def source_records(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield each row of the named source ``name`` with all its fields, and before it its place in words, for errors."""
+    return _read(
+        name, split, read_records, lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+    )
 
 
-def read_source(
-    name: str,
-    split: str,
-    local: Callable[[Path], Iterator[T]],
-    remote: Callable[[Iterator[Row]], Iterator[T]],
+def _read(
+    name: str, split: str, local: Callable[[Path], Iterator[T]], remote: Callable[[Iterator[Row]], Iterator[T]]
 ) -> Iterator[T]:
-    """A named source, by ``local`` from its file below ``data_dir()``, else by ``remote`` from its rows on the hub."""
+    """Read ``name`` by ``local`` from its file below ``data_dir()``, or else by ``remote`` from its rows on the hub.
+
+    Raises:
+        UnreachableError: the file is not there, and the hub cannot be reached or does not have the data set.
+    """
     source = SOURCES[name]
     folder = data_dir()
     file = folder / source.file.format(split=split) if folder else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qtool.config.sections import IGNORED
 from qtool.system.errors import InputError
+from qtool.system.tensors import dtype_name
 
 SUFFIXES = (".npy", ".safetensors")
 KINDS = (torch.int32, torch.int64)
@@ -26,7 +27,7 @@ def read_windows(path: Path, shape: tuple[int, int], vocabulary: int) -> tuple[T
     tokens, labels = _numpy(path) if path.suffix == ".npy" else _safetensors(path)
     for name, tensor in (("tokens", tokens), ("labels", labels)):
         if tensor is not None and (tensor.dtype not in KINDS or tensor.dim() != 2):
-            kind = str(tensor.dtype).removeprefix("torch.")
+            kind = dtype_name(tensor.dtype)
             raise InputError(
                 f"{path}: {name} are {kind} {list(tensor.shape)}; int32 or int64 [windows, length] was expected"
             )

@@ -22,7 +22,7 @@ from qtool.config.sections import DataConfig
 from qtool.data.conversations import is_conversation, pack
 from qtool.data.generated import check_length, generated_tokens
 from qtool.data.readers import read_file, read_records
-from qtool.data.sources import GENERATED, SOURCES, check_source, placed, read_source, source_texts
+from qtool.data.sources import GENERATED, SOURCES, check_source, source_records, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
@@ -68,7 +68,7 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), vocabulary))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
     if source.rows == "conversations" if source else _holds_conversations(path):
-        records = read_source(data.source, "train", read_records, placed(data.source)) if source else read_records(path)
+        records = source_records(data.source, "train") if source else read_records(path)
         packed = pack(records, loaded.tokenizer, data.num_samples, data.seq_len)
         if len(packed.tokens) < data.num_samples:
             raise InputError(_too_little(data, len(packed.tokens), None, packed.num_conversations))

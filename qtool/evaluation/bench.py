@@ -31,6 +31,7 @@ from qtool.models.loading import choose_device, load_model
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
 from qtool.system import energy, memory, progress, units
 from qtool.system.errors import InputError
+from qtool.system.tensors import dtype_name
 
 BATCHES = (1, 8)
 WARM_STEPS = 2
@@ -91,7 +92,7 @@ def bench(config: ModelConfig, plan: Plan) -> BenchReport:
         loaded = load_model(config, quantized=True)
     tokens = _prompts(loaded, plan)
     clock = _Clock(loaded.device, energy.meter(_uuid(loaded.device)))
-    grid, name = label(source.specs), str(loaded.dtype).removeprefix("torch.")
+    grid, name = label(source.specs), dtype_name(loaded.dtype)
     speeds: dict[str, dict[str, Speed]] = {}
 
     def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:
@@ -160,7 +161,7 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _remarks(loaded: LoadedModel) -> list[str]:
-    remarks, name = [], str(loaded.dtype).removeprefix("torch.")
+    remarks, name = [], dtype_name(loaded.dtype)
     float_bytes = sum(p.nbytes for name, p in loaded.model.named_parameters() if p.dim() == 2)
     if float_bytes:
         remarks.append(f"{units.size(float_bytes)} of embeddings and head stay {name} in every column")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qtool.reports.records import Metric
 from qtool.system import progress
+from qtool.system.tensors import size_for
 
 LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # of one forward pass
 CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits worked on at once in float32; on a CPU, what its caches hold
@@ -77,7 +78,7 @@ def score_windows(
 def _score_window(logits: Sequence[Tensor], labels: Tensor, compare: bool) -> list[Tensor]:
     """Sums over the rows of ``logits [t - 1, vocabulary]``: nll of each model, then kl and agreement."""
     device = labels.device
-    size = max(1, CHUNK_NUMBERS.get(device.type, CHUNK_NUMBERS["cpu"]) // logits[0].shape[-1])
+    size = max(1, size_for(device, CHUNK_NUMBERS) // logits[0].shape[-1])
     sums = torch.zeros(len(logits) + 2 * compare, dtype=torch.float64, device=device)
     for label, *chunks in zip(labels.split(size), *(one.to(device).split(size) for one in logits), strict=True):
         logs = [F.log_softmax(chunk.float(), -1) for chunk in chunks]
@@ -92,9 +93,8 @@ def _score_window(logits: Sequence[Tensor], labels: Tensor, compare: bool) -> li
 
 def _batch_size(models: Sequence[PreTrainedModel], length: int) -> int:
     """How many windows' logits fit the budget."""
-    device = models[0].device.type
     per_window: int = sum(length * m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
-    return max(1, min(64, LOGIT_BYTES.get(device, LOGIT_BYTES["cpu"]) // per_window))
+    return max(1, min(64, size_for(models[0].device, LOGIT_BYTES) // per_window))
 
 
 def mean_metric(values: Tensor, n: int) -> Metric:

@@ -22,6 +22,7 @@ from qtool.models.loaded import LoadedModel, most_common
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
 from qtool.system.errors import RunError
+from qtool.system.tensors import dtype_name
 
 TOLERANCE = 1e-5  # of the largest logit, float32 on CPU: the weights are equal, the order of sums may not be
 
@@ -75,7 +76,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     stored = any(folder.glob("*.safetensors"))
     own = most_common(check_files(folder)) if stored else getattr(torch, read_config(folder)["dtype"])
     dtype = compute_dtype(config.dtype, own, choose_device(config.device))
-    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    config = config.model_copy(update={"dtype": dtype_name(dtype)})
     opened = exporter.open(folder)
     packed = opened.packed()
     with TemporaryDirectory() as temporary:

@@ -35,7 +35,7 @@ def round_output(y: Tensor, spec: QuantSpec) -> Tensor:
     return y if spec.kv_cache is None else round_tokens(y, spec.kv_cache, spec.kv_group_size)
 
 
-class Rounding(nn.Module):
+class ActivationRounding(nn.Module):
     """A linear that rounds what it reads and gives as its spec says; ``forward`` is the product between."""
 
     spec: QuantSpec

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
 from qtool.quant import affine, kernels
-from qtool.quant.activations import Rounding
+from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.system.errors import InputError
+from qtool.system.tensors import size_for
 
 FORMAT_VERSION = 1  # of the native checkpoint
 ACTIVATIONS_VERSION = 2  # of one whose linears round what they read or give, which a reader must not leave out
@@ -24,7 +25,7 @@ PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
 
 
-class PackedLinear(Rounding):
+class PackedLinear(ActivationRounding):
     """A linear whose weight is held as packed codes; buffer names and shapes are those of ``pack-quantized``.
 
     The buffer ``weight`` is one byte, the format version. Its shape makes a loader that does not know qtool stop at
@@ -119,7 +120,7 @@ class PackedLinear(Rounding):
         scale, zero_point = self.qparams()
         if scale.requires_grad and torch.is_grad_enabled():
             return affine.dequantize(*self.quantized).to(dtype)
-        size = max(1, CHUNK_NUMBERS.get(scale.device.type, CHUNK_NUMBERS["cpu"]) // self.in_features)
+        size = max(1, size_for(scale.device, CHUNK_NUMBERS) // self.in_features)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scale.device)
         parts = (tensor.split(size) for tensor in (weight, self.weight_packed, scale, zero_point))
         for rows, words, row_scale, row_zero_point in zip(*parts, strict=True):

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qtool.config.training import RoundingConfig
+from qtool.system.tensors import size_for
 
 PLAIN = RoundingConfig()  # straight through, hard clamp, hard forward
 CHUNK_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 26}  # slopes computed at once; on a CPU, what its caches hold
@@ -230,7 +231,7 @@ class _Codes(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         if ctx.plain:
             return torch.where(saved, 0.0, grad), None, None, None, None  # a third faster than masked_fill
-        size = CHUNK_NUMBERS.get(saved.device.type, CHUNK_NUMBERS["cpu"])
+        size = size_for(saved.device, CHUNK_NUMBERS)
         product = torch.empty_like(saved, memory_format=torch.contiguous_format)
         parts = (tensor.reshape(-1).split(size) for tensor in (saved, grad, product))
         for grid, incoming, outgoing in zip(*parts, strict=True):  # no slope is ever held for a whole weight

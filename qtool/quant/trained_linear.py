@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.quant import affine
-from qtool.quant.activations import Rounding
+from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.rounding import PLAIN, scaled_gradient
 from qtool.system.errors import InputError
 
-CELL = 0.499  # how far from its code a weight may start: what float32 can tell from half a code at 8 bits
+HALF_CODE = 0.499  # how far from its code a weight may start: what float32 can tell from half a code at 8 bits
 
 
-class QuantLinear(Rounding):
+class QuantLinear(ActivationRounding):
     """A linear whose weight passes through its grid in every forward; weight, scale and zero point can train.
 
     ``grid_weight`` is the seam for methods that add something inside the rounding; ``qparams`` for those that
@@ -61,7 +61,7 @@ class QuantLinear(Rounding):
         self.zero_point.copy_(zero_point)
         target = affine.grouped(codes, spec).to(scale.dtype)
         grid = affine.to_grid(self.weight, scale, zero_point, spec)
-        inside = grid.clamp(target - CELL, target + CELL)
+        inside = grid.clamp(target - HALF_CODE, target + HALF_CODE)
         self.weight.copy_(affine.from_codes(torch.where((grid - target).abs() <= 1, inside, target), scale, zero_point))
 
     @property

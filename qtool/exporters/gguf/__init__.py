@@ -40,6 +40,7 @@ from qtool.exporters._folder import (
 )
 from qtool.exporters.gguf import blocks, tokenizer
 from qtool.models.folders import read_config
+from qtool.system.tensors import dtype_name
 from qtool.system.version import __version__
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -194,7 +195,7 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
         add(f"{family.architecture}.{key}", value(model))
     tokenizer.add(writer, source.folder, model.vocab_size)
     for name, tensor in tensors.items():
-        kind = FLOATS[str(tensor.dtype).removeprefix("torch.")] if tensor.dim() > 1 else "F32"
+        kind = FLOATS[dtype_name(tensor.dtype)] if tensor.dim() > 1 else "F32"
         held = tensor if tensor.dim() > 1 else tensor.float()
         _add(writer, names[name], held.contiguous(), kind, _row_order(name, len(held), model))
     factors = rope_factors(model)
