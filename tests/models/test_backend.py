@@ -102,7 +102,7 @@ def test_the_checkpoint_is_the_same_while_kernels_are_active(folder: Path, tmp_p
 def test_what_stays_exact_is_counted_and_warned_about(folder: Path, tmp_path: Path) -> None:
     quant = QuantConfig.model_validate({"group_size": 16, "overrides": {"*.mlp.*": {"group_size": 32}}})
     model = tiny.packed(tiny.llama(tmp_path / "float"), quant).model
-    with pytest.warns(UserWarning, match="8 by the exact path .*groups of 16 channels are no multiple of 32"):
+    with pytest.warns(UserWarning, match="8 by the exact path .*groups of 16 channels are not a multiple of 32"):
         found = qtool.use_backend(model)
     assert dict(found.kernels) == {"int4 (cpu)": 6}
     ((reason, names),) = found.exact.items()
