@@ -32,9 +32,8 @@ def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict
     """
     tensors: dict[str, Tensor] = {}
     state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in specs}
-    for name in {
-        (t.data_ptr(), t.shape): name for name, t in reversed(state.items())
-    }.values():  # of tied names the first
+    stored = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}  # tied tensors: the first name
+    for name in stored.values():
         dtype = loaded.file_dtypes.get(name, state[name].dtype)
         grows = dtype.is_floating_point and state[name].dim() < 2
         tensors[name] = state[name].to("meta", torch.promote_types(dtype, torch.float32) if grows else dtype)

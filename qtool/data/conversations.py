@@ -32,7 +32,7 @@ from qtool.system import progress
 from qtool.system.errors import InputError
 
 FIELDS = ("messages", "conversations", "instruction")  # fields of a row that make it a conversation, if it has one
-ROLES = {"human": "user", "gpt": "assistant"}  # roles in data sets, by which a template's roles are found
+ROLES = {"human": "user", "gpt": "assistant"}  # roles of chat templates by their other names in data sets
 # chat template of the plain format, for tokenizers that have none
 PLAIN = (
     "{% for message in messages %}{{ '' if loop.first else '\n\n' }}"

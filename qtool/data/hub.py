@@ -19,19 +19,14 @@ class UnreachableError(InputError):
     """Data is not on this machine, and the hub cannot be reached or does not have the data."""
 
 
-@cache
-def _hub_answers() -> bool:
-    """Return whether the hub accepts a connection; with a proxy, which decides by itself, always true."""
-    from huggingface_hub import constants
+class Hub(NamedTuple):
+    """A data set on the hub, and how it is read."""
 
-    if getproxies().get("https"):
-        return True
-    url = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=PROBE_SECONDS).close()
-    except OSError:
-        return False
-    return True
+    repository: str
+    name: str | None = None  # the configuration
+    streaming: bool = False  # True: rows are fetched one by one; False: the split is downloaded whole
+    files: str | None = None  # pattern of JSON Lines files to read, if the repository has a loading script only
+    sorted: bool = False  # True: rows are sorted by origin; shuffle them once, so that a fair sample comes first
 
 
 @contextmanager
@@ -50,14 +45,19 @@ def hub_access() -> Iterator[None]:
         yield
 
 
-class Hub(NamedTuple):
-    """A data set on the hub, and how it is read."""
+@cache
+def _hub_answers() -> bool:
+    """Return whether the hub accepts a connection; with a proxy, which decides by itself, always true."""
+    from huggingface_hub import constants
 
-    repository: str
-    name: str | None = None  # the configuration
-    streaming: bool = False  # True: rows are fetched one by one; False: the split is downloaded whole
-    files: str | None = None  # pattern of JSON Lines files to read, if the repository has a loading script only
-    sorted: bool = False  # True: rows are sorted by origin; shuffle them once, so that a fair sample comes first
+    if getproxies().get("https"):
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def load_hub(hub: Hub, split: str) -> Iterator[dict[str, Any]]:

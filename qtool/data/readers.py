@@ -20,7 +20,7 @@ def check_file(path: Path, known: Sequence[str]) -> None:
     if not path.is_file():
         raise InputError(f"data.source: {path} is a folder; give a file that ends in {', '.join(known)}")
     if not path.name.endswith(tuple(known)):
-        raise InputError(f"data.source: {path} has an unknown suffix; known are {', '.join(known)}")
+        raise InputError(f"data.source: {path} has a suffix that cannot be read; known are {', '.join(known)}")
     if not path.stat().st_size:
         raise InputError(f"data.source: {path} is empty")
 

@@ -16,7 +16,7 @@ from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
 from qtool.system.errors import InputError
 
-GENERATED = "generated"  # the source without rows
+GENERATED = "generated"  # name of the source that the model writes itself
 T = TypeVar("T")
 Row = dict[str, Any]  # Any: whatever fields a data set has
 

@@ -17,7 +17,7 @@ from qtool.checkpoints.native import Source
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import read_config
 
-# files of a checkpoint that an export does not take over: it writes its own, or they describe the checkpoint
+# files of a checkpoint that are not copied: an export writes its own, or has none
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
 
 

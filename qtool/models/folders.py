@@ -31,7 +31,7 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
         folder = BUILTIN / path.removeprefix("builtin:")
         if not folder.is_dir():
             known = sorted(f"builtin:{p.name}" for p in BUILTIN.iterdir() if p.is_dir())
-            raise InputError(f"there is no built-in model {path}; known are: {', '.join(known)}")
+            raise InputError(f"there is no model {path}; built in: {', '.join(known)}")
         return folder
     folder = Path(path).expanduser()
     if folder.is_dir():

@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.system.matmul import exact_products
 
 MIN_ROWS, MAX_ELEMENTS = 512, 2**22  # inputs are cast to float32 in chunks of max(MIN_ROWS, MAX_ELEMENTS // in) rows
-PART = 256  # columns of a matrix that are worked on at once, when it is changed in place
+PART = 256  # number of columns handled at once when a matrix is changed in place
 
 
 def gram(inputs: Iterable[Tensor]) -> Tensor:

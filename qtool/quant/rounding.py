@@ -191,7 +191,7 @@ def softclamp_slope(x: Tensor, low: float, high: float, sharpness: float, gate: 
     return slopes[0].sub_(slopes[1])
 
 
-# ---------------------------------------------------------------------------------------------------- together
+# ----------------------------------------------------------------------------------------------- rounding and clamp
 
 
 def soft_codes(grid: Tensor, low: int, high: int, config: RoundingConfig) -> Tensor:

@@ -130,7 +130,7 @@ def test_a_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_builtin_is_refused_with_those_there_are() -> None:
-    refuse("builtin:llama-9t", r"there is no built-in model builtin:llama-9t; known are: builtin:wiki-llama-3m")
+    refuse("builtin:llama-9t", r"there is no model builtin:llama-9t; built in: builtin:wiki-llama-3m")
 
 
 def test_a_file_instead_of_a_folder_is_refused(folder: Path) -> None:
