@@ -242,7 +242,7 @@ def _int4_cuda_missing() -> str | None:
 def _int8_refuses(spec: QuantSpec, out: int, in_: int) -> str | None:
     if spec.num_bits != 8:
         return f"no kernel for {spec.num_bits} bits"
-    return None if spec.num_groups(in_) == 1 else "no kernel for groups: it needs one scale for each row"
+    return None if spec.num_groups(in_) == 1 else "no kernel for groups, only one scale per row"
 
 
 def _prepare_int8_cpu(weight: QuantizedWeight) -> tuple[Any, ...]:
