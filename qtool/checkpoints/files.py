@@ -1,4 +1,8 @@
-"""Safetensors and JSON files of a checkpoint: written durably, read back, hashed, and read tensor by tensor."""
+"""Safetensors and JSON files of a checkpoint: written durably, read back, hashed, and read tensor by tensor.
+
+A durable file is on the disk, whole, when its function returns: it is written under another name, flushed, and renamed.
+So a run that is killed at any moment finds either the old file or the new one.
+"""
 
 import hashlib
 import json
@@ -16,11 +20,35 @@ from torch import Tensor
 from qtool.system import memory
 from qtool.system.errors import InputError, RunError
 
-MAX_SHARD_SIZE = "4GB"
+MAX_SHARD_SIZE = "4GB"  # largest safetensors file, if a model is saved as a whole
+
+
+class Files:
+    """The tensors of all safetensors files of a folder."""
+
+    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
+        """Open every file that matches; only headers are read."""
+        self._readers: dict[str, Any] = {}
+        for file in sorted(folder.glob(pattern)):
+            try:
+                reader = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
+            self._readers |= dict.fromkeys(reader.keys(), reader)  # type: ignore[no-untyped-call]
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+        return self._readers.keys()
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor as it is stored."""
+        tensor: Tensor = self._readers[name].get_tensor(name)
+        return tensor
 
 
 def write_durably(file: Path, content: dict[str, Any]) -> None:
-    """JSON that is on the disk, whole, when this returns."""
+    """Write a JSON file durably."""
     partial = file.with_name(f"{file.name}.partial")
     with partial.open("w", encoding="utf-8") as text:
         json.dump(content, text, indent=1)
@@ -30,10 +58,10 @@ def write_durably(file: Path, content: dict[str, Any]) -> None:
 
 
 def write_shard(tensors: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file, on the disk when this returns, and read back.
+    """Write a safetensors file durably, and read it back.
 
     Raises:
-        RunError: what was read is not what was written.
+        RunError: a tensor that was read differs from the one that was written.
     """
     partial = file.with_name(f"{file.name}.partial")
     save_file(tensors, partial, metadata={"format": "pt"})
@@ -50,8 +78,14 @@ def write_shard(tensors: dict[str, Tensor], file: Path) -> None:
             pages.drop(found, tensor)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Safetensors file(s), with an index when there are several."""
+    """Write ``tensors`` to one safetensors file, or to several and an index."""
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
         write_shard({name: tensors[name] for name in names}, folder / file)
@@ -60,24 +94,18 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Readable JSON that ends in a newline."""
+    """Write indented JSON that ends in a newline."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shard_name(index: int, num_blocks: int) -> str:
-    """The file of block ``index - 1``; shard 0 is what lies around the blocks."""
+    """Return the file name of shard ``index``: of block ``index - 1``, or for 0 of the tensors outside the blocks."""
     return f"model-{index + 1:05d}-of-{num_blocks + 1:05d}.safetensors"
 
 
 def write_index(folder: Path) -> None:
-    """The index of the shards in ``folder``."""
+    """Write the index of the shards in ``folder``."""
     weight_map, total = {}, 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as reader:
@@ -89,7 +117,7 @@ def write_index(folder: Path) -> None:
 
 
 def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
-    """SHA-256 of each file that matches, by name."""
+    """Return the SHA-256 of each file of ``folder`` that matches a pattern, by name."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     hashes = {}
     for file in files:
@@ -98,31 +126,7 @@ def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
     return hashes
 
 
-class Files:
-    """The tensors of a folder's safetensors files."""
-
-    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
-        """Open every file that matches; only headers are read."""
-        self._readers: dict[str, Any] = {}
-        for file in sorted(folder.glob(pattern)):
-            try:
-                reader = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise InputError(f"{file} is truncated or damaged ({error})") from None
-            self._readers |= dict.fromkeys(reader.keys(), reader)  # type: ignore[no-untyped-call]
-
-    @property
-    def names(self) -> Collection[str]:
-        """Every tensor."""
-        return self._readers.keys()
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor as stored."""
-        tensor: Tensor = self._readers[name].get_tensor(name)
-        return tensor
-
-
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a model folder, or of its GGUF files where it has no others."""
+    """Return the size of a model folder's safetensors files, or of its GGUF files if it has no others."""
     files = [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
     return sum(os.path.getsize(file) for file in files)

@@ -1,4 +1,4 @@
-"""The native checkpoint: the only place that knows its tensor names, its config section and its files.
+"""The native checkpoint: how a model is saved as one, and read from one tensor by tensor.
 
 A folder as Hugging Face writes it: ``config.json`` with ``quantization_config``, safetensors shards, tokenizer files,
 and last ``qtool.json``, whose presence means that the write finished. A quantized linear ``p`` is ``p.weight_packed``

@@ -1,6 +1,6 @@
-"""The ``quantization_config`` section of a native checkpoint: which linears are packed, and on which grids.
+"""The ``quantization_config`` section of a native checkpoint: the packed linears and the grid of each.
 
-A leaf, so that transformers can be taught our format while ``qtool.models.loading`` is itself being imported.
+This module imports no other of its room and no model, so that ``transformers_hook.py`` can be imported at any time.
 """
 
 from collections import Counter
@@ -12,11 +12,11 @@ from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
 from qtool.quant.packed_linear import ACTIVATIONS_VERSION, FORMAT_VERSION
 from qtool.system.errors import InputError
 
-SPEC_KEYS = tuple(QuantSpec.model_fields)
+SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
 
 
 def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
-    """The ``quantization_config`` of a native checkpoint: the most common grid, the linears, and who differs."""
+    """Return the ``quantization_config``: the most common grid, all packed linears, and the grids that differ."""
     common = Counter(specs.values()).most_common(1)[0][0].model_dump()
     rounding = any(getattr(spec, key) is not None for spec in specs.values() for key in ACTIVATION_KEYS)
     if not rounding:
@@ -35,7 +35,7 @@ def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
 
 
 def label(specs: dict[str, QuantSpec]) -> str:
-    """The grids in short: ``w4g128``, ``mixed w4g128 w2g64``, or ``w4g128 a8 kv4``."""
+    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, or ``w4g128 a8 kv4``."""
     labels = Counter(spec.label() for spec in specs.values())
     parts = list(labels) if len(labels) == 1 else ["mixed", *labels]
     for key, short in (("activations", "a"), ("kv_cache", "kv")):
@@ -45,10 +45,10 @@ def label(specs: dict[str, QuantSpec]) -> str:
 
 
 def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
-    """The grid of each quantized linear that a ``quantization_config`` lists.
+    """Return the grid of each quantized linear that a ``quantization_config`` lists.
 
     Raises:
-        InputError: not ours, or written by a later version.
+        InputError: the section is not of qtool, is damaged, or was written by a later version.
     """
     if not isinstance(section, dict):
         raise InputError(f"quantization_config is a {type(section).__name__}; an object was expected")
@@ -57,14 +57,11 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
     version = section.get("format_version")
     if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION):
         raise InputError(
-            f"the checkpoint has format version {version}, this qtool reads up to {ACTIVATIONS_VERSION}; upgrade qtool"
+            f"the checkpoint has format version {version}; this qtool reads up to {ACTIVATIONS_VERSION}: upgrade qtool"
         )
     try:
-        section = {
-            "float_zero": False,
-            **dict.fromkeys(ACTIVATION_KEYS),
-            **section,
-        }  # as folders without these keys are
+        # folders of earlier versions lack these keys
+        section = {"float_zero": False, **dict.fromkeys(ACTIVATION_KEYS), **section}
         common = {key: section[key] for key in SPEC_KEYS}
         specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
         if not specs or not all(isinstance(name, str) for name in specs):

@@ -1,4 +1,4 @@
-"""How large a packed checkpoint is: bits per weight, packed parts, bytes before anything is written."""
+"""The size of a packed checkpoint, before it is written: bits per weight, shapes of packed tensors, bytes of files."""
 
 import json
 
@@ -9,30 +9,31 @@ from qtool.config.quant import QuantSpec
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
 
-HEADER_BYTES = 64  # at most, of a safetensors file without its list of tensors
+HEADER_BYTES = 64  # most bytes of a safetensors header, without the list of tensors
 
 
 def bits_per_weight(specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> float:
-    """Average stored bits of the quantized weights, scales and zero points counted."""
+    """Return the average number of stored bits of a quantized weight; scales and zero points are counted."""
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     bits = sum(spec.bits_per_weight(shapes[name][1]) * sizes[name] for name, spec in specs.items())
     return bits / sum(sizes.values())
 
 
 def packed_parts(name: str, spec: QuantSpec, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """The tensors of a quantized linear ``(out, in)``, by full name, on the meta device."""
+    """Return the tensors of a quantized linear of ``shape`` ``(out, in)`` by full name, on the meta device."""
     with torch.device("meta"):
         return {f"{name}.{part}": tensor for part, tensor in PackedLinear(*shape[::-1], spec).named_buffers()}
 
 
 def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> int:
-    """The most that weight files with these grids take, headers included.
+    """Return an upper bound on the size of weight files with the grids ``specs``, headers included.
 
-    Norms and biases are counted in float32: methods that change them may store them so.
+    Norms and biases are counted in float32, since methods that change them may store float32.
     """
     tensors: dict[str, Tensor] = {}
     state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in specs}
-    for name in {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}.values():  # tied: the first name
+    stored = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}  # tied tensors: the first name
+    for name in stored.values():
         dtype = loaded.file_dtypes.get(name, state[name].dtype)
         grows = dtype.is_floating_point and state[name].dim() < 2
         tensors[name] = state[name].to("meta", torch.promote_types(dtype, torch.float32) if grows else dtype)

@@ -1,6 +1,6 @@
-"""transformers: after ``import qtool``, ``from_pretrained`` loads our checkpoints and keeps the weights packed.
+"""The hook into transformers: after ``import qtool``, ``from_pretrained`` loads native checkpoints with packed weights.
 
-Only the stable part of the quantizer interface is defined, so that one file serves every supported 5.x.
+Only the stable part of transformers' quantizer interface is defined, so that this file works with every supported 5.x.
 """
 
 from typing import Any
@@ -19,28 +19,28 @@ from qtool.system.errors import InputError
 
 @register_quantization_config("qtool")
 class QtoolConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` section of a native checkpoint, kept as it stands in ``config.json``."""
+    """The ``quantization_config`` section of a native checkpoint, unchanged."""
 
     def __init__(self, **section: Any) -> None:
-        """Keep ``section``; it is checked here, before any tensor is read."""
+        """Check and keep ``section``, before any tensor is read."""
         section.setdefault("quant_method", "qtool")
         self.specs = specs_of(section)
         self.section = section
         self.quant_method: Any = "qtool"  # the mixin wants its own enum, and compares by value
 
     def to_dict(self) -> dict[str, Any]:
-        """The section, for ``config.json``."""
+        """Return the section, for ``config.json``."""
         return dict(self.section)
 
 
 @register_quantizer("qtool")
 class QtoolQuantizer(HfQuantizer):
-    """Puts ``PackedLinear`` in the place of each listed linear before the weights are loaded."""
+    """Replaces each listed linear by a ``PackedLinear`` before the weights are loaded."""
 
     requires_calibration = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing beyond torch is needed."""
+        """Accept every environment: nothing beyond torch is needed."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(self.quantization_config, QtoolConfig)
@@ -60,18 +60,20 @@ class QtoolQuantizer(HfQuantizer):
                 model.set_submodule(name, PackedLinear(in_features, out_features, spec, bias))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Refuse tensors that do not fit their grid: older transformers do not compare shapes under a quantizer."""
+        """Refuse tensors that do not fit their grid: older transformers do not compare shapes for a quantized model."""
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(name)
             elif isinstance(module, nn.Linear) and module.weight.dim() != 2:
-                raise InputError(f"{name} is packed in the files, and quantization_config does not list it")
+                raise InputError(
+                    f"{name} is packed in the files, and quantization_config does not list it; config.json is damaged"
+                )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """``save_pretrained`` writes the packed tensors back."""
+        """Return true: ``save_pretrained`` writes the packed tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Packed codes do not train."""
+        """False: packed codes do not train."""
         return False

@@ -1,4 +1,4 @@
-"""Conversations as tokens: which of them a model learns, and how they are packed into windows of equal length.
+"""Conversations as tokens: which tokens a model learns, and how conversations are packed into windows.
 
 A conversation is rendered by the tokenizer's own chat template, or, where it has none, in a plain format::
 
@@ -9,14 +9,14 @@ A conversation is rendered by the tokenizer's own chat template, or, where it ha
     The Po.<end of text>
 
 Only answers are learned: everything from the first character of an assistant's message to the end of what the template
-puts after it (the mark that ends the turn). All else is context. ``labels`` are the tokens where they are learned and
--100 where they are not, at the same positions: shifting them by one is the loss's business.
+puts after it (the mark that ends the turn). All else is context. ``labels`` hold the token at each position that is
+learned, and -100 at all others; the loss shifts them by one.
 
-Packing. A window begins with the beginning of a conversation and is filled with whole ones, one after the other; the
-last is cut where the window ends, and the rest of it is left out, so that no answer is learned without its question.
-There is no padding: methods that only calibrate see nothing but text. As in windows of plain text, a token can attend
-to the conversations before its own; it is never asked to predict across the border, for a conversation begins with
-context. A window in which nothing is learned is not used.
+Packing. A window begins with the beginning of a conversation and is filled with conversations, one after the other. The
+last of them is cut at the end of the window and its rest is left out, so that no answer is learned without its
+question. There is no padding: methods that only calibrate see nothing but text. As in windows of plain text, a token
+can attend to the conversations before its own; the loss never crosses a border, because a conversation begins with
+context. A window in which nothing is learned is left out.
 """
 
 from collections.abc import Iterator
@@ -31,21 +31,22 @@ from qtool.config.sections import IGNORED
 from qtool.system import progress
 from qtool.system.errors import InputError
 
-FIELDS = ("messages", "conversations", "instruction")  # a row with one of these is a conversation
-ROLES = {"human": "user", "gpt": "assistant"}  # other names that data sets use
+FIELDS = ("messages", "conversations", "instruction")  # fields of a row that make it a conversation, if it has one
+ROLES = {"human": "user", "gpt": "assistant"}  # roles of chat templates by their other names in data sets
+# chat template of the plain format, for tokenizers that have none
 PLAIN = (
     "{% for message in messages %}{{ '' if loop.first else '\n\n' }}"
     "### {{ message.role | capitalize }}:{{ '\n' }}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
 )
-DATE = "26 Jul 2024"  # for templates that print the day: tokens must not depend on it
+DATE = "26 Jul 2024"  # date for templates that print today's: tokens must not depend on the day
 
 Message = dict[str, str]  # role and content
 
 
 class Packed(NamedTuple):
-    """Windows of conversations: ``tokens`` and ``labels`` ``[n, t]`` int64; how many conversations were read."""
+    """Windows of conversations: ``tokens`` and ``labels`` ``[n, t]`` int64, and how many conversations were read."""
 
     tokens: Tensor
     labels: Tensor
@@ -53,23 +54,23 @@ class Packed(NamedTuple):
 
 
 def is_conversation(row: dict[str, Any]) -> bool:
-    """Whether a row has the fields of a conversation."""
+    """Return whether a row has a field of a conversation."""
     return any(field in row for field in FIELDS)
 
 
 def messages_of(row: dict[str, Any], place: str) -> list[Message]:
-    """The messages of a row in one of three shapes.
+    """Return the messages of a row. ``place`` says for errors where the row is.
 
-    ``messages`` (role, content), ``conversations`` (from, value), or ``instruction`` with ``output`` and perhaps
-    ``input``. Answers before the first question have nothing to answer and are left out: templates refuse them.
+    A row has ``messages`` (role, content), ``conversations`` (from, value), or ``instruction`` with ``output`` and
+    perhaps ``input``. Answers before the first question are left out: templates refuse them.
 
     Raises:
-        InputError: naming ``place``; the row has another shape.
+        InputError: the row has none of these shapes.
     """
     if "instruction" in row and not row.get("messages") and not row.get("conversations"):
         texts = [row["instruction"], row.get("input") or "", row.get("output")]
         if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{place} has an 'instruction', and not texts in 'instruction', 'input' and 'output'")
+            raise InputError(f"{place}: texts 'instruction' and 'output', and perhaps 'input', were expected")
         question = "\n\n".join(text for text in texts[:2] if text)
         return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[2]}]
     field, role, content = (
@@ -89,16 +90,19 @@ def messages_of(row: dict[str, Any], place: str) -> list[Message]:
 
 
 def encode(conversation: list[Message], tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list[int], list[bool]]:
-    """Tokens of one conversation, and which of them are learned.
+    """Return the tokens of one conversation, and for each of them whether it is learned.
 
-    A template may render an answer differently once others follow (those of reasoning models take the thoughts out).
-    Such an answer is context; the last one is always learned.
+    A template may render an answer differently once other messages follow: those of reasoning models drop the thoughts.
+    Such an answer is context; the last answer is always learned.
 
     Raises:
-        InputError: the template refuses the conversation, or the tokenizer cannot say where its tokens begin.
+        InputError: the template refuses the conversation, or the tokenizer does not tell where tokens begin.
     """
     if not tokenizer.is_fast:
-        raise InputError("this model's tokenizer is a slow one, which cannot say where its tokens begin in the text")
+        raise InputError(
+            "data.source holds conversations, and this model's tokenizer is a slow one, which does not tell where its "
+            "tokens begin in the text; use plain text, or a model with a tokenizer.json"
+        )
     plain = not tokenizer.chat_template
 
     def render(messages: list[Message], answering: bool = False) -> str:
@@ -115,30 +119,33 @@ def encode(conversation: list[Message], tokenizer: PreTrainedTokenizerBase, plac
             if message["role"] == "assistant":
                 before, until = render(conversation[:index]), render(conversation[: index + 1])
                 if whole.startswith(before) and whole.startswith(until):
-                    # not its whole length: some templates open the thoughts there, and an answer without any has none
+                    # only as far as both agree: some templates open the thoughts there, and an answer may have none
                     start = _common(render(conversation[:index], answering=True), whole)
                     answers.append(range(start, len(until)))
-    except Exception as error:  # templates are programs; what they raise on a conversation they do not take is theirs
+    except Exception as error:  # templates are programs: they raise errors of any kind
         raise InputError(f"{place}: the chat template of this model refuses the conversation: {error}") from error
     if not answers and conversation[-1]["role"] == "assistant":
-        raise InputError(f"{place}: this model's chat template changes what came before an answer; none can be found")
+        raise InputError(
+            f"{place}: this model's chat template changes what came before an answer, so answers cannot be located; "
+            "use plain text as data.source"
+        )
     encoded = tokenizer(whole, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
     learned = [any(start in answer for answer in answers) and start < end for start, end in encoded["offset_mapping"]]
     return encoded["input_ids"], learned
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Return how many characters two texts have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def pack(
     records: Iterator[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, num: int, length: int
 ) -> Packed:
-    """The first ``num`` windows of ``length`` tokens, or as many as there are; ``records`` are rows after their places.
+    """Return the first ``num`` windows of ``length`` tokens, or fewer if the text ends; ``records`` are (place, row).
 
     Raises:
-        InputError: a row that is no conversation.
+        InputError: a row is no conversation.
     """
     tokens, labels = [], []
     ids: list[int] = []
@@ -161,7 +168,7 @@ def pack(
         if len(tokens) == num:
             break
     if num_empty:
-        progress.note(f"{num_empty} window(s) of {length} tokens in which no answer began were left out")
+        progress.note(f"{num_empty} window(s) of {length} tokens were left out: no answer begins in them")
     if not tokens:
         return Packed(torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int64), num_read)
     return Packed(torch.stack(tokens), torch.stack(labels), num_read)

@@ -11,32 +11,33 @@ from transformers.cache_utils import DynamicLayer
 from qtool.models.loaded import LoadedModel
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.tensors import size_for
 
-CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # largest KV cache of a batch
 
 
 def check_length(key: str, length: int, loaded: LoadedModel) -> None:
-    """Whether the model takes windows of ``length`` tokens.
+    """Refuse windows of ``length`` tokens that the model is not made for; ``key`` is the recipe key to change.
 
     Raises:
-        InputError: it does not; ``key`` is what to change.
+        InputError: ``length`` is above the model's context.
     """
     if length > loaded.max_length:
         raise InputError(
-            f"{key} is {length}, and {loaded.path} was made for at most {loaded.max_length} tokens; "
+            f"{key} is {length}, and {loaded.path} is made for at most {loaded.max_length} tokens; "
             f"lower it to {loaded.max_length}"
         )
 
 
 @torch.inference_mode()
 def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> Tensor:
-    """Text ``[num, length]`` int64 that the model writes itself, on the CPU.
+    """Return text ``[num, length]`` int64 that the model writes itself, on the CPU.
 
     The first token is drawn from the vocabulary, the next 3 to 5 are the most likely ones, the rest are sampled at
-    temperature 1. Special tokens, the end of text among them, are never drawn: a window then holds running text to
-    its end, and nothing depends on what a model does after its end token, which many have never seen. Where the
-    tokenizer begins every text with a token of its own, so does each window. The result depends on ``seed``, not on the
-    global random state, and on the batch size only through rounding in the model.
+    temperature 1. Special tokens, the end of text among them, are never drawn: so a window holds running text to its
+    end, and no text after an end token, which many models have never seen in training. If the tokenizer begins every
+    text with a BOS token, so does each window. The result depends on ``seed`` and not on the global random state, and
+    on the batch size only through rounding in the model.
 
     Raises:
         InputError: windows longer than the model's context.
@@ -63,7 +64,7 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
 
 
 def _continued(loaded: LoadedModel, tokens: Tensor, given: int, draw: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-    """``tokens`` with all columns after the first ``given`` written by the model."""
+    """Return ``tokens`` ``[b, length]`` with all columns after the first ``given`` written by the model."""
     tokens = tokens.to(loaded.device)
     cache = DynamicCache(config=loaded.model.config)
     cache.layers = [_Preallocated(tokens.shape[1]) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -78,7 +79,7 @@ def _continued(loaded: LoadedModel, tokens: Tensor, given: int, draw: Callable[[
 def _sampler(
     uniform: Tensor, num_greedy: Tensor, allowed: Tensor, device: torch.device
 ) -> Callable[[Tensor, int, int], Tensor]:
-    """How to choose a token from logits ``[b, vocabulary]`` at a position: greedy at first, then by inverse CDF."""
+    """Return a function that chooses tokens from logits ``[b, vocabulary]``: greedy at first, then by inverse CDF."""
     uniform, num_greedy, allowed = uniform.to(device), num_greedy.to(device), allowed.to(device)
 
     def draw(logits: Tensor, position: int, step: int) -> Tensor:
@@ -92,7 +93,7 @@ def _sampler(
 
 
 class _Preallocated(DynamicLayer):
-    """A cache layer of known capacity: nothing is copied as it grows (three times faster on a CPU)."""
+    """A cache layer of fixed capacity: nothing is copied as it grows, which is three times faster on a CPU."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
@@ -115,9 +116,9 @@ class _Preallocated(DynamicLayer):
 
 
 def _batch_size(loaded: LoadedModel, length: int) -> int:
-    """How many sequences' keys and values of ``length`` tokens fit the budget."""
+    """Return how many sequences of ``length`` tokens have a KV cache within ``CACHE_BYTES``."""
     config = loaded.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token: int = 2 * config.num_hidden_layers * heads * head_dim * loaded.model.dtype.itemsize
-    return max(1, CACHE_BYTES.get(loaded.device.type, CACHE_BYTES["cpu"]) // (per_token * length))
+    return max(1, size_for(loaded.device, CACHE_BYTES) // (per_token * length))

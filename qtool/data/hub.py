@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub, and what happens when it cannot be reached."""
+"""Data sets on the Hugging Face hub, and a quick answer when the hub cannot be reached."""
 
 import json
 import socket
@@ -12,16 +12,42 @@ from urllib.request import getproxies
 
 from qtool.system.errors import InputError, first_line
 
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 5.0  # longest wait for a connection to the hub
 
 
 class UnreachableError(InputError):
-    """Data is not on this machine, and the hub cannot be reached or does not have it."""
+    """Data is not on this machine, and the hub cannot be reached or does not have the data."""
+
+
+class Hub(NamedTuple):
+    """A data set on the hub, and how it is read."""
+
+    repository: str
+    name: str | None = None  # the configuration
+    streaming: bool = False  # True: rows are fetched one by one; False: the split is downloaded whole
+    files: str | None = None  # pattern of JSON Lines files to read, if the repository has a loading script only
+    sorted: bool = False  # True: rows are sorted by origin; shuffle them once, so that a fair sample comes first
+
+
+@contextmanager
+def hub_access() -> Iterator[None]:
+    """Let libraries use the hub inside the ``with`` block, or only their cache on this machine if it does not answer.
+
+    Without this, libraries retry for half a minute before they fail.
+    """
+    if _hub_answers():
+        yield
+        return
+    import datasets
+    from huggingface_hub import constants
+
+    with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(datasets.config, "HF_HUB_OFFLINE", True):
+        yield
 
 
 @cache
 def _hub_answers() -> bool:
-    """Whether a connection to the hub can be made, or is left to a proxy."""
+    """Return whether the hub accepts a connection; with a proxy, which decides by itself, always true."""
     from huggingface_hub import constants
 
     if getproxies().get("https"):
@@ -34,37 +60,11 @@ def _hub_answers() -> bool:
     return True
 
 
-@contextmanager
-def hub_access() -> Iterator[None]:
-    """Inside, libraries use the hub; when it does not answer, only what it left in its cache on this machine.
-
-    Left to themselves they try for half a minute before they say so.
-    """
-    if _hub_answers():
-        yield
-        return
-    import datasets
-    from huggingface_hub import constants
-
-    with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(datasets.config, "HF_HUB_OFFLINE", True):
-        yield
-
-
-class Hub(NamedTuple):
-    """A data set on the hub, and how it is read."""
-
-    repository: str
-    name: str | None = None  # of the configuration
-    streaming: bool = False  # rows are fetched as they are asked for; otherwise the split is downloaded whole
-    files: str | None = None  # pattern of JSON Lines files to read, where the repository has a script for a loader
-    sorted: bool = False  # by origin: read in an order of its own, drawn once, so that its beginning is a fair sample
-
-
 def load_hub(hub: Hub, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a data set on the hub.
+    """Yield the rows of a data set on the hub.
 
     Raises:
-        UnreachableError: it cannot be had.
+        UnreachableError: the data set cannot be read from the hub.
     """
     import datasets
 
@@ -72,12 +72,12 @@ def load_hub(hub: Hub, split: str) -> Iterator[dict[str, Any]]:
         with hub_access():
             if hub.files is None:
                 rows = datasets.load_dataset(hub.repository, hub.name, split=split, streaming=hub.streaming)
-            else:  # as lines: the fields beside the text differ from file to file, which no table can hold
+            else:  # as lines of text: fields differ from file to file, which a table cannot hold
                 files = f"hf://datasets/{hub.repository}/{hub.files}"
                 rows = datasets.load_dataset("text", data_files={split: files}, split=split, streaming=hub.streaming)
         for row in rows.shuffle(seed=0) if hub.sorted else rows:
             yield row if hub.files is None else json.loads(row["text"])
-    except Exception as error:  # the hub's clients raise many kinds, and all of them mean: there is no such data here
+    except Exception as error:  # the hub's clients raise errors of many kinds; all mean that the data is not here
         raise UnreachableError(
             f"{hub.repository} cannot be read from the Hugging Face hub ({first_line(error)})"
         ) from error

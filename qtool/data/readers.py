@@ -1,4 +1,4 @@
-"""Text from files and from the Hugging Face hub, read only as far as it is needed, every fault with its place."""
+"""Text and rows of ``.txt``, ``.jsonl`` and ``.parquet`` files, read only as far as needed; errors name the place."""
 
 import json
 import lzma
@@ -10,10 +10,10 @@ from qtool.system.errors import InputError
 
 
 def check_file(path: Path, known: Sequence[str]) -> None:
-    """The cheap checks of a file of text or tokens.
+    """Refuse a file of text or tokens that cannot be read, without reading it; ``known`` are the suffixes.
 
     Raises:
-        InputError: it does not exist, is no file, is empty, or has none of the suffixes ``known``.
+        InputError: ``path`` does not exist, is a folder, is empty, or has another suffix.
     """
     if not path.exists():
         raise InputError(f"data.source: there is no file {path}")
@@ -26,17 +26,17 @@ def check_file(path: Path, known: Sequence[str]) -> None:
 
 
 def read_file(path: Path) -> Iterator[str]:
-    """The texts in a file, in order.
+    """Return the texts of a file, in order, to be read one by one.
 
     Raises:
-        InputError: with the line, byte or row where the file cannot be read.
+        InputError: the file cannot be read; the line, byte or row is named.
     """
     suffix = next(suffix for suffix in READERS if path.name.endswith(suffix))
     return READERS[suffix](path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line."""
+    """Yield number and text of each line."""
     offset = 0
     try:
         with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
@@ -54,7 +54,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    """Documents of a plain text file; two or more empty lines end a document."""
+    """Yield the documents of a plain text file; two or more empty lines end a document."""
     document: list[str] = []
     empty = 0
     for _, line in _lines(path):
@@ -67,10 +67,10 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and JSON object of each line that is not blank.
+    """Yield line number and JSON object of each line that is not blank.
 
     Raises:
-        InputError: a line that is not a JSON object.
+        InputError: a line is not a JSON object.
     """
     for number, line in _lines(path):
         if not line.strip():
@@ -104,7 +104,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows, with ``column`` alone or with all."""
+    """Yield the rows, with ``column`` alone or with all columns."""
     import pyarrow.parquet
     from pyarrow import ArrowException
 
@@ -120,10 +120,12 @@ def _parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, A
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a ``.jsonl`` or ``.parquet`` file with all its fields, after its place in words; none of a text file.
+    """Yield ``(place, row)`` for each row of a ``.jsonl`` or ``.parquet`` file, and nothing for other files.
+
+    ``row`` has all fields; ``place`` says in words, for errors, where the row is.
 
     Raises:
-        InputError: with the line or row where the file cannot be read.
+        InputError: the file cannot be read; the line or row is named.
     """
     if path.suffix == ".jsonl":
         yield from ((f"{path}: line {number}", row) for number, row in read_rows(path))
@@ -131,6 +133,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(_parquet_rows(path)))
 
 
+# function that yields the texts of a file, by suffix
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".txt": _read_txt,
     ".txt.xz": _read_txt,

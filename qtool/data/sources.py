@@ -1,4 +1,8 @@
-"""Named text sources: where each one's file lies, where it is on the hub, and what its rows are."""
+"""Text sources: the table of named ones, the check of ``data.source``, and their texts and rows.
+
+A data source is one row of ``SOURCES``. Its file below :func:`data_dir` comes first, the Hugging Face hub second.
+``generated`` needs neither: the model writes the text itself (``generated.py``).
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,21 +12,21 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from qtool.config.sections import DataConfig
 from qtool.data.hub import Hub, UnreachableError, load_hub
-from qtool.data.readers import READERS, check_file, read_file
+from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
 from qtool.system.errors import InputError
 
-GENERATED = "generated"
+GENERATED = "generated"  # name of the source that the model writes itself
 T = TypeVar("T")
 Row = dict[str, Any]  # Any: whatever fields a data set has
 
 
 class Source(NamedTuple):
-    """Named text: its file below ``data_dir()``, where it is on the hub, and what its rows are."""
+    """A named source: its file below ``data_dir()``, its data set on the hub, and the kind of its rows."""
 
     file: str
     hub: Hub
-    rows: Literal["documents", "lines", "conversations"]  # lines of one text are joined by two newlines
+    rows: Literal["documents", "lines", "conversations"]  # "lines" are of one text, and joined by two newlines
 
 
 SOURCES: dict[str, Source] = {
@@ -34,17 +38,16 @@ SOURCES: dict[str, Source] = {
         Hub("togethercomputer/RedPajama-Data-1T-Sample", files="*.jsonl", sorted=True),
         "documents",
     ),
-    # six of its 627 billion tokens, drawn evenly, as parquet; the whole is compressed in a way that datasets needs a
-    # package more for
+    # an even sample of 6 of the 627 billion tokens, as parquet; the full data set needs another package to decompress
     "slimpajama": Source("slimpajama/{split}.jsonl", Hub("DKYoon/SlimPajama-6B", streaming=True), "documents"),
     "alpaca": Source("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
     "deita": Source("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
 }
-FILES = (*READERS, *SUFFIXES)
+FILES = (*READERS, *SUFFIXES)  # suffixes of files that can be a data.source
 
 
 def data_dir() -> Path | None:
-    """The folder that ``QTOOL_DATA_DIR`` names, with data kept on this machine; ``None`` where it is unset or empty.
+    """Return the folder of local data that ``QTOOL_DATA_DIR`` names; ``None`` if the variable is unset or empty.
 
     Raises:
         InputError: ``QTOOL_DATA_DIR`` names no folder.
@@ -53,15 +56,15 @@ def data_dir() -> Path | None:
     if not chosen:
         return None
     if not Path(chosen).is_dir():
-        raise InputError(f"QTOOL_DATA_DIR is {chosen}, which is no folder; correct it, or set it to nothing")
+        raise InputError(f"QTOOL_DATA_DIR is {chosen}, which is not a folder; correct or unset it")
     return Path(chosen)
 
 
 def check_source(data: DataConfig) -> None:
-    """Whether ``data.source`` can be: a known name, or a file that exists and has a known suffix.
+    """Refuse a ``data.source`` that is neither a known name nor a file that exists and has a known suffix.
 
     Raises:
-        InputError: it cannot.
+        InputError: it is neither.
     """
     known = [GENERATED, *SOURCES]
     if data.source in known:
@@ -73,12 +76,12 @@ def check_source(data: DataConfig) -> None:
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(
         f"data.source: {data.source!r} is neither a known name ({', '.join(known)}) "
-        f"nor a path that ends in {', '.join(FILES)}{hint}"
+        f"nor a file that ends in {', '.join(FILES)}{hint}"
     )
 
 
 def is_local(data: DataConfig) -> bool:
-    """Whether the text of ``data.source`` is a file on this machine."""
+    """Return whether the text of ``data.source`` is a file on this machine."""
     folder = data_dir()
     named = SOURCES.get(data.source)
     if named is None:
@@ -87,22 +90,25 @@ def is_local(data: DataConfig) -> bool:
 
 
 def source_texts(name: str, split: str) -> Iterator[str]:
-    """The texts of a named source."""
-    return read_source(name, split, read_file, lambda rows: (row["text"] for row in rows))
+    """Yield the texts of the named source ``name``."""
+    return _read(name, split, read_file, lambda rows: (row["text"] for row in rows))
 
 
-def placed(name: str) -> Callable[[Iterator[Row]], Iterator[tuple[str, Row]]]:
-    """Rows of the hub after their places in words."""
-    return lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+def source_records(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield each row of the named source ``name`` with all its fields, and before it its place in words, for errors."""
+    return _read(
+        name, split, read_records, lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+    )
 
 
-def read_source(
-    name: str,
-    split: str,
-    local: Callable[[Path], Iterator[T]],
-    remote: Callable[[Iterator[Row]], Iterator[T]],
+def _read(
+    name: str, split: str, local: Callable[[Path], Iterator[T]], remote: Callable[[Iterator[Row]], Iterator[T]]
 ) -> Iterator[T]:
-    """A named source, by ``local`` from its file below ``data_dir()``, else by ``remote`` from its rows on the hub."""
+    """Read ``name`` by ``local`` from its file below ``data_dir()``, or else by ``remote`` from its rows on the hub.
+
+    Raises:
+        UnreachableError: the file is not there, and the hub cannot be reached or does not have the data set.
+    """
     source = SOURCES[name]
     folder = data_dir()
     file = folder / source.file.format(split=split) if folder else None

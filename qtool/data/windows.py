@@ -1,12 +1,9 @@
-"""Text as tokens: windows for calibration and for perplexity, and where their text comes from.
+"""Windows of tokens for calibration and for perplexity.
 
-A data source is one row of ``SOURCES``. Files below :func:`data_dir` come first, the Hugging Face hub second.
-``generated`` needs neither: the model writes the text itself (the recipe of LLM-QAT, arXiv 2305.17888).
-
-Windows of plain text are cut from one stream: a document ends with the end-of-text token (or the next begins with the
-token that begins texts), it may go on in the next window, and nothing hides a document from the one that follows it in
-a window. Windows of conversations never go on, and have labels; ``qtool.data.conversations`` says how they are packed.
-Token files are taken as they are.
+Windows of plain text are cut from one sequence of tokens: a document ends with the EOS token (or the next one begins
+with the BOS token), it may go on in the next window, and tokens attend to the documents before theirs in a window.
+Windows of conversations have labels, and none goes on in the next; ``conversations.py`` says how they are packed. Text
+that the model writes itself comes from ``generated.py``. Token files are used unchanged (``token_files.py``).
 """
 
 import hashlib
@@ -22,20 +19,20 @@ from qtool.config.sections import DataConfig
 from qtool.data.conversations import is_conversation, pack
 from qtool.data.generated import check_length, generated_tokens
 from qtool.data.readers import read_file, read_records
-from qtool.data.sources import GENERATED, SOURCES, check_source, placed, read_source, source_texts
+from qtool.data.sources import GENERATED, SOURCES, check_source, source_records, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
-GENERATED_WINDOWS = 32  # of perplexity text, where no limit is given
-CHARACTERS_PER_BATCH = 1 << 18
+GENERATED_WINDOWS = 32  # windows of generated text for perplexity, if no limit is given
+CHARACTERS_PER_BATCH = 1 << 18  # characters that are tokenized at once
 
 
 class Calibration(NamedTuple):
     """Calibration windows ``[n, t]`` int64, on the CPU.
 
-    ``labels`` are there where not every token is to be learned: the token itself, or -100. A method that does not
-    train on next tokens has no use for them.
+    ``labels`` hold the token itself where it is learned, and -100 elsewhere; ``None``: every token is learned. Methods
+    that do not train on next tokens ignore them.
     """
 
     tokens: Tensor
@@ -43,17 +40,17 @@ class Calibration(NamedTuple):
 
 
 def calibration_tokens(data: DataConfig, loaded: LoadedModel, seed: int) -> Tensor:
-    """The tokens of :func:`calibration` alone: ``[num_samples, seq_len]`` int64, on the CPU."""
+    """Return the tokens of :func:`calibration` alone: ``[num_samples, seq_len]`` int64, on the CPU."""
     return calibration(data, loaded, seed).tokens
 
 
 def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
-    """Calibration windows ``[num_samples, seq_len]``.
+    """Return calibration windows ``[num_samples, seq_len]``.
 
-    Documents are read in order, tokenized with the special tokens that the tokenizer adds by itself (or, where it adds
-    none, followed by its end-of-text token), concatenated, and cut into disjoint consecutive windows. The first
-    ``num_samples`` are used; ``seed`` shuffles their order. Conversations are packed instead (``instructions.pack``),
-    and a file of tokens is used as it is, in its own order.
+    Documents are read in order, tokenized with the special tokens that the tokenizer adds by itself (or, if it adds
+    none, followed by its EOS token), concatenated, and cut into disjoint consecutive windows. The first ``num_samples``
+    are used; ``seed`` shuffles their order. Conversations are packed instead (``conversations.pack``), and a token file
+    is used in its own order.
 
     Raises:
         InputError: the source cannot be read or has too little text, or a window is longer than the model's context.
@@ -68,7 +65,7 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), vocabulary))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
     if source.rows == "conversations" if source else _holds_conversations(path):
-        records = read_source(data.source, "train", read_records, placed(data.source)) if source else read_records(path)
+        records = source_records(data.source, "train") if source else read_records(path)
         packed = pack(records, loaded.tokenizer, data.num_samples, data.seq_len)
         if len(packed.tokens) < data.num_samples:
             raise InputError(_too_little(data, len(packed.tokens), None, packed.num_conversations))
@@ -82,13 +79,13 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
 
 
 def _holds_conversations(path: Path) -> bool:
-    """Whether the first row of a file is a conversation."""
+    """Return whether the first row of a file is a conversation."""
     return any(is_conversation(row) for _, row in islice(read_records(path), 1))
 
 
 def _too_little(data: DataConfig, num_windows: int, num_tokens: int | None, num_texts: int) -> str:
     if not num_texts:
-        return f"data.source: {data.source} is empty: no text was found in it"
+        return f"data.source: {data.source} is empty: no text was found in it; give a file with text"
     advice = f"lower data.num_samples to {num_windows}, or " if num_windows else ""
     found = f"in {num_texts} conversation(s)" if num_tokens is None else f"({num_tokens} tokens in {num_texts} text(s))"
     return (
@@ -99,7 +96,7 @@ def _too_little(data: DataConfig, num_windows: int, num_tokens: int | None, num_
 
 
 def _joined(rows: Iterable[str], size: int) -> Iterator[str]:
-    """Pieces of at least ``size`` characters of the rows joined by two newlines."""
+    """Join rows by two newlines, and yield the text in pieces of at least ``size`` characters."""
     piece: list[str] = []
     length = 0
     for row in rows:
@@ -113,14 +110,14 @@ def _joined(rows: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _token_stream(texts: Iterator[str], joined: bool, loaded: LoadedModel, data: DataConfig) -> tuple[Tensor, int]:
-    """Tokens of as many texts as are needed, and how many texts were read."""
+    """Return the tokens of as many texts as are needed, in one row, and the number of texts that were read."""
     tokenizer = loaded.tokenizer
     adds_special = bool(tokenizer.num_special_tokens_to_add())
     end = [] if adds_special or joined or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     needed = data.num_samples * data.seq_len
     size = min(CHARACTERS_PER_BATCH, 5 * needed)  # a token is about four characters of English
     pieces = ([piece] for piece in _joined(texts, size)) if joined else _batches(texts, size)
-    parts: list[Tensor] = []  # a list of all ids would take five times the memory
+    parts: list[Tensor] = []  # tensors: a list of all ids would take five times the memory
     num_tokens = num_texts = 0
     for batch in pieces:
         special = not (joined and num_texts)  # only the first piece begins a text
@@ -134,7 +131,7 @@ def _token_stream(texts: Iterator[str], joined: bool, loaded: LoadedModel, data:
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Texts in lists of about ``size`` characters, without those that are only white space."""
+    """Yield lists of texts of about ``size`` characters in all; texts of white space are left out."""
     batch: list[str] = []
     length = 0
     for text in texts:
@@ -150,10 +147,10 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int | None, seed: int) -> Tensor:
-    """Disjoint windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's maximum when that is less.
+    """Return disjoint windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's context if smaller.
 
     ``wikitext2``: the test split joined by two newlines and tokenized once, as the papers do; a last part that does not
-    fill a window is left out. ``generated``: text from ``loaded`` by another seed than the calibration text.
+    fill a window is left out. ``generated``: text of ``loaded`` with another seed than that of calibration text.
 
     Raises:
         UnreachableError: WikiText-2 is neither on this machine nor reachable on the hub.
@@ -166,24 +163,22 @@ def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int 
     ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     num_windows = len(ids) // length
     if not num_windows:
-        raise InputError(
-            f"{name} has only {len(ids)} tokens here, less than one window of {length}; lower eval.context"
-        )
+        raise InputError(f"{name} has only {len(ids)} tokens, less than one window of {length}; lower eval.context")
     return ids[: num_windows * length].view(num_windows, length)[:limit]
 
 
 def calibration_seed(seed: int) -> int:
-    """The seed of generated calibration text; never one that :func:`evaluation_seed` gives."""
+    """Return the seed of generated calibration text, which is never one of :func:`evaluation_seed`."""
     return 2 * seed
 
 
 def evaluation_seed(seed: int) -> int:
-    """The seed of generated text that is only measured."""
+    """Return the seed of generated text for perplexity."""
     return 2 * seed + 1
 
 
 def token_hash(tokens: Tensor, labels: Tensor | None = None) -> str:
-    """SHA-256 over the shape and the little-endian int64 bytes, and those of ``labels`` where there are any."""
+    """Return the SHA-256 of the shape and the little-endian int64 bytes of ``tokens``, and of ``labels`` if given."""
     digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     for each in (tokens,) if labels is None else (tokens, labels):
         digest.update(each.detach().cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())

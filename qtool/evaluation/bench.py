@@ -1,10 +1,10 @@
-"""``qtool bench``: how fast, how large and how hungry a checkpoint is, beside the same weights held densely.
+"""``qtool bench``: the speed, memory and energy of a checkpoint, beside those of the same weights in dense linears.
 
-The weights of one folder are measured three ways: ``dense`` (expanded once to the model's dtype, ordinary linears),
-``fast`` (packed, this machine's kernels) and ``exact`` (packed, what ``from_pretrained`` gives). Every number comes
-from forwards of the transformers model with its key-value cache: prefill is one forward over a prompt, a decode step
+The weights of one folder are measured in three ways: ``dense`` (expanded once to the model's dtype, ordinary linears),
+``fast`` (packed, with this machine's kernels) and ``exact`` (packed, as ``from_pretrained`` gives it). Every number
+comes from forwards of the transformers model with its KV cache: prefill is one forward over a prompt, a decode step is
 one forward of one token for each sequence. Repeats of dense and fast take turns, so that a machine whose speed drifts
-slows both; the exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
+slows both. The exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
 """
 
 import inspect
@@ -31,11 +31,12 @@ from qtool.models.loading import choose_device, load_model
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
 from qtool.system import energy, memory, progress, units
 from qtool.system.errors import InputError
+from qtool.system.tensors import dtype_name
 
-BATCHES = (1, 8)
-WARM_STEPS = 2
-ENOUGH = 2.0  # seconds of decoding in one repeat
-SELF = Path("/proc/self")
+BATCHES = (1, 8)  # batch sizes of decoding
+WARM_STEPS = 2  # decode steps before the first repeat
+ENOUGH = 2.0  # seconds that decoding may take in one repeat: longer work is done with fewer tokens
+SELF = Path("/proc/self")  # folder of this process in Linux's process file system
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Plan:
 
 @dataclass
 class _Subject:
-    """One way to hold the weights, loaded and ready."""
+    """A loaded model that holds the weights in one of the three ways."""
 
     name: str
     title: str
@@ -65,7 +66,7 @@ class _Subject:
     peak_bytes: int | None
 
     def variant(self, speeds: dict[str, Speed]) -> Variant:
-        """The entry of the report."""
+        """Return the entry of the report."""
         return Variant(
             name=self.name,
             title=self.title,
@@ -81,7 +82,7 @@ def bench(config: ModelConfig, plan: Plan) -> BenchReport:
     """Measure a native checkpoint in the precision and on the device of ``config``.
 
     Raises:
-        InputError: not a native checkpoint, or sequences longer than the model's context.
+        InputError: the folder is no native checkpoint, or sequences would be longer than the model's context.
     """
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
@@ -91,7 +92,7 @@ def bench(config: ModelConfig, plan: Plan) -> BenchReport:
         loaded = load_model(config, quantized=True)
     tokens = _prompts(loaded, plan)
     clock = _Clock(loaded.device, energy.meter(_uuid(loaded.device)))
-    grid, name = label(source.specs), str(loaded.dtype).removeprefix("torch.")
+    grid, name = label(source.specs), dtype_name(loaded.dtype)
     speeds: dict[str, dict[str, Speed]] = {}
 
     def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:
@@ -132,7 +133,7 @@ def bench(config: ModelConfig, plan: Plan) -> BenchReport:
 
 
 def _prompts(loaded: LoadedModel, plan: Plan) -> Tensor:
-    """Random tokens ``[largest batch, prompt_tokens]``, always the same."""
+    """Return random tokens ``[largest batch, prompt_tokens]``, the same on every call."""
     if plan.length > loaded.max_length:
         raise InputError(
             f"a prompt of {plan.prompt_tokens} tokens and {plan.repeats} x {plan.new_tokens} more do not fit the "
@@ -144,7 +145,7 @@ def _prompts(loaded: LoadedModel, plan: Plan) -> Tensor:
 
 
 def _dense(loaded: LoadedModel) -> PreTrainedModel:
-    """The model with an ordinary linear, in the model's dtype, in the place of each packed one."""
+    """Replace each packed linear by an ordinary one in the model's dtype; return the model."""
     for name, layer in packed_linears(loaded.model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.dequantized(loaded.dtype), requires_grad=False)
@@ -155,12 +156,12 @@ def _dense(loaded: LoadedModel) -> PreTrainedModel:
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, tied ones once."""
+    """Return the bytes of tensors; tied tensors count once."""
     return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values())
 
 
 def _remarks(loaded: LoadedModel) -> list[str]:
-    remarks, name = [], str(loaded.dtype).removeprefix("torch.")
+    remarks, name = [], dtype_name(loaded.dtype)
     float_bytes = sum(p.nbytes for name, p in loaded.model.named_parameters() if p.dim() == 2)
     if float_bytes:
         remarks.append(f"{units.size(float_bytes)} of embeddings and head stay {name} in every column")
@@ -175,26 +176,26 @@ def _remarks(loaded: LoadedModel) -> list[str]:
 
 
 class _Decoder:
-    """A model that has read ``prompt`` ``[batch, t]`` and writes on greedily, a token for each sequence a step."""
+    """A model that has read ``prompt`` ``[batch, t]`` and continues it greedily, one token per sequence and step."""
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
         self.model = model
         self._read(prompt, None)
 
     def step(self) -> None:
-        """One forward of one token for each sequence, with the key-value cache of all before."""
+        """Run one forward of one token for each sequence, with the KV cache of all tokens before."""
         self._read(self.token, self.cache)
 
     def _read(self, tokens: Tensor, cache: Any) -> None:  # Any: the cache is of a class of the model's choice
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        last = {"logits_to_keep": 1} if keeps else {}  # as generate does
+        last = {"logits_to_keep": 1} if keeps else {}  # as transformers' generate does
         out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **last)
         self.logits, self.cache = out.logits[:, -1], out.past_key_values
         self.token = self.logits.argmax(-1, keepdim=True)
 
 
 def _next_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Float32 logits ``[vocabulary]`` of one decode step after the first prompt."""
+    """Return the float32 logits ``[vocabulary]`` of one decode step after the first prompt."""
     decoder = _Decoder(model, tokens[:1, :-1])
     decoder.token = tokens[:1, -1:]
     decoder.step()
@@ -203,13 +204,13 @@ def _next_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 class _Clock:
-    """Seconds and joules of a piece of work."""
+    """Measures seconds and joules of a piece of work."""
 
     def __init__(self, device: torch.device, meter: energy.Meter) -> None:
         self.device, self.meter = device, meter
 
     def time(self, work: Callable[[], object]) -> tuple[float, float | None]:
-        """Run ``work`` to its end, on the GPU too."""
+        """Run ``work`` to its end, on the GPU too; return seconds, and joules if they can be measured."""
         _synchronize(self.device)
         before, start = self.meter.read(), time.perf_counter()
         work()
@@ -219,11 +220,11 @@ class _Clock:
 
 
 def _measure(subjects: list[_Subject], tokens: Tensor, plan: Plan, clock: _Clock) -> dict[str, dict[str, Speed]]:
-    """Speeds by subject and measure; in each repeat the subjects take turns at each measure."""
-    work: dict[tuple[str, str], tuple[int, Callable[[], object]]] = {}  # tokens, and what makes them
+    """Return speeds by subject and measure; in each repeat the subjects take turns at each measure."""
+    work: dict[tuple[str, str], tuple[int, Callable[[], object]]] = {}  # number of tokens, and the work
     for subject in subjects:
         for batch in BATCHES:
-            decoder = _Decoder(subject.model, tokens[:batch])  # warms the prefill too
+            decoder = _Decoder(subject.model, tokens[:batch])  # the first prefill warms up
             steps = plan.new_tokens
             for _ in range(WARM_STEPS):
                 seconds, _ = clock.time(decoder.step)
@@ -261,18 +262,18 @@ def _uuid(device: torch.device) -> str | None:
 
 
 class _Memory:
-    """Peaks of memory above what was held when a model began to be loaded."""
+    """Measures peaks of memory above the memory that was held before a model was loaded."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.begin()
 
     def begin(self) -> None:
-        """From here on counts."""
+        """Take the memory that is held now as the base of the peaks that follow."""
         self.base = self._held("VmRSS")
 
     def peak(self, work: Callable[[], object]) -> int | None:
-        """The most that is held while ``work`` runs; ``None`` where the system cannot tell it from earlier peaks."""
+        """Return the largest memory held while ``work`` runs; ``None`` if the system does not reset earlier peaks."""
         if not self._reset():
             return None
         work()
@@ -280,13 +281,13 @@ class _Memory:
         return None if top is None or self.base is None else top - self.base
 
     def _reset(self) -> bool:
-        """Forget earlier peaks."""
+        """Reset the system's record of the peak; return whether that is possible."""
         memory.return_freed()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return True
         with suppress(OSError):
-            (SELF / "clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is held now
+            (SELF / "clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes the memory held now
             return True
         return False
 

@@ -1,7 +1,7 @@
-"""lm-eval's own tasks on a loaded model: its prompts, its metrics, its code; only the place of the data may differ.
+"""lm-eval's tasks on a loaded model: with its prompts, its metrics and its code; only the place of the data may differ.
 
-Where a task's data set lies below ``data_dir()`` it is read from there, everything else comes from the hub as always.
-The switch is :func:`local_data`: while it is open, the one method by which lm-eval's tasks fetch data looks here first.
+Data sets below ``data_dir()`` are read from there (``local_tasks.py``), all others come from the hub. Around every call
+into lm-eval, progress is shown as qtool's own, nothing is printed to standard output, and the random state is kept.
 """
 
 import copy
@@ -29,7 +29,7 @@ from qtool.system.errors import InputError
 
 # Any in this file: lm-eval and datasets carry no types, and lm-eval's results are nested dicts of its own making.
 
-# task -> its folder in lm_eval/tasks. For these the index of all 14,000 task files, 11 s of work, is not needed.
+# folder in lm_eval/tasks by task: for these tasks, the index of all 14,000 task files, 11 s of work, is not needed
 FOLDERS = {
     "boolq": "super_glue/boolq",
     "mmlu": "mmlu/default",
@@ -40,27 +40,27 @@ FOLDERS = {
     "winogrande": "winogrande",
     "openbookqa": "openbookqa",
 }
-LOGIT_BYTES = 128 << 20  # float32 logits of one forward pass on a CPU
+LOGIT_BYTES = 128 << 20  # largest size of the float32 logits of one forward on a CPU
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task as lm-eval gives it."""
+    """One metric of one task, as lm-eval gives it."""
 
     task: str
     metric: str
     measured: Metric
     higher_is_better: bool | None
     num_fewshot: int | None
-    detail: bool  # summed up in the row of a group
+    detail: bool  # True: a part of a group, which has a row of its own
     note: str
 
 
 def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
-    """Whether lm-eval has these tasks and their data can be had, which is fetched now if it is on the hub.
+    """Refuse tasks that lm-eval does not have, or whose data cannot be read; data on the hub is downloaded now.
 
     Raises:
-        InputError: it has not, or the data cannot.
+        InputError: there is such a task.
     """
     unknown = [task for task in tasks if task not in _manager(task).all_tasks]
     if unknown:
@@ -73,8 +73,8 @@ def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
             wanted = shots if shots is not None else part.config.num_fewshot
             if wanted and hasattr(part, "sampler") and not len(part.sampler.df):
                 raise InputError(
-                    f"eval.num_fewshot: {name} is asked for with {wanted} example(s), and the split they come from is "
-                    f"not below {data_dir()}; ask for 0, or set QTOOL_DATA_DIR to nothing to use the hub"
+                    f"eval.num_fewshot: {name} is asked for with {wanted} example(s), and the split that they come "
+                    f"from is not below {data_dir()}; ask for 0, or unset QTOOL_DATA_DIR to use the hub"
                 )
 
 
@@ -86,7 +86,7 @@ def _unknown(task: str) -> str:
 
 @cache
 def _manager(task: str) -> Any:
-    """lm-eval's task manager: of the one folder that holds ``task`` where that is known, otherwise of all."""
+    """Return lm-eval's task manager for the folder of ``task`` if it is in ``FOLDERS``, else for all folders."""
     import lm_eval.tasks
 
     folder = FOLDERS.get(task) or (FOLDERS["mmlu"] if task.startswith("mmlu_") else None)
@@ -109,7 +109,7 @@ def _full_manager() -> Any:
 def run(
     loaded: LoadedModel, task: str, num_fewshot: int | None, limit: int | None, batch_size: int | str, title: str
 ) -> list[Score]:
-    """Every metric of ``task``, a name that lm-eval knows, by lm-eval's ``simple_evaluate``."""
+    """Measure ``task``, a name that lm-eval knows, with lm-eval's ``simple_evaluate``; return all its metrics."""
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 
@@ -135,7 +135,7 @@ def run(
 
 
 def _batch_size(loaded: LoadedModel) -> int | str:
-    """``auto`` is lm-eval's own search on a GPU; on a CPU, where nothing ends that search, a budget for the logits."""
+    """Return the batch size for ``auto``: on a GPU lm-eval's search; on a CPU, where it would not end, a fixed one."""
     if loaded.device.type != "cpu":
         return "auto"
     per_row = loaded.max_length * int(loaded.model.config.get_text_config().vocab_size) * 4
@@ -174,7 +174,7 @@ def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
 
 
 class _Seen(logging.Handler):
-    """What happened inside lm-eval that belongs into a note: other splits, prompts that were cut."""
+    """Collects notes while lm-eval runs: on replaced splits, and on prompts that were cut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class _Seen(logging.Handler):
             progress.note(f"lm-eval: {record.getMessage()}")
 
     def note(self, tasks: Iterable[str], max_length: int) -> str:
-        """Everything a reader of the result of ``tasks`` must know."""
+        """Return all notes that belong to the result of ``tasks``, in one line."""
         notes = list(dict.fromkeys(self.notes[task] for task in tasks if task in self.notes))
         if self.num_cut:
             notes.append(f"{self.num_cut} prompts of more than {max_length} tokens were cut from the left")
@@ -197,7 +197,7 @@ class _Seen(logging.Handler):
 
 @contextmanager
 def _harness() -> Iterator[_Seen]:
-    """What surrounds every call into lm-eval: local data, our progress, no output, the random state kept."""
+    """Surround a call into lm-eval: local data, qtool's progress, no output, the same random state afterwards."""
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
@@ -215,7 +215,7 @@ def _harness() -> Iterator[_Seen]:
         stack.enter_context(patch.object(logger, "handlers", [seen]))
         stack.enter_context(patch.object(logger, "propagate", False))
         level = logger.level
-        logger.setLevel(logging.WARNING)  # cut prompts are told as warnings
+        logger.setLevel(logging.WARNING)  # lm-eval warns of prompts that it cuts
         try:
             yield seen
         finally:
@@ -226,12 +226,12 @@ def _harness() -> Iterator[_Seen]:
 
 # Any: whatever tqdm is called with
 def _plain(items: Iterable[Any], *args: Any, **kwargs: Any) -> Iterable[Any]:
-    """In place of a progress bar for what takes a moment."""
+    """Replace the progress bar of a short task by none."""
     return items
 
 
 class _Bar:
-    """Shows lm-eval's progress as ours; has the part of tqdm's interface that is used there."""
+    """Shows lm-eval's progress as qtool's; it has the part of tqdm's interface that lm-eval uses."""
 
     def __init__(self, items: Sequence[Any] = (), *args: Any, total: int = 0, desc: str = "", **kwargs: Any) -> None:
         self.title = desc.removeprefix("Running ") or "requests"

@@ -1,4 +1,8 @@
-"""Data of lm-eval's tasks read from files on this machine instead of the hub."""
+"""Data of lm-eval's tasks, read from files on this machine instead of the hub.
+
+While :func:`local_data` is open, the one method by which lm-eval's tasks fetch a data set looks below ``data_dir()``
+first. Prompts and metrics are lm-eval's own, so files have the rows of the data set on the hub.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +15,7 @@ from qtool.data.readers import read_rows
 from qtool.data.sources import data_dir
 from qtool.system.errors import InputError, first_line
 
-# (repository and configuration on the hub) -> folder below data_dir(); * stands for any configuration
+# folder below data_dir() by repository and configuration on the hub; * stands for any configuration
 LOCAL: dict[tuple[str, str | None], str] = {
     ("aps/super_glue", "boolq"): "boolq",
     ("cais/mmlu", "*"): "mmlu/{name}",
@@ -26,9 +30,9 @@ LOCAL: dict[tuple[str, str | None], str] = {
 
 @contextmanager
 def local_data(notes: dict[str, str]) -> Iterator[None]:
-    """Inside, lm-eval's tasks take their data from ``data_dir()`` where that has it, and from the hub otherwise.
+    """Let lm-eval's tasks read their data below ``data_dir()``, or from the hub if it is not there.
 
-    ``notes`` gets, by task, what a reader of its result must know of that data.
+    Notes on the data that belong to a task's result are put into ``notes`` by task.
     """
     from lm_eval.api.task import ConfigurableTask
 
@@ -44,11 +48,11 @@ def local_data(notes: dict[str, str]) -> Iterator[None]:
         try:
             with hub_access():
                 fetch(self, dataset_kwargs, **kwargs)
-        except Exception as error:  # the hub's clients raise many kinds, and all of them mean: there is no such data
+        except Exception as error:  # the hub's clients raise errors of many kinds; all mean that there is no data
             raise InputError(
                 f"eval.tasks: the data of {self.config.task}, {self.DATASET_PATH}, cannot be read from the Hugging "
                 f"Face hub ({first_line(error)}), and is not below QTOOL_DATA_DIR ({data_dir() or 'not set'}); "
-                "take the task out of eval.tasks, or go where there is a network"
+                "take the task out of eval.tasks, or connect this machine to the network"
             ) from error
 
     with patch.object(ConfigurableTask, "download", download):
@@ -56,6 +60,7 @@ def local_data(notes: dict[str, str]) -> Iterator[None]:
 
 
 def _local_folder(repository: str | None, name: str | None) -> Path | None:
+    """Return the folder with JSON Lines files of a data set of the hub; ``None`` if there is none."""
     below = LOCAL.get((str(repository), name)) or LOCAL.get((str(repository), "*"))
     root = data_dir()
     if below is None or root is None:
@@ -65,7 +70,7 @@ def _local_folder(repository: str | None, name: str | None) -> Path | None:
 
 
 def _read_folder(folder: Path, pages: bool) -> tuple[Any, str]:
-    """The splits of a folder as a ``DatasetDict``, and a note when one stands in for another."""
+    """Return the splits of a folder as a ``DatasetDict``, and a note if the validation split replaces a test split."""
     import datasets
 
     rows = {path.stem: [row for _, row in read_rows(path)] for path in sorted(folder.glob("*.jsonl"))}
@@ -77,15 +82,15 @@ def _read_folder(folder: Path, pages: bool) -> tuple[Any, str]:
         splits["test"] = splits["validation"]
         note = f"validation split ({len(splits['test'])} examples): the test split is not below QTOOL_DATA_DIR"
     if "train" not in splits:
-        splits["train"] = splits[min(splits)].select([])  # lm-eval lists it even for 0 examples in the prompt
+        splits["train"] = splits[min(splits)].select([])  # lm-eval needs one, even for 0 examples in the prompt
     return splits, note
 
 
 def _pages(rows: Iterable[str]) -> list[str]:
-    """WikiText rows put together as one text for each article, as EleutherAI/wikitext_document_level has them.
+    """Join WikiText rows to one text for each article, as in EleutherAI/wikitext_document_level.
 
-    An article begins with a line such as `` = Title = ``. The blank rows of the hub are lines of one space in the
-    original file, which that data set is made from.
+    An article begins with a line such as `` = Title = ``. Rows that are blank on the hub are lines of one space in the
+    original file, from which that data set was made.
     """
     pages: list[list[str]] = [[]]
     for row in rows:

@@ -1,4 +1,4 @@
-"""What every export writes the same way, and reads back without the code that wrote it."""
+"""The parts that exports share: the written folder and its config, tensors that stay float, reasons to refuse."""
 
 import shutil
 from collections.abc import Iterable
@@ -17,50 +17,54 @@ from qtool.checkpoints.native import Source
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import read_config
 
+# files of a checkpoint that are not copied: an export writes its own, or has none
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
 
 
 class WrittenFolder:
-    """A written folder of safetensors files, opened once; a format that stores otherwise has a subclass."""
+    """A written folder of safetensors files, opened once; a format with other files has a subclass."""
 
     def __init__(self, folder: Path, marker: str = "") -> None:
-        """Open ``folder``; ``marker`` is the tensor that each packed linear of the format has, ``""`` if none is."""
+        """Open ``folder``; each packed linear ``p`` has a tensor ``p.<marker>``. ``""``: the format packs no linear."""
         self.folder, self._marker = folder, marker
         self._files = Files(folder)
 
     def names(self) -> list[str]:
-        """Every tensor, by name."""
+        """Return the names of all tensors."""
         return list(self._files.names)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is no quantized weight, with the values that it has in the float model."""
+        """Return a tensor that is no quantized weight, with its values in the float model."""
         return self._files.tensor(name)
 
     def packed(self) -> set[str]:
-        """The quantized linears."""
+        """Return the names of the quantized linears."""
         return {name.rpartition(".")[0] for name in self.names() if self._marker and name.endswith(f".{self._marker}")}
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What the model is made from: ``config.json``, and whatever else says so."""
+        """The config that a reader builds the model from: ``config.json``, or that and the file's own metadata."""
         return read_config(self.folder)
 
 
 def quantization_section(folder: Path) -> dict[str, Any]:
-    """What the ``config.json`` of a folder says about how its weights are quantized."""
+    """Return the ``quantization_config`` section of a folder's ``config.json``; empty if it has none."""
     section: dict[str, Any] = read_config(folder).get("quantization_config") or {}
     return section
 
 
 def names_method(method: str, folder: Path) -> bool:
-    """Whether the quantization config of a folder is of this ``quant_method``."""
+    """Return whether the quantization config of a folder names ``method`` as its ``quant_method``."""
     return quantization_section(folder).get("quant_method") == method
 
 
 def write_folder(
     folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
 ) -> None:
-    """Shards, if any, ``folder``'s config with ``section`` as its quantization config, and its tokenizer's files."""
+    """Write shards of ``tensors``, the config of ``folder`` with ``section`` and ``dtype``, and its tokenizer's files.
+
+    ``section`` becomes the ``quantization_config``.
+    """
     if tensors:
         write_shards(tensors, out)
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
@@ -72,9 +76,9 @@ def write_folder(
 
 
 def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and that dtype's name.
+    """Return the tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and its name.
 
-    With ``auto`` a tensor that ``default`` does not hold, such as a norm that a method changed, stays as it is stored.
+    With ``auto``, a tensor that ``default`` does not hold exactly keeps its dtype: a norm that a method changed, say.
     """
     name = default if config.dtype == "auto" else config.dtype
     tensors = {key: source.tensor(key) for key in source.float_names()}
@@ -85,18 +89,18 @@ def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[d
 
 
 def unfit(source: Source, config: ExportConfig) -> str | None:
-    """Why the dtype that was asked for by name cannot be used: a tensor that it does not hold exactly."""
+    """Return the reason why ``config.dtype`` cannot be used: a tensor that it does not hold exactly."""
     if config.dtype == "auto":
         return None
     for name in source.float_names():
         tensor = source.tensor(name)
         if tensor.is_floating_point() and inexact([tensor], config.dtype):
-            return f"{name} is not held exactly by {config.dtype}; use dtype: auto"
+            return f"{config.dtype} does not hold {name} exactly; use dtype: auto"
     return None
 
 
 def float_zeros(source: Source, format: str) -> str | None:
-    """Why a format cannot hold the checkpoint: a linear whose zero points lie between codes."""
+    """Return the reason why ``format`` cannot hold ``source``: a linear whose zero points lie between codes."""
     name = next((name for name, spec in source.specs.items() if spec.float_zero), None)
     if name is None:
         return None
@@ -107,12 +111,12 @@ def float_zeros(source: Source, format: str) -> str | None:
 
 
 def stored_dtype(source: Source) -> str:
-    """The dtype that the checkpoint's config names."""
+    """Return the dtype that the checkpoint's config names."""
     return str(source.config.get("dtype", "float32"))
 
 
 def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
-    """Largest change when the tensors are rounded to ``dtype``, as a share of each one's largest value; 0 if exact."""
+    """Return the largest change by rounding to ``dtype``, relative to each tensor's largest value; 0 if exact."""
     worst = 0.0
     for tensor in tensors:
         change = (tensor.to(getattr(torch, dtype)).float() - tensor.float()).abs()
@@ -122,11 +126,11 @@ def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The model of a folder's ``config.json`` without weights, as plain float modules. Only look at it."""
+    """Return the float model of a folder's ``config.json`` on the meta device. It is cached: do not change it."""
     return _skeleton(folder, (folder / "config.json").read_bytes())
 
 
-@lru_cache(maxsize=2)  # asked for once per linear; the text tells two folders of one name apart
+@lru_cache(maxsize=2)  # called once per linear; with the text as key, a folder that was written anew is read anew
 def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
@@ -137,18 +141,18 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
 
 
 def transposed(source: Source) -> set[str]:
-    """Quantized linears that the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+    """Return the names of linears whose weight the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
 
 
 def conv1d(source: Source, why: str) -> str | None:
-    """That a linear is a ``Conv1D``, and ``why`` a format does not hold one; ``None`` when there is none."""
+    """Return the reason to refuse ``source`` if a linear is a ``Conv1D``; ``why`` a format does not hold one."""
     flipped = transposed(source)
     return f"{min(flipped)} is a Conv1D, {why}; export dense instead" if flipped else None
 
 
 def float_linears(source: Source) -> list[str]:
-    """Linears of the model that the checkpoint leaves in floating point, the head among them."""
+    """Return the linears of the model that the checkpoint leaves in floating point, the head among them."""
     return [
         name
         for name, module in skeleton(source.folder).named_modules()
@@ -157,14 +161,14 @@ def float_linears(source: Source) -> list[str]:
 
 
 def shared_block_prefix(source: Source) -> str:
-    """What the names of all decoder blocks begin with, e.g. ``model.layers.``."""
+    """Return the prefix of the names of all decoder blocks, e.g. ``model.layers.``."""
     first = next(iter(source.specs))
     parts = first.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
-    """Codes of each row of ``words`` ``[rows, w]`` int32, by expansion to single bits: the witness of the packer."""
+    """Unpack ``count`` codes of each row of ``words`` int32 ``[rows, w]`` bit by bit, with no code of the packer."""
     rows = []
     for row in words.numpy().astype("<i4"):
         bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: count * num_bits].reshape(count, num_bits)

@@ -1,6 +1,7 @@
-"""Every export is read back, by code that shares nothing with the writer, before it gets its name.
+"""Reading exports: an export is compared with its checkpoint before it gets its name, and ``qtool eval`` loads exports.
 
-The same readers let ``qtool eval`` measure an export, ours or another tool's, without that engine being installed.
+The readers share no code with the writers. They also read the folders of other tools, so that ``qtool eval`` measures
+an export without its engine being installed.
 """
 
 from dataclasses import replace
@@ -22,18 +23,19 @@ from qtool.models.loaded import LoadedModel, most_common
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
 from qtool.system.errors import RunError
+from qtool.system.tensors import dtype_name
 
-TOLERANCE = 1e-5  # of the largest logit, float32 on CPU: the weights are equal, the order of sums may not be
+TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit: equal weights, sums in another order
 
 
 @torch.no_grad()
 def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> dict[str, float]:
-    """Compare every weight and the logits of a fixed probe; returns the largest differences.
+    """Compare every tensor, the config and the logits of a fixed probe; return the largest differences.
 
-    With ``rounded`` (a dtype that was asked for does not hold the weights) differences are returned, not refused.
+    With ``rounded`` differences are returned, not refused: the user asked for a dtype that does not hold the weights.
 
     Raises:
-        RunError: naming the first tensor that differs, or the logits' difference.
+        RunError: the first tensor or config key that differs, or the difference of the logits.
     """
     loaded = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True)
     probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
@@ -44,7 +46,10 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
         weight = exporter.read(opened, name)
         expected = dequantize(*source.quantized(name))
         if weight.shape != expected.shape:
-            raise RunError(f"{name} was exported as {list(weight.shape)}; {list(expected.shape)} was expected")
+            raise RunError(
+                f"{name} has shape {list(weight.shape)} after export, and {list(expected.shape)} was expected; "
+                "the export was not kept"
+            )
         worst = max(worst, float((weight - expected).abs().max()))
         if not rounded and not torch.equal(weight, expected):
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
@@ -61,21 +66,24 @@ def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> d
         raise RunError(f"config.json differs after export, in {changed}; the export was not kept")
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not rounded and not logits <= TOLERANCE:
-        raise RunError(f"logits differ after export by {logits:.3g} of the largest (allowed: {TOLERANCE:g})")
+        raise RunError(
+            f"logits differ after export by {logits:.3g} of the largest logit, and {TOLERANCE:g} is allowed; "
+            "the export was not kept"
+        )
     return {"weight_difference": worst, "logit_difference": logits}
 
 
 def load_exported(config: ModelConfig) -> LoadedModel | None:
-    """An exported folder as a float model with its weights expanded; ``None`` when it is no such folder."""
+    """Load an exported folder as a float model with expanded weights; return ``None`` if no format recognises it."""
     folder = resolve(config.path)
     exporter = next((each for each in map(formats.get, catalog.export_formats()) if each.recognises(folder)), None)
     if exporter is None:
         return None
-    # expanded weights are float32, whatever the export computes in
+    # the model computes in the dtype of the export's float tensors; expanded weights would be float32
     stored = any(folder.glob("*.safetensors"))
     own = most_common(check_files(folder)) if stored else getattr(torch, read_config(folder)["dtype"])
     dtype = compute_dtype(config.dtype, own, choose_device(config.device))
-    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    config = config.model_copy(update={"dtype": dtype_name(dtype)})
     opened = exporter.open(folder)
     packed = opened.packed()
     with TemporaryDirectory() as temporary:

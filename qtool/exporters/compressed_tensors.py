@@ -1,8 +1,8 @@
-"""``compressed-tensors`` (``pack-quantized``): what vLLM reads at 2, 3, 4 and 8 bits, and transformers with the
-``compressed-tensors`` package.
+"""``compressed-tensors`` in its format ``pack-quantized``, read by vLLM, and by transformers with that package.
 
-Our tensors already have its names and layout; only the marker goes and the config section is another. Hazards that a
-reader may meet are returned as notes. The scale is written in the dtype it was rounded to.
+The tensors of a native checkpoint already have the names and layout of this format. Only the marker ``weight`` is left
+out, and the config has another section. A scale is written in the dtype that it was rounded to. Engines cast scales to
+the model's dtype, so the model is written in one that holds them. Known faults of readers are returned as notes.
 """
 
 import re
@@ -34,21 +34,21 @@ from qtool.system.errors import InputError
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
-    """Float zero points, ``Conv1D`` layers, and scales that the engine would change when it casts them."""
+    """Refuse float zero points, ``Conv1D`` layers, and scales that the engine would change when it casts them."""
     only_linear = "and compressed-tensors replaces nn.Linear only"
     if refusal := float_zeros(source, "compressed-tensors") or conv1d(source, only_linear):
         return refusal
     scales = (source.tensor(f"{name}.weight_scale") for name in source.specs)
     if config.dtype != "auto" and inexact(scales, config.dtype):
         return (
-            f"scales are not held exactly by {config.dtype}; use dtype: auto, or quantize with "
+            f"{config.dtype} does not hold the scales exactly; use dtype: auto, or quantize with "
             f"scale_dtype: {config.dtype}"
         )
     return unfit(source, config)
 
 
 def model_dtype(source: Source) -> str:
-    """The smallest dtype that holds scales and every other tensor: engines cast scales to the model's dtype."""
+    """Return the smallest dtype that holds scales and every other tensor; the checkpoint's own is preferred."""
     names = [*(f"{name}.weight_scale" for name in source.specs), *source.float_names()]
     own = stored_dtype(source)
     candidates = [own, *(d for d in ("float16", "bfloat16") if d != own)]
@@ -56,7 +56,7 @@ def model_dtype(source: Source) -> str:
 
 
 def scheme(spec: QuantSpec) -> dict[str, Any]:
-    """The arguments of one group of weights."""
+    """Return ``spec`` as the ``weights`` of a config group."""
     strategy: dict[str, Any] = {"strategy": "channel", "group_size": None}
     if spec.group_size != -1:
         strategy = {"strategy": "group", "group_size": spec.group_size}
@@ -71,7 +71,7 @@ def scheme(spec: QuantSpec) -> dict[str, Any]:
 
 
 def section(source: Source) -> dict[str, Any]:
-    """The ``quantization_config``; with several grids, each lists its linears by full name."""
+    """Return the ``quantization_config``; if there are several grids, each lists its linears by full name."""
     by_spec: dict[QuantSpec, list[str]] = {}
     for name, spec in source.specs.items():
         by_spec.setdefault(spec, []).append(name)
@@ -97,7 +97,7 @@ def section(source: Source) -> dict[str, Any]:
 
 
 def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
-    """Write the folder."""
+    """Write the folder; see ``Exporter.write``."""
     own = stored_dtype(source)
     tensors, dtype = float_tensors(source, config, model_dtype(source))
     for name, spec in source.specs.items():
@@ -109,35 +109,38 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     if dtype != own and config.dtype == "auto":
         notes.append(
             f"the model is written in {dtype}, because {own} does not hold its scales; "
-            f"quantize with scale_dtype: {own} for a smaller file"
+            f"for a smaller file, quantize with scale_dtype: {own}"
         )
     specs = set(source.specs.values())
     if any(spec.num_bits == 3 for spec in specs):
-        notes.append("3-bit codes are dense: readers need compressed-tensors 0.18 or later; verify vLLM on your GPU")
+        notes.append(
+            "3-bit codes are packed without gaps: readers need compressed-tensors 0.18 or later; check that vLLM reads "
+            "them on your GPU"
+        )
     if not all(spec.symmetric for spec in specs):
         notes.append(
-            "asymmetric: transformers with compressed-tensors 0.18 to 0.20 loads this only with "
+            "asymmetric grids: transformers with compressed-tensors 0.18 to 0.20 loads this folder only with "
             "CompressedTensorsConfig(dequantize=True), which multiplies in the dtype of the scales"
         )
     if len(specs) > 1:
-        notes.append("several grids: never load this with dequantize=True, which applies the first grid to all")
+        notes.append("several grids: never load this with dequantize=True, which applies the first grid to all linears")
     return notes
 
 
 def _matches(target: str, name: str) -> bool:
-    """Whether a target of a config group means the linear ``name``: by class, by pattern or by name."""
+    """Return whether a target of a config group selects the linear ``name``: by class, by pattern or by name."""
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
     return target in ("Linear", name)
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
-    """The weight ``[out, in]``, bit by bit."""
+    """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
     config = opened.config["quantization_config"]
     groups = list(config.get("config_groups", {}).values())
     weights = next((g["weights"] for g in groups if any(_matches(t, name) for t in g["targets"])), None)
     if config.get("format") != "pack-quantized" or weights is None or weights["num_bits"] not in BITS:
-        raise InputError(f"{opened.folder}: {name} is in a compressed-tensors format that cannot be read here")
+        raise InputError(f"{opened.folder}: {name} is in a format of compressed-tensors that qtool cannot read")
     rows, columns = opened.tensor(f"{name}.weight_shape").tolist()
     scale = opened.tensor(f"{name}.weight_scale").float()
     codes = unpack_bits(opened.tensor(f"{name}.weight_packed"), weights["num_bits"], columns)

@@ -1,8 +1,8 @@
 """``dense``: a plain Hugging Face model whose linears hold the dequantized weights.
 
-A weight is ``(code - zero_point) * scale``: up to 8 bits of code times the 11 of a float16 scale, which half precision
-does not hold. So ``dtype: auto`` writes the checkpoint's own dtype only if every weight survives it, else float32.
-A dtype that is asked for by name is used, and what that rounds is said.
+A weight is ``(code - zero_point) * scale``: up to 8 significant bits times the 11 of a float16 scale, which no 16-bit
+dtype holds. So ``dtype: auto`` writes the checkpoint's own dtype only if it holds every weight exactly, else float32. A
+dtype that the user names is used, and a note says by how much it rounds.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def _weights(source: Source) -> dict[str, Tensor]:
 
 
 def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
-    """Write the folder; a named dtype may round, and then the note says by how much."""
+    """Write the folder; see ``Exporter.write``."""
     weights = _weights(source)
     own = stored_dtype(source)
     default = own if inexact(weights.values(), own) == 0 else "float32"
@@ -43,11 +43,11 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
     write_folder(source.folder, out, tensors, None, dtype)
     if error:
         return [f"{dtype} was asked for: tensors are rounded by up to {error:.1e} of their largest value"]
-    return [] if dtype == own else [f"written in {dtype}: {own} would not hold the dequantized weights exactly"]
+    return [] if dtype == own else [f"written in {dtype}, because {own} does not hold the dequantized weights exactly"]
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
-    """The weight ``[out, in]``."""
+    """Return the weight float32 ``[out, in]`` of the linear ``name``."""
     weight = opened.tensor(f"{name}.weight").float()
     return weight.T if isinstance(skeleton(opened.folder).get_submodule(name), Conv1D) else weight
 

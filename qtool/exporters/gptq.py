@@ -1,9 +1,10 @@
 """``gptq``: the layout that GPTQModel, transformers (with gptqmodel or auto-round), vLLM and SGLang read.
 
-Per linear ``p``, with ``K`` inputs and ``N`` outputs: ``p.qweight`` int32 ``[K b / 32, N]`` (each column its own
-stream along K), ``p.qzeros`` int32 ``[G, N b / 32]``, ``p.scales`` float16 ``[G, N]``, ``p.g_idx`` int32 ``[K]``.
+A linear ``p`` with ``K`` inputs, ``N`` outputs, ``G`` groups and ``b`` bits has ``p.qweight`` int32 ``[K b / 32, N]``
+(each column is a bit stream along ``K``), ``p.qzeros`` int32 ``[G, N b / 32]``, ``p.scales`` float16 ``[G, N]`` and
+``p.g_idx`` int32 ``[K]``, the group of each input.
 
-Version 1 stores ``zero_point - 1`` and readers add one to a whole word: a zero point of 0 would carry into its
+Version 1 stores ``zero_point - 1``, and readers add one to a whole word: a zero point of 0 would carry into its
 neighbour. So symmetric checkpoints are written as version 1, which most software reads, and asymmetric ones as
 version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
 """
@@ -39,50 +40,50 @@ from qtool.quant.packing import WORD, pack
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
-ALIGNMENT = 32
+ALIGNMENT = 32  # inputs and outputs of a linear must be a multiple of this
 LOADING = (
     "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 bits when "
     "symmetric."
 )
-LAYOUT = ("qweight", "qzeros", "scales")
+LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a linear
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
-    """Float zero points, mixed grids, linears left in float, odd shapes, and scales or biases beyond float16."""
+    """Refuse float zero points, mixed grids, linears left in float, odd shapes, and values beyond float16."""
     specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
     if refusal := float_zeros(source, "GPTQ"):
         return refusal
     if len(specs) > 1:
         return (
-            f"it has {len(specs)} different grids, and a GPTQ config that transformers reads holds one; "
+            f"its linears have {len(specs)} different grids, and a GPTQ config for transformers states only one; "
             "export auto-round or compressed-tensors instead"
         )
     left = [name for name in float_linears(source) if name.startswith(shared_block_prefix(source))]
     if left:
         return (
-            f"{left[0]} is left in floating point, which a GPTQ config cannot say; "
+            f"{left[0]} is left in floating point, which a GPTQ config cannot express; "
             "export auto-round or compressed-tensors instead"
         )
     return layout_refuses(source, "GPTQ") or unfit(source, config)
 
 
 def layout_refuses(source: Source, format: str) -> str | None:
-    """Why the tensors of the layout cannot hold the checkpoint: ``Conv1D``, odd shapes, values beyond float16."""
-    if refusal := conv1d(source, f"whose {format} layout is not settled between readers"):
+    """Return the reason why ``format``, GPTQ or auto-round, cannot hold ``source``, if its tensors do not fit."""
+    if refusal := conv1d(source, f"whose weight is transposed, and readers of {format} do not agree on its layout"):
         return refusal
     for name in source.specs:
         rows, columns = source.tensor(f"{name}.weight_shape").tolist()
         if rows % ALIGNMENT or columns % ALIGNMENT:
             return f"{name} is {rows} x {columns}, and {format} readers need multiples of {ALIGNMENT}"
-        floats = [f"{name}.weight_scale", *([f"{name}.bias"] if f"{name}.bias" in source.float_names() else [])]
-        for key in floats:
-            if inexact([source.tensor(key)], "float16"):
-                return f"{key} has values that float16 does not hold; quantize with scale_dtype: float16"
+        if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
+            return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
+        if f"{name}.bias" in source.float_names() and inexact([source.tensor(f"{name}.bias")], "float16"):
+            return f"{name}.bias has values that float16 does not hold; export compressed-tensors instead"
     return None
 
 
 def section(spec: QuantSpec, version: int) -> dict[str, Any]:
-    """The ``quantization_config``, also written as ``quantize_config.json``."""
+    """Return the ``quantization_config``, which is also written as ``quantize_config.json``."""
     name = "gptq" if version == 1 else "gptq_v2"
     return {
         "quant_method": "gptq",
@@ -101,7 +102,7 @@ def section(spec: QuantSpec, version: int) -> dict[str, Any]:
 
 
 def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
-    """``qweight``, ``qzeros`` and ``scales`` of a weight in ``version`` 1 or 2, shaped as this module's text says."""
+    """Return ``qweight``, ``qzeros`` and ``scales`` of a weight in ``version`` 1 or 2."""
     codes, scale, zero_point, spec = quantized
     zeros = zero_point.to(torch.int32) - (1 if version == 1 else 0)
     assert int(zeros.min()) >= 0, "version 1 cannot hold a zero point of 0"
@@ -113,7 +114,7 @@ def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
 
 
 def layout(source: Source, name: str, version: int) -> dict[str, Tensor]:
-    """The tensors of the linear ``name`` by full name; its bias, if it has one, in float16."""
+    """Return the tensors of the linear ``name`` by full name; its bias, if it has one, in float16."""
     tensors = {f"{name}.{part}": tensor for part, tensor in packed(source.quantized(name), version).items()}
     if f"{name}.bias" in source.float_names():
         tensors[f"{name}.bias"] = source.tensor(f"{name}.bias").to(torch.float16)
@@ -121,7 +122,7 @@ def layout(source: Source, name: str, version: int) -> dict[str, Tensor]:
 
 
 def write_version(source: Source, out: Path, config: ExportConfig, version: int) -> list[str]:
-    """Write the folder in the layout of ``version`` 1 or 2."""
+    """Write the folder in ``version`` 1 or 2; see ``Exporter.write``."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     spec = next(iter(source.specs.values()))
     for name in source.specs:
@@ -133,33 +134,35 @@ def write_version(source: Source, out: Path, config: ExportConfig, version: int)
     write_json(out / "quantize_config.json", described)
     notes = [f"written as {described['format']}"]
     if spec.num_bits in (2, 3):
-        notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; there, use compressed-tensors")
+        notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
     elif not spec.symmetric:
-        notes.append("vLLM and SGLang refuse asymmetric GPTQ; there, use compressed-tensors")
+        notes.append("vLLM and SGLang refuse asymmetric GPTQ; for them, export compressed-tensors")
     return notes
 
 
 def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
-    """Version 1 when symmetric, else version 2."""
+    """Write version 1 if the grid is symmetric, else version 2; see ``Exporter.write``."""
     symmetric = next(iter(source.specs.values())).symmetric
     return write_version(source, out, config, 1 if symmetric else 2)
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
-    """The weight ``[out, in]``, bit by bit."""
+    """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
     config = opened.config["quantization_config"]
     kind = config.get("checkpoint_format", "gptq")
     if kind not in ("gptq", "gptq_v2") or config.get("bits") not in BITS:
-        raise InputError(f"{opened.folder}: GPTQ variant {kind!r} with {config.get('bits')} bits cannot be read here")
+        raise InputError(
+            f"{opened.folder} is in GPTQ's format {kind!r} with {config.get('bits')} bits, which qtool cannot read"
+        )
     bits, offset = config["bits"], 1 if kind == "gptq" else 0
     parts = {part: opened.tensor(f"{name}.{part}") for part in (*LAYOUT, "g_idx")}
     return unpacked(parts, bits, offset, parts["g_idx"].long())
 
 
 def unpacked(parts: dict[str, Tensor], bits: int, offset: int, groups: Tensor | None = None) -> Tensor:
-    """The weight float32 ``[out, in]`` of what ``packed`` makes, bit by bit.
+    """Unpack the weight float32 ``[out, in]`` from the tensors that ``packed`` makes, bit by bit.
 
-    ``offset`` is what readers add to a zero point, and ``groups`` ``[in]`` the group of each channel, if not in order.
+    ``offset`` is added to stored zero points. ``groups`` ``[in]`` is the group of each channel; ``None``: in order.
     """
     scales = parts["scales"].float()  # [G, N]
     columns = parts["qweight"].shape[0] * WORD // bits

@@ -1,4 +1,4 @@
-"""``gptq-v2``: GPTQ with the zero point stored as it is, symmetric or not. See ``gptq``."""
+"""``gptq-v2``: version 2 of GPTQ's format for symmetric and asymmetric grids; ``gptq.py`` describes both versions."""
 
 from functools import partial
 

@@ -1,14 +1,15 @@
 """``mlx``: the affine layout of MLX, for Apple machines (and any other that has MLX), read by mlx-lm.
 
-Per linear ``p``, with ``K`` inputs and ``N`` outputs: ``p.weight`` uint32 ``[N, K b / 32]`` (our stream), and float32
-``p.scales`` and ``p.biases`` ``[N, G]``, with ``w = code * scale + bias`` and so ``bias = -scale * zero_point``.
+A linear ``p`` with ``K`` inputs, ``N`` outputs, ``G`` groups and ``b`` bits has ``p.weight`` uint32 ``[N, K b / 32]``
+(the bit stream of ``quant/packing.py``), and float32 ``p.scales`` and ``p.biases`` ``[N, G]``, with
+``w = code * scale + bias`` and so ``bias = -scale * zero_point``.
 
-MLX dequantizes in the dtype of its scales. A float16 scale has 11 significant bits and a code or zero point up to 8, so
-that products are exact in float32 and rounded in half precision: 16-bit biases alone would change weights by up to
-6e-4 of their size. So both are written in float32, and only scales whose products need more than that are refused.
+MLX dequantizes in the dtype of its scales. A float16 scale has 11 significant bits and a code or zero point up to 8,
+so products are exact in float32 and rounded in 16 bits, where biases alone would change weights by up to 6e-4 of their
+size. So scales and biases are written in float32, and only scales whose products float32 does not hold are refused.
 
-MLX multiplies groups of 32, 64 and 128 channels. A group that one of these divides, a whole row among them, is written
-as several of them with one scale, which changes nothing.
+MLX multiplies groups of 32, 64 and 128 channels. A larger group, or a whole row, that one of these divides is written
+as several groups with the same scale, which changes no weight.
 """
 
 from collections import Counter
@@ -41,20 +42,20 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import WORD, pack
 from qtool.system.errors import InputError
 
-GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32)  # group sizes that MLX multiplies
 
 
 def written_group(spec: QuantSpec, columns: int) -> int | None:
-    """The largest group of MLX that divides a group of ``spec`` in rows of ``columns``; ``None`` if there is none."""
+    """Return the largest group of MLX that divides a group of ``spec`` in rows of ``columns``, or ``None``."""
     group = columns // spec.num_groups(columns)
     return next((size for size in GROUPS if group % size == 0), None)
 
 
 def exact(scale: Tensor, spec: QuantSpec) -> bool:
-    """Whether float32 holds each scale times each code: so it does, if it holds the product with the highest one.
+    """Return whether float32 holds each scale times each code.
 
-    A product of two odd numbers is odd and grows with both, so none has more significant bits than that with the
-    highest code ``2**num_bits - 1``. Numbers below the normal ones are refused: engines take them for zero.
+    It is enough to test the highest code ``2**num_bits - 1``: a product of two odd numbers is odd and grows with both,
+    so no other product has more significant bits. Subnormal scales do not count as exact: engines take them for zero.
     """
     product = scale.float() * spec.qmax
     normal = scale.float().abs() >= torch.finfo(torch.float32).smallest_normal
@@ -62,15 +63,16 @@ def exact(scale: Tensor, spec: QuantSpec) -> bool:
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
-    """Float zero points, ``Conv1D`` layers, groups that MLX cannot be given, and scales of too many bits."""
-    if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs linear layers only"):
+    """Refuse float zero points, ``Conv1D`` layers, group sizes that MLX lacks, and scales of too many bits."""
+    if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs nn.Linear only"):
         return refusal
     for name, spec in source.specs.items():
         columns = int(source.tensor(f"{name}.weight_shape")[1])
         if written_group(spec, columns) is None:
             return (
                 f"{name} has groups of {columns // spec.num_groups(columns)} input channels, and MLX multiplies groups "
-                "of 32, 64 and 128; quantize with one of these as group_size, or a multiple, or an override for it"
+                "of 32, 64 and 128; quantize with a multiple of 32 as group_size, for all linears or for this one in "
+                "quant.overrides"
             )
         if not exact(source.tensor(f"{name}.weight_scale"), spec):
             return (
@@ -81,12 +83,12 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
 
 
 def settings(spec: QuantSpec, columns: int) -> dict[str, Any]:
-    """The grid of rows of ``columns`` in MLX's words."""
+    """Return ``spec`` for rows of ``columns`` in the keys of MLX."""
     return {"group_size": written_group(spec, columns), "bits": spec.num_bits}
 
 
 def section(source: Source) -> dict[str, Any]:
-    """The ``quantization`` of the config: the most common grid, each linear that differs, and ``False`` for floats."""
+    """Return the config's ``quantization``: the most common grid, linears that differ, ``False`` for float linears."""
     grids = {n: settings(spec, int(source.tensor(f"{n}.weight_shape")[1])) for n, spec in source.specs.items()}
     common = Counter(tuple(grid.items()) for grid in grids.values()).most_common(1)[0][0]
     differ = {name: grid for name, grid in grids.items() if tuple(grid.items()) != common}
@@ -94,7 +96,7 @@ def section(source: Source) -> dict[str, Any]:
 
 
 def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
-    """``weight``, ``scales`` and ``biases`` of a weight, shaped as this module's text says."""
+    """Return ``weight``, ``scales`` and ``biases`` of a weight."""
     codes, scale, zero_point, spec = quantized
     group = written_group(spec, codes.shape[1])
     assert group is not None
@@ -107,7 +109,7 @@ def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
-    """Write the folder; the config says the grids twice, as mlx-lm does."""
+    """Write the folder; see ``Exporter.write``. The config states the grids twice, as mlx-lm does."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     size = bits = 0
     split = set()
@@ -132,19 +134,18 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
-    """The weight ``[out, in]``, bit by bit."""
-    config = (
-        opened.config.get("quantization") or opened.config["quantization_config"]
-    )  # the one that mlx-lm reads first
+    """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
+    # mlx-lm reads "quantization" first
+    config = opened.config.get("quantization") or opened.config["quantization_config"]
     grid = {**config, **(config.get(name) or {})}
     mode, bits = grid.get("mode", "affine"), grid.get("bits")
     if mode != "affine" or bits not in BITS:
-        raise InputError(f"{opened.folder}: {name}: MLX mode {mode!r} with {bits} bits cannot be read here")
+        raise InputError(f"{opened.folder}: {name} is in MLX's mode {mode!r} with {bits} bits, which qtool cannot read")
     return unpacked({part: opened.tensor(f"{name}.{part}") for part in ("weight", "scales", "biases")}, bits)
 
 
 def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
-    """The weight float32 ``[out, in]`` of what ``packed`` makes, bit by bit."""
+    """Unpack the weight float32 ``[out, in]`` from the tensors that ``packed`` makes, bit by bit."""
     words, scales, biases = parts["weight"].view(torch.int32), parts["scales"].float(), parts["biases"].float()
     columns = words.shape[1] * WORD // bits
     repeat = columns // scales.shape[1]
@@ -153,7 +154,7 @@ def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
 
 
 def recognises(folder: Path) -> bool:
-    """Whether a folder says what MLX's own models say."""
+    """Return whether the config of a folder has the keys of MLX's own models."""
     section = quantization_section(folder) or read_config(folder).get("quantization") or {}
     return section.get("quant_method") is None and {"group_size", "bits"} <= section.keys()
 

@@ -1,8 +1,8 @@
-"""Which arithmetic the packed linears of a model use: ``exact``, or ``fast`` where this machine has a kernel for them.
+"""The arithmetic of a model's packed linears: ``exact``, or ``fast`` if this machine has a kernel for them.
 
-``exact`` expands a weight for each product and is what every number qtool reports was computed with unless it says
-otherwise. ``fast`` serves inputs of few rows, as in decoding, from a second copy of the weights in the kernel's layout;
-longer inputs and gradients take the exact path. ``qtool.quant.kernels`` states how close the two are.
+``exact`` expands a weight for each product; every number that qtool reports was computed with it unless the report says
+otherwise. ``fast`` multiplies inputs of few rows, as in decoding, by a second copy of the weights in the kernel's
+layout; longer inputs and gradients take the exact path. ``qtool.quant.kernels`` states how close the two are.
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ BACKENDS = ("exact", "fast")
 
 @dataclass(frozen=True)
 class Backends:
-    """What the packed linears of a model compute with."""
+    """The kernels that the packed linears of a model use, and the linears that have none."""
 
-    kernels: Counter[str] = field(default_factory=Counter)  # linears by the name of their kernel
-    exact: dict[str, list[str]] = field(default_factory=dict)  # linears that have none, by reason
+    kernels: Counter[str] = field(default_factory=Counter)  # number of linears by the name of their kernel
+    exact: dict[str, list[str]] = field(default_factory=dict)  # linears on the exact path, by reason
     num_bytes: int = 0  # memory of the kernels' layouts, beside the packed weights
 
     def __str__(self) -> str:
@@ -38,12 +38,12 @@ class Backends:
 
 
 def use_backend(model: nn.Module, name: str) -> Backends:
-    """Let every packed linear of ``model`` compute by ``fast`` kernels, or ``exact`` again.
+    """Let every packed linear of ``model`` compute with ``fast`` kernels, or ``exact`` again.
 
-    The state dict stays as it is, and whatever has no kernel stays exact and is listed with the reason.
+    The state dict does not change. A linear without a kernel stays exact and is listed with the reason.
 
     Raises:
-        InputError: an unknown name, a model without packed linears, or one whose weights are not in memory.
+        InputError: ``name`` is unknown, or ``model`` has no packed linears or weights that are not in memory.
     """
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not known; use one of {', '.join(BACKENDS)}")
@@ -67,22 +67,22 @@ def use_backend(model: nn.Module, name: str) -> Backends:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Memory of the kernels' layouts, beside the packed weights."""
+    """Return the memory of all kernels' layouts, in bytes, beside the packed weights."""
     kernels = [module.kernel for module in model.modules() if isinstance(module, PackedLinear)]
     return sum(kernel.num_bytes for kernel in kernels if kernel is not None)
 
 
 @contextmanager
 def using(model: nn.Module, name: str) -> Iterator[None]:
-    """Compute with the backend ``name`` inside the ``with`` block, exactly after it; says what serves which linears.
+    """Compute with the backend ``name`` inside the ``with`` block, and exactly after it.
 
-    A model without packed linears has nothing to choose, and that is said too.
+    A note says how many linears each kernel serves, or that ``model`` has no packed linears.
     """
     if name == "exact":
         yield
         return
     if not any(isinstance(module, PackedLinear) for module in model.modules()):
-        progress.note(f"backend {name}: {type(model).__name__} has no packed linears; it computes as it always does")
+        progress.note(f"backend {name}: {type(model).__name__} has no packed linears, so this changes nothing")
         yield
         return
     progress.note(f"backend {name}: {use_backend(model, name)}")

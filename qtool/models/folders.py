@@ -1,4 +1,4 @@
-"""Model folders: where they are, and whether their files are whole and safe to read."""
+"""Model folders: find them, read their config, and refuse files that are damaged or unsafe to read."""
 
 import json
 import re
@@ -11,20 +11,21 @@ from safetensors import SafetensorError, safe_open
 
 from qtool.system.errors import InputError, first_line
 
-BUILTIN = Path(__file__).parent / "builtin"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # files of a model that are downloaded
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # files of weights that can run code when they are read
+# floating-point dtypes by their names in safetensors files
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
-    """The local folder of a model; one that is named as on the hub is fetched into the hub's cache.
+    """Return the local folder of a model; a model of the hub is downloaded into the hub's cache.
 
-    Without ``fetch`` it must be there already. ``key`` is what named it.
+    Without ``fetch``, a model of the hub must be in the cache already. ``key`` is the recipe key that holds ``path``.
 
     Raises:
-        InputError: there is no such built-in, folder or model, or the hub cannot be reached.
+        InputError: there is no such built-in model, folder or model of the hub, or the hub cannot be reached.
     """
     if path.startswith("builtin:"):
         folder = BUILTIN / path.removeprefix("builtin:")
@@ -41,14 +42,14 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
         raise InputError(f"{key}: there is no folder {path}")
     try:
         return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=not fetch))
-    except Exception as error:  # the hub's client raises many kinds: no such model, no permission, no network
+    except Exception as error:  # errors of many kinds: no such model, no permission, no network
         raise InputError(
-            f"{key}: there is no folder {path}, and it cannot be had from the hub either: {first_line(error)}"
+            f"{key}: there is no folder {path}, and the hub does not give a model of that name: {first_line(error)}"
         ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder."""
+    """Return the content of ``config.json`` of a model folder."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -62,9 +63,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> dict[str, torch.dtype]:
-    """Refuse pickled weights and safetensors files that cannot be read to the end, before anything is loaded.
+    """Refuse pickled weights and safetensors files that are not complete, before anything is loaded.
 
-    Returns the dtype of every floating-point tensor by its name in the files.
+    Return the dtype of every floating-point tensor, by its name in the files.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -74,7 +75,7 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
                 f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; "
                 "convert them to safetensors first"
             )
-        raise InputError(f"{folder} has no *.safetensors file")
+        raise InputError(f"{folder} has no *.safetensors file; is it a Hugging Face model folder?")
     _check_index(folder / "model.safetensors.index.json", {file.name for file in files})
     dtypes: dict[str, torch.dtype] = {}
     for file in files:
@@ -97,4 +98,7 @@ def _check_index(index: Path, files: set[str]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is not an index of shards ({error!r}); copy or download it again") from None
     if missing := sorted(listed - files):
-        raise InputError(f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing)")
+        raise InputError(
+            f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing); copy or download the "
+            "model again"
+        )

@@ -1,7 +1,7 @@
-"""Which linears make the keys and values that a model caches: found by asking the model, with no table of names.
+"""The linears that make the keys and values of the KV cache: found by running the model, without a table of names.
 
-The model of a config is built without weights, and run on a few tokens with a cache that keeps what it is given. The
-gradients of each key and each value then say which linears they come from.
+The model of a config is built without weights, and run on a few tokens with a cache that keeps the tensors it is given.
+The gradients of all keys and of all values of a block then tell which linears they come from.
 """
 
 import copy
@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from qtool.config.quant import QuantSpec
 from qtool.system.errors import InputError
 
-NUM_TOKENS = 3
-_known: dict[str, dict[str, int]] = {}  # by config: a run asks more than once, and the answer takes seconds
+NUM_TOKENS = 3  # length of the text that the model is run on
+_known: dict[str, dict[str, int]] = {}  # results by config: a run needs one more than once, and it takes seconds
 
 
 class _Seen(DynamicCache):
-    """A cache that holds nothing and notes what comes, ``[1, heads, tokens, channels]``."""
+    """A cache that records the keys and values it is given, ``[1, heads, tokens, channels]``, and returns them."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config=config)
@@ -33,15 +33,15 @@ class _Seen(DynamicCache):
 
 
 def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
-    """Each linear that makes the keys or the values of a block and nothing else, with the channels of a head.
+    """Return the linears that make the keys or the values of a block and nothing else, with the channels of a head.
 
     Raises:
-        InputError: they are made together, or the model does not show them.
+        InputError: a linear makes keys or values together with something else, or the model gives none to a cache.
     """
     cannot = "kv_cache: keys and values cannot be rounded in this model: "
     outputs: dict[str, Tensor] = {}
     config = copy.deepcopy(config)
-    config.get_text_config().pad_token_id = None  # models look for it among the tokens, which have no values here
+    config.get_text_config().pad_token_id = None  # models search the tokens for it, which have no values here
     try:
         with warnings.catch_warnings(), torch.device("meta"), torch.enable_grad():
             warnings.simplefilter("ignore")
@@ -51,7 +51,7 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
                     module.register_forward_hook(_leaf(outputs, name))
             cache = _Seen(model.config)
             model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
-    except Exception as error:  # whatever a model cannot do without weights
+    except Exception as error:  # models fail without weights in many ways
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise InputError(f"{cannot}it does not run without weights ({reason}); leave kv_cache out") from error
     found: dict[str, int] = {}
@@ -64,16 +64,17 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
             raise InputError(f"{cannot}{by} makes its {what} together with other things; leave kv_cache out")
         found[makers[0]] = channels
     if not found:
-        raise InputError(f"{cannot}it gives none to a cache; leave kv_cache out")
+        raise InputError(f"{cannot}it gives no keys or values to a cache; leave kv_cache out")
     return found
 
 
 def with_heads(
     specs: dict[str, QuantSpec], rows: dict[str, int], config: PretrainedConfig
 ) -> tuple[dict[str, QuantSpec], list[str]]:
-    """``specs`` by linear with ``kv_cache`` only where it acts, and there with the channels that share a range.
+    """Return ``specs`` with ``kv_cache`` only on linears of keys and values, and all faults, one line each.
 
-    ``rows`` has the channels that each linear makes. Also what is wrong, a line each.
+    There, ``kv_group_size`` becomes the number of channels that share a range. ``rows`` has the output channels of each
+    linear.
     """
     text = config.to_json_string(use_diff=False)
     try:
@@ -81,7 +82,7 @@ def with_heads(
     except InputError as error:
         return specs, [str(error)]
     wrong = [
-        f"kv_cache: {name} makes keys or values and stays in floating point (quant.overrides), where they are not "
+        f"kv_cache: {name} makes keys or values and stays in floating point (quant.overrides), so they would not be "
         "rounded; quantize it, or leave kv_cache out"
         for name in heads
         if name not in specs
@@ -91,17 +92,19 @@ def with_heads(
         makes = name in heads and spec.kv_cache is not None
         size = (spec.kv_group_size or heads[name]) if makes else None
         if size and rows[name] % size:
-            wrong.append(f"kv_group_size {size} does not divide the {rows[name]} channels that {name} makes")
+            wrong.append(
+                f"kv_group_size {size} does not divide the {rows[name]} channels that {name} makes; choose a divisor"
+            )
         found[name] = spec.model_copy(update={"kv_cache": spec.kv_cache if makes else None, "kv_group_size": size})
     return found, wrong
 
 
 def _leaf(outputs: dict[str, Tensor], name: str) -> Any:
-    """A hook that keeps a linear's output as the start of a graph, and hands on a copy that may be changed."""
+    """Return a hook that keeps a linear's output as a leaf of the autograd graph, and passes on a copy of it."""
 
     def hook(module: nn.Module, args: Any, out: Any) -> Any:
         if not isinstance(out, Tensor):
-            return out  # a router's scores and choices
+            return out  # for example a router's scores and choices
         outputs[name] = out.detach().requires_grad_()
         return outputs[name].clone()
 

@@ -1,5 +1,5 @@
 """The quantizer core: grids, rounding, packing, trained and packed linears, kernels. Tensors in, tensors out.
 
-Knows no model, file, recipe or transformers; may import ``config`` (for ``QuantSpec``) and ``system``.
+This room knows no model, file, recipe or transformers; it may import ``config`` (for ``QuantSpec``) and ``system``.
 Begin with ``affine.py``, the grid; ``packed_linear.py`` is the layer that every method ends in.
 """

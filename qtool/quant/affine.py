@@ -1,10 +1,10 @@
 """The uniform affine grid: ``w ~ (code - zero_point) * scale`` with codes ``0 .. 2**num_bits - 1``.
 
 Symmetric means that the zero point is held at the middle code ``2**(num_bits - 1)``; nothing else differs.
-A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive input channels, each with one scale and one
-zero point ``[out, groups]``, an integer on the grid unless ``float_zero`` lets it lie between codes. All arithmetic is
-in the dtype of the scales, which is float32, and every scale and zero point is rounded to what is stored *before* it is
-used, so that the weight in training, on disk and in an engine are the same bits.
+A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive input channels. Each group has one scale and one
+zero point, ``[out, groups]``; the zero point is an integer on the grid unless ``float_zero`` lets it lie between codes.
+All arithmetic is in the dtype of the scales, which is float32. Every scale and zero point is rounded to its stored
+dtype *before* it is used, so that the weight in training, on disk and in an engine has the same bits.
 """
 
 import math
@@ -18,11 +18,11 @@ from qtool.config.training import RoundingConfig
 from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
 from qtool.system.errors import InputError
 
-CHUNK_NUMBERS = 1 << 22  # weights compared at once
+CHUNK_NUMBERS = 1 << 22  # number of weights compared at once
 
 
 class QuantizedWeight(NamedTuple):
-    """What every method produces for a linear, and all that packing, saving, loading and exporting need."""
+    """The result of every method for one linear; packing, saving, loading and exporting need nothing else."""
 
     codes: Tensor  # [out, in] uint8
     scale: Tensor  # [out, groups] float32, holding values of spec.scale_dtype
@@ -31,18 +31,18 @@ class QuantizedWeight(NamedTuple):
 
 
 def grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """View of ``[out, in]`` as ``[out, groups, group_size]``."""
+    """Return ``weight`` ``[out, in]`` as a view ``[out, groups, group_size]``."""
     out_features, in_features = weight.shape
     return weight.reshape(out_features, spec.num_groups(in_features), -1)
 
 
 def _working(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for a tensor that is in it."""
+    """Return the dtype to compute in: float64 for a float64 ``tensor``, float32 for any other."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """``scale`` with values of ``spec.scale_dtype`` only, in float32; the gradient passes unchanged.
+    """Round ``scale`` to values of ``spec.scale_dtype``, kept in float32; the gradient passes unchanged.
 
     Scales below the smallest positive number of the stored dtype become that number: a stored zero would lose the
     whole group.
@@ -54,8 +54,9 @@ def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """``zero_point`` as float32 holding what is stored: the nearest code, or, with ``float_zero``, the nearest value of
-    ``spec.scale_dtype``; the gradient passes unchanged.
+    """Round ``zero_point`` to what is stored, kept in float32; the gradient passes unchanged.
+
+    That is the nearest code or, with ``float_zero``, the nearest value of ``spec.scale_dtype``.
     """
     if spec.float_zero:
         rounded = zero_point.detach().to(getattr(torch, spec.scale_dtype)).to(_working(zero_point))
@@ -65,11 +66,11 @@ def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Grid that covers ``[low, high]`` per group, each ``[out, groups]``, with ``low <= 0 <= high``.
+    """Return scale and zero point of the grid that covers ``low <= 0 <= high`` per group, each ``[out, groups]``.
 
     Asymmetric: ``scale = (high - low) / qmax``, ``zero_point = -low / scale``, to the nearest that can be stored.
     Symmetric: ``scale = max(-low, high) * 2 / qmax``, ``zero_point = 2**(num_bits - 1)``.
-    An empty range (an all-zero group) is taken as ``[-1, 1]``, so that zero is held exactly.
+    An empty range (a group of zeros) is replaced by ``[-1, 1]``, so that the grid holds zero exactly.
     """
     empty = (low == 0) & (high == 0)
     low = torch.where(empty, -1.0, low.float())
@@ -82,7 +83,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
 
 
 def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point ``[out, groups]`` that cover the range of each group of ``weight`` ``[out, in]``.
+    """Return scale and zero point ``[out, groups]`` that cover the range of each group of ``weight`` ``[out, in]``.
 
     The range always includes zero.
     """
@@ -91,43 +92,43 @@ def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """``weight`` in grid units before rounding, ``[out, groups, group_size]``."""
+    """Return ``weight`` ``[out, in]`` in grid units, before rounding: ``[out, groups, group_size]``."""
     return grouped(weight.to(scale.dtype), spec) / scale.unsqueeze(-1) + zero_point.unsqueeze(-1)
 
 
 def round_to_codes(grid: Tensor, spec: QuantSpec, rounding: RoundingConfig = PLAIN) -> Tensor:
-    """Nearest code of each grid value, half to even, as a float.
+    """Return the nearest code of each value of ``grid``, half to even, as a float.
 
-    The gradient is that of ``rounding``; by default one inside the grid and zero outside.
+    ``rounding`` defines the gradient: by default it is one inside the grid and zero outside.
     """
     return round_and_clamp(grid, spec.qmin, spec.qmax, rounding)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in all arguments."""
+    """Return the weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in all arguments."""
     return ((codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes ``[out, in]`` uint8 of ``weight`` on the grid given by ``scale`` and ``zero_point`` ``[out, groups]``."""
+    """Return codes ``[out, in]`` uint8 of ``weight`` on the grid of ``scale`` and ``zero_point`` ``[out, groups]``."""
     return round_to_codes(to_grid(weight, scale, zero_point, spec), spec).to(torch.uint8).flatten(1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Weight ``[out, in]`` of ``codes``, float32 as ``scale`` is; differentiable in ``scale`` and ``zero_point``."""
+    """Return the weight ``[out, in]`` of ``codes``, float32 like ``scale``, with gradients to scale and zero point."""
     return from_codes(grouped(codes, spec).to(scale.dtype), scale, zero_point)
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """``dequantize(quantize(weight))``, the same bits, with gradients to ``weight``, ``scale`` and ``zero_point``."""
+    """Return ``dequantize(quantize(weight))``, bit for bit, with gradients to the first three arguments."""
     return from_codes(round_to_codes(to_grid(weight, scale, zero_point, spec), spec), scale, zero_point)
 
 
 @torch.no_grad()
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """``|Q(w) - w|**2 / |w|**2`` of ``weight`` ``[out, in]`` in any dtype; a few rows at a time, so no copy is made.
+    """Return ``|Q(w) - w|**2 / |w|**2`` of ``weight`` ``[out, in]`` in any dtype, computed a few rows at a time.
 
-    Zero where both are zero, infinite where only the weight is.
+    The result is zero if both norms are zero, and infinite if only that of the weight is.
     """
     codes, scale, zero_point, spec = quantized
     size = max(1, CHUNK_NUMBERS // weight.shape[1])
@@ -141,7 +142,9 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
 
 
 def check_weight(weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[float, float] | None = None) -> None:
-    """Refuse what the grid cannot hold, naming the tensor; ``extremes`` are its lowest and highest value, if known.
+    """Refuse a ``weight`` ``[out, in]`` that a grid of ``spec`` cannot hold; ``name`` is for the message.
+
+    ``extremes`` are its lowest and its highest value, where they are known; then the weight is not read.
 
     Raises:
         InputError: NaN or infinite values, a group size that does not divide, or a scale above its stored dtype.
@@ -149,20 +152,20 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[flo
     in_features = weight.shape[1]
     if spec.group_size != -1 and in_features % spec.group_size:
         raise InputError(
-            f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that; "
-            f"choose a divisor or add an override for it (quant.overrides)"
+            f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that number; "
+            "choose a divisor as group_size, or give this linear another one in quant.overrides"
         )
     if extremes is None:
-        low, high = (float(end) for end in weight.detach().aminmax())  # needs no memory, and keeps NaN
+        low, high = (float(end) for end in weight.detach().aminmax())  # takes no memory, and NaN passes through
     else:
         low, high = extremes
-    largest = max(-low, high) if low == low else low
+    largest = low if math.isnan(low) else max(-low, high)
     if not largest < float("inf"):  # also true for NaN
         found = int((~torch.isfinite(weight)).sum())
         raise InputError(f"{name} holds {found} NaN or infinite value(s) of {weight.numel()}; repair the checkpoint")
     limit = torch.finfo(getattr(torch, spec.scale_dtype)).max
     if 2 * largest / spec.qmax > limit:
         raise InputError(
-            f"{name} has weights up to {largest:.3g}, and their scale is above the largest {spec.scale_dtype}"
-            f" ({limit:.3g}); set quant.scale_dtype: float32 (or an override for it)"
+            f"{name} has weights up to {largest:.3g}: their scale is above the largest {spec.scale_dtype} number "
+            f"({limit:.3g}); set quant.scale_dtype: float32, for all linears or for this one in quant.overrides"
         )

@@ -1,25 +1,53 @@
-"""Sums of ``x^T x`` over calibration inputs, for Hessians and principal directions."""
+"""Sums of ``x^T x`` over calibration inputs ``x`` ``[tokens, in]``, for GPTQ's Hessian and for principal directions.
 
-from collections.abc import Iterator
+The matrix ``[in, in]`` is the largest tensor of a run. So only its lower triangle is summed, inputs are cast to float32
+a few rows at a time, and the upper triangle is filled in place.
+"""
 
+from collections.abc import Iterable, Iterator
+
+import torch
 from torch import Tensor
 
-PART = 256  # columns of a matrix that is worked on in its place
+from qtool.system.matmul import exact_products
+
+MIN_ROWS, MAX_ELEMENTS = 512, 2**22  # inputs are cast to float32 in chunks of max(MIN_ROWS, MAX_ELEMENTS // in) rows
+PART = 256  # number of columns handled at once when a matrix is changed in place
+
+
+def gram(inputs: Iterable[Tensor]) -> Tensor:
+    """Return ``2/n sum x^T x``, float32 ``[in, in]``, of batches ``[tokens, in]`` with ``n`` tokens in all."""
+    total, count = None, 0
+    for batch in inputs:
+        count += len(batch)
+        if total is None:
+            total = batch.new_zeros(batch.shape[1], batch.shape[1], dtype=torch.float32)
+        for rows in row_chunks(batch):
+            with exact_products(batch.dtype):
+                add_gram(total, batch[rows].float())
+    assert total is not None, "a Gram matrix needs a batch"
+    mirror(total.mul_(2 / count))
+    return total
+
+
+def row_chunks(batch: Tensor) -> Iterator[slice]:
+    """Cut the rows of ``batch`` ``[tokens, in]`` into those that are cast to float32 together."""
+    return parts(len(batch), max(MIN_ROWS, MAX_ELEMENTS // batch.shape[1]))
 
 
 def parts(size: int, width: int) -> Iterator[slice]:
-    """``0 .. size`` in slices of ``width``; the last may be shorter."""
+    """Cut ``0 .. size`` into slices of ``width``; the last may be shorter."""
     return (slice(start, min(start + width, size)) for start in range(0, size, width))
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; what is above it is not to be used."""
+    """Add the lower triangle of ``x^T x`` to ``total`` ``[in, in]``; numbers above the diagonal have no meaning."""
     for part in parts(len(total), max(len(total) // 4, 128)):
         total[part, : part.stop].addmm_(x[:, part].T, x[:, : part.stop])
 
 
 def mirror(matrix: Tensor) -> None:
-    """Make ``matrix`` symmetric: what is below the diagonal goes above it, without a second matrix."""
+    """Copy the lower triangle of ``matrix`` to the upper one, without a second matrix."""
     for part in parts(len(matrix), PART):
         matrix[: part.start, part] = matrix[part, : part.start].T
         lower = matrix[part, part].tril()

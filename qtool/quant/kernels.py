@@ -1,18 +1,20 @@
 """Packed matrix products: every backend in one table, ``BACKENDS``.
 
-The exact path expands a weight and multiplies; a backend multiplies by its codes, which is faster for the few rows of
-decoding. All of them compute in bfloat16 with float32 sums. What carries all but one is the int4 product of torch,
+The exact path expands a weight and multiplies; a backend multiplies by the codes, which is faster for the few rows of
+decoding. All backends compute in bfloat16 with float32 sums. ``int8`` is torch's int8 matmul, for 8 bits with one scale
+for each row; ``gemlite`` is the library of that name. All others use torch's int4 matmul, whose weight is
 
     w = (k - 8) * s + m        k in 0 .. 15; s and m bfloat16, for each row and group of 32, 64, 128 or 256 channels.
 
 * 4 bits: ``k`` is the code and ``m = (8 - zero_point) * s``, which is 0 on a symmetric grid.
-* 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0``; where a zero
-  point lies between two codes, the nearer one is taken, and ``m`` is the rest.
-* 8 bits: ``k`` is the upper half of a code under ``16 s``, and its lower half under ``s``, in twice as many rows.
+* 2 and 3 bits: ``code - zero_point`` lies in ``-7 .. 7``, so ``k = code - zero_point + 8`` and ``m = 0``; for a zero
+  point between two codes, ``k`` is computed with the nearer one, and ``m`` makes up for the difference.
+* 8 bits: each row becomes two, whose products are added: ``k`` is the upper half of a code with scale ``16 s``, and its
+  lower half with scale ``s``.
 
-So codes are exact; scales that are not stored in bfloat16, and ``m`` where it is not 0, are rounded to it. Each output
-is within ``TOLERANCE * sum_j |x_j| s (|code - zero_point| + |middle - zero_point| + 2**(num_bits - 4))`` of the exact
-one: eight roundings of half a bfloat16 step. Each backend is held to that when a shape is first prepared.
+So codes are exact; scales that are not stored in bfloat16 are rounded to bfloat16, and so is ``m`` if it is not 0. Each
+output is within ``TOLERANCE * sum_j |x_j| s (|code - zero_point| + |middle - zero_point| + 2**(num_bits - 4))`` of the
+exact one: eight roundings of half a bfloat16 step. Each backend is tested for that when a shape is first prepared.
 """
 
 from collections.abc import Callable
@@ -28,58 +30,60 @@ from qtool.config.quant import QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 
-TOLERANCE = 2.0**-6
-GROUPS = (256, 128, 64, 32)  # that the int4 products know
-PROBE_ROWS, PROBE_CHANNELS = 8, 4  # nonzero in each row of a probe: few, so that the tolerance is tight
+TOLERANCE = 2.0**-6  # largest error of an output, in the unit that the formula above defines
+GROUPS = (256, 128, 64, 32)  # group sizes of torch's int4 matmul and of gemlite
+PROBE_ROWS = 8  # rows of the input that a kernel is tried on
+PROBE_CHANNELS = 4  # nonzero channels of such a row, on average: few, so that the tolerance is tight
+
+
+# fault of a backend by grid, shape and device; "" if it passed its test
+_found: dict[tuple[Any, ...], str] = {}
 
 
 class Backend(NamedTuple):
-    """A way to multiply by packed codes; its state is what ``prepare`` returns, whatever the model's dtype."""
+    """A way to multiply by packed codes. ``prepare`` makes the state of a weight, whatever the model's dtype."""
 
     name: str
-    device: str  # type of the device it runs on
-    serves: str  # in words
-    sample: QuantSpec  # a grid that it takes, for trying it out
-    max_rows: int  # of x; above, expanding the weight and multiplying is faster
-    missing: Callable[[], str | None]  # why this machine cannot run it
-    refuses: Callable[[QuantSpec, int, int], str | None]  # why it cannot hold a weight [out, in] on this grid
+    device: str  # type of the device that the backend runs on
+    serves: str  # the grids that it takes, in words
+    sample: QuantSpec  # a grid that it takes, to try it on
+    max_rows: int  # most rows of x; for more of them, expanding the weight and multiplying is faster
+    missing: Callable[[], str | None]  # reason why this machine cannot run the backend
+    refuses: Callable[[QuantSpec, int, int], str | None]  # reason why it cannot hold a weight [out, in] on this grid
     prepare: Callable[[QuantizedWeight], tuple[Any, ...]]
     matmul: Callable[..., Tensor]  # x [rows, in] bfloat16 and the state -> [rows, out]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend with one weight in its own layout, beside the packed codes."""
+    """A backend with one weight in the backend's own layout, held beside the packed codes."""
 
     backend: Backend
     state: tuple[Any, ...]
 
     def takes(self, x: Tensor) -> bool:
-        """Whether ``x`` has few enough rows, and no gradient is to pass."""
+        """Return whether ``x`` has few enough rows for this kernel and needs no gradient."""
         return 0 < x.numel() <= self.backend.max_rows * x.shape[-1] and not (
             x.requires_grad and torch.is_grad_enabled()
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
+        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
         y = self.backend.matmul(rows, *self.state)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the layout takes."""
+        """Memory that the backend's layout takes."""
         modules = [part for part in self.state if isinstance(part, torch.nn.Module)]
         tensors = [part for part in self.state if isinstance(part, Tensor)]
         return sum(t.nbytes for t in [*tensors, *(p for module in modules for p in module.parameters())])
 
 
-_found: dict[tuple[Any, ...], str] = {}  # what was wrong with a backend on a shape: "" where it was right
-
-
 @torch.no_grad()
 def prepare(weight: QuantizedWeight) -> tuple[Kernel | None, str]:
-    """``weight`` in the layout of the first backend that fits and is right, or ``None`` and why there is none."""
+    """Return a kernel of the first backend that takes ``weight`` and passes its test, or ``None`` and the reasons."""
     reasons = []
     for backend in BACKENDS:
         if backend.device != weight.codes.device.type:
@@ -90,11 +94,11 @@ def prepare(weight: QuantizedWeight) -> tuple[Kernel | None, str]:
             if kernel is not None:
                 return kernel, ""
         reasons.append(f"{backend.name}: {reason}")
-    return None, "; ".join(reasons) or f"there is no backend for {weight.codes.device.type}"
+    return None, "; ".join(reasons) or f"there is no kernel for devices of type {weight.codes.device.type}"
 
 
 def _attempt(backend: Backend, weight: QuantizedWeight) -> tuple[Kernel | None, str]:
-    """``weight`` in the layout of ``backend``; the first weight of a shape is multiplied and compared."""
+    """Return a kernel of ``backend``, or its fault; the first weight of each shape is multiplied and compared."""
     key = (backend, weight.spec, weight.codes.shape, weight.codes.device)
     kernel = None
     if not _found.get(key):
@@ -108,7 +112,7 @@ def _attempt(backend: Backend, weight: QuantizedWeight) -> tuple[Kernel | None, 
 
 
 def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """The most that each output ``[rows, out]`` may differ from the exact one, for ``x [rows, in]``."""
+    """Return the largest allowed error of each output ``[rows, out]``, for ``x [rows, in]``."""
     codes, scale, zero_point, spec = weight
     offset = (spec.middle - zero_point).abs() + 2.0 ** (spec.num_bits - 4)
     steps = (affine.grouped(codes, spec).float() - zero_point.unsqueeze(-1)).abs() + offset.unsqueeze(-1)
@@ -116,7 +120,7 @@ def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def wrong(kernel: Kernel, weight: QuantizedWeight) -> str:
-    """Compare with the exact product on sparse random rows, all at once and one alone; what is wrong, if anything."""
+    """Compare with the exact product on sparse random rows, together and one alone; return the fault, or ``""``."""
     out_features, in_features = weight.codes.shape
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(PROBE_ROWS, in_features, generator=generator) * in_features < PROBE_CHANNELS
@@ -127,7 +131,7 @@ def wrong(kernel: Kernel, weight: QuantizedWeight) -> str:
 
 
 def examine() -> list[dict[str, Any]]:
-    """Each backend, what it serves, and whether it works on this machine: it is tried on a small random weight."""
+    """Try each backend on a small weight: its name, device, grids, and the reason if this machine cannot run it."""
     return [
         {
             "name": backend.name,
@@ -153,28 +157,28 @@ def _device_missing(device: str) -> str | None:
     return "no GPU" if device == "cuda" and not torch.cuda.is_available() else None
 
 
-# int4 products -------------------------------------------------------------------------------------------------------
+# torch's int4 matmul -------------------------------------------------------------------------------------------------
 
 
 def _group(spec: QuantSpec, in_features: int) -> int | None:
-    """The largest group of the int4 products that cuts every group of ``spec`` evenly."""
+    """Return the largest group of the int4 matmul that divides every group of ``spec``; ``None`` if there is none."""
     size = in_features if spec.group_size == -1 else spec.group_size
     return next((group for group in GROUPS if size % group == 0), None)
 
 
 def _int4_refuses(bits: tuple[int, ...], rows: int, channels: int, spec: QuantSpec, out: int, in_: int) -> str | None:
     if spec.num_bits not in bits:
-        return f"not for {spec.num_bits} bits"
+        return f"no kernel for {spec.num_bits} bits"
     if _group(spec, in_) is None:
         size = in_ if spec.group_size == -1 else spec.group_size
-        return f"groups of {size} channels are no multiple of 32"
+        return f"groups of {size} channels are not a multiple of 32"
     if out % rows or in_ % channels:
-        return f"{out} x {in_} is no multiple of {rows} x {channels}"
+        return f"a weight of {out} x {in_} is not a multiple of {rows} x {channels}"
     return None
 
 
 def _int4_grid(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
-    """Codes ``k`` ``[out, in]`` uint8, ``s`` and ``m`` ``[groups, out, 2]`` bfloat16, and the group size."""
+    """Return codes ``k`` ``[out, in]`` uint8, the pairs ``s, m`` ``[groups, out, 2]`` bfloat16, and the group size."""
     codes, scale, zero_point, spec = weight
     group = _group(spec, codes.shape[1])
     assert group is not None
@@ -196,7 +200,7 @@ def _int4_grid(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
 
 def _prepare_int4_cpu(weight: QuantizedWeight) -> tuple[Any, ...]:
     codes, grid, group = _int4_grid(weight)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)  # tiles matter on a GPU only
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)  # 1: tiles matter on a GPU only
     return packed, group, grid
 
 
@@ -232,13 +236,13 @@ def _int4_cuda_missing() -> str | None:
     return _op_missing("_weight_int4pack_mm")
 
 
-# int8, one scale for each row ----------------------------------------------------------------------------------------
+# torch's int8 matmul, one scale for each row -------------------------------------------------------------------------
 
 
 def _int8_refuses(spec: QuantSpec, out: int, in_: int) -> str | None:
     if spec.num_bits != 8:
-        return f"not for {spec.num_bits} bits"
-    return None if spec.num_groups(in_) == 1 else "not for groups: it has one scale for each row"
+        return f"no kernel for {spec.num_bits} bits"
+    return None if spec.num_groups(in_) == 1 else "no kernel for groups, only one scale per row"
 
 
 def _prepare_int8_cpu(weight: QuantizedWeight) -> tuple[Any, ...]:
@@ -258,10 +262,10 @@ def _int8_cpu(x: Tensor, signed: Tensor, scale: Tensor, offset: Tensor | None) -
 
 def _gemlite_refuses(spec: QuantSpec, out: int, in_: int) -> str | None:
     if spec.num_bits == 3:
-        return "not for 3 bits"
+        return "no kernel for 3 bits"
     if spec.group_size != -1 and spec.group_size not in GROUPS:
-        return f"not for groups of {spec.group_size}"
-    return f"{out} x {in_} is no multiple of 128 x 128" if out % 128 or in_ % 128 else None
+        return f"no kernel for groups of {spec.group_size} channels"
+    return f"a weight of {out} x {in_} is not a multiple of 128 x 128" if out % 128 or in_ % 128 else None
 
 
 def _gemlite_missing() -> str | None:
@@ -282,7 +286,7 @@ def _prepare_gemlite(weight: QuantizedWeight) -> tuple[Any, ...]:
         input_dtype=DType.BF16,
         output_dtype=DType.BF16,
     )
-    # not as codes * scale + offset: the offset would be rounded to bfloat16
+    # fma_mode would compute codes * scale + offset, with the offset rounded to bfloat16
     linear.pack(codes, scale.bfloat16(), zero_point.bfloat16(), bias=None, fma_mode=False)
     return (linear,)
 
@@ -292,7 +296,7 @@ def _gemlite(x: Tensor, linear: Any) -> Tensor:
     return y
 
 
-# the table: the first that fits is used ------------------------------------------------------------------------------
+# the table, in order of preference -----------------------------------------------------------------------------------
 
 _W4, _W8 = QuantSpec(num_bits=4, group_size=128), QuantSpec(num_bits=8, group_size=128)
 _SMALL, _PAIRS = "2, 3 and 4 bits", "8 bits in groups, as two int4 halves"

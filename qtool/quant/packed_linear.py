@@ -1,6 +1,7 @@
-"""The two linear layers: ``QuantLinear`` is trained, ``PackedLinear`` is shipped, ``freeze`` changes no bit.
+"""The packed linear layer: integer codes, scales and zero points, held in memory as a native checkpoint stores them.
 
-Both round what they read and give, where their spec says so, around whatever ``forward`` they or a subclass have.
+Every method ends in this layer. It expands its weight for each product, which is exact, or hands inputs of few rows to
+a kernel (``kernels.py``). Input and output are rounded too where the grid asks for it (``activations.py``).
 """
 
 from collections.abc import Callable
@@ -12,25 +13,26 @@ from torch import Tensor, nn
 
 from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
 from qtool.quant import affine, kernels
-from qtool.quant.activations import Rounding
+from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import num_words, pack, unpack
 from qtool.system.errors import InputError
+from qtool.system.tensors import size_for
 
-FORMAT_VERSION = 1  # of the native checkpoint
-ACTIVATIONS_VERSION = 2  # of one whose linears round what they read or give, which a reader must not leave out
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a packed linear
+FORMAT_VERSION = 1  # version of the native checkpoint's format
+ACTIVATIONS_VERSION = 2  # version of a checkpoint that rounds activations or the KV cache: older readers must stop
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # buffers of a packed linear
 
-CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights expanded at once; on a CPU, what its caches hold
+CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # number of weights expanded at once; a CPU's caches hold 2**19
 
 
-class PackedLinear(Rounding):
+class PackedLinear(ActivationRounding):
     """A linear whose weight is held as packed codes; buffer names and shapes are those of ``pack-quantized``.
 
     The buffer ``weight`` is one byte, the format version. Its shape makes a loader that does not know qtool stop at
-    a size mismatch instead of filling the layer with random numbers.
+    a size mismatch, instead of filling the layer with random numbers.
 
-    Arithmetic is exact unless ``accelerate`` was called; then ``kernel`` serves inputs of few rows.
+    Arithmetic is exact unless ``accelerate`` was called; then ``kernel`` multiplies inputs of few rows.
     """
 
     weight: Tensor
@@ -40,10 +42,10 @@ class PackedLinear(Rounding):
     weight_shape: Tensor
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec, bias: torch.dtype | None = None) -> None:
-        """An empty layer of the right shapes, to load tensors into."""
+        """Make a layer of zeros, to load tensors into; ``bias`` is the dtype of its bias, ``None`` if it has none."""
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        self.kernel: kernels.Kernel | None = None  # no part of the state: made from the buffers, and made again
+        self.kernel: kernels.Kernel | None = None  # not in the state dict: it is made from the buffers
         groups = spec.num_groups(in_features)
         self.register_buffer("weight", torch.full((1,), FORMAT_VERSION, dtype=torch.uint8))
         words = num_words(in_features, spec.num_bits)
@@ -60,7 +62,7 @@ class PackedLinear(Rounding):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> "PackedLinear":
-        """Pack ``weight``; ``bias`` ``[out]`` is kept as it is. The layer shares no memory with either."""
+        """Pack ``weight``; ``bias`` ``[out]`` keeps its dtype. The layer shares no memory with either."""
         codes, scale, zero_point, spec = weight
         out_features, in_features = codes.shape
         with torch.device(codes.device):
@@ -83,7 +85,7 @@ class PackedLinear(Rounding):
         """Refuse loaded tensors that do not fit the grid.
 
         Raises:
-            InputError: naming the tensor, with ``name`` before it.
+            InputError: the tensor that does not fit, whose name is printed after ``name``.
         """
         with torch.device("meta"):
             fitting = PackedLinear(self.in_features, self.out_features, self.spec)
@@ -91,21 +93,21 @@ class PackedLinear(Rounding):
             found = self.get_buffer(part)
             if found.shape != buffer.shape or found.dtype != buffer.dtype:
                 raise InputError(
-                    f"{name}.{part} is {found.dtype} {list(found.shape)}; its grid {self.spec.label()} asks for "
+                    f"{name}.{part} is {found.dtype} {list(found.shape)}; its grid {self.spec.label()} needs "
                     f"{buffer.dtype} {list(buffer.shape)}"
                 )
         shape = [self.out_features, self.in_features]
         if self.weight_shape.device.type != "meta" and self.weight_shape.tolist() != shape:
-            raise InputError(f"{name}.weight_shape is {self.weight_shape.tolist()}; the model asks for {shape}")
+            raise InputError(f"{name}.weight_shape is {self.weight_shape.tolist()}; the model needs {shape}")
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The unpacked weight."""
+        """Codes, scale and zero point, unpacked."""
         codes = unpack(self.weight_packed, self.spec.num_bits, self.in_features)
         return QuantizedWeight(codes, *self.qparams(), self.spec)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, float32 ``[out, groups]``."""
+        """Return scale and zero point, float32 ``[out, groups]``."""
         scale = self.weight_scale.float()
         if self.spec.symmetric:
             return scale, torch.full_like(scale, self.spec.middle)
@@ -115,29 +117,29 @@ class PackedLinear(Rounding):
         return scale, unpack(words, self.spec.num_bits, self.out_features).T.float()
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weight ``[out, in]``, computed in float32 and rounded to ``dtype``; some rows at a time."""
+        """Return the weight ``[out, in]``, computed in float32 and rounded to ``dtype``, a few rows at a time."""
         scale, zero_point = self.qparams()
         if scale.requires_grad and torch.is_grad_enabled():
             return affine.dequantize(*self.quantized).to(dtype)
-        size = max(1, CHUNK_NUMBERS.get(scale.device.type, CHUNK_NUMBERS["cpu"]) // self.in_features)
+        size = max(1, size_for(scale.device, CHUNK_NUMBERS) // self.in_features)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scale.device)
         parts = (tensor.split(size) for tensor in (weight, self.weight_packed, scale, zero_point))
         for rows, words, row_scale, row_zero_point in zip(*parts, strict=True):
             codes = affine.grouped(unpack(words, self.spec.num_bits, self.in_features), self.spec).float()
-            codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # as affine.dequantize, in place
+            codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # affine.dequantize, in place
             rows.copy_(codes.flatten(1))
         return weight
 
     def accelerate(self) -> str:
-        """Prepare a kernel for inputs of few rows; returns why there is none, or nothing.
+        """Prepare a kernel for inputs of few rows; return the reason if there is none, else an empty string.
 
-        The kernel holds the weight a second time, in its own layout; the state dict does not change.
+        The kernel holds a second copy of the weight in its own layout; the state dict does not change.
         """
         self.kernel, reason = kernels.prepare(self.quantized)
         return reason
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in the dtype of ``x``; where no kernel serves, the weight is expanded."""
+        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``; without a kernel, the weight is expanded."""
         if self.kernel is not None and self.kernel.takes(x) and not self.weight_scale.requires_grad:
             y = self.kernel(x)
             return y if self.bias is None else y.add_(self.bias)
@@ -160,13 +162,13 @@ class PackedLinear(Rounding):
         self._renew()
 
     def _renew(self) -> None:
-        """Make the kernel again from buffers that have changed or moved."""
+        """Make the kernel again, after its buffers have changed or moved."""
         if self.kernel is not None:
             self.kernel = None
             if self.weight_scale.device.type != "meta":
                 self.accelerate()
 
     def extra_repr(self) -> str:
-        """Shape and grid, for ``print(model)``."""
+        """Return shape and grid, for ``print(model)``."""
         rounded = "".join(f", {key}={getattr(self.spec, key)}" for key in ACTIVATION_KEYS if getattr(self.spec, key))
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.label()}{rounded}"

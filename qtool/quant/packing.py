@@ -1,8 +1,8 @@
 """One packer: a dense bit stream, least significant bit first, in 32-bit words.
 
 Code ``i`` of a row occupies bits ``i * b .. i * b + b - 1`` of the row's stream; bit ``t`` of the stream is bit
-``t % 32`` of word ``t // 32``. GPTQ (transposed), compressed-tensors >= 0.18 and MLX use this very stream, and the
-32-codes-in-3-words layout known from 3-bit GPTQ is nothing else.
+``t % 32`` of word ``t // 32``. GPTQ (transposed), compressed-tensors >= 0.18 and MLX use this stream; the 32 codes in 3
+words of 3-bit GPTQ are the same stream.
 """
 
 import sys
@@ -11,18 +11,18 @@ from math import gcd
 import torch
 from torch import Tensor
 
-WORD = 32
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+WORD = 32  # bits of a word
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtypes by their size in bytes
 
 
 def _period(num_bits: int, unit: int) -> tuple[int, int]:
-    """Codes and units of ``unit`` bits after which the stream is aligned to a unit again."""
+    """Return the least number of codes that fill whole units of ``unit`` bits, and the number of those units."""
     num_codes = unit // gcd(unit, num_bits)
     return num_codes, num_codes * num_bits // unit
 
 
 def num_words(num_codes: int, num_bits: int) -> int:
-    """32-bit words that hold ``num_codes`` codes."""
+    """Return how many 32-bit words hold ``num_codes`` codes."""
     return -(-num_codes * num_bits // WORD)
 
 
@@ -36,22 +36,22 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
     for i in range(per_period):
         word, shift = divmod(i * num_bits, WORD)
         code = padded[..., i].to(torch.int32)
-        words[..., word] |= code << shift  # wraps to two's complement: the bits are kept
+        words[..., word] |= code << shift  # an overflow into the sign keeps the bits
         if shift + num_bits > WORD:
             words[..., word + 1] |= code >> (WORD - shift)
     return words.flatten(1)[:, : num_words(n, num_bits)].contiguous()
 
 
 def unpack(words: Tensor, num_bits: int, num_codes: int) -> Tensor:
-    """The first ``num_codes`` codes of each row of ``words`` ``[rows, w]`` int32, as ``[rows, num_codes]`` uint8.
+    """Return the first ``num_codes`` codes of each row of ``words`` int32 ``[rows, w]``: uint8 ``[rows, num_codes]``.
 
-    The codes of a period lie together in one integer of as many bytes, which is halved until each has a byte.
+    A period of 8, 4 or 2 codes lies in one integer of as many bytes. It is split in halves until each code has a byte.
     """
-    assert sys.byteorder == "little", "the bytes of a word are read as a part of the stream"
+    assert sys.byteorder == "little", "the bytes of a word are read in the order of the stream"
     per_period, bytes_per_period = _period(num_bits, 8)
     periods = -(-num_codes // per_period)
     stream = words.flatten().view(torch.uint8).view(words.shape[0], -1)
-    stream = torch.nn.functional.pad(stream, (0, periods * bytes_per_period - stream.shape[1]))  # or cut
+    stream = torch.nn.functional.pad(stream, (0, periods * bytes_per_period - stream.shape[1]))  # a negative pad cuts
     octets = stream.view(-1, periods, bytes_per_period).to(INTEGERS[per_period]).unbind(-1)
     lanes = octets[0]
     for i, octet in enumerate(octets[1:], 1):

@@ -1,12 +1,14 @@
 """Choosing the range of a group: shrink the min-max range where that lowers the rounding error.
 
-Clipping a few large weights buys resolution for all others. The error is ``sum_j h_j |w_j - Q(w_j)|**norm``, with
-``h`` one, or the second moment of the input channel when it is known (then norm 2 is the output error of the group
-under uncorrelated inputs). Symmetric grids shrink one number, as LR-QAT does (arXiv 2406.06385); asymmetric grids
-shrink both ends together, as GPTQ's range search does, and then each end alone. No absolute margin is used.
+Clipping a few large weights gives all others a finer grid. The error is ``sum_j h_j |w_j - Q(w_j)|**norm``. ``h`` is
+one, or the second moment of the input channel if it is known: then norm 2 is the output error of the group under
+uncorrelated inputs. Symmetric grids shrink one number, as LR-QAT does (arXiv 2406.06385); asymmetric grids shrink both
+ends together, as GPTQ's range search does, and then each end alone. A candidate replaces the best so far if its error
+is smaller; no absolute margin is used.
 
-The share that is left of the range is the scaling factor gamma of arXiv 2411.06084, ``scale = gamma * max|w| / level``:
-here each group has its own, the best of 1, 0.98, ... 0.22. Methods offer it as ``range: search`` or do it always.
+The factor on the range is the scaling factor gamma of arXiv 2411.06084, ``scale = gamma * max|w| / level``. Here each
+group has a gamma of its own, the best of 1, 0.98, ... 0.22. Methods offer the search as ``range: search`` or always use
+it.
 """
 
 import torch
@@ -15,16 +17,16 @@ from torch import Tensor
 from qtool.config.quant import QuantSpec
 from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point
 
-SHRINKS = tuple(1 - i / 50 for i in range(1, 40))
-NUMBERS_AT_ONCE = 1 << 21  # weights times candidates evaluated together
+SHRINKS = tuple(1 - i / 50 for i in range(1, 40))  # factors on the range that are tried, beside 1
+NUMBERS_AT_ONCE = 1 << 21  # number of weights times candidates evaluated together
 
 
 def range_error(
     groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, norm: float, importance: Tensor
 ) -> Tensor:
-    """``sum h |w - Q(w)|**norm`` over the last dimension of ``groups`` ``[..., out, groups, group_size]``.
+    """Return ``sum h |w - Q(w)|**norm`` over the last dimension of ``groups`` ``[..., out, groups, group_size]``.
 
-    ``scale`` and ``zero_point`` ``[..., out, groups]`` may have leading dimensions of their own: candidates.
+    ``scale`` and ``zero_point`` ``[..., out, groups]`` may have a leading dimension of candidates.
     """
     scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
     error = (groups / scale).add_(zero_point).round_().clamp_(spec.qmin, spec.qmax)
@@ -36,9 +38,9 @@ def range_error(
 def search_qparams(
     weight: Tensor, spec: QuantSpec, norm: float = 2.4, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point ``[out, groups]`` that lower the error of rounding ``weight`` ``[out, in]``.
+    """Return the scale and zero point ``[out, groups]`` with the smallest error of rounding ``weight`` ``[out, in]``.
 
-    ``importance`` ``[in]`` weighs input channels. Never worse than ``minmax_qparams`` under the same measure.
+    ``importance`` ``[in]`` is ``h``. The error is never above that of ``minmax_qparams``.
     """
     groups = grouped(weight.float(), spec)
     h = groups.new_ones(1) if importance is None else importance.float().view(1, groups.shape[1], -1)
@@ -49,7 +51,7 @@ def search_qparams(
     shrinks = torch.tensor(SHRINKS, device=weight.device).view(-1, 1, 1)
 
     def consider(lows: Tensor, highs: Tensor) -> None:
-        """Try candidates ``[c, out, groups]``, the better ones replace what was best."""
+        """Try candidates ``[c, out, groups]``; a candidate that is better replaces the best so far."""
         nonlocal scale, zero_point, best, best_low, best_high
         scales, zero_points = scale_and_zero_point(lows, highs, spec)
         errors, index = range_error(groups, scales, zero_points, spec, norm, h).min(0)

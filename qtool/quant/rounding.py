@@ -1,24 +1,26 @@
-"""Rounding and clamping to the grid: the forward is exact, the backward is a choice of two parts.
+"""Rounding and clamping to the grid: the forward is exact; the backward is that of an estimator and of a clamp.
 
-Rounding is flat nearly everywhere, so its gradient is made up. With ``u`` in grid units, ``C`` a clamp and ``R`` an
-estimator, the backward is ``G * R'(C(u)) * C'(u)``, whatever the scale and the zero point (arXiv 2410.10849, in the
-form that can be implemented). ``R`` is one of
+Rounding is flat nearly everywhere, so its gradient is an invention. With ``u`` in grid units, ``C`` a clamp, ``R`` an
+estimator and ``G`` the incoming gradient, the backward is ``G * R'(C(u)) * C'(u)``, whatever the scale and the zero
+point (arXiv 2410.10849, in the form that can be implemented). ``R`` is one of
 
 * ``ste``: the identity (straight through).
 * ``sigmoid``: a staircase of logistic steps at the half codes, each reaching over its neighbours. It is periodic and
-  smooth, its mean slope is 1 at any temperature ``T``, and ``T -> 0`` is the straight-through estimator. Computed as
-  the Fourier series of its slope, ``1 + 2 sum_m (-1)^m y_m / sinh(y_m) cos(2 pi m u)`` with ``y_m = 2 pi^2 m / T``:
+  smooth, its mean slope is 1 at any temperature ``T``, and ``T -> 0`` is the straight-through estimator. It is computed
+  as the Fourier series of its slope, ``1 + 2 sum_m (-1)^m y_m / sinh(y_m) cos(2 pi m u)`` with ``y_m = 2 pi^2 m / T``:
   about ``T`` terms, from one cosine.
 * ``sigmoid-local``: one logistic step in each code, stretched to fill it (divided by ``tanh(T / 4)``), with a kink at
-  the codes; again the mean slope is 1.
-* ``dsq``: the staircase of tanh of arXiv 1908.05033, which is that same step at twice the temperature.
+  the codes; its mean slope is 1 too.
+* ``dsq``: the staircase of tanh of arXiv 1908.05033, which is the step of ``sigmoid-local`` at twice the temperature.
 
-``C`` is ``hard``, slope one on all that rounds to a code and zero beyond, or ``softclamp``: ``a + (u - a) g(u - a) -
-(u - b) g(u - b)`` with a gate ``g`` of sharpness ``k``, logistic or Gaussian, between the lowest code ``a`` and the
-highest ``b``. It passes the ends by at most ``OVERSHOOT / k`` and comes back. The paper's product of two gates differs
-from it by the gates' tails only, and would depend on where the codes begin to count, which means nothing here.
+``C`` is ``hard``, with slope one for all values that round to a code and zero beyond, or ``softclamp``: ``a + (u - a)
+g(u - a) - (u - b) g(u - b)`` with a gate ``g`` of sharpness ``k``, logistic or Gaussian, between the lowest code ``a``
+and the highest ``b``. It passes the ends by at most ``OVERSHOOT / k`` (``config/training.py``) and comes back. The
+paper's product of two gates differs from this sum by the gates' tails only, and depends on the number of the lowest
+code, which means nothing here.
 
-A soft forward is what is differentiated, so training sees no exact code; it is used only where a gradient is recorded.
+The soft forward is the function ``R(C(u))`` itself, so training sees no exact code; it is used only while gradients are
+recorded.
 """
 
 import math
@@ -29,9 +31,10 @@ import torch
 from torch import Tensor
 
 from qtool.config.training import RoundingConfig
+from qtool.system.tensors import size_for
 
-PLAIN = RoundingConfig()  # straight through, hard clamp, hard forward
-CHUNK_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 26}  # slopes computed at once; on a CPU, what its caches hold
+PLAIN = RoundingConfig()  # straight-through estimator, hard clamp, hard forward
+CHUNK_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 26}  # number of slopes computed at once; a CPU's caches hold 2**16
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -47,9 +50,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """``value``, exactly, with the gradient passed to ``x`` unchanged.
+    """Return ``value``, exactly, and pass its gradient to ``x`` unchanged.
 
-    A Function and not ``x + (value - x).detach()``: the sum need not return ``value`` once magnitudes differ.
+    This is a Function because the sum ``x + (value - x).detach()`` may differ from ``value`` if magnitudes differ.
     """
     result: Tensor = _StraightThrough.apply(x, value.detach())  # type: ignore[no-untyped-call]
     return result
@@ -69,23 +72,24 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    """``x`` with its gradient multiplied by ``factor``."""
+    """Return ``x``, and multiply its gradient by ``factor``."""
     result: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
     return result
 
 
 # -------------------------------------------------------------------------------------------------- estimators
+# in all formulas f = x - floor(x), T is the temperature, p = sig(T (f - 1/2)) and p_k = sig(T (f - k - 1/2))
 
 
 class Estimator(NamedTuple):
-    """Smooth stand-in for rounding: both take grid values and a temperature, and keep shape and dtype."""
+    """A smooth replacement of rounding. Both functions take grid values and a temperature, and keep shape and dtype."""
 
     value: Callable[[Tensor, float], Tensor]
     slope: Callable[[Tensor, float], Tensor]
 
 
 def _harmonics(temperature: float, dtype: torch.dtype) -> list[float]:
-    """``2 (-1)^m y / sinh(y)`` with ``y = 2 pi^2 m / T``, for ``m = 1 ...`` until below the precision of ``dtype``."""
+    """Return ``2 (-1)^m y / sinh(y)``, ``y = 2 pi^2 m / T``, of ``m = 1 ...`` down to the precision of ``dtype``."""
     found: list[float] = []
     while True:
         m = len(found) + 1
@@ -97,7 +101,7 @@ def _harmonics(temperature: float, dtype: torch.dtype) -> list[float]:
 
 
 def _clenshaw(coefficients: list[float], cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """``b_1`` and ``b_2``: ``sum c_m cos(m t)`` is ``b_1 cos(t) - b_2``, ``sum c_m sin(m t)`` is ``b_1 sin(t)``."""
+    """Return ``b_1, b_2``: ``sum c_m cos(m t)`` is ``b_1 cos(t) - b_2``, ``sum c_m sin(m t)`` is ``b_1 sin(t)``."""
     first, second = torch.zeros_like(cosine), torch.zeros_like(cosine)
     for coefficient in reversed(coefficients):
         first, second = second.neg_().addcmul_(cosine, first, value=2).add_(coefficient), first
@@ -105,44 +109,44 @@ def _clenshaw(coefficients: list[float], cosine: Tensor) -> tuple[Tensor, Tensor
 
 
 def _angle(x: Tensor) -> Tensor:
-    """Place of ``x`` between codes as an angle, ``-pi .. pi``."""
+    """Return the position of ``x`` between codes as an angle, ``-pi .. pi``."""
     return (x - x.round()).mul_(2 * math.pi)
 
 
 def periodic(x: Tensor, temperature: float) -> Tensor:
-    """Sum of logistic steps at all half codes: ``floor(x) + sum_k [sig(T (f - k - 1/2)) - 1[k < 0]]``."""
+    """Sum logistic steps at all half codes: ``floor(x) + sum_k [sig(T (f - k - 1/2)) - 1[k < 0]]``."""
     coefficients = [c / (2 * math.pi * m) for m, c in enumerate(_harmonics(temperature, x.dtype), start=1)]
     angle = _angle(x)
     return _clenshaw(coefficients, angle.cos())[0].mul_(angle.sin_()).add_(x)
 
 
 def periodic_slope(x: Tensor, temperature: float) -> Tensor:
-    """Derivative of ``periodic``: ``T sum_k p_k (1 - p_k)``."""
+    """Return the derivative of ``periodic``: ``T sum_k p_k (1 - p_k)``."""
     cosine = _angle(x).cos_()
     first, second = _clenshaw(_harmonics(temperature, x.dtype), cosine)
     return first.mul_(cosine).sub_(second).add_(1)
 
 
 def local(x: Tensor, temperature: float) -> Tensor:
-    """One logistic step in each code, ``floor(x) + 1/2 + (sig(T (f - 1/2)) - 1/2) / tanh(T / 4)``: continuous."""
+    """Take one logistic step in each code: ``floor(x) + 1/2 + (sig(T (f - 1/2)) - 1/2) / tanh(T / 4)``, continuous."""
     low = x.floor()
     step = (x - low).sub_(0.5).mul_(temperature / 2).tanh_()  # tanh(t / 2) is 2 sig(t) - 1
     return step.div_(2 * math.tanh(temperature / 4)).add_(low).add_(0.5)
 
 
 def local_slope(x: Tensor, temperature: float) -> Tensor:
-    """Derivative of ``local``: ``T p (1 - p) / tanh(T / 4)``."""
+    """Return the derivative of ``local``: ``T p (1 - p) / tanh(T / 4)``."""
     p = (x - x.floor()).sub_(0.5).mul_(temperature).sigmoid_()
     return (p * (1 - p)).mul_(temperature / math.tanh(temperature / 4))
 
 
 def dsq(x: Tensor, temperature: float) -> Tensor:
-    """Steps of tanh, ``floor(x) + 1/2 + tanh(T (f - 1/2)) / (2 tanh(T / 2))``."""
+    """Take one step of tanh in each code: ``floor(x) + 1/2 + tanh(T (f - 1/2)) / (2 tanh(T / 2))``."""
     return local(x, 2 * temperature)
 
 
 def dsq_slope(x: Tensor, temperature: float) -> Tensor:
-    """Derivative of ``dsq``."""
+    """Return the derivative of ``dsq``."""
     return local_slope(x, 2 * temperature)
 
 
@@ -158,13 +162,13 @@ ESTIMATORS = {
 
 
 def _logistic(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and its derivative."""
+    """Return the logistic gate and its derivative."""
     gate = t.sigmoid()
     return gate, gate * (1 - gate)
 
 
 def _gaussian(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and its derivative."""
+    """Return the Gaussian gate and its derivative."""
     return torch.special.ndtr(t), t.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
 
 
@@ -172,13 +176,13 @@ GATES = {"logistic": _logistic, "gaussian": _gaussian}
 
 
 def softclamp(x: Tensor, low: float, high: float, sharpness: float, gate: str) -> Tensor:
-    """``low + (x - low) g(k (x - low)) - (x - high) g(k (x - high))``: ramps that end at ``low`` and ``high``."""
+    """Return ``low + (x - low) g(k (x - low)) - (x - high) g(k (x - high))``, with ``k`` the sharpness."""
     ramps = [(x - end) * GATES[gate]((x - end) * sharpness)[0] for end in (low, high)]
     return ramps[0].sub_(ramps[1]).add_(low)
 
 
 def softclamp_slope(x: Tensor, low: float, high: float, sharpness: float, gate: str) -> Tensor:
-    """Derivative of ``softclamp``: ``D(k (x - low)) - D(k (x - high))`` with ``D(t) = g(t) + t g'(t)``."""
+    """Return the derivative of ``softclamp``: ``D(k (x - low)) - D(k (x - high))`` with ``D(t) = g(t) + t g'(t)``."""
     slopes = []
     for end in (low, high):
         t = (x - end) * sharpness
@@ -187,11 +191,11 @@ def softclamp_slope(x: Tensor, low: float, high: float, sharpness: float, gate: 
     return slopes[0].sub_(slopes[1])
 
 
-# ---------------------------------------------------------------------------------------------------- together
+# ----------------------------------------------------------------------------------------------- rounding and clamp
 
 
 def soft_codes(grid: Tensor, low: int, high: int, config: RoundingConfig) -> Tensor:
-    """The function whose exact derivative is ``slope`` under ``forward: soft``."""
+    """Return ``R(C(grid))``, whose exact derivative is ``slope`` under ``forward: soft``."""
     estimator = ESTIMATORS[config.estimator]
     if config.clamp == "hard":
         return estimator.value(grid, config.temperature).clamp_(low, high)
@@ -199,7 +203,7 @@ def soft_codes(grid: Tensor, low: int, high: int, config: RoundingConfig) -> Ten
 
 
 def slope(grid: Tensor, low: int, high: int, config: RoundingConfig) -> Tensor:
-    """``R'(C(u)) * C'(u)`` at ``u = grid``, in its dtype."""
+    """Return ``R'(C(u)) * C'(u)`` at ``u = grid``, in the dtype of ``grid``."""
     estimator = ESTIMATORS[config.estimator]
     if config.clamp == "hard":
         rounded = grid.round() if config.forward == "hard" else estimator.value(grid, config.temperature)
@@ -213,7 +217,7 @@ def slope(grid: Tensor, low: int, high: int, config: RoundingConfig) -> Tensor:
 
 
 class _Codes(torch.autograd.Function):
-    """Round and clamp, with the gradient multiplied by ``slope``; the plain case keeps only a mask."""
+    """Round and clamp; the gradient is multiplied by ``slope``. The plain case keeps only a mask for it."""
 
     @staticmethod
     def forward(ctx: Any, grid: Tensor, low: int, high: int, config: RoundingConfig, soft: bool) -> Tensor:
@@ -230,18 +234,18 @@ class _Codes(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         if ctx.plain:
             return torch.where(saved, 0.0, grad), None, None, None, None  # a third faster than masked_fill
-        size = CHUNK_NUMBERS.get(saved.device.type, CHUNK_NUMBERS["cpu"])
+        size = size_for(saved.device, CHUNK_NUMBERS)
         product = torch.empty_like(saved, memory_format=torch.contiguous_format)
         parts = (tensor.reshape(-1).split(size) for tensor in (saved, grad, product))
-        for grid, incoming, outgoing in zip(*parts, strict=True):  # no slope is ever held for a whole weight
+        for grid, incoming, outgoing in zip(*parts, strict=True):  # in chunks: no slope is held for a whole weight
             torch.mul(incoming, slope(grid, *ctx.arguments), out=outgoing)
         return product, None, None, None, None
 
 
 def round_and_clamp(grid: Tensor, low: int, high: int, config: RoundingConfig = PLAIN) -> Tensor:
-    """Nearest code ``low .. high`` of each value of ``grid``, half to even, in its dtype; ``config`` has the backward.
+    """Return the nearest code ``low .. high`` of each value of ``grid``, half to even, in the dtype of ``grid``.
 
-    With ``forward: soft`` the smooth stand-in instead, while gradients are recorded.
+    ``config`` defines the backward. With ``forward: soft`` the result is ``soft_codes``, while gradients are recorded.
     """
     soft = config.forward == "soft" and torch.is_grad_enabled()
     result: Tensor = _Codes.apply(grid, low, high, config, soft)  # type: ignore[no-untyped-call]

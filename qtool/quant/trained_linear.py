@@ -1,4 +1,9 @@
-"""A linear in training: a float weight rounded to its grid in every forward."""
+"""The linear layer that methods train: a float weight that is rounded to its grid in every forward.
+
+``freeze`` turns it into the packed layer without changing a bit of its weight: training sees what is shipped. Only a
+soft forward (``rounding.py``) shows training something else. Input and output are rounded too where the grid asks for
+it (``activations.py``).
+"""
 
 import math
 
@@ -9,20 +14,20 @@ from torch import Tensor, nn
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.quant import affine
-from qtool.quant.activations import Rounding
+from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.rounding import PLAIN, scaled_gradient
 from qtool.system.errors import InputError
 
-CELL = 0.499  # how far from its code a weight may start: what float32 can tell from half a code at 8 bits
+HALF_CODE = 0.499  # start_from clamps to code +- this; below 0.5, so that float32 cannot round it to the next code
 
 
-class QuantLinear(Rounding):
-    """A linear whose weight passes through its grid in every forward; weight, scale and zero point can train.
+class QuantLinear(ActivationRounding):
+    """A linear whose weight is rounded to its grid in every forward; weight, scale and zero point can train.
 
-    ``grid_weight`` is the seam for methods that add something inside the rounding; ``qparams`` for those that
-    move the range. ``rounding`` decides about gradients only: what is packed is the same under all.
+    Subclasses override ``grid_weight`` to add a term before rounding, and ``qparams`` to move the range. ``rounding``
+    changes gradients only (and a soft forward): the codes that are packed are the same.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, rounding: RoundingConfig = PLAIN) -> None:
@@ -34,52 +39,52 @@ class QuantLinear(Rounding):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         scale, zero_point = affine.minmax_qparams(self.weight.detach(), spec)
         self.scale = nn.Parameter(scale)
-        # zero gradient where nothing clips, and none at all when symmetric: there it is no parameter to train
+        # its gradient is zero where nothing clips; the zero point of a symmetric grid is constant
         self.zero_point = nn.Parameter(zero_point, requires_grad=not spec.symmetric)
 
     def set_progress(self, share: float) -> None:
-        """Move the temperature along its ramp; ``share`` of the training is done, 0 .. 1."""
+        """Move the temperature of ``rounding`` along its ramp; ``share``, 0 .. 1, of the training is done."""
         assert 0 <= share <= 1, share
         self.surrogate = self.rounding.at(share)
 
     @torch.no_grad()
     def start_from(self, quantized: QuantizedWeight) -> None:
-        """Take the grid of ``quantized`` and start at exactly its codes.
+        """Take the grid of ``quantized``, and move each weight so that it rounds to its code there.
 
-        A weight within one code of its own is moved into the code's cell; one that is further off, onto the code.
+        A weight up to one code away is clamped to its code plus or minus ``HALF_CODE``; any other is put on its code.
 
         Raises:
-            InputError: another grid.
+            InputError: ``quantized`` has other settings than this layer: another width, group size or zero point.
         """
         codes, scale, zero_point, spec = quantized
         ours = self.spec.weights_only
         differs = [key for key, value in spec.weights_only if value != getattr(ours, key)]
         if differs:
             found, asked = (", ".join(f"{key} {getattr(s, key)}" for key in differs) for s in (spec, self.spec))
-            raise InputError(f"the weights to start from have {found}; this run asks for {asked}: make them the same")
+            raise InputError(f"the weights to start from have {found}; this run asks for {asked}: make the two equal")
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         target = affine.grouped(codes, spec).to(scale.dtype)
         grid = affine.to_grid(self.weight, scale, zero_point, spec)
-        inside = grid.clamp(target - CELL, target + CELL)
+        inside = grid.clamp(target - HALF_CODE, target + HALF_CODE)
         self.weight.copy_(affine.from_codes(torch.where((grid - target).abs() <= 1, inside, target), scale, zero_point))
 
     @property
     def scale_gradient_factor(self) -> float:
-        """LSQ's: ``1 / sqrt(n Qp)`` for ``n`` weights that share a scale, and the highest level ``Qp`` above zero."""
+        """LSQ's factor on the scale's gradient: ``1 / sqrt(n Qp)``, ``n`` weights per scale, highest level ``Qp``."""
         highest = self.spec.middle - 1 if self.spec.symmetric else self.spec.qmax
         return 1 / math.sqrt(self.num_weights / self.scale.numel() * highest)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point as stored, ``[out, groups]``; straight-through gradients."""
+        """Return scale and zero point as they are stored, ``[out, groups]``, with straight-through gradients."""
         return affine.stored_scale(self.scale, self.spec), affine.stored_zero_point(self.zero_point, self.spec)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Weight in grid units before rounding, ``[out, groups, group_size]``."""
+        """Return the weight in grid units, before rounding: ``[out, groups, group_size]``."""
         return affine.to_grid(self.weight, scale, zero_point, self.spec)
 
     def quantized_weight(self) -> Tensor:
-        """Float32 weight ``[out, in]`` on the grid, with gradients."""
+        """Return the weight ``[out, in]`` on the grid, float32, with gradients."""
         scale, zero_point = self.qparams()
         if self.rounding.scale_gradient == "lsq":
             scale = scaled_gradient(scale, self.scale_gradient_factor)
@@ -87,17 +92,17 @@ class QuantLinear(Rounding):
         return affine.from_codes(codes, scale, zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
+        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         return F.linear(x, self.quantized_weight().to(x.dtype), self.bias)
 
     @property
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
-        """What ``freeze`` packs: exact codes, whatever the rounding of the training."""
+        """The weight that ``freeze`` packs: exact codes, also after training with a soft forward."""
         scale, zero_point = self.qparams()
         codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec)
         return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale, zero_point, self.spec)
 
     def freeze(self) -> "PackedLinear":
-        """The packed layer with the same output, bit for bit."""
+        """Return the packed layer of this weight; its output is the same, bit for bit."""
         return PackedLinear.from_quantized(self.quantized, self.bias)

@@ -146,8 +146,8 @@ def test_three_shapes_of_rows_are_read(row: dict[str, Any], expected: list[tuple
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"instruction": "Go.", "input": 3, "output": "x"}, "line 7 has an 'instruction', and not texts in"),
-        ({"instruction": "Go."}, "line 7 has an 'instruction', and not texts in"),
+        ({"instruction": "Go.", "input": 3, "output": "x"}, "line 7: texts 'instruction' and 'output'.* were expected"),
+        ({"instruction": "Go."}, "line 7: texts 'instruction' and 'output'.* were expected"),
         ({"messages": []}, "line 7 has no conversation"),
         ({"text": "x"}, "line 7 has no conversation"),
         ({"messages": ["x"]}, "line 7: a message is 'x'; texts 'role' and 'content' were expected"),
@@ -214,7 +214,7 @@ def test_windows_in_which_nothing_is_learned_are_left_out_and_counted(capsys: py
         packed = pack(placed(rows), TOKENIZER, 2, 32)
     assert packed.tokens.shape == (1, 32)
     assert packed.num_conversations == 2
-    assert notes == ["1 window(s) of 32 tokens in which no answer began were left out"]
+    assert notes == ["1 window(s) of 32 tokens were left out: no answer begins in them"]
     assert (packed.labels[:, 1:] != IGNORED).any(1).all()
 
 

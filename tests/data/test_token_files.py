@@ -77,7 +77,7 @@ def test_every_shape_but_the_one_asked_for_is_refused_with_the_keys_to_set(
         ({"tokens": TOKENS + 90}, r"window 2, position 1 is token 100; this model has 100 tokens, from 0 on"),
         ({"tokens": TOKENS - 2}, r"window 0, position 0 is token -1"),
         ({"a": TOKENS, "b": TOKENS.clone()}, "holds the tensors a, b; one named tokens was expected"),
-        ({"tokens": TOKENS, "labels": TOKENS + 1}, "at each place -100 or its token"),
+        ({"tokens": TOKENS, "labels": TOKENS + 1}, "-100 or the token at each position"),
         ({"tokens": TOKENS, "labels": TOKENS[:2].clone()}, "labels must have the shape of tokens"),
         ({"tokens": TOKENS, "labels": TOKENS.float()}, r"labels are float32"),
         ({"tokens": TOKENS, "labels": torch.full((3, 4), IGNORED)}, "a window has no token to learn"),

@@ -279,7 +279,7 @@ def test_the_short_list_of_tasks_says_what_the_full_list_says():
         with harness._harness():
             return {name: str(part.dump_config()) for name, part in manager.load([task])["tasks"].items()}
 
-    for task in (*local_tasks.FOLDERS, "mmlu_anatomy"):
+    for task in (*harness.FOLDERS, "mmlu_anatomy"):
         assert harness._manager(task) is not harness._full_manager()
         assert parts(harness._manager(task), task) == parts(harness._full_manager(), task), task
 

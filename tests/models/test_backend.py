@@ -102,7 +102,7 @@ def test_the_checkpoint_is_the_same_while_kernels_are_active(folder: Path, tmp_p
 def test_what_stays_exact_is_counted_and_warned_about(folder: Path, tmp_path: Path) -> None:
     quant = QuantConfig.model_validate({"group_size": 16, "overrides": {"*.mlp.*": {"group_size": 32}}})
     model = tiny.packed(tiny.llama(tmp_path / "float"), quant).model
-    with pytest.warns(UserWarning, match="8 by the exact path .*groups of 16 channels are no multiple of 32"):
+    with pytest.warns(UserWarning, match="8 by the exact path .*groups of 16 channels are not a multiple of 32"):
         found = qtool.use_backend(model)
     assert dict(found.kernels) == {"int4 (cpu)": 6}
     ((reason, names),) = found.exact.items()
@@ -149,7 +149,7 @@ def test_a_backend_is_used_inside_a_block_only_and_said(folder: Path, llama_fold
     assert not any(layer.kernel for layer in packed_linears(model).values())
     serving, none = notes.said
     assert serving.startswith("backend fast: 10 linears by int4 (cpu), ")
-    assert none == "backend fast: LlamaForCausalLM has no packed linears; it computes as it always does"
+    assert none == "backend fast: LlamaForCausalLM has no packed linears, so this changes nothing"
 
 
 @pytest.mark.parametrize("name", ["exact", "fast"])

@@ -124,7 +124,9 @@ def test_a_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.Monkey
         raise OSError(f"{source} is not a valid model identifier\nmore lines\nof advice")
 
     monkeypatch.setattr(folders, "snapshot_download", fail)
-    text = refuse("someone/nothing", r"there is no folder someone/nothing, and it cannot be had from the hub either")
+    text = refuse(
+        "someone/nothing", r"there is no folder someone/nothing, and the hub does not give a model of that name"
+    )
     assert text.endswith("not a valid model identifier")
 
 

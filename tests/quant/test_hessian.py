@@ -1,4 +1,4 @@
-"""Products of float32 matrices: the library that is chosen never costs precision, and sums of x^T x are right."""
+"""Sums of x^T x: right for every dtype and size, and without a trace in torch's settings."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,54 +12,20 @@ from hypothesis import strategies as st
 from qtool.blocks.task import Stage
 from qtool.methods import gptq
 from qtool.methods.gptq import collect
-from qtool.quant.hessian import add_gram, mirror
+from qtool.quant import hessian
+from qtool.quant.hessian import add_gram, gram, mirror
 from qtool.system import matmul
 
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
-def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process as it was before anything was chosen, and afterwards as this test found it."""
+def as_found() -> Iterator[None]:
+    """The process's setting of products before any choice, and afterwards as this test found it."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
-    monkeypatch.setattr(matmul, "_left", "none")
-    matmul.onednn_serves.cache_clear()
     yield
-    matmul.onednn_serves.cache_clear()
     MATMUL.fp32_precision = before
-
-
-def test_whatever_is_chosen_keeps_float32_and_goes_with_the_model() -> None:
-    matmul.choose_library(torch.float32)
-    assert matmul.keeps_float32()
-    assert (MATMUL.fp32_precision == "bf16") == matmul.onednn_serves()
-    matmul.choose_library(torch.bfloat16)
-    assert MATMUL.fp32_precision == "none"
-
-
-def test_where_the_permission_costs_precision_it_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "keeps_float32", lambda: False)
-    matmul.choose_library(torch.float32)
-    assert MATMUL.fp32_precision == "none"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_setting_of_someone_else_stays(dtype: torch.dtype) -> None:
-    MATMUL.fp32_precision = "ieee"
-    matmul.choose_library(dtype)
-    assert MATMUL.fp32_precision == "ieee"
-
-
-def test_a_product_in_bfloat16_is_told_from_one_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert matmul.keeps_float32()
-    real = torch.Tensor.__matmul__
-
-    def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return real(left, right) if left.dtype == torch.float64 else real(left.bfloat16(), right.bfloat16()).float()
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not matmul.keeps_float32()
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32]), st.integers(0, 99))
@@ -88,3 +54,23 @@ def test_statistics_are_products_of_what_the_inputs_are_and_settings_stay(dtype:
     assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
     expected = x.double().T @ x.double() * (2 / 2048)
     assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gram_has_the_bits_of_gptqs_hessian_and_is_the_scaled_sum_of_outer_products(dtype: torch.dtype) -> None:
+    x = correlated_inputs(1300, 96, seed=7).to(dtype)
+    batches = list(x.split([1, 700, 599]))  # more rows than are cast at once, and fewer
+    found = gram(batches)
+    assert torch.equal(found, collect(Stage([], batches, None), gptq.Config()).hessian)
+    assert torch.equal(found, found.T)
+    expected = x.double().T @ x.double() * (2 / len(x))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@given(st.integers(1, 9), st.integers(1, 5))
+def test_gram_does_not_depend_on_how_many_rows_are_cast_at_once(rows: int, at_once: int) -> None:
+    x = torch.randint(-8, 9, (rows, 6), generator=torch.Generator().manual_seed(rows)).float()  # so that sums are exact
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hessian, "MIN_ROWS", at_once)
+        patch.setattr(hessian, "MAX_ELEMENTS", 1)
+        assert torch.equal(gram(iter([x])), x.T @ x * (2 / rows))

@@ -139,11 +139,11 @@ def test_codes_and_zero_differences_are_held_exactly(spec: QuantSpec, seed: int)
 @pytest.mark.parametrize(
     ("spec", "shape", "reason"),
     [
-        (w(4, 16), (32, 64), "int4: groups of 16 channels are no multiple of 32"),
-        (w(2, 48), (32, 96), "int4: groups of 48 channels are no multiple of 32"),
-        (w(3, -1), (32, 80), "int4: groups of 80 channels are no multiple of 32"),
-        (w(4, 32), (24, 64), "int4: 24 x 64 is no multiple of 16 x 32"),
-        (w(8, 16), (32, 64), "int8: not for groups: it has one scale for each row; int4 pairs: groups of 16 channels"),
+        (w(4, 16), (32, 64), "int4: groups of 16 channels are not a multiple of 32"),
+        (w(2, 48), (32, 96), "int4: groups of 48 channels are not a multiple of 32"),
+        (w(3, -1), (32, 80), "int4: groups of 80 channels are not a multiple of 32"),
+        (w(4, 32), (24, 64), "int4: a weight of 24 x 64 is not a multiple of 16 x 32"),
+        (w(8, 16), (32, 64), "int8: no kernel for groups, only one scale per row; int4 pairs: groups of 16 channels"),
     ],
 )
 def test_a_refusal_says_what_does_not_fit(spec: QuantSpec, shape: tuple[int, int], reason: str) -> None:

@@ -387,6 +387,6 @@ def test_a_layer_starts_from_exactly_the_codes_given(spec: QuantSpec, seed: int,
 def test_a_start_on_another_grid_is_refused_with_what_differs() -> None:
     given_weight = QuantLinear(randn(3, 16), None, QuantSpec(num_bits=2, group_size=8, symmetric=False)).quantized
     layer = QuantLinear(randn(3, 16), None, QuantSpec(num_bits=3, group_size=8, symmetric=True))
-    expected = "have num_bits 2, symmetric False; this run asks for num_bits 3, symmetric True: make them the same"
+    expected = "have num_bits 2, symmetric False; this run asks for num_bits 3, symmetric True: make the two equal"
     with pytest.raises(InputError, match=expected):
         layer.start_from(given_weight)

@@ -1,12 +1,13 @@
-"""``gguf``: one file for llama.cpp and what is built on it, for Llama, Mistral, Qwen 2 and Qwen 3.
+"""``gguf``: one file for llama.cpp and software built on it, for Llama, Mistral, Qwen 2 and Qwen 3.
 
-Each linear takes the smallest type of GGUF that holds its codes, scales and zero points exactly (``_gguf_blocks``), so
-that bits may differ from linear to linear, and a linear that no type holds is refused. The types are coarse: groups of
-fewer than 256 channels hold 2 and 3 bits in the 4.5 of Q4_0, which the summary says. Norms and biases are float32, as
-llama.cpp wants them; embeddings and heads keep their dtype.
+Each linear is written in the smallest type of GGUF that holds its codes, scales and zero points exactly
+(``blocks.py``), so linears may have different types; a linear that no type holds is refused. The types are coarse: 2
+and 3 bits in groups of fewer than 256 channels take the 4.5 bits of Q4_0, which a note says. Norms and biases are
+float32, as llama.cpp needs them; embeddings and the head keep their dtype.
 
-Tensor names come from the ``gguf`` package, which also writes the container. llama.cpp pairs the channels of a rotary
-embedding next to each other for Llama and Mistral: there rows of query and key, and their biases, change places.
+Tensor names come from the ``gguf`` package, which also writes the container. For Llama and Mistral, llama.cpp expects
+the two channels of a rotary pair next to each other, where transformers has them half a head apart: there the rows of
+query and key, and their biases, are reordered.
 """
 
 import os
@@ -40,22 +41,24 @@ from qtool.exporters._folder import (
 )
 from qtool.exporters.gguf import blocks, tokenizer
 from qtool.models.folders import read_config
+from qtool.system.tensors import dtype_name
 from qtool.system.version import __version__
 
-FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FILE = "model.gguf"  # the file of an export that holds everything
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # types of GGUF by dtype
 
 
 class Family(NamedTuple):
-    """What llama.cpp takes for a ``model_type``."""
+    """llama.cpp's architecture for a ``model_type``, and what it does there."""
 
     architecture: str
     interleaved: bool
-    """Whether channels of a rotary pair lie next to each other."""
+    """True if the two channels of a rotary pair lie next to each other."""
     optional: bool
-    """Whether biases of linears, and a tensor that divides the rotary frequencies, are read where they are there."""
+    """True if llama.cpp reads optional tensors: biases of linears, and divisors of the rotary frequencies."""
 
 
-FAMILIES = {
+FAMILIES = {  # by model_type
     "llama": Family("llama", True, True),
     "mistral": Family("llama", True, True),
     "qwen2": Family("qwen2", False, False),
@@ -64,7 +67,7 @@ FAMILIES = {
 
 
 def _model(folder: Path) -> Any:
-    """The config of the model in ``folder``."""
+    """Return the config of the model in ``folder``."""
     return skeleton(folder).config
 
 
@@ -72,8 +75,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-# key after the architecture's name, whether it is an integer, and its value in the model's config
-FILE = "model.gguf"
+# metadata of a file by key (without the architecture's name): True if it is an integer, and its value by the config
 METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
     "context_length": (True, lambda config: config.max_position_embeddings),
     "embedding_length": (True, lambda config: config.hidden_size),
@@ -91,15 +93,15 @@ METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
 
 
 def refuses(source: Source, config: ExportConfig) -> str | None:
-    """Other families and tokenizers than llama.cpp's, grids that no type holds, and scales beyond float16."""
+    """Refuse models and tokenizers that llama.cpp would compute otherwise, and grids and scales that no type holds."""
     if find_spec("gguf") is None:
-        return "that needs the package gguf; install it with: pip install 'qtool[gguf]'"
+        return "this format needs the package gguf; install it with: pip install 'qtool[gguf]'"
     if refusal := float_zeros(source, "GGUF") or _unknown_model(source):
         return refusal
     places = tensor_map(source.folder)
     for name in (*source.float_names(), *(f"{name}.weight" for name in source.specs)):
         if name not in places:
-            return f"{name} has no place in a GGUF file of {_model(source.folder).model_type}; export dense"
+            return f"GGUF has no tensor for {name} in a {_model(source.folder).model_type} model; export dense instead"
     for name, spec in source.specs.items():
         if refusal := _misfit(name, spec, int(source.tensor(f"{name}.weight_shape")[1])):
             return refusal
@@ -115,41 +117,47 @@ def _misfit(name: str, spec: QuantSpec, columns: int) -> str | None:
     if group % 32:
         return (
             f"{name} has groups of {group} input channels, and blocks of GGUF have 32 or 256; quantize with a multiple "
-            "of 32 as group_size, or an override for it"
+            "of 32 as group_size, for all linears or for this one in quant.overrides"
         )
     return (
         f"{name} is {spec.label()}, and no type of GGUF holds {spec.num_bits} bits with a zero point exactly; quantize "
-        "it with symmetric: true or with at most 4 bits (quant.overrides)"
+        "it with symmetric: true, or with at most 4 bits (quant.overrides)"
     )
 
 
 def _unknown_model(source: Source) -> str | None:
-    """Why llama.cpp would compute something else with the same weights."""
+    """Return the reason why llama.cpp would compute something else with the same weights, or ``None``."""
     model = _model(source.folder)
     if model.model_type not in FAMILIES:
         return (
-            f"its model_type is {model.model_type}, and GGUF is written for {', '.join(FAMILIES)}; "
-            "export dense, and convert that with llama.cpp's convert_hf_to_gguf.py"
+            f"its model_type is {model.model_type}, and qtool writes GGUF for {', '.join(FAMILIES)}; "
+            "export dense, and convert the result with llama.cpp's convert_hf_to_gguf.py"
         )
     family = FAMILIES[model.model_type]
     if model.hidden_act not in ("silu", "swish"):
-        return f"its activation is {model.hidden_act}, and llama.cpp computes SiLU for {model.model_type}"
+        return (
+            f"its activation is {model.hidden_act}, and llama.cpp computes SiLU for {model.model_type}; "
+            "export dense instead"
+        )
     if getattr(model, "attention_bias", False) and not family.optional:
         return f"its attention has biases, which llama.cpp does not read for {model.model_type}; export dense instead"
     rope = model.rope_parameters
     kind = rope.get("rope_type", "default")
     known = ("default", "linear", "llama3") if family.optional else ("default",)
     if kind not in known or rope.get("partial_rotary_factor", 1) != 1:
-        return f"its rotary embedding is {kind}, and GGUF is written with {', '.join(known)} for {model.model_type}"
+        return (
+            f"its rotary embedding is {kind}, and GGUF is written with {', '.join(known)} for {model.model_type}; "
+            "export dense instead"
+        )
     return None
 
 
 def tensor_map(folder: Path) -> dict[str, str]:
-    """The name in a GGUF file of each tensor of the float model in ``folder`` that has one, by its name there."""
+    """Return the names of tensors in a GGUF file by their names in the float model; some may have none."""
     return _tensor_map(skeleton(folder))
 
 
-@lru_cache(maxsize=2)  # asked for with every tensor
+@lru_cache(maxsize=2)  # called for every tensor
 def _tensor_map(model: nn.Module) -> dict[str, str]:
     import gguf
 
@@ -161,7 +169,7 @@ def _tensor_map(model: nn.Module) -> dict[str, str]:
 
 
 def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
-    """In a file's order, which row of query and key (or element of a bias) to write; ``None``: as they are."""
+    """Return the order in which the rows of ``name`` are written, if it is a query or key; ``None``: as they are."""
     part = name.rpartition(".")[0].rpartition(".")[2]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part)
     if heads is None or not FAMILIES[config.model_type].interleaved:
@@ -170,7 +178,7 @@ def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What divides each rotary frequency, float32 ``[head_dim / 2]``; ``None`` where nothing does."""
+    """Return the divisors of the rotary frequencies, float32 ``[head_dim / 2]``; ``None`` if there is no scaling."""
     kind = config.rope_parameters.get("rope_type", "default")
     if kind == "default":
         return None
@@ -180,7 +188,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 
 def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
-    """Write ``model.gguf``, and beside it the config and tokenizer that it was made from."""
+    """Write ``model.gguf``, and beside it the config and tokenizer of the checkpoint; see ``Exporter.write``."""
     import gguf
 
     model = _model(source.folder)
@@ -194,7 +202,7 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
         add(f"{family.architecture}.{key}", value(model))
     tokenizer.add(writer, source.folder, model.vocab_size)
     for name, tensor in tensors.items():
-        kind = FLOATS[str(tensor.dtype).removeprefix("torch.")] if tensor.dim() > 1 else "F32"
+        kind = FLOATS[dtype_name(tensor.dtype)] if tensor.dim() > 1 else "F32"
         held = tensor if tensor.dim() > 1 else tensor.float()
         _add(writer, names[name], held.contiguous(), kind, _row_order(name, len(held), model))
     factors = rope_factors(model)
@@ -224,7 +232,7 @@ def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
 
 
 def _add(writer: Any, name: str, tensor: Tensor, kind: str, order: Tensor | None) -> None:  # Any: a gguf.GGUFWriter
-    """Add a tensor of the type ``kind``, its rows in another ``order``; as bytes where numpy has no such type."""
+    """Add a tensor of the type ``kind`` with its rows in ``order``; as bytes if numpy has no such type."""
     import gguf
 
     rows = tensor if order is None else tensor[order]
@@ -234,7 +242,7 @@ def _add(writer: Any, name: str, tensor: Tensor, kind: str, order: Tensor | None
 
 
 def _notes(source: Source, model: Any, sizes: Counter[tuple[str, blocks.Block]]) -> list[str]:
-    """What a user must know."""
+    """Return the notes for users of the file."""
     found = {name: source.tensor(f"{name}.weight_shape").tolist() for name in source.specs}
     shapes = {name: (rows, columns) for name, (rows, columns) in found.items()}
     written = sum(block.bits * size for (_, block), size in sizes.items()) / sizes.total()
@@ -244,26 +252,26 @@ def _notes(source: Source, model: Any, sizes: Counter[tuple[str, blocks.Block]])
     if any(block.name == "Q4_0" and not label.startswith("w4") for label, block in sizes):
         notes.append(
             "2 and 3 bits fill 4.5 in Q4_0; with one group per row, or groups of a multiple of 256 channels, 2 bits "
-            "would take 2.06 (asymmetric: 2.63), and 3 symmetric bits 3.44"
+            "would take 2.06 bits (asymmetric: 2.63), and 3 symmetric bits 3.44"
         )
     notes.append(
-        "llama.cpp rounds what a linear reads to 8 bits, so its results differ a little from any other reader's"
+        "llama.cpp rounds the input of each linear to 8 bits, so its results differ a little from other readers'"
     )
     window = getattr(model, "sliding_window", None)
     if window and window < model.max_position_embeddings:
-        notes.append(f"llama.cpp looks back over the whole text, and this model over {window} tokens: keep to that")
+        notes.append(f"llama.cpp attends to the whole text, and this model over {window} tokens: keep texts that short")
     if rope_factors(model) is not None or getattr(model, "attention_bias", False):
         notes.append("transformers' own reader of GGUF leaves out biases and scaled rotary frequencies of Llama")
     if tokenizer.composes(source.folder):
-        notes.append("the tokenizer composes characters (NFC) before it reads, and llama.cpp takes them as they are")
+        notes.append("the tokenizer composes characters (Unicode NFC) first, and llama.cpp does not: give it NFC text")
     return notes
 
 
 class GGUFFolder(WrittenFolder):
-    """A folder with ``model.gguf``, opened once."""
+    """A written folder with ``model.gguf``, opened once."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the file's metadata; tensors are mapped, and a vocabulary is slow to read."""
+        """Read the file's metadata, which is slow because of the vocabulary; tensors are mapped."""
         import gguf
 
         self.folder = folder
@@ -272,16 +280,16 @@ class GGUFFolder(WrittenFolder):
         self._places = tensor_map(folder)
 
     def names(self) -> list[str]:
-        """Every tensor of the file, as the float model names it."""
+        """Return the names, in the float model, of all tensors of the file."""
         return [name for name, there in self._places.items() if there in self._tensors]
 
     def packed(self) -> set[str]:
-        """The linears that the file holds in a quantized type."""
+        """Return the names of linears that the file holds in a quantized type."""
         kinds = {name: self._tensors[self._places[name]].tensor_type.name for name in self.names()}
         return {name.removesuffix(".weight") for name, kind in kinds.items() if kind not in FLOATS.values()}
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor in float32, dequantized by the ``gguf`` package, with its rows as the float model has them."""
+        """Return a tensor in float32, dequantized by the ``gguf`` package, with its rows in the float model's order."""
         import gguf
 
         found = self._tensors[self._places[name]]
@@ -294,7 +302,7 @@ class GGUFFolder(WrittenFolder):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``, and by their keys those figures of the file that are not the config's."""
+        """``config.json``, and each figure of the file that differs from it, under the file's key."""
         model = _model(self.folder)
         prefix = FAMILIES[model.model_type].architecture
         found = {}
@@ -307,7 +315,7 @@ class GGUFFolder(WrittenFolder):
 
 
 def recognises(folder: Path) -> bool:
-    """Whether all that a folder has of weights is our file."""
+    """Return whether ``model.gguf`` is all that a folder has of weights."""
     quantized = quantization_section(folder) or read_config(folder).get("quantization")
     return not quantized and (folder / FILE).exists() and not any(folder.glob("*.safetensors"))
 

@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer in GGUF's words, or why llama.cpp would read text differently.
+"""A Hugging Face tokenizer as metadata of a GGUF file, or the reason why llama.cpp would read text differently.
 
-llama.cpp splits text before it merges, by rules of its own that a file names (``tokenizer.ggml.pre``); a name that does
-not fit gives other tokens in silence. So the ways of splitting that are known to have a name are listed here, and any
-other is refused. What a tokenizer puts around a text (BOS, EOS) is found by encoding one.
+llama.cpp splits text before it merges, by built-in rules that a file selects by name (``tokenizer.ggml.pre``); a name
+that does not fit gives other tokens in silence. So the ways of splitting that are known to have a name are listed here,
+and any other is refused. The tokens that a tokenizer puts around a text (BOS, EOS) are found by encoding one.
 """
 
 import json
@@ -14,37 +14,38 @@ from transformers import AutoTokenizer
 
 from qtool.system.errors import InputError
 
+# regular expressions that models split text by, written as in their tokenizer.json, to compare with it
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = WORDS + r"|\p{N}{1,3}" + REST
 QWEN_2 = WORDS + r"|\p{N}" + REST
-BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # whether it also splits, as GPT-2 does
-# how a text is split -> the name of that in llama.cpp, and whether words of the vocabulary are left unmerged there
+BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # True: the step also splits, as in GPT-2
+# name in llama.cpp by steps of splitting, and True if there a word of the vocabulary is taken whole, without merges
 SPLITS: dict[tuple[tuple[str, Any], ...], tuple[str, bool]] = {
     (BYTES_OF_WORDS,): ("gpt-2", False),
     (("Digits", True), BYTES_OF_WORDS): ("smollm", False),
     (("Split", LLAMA_3), BYTES): ("llama-bpe", True),
     (("Split", QWEN_2), BYTES): ("qwen2", False),
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
-SPACE = "\u2581"  # what SentencePiece writes for a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
+SPACE = "\u2581"  # the character that SentencePiece writes for a space
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """The tokenizer of ``folder`` as ``tokenizer.json`` describes it, and what it puts around a text.
+    """Return the content of ``tokenizer.json``, with the ids ``around`` every text and those of ``special`` tokens.
 
     Raises:
-        InputError: it has no such description.
+        InputError: the tokenizer has no ``tokenizer.json``.
     """
     stamp = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("tokenizer*")))
     return _description(folder, stamp)
 
 
-@lru_cache(maxsize=2)  # asked for when a plan is checked and when it is written; the stamp tells changes apart
+@lru_cache(maxsize=2)  # called when an export is checked and when it is written; the stamp detects changed files
 def _description(folder: Path, stamp: object) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, from which a GGUF file is made")
+        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, which a GGUF file is made from")
     found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     bare, whole = (tokenizer.backend_tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -54,7 +55,7 @@ def _description(folder: Path, stamp: object) -> dict[str, Any]:
 
 
 def _split(step: dict[str, Any]) -> tuple[str, Any]:
-    """One step of splitting, in the words of ``SPLITS``."""
+    """Return a step of a pre-tokenizer as ``SPLITS`` names it."""
     kind = step["type"]
     if kind == "ByteLevel" and not step["add_prefix_space"]:
         return kind, step.get("use_regex", True)
@@ -66,14 +67,14 @@ def _split(step: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _steps(found: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be none, one or a sequence of ``inside``."""
+    """Return the steps of a normalizer or pre-tokenizer: none, one, or those under the key ``inside`` of a sequence."""
     if found is None:
         return []
     return list(found[inside]) if found["type"] == "Sequence" else [found]
 
 
 def kind_of(found: dict[str, Any]) -> tuple[str, str] | None:
-    """``tokenizer.ggml.model`` and ``tokenizer.ggml.pre`` of a described tokenizer; ``None`` when it has none."""
+    """Return ``tokenizer.ggml.model`` and ``tokenizer.ggml.pre`` of a tokenizer; ``None`` if llama.cpp has none."""
     model = found["model"]
     normalizers = [step["type"] for step in _steps(found["normalizer"], "normalizers")]
     if model["type"] != "BPE":
@@ -88,7 +89,7 @@ def kind_of(found: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _spaces(found: dict[str, Any]) -> bool | None:
-    """Whether a space is put before a text, in a tokenizer that writes spaces as SentencePiece does; else ``None``."""
+    """Return whether a tokenizer like SentencePiece's puts a space before a text; ``None`` for any other tokenizer."""
     normalizers = _steps(found["normalizer"], "normalizers")
     steps = _steps(found["pre_tokenizer"], "pretokenizers")
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -102,31 +103,38 @@ def _spaces(found: dict[str, Any]) -> bool | None:
 
 
 def composes(folder: Path) -> bool:
-    """Whether the tokenizer of ``folder`` composes characters, which llama.cpp leaves out."""
+    """Return whether the tokenizer of ``folder`` composes characters (Unicode NFC), which llama.cpp does not do."""
     return "NFC" in [step["type"] for step in _steps(description(folder)["normalizer"], "normalizers")]
 
 
 def refuses(folder: Path, size: int) -> str | None:
-    """Why llama.cpp would read text differently, or an embedding of ``size`` rows not hold the tokens."""
+    """Return the reason why llama.cpp would read text differently, or an embedding of ``size`` rows is too small."""
     found = description(folder)
     if (highest := max(_ids(found).values())) >= size:
-        return f"its tokenizer has {highest + 1} tokens, and its embedding {size} rows"
+        return (
+            f"its tokenizer has {highest + 1} tokens, and its embedding {size} rows; "
+            "use the tokenizer that the model was trained with"
+        )
     if kind_of(found) is None:
         return (
             "its tokenizer prepares text in a way that has no known name in llama.cpp, which would read other tokens; "
-            f"known are byte-level BPE as in {', '.join(name for name, _ in SPLITS.values())}, and SentencePiece's BPE"
+            f"known are byte-level BPE as in {', '.join(name for name, _ in SPLITS.values())}, and SentencePiece's "
+            "BPE; export dense instead"
         )
     before, after = found["around"]
     special = found["special"]
     if before not in ([], [special["bos"]]) or after not in ([], [special["eos"]]):
-        return "its tokenizer puts more around a text than BOS and EOS, which a GGUF file cannot say"
+        return "its tokenizer puts more around a text than BOS and EOS, which GGUF cannot express; export dense instead"
     if kind_of(found) == ("llama", "default") and not _by_rank(found["model"]):
-        return "its tokenizer's merges are not in the order of their tokens, from which llama.cpp would take it"
+        return (
+            "its tokenizer's merges are not in the order of the tokens that they make, which llama.cpp relies on; "
+            "export dense instead"
+        )
     return None
 
 
 def _by_rank(model: dict[str, Any]) -> bool:
-    """Whether merges come in the order of the tokens that they make: llama.cpp merges by a score for each token."""
+    """Return whether merges are in the order of the tokens they make: llama.cpp merges by a score for each token."""
     made = [model["vocab"]["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
     return made == sorted(made)
 
@@ -136,7 +144,7 @@ def _ids(found: dict[str, Any]) -> dict[str, int]:
 
 
 def vocabulary(found: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every token and its kind, in order; rows of the embedding that no token has are unused."""
+    """Return every token and its type, by id; rows of the embedding without a token get an unused one."""
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
     ids = _ids(found)
     for token, index in ids.items():
@@ -153,7 +161,7 @@ def vocabulary(found: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 
 def add(writer: Any, folder: Path, size: int) -> None:  # Any: the gguf package is optional
-    """Write the tokenizer of ``folder`` for an embedding of ``size`` rows; ``writer``: a ``gguf.GGUFWriter``."""
+    """Write the tokenizer of ``folder`` for an embedding of ``size`` rows to ``writer``, a ``gguf.GGUFWriter``."""
     import gguf
 
     found = description(folder)
