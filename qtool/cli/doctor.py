@@ -23,8 +23,8 @@ REQUIRED = (
     "lm-eval",
     "accelerate",
     "pydantic",
-    "pyyaml",
     "rich",
+    "ruamel.yaml",
     "typer",
 )
 OPTIONAL = {

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from qtool.config import validation
-from qtool.config.yaml_loader import parse
 from qtool.system.errors import InputError
 
 TABLES = "tables/"  # what names of packaged sweeps begin with
@@ -34,6 +33,8 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     Raises:
         InputError: Missing, a folder, not UTF-8, not YAML, empty, or no mapping.
     """
+    from qtool.config.yaml_loader import parse  # here, so that listing recipes loads no YAML library
+
     path = Path(path)
     names = packaged() if what == "recipe" else tables()
     if path.is_dir() and str(path) not in names:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from qtool.config import validation
-from qtool.config.yaml_loader import parse
 
 PATTERNED = re.compile(r"(quant\.(?:overrides|budget\.(?:floors|pins)))\.(.+)")  # keys that hold dots follow
 
@@ -23,6 +22,8 @@ def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str,
 
 def assignment(text: str) -> tuple[str, Any]:
     """Key and value of ``section.key=value``; anything else is a ``ValueError``."""
+    from qtool.config.yaml_loader import parse
+
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError("write section.key=value")

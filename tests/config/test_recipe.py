@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
@@ -15,6 +14,7 @@ from qtool.config import describe, files, plugins, recipe
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import MethodConfig
+from qtool.config.yaml_loader import dump, parse
 from qtool.system.errors import InputError
 
 
@@ -167,6 +167,8 @@ def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch:
         (b"? [a]\n: 1\n", "r.yaml is not YAML: line 1, column 3: found unhashable key"),
         (b"[" * 1500, "r.yaml is not YAML: nested too deeply"),
         (b"a: 1\n---\nb: 2\n", "r.yaml is not YAML: line 2, column 1: but found another document"),
+        (b"a: &x 1\nb: &x 2\n", "r.yaml is not YAML: found duplicate anchor 'x'"),
+        (b"%YAML 1.3\n---\na: 1\n", "r.yaml is not YAML: version minor part can only be 2 or 1"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(write: Any, content: bytes, message: str) -> None:
@@ -208,6 +210,29 @@ def test_whatever_a_file_holds_nothing_but_an_input_error_comes_out(tmp_path: Pa
 def test_on_and_off_are_words_and_so_are_dates(write: Any, word: str) -> None:
     assert files.read_yaml(write(f"a: {word}\nb: 2024-01-01\nc: true")) == {"a": word, "b": "2024-01-01", "c": True}
     assert recipe.load(write(GOOD), [f"quant.symmetric={word}"]).quant.symmetric == (word in ("on", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("5E3", 5e3), ("-.5", -0.5), ("010", 10), ("0x1F", 31), ("1:30", "1:30"), ("'1e-4'", "1e-4")],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    found = parse(f"a: {text}")["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_merged_mapping_gives_the_keys_that_are_not_written(write: Any) -> None:
+    text = "a: &grid {num_bits: 4, group_size: 64}\nb: {<<: *grid, num_bits: 3}\nc: *grid"
+    found = files.read_yaml(write(text))
+    assert found["b"] == {"num_bits": 3, "group_size": 64}
+    assert found["c"] == found["a"]
+
+
+@given(st.deferred(lambda: _values))
+def test_what_is_dumped_is_read_back(value: Any) -> None:
+    found = parse(dump(value))
+    assert found == value
+    assert type(found) is type(value)
 
 
 # --set
@@ -265,8 +290,7 @@ _values = st.recursive(_plain, lambda inner: st.lists(inner, max_size=3) | st.di
 @given(path=st.lists(_words, min_size=1, max_size=4), value=_values, before=st.dictionaries(_words, st.integers()))
 def test_what_is_set_is_there_and_nothing_else_changed(path: list[str], value: Any, before: dict[str, Any]) -> None:
     before.pop(path[0], None)
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
-    raw, wrong = overridden(before, [f"{'.'.join(path)}={text}"])
+    raw, wrong = overridden(before, [f"{'.'.join(path)}={dump(value)}"])
     assert not wrong
     target: Any = raw
     for part in path:
@@ -315,7 +339,7 @@ def test_the_resolved_recipe_means_the_same(bits: int, group: int, overrides: di
     quant = {"num_bits": bits, "group_size": group, "overrides": overrides}
     raw = {"model": {"path": "x"}, "method": {"name": "demo", "damp": damp}, "quant": quant, "output": {"path": "y"}}
     first = recipe.Recipe.model_validate(raw)
-    again = recipe.Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.resolved(first), sort_keys=False)))
+    again = recipe.Recipe.model_validate(parse(dump(recipe.resolved(first))))
     assert again == first
     for name in ("a.q", "a.k", "b.q", "c"):
         assert again.quant.spec_for(name) == first.quant.spec_for(name)
