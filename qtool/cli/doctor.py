@@ -10,23 +10,10 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from qtool.system.environment import processor
 from qtool.system.units import size
 from qtool.system.version import __version__
 
-# what qtool cannot do without, for when it runs from a source tree that is not installed
-REQUIRED = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "huggingface-hub",
-    "datasets",
-    "lm-eval",
-    "accelerate",
-    "pydantic",
-    "rich",
-    "ruamel.yaml",
-    "typer",
-)
 OPTIONAL = {
     "compressed-tensors": "reads our folders without qtool",
     "gptqmodel": "outside reader of gptq exports",
@@ -53,6 +40,8 @@ def doctor() -> dict[str, Any]:
         for name, row in packages.items()
         if not row["ok"]
     ]
+    if not packages:
+        problems.append("qtool is not installed, so what it needs is not known: pip install -e FOLDER, its source tree")
     devices, fault = _devices()
     return {
         "qtool": __version__,
@@ -77,12 +66,12 @@ def _version(name: str) -> str | None:
 
 def _required() -> dict[str, dict[str, Any]]:
     """Each required package with its version, the range qtool asks for, and whether it is inside."""
+    rows: dict[str, dict[str, Any]] = {}
     try:
-        wanted = [Requirement(line) for line in metadata.requires("qtool") or ()]
+        lines = metadata.requires("qtool") or ()
     except metadata.PackageNotFoundError:
-        wanted = [Requirement(name) for name in REQUIRED]
-    rows = {}
-    for want in wanted:
+        return rows
+    for want in map(Requirement, lines):
         if want.marker is not None and not want.marker.evaluate({"extra": ""}):
             continue
         version = _version(want.name)
@@ -99,7 +88,7 @@ def _devices() -> tuple[dict[str, Any], str | None]:
     """CPU, memory, torch's threads and GPUs; and what is wrong with torch, if it cannot be imported."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": usable,
         "memory_bytes": _memory_bytes(),
         "torch_threads": None,
@@ -118,14 +107,6 @@ def _devices() -> tuple[dict[str, Any], str | None]:
             name = torch.cuda.get_device_name(i)
             found["gpus"].append({"name": name, "memory_bytes": total, "free_bytes": free})
     return found, None
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int:

@@ -26,7 +26,7 @@ from qtool.config.sections import (
     OutputConfig,
     Section,
 )
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 
 S = TypeVar("S", bound=Section)
 
@@ -111,7 +111,7 @@ def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: S
     checked, found = examine(kind, raw)
     lines = [*wrong, *found]
     if checked is None or lines:
-        raise InputError("\n  ".join([f"{source} has {len(lines)} fault(s):", *lines]))
+        raise InputError(listing(f"{source} has {len(lines)} fault(s):", lines))
     return checked
 
 

@@ -10,6 +10,7 @@ from pydantic import ByteSize, Field, model_validator
 
 from qtool.config.section import Section as Section  # of this module, too, for whoever reads recipes
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 IGNORED = -100  # the label of a token that is not learned; cross entropy's own default
 
 
@@ -17,7 +18,7 @@ class ModelConfig(Section):
     """Which model, in which precision, where."""
 
     path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "auto",
         description="Precision of computation; auto: the checkpoint's own where the device has it, else float32.",
     )
@@ -103,7 +104,7 @@ class ExportConfig(Section):
 
     format: str = Field(description="The export format: the name of its file in qtool/export.")
     path: Path = Field(description="Folder to write; must not exist unless output.overwrite is set.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "auto", description="Of tensors that stay in floating point; auto: the smallest that holds every value exactly."
     )
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qtool.config.sections import Section
+from qtool.config.sections import Dtype, Section
 from qtool.system.errors import InputError
 
 
@@ -59,9 +59,7 @@ class BenchConfig(Section):
     prompt_tokens: int = Field(256, ge=2, description="Tokens of the prompt.")
     new_tokens: int = Field(32, ge=1, description="Tokens decoded in each repeat.")
     repeats: int = Field(5, ge=1, description="Of each number; the median is shown.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Precision of computation."
-    )
+    dtype: Dtype = Field("bfloat16", description="Precision of computation.")
 
 
 class SweepConfig(Section):

@@ -1,5 +1,7 @@
 """Errors that a person can act on; anything else keeps its traceback, because it is our bug."""
 
+from collections.abc import Iterable
+
 
 class QtoolError(Exception):
     """The base of errors that are printed as a message: what was found, what was expected, what to do."""
@@ -15,6 +17,11 @@ class InputError(QtoolError):
 
 class RunError(QtoolError):
     """A run that began could not be finished: disk full, a matrix that cannot be factorised, a check that failed."""
+
+
+def listing(head: str, faults: Iterable[str]) -> str:
+    """Join a heading and faults into one message, each fault on an indented line of its own."""
+    return "\n  ".join([head, *faults])
 
 
 def first_line(error: Exception) -> str:

@@ -84,12 +84,20 @@ def _mapped_files() -> tuple[list[int], list[int]]:
     return starts, ends
 
 
+def status_bytes(field: str) -> int | None:
+    """Return a size in ``/proc/self/status``, e.g. ``VmRSS`` (held now) or ``VmHWM`` (peak); ``None`` outside Linux."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def peak_memory_bytes() -> int:
     """The most resident memory this process has held so far; 0 where the system does not tell."""
-    with suppress(OSError):  # on Linux getrusage also counts the parent's memory at the time of the fork
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = status_bytes("VmHWM")  # on Linux getrusage also counts the parent's memory at the time of the fork
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         return 0
     import resource
