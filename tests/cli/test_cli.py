@@ -304,7 +304,7 @@ def test_options_are_described_by_the_recipe_keys(capsys: pytest.CaptureFixture[
     assert main.main(["export", "--help"]) == 0
     text = capsys.readouterr().out
     assert "One of: dense." in text or "One of: auto-round, compressed-tensors" in text
-    assert "Of tensors that stay in floating point" in text
+    assert "Dtype of the tensors that are stored in floating point" in text
     assert "Replace an existing folder." in text
 
 

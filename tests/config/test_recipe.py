@@ -308,7 +308,7 @@ def test_faults_of_set_are_listed_with_the_others(write: Any) -> None:
         "--set =3: write section.key=value",
         "--set a..b=1: write section.key=value",
         '--set model.path.x=1: model.path is "somewhere", which has no keys',
-        "--set eval.tasks.2=a: eval.tasks is a list of 0: go on with a number from 0 to 0",
+        "--set eval.tasks.2=a: eval.tasks is a list of 0: after eval.tasks write a number from 0 to 0",
         "--set quant.num_bits=[1,: line 1, column 4: expected the node content, but found '<stream end>'",
         "eval.tasks: Tuple should have at least 1 item after validation, not 0; found []",
         "seed: should be greater than or equal to 0; found -1",
@@ -375,7 +375,7 @@ def test_eval_of_a_recipe_without_a_method_takes_its_model(write: Any) -> None:
 
 def test_eval_of_a_quantization_recipe_takes_what_it_wrote(write: Any, tmp_path: Path) -> None:
     path = write(GOOD.replace("path: out", f"path: {tmp_path / 'out'}"))
-    with pytest.raises(InputError, match=r"which is not there yet; run: qtool ptq .*r\.yaml"):
+    with pytest.raises(InputError, match=r"which does not exist yet; run: qtool ptq .*r\.yaml"):
         recipe.load_eval(path, {})
     (tmp_path / "out").mkdir()
     assert recipe.load_eval(path, {"eval": {"tasks": ["kl"]}}).eval.tasks == ("kl",)
