@@ -1,4 +1,4 @@
-"""Progress on a terminal: ``rich.progress``, with our texts for counts, times and memory.
+"""Progress on a terminal: ``rich.progress``, with columns of our own for counts, times and memory.
 
 rich's own estimate of the time to go needs two finished items and stands still between them. A block of a large model
 takes minutes, so the estimate shown here is ``Task.remaining``, which is also the one in logs.
@@ -18,7 +18,7 @@ from qtool.system.units import duration
 
 
 class _Column(rich_progress.ProgressColumn):
-    """A column with a text for each task of ours."""
+    """A column that shows a text made from our ``Task``."""
 
     def __init__(self, text: Callable[[Task], str]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Display(rich_progress.Progress):
 
 
 class Live(Sink):
-    """Show what runs now with a bar, and print a line for each thing that is done."""
+    """Show the running tasks with bars, and print a line for each task that is over."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)

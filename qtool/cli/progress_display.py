@@ -11,9 +11,9 @@ from qtool.system.units import duration
 
 
 class Lines(Sink):
-    """Plain lines for logs: the start and the end of each task, and between them at most one every ``every`` seconds.
+    """Print plain lines for logs: start and end of each task, and between them at most one line per ``every`` seconds.
 
-    Of the steps inside an item only the last word is said when they fail.
+    Steps inside an item print nothing.
     """
 
     def __init__(self, every: float = 10.0) -> None:
@@ -50,7 +50,7 @@ class Lines(Sink):
 
 
 def for_terminal(quiet: bool) -> Sink:
-    """The sink for this process: live on a terminal, lines elsewhere, silent when asked."""
+    """Return the sink for this process: live on a terminal, lines elsewhere, silent if ``quiet``."""
     if quiet:
         return Sink()
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
