@@ -74,7 +74,7 @@ def _rapl(powercap: Path) -> tuple[list[Counter], str]:
             wraps_at = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
             counters.append(Counter(f"RAPL {name}", _reader(file), MICROJOULES, wraps_at))
     if unreadable and not counters:
-        return [], f"not measured: only root may read the energy counters under {powercap}"
+        return [], f"not measured: the energy counters under {powercap} may be read by root only"
     return counters, f"not measured: this machine exposes no energy counter ({powercap} has none)"
 
 

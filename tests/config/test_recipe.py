@@ -212,29 +212,6 @@ def test_on_and_off_are_words_and_so_are_dates(write: Any, word: str) -> None:
     assert recipe.load(write(GOOD), [f"quant.symmetric={word}"]).quant.symmetric == (word in ("on", "yes"))
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-4", 1e-4), ("5E3", 5e3), ("-.5", -0.5), ("010", 10), ("0x1F", 31), ("1:30", "1:30"), ("'1e-4'", "1e-4")],
-)
-def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
-    found = parse(f"a: {text}")["a"]
-    assert (found, type(found)) == (value, type(value))
-
-
-def test_a_merged_mapping_gives_the_keys_that_are_not_written(write: Any) -> None:
-    text = "a: &grid {num_bits: 4, group_size: 64}\nb: {<<: *grid, num_bits: 3}\nc: *grid"
-    found = files.read_yaml(write(text))
-    assert found["b"] == {"num_bits": 3, "group_size": 64}
-    assert found["c"] == found["a"]
-
-
-@given(st.deferred(lambda: _values))
-def test_what_is_dumped_is_read_back(value: Any) -> None:
-    found = parse(dump(value))
-    assert found == value
-    assert type(found) is type(value)
-
-
 # --set
 
 
