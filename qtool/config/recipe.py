@@ -171,7 +171,7 @@ def _with_plan(raw: dict[str, Any]) -> dict[str, Any]:
     overrides = planned.get("overrides") if isinstance(planned, dict) else None
     if not isinstance(overrides, dict):
         raise InputError(
-            f"quant.overrides: {quant['overrides']} has no key quant.overrides; give a file that qtool plan wrote"
+            f"quant.overrides: {quant['overrides']} has no overrides in its section quant; give a file of qtool plan"
         )
     return {**raw, "quant": {**quant, "overrides": overrides}}
 
