@@ -234,14 +234,15 @@ def bench(
     """Measure speed, memory and energy beside the same weights held densely."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    from qtool.config.recipe import EvalRecipe, check
+    from qtool.config.recipe import check
+    from qtool.config.sweep import BenchConfig
 
-    model = {"path": str(folder), "dtype": dtype, "device": device}
-    checked = check(EvalRecipe, {"model": model}, "the command line")
+    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
+    plan = check(BenchConfig, options, "the command line")
     with running(quiet, None):
         from qtool.evaluation import bench as measuring
 
-        report = measuring.bench(checked.model, measuring.Plan(prompt_tokens, new_tokens, repeats))
+        report = measuring.bench(str(folder), device, plan)
     show(report, as_json, seconds=report.seconds)
 
 

@@ -1,4 +1,4 @@
-"""``qtool doctor``: what qtool finds on this machine, and what is wrong with it."""
+"""``qtool doctor``: report what qtool finds on this machine, and what is wrong with it."""
 
 import os
 import platform
@@ -10,23 +10,10 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from qtool.system.environment import processor
 from qtool.system.units import size
 from qtool.system.version import __version__
 
-# what qtool cannot do without, for when it runs from a source tree that is not installed
-REQUIRED = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "huggingface-hub",
-    "datasets",
-    "lm-eval",
-    "accelerate",
-    "pydantic",
-    "pyyaml",
-    "rich",
-    "typer",
-)
 OPTIONAL = {
     "compressed-tensors": "reads our folders without qtool",
     "gptqmodel": "outside reader of gptq exports",
@@ -45,7 +32,7 @@ OPTIONAL = {
 
 
 def doctor() -> dict[str, Any]:
-    """Versions, devices, data, hub and optional packages as plain data; ``problems`` says what must be put right."""
+    """Return versions, devices, data, hub and optional packages as plain data; ``problems`` says what to correct."""
     packages = _required()
     problems = [
         f"{name} {'is missing' if row['version'] is None else row['version'] + ' does not fit'}"
@@ -53,6 +40,8 @@ def doctor() -> dict[str, Any]:
         for name, row in packages.items()
         if not row["ok"]
     ]
+    if not packages:
+        problems.append("qtool is not installed, so what it needs is not known: pip install -e FOLDER, its source tree")
     devices, fault = _devices()
     return {
         "qtool": __version__,
@@ -76,13 +65,13 @@ def _version(name: str) -> str | None:
 
 
 def _required() -> dict[str, dict[str, Any]]:
-    """Each required package with its version, the range qtool asks for, and whether it is inside."""
+    """Return each required package with its version, the range that qtool needs, and whether the version is in it."""
+    rows: dict[str, dict[str, Any]] = {}
     try:
-        wanted = [Requirement(line) for line in metadata.requires("qtool") or ()]
+        lines = metadata.requires("qtool") or ()
     except metadata.PackageNotFoundError:
-        wanted = [Requirement(name) for name in REQUIRED]
-    rows = {}
-    for want in wanted:
+        return rows
+    for want in map(Requirement, lines):
         if want.marker is not None and not want.marker.evaluate({"extra": ""}):
             continue
         version = _version(want.name)
@@ -96,10 +85,10 @@ def _required() -> dict[str, dict[str, Any]]:
 
 
 def _devices() -> tuple[dict[str, Any], str | None]:
-    """CPU, memory, torch's threads and GPUs; and what is wrong with torch, if it cannot be imported."""
+    """Return CPU, memory, torch's threads and GPUs, and the error if torch cannot be imported."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": usable,
         "memory_bytes": _memory_bytes(),
         "torch_threads": None,
@@ -120,16 +109,8 @@ def _devices() -> tuple[dict[str, Any], str | None]:
     return found, None
 
 
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _memory_bytes() -> int:
-    """Memory this process may use: the machine's, or its control group's limit where that is lower; 0 if unknown."""
+    """Return the bytes this process may use: the machine's, or its control group's lower limit; 0 if unknown."""
     total = 0
     if sys.platform != "win32":
         with suppress(OSError, ValueError):
@@ -141,19 +122,19 @@ def _memory_bytes() -> int:
 
 
 def _kernels() -> list[dict[str, Any]]:
-    """The backends of packed linears, each tried on a small weight; ``reason``: why it is not active."""
+    """Return the backends of packed linears, each tried on a small weight; ``reason`` says why one is not active."""
     try:
         from qtool.quant import kernels
-    except ImportError:  # a package is missing, which is said among the problems
+    except ImportError:  # a missing package is already among the problems
         return []
     return kernels.examine()
 
 
 def _data() -> dict[str, Any]:
-    """The folder with data sets, and what lies in it."""
+    """Return the folder with data sets, and the names of the sets in it."""
     try:
         from qtool.data.sources import data_dir
-    except ImportError:  # a package is missing, which is said among the problems
+    except ImportError:  # a missing package is already among the problems
         return {"folder": None, "found": []}
     folder = data_dir()
     if folder is None:
@@ -171,7 +152,7 @@ def _hub() -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """What ``doctor`` found, for a person."""
+    """Return the findings of ``doctor`` as text."""
     devices, data, hub = found["devices"], found["data"], found["hub"]
     memory = size(devices["memory_bytes"]) if devices["memory_bytes"] else "unknown"
     threads = "torch cannot be imported" if devices["torch_threads"] is None else f"{devices['torch_threads']} threads"

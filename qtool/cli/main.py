@@ -1,4 +1,4 @@
-"""Runs the command line: exit codes, error messages, interrupts."""
+"""Run the command line: exit codes, error messages, interrupts."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if code == 130:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
         return (code if isinstance(code, int) else 0) if args else 2
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
             traceback.print_exception(error)
         if code == 2 and not distributed.is_first():
-            return code  # the first process says the same
+            return code  # rank 0 prints the same message
         print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
         if context := getattr(error, "ctx", None):  # of a usage error
             print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What surrounds a command while it works: progress on standard error, and what Ctrl-C leaves behind."""
+"""The context of a running command: progress on standard error, and the message after Ctrl-C."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ from qtool.system.errors import QtoolError
 
 
 class Interrupted(QtoolError):
-    """Ctrl-C, with what it left behind."""
+    """Ctrl-C ended the command; the message says what it left behind."""
 
     exit_code = 130
 
 
 @contextmanager
 def running(quiet: bool, output: Path | None) -> Iterator[None]:
-    """Show progress, keep standard output for the result, and say what Ctrl-C left of ``output``."""
+    """Show progress, keep standard output for the result, and after Ctrl-C say what was written to ``output``."""
     if quiet:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
@@ -34,10 +34,10 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
             begun = output.with_name(f"{output.name}.partial") / "state"
             then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
             raise Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        raise Interrupted(f"interrupted; {output} is complete, but not what was to follow it") from error
+        raise Interrupted(f"interrupted; {output} is complete, but the steps after it were not finished") from error
 
 
-QUIET = {
+QUIET = {  # environment variables that silence the progress bars and logs of libraries
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -55,5 +55,5 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
 
 
 def terminate(number: int, frame: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """End a run on SIGTERM as on Ctrl-C."""
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""``quant.budget``: how large the result may be, and how the widths that fit are found."""
+"""``quant.budget``: the size limit of the result, and the search for bit widths that meet it."""
 
 from typing import Literal, Self
 
@@ -12,42 +12,55 @@ Solver = Literal["dp", "lagrangian", "greedy"]
 
 
 class BudgetConfig(Section):
-    """Mixed precision: the width of each group of fused linears, chosen so that all fit and the model suffers least."""
+    """Mixed precision: choose the width of each group of fused linears, within a size limit and at the least cost."""
 
     average_bits: float | None = Field(
         None,
         ge=1,
         allow_inf_nan=False,
-        description="Stored bits per quantized weight, scales and zero points counted, as reports count them.",
+        description="Limit: stored bits per quantized weight on average, including scales and zero points, as in "
+        "reports. Give this or size.",
     )
     size: ByteSize | None = Field(
-        None, ge=1, description="Bytes of the weight files, e.g. 2.1GB, with all that stays in floating point."
+        None,
+        ge=1,
+        description="Limit: bytes of the weight files, e.g. 2.1GB, including tensors that stay in floating point. "
+        "Give this or average_bits.",
     )
     estimator: Estimator = Field(
         "loss",
-        description="What a width costs: variance (2**-2b by weight variance and input energy), hessian (squared error "
-        "by input energy), block (error of the block's output), fisher (squared error by squared gradient), loss "
-        "(divergence from the float model), delta-loss (gradient times error). The first three need no whole model.",
+        description="Measure of the cost of b bits. variance: 4**-b times weight variance times input energy; "
+        "hessian: squared weight error times input energy; block: error of the block's output; fisher: squared weight "
+        "error times squared gradient; loss: KL divergence from the float model; delta-loss: gradient times weight "
+        "error. The first three run block by block and never need the whole model in memory.",
     )
     rounding: Literal["gptq", "nearest"] = Field(
-        "gptq", description="How block and loss round what they measure; nearest suits methods that read no text."
+        "gptq",
+        description="Rounding of the weights that the estimators block and loss measure; nearest suits methods that "
+        "use no calibration text.",
     )
     solver: Solver = Field(
-        "dp", description="dp: the exact optimum; lagrangian: on the convex hull; greedy: best next step."
+        "dp",
+        description="Search for the widths. dp: the exact optimum; lagrangian: the optimum on the convex hull; "
+        "greedy: the best next step, again and again.",
     )
-    choices: tuple[Width, ...] = Field((2, 3, 4, 8), min_length=1, description="The widths to choose from.")
+    choices: tuple[Width, ...] = Field(
+        (2, 3, 4, 8), min_length=1, description="Bit widths to choose from, in rising order."
+    )
     floors: dict[str, Width] = Field(
-        default_factory=dict, description="Pattern of full linear names -> least bits, of all that is fused with them."
+        default_factory=dict,
+        description="Pattern of full linear names -> least bits, also for the linears that are fused with a match.",
     )
     pins: dict[str, Width] = Field(
-        default_factory=dict, description="Pattern of full linear names -> bits, of all that is fused with them."
+        default_factory=dict,
+        description="Pattern of full linear names -> bits, also for the linears that are fused with a match.",
     )
-    num_samples: int = Field(16, ge=1, description="Calibration windows that costs are measured on, at most.")
+    num_samples: int = Field(16, ge=1, description="Calibration windows to measure the costs on, at most.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         if (self.average_bits is None) == (self.size is None):
             raise ValueError("give one of average_bits and size")
         if sorted(set(self.choices)) != list(self.choices):
-            raise ValueError("choices must rise: [2, 3, 4, 8], or some of these")
+            raise ValueError("choices must be in rising order, without repeats: [2, 3, 4, 8], or some of these")
         return self

@@ -1,4 +1,4 @@
-"""The keys of a recipe with defaults and descriptions, for ``--help`` and the JSON schema."""
+"""List the keys of a recipe with defaults and descriptions, for ``--help`` and the JSON schema."""
 
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -12,7 +12,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors: a ``method`` section has the keys of the method it names."""
+    """Return the JSON schema of a recipe, for editors: a ``method`` section has the keys of the method it names."""
     whole = Recipe.model_json_schema()
     sections = []
     for name in catalog.methods():
@@ -23,7 +23,7 @@ def schema() -> dict[str, Any]:
         sections.append(section)
     del whole["$defs"]["MethodConfig"]
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
-    whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file that has them
+    whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file with overrides
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(catalog.export_formats())
     return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
-    """Description and keys of each section; ``method gptq`` and the like are the methods (of ``command``, or all)."""
+    """Return description and keys of each section; ``method gptq`` is a method's (those of ``command``, or all)."""
     table: dict[str, tuple[str, list[Key]]] = {}
     alone = []
     for name, field in Recipe.model_fields.items():
@@ -58,11 +58,11 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
             table[name] = text, keys_of(hint)
         else:
             alone.append(_key(name, field))
-    return {**table, "": ("Of the whole run.", alone)}
+    return {**table, "": ("Keys of the whole run.", alone)}
 
 
 def keys_of(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
-    """The keys of ``section``, those of sections inside it with the name of that before them (and its ``values``)."""
+    """Return the keys of ``section``; nested ones get a dotted prefix. ``values``, an instance, replaces defaults."""
     found = []
     for name, field in section.model_fields.items():
         hint, value = validation.bare(field.annotation), getattr(values, name, None)
@@ -86,7 +86,7 @@ def _shown(default: object) -> str:
 
 
 def describe(field: FieldInfo) -> str:
-    """What a key means, with the values it can have where they are few."""
+    """Return the description of a key, followed by its choices if it is a ``Literal``."""
     hint = validation.bare(field.annotation)
     choices = f" One of: {', '.join(map(str, get_args(hint)))}." if get_origin(hint) is Literal else ""
     return (field.description or "") + choices

@@ -1,4 +1,4 @@
-"""Recipe files: the packaged ones by name, and how a YAML file is read."""
+"""Recipe files: list the packaged ones by name, and read a YAML file."""
 
 from difflib import get_close_matches
 from importlib.resources import files
@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from qtool.config import validation
-from qtool.config.yaml_loader import parse
 from qtool.system.errors import InputError
 
-TABLES = "tables/"  # what names of packaged sweeps begin with
+TABLES = "tables/"  # prefix of the names of packaged sweeps
 
 
 def packaged() -> dict[str, Path]:
-    """The recipes that come with qtool, by name: the path below ``recipes``, without the suffix."""
+    """Return the recipes that come with qtool by name: the path below ``recipes``, without the suffix."""
     return {name: path for name, path in _files().items() if not name.startswith(TABLES)}
 
 
 def tables() -> dict[str, Path]:
-    """The sweeps that come with qtool, by name."""
+    """Return the sweeps that come with qtool by name."""
     return {name: path for name, path in _files().items() if name.startswith(TABLES)}
 
 
@@ -29,11 +28,13 @@ def _files() -> dict[str, Path]:
 
 
 def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
-    """The sections of a recipe (or sweep) file, or of a packaged one's name, unchecked.
+    """Read the sections of a recipe (or sweep), a file or the name of a packaged one, without checking them.
 
     Raises:
-        InputError: Missing, a folder, not UTF-8, not YAML, empty, or no mapping.
+        InputError: The file is missing, a folder, not UTF-8, not YAML, empty, or no mapping.
     """
+    from qtool.config.yaml_loader import parse  # here, so that listing recipes loads no YAML library
+
     path = Path(path)
     names = packaged() if what == "recipe" else tables()
     if path.is_dir() and str(path) not in names:

@@ -1,17 +1,16 @@
-"""``--set section.key=value``: a change of one key of a recipe, before it is checked."""
+"""Apply ``--set section.key=value``, a change of one key of a recipe, before the recipe is checked."""
 
 import re
 from collections.abc import Sequence
 from typing import Any, cast
 
 from qtool.config import validation
-from qtool.config.yaml_loader import parse
 
-PATTERNED = re.compile(r"(quant\.(?:overrides|budget\.(?:floors|pins)))\.(.+)")  # keys that hold dots follow
+PATTERNED = re.compile(r"(quant\.(?:overrides|budget\.(?:floors|pins)))\.(.+)")  # after these a key may have dots
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """``raw`` with each ``section.key=value`` put in, and what is wrong with those that cannot be."""
+    """Return ``raw`` with each ``section.key=value`` put in, and the faults of those that cannot be put in."""
     wrong = []
     for text in overrides:
         try:
@@ -22,7 +21,9 @@ def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str,
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Key and value of ``section.key=value``; anything else is a ``ValueError``."""
+    """Split ``section.key=value`` into key and value; raise a ``ValueError`` for anything else."""
+    from qtool.config.yaml_loader import parse
+
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError("write section.key=value")
@@ -30,7 +31,7 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def changed(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
-    """``raw`` with ``value`` at the dotted ``key``; a ``ValueError`` where there can be none."""
+    """Return ``raw`` with ``value`` at the dotted ``key``; raise a ``ValueError`` if ``raw`` has no such place."""
     patterned = PATTERNED.fullmatch(key)
     if not (patterned or re.fullmatch(r"[^.]+(\.[^.]+)*", key)):
         raise ValueError("write section.key=value")
@@ -44,7 +45,7 @@ def changed(raw: dict[str, Any], key: str, value: object) -> dict[str, Any]:
 
 
 def _put(target: object, parts: Sequence[str], value: object, before: str = "") -> object:
-    """``target`` with ``value`` at the path ``parts``; sections and list entries on the way are made."""
+    """Return ``target`` with ``value`` at the path ``parts``; missing sections and list entries are made."""
     if not parts:
         return value
     part, *rest = parts
@@ -56,7 +57,7 @@ def _put(target: object, parts: Sequence[str], value: object, before: str = "") 
     if not isinstance(target, list):
         raise ValueError(f"{before} is {validation.found(target)}, which has no keys")
     if not part.isdecimal() or int(part) > len(target):
-        raise ValueError(f"{before} is a list of {len(target)}: go on with a number from 0 to {len(target)}")
+        raise ValueError(f"{before} is a list of {len(target)}: after {before} write a number from 0 to {len(target)}")
     index = int(part)
     return [
         *target[:index],

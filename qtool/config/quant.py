@@ -10,7 +10,7 @@ from qtool.config.section import Section as Section
 from qtool.system.errors import InputError
 
 ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
-ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # the first two
+ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # bits of activations, of kv_cache
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -24,31 +24,42 @@ def _check_group_size(value: int) -> int:
 class QuantSpec(Section):
     """The grid of one weight ``[out, in]``: codes ``0 .. 2**num_bits - 1``, one scale and zero point per group.
 
-    And to how many bits its linear rounds what it reads, and, where that is keys or values, what it gives.
+    A grid also gives the bits that its linear rounds its input to and, in key and value projections, its output.
     """
 
     num_bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per code.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
-        128, description="Input channels that share one scale; must divide the channels; -1: one group per row."
+        128,
+        description="Input channels that share one scale; must divide the number of input channels. -1: one group per "
+        "row.",
     )
-    symmetric: bool = Field(True, description="Hold the zero point at the middle code (nothing stored for it).")
+    symmetric: bool = Field(
+        True, description="Fix the zero point at the middle code and store none; false: store one per group."
+    )
     scale_dtype: ScaleDtype = Field(
-        "float16", description="What scales are stored as, and rounded to before they are used."
+        "float16", description="Dtype of stored scales; a scale is rounded to it before it is used."
     )
     float_zero: bool = Field(
-        False, description="Zero points may lie between codes, and are stored like scales; native and dense only."
+        False,
+        description="Let zero points lie between codes and store them like scales; needs symmetric: false. Only "
+        "native checkpoints and dense exports can hold them.",
     )
     activations: int | None = Field(
-        None, ge=2, le=8, description="Bits of what linears read, ranged for each token; unset: float. Native only."
+        None,
+        ge=2,
+        le=8,
+        description="Bits of the inputs of quantized linears, with one range per token; unset: not rounded. Only "
+        "native checkpoints support it.",
     )
     kv_cache: int | None = Field(
         None,
         ge=2,
         le=8,
-        description="Bits of keys and values, ranged for each token and head; unset: float. Native only.",
+        description="Bits of the KV cache (keys and values), with one range per token and head; unset: not rounded. "
+        "Only native checkpoints support it.",
     )
     kv_group_size: int | None = Field(
-        None, ge=1, description="Channels of keys and values that share a range; unset: those of a head."
+        None, ge=1, description="Channels of keys and values that share one range; unset: all channels of a head."
     )
 
     @model_validator(mode="after")
@@ -80,11 +91,11 @@ class QuantSpec(Section):
         return int(2 ** (self.num_bits - 1))
 
     def num_groups(self, in_features: int) -> int:
-        """Groups in one row of ``in_features`` weights."""
+        """The number of groups in one row of ``in_features`` weights."""
         return 1 if self.group_size == -1 else in_features // self.group_size
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Stored bits per weight with scales and zero points counted: ``b + (b + 16) / g``."""
+        """Stored bits per weight, including scales and zero points: ``b + (b + 16) / g``."""
         zero_bits = SCALE_BITS[self.scale_dtype] if self.float_zero else self.num_bits
         per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else zero_bits)
         return self.num_bits + per_group * self.num_groups(in_features) / in_features
@@ -97,26 +108,30 @@ class QuantSpec(Section):
 
 
 class QuantOverride(QuantSpec):
-    """What is different for the linears that match a pattern; keys left out keep the section's value."""
+    """Changes for the linears that match a pattern; a key that is left out keeps the value of section ``quant``."""
 
     skip: bool = Field(False, description="Leave these linears in floating point.")
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        return self  # half a grid: the section's own keys complete it
+        return self  # an override is a part of a grid, which is checked when the section's own keys complete it
 
 
 class QuantConfig(QuantSpec):
-    """How weights are quantized: one grid for all linears of the decoder blocks, and overrides by name."""
+    """The grid of all linears in the decoder blocks, and overrides by name."""
 
     overrides: dict[str, QuantOverride] = Field(
         default_factory=dict,
-        description="Shell-style pattern of full linear names -> keys of this section that differ, or skip: true. Or a "
-        "file that qtool plan wrote.",
+        description="Linears that differ: shell-style pattern of full linear names -> keys of this section, or skip: "
+        "true. Or the path of a file that qtool plan wrote.",
     )
-    budget: BudgetConfig | None = Field(None, description="A size, for which num_bits is chosen linear by linear.")
+    budget: BudgetConfig | None = Field(
+        None, description="Size limit, within which num_bits is chosen for each linear; unset: num_bits for all."
+    )
     preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
-        None, description="What activations and kv_cache are unless they are given: 8 and 8, 8 and 4, or 4 and 4 bits."
+        None,
+        description="Bits of activations and kv_cache where these keys are not given: a8: 8 and 8; a8kv4: 8 and 4; "
+        "a4kv4: 4 and 4.",
     )
 
     @model_validator(mode="before")
@@ -126,19 +141,19 @@ class QuantConfig(QuantSpec):
         return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
 
     def spec_for(self, name: str) -> QuantSpec | None:
-        """The grid of the linear ``name``; later patterns win; ``None`` when it stays in floating point."""
+        """The grid of the linear ``name``, or ``None`` if it stays in floating point; later patterns win."""
         values = self.model_dump(include=set(QuantSpec.model_fields))
         skip = False
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern):
                 changes = override.model_dump(exclude_unset=True)
                 skip = changes.pop("skip", skip)
-                if changes.get("kv_cache", 0) is None:  # then what it was to be grouped by means nothing
+                if changes.get("kv_cache", 0) is None:  # without a KV cache grid its group size means nothing
                     values["kv_group_size"] = None
                 values |= changes
         try:
             return None if skip else QuantSpec(**values)
-        except ValidationError as error:  # one by one they are right, or they would have been refused
+        except ValidationError as error:  # each override is valid, their combination is not
             raise InputError(f"quant.overrides that match {name}: {error.errors()[0]['msg']}") from None
 
 

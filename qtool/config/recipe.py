@@ -1,7 +1,7 @@
-"""The recipe: YAML and ``--set`` overrides to one checked, frozen ``Recipe``, or every fault at once.
+"""Read YAML and ``--set`` overrides as one checked, frozen ``Recipe``, or report every fault at once.
 
-Reading a recipe imports one method file, the one that ``method.name`` asks for (its section is defined there);
-importing this module imports none.
+Reading a recipe imports the file of the method that ``method.name`` asks for, because the method's section is defined
+there; importing this module imports no method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from qtool.config.sections import (
     OutputConfig,
     Section,
 )
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 
 S = TypeVar("S", bound=Section)
 
@@ -44,7 +44,7 @@ def _method_section(value: object) -> object:
     if not isinstance(value, Mapping):
         return value
     name = value.get("name")
-    if not isinstance(name, str):  # the keys of a section depend on its method: without one, only that is said
+    if not isinstance(name, str):  # without a method its keys are unknown: report only that
         return MethodConfig.model_validate({"name": name} if "name" in value else {})
     if name not in catalog.methods():
         raise ValidationError.from_exception_data("method", [_unknown("name", name, "method", catalog.methods())])
@@ -52,7 +52,7 @@ def _method_section(value: object) -> object:
 
 
 def _export_section(value: object) -> object:
-    """Check that the format exists, together with the other keys of the entry."""
+    """Check the format's name together with the other keys of the entry, to report all their faults."""
     if not isinstance(value, Mapping) or not isinstance(value.get("format"), str):
         return value
     value = {**value, "format": value["format"].replace("_", "-")}
@@ -71,52 +71,58 @@ Export = Annotated[ExportConfig, BeforeValidator(_export_section)]
 
 
 class Recipe(Section):
-    """A whole quantization run."""
+    """The recipe of a whole quantization run."""
 
-    model: ModelConfig = Field(description="Which model, in which precision, where.")
+    model: ModelConfig = Field(description="The model, the precision of computation, and the device.")
     method: Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_method_section)] = Field(
-        description="How to quantize: the method's name, and keys of its own."
+        description="How to quantize: the method's name, and keys of its own.",
     )
-    quant: QuantConfig = Field(default_factory=QuantConfig, description="The grid of the weights.")
+    quant: QuantConfig = Field(default_factory=QuantConfig, description="The grid of the quantized weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration text.")
-    eval: EvalConfig | None = Field(None, description="What to measure afterwards; left out: nothing.")
-    export: tuple[Export, ...] = Field((), description="A list of exports to write afterwards.")
-    expected: tuple[ExpectedConfig, ...] = Field((), description="Published numbers, to print ours beside them.")
-    output: OutputConfig = Field(description="Where the checkpoint goes.")
-    seed: int = Field(0, ge=0, description="Of everything random: same recipe, same machine, same bits.")
+    eval: EvalConfig | None = Field(None, description="What to evaluate after quantization; left out: nothing.")
+    export: tuple[Export, ...] = Field((), description="A list of exports to write after quantization.")
+    expected: tuple[ExpectedConfig, ...] = Field(
+        (), description="Published numbers, which the report shows beside the measured ones."
+    )
+    output: OutputConfig = Field(description="Where the checkpoint is written.")
+    seed: int = Field(
+        0, ge=0, description="Seed of all random numbers: the same recipe on the same machine gives the same bits."
+    )
 
     @model_validator(mode="after")
     def _fill_data(self) -> "Recipe":
-        """A copy with the method's own defaults in the data section, where the recipe sets nothing else."""
+        """Return a copy with the method's own defaults for data keys that the recipe does not set."""
         own = {key: value for key, value in self.method.data_defaults.items() if key not in self.data.model_fields_set}
         return self.model_copy(update={"data": self.data.model_copy(update=own)}) if own else self
 
 
 class EvalRecipe(Section):
-    """An evaluation alone: the recipe of ``qtool eval``, without a ``method`` section."""
+    """The recipe of ``qtool eval`` alone, without a ``method`` section."""
 
-    model: ModelConfig = Field(description="Which model, in which precision, where.")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="What to measure.")
-    expected: tuple[ExpectedConfig, ...] = Field((), description="Published numbers, to print ours beside them.")
-    output: OutputConfig | None = Field(None, description="Where the report goes; left out: only printed.")
-    seed: int = Field(0, ge=0, description="Of everything random.")
+    model: ModelConfig = Field(description="The model, the precision of computation, and the device.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="What to evaluate.")
+    expected: tuple[ExpectedConfig, ...] = Field(
+        (), description="Published numbers, which the report shows beside the measured ones."
+    )
+    output: OutputConfig | None = Field(None, description="Where the report is written; left out: it is only printed.")
+    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
 
 
 def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: Sequence[str] = ()) -> S:
-    """``raw`` as a ``kind``; ``source`` names it in messages, ``wrong`` are faults that were already found.
+    """Return ``raw`` as a ``kind``; ``source`` names it in messages, ``wrong`` are faults that were found before.
 
     Raises:
-        InputError: With every fault on a line of its own: dotted key, what is wrong, and the value found.
+        InputError: The message has one line for each fault: dotted key, what is wrong, and the value found.
     """
     checked, found = examine(kind, raw)
     lines = [*wrong, *found]
     if checked is None or lines:
-        raise InputError("\n  ".join([f"{source} has {len(lines)} fault(s):", *lines]))
+        raise InputError(listing(f"{source} has {len(lines)} fault(s):", lines))
     return checked
 
 
 def examine(kind: type[S], raw: Mapping[str, object]) -> tuple[S | None, list[str]]:
-    """``raw`` as a ``kind``, or ``None`` and a line for each of its faults."""
+    """Return ``raw`` as a ``kind`` (``None`` if it has faults) and one line for each fault."""
     try:
         return kind.model_validate(raw), []
     except ValidationError as error:
@@ -124,7 +130,7 @@ def examine(kind: type[S], raw: Mapping[str, object]) -> tuple[S | None, list[st
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at ``path`` (a file, or the name of a packaged one) with ``--set`` overrides applied.
+    """Load the recipe at ``path`` (a file, or the name of a packaged one) and apply ``--set`` overrides.
 
     Raises:
         InputError: The file cannot be read, or the recipe has faults; the message lists all of them.
@@ -134,12 +140,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> EvalRecipe:
-    """What ``qtool eval`` measures for a recipe; ``options`` are keys by section that replace the recipe's.
+    """Load what ``qtool eval`` measures for a recipe; ``options``, keys by section, replace the recipe's.
 
-    For a recipe with a ``method`` section that is the checkpoint it writes.
+    For a recipe with a ``method`` section the model to measure is the checkpoint that the recipe writes.
 
     Raises:
-        InputError: The recipe has faults, or its checkpoint is not there yet.
+        InputError: The recipe has faults, or its checkpoint does not exist yet.
     """
     raw = read_yaml(path)
     for section, values in options.items():
@@ -151,20 +157,22 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
     recipe = check(Recipe, _with_plan(raw), path)
     if not recipe.output.path.is_dir():
         command = plugins.get(recipe.method.name).command
-        raise InputError(f"{path} writes {recipe.output.path}, which is not there yet; run: qtool {command} {path}")
+        raise InputError(f"{path} writes {recipe.output.path}, which does not exist yet; run: qtool {command} {path}")
     model = recipe.model.model_copy(update={"path": str(recipe.output.path)})
     return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
 
 
 def _with_plan(raw: dict[str, Any]) -> dict[str, Any]:
-    """``raw`` with the overrides of the file that ``quant.overrides`` names, where it names one."""
+    """Return ``raw``; if ``quant.overrides`` names a file, the overrides of that file take its place."""
     quant = raw.get("quant")
     if not isinstance(quant, dict) or not isinstance(quant.get("overrides"), str):
         return raw
     planned = read_yaml(quant["overrides"]).get("quant")
     overrides = planned.get("overrides") if isinstance(planned, dict) else None
     if not isinstance(overrides, dict):
-        raise InputError(f"quant.overrides: {quant['overrides']} has no overrides in a section quant")
+        raise InputError(
+            f"quant.overrides: {quant['overrides']} has no overrides in its section quant; give a file of qtool plan"
+        )
     return {**raw, "quant": {**quant, "overrides": overrides}}
 
 
@@ -173,18 +181,18 @@ class _OneExport(Section):
 
 
 def check_export(values: Mapping[str, object]) -> ExportConfig:
-    """The export that the options of ``qtool export`` ask for.
+    """Check the options of ``qtool export`` and return them as an export.
 
     Raises:
-        InputError: With every fault on a line of its own.
+        InputError: The message has one line for each fault.
     """
     return check(_OneExport, {"export": values}, "the command line").export
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data with every default filled in; ``Recipe.model_validate`` reads it back."""
+    """Return the recipe as plain data with every default filled in; ``Recipe.model_validate`` reads it back."""
     data = recipe.model_dump(mode="json")
-    # an override's defaults are not choices: filled in, they would replace the section's own values
+    # defaults of an override stay out: filled in, they would replace the values of section quant
     data["quant"]["overrides"] = {
         pattern: override.model_dump(mode="json", exclude_unset=True)
         for pattern, override in recipe.quant.overrides.items()

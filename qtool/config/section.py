@@ -4,6 +4,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe that refuses keys it does not know."""
+    """A frozen part of a recipe. It refuses keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

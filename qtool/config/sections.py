@@ -1,6 +1,6 @@
-"""The sections of a recipe that every method shares, and ``QuantSpec``, the grid of one weight.
+"""The sections of a recipe that every method shares.
 
-A leaf: pydantic only. A method's own section derives from :class:`MethodConfig` in that method's file.
+This module needs pydantic only. A method's own section derives from :class:`MethodConfig` in that method's file.
 """
 
 from pathlib import Path
@@ -8,20 +8,23 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from qtool.config.section import Section as Section  # of this module, too, for whoever reads recipes
+from qtool.config.section import Section as Section  # re-exported, so that readers of recipes import one module
 
-IGNORED = -100  # the label of a token that is not learned; cross entropy's own default
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+IGNORED = -100  # label of a token that is not learned; the default of torch's cross entropy
 
 
 class ModelConfig(Section):
-    """Which model, in which precision, where."""
+    """The model, the precision of computation, and the device."""
 
     path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "auto",
-        description="Precision of computation; auto: the checkpoint's own where the device has it, else float32.",
+        description="Precision of computation. auto: the checkpoint's dtype if the device supports it, else float32.",
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: the first GPU when there is one.")
+    device: str = Field(
+        "auto", description="Device: cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU if there is none."
+    )
 
 
 class MethodConfig(Section):
@@ -31,7 +34,7 @@ class MethodConfig(Section):
 
     @property
     def data_defaults(self) -> dict[str, int]:
-        """Keys of the data section that have another default under this method."""
+        """Defaults of the data section that are different for this method."""
         return {}
 
 
@@ -40,52 +43,64 @@ class DataConfig(Section):
 
     source: str = Field(
         "generated",
-        description="generated, wikitext2, enwiki, c4, redpajama, slimpajama; alpaca or deita, of which only answers "
-        "are learned; or a path to a .txt, .jsonl or .parquet file, or to tokens in .npy or .safetensors.",
+        description="generated (text that the model writes itself), wikitext2, enwiki, c4, redpajama, slimpajama; "
+        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl or .parquet file, or to "
+        "tokens in .npy or .safetensors.",
     )
-    num_samples: int = Field(128, ge=1, description="Number of windows.")
-    seq_len: int = Field(512, ge=2, description="Tokens in a window.")
+    num_samples: int = Field(128, ge=1, description="Number of calibration windows.")
+    seq_len: int = Field(512, ge=2, description="Tokens per window.")
     memory_budget: ByteSize = Field(
         ByteSize(8_000_000_000),
         ge=0,
-        description="Memory for hidden states, e.g. 4GB: within it they are held in the middle of a block as well; "
-        "above it those are made again when needed, and at last all are kept on disk. The result is the same.",
+        description="RAM for the hidden states of the calibration text, e.g. 4GB. If the states and the paused "
+        "forwards fit, each block runs once; if only the states fit, a block runs again for each group of linears; "
+        "otherwise the states go to disk. The result is the same.",
     )
 
 
 class EvalConfig(Section):
-    """What is measured after quantization, for the quantized model and the float one."""
+    """The evaluation of the quantized model and the float model."""
 
     tasks: tuple[str, ...] = Field(
         ("wikitext2",),
         min_length=1,
-        description="wikitext2 and generated (token perplexity), kl, or any lm-eval task: boolq, mmlu.",
+        description="wikitext2 and generated (token perplexity), kl (KL divergence from the float model), or any "
+        "lm-eval task, e.g. boolq, mmlu.",
     )
     num_fewshot: int | dict[str, int] = Field(
-        default_factory=dict, description="Examples in the prompt, for all tasks or by task; unset: the task's own."
+        default_factory=dict,
+        description="Examples in the prompt of lm-eval tasks: one number, or task -> number; unset: the task's own.",
     )
-    limit: int | None = Field(None, ge=1, description="Evaluate only the first N windows or examples of a task.")
+    limit: int | None = Field(
+        None, ge=1, description="Evaluate only the first N windows or examples of each task; unset: all."
+    )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Windows or requests in one forward pass."
+        "auto", description="Windows or lm-eval requests in one forward pass; auto: as many as fit the memory."
     )
-    context: int = Field(2048, ge=2, description="Perplexity window in tokens; the model's maximum when that is less.")
+    context: int = Field(2048, ge=2, description="Perplexity window in tokens; at most the model's maximum.")
     backend: Literal["exact", "fast"] = Field(
-        "exact", description="Arithmetic of packed linears; fast: this machine's kernels for inputs of few rows."
+        "exact",
+        description="Arithmetic of packed linears. exact: dequantize the weight for each product; fast: this "
+        "machine's kernels where the input has few rows.",
     )
 
 
-# of what qtool measures itself; every other task is lm-eval's
+# metrics of the tasks that qtool measures itself; every other task is lm-eval's
 METRICS = {"wikitext2": ("perplexity",), "generated": ("perplexity",), "kl": ("kl", "top-1 agreement")}
 
 
 class ExpectedConfig(Section):
-    """A published number, to stand beside ours."""
+    """A published number, which the report shows beside the measured one."""
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="The task it is of, or several whose mean it is.")
-    metric: str = Field(
-        description="As our report names it: perplexity, acc; acc_norm stands for acc where a task has no other."
+    tasks: tuple[str, ...] = Field(
+        min_length=1, description="The task of the published number; of several tasks, it is the mean."
     )
-    value: float = Field(allow_inf_nan=False, description="The published number; a share, not per cent: 0.6014.")
+    metric: str = Field(
+        description="Metric as the report names it: perplexity, acc; acc_norm means acc for a task without acc_norm.",
+    )
+    value: float = Field(
+        allow_inf_nan=False, description="The published number; an accuracy as a fraction, not in per cent: 0.6014."
+    )
     source: str = Field(min_length=1, description="Where it was published, e.g. arXiv 2406.06385, Table 4.")
 
     @model_validator(mode="after")
@@ -94,17 +109,19 @@ class ExpectedConfig(Section):
             if self.metric not in METRICS.get(task, (self.metric,)):
                 raise ValueError(f"{task} has no metric {self.metric!r}; it has {', '.join(METRICS[task])}")
         if self.metric.startswith("acc") and not 0 <= self.value <= 1:
-            raise ValueError(f"accuracies are shares: write {self.value / 100:.4g} for {self.value:g} %")
+            raise ValueError(f"accuracies are fractions: write {self.value / 100:.4g} for {self.value:g} %")
         return self
 
 
 class ExportConfig(Section):
     """One export written after quantization."""
 
-    format: str = Field(description="The export format: the name of its file in qtool/export.")
+    format: str = Field(description="The export format: the name of its file in qtool/exporters.")
     path: Path = Field(description="Folder to write; must not exist unless output.overwrite is set.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of tensors that stay in floating point; auto: the smallest that holds every value exactly."
+    dtype: Dtype = Field(
+        "auto",
+        description="Dtype of the tensors that are stored in floating point. auto: the checkpoint's dtype, or a "
+        "larger one where that would change a value.",
     )
 
 
@@ -116,5 +133,5 @@ class OutputConfig(Section):
     plots: bool = Field(False, description="Write the figures of report.html also as PNG and SVG files, in plots/.")
 
 
-# keys that change no bit of a result
+# recipe keys that do not change a bit of the result
 IMMATERIAL = ("memory_budget", "save_every", "tracker", "gradient_checkpointing")

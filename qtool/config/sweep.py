@@ -1,4 +1,4 @@
-"""The sections of a sweep: its base recipe, axes, launcher, and how speed is measured."""
+"""The sections of a sweep: its base recipe, axes, launcher and speed measurement."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,24 +6,24 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qtool.config.sections import Section
+from qtool.config.sections import Dtype, Section
 from qtool.system.errors import InputError
 
 
 class LauncherConfig(Section):
-    """Where cells run."""
+    """The place where cells run."""
 
     name: Literal["local", "submitit", "ray"] = Field(
-        "local", description="Processes of this machine, jobs of Slurm through submitit, or tasks of Ray."
+        "local", description="local: processes on this machine; submitit: Slurm jobs; ray: Ray tasks."
     )
     cluster: Literal["slurm", "local", "debug"] | None = Field(
-        None, description="What submitit submits to; unset: Slurm where it is there, else this machine."
+        None, description="Where submitit submits jobs; unset: Slurm if it is available, else this machine."
     )
-    address: str | None = Field(None, description="Of a running Ray cluster; unset: a Ray of this machine's own.")
+    address: str | None = Field(None, description="Address of a running Ray cluster; unset: start Ray on this machine.")
     parameters: dict[str, Any] = Field(
         default_factory=dict,
-        description="Of submitit's update_parameters (timeout_min, slurm_partition, gpus_per_node, ...), or options of "
-        "a Ray task (num_cpus, num_gpus, ...).",
+        description="Arguments of submitit's update_parameters (timeout_min, slurm_partition, gpus_per_node, ...), or "
+        "options of a Ray task (num_cpus, num_gpus, ...).",
     )
 
     @model_validator(mode="after")
@@ -34,16 +34,16 @@ class LauncherConfig(Section):
             if getattr(self, key) is not None and self.name != owner
         ]
         if self.parameters and self.name == "local":
-            idle.append("parameters act only with a cluster; --jobs says how many processes there are")
+            idle.append("parameters act only with a cluster (submitit, ray); --jobs gives the number of processes")
         if idle:
             raise ValueError("; ".join(idle))
         return self
 
     def check(self) -> None:
-        """Whether the package that it needs is there.
+        """Check that the package of the launcher is installed.
 
         Raises:
-            InputError: it is not.
+            InputError: The package is not installed.
         """
         if self.name != "local" and find_spec(self.name) is None:
             extra = "qtool[cluster]" if self.name == "submitit" else self.name
@@ -54,48 +54,58 @@ class LauncherConfig(Section):
 
 
 class BenchConfig(Section):
-    """How speed is measured: the options of ``qtool bench``."""
+    """The options of ``qtool bench``, which measures speed."""
 
     prompt_tokens: int = Field(256, ge=2, description="Tokens of the prompt.")
     new_tokens: int = Field(32, ge=1, description="Tokens decoded in each repeat.")
-    repeats: int = Field(5, ge=1, description="Of each number; the median is shown.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Precision of computation."
-    )
+    repeats: int = Field(5, ge=1, description="Measurements of each number; the median is shown.")
+    dtype: Dtype = Field("bfloat16", description="Precision of computation.")
 
 
 class SweepConfig(Section):
-    """A sweep: what varies, and what is done with it."""
+    """A sweep: the keys that vary, and what is done with each cell."""
 
     recipe: str | dict[str, Any] = Field(
-        default_factory=dict, description="What every cell starts from: a packaged name, a file, or sections."
+        default_factory=dict, description="Recipe that every cell starts from: a packaged name, a file, or sections."
     )
-    set: dict[str, Any] = Field(default_factory=dict, description="Changes of every cell: dotted key -> value.")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Changes to the recipe of every cell: dotted key -> value."
+    )
     grid: dict[str, list[Any] | dict[str, Any]] = Field(
         default_factory=dict,
-        description="Axes, of which every combination is a cell. A key of the recipe -> its values, as a list or by "
-        "label; any other name -> sets of changes by label.",
+        description="Axes; every combination of their values is a cell. A recipe key -> its values, as a list or by "
+        "label; any other name -> label -> changes (dotted key -> value).",
     )
     exclude: tuple[dict[str, Any], ...] = Field(
-        (), description="Cells to leave out: axis -> value or list of values; all of an entry must fit."
+        (),
+        description="Cells to leave out: axis -> value or list of values; a cell is left out if all axes of an entry "
+        "match.",
     )
     cells: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="Further cells by name: dotted key -> value, and columns: their labels."
+        default_factory=dict,
+        description="Further cells by name: dotted key -> value, and columns (axis -> label) for the table.",
     )
-    over: tuple[str, ...] = Field((), description="Axes over which means and standard deviations are taken, e.g. seed.")
+    over: tuple[str, ...] = Field(
+        (), description="Axes over which the table gives mean and standard deviation, e.g. seed."
+    )
     keep: Literal["all", "reports"] = Field(
-        "all", description="reports: drop the weights of a cell when it has been measured."
+        "all",
+        description="all: keep checkpoints and reports; reports: delete the weights of a cell after measuring it.",
     )
     missing_models: Literal["error", "skip"] = Field(
-        "error", description="skip: a cell whose model is not on this machine is not run, and nothing is downloaded."
+        "error",
+        description="skip: do not run a cell whose model is not on this machine, and download nothing; error: "
+        "download the model, or refuse the sweep.",
     )
     bench: bool | BenchConfig = Field(
-        False, description="Measure speed, memory and energy too, one cell after another; true, or how: repeats, ..."
+        False,
+        description="Also measure speed, memory and energy, one cell after another: true, or a mapping with keys of "
+        "qtool bench (repeats, ...).",
     )
     launcher: LauncherConfig = Field(LauncherConfig(), description="Where cells run.")
     output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
 
 
 def how(bench: bool | BenchConfig) -> BenchConfig:
-    """How speed is measured where a sweep says only that it is."""
+    """The options of ``qtool bench``; the defaults if a sweep says only ``bench: true``."""
     return bench if isinstance(bench, BenchConfig) else BenchConfig()

@@ -1,4 +1,4 @@
-"""The sections of a recipe that methods share which train: rounding, optimizer, and training of the whole model."""
+"""Recipe sections that training methods share: rounding, optimizer, and training of the whole model."""
 
 from typing import Any, Literal, Self
 
@@ -6,35 +6,46 @@ from pydantic import Field, model_validator
 
 from qtool.config.sections import MethodConfig, Section
 
-OVERSHOOT = {"logistic": 0.2785, "gaussian": 0.1700}  # how far a soft clamp passes its end, times its sharpness
+OVERSHOOT = {"logistic": 0.2785, "gaussian": 0.1700}  # overshoot of a soft clamp beyond its end, times its sharpness
 
 
 class RoundingConfig(Section):
-    """What training takes for the gradient of rounding and clamping; the weight that it ships is the same under all."""
+    """The gradient of rounding and clamping in training. It does not change how the final weight is rounded."""
 
     estimator: Literal["ste", "sigmoid", "sigmoid-local", "dsq"] = Field(
         "ste",
-        description="Gradient of rounding: straight through; of a periodic sum of logistic steps; of one logistic step "
-        "in each code; or of steps of tanh (sigmoid-local at twice the temperature).",
+        description="Gradient of rounding. ste: straight-through; sigmoid: a periodic sum of logistic steps; "
+        "sigmoid-local: one logistic step in each code; dsq: tanh steps (sigmoid-local at twice the temperature).",
     )
     temperature: float = Field(
-        4.0, gt=0, le=100, description="Steepness of the estimator's steps, per code; towards 0 it becomes ste."
+        4.0,
+        gt=0,
+        le=100,
+        description="Steepness of the estimator's steps, per code; towards 0 the estimator becomes ste.",
     )
     temperature_end: float | None = Field(
-        None, gt=0, le=100, description="Temperature at the end of training, reached linearly; unset: constant."
+        None,
+        gt=0,
+        le=100,
+        description="Temperature at the end of training, reached linearly; unset: the temperature is constant.",
     )
     clamp: Literal["hard", "softclamp"] = Field(
-        "hard", description="Gradient at the ends of the grid: zero beyond them, or that of smooth ramps around them."
+        "hard",
+        description="Gradient of clamping to the grid. hard: zero beyond the ends; softclamp: that of smooth ramps "
+        "around them.",
     )
     gate: Literal["logistic", "gaussian"] = Field("logistic", description="Shape of the ramps of softclamp.")
     sharpness: float = Field(
-        4.0, gt=0, le=1000, description="Steepness of the ramps of softclamp, per code; 2 bits want 4 or more."
+        4.0, gt=0, le=1000, description="Steepness of the ramps of softclamp, per code; 2-bit grids need 4 or more."
     )
     scale_gradient: Literal["plain", "lsq"] = Field(
-        "plain", description="Gradient of scales as it is, or divided by the root of group size times highest level."
+        "plain",
+        description="Gradient of scales. plain: unchanged; lsq: divided by the root of group size times highest level.",
     )
     forward: Literal["hard", "soft"] = Field(
-        "hard", description="hard: train on the weight that is shipped; soft: on the estimator's own smooth values."
+        "hard",
+        description="Weight in the forward pass. hard: the rounded weight that is saved; soft: the estimator's smooth "
+        "values.",
     )
 
     @model_validator(mode="after")
@@ -48,17 +59,19 @@ class RoundingConfig(Section):
         if idle:
             raise ValueError("; ".join(f"{key} acts only with {needs[key]}: leave it out" for key in idle))
         if self.forward == "soft" and self.estimator == "ste":
-            raise ValueError("forward: soft needs an estimator other than ste, whose smooth form does not round at all")
+            raise ValueError(
+                "forward: soft needs an estimator other than ste; the smooth form of ste does not round at all"
+            )
         least = 2 * OVERSHOOT[self.gate]
         if self.forward == "soft" and self.clamp == "softclamp" and self.sharpness <= least:
             raise ValueError(
-                f"forward: soft with sharpness {self.sharpness:g} passes the ends of the grid by half a code, which "
-                f"rounds to a code that is not there; use a sharpness above {least:.2f}, or forward: hard"
+                f"forward: soft with sharpness {self.sharpness:g} passes the ends of the grid by half a code, and so "
+                f"rounds to a code outside the grid; use a sharpness above {least:.2f}, or forward: hard"
             )
         return self
 
     def at(self, share: float) -> Self:
-        """The same with the temperature that holds after ``share`` (0 .. 1) of training."""
+        """Return a copy with the temperature that holds after ``share`` (0 .. 1) of training."""
         if self.temperature_end is None:
             return self
         temperature = self.temperature + share * (self.temperature_end - self.temperature)
@@ -66,24 +79,36 @@ class RoundingConfig(Section):
 
 
 class OptimConfig(Section):
-    """How parameters follow their gradients."""
+    """The optimizer and the learning rate schedule."""
 
     optimizer: Literal["adamw", "adamw8bit", "signsgd"] = Field(
-        "adamw", description="adamw8bit needs bitsandbytes; signsgd: steps of the rate itself, by the gradient's sign."
+        "adamw",
+        description="adamw8bit: AdamW with 8-bit states, needs bitsandbytes; signsgd: each step has the size of the "
+        "learning rate, against the sign of the gradient.",
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of AdamW's averages of gradient and square.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of AdamW's average square.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Decay rates of AdamW's averages of the gradient and its square."
+    )
+    eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW, added to the root of the averaged squared gradient.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How learning rates fall after the warm-up."
+        "cosine", description="Decay of the learning rates after the warm-up."
     )
-    final_share: float = Field(0.05, ge=0, le=1, description="Rate at the end, as a share of the rate at the top.")
-    warmup_share: float = Field(0.0, ge=0, le=1, description="Share of the steps in which rates rise, linearly.")
-    max_grad_norm: float | None = Field(None, gt=0, description="Gradients longer than this are cut; unset: none is.")
-    accumulation: int = Field(1, ge=1, description="Parts that a step is worked on in, to save memory; same result.")
+    final_share: float = Field(0.05, ge=0, le=1, description="Learning rate at the end, as a share of the highest.")
+    warmup_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the steps in which the learning rates rise linearly."
+    )
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="Clip the norm of all gradients together to this; unset: no clipping."
+    )
+    accumulation: int = Field(
+        1,
+        ge=1,
+        description="Gradient accumulation: process a step's batch in this many parts. Saves memory; same result.",
+    )
 
 
 def _over(default: Any, given: Any) -> Any:
-    """``given``, and where it is a section that says nothing, ``default``."""
+    """Return ``given``; if both are sections, keys that ``given`` lacks keep their value in ``default``."""
     if not isinstance(default, dict) or not isinstance(given, dict):
         return given
     return default | {name: _over(default.get(name), value) for name, value in given.items()}
@@ -92,15 +117,17 @@ def _over(default: Any, given: Any) -> Any:
 class TrainedConfig(MethodConfig):
     """The base of the section of every method that trains."""
 
-    rounding: RoundingConfig = Field(RoundingConfig(), description="The gradient of rounding and clamping.")
+    rounding: RoundingConfig = Field(RoundingConfig(), description="Gradient of rounding and clamping.")
     init_from: str | None = Field(
-        None, description="Folder of a native checkpoint of the same model and grid to start from; unset: the floats."
+        None,
+        description="Folder of a native checkpoint of the same model and grid to start training from; unset: start "
+        "from the float weights.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_sections(cls, values: Any) -> Any:
-        """A section of which some keys are given keeps this method's own defaults for the others."""
+        """Fill keys that a given section leaves out with this method's own defaults."""
         if not isinstance(values, dict):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items()}
@@ -109,36 +136,46 @@ class TrainedConfig(MethodConfig):
 
 
 class EndToEndConfig(Section):
-    """Training of the whole model on text: what it lowers, on how much, and how that is watched."""
+    """Training of the whole model on text: loss, duration, optimizer, validation and logging."""
 
     loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld"] = Field(
         "kl",
-        description="ce: next-token cross entropy; the others compare with the float model, which is then held in "
-        "memory too: KL divergence, reversed, mixed with ce, of the likeliest tokens, or of both directions by its "
-        "confidence.",
+        description="Training loss. ce: next-token cross entropy. The others compare with the float model, which is "
+        "then in memory as well: kl: KL divergence; reverse-kl; mixed: kl and ce; topk-kl: kl of the likeliest "
+        "tokens; cakld: kl and reverse-kl, weighted by the float model's confidence.",
     )
-    temperature: float = Field(1.0, gt=0, description="Both models' logits are divided by this before a divergence.")
+    temperature: float = Field(1.0, gt=0, description="Divisor of both models' logits before a divergence.")
     ce_share: float = Field(0.5, ge=0, le=1, description="Weight of ce in the loss mixed; kl has the rest.")
-    top_k: int = Field(64, ge=1, description="Tokens that topk-kl tells apart.")
-    epochs: int = Field(1, ge=1, description="How often each calibration window is seen.")
-    steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says.")
-    batch_size: int = Field(4, ge=1, description="Windows in a step, those of all processes and parts together.")
-    optim: OptimConfig = Field(OptimConfig(), description="How parameters follow their gradients.")
+    top_k: int = Field(
+        64, ge=1, description="Likeliest tokens that the loss topk-kl compares; the other tokens count as one."
+    )
+    epochs: int = Field(1, ge=1, description="Passes over the calibration windows.")
+    steps: int | None = Field(
+        None, ge=0, description="Number of training steps, in place of epochs; unset: epochs decides."
+    )
+    batch_size: int = Field(
+        4, ge=1, description="Windows per step, over all processes and accumulation parts together."
+    )
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer and learning rate schedule.")
     gradient_checkpointing: bool = Field(
-        False, description="Run each block a second time for its gradient and hold less meanwhile; same result."
+        False, description="Run each block a second time in the backward pass: less memory, more time, same result."
     )
     sharding: Literal["none", "full"] = Field(
         "none",
-        description="What several processes hold: all of the model each, or of every parameter, gradient, optimizer "
-        "state and frozen weight a part (FSDP2).",
+        description="State of the model in several processes. none: each process holds a full copy; full: parameters, "
+        "gradients, optimizer states and frozen weights are sharded (FSDP2).",
     )
     validation_samples: int = Field(
-        0, ge=0, description="Windows kept out of training, on which the best state is chosen; 0: the last state is."
+        0, ge=0, description="Windows kept out of training, on which the best state is chosen; 0: keep the last state."
     )
     validate_every: int = Field(0, ge=0, description="Steps between validations; 0: only before and after training.")
-    save_every: int = Field(100, ge=0, description="Steps after which a killed run loses nothing; 0: only the end.")
+    save_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between saved training states, from which a killed run goes on; 0: save only at the end.",
+    )
     tracker: Literal["auto", "tensorboard", "wandb", "mlflow", "none"] = Field(
-        "auto", description="Where losses are sent; auto: tensorboard, in OUT.logs, where that is installed."
+        "auto", description="Where training losses are logged; auto: tensorboard, in OUT.logs, if it is installed."
     )
 
     @model_validator(mode="after")
@@ -153,22 +190,29 @@ class EndToEnd(TrainedConfig, EndToEndConfig):
 
 
 class WeightsConfig(EndToEnd):
-    """The same of a method that trains their weights: how fast these move.
+    """The base of the section of a method that trains the weights of all linears at once.
 
-    Rates follow the model and the budget: a weight whose gradient keeps its sign moves by ``travel`` quantization steps
-    in the whole training, whatever that is: Adam's steps have the size of the rate.
+    Learning rates follow from the model and the number of steps: Adam's steps have the size of the learning rate, so a
+    weight whose gradient keeps its sign moves by ``travel`` quantization steps in the whole training, however long.
     """
 
-    travel: float = Field(0.2, ge=0, description="How far a weight can move in all steps, in quantization steps.")
+    travel: float = Field(
+        0.2,
+        ge=0,
+        description="Distance that a weight can move over all steps, in quantization steps; sets its learning rate.",
+    )
     lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
-    weight_decay: float = Field(0.0, ge=0, description="Of weights, decoupled from the gradient.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of weights, decoupled from the gradient.")
 
 
 class GridConfig(WeightsConfig):
-    """The same of a method that also trains scales and zero points."""
+    """The base of the section of a method that also trains scales and zero points."""
 
     scale_travel: float = Field(
-        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+        0.15,
+        ge=0,
+        description="Distance that the ends of a range can move over all steps, in quantization steps; sets the "
+        "learning rate of scales and zero points.",
     )
     scale_lr: float | None = Field(
         None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe, as lines that a person can act on."""
+"""Turn the faults that pydantic finds in a recipe into lines that a person can act on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _KINDS = {
 
 
 class _Place(NamedTuple):
-    """Where a fault is: the path of keys, the section that holds the last one, its field, and what should be there."""
+    """The place of a fault: the path of keys, the section of the last key, its field, and the type it should have."""
 
     path: tuple[str, ...]
     owner: type[Section]
@@ -34,14 +34,14 @@ class _Place(NamedTuple):
 
 
 def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationError) -> list[str]:
-    """One line for each fault of ``raw`` as a ``kind``: dotted key, what is wrong, and the value found."""
+    """Return a line for each fault of ``raw`` as a ``kind``: dotted key, what is wrong, and the value found."""
     faults: dict[tuple[str, ...], list[Any]] = {}
     for row in error.errors(include_url=False):
         faults.setdefault(_place(kind, raw, row["loc"]).path, []).append(row)
     lines = []
     for path, rows in faults.items():
         if any(other[: len(path)] == path != other for other in faults):
-            continue  # the other branch of a union got further, so it is the one that was meant
+            continue  # another branch of the union got further, so the user meant that one
         place = _place(kind, raw, rows[0]["loc"])
         value = rows[0]["input"]
         what = " or ".join(dict.fromkeys(_what(row) for row in rows)).replace(" or should be", " or")
@@ -61,7 +61,7 @@ def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationErr
 
 
 def _place(kind: type[Section], raw: Mapping[str, object], loc: Sequence[int | str]) -> _Place:
-    """The place of a pydantic location, which names union branches too."""
+    """Return the place of a pydantic location, which also names union branches."""
     path: list[str] = []
     hint: Any = kind
     owner, field = kind, None
@@ -79,7 +79,7 @@ def _place(kind: type[Section], raw: Mapping[str, object], loc: Sequence[int | s
 
 
 def _required(place: _Place) -> list[tuple[list[str], str]]:
-    """The keys, below a missing one, that have to be written, with their descriptions."""
+    """Return the required keys below a missing one, with their descriptions."""
     if isinstance(place.hint, type) and issubclass(place.hint, Section):
         fields = place.hint.model_fields.items()
         return [([name], field.description or "") for name, field in fields if field.is_required()]
@@ -87,7 +87,7 @@ def _required(place: _Place) -> list[tuple[list[str], str]]:
 
 
 def bare(hint: Any) -> Any:
-    """A type without ``Annotated`` and without ``| None``."""
+    """Return a type without ``Annotated`` and without ``| None``."""
     if get_origin(hint) is Annotated:
         return bare(get_args(hint)[0])
     real = [arg for arg in get_args(hint) if arg is not type(None)]
@@ -95,7 +95,7 @@ def bare(hint: Any) -> Any:
 
 
 def _section(raw: Mapping[str, object], key: str, field: FieldInfo) -> Any:
-    """The type of a field; for ``method`` the section of the method asked for."""
+    """Return the type of a field; for ``method`` the section of the method that ``raw`` names."""
     hint, section = bare(field.annotation), raw.get(key)
     if hint is MethodConfig and isinstance(section, Mapping) and section.get("name") in catalog.methods():
         return plugins.get(str(section["name"])).config
@@ -124,9 +124,13 @@ def _nearest(kind: type[Section], raw: Mapping[str, object], place: _Place) -> s
 
 
 def found(value: object) -> str:
-    """A value as a recipe would write it, cut to one short line."""
+    """Return a value as a recipe would write it, cut to one short line."""
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
-    except (ValueError, TypeError, RecursionError):  # keys that are no text, a value inside itself, a huge number
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # keys that are not text, a value that contains itself, a huge number
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from qtool.checkpoints.native import Source
 from qtool.checkpoints.quantization_config import label
 from qtool.config.sections import ModelConfig
+from qtool.config.sweep import BenchConfig
 from qtool.models.backend import held_bytes, use_backend
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
@@ -33,24 +34,10 @@ from qtool.system import energy, memory, progress, units
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
-BATCHES = (1, 8)  # batch sizes of decoding
-WARM_STEPS = 2  # decode steps before the first repeat
-ENOUGH = 2.0  # seconds that decoding may take in one repeat: longer work is done with fewer tokens
-SELF = Path("/proc/self")  # folder of this process in Linux's process file system
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured."""
-
-    prompt_tokens: int = 256
-    new_tokens: int = 32  # decoded in each repeat, fewer where that takes longer than ENOUGH
-    repeats: int = 5
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence when all repeats are done."""
-        return self.prompt_tokens + WARM_STEPS + self.repeats * self.new_tokens
+BATCHES = (1, 8)
+WARM_STEPS = 2
+ENOUGH = 2.0  # seconds of decoding in one repeat
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -78,15 +65,16 @@ class _Subject:
         )
 
 
-def bench(config: ModelConfig, plan: Plan) -> BenchReport:
-    """Measure a native checkpoint in the precision and on the device of ``config``.
+def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
+    """Measure the native checkpoint at ``path``, as much and in the precision that ``plan`` says.
 
     Raises:
         InputError: the folder is no native checkpoint, or sequences would be longer than the model's context.
     """
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
-    source = Source(Path(config.path))
+    config = ModelConfig(path=path, dtype=plan.dtype, device=device)
+    source = Source(Path(path))
     held = _Memory(choose_device(config.device))
     with progress.stage(f"loading {config.path}"):
         loaded = load_model(config, quantized=True)
@@ -132,9 +120,10 @@ def bench(config: ModelConfig, plan: Plan) -> BenchReport:
     )
 
 
-def _prompts(loaded: LoadedModel, plan: Plan) -> Tensor:
+def _prompts(loaded: LoadedModel, plan: BenchConfig) -> Tensor:
     """Return random tokens ``[largest batch, prompt_tokens]``, the same on every call."""
-    if plan.length > loaded.max_length:
+    length = plan.prompt_tokens + WARM_STEPS + plan.repeats * plan.new_tokens  # of a sequence after all repeats
+    if length > loaded.max_length:
         raise InputError(
             f"a prompt of {plan.prompt_tokens} tokens and {plan.repeats} x {plan.new_tokens} more do not fit the "
             f"context of {loaded.path} ({loaded.max_length}); ask for fewer"
@@ -219,7 +208,7 @@ class _Clock:
         return seconds, self.meter.joules(before, self.meter.read())
 
 
-def _measure(subjects: list[_Subject], tokens: Tensor, plan: Plan, clock: _Clock) -> dict[str, dict[str, Speed]]:
+def _measure(subjects: list[_Subject], tokens: Tensor, plan: BenchConfig, clock: _Clock) -> dict[str, dict[str, Speed]]:
     """Return speeds by subject and measure; in each repeat the subjects take turns at each measure."""
     work: dict[tuple[str, str], tuple[int, Callable[[], object]]] = {}  # number of tokens, and the work
     for subject in subjects:
@@ -287,7 +276,7 @@ class _Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
             return True
         with suppress(OSError):
-            (SELF / "clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes the memory held now
+            CLEAR_REFS.write_text("5", encoding="ascii")  # Linux: the peak becomes the memory held now
             return True
         return False
 
@@ -296,8 +285,4 @@ class _Memory:
         if self.device.type == "cuda":
             peak = field == "VmHWM"
             return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)
-        with suppress(OSError):
-            for line in (SELF / "status").read_text(encoding="ascii", errors="replace").splitlines():
-                if line.startswith(f"{field}:"):
-                    return int(line.split()[1]) * 1024
-        return None
+        return memory.status_bytes(field)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from qtool.checkpoints.files import write_json
 from qtool.config import recipe
 from qtool.config.sweep import BenchConfig, how
+from qtool.config.yaml_loader import dump
 from qtool.pipelines.lock import differences
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.run_state import read_lock
@@ -106,7 +105,7 @@ def write_recipe(cell: Cell) -> None:
     if _evaluation(cell) != cell.plan.recipe.eval:
         (cell.folder / REPORT).unlink(missing_ok=True)
     head = f"# Cell {cell.plan.name} of a sweep.\n#   qtool {cell.plan.command} {cell.file}\n\n"
-    cell.file.write_text(head + yaml.safe_dump(cell.plan.raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    cell.file.write_text(head + dump(cell.plan.raw), encoding="utf-8")
 
 
 def _evaluation(cell: Cell) -> Any:

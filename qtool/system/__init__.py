@@ -1,4 +1,4 @@
-"""The ground: errors, progress, memory, processes, locks, energy, the environment. Knows nothing of quantization.
+"""The ground floor: errors, progress, memory, processes, locks, energy, versions. Knows nothing of quantization.
 
 May import no other room. Begin with ``errors.py`` and ``progress.py``.
 """

@@ -1,7 +1,7 @@
 """One run in several processes, as ``torchrun`` and ``accelerate launch`` start them.
 
-All processes do the same on their own share of each step's windows; the first one alone writes files and talks. They
-see the same folder. Nothing here needs torch before ``begin``.
+Every process does the same work on its own share of each step's windows; only rank 0 writes files and prints. All
+processes see the same folder. Nothing here needs torch before ``begin``.
 """
 
 import os
@@ -14,36 +14,41 @@ from qtool.system.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-PATIENCE = timedelta(hours=24)  # with the first process: it may write calibration text or the checkpoint meanwhile
-REQUESTS = {"FSDP": "fully sharded training", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+# timeout of collectives: the other ranks wait while rank 0 writes calibration text or the checkpoint
+PATIENCE = timedelta(hours=24)
+REQUESTS = {  # kinds of sharding that accelerate launch may ask for, by its environment variable
+    "FSDP": "fully sharded training",
+    "DEEPSPEED": "DeepSpeed",
+    "MEGATRON_LM": "Megatron-LM",
+}
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return the world size, the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def number() -> int:
-    """Which of them this is, from 0."""
+    """Return the rank of this process, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this process writes and talks."""
+    """Return whether this process has rank 0, which writes files and prints."""
     return number() == 0
 
 
 def begin(device: "torch.device") -> None:
-    """Let the processes find each other; alone, nothing happens.
+    """Initialise the process group; do nothing if there is only one process.
 
     Raises:
-        InputError: the launcher asks for a kind of sharding that is not its to choose.
+        InputError: The launcher asks for a kind of sharding, which only the recipe can choose.
     """
     for name, what in REQUESTS.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise InputError(
-                f"accelerate launch was asked for {what}, which would not be done; configure it without, and use the "
-                "recipe's sharding: full"
+                f"accelerate launch is configured for {what}, which qtool does not use; turn it off there, and set "
+                "sharding: full in the recipe"
             )
     if count() > 1:
         from accelerate import PartialState
@@ -52,13 +57,13 @@ def begin(device: "torch.device") -> None:
 
 
 def active() -> bool:
-    """Whether there are other processes to talk to now."""
+    """Return whether a process group is initialised."""
     distributed: Any = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and bool(distributed.is_initialized())
 
 
 def wait() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has called this function (a barrier)."""
     if active():
         import torch.distributed
 
@@ -66,7 +71,7 @@ def wait() -> None:
 
 
 def average(*tensors: "torch.Tensor") -> None:
-    """Replace each tensor by its mean over all processes."""
+    """Replace each tensor by its mean over all processes (an all-reduce)."""
     if not active():
         return
     from torch import distributed
@@ -78,7 +83,7 @@ def average(*tensors: "torch.Tensor") -> None:
 
 
 def total(tensor: "torch.Tensor") -> "torch.Tensor":
-    """The sum of a tensor over all processes."""
+    """Replace a tensor by its sum over all processes (an all-reduce), and return it."""
     if active():
         import torch.distributed
 
@@ -87,7 +92,7 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def part(tensor: "torch.Tensor") -> "torch.Tensor":
-    """What this process holds of a tensor that is split over all, in the same memory; of any other, the tensor."""
+    """Return the local shard of a DTensor, sharing its memory; return any other tensor unchanged."""
     sharded: Any = sys.modules.get("torch.distributed.tensor")
     if sharded is None or not isinstance(tensor, sharded.DTensor):
         return tensor
@@ -96,7 +101,7 @@ def part(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def end() -> None:
-    """Part from the others: each process goes on alone, or ends."""
+    """Destroy the process group: from now on each process works alone, or ends."""
     if active():
         import torch.distributed
 

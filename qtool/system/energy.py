@@ -1,4 +1,4 @@
-"""Energy counters that the machine exposes: RAPL for processor and memory on Linux, NVML for an NVIDIA GPU."""
+"""Read the machine's energy counters: RAPL for processor and memory on Linux, NVML for an NVIDIA GPU."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,27 +12,27 @@ MILLIJOULES = 1e-3
 
 @dataclass(frozen=True)
 class Counter:
-    """One counter that only grows, and starts at zero again once it reaches ``wraps_at``."""
+    """A counter that only grows, and starts again at zero when it reaches ``wraps_at``."""
 
     name: str
     read: Callable[[], int]
-    unit: float  # joules
+    unit: float  # joules per count
     wraps_at: int | None = None
 
 
 @dataclass(frozen=True)
 class Meter:
-    """All counters of the parts that a model computes with; without any, ``source`` says why."""
+    """The energy counters of the processor, its memory and the GPU; if there are none, ``source`` says why."""
 
     counters: tuple[Counter, ...]
     source: str
 
     def read(self) -> tuple[int, ...]:
-        """The counters as they stand, for :meth:`joules`."""
+        """Return the present state of the counters, for :meth:`joules`."""
         return tuple(counter.read() for counter in self.counters)
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float | None:
-        """Energy used between two readings that are less than one round of a counter apart; ``None``: no counters."""
+        """Return the energy between two readings, ``None`` without counters; a counter may wrap once between them."""
         if not self.counters:
             return None
         total = 0.0
@@ -44,12 +44,12 @@ class Meter:
 
 
 def meter(gpu_uuid: str | None = None, powercap: Path = POWERCAP) -> Meter:
-    """Counters of the processor packages and their memory, and of the GPU with this UUID when one computes."""
+    """Return the counters of the processor packages and their memory, and of the GPU with this UUID if given."""
     counters, missing = _rapl(powercap)
     if gpu_uuid is not None:
         gpu = _nvml(gpu_uuid)
         if isinstance(gpu, str):
-            return Meter((), gpu)  # the processor's share alone would mislead
+            return Meter((), gpu)  # the energy of the processor alone would mislead
         counters.append(gpu)
     if not counters:
         return Meter((), missing)
@@ -57,9 +57,10 @@ def meter(gpu_uuid: str | None = None, powercap: Path = POWERCAP) -> Meter:
 
 
 def _rapl(powercap: Path) -> tuple[list[Counter], str]:
-    """The counters below ``powercap``, and why there are none."""
+    """Return the counters below ``powercap``, and the reason if there are none."""
     counters, unreadable = [], False
-    for zone in sorted(powercap.glob("intel-rapl:*")):  # AMD's have this name too; intel-rapl-mmio repeats the packages
+    # AMD processors use this name, too; intel-rapl-mmio repeats the packages
+    for zone in sorted(powercap.glob("intel-rapl:*")):
         file = zone / "energy_uj"
         with suppress(OSError, ValueError):
             name = (zone / "name").read_text(encoding="ascii").strip()
@@ -73,7 +74,7 @@ def _rapl(powercap: Path) -> tuple[list[Counter], str]:
             wraps_at = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
             counters.append(Counter(f"RAPL {name}", _reader(file), MICROJOULES, wraps_at))
     if unreadable and not counters:
-        return [], f"not measured: the counters under {powercap} may be read by root only"
+        return [], f"not measured: the energy counters under {powercap} may be read by root only"
     return counters, f"not measured: this machine exposes no energy counter ({powercap} has none)"
 
 
@@ -82,7 +83,7 @@ def _reader(file: Path) -> Callable[[], int]:
 
 
 def _nvml(uuid: str) -> Counter | str:
-    """The counter of a GPU, or why there is none."""
+    """Return the counter of a GPU, or the reason why there is none."""
     try:
         import pynvml
     except ImportError:

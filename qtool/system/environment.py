@@ -1,4 +1,4 @@
-"""What numbers and bytes depend on besides the recipe: versions, the platform and the processor."""
+"""The software and hardware that results depend on besides the recipe: versions, platform and processor."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +8,7 @@ PACKAGES = ("qtool", "torch", "transformers", "lm_eval", "datasets")
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that numbers depend on."""
+    """Return the versions of Python, the platform and the packages that results depend on."""
     found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     for package in PACKAGES:
         try:
@@ -19,7 +19,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the processor: sums in another order are other bits."""
+    """Return the CPU model name. It is part of the lock: the order of sums, and so the bits, depend on the CPU."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""File locks: one process at a time."""
+"""File locks, which let one process work in a folder at a time."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from qtool.system.errors import InputError
 
 
 def hold(lock: Path, path: Path, taken: str) -> FileLock:
-    """Acquire the file ``lock``, in a folder that is made for it, until its holder releases it or dies.
+    """Acquire the file ``lock``, and make its folder. The lock holds until it is released or the process ends.
 
     Raises:
-        InputError: ``taken``, where another process holds it; or ``path`` cannot be written.
+        InputError: Another process holds the lock, with the message ``taken``; or ``path`` cannot be written.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Products of matrices: which library makes them on the processor, and sums of ``x^T x``.
+"""Choose the library for matrix products on the CPU, and their internal precision.
 
-torch hands those of float32 matrices to MKL, which on processors of other makers than Intel takes about twice the time
-of oneDNN, which torch brings too. It hands them to oneDNN where that may multiply in bfloat16 inside, and oneDNN makes
-use of this permission only where a processor has units for it. So where the permission leaves the precision of float32,
-all it changes is the library.
+torch computes float32 products with MKL. On CPUs that are not Intel's, MKL takes about twice the time of oneDNN, which
+torch contains, too. torch uses oneDNN if oneDNN is permitted to multiply in bfloat16 internally, and oneDNN uses this
+permission only on CPUs that have bfloat16 units. So on a CPU without such units the permission keeps the precision of
+float32 and changes only the library.
 """
 
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-SIZE, PRECISION = 256, 2e-6  # of the matrices that are tried; of their product, as a share of its largest number
-_left = "none"  # the setting that choose_library left
+SIZE, PRECISION = 256, 2e-6  # size of the probe matrices; tolerance of their product, relative to its largest entry
+_left = "none"  # the last setting made here; if torch reports another one, the user made it, and it stays
 
 
 def choose_library(dtype: torch.dtype) -> None:
-    """Choose for the process what suits a model that computes in ``dtype``. A setting of someone else stays.
+    """Choose the library for this process and a model that computes in ``dtype``. A setting by the user stays.
 
-    oneDNN is for float32 only: it keeps the code of each shape of product that it made, which took 100 MB in GPTQ's
-    loops, and where nothing but these is in float32 it gains nothing.
+    oneDNN is chosen for float32 models only. It keeps the compiled code of every product shape, which took 100 MB in
+    GPTQ's loops; in a model of another dtype only these loops are in float32, and oneDNN does not make them faster.
     """
     global _left
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a module takes its place
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch replaces this module by an object
     if matmul.fp32_precision == _left:
         _left = "bf16" if dtype == torch.float32 and onednn_serves() else "none"
         matmul.fp32_precision = _left
@@ -33,7 +33,7 @@ def choose_library(dtype: torch.dtype) -> None:
 
 @cache
 def onednn_serves() -> bool:
-    """Whether MKL is likely to be slow on this processor, and oneDNN exact."""
+    """Return whether MKL is likely to be slow on this CPU while oneDNN is exact."""
     known = Path("/proc/cpuinfo")
     if not torch.backends.mkl.is_available() or not known.exists():
         return False
@@ -44,7 +44,7 @@ def onednn_serves() -> bool:
 
 
 def keeps_float32() -> bool:
-    """Whether a product of float32 matrices, as torch is set now, is as exact as float32 allows."""
+    """Return whether a float32 matrix product, with torch's present settings, is as exact as float32 allows."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
@@ -52,17 +52,17 @@ def keeps_float32() -> bool:
 
 
 def exact_products(dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Where ``dtype`` is bfloat16, multiply float32 matrices that hold its values as fast as the machine can.
+    """If ``dtype`` is bfloat16, permit the fastest product of float32 matrices that hold bfloat16 values.
 
-    Such values lose nothing when a processor multiplies them in bfloat16, or a GPU in TF32; sums stay float32.
+    Such values lose nothing when a CPU multiplies them in bfloat16, or a GPU in TF32; sums stay in float32.
     """
     return permitted("bf16", "tf32") if dtype == torch.bfloat16 else nullcontext()
 
 
 @contextmanager
 def permitted(cpu: str, cuda: str | None = None) -> Iterator[None]:
-    """The precisions that products of float32 matrices may have inside, for as long as the context lasts."""
-    backends: Any = torch.backends  # whose types do not say what is in it
+    """Permit these internal precisions of float32 matrix products while the context lasts."""
+    backends: Any = torch.backends  # torch does not declare the types of these settings
     before = backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
     try:
         backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = cpu, cuda or before[1]

@@ -1,8 +1,8 @@
-"""Memory that the process holds without need: pages of mapped weight files, and holes left by the allocator.
+"""Free memory that the process does not need: pages of mapped weight files, and holes left by the allocator.
 
-safetensors maps files, so a loaded model occupies memory only where it has been touched, and whatever was touched can
-be dropped: it is read again from the file when it is needed. That is how a model larger than memory goes through a run
-block by block. On systems without these calls nothing is dropped; the system then reclaims such pages by itself, later.
+safetensors maps files, so a loaded model occupies memory only where it has been read, and the pages that were read can
+be dropped: the system reads them again from the file when they are needed. So a model larger than memory goes through
+a run block by block. On systems without these calls nothing is dropped here; the system reclaims the pages later.
 """
 
 import ctypes
@@ -19,26 +19,26 @@ from qtool.system.units import size
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENOUGH = 3 * 2**28  # bytes, of which Python and torch take half
-_WILL_NEED, _DO_NOT_NEED = 3, 4  # of Linux's madvise
+ENOUGH = 3 * 2**28  # resident bytes below which nothing is returned; Python and torch take half of them
+_WILL_NEED, _DO_NOT_NEED = 3, 4  # MADV_WILLNEED and MADV_DONTNEED of Linux's madvise
 
 
 class Pages:
-    """The mappings of files that the process has now, and the tensors in them."""
+    """The files that are mapped into the process now, and the tensors in them."""
 
     def __init__(self) -> None:
-        """Read where they are; files mapped later are not among them."""
+        """Read the addresses of the mappings; files that are mapped later are not included."""
         self._starts, self._ends = _mapped_files()
 
     def drop(self, *tensors: "Tensor") -> None:
-        """Let go of the pages of tensors that lie in mapped files.
+        """Drop the pages of tensors that lie in mapped files.
 
-        Only for tensors whose values nobody has changed since they were mapped: changes would be lost.
+        Use this only for tensors whose values have not changed since they were mapped: changes would be lost.
         """
         self._advise(tensors, _DO_NOT_NEED)
 
     def read_ahead(self, tensors: Iterable["Tensor"]) -> None:
-        """Have the system read tensors that lie in mapped files, while the caller goes on."""
+        """Let the system read tensors that lie in mapped files in the background."""
         self._advise(tensors, _WILL_NEED)
 
     def _advise(self, tensors: Iterable["Tensor"], advice: int) -> None:
@@ -47,19 +47,19 @@ class Pages:
         for tensor in tensors:
             if tensor.device.type != "cpu" or not tensor.is_contiguous():
                 continue
-            # whole pages only: those at the edges may hold a part of another tensor
+            # whole pages only: a page at the edge may hold a part of another tensor
             start = -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE
             end = (tensor.data_ptr() + tensor.nbytes) // PAGESIZE * PAGESIZE
             at = bisect_right(self._starts, start) - 1
-            if start < end and at >= 0 and end <= self._ends[at]:  # else it is ordinary memory, and would be lost
+            if start < end and at >= 0 and end <= self._ends[at]:  # in ordinary memory the values would be lost
                 _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
 
 
 def return_freed() -> None:
-    """Give the system what has been freed: glibc keeps the holes between tensors, a fifth of the peak.
+    """Return freed memory to the system: glibc keeps the holes between tensors, a fifth of the peak.
 
-    What is returned has to be fetched again, which costs a small model a tenth of its time: where the process holds
-    less than ``ENOUGH``, nothing is done.
+    Memory that was returned must be allocated again, which costs a small model a tenth of its time. So nothing is
+    returned if the process holds less than ``ENOUGH``.
     """
     trim = getattr(_libc, "malloc_trim", None)  # musl has none
     if trim is not None and int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE > ENOUGH:
@@ -70,7 +70,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _mapped_files() -> tuple[list[int], list[int]]:
-    """Where the process's mappings of files begin and end, in order of address."""
+    """Return the start and end addresses of the process's file mappings, in order."""
     starts: list[int] = []
     ends: list[int] = []
     if _libc is None:
@@ -84,12 +84,20 @@ def _mapped_files() -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-def peak_memory_bytes() -> int:
-    """The most resident memory this process has held so far; 0 where the system does not tell."""
-    with suppress(OSError):  # on Linux getrusage also counts the parent's memory at the time of the fork
+def status_bytes(field: str) -> int | None:
+    """Return a size in ``/proc/self/status``, e.g. ``VmRSS`` (held now) or ``VmHWM`` (peak); ``None`` outside Linux."""
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of the process's resident memory in bytes, or 0 if the system does not report it."""
+    peak = status_bytes("VmHWM")  # on Linux getrusage also counts the parent's memory at the time of the fork
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         return 0
     import resource
@@ -99,8 +107,8 @@ def peak_memory_bytes() -> int:
 
 
 def peak_gpu_bytes() -> int:
-    """The most GPU memory torch has allocated on one device; 0 without torch loaded, or without a GPU in use."""
-    torch: Any = sys.modules.get("torch")  # Any: never imported from here
+    """Return the most bytes that torch has allocated on one GPU; 0 if torch is not loaded or no GPU is in use."""
+    torch: Any = sys.modules.get("torch")  # Any: this module never imports torch
     cuda = getattr(torch, "cuda", None)
     if cuda is None or not cuda.is_available() or not cuda.is_initialized():
         return 0
@@ -108,6 +116,6 @@ def peak_gpu_bytes() -> int:
 
 
 def memory() -> str:
-    """Peak memory in words, with the GPU's where there is one in use."""
+    """Return the peak memory as text, with that of the GPU if one is in use."""
     gpu = peak_gpu_bytes()
     return f"peak {size(peak_memory_bytes())}" + (f", GPU {size(gpu)}" if gpu else "")

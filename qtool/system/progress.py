@@ -1,7 +1,7 @@
-"""How a run tells a person what it does: ``stage``, ``track`` and ``note``, shown by the sink in use.
+"""Report what a run does with ``stage``, ``track`` and ``note``; the sink in use shows it.
 
-Everything goes to standard error; standard output is for results. The sink is silent until the command line chooses
-another one with ``use``, so that the library stays quiet. GPU memory is shown where torch is already loaded.
+Everything goes to standard error; standard output is for results. The first sink is silent, so that the library stays
+quiet, until the command line chooses another one with ``use``.
 """
 
 import time
@@ -16,58 +16,58 @@ T = TypeVar("T")
 
 @dataclass
 class Task:
-    """One thing under way: a stage, or ``total`` items of which ``done`` are finished."""
+    """A running task: a stage, or ``total`` items of which ``done`` are finished."""
 
     title: str
     total: int | None = None
     parent: "Task | None" = None
     done: int = 0
-    reached: float = 0.0  # seconds at which the last of them was done
+    reached: float = 0.0  # seconds from the start to the end of the last finished item
     failed: bool = False
     seconds: float = 0.0
     started: float = 0.0
 
     @property
     def depth(self) -> int:
-        """How many tasks this one is inside of."""
+        """The number of tasks around this one."""
         return 0 if self.parent is None else self.parent.depth + 1
 
     @property
     def minor(self) -> bool:
-        """Whether this is a step of an item, of which there may be hundreds."""
+        """True if this task is a step inside an item of another task; there may be hundreds of such steps."""
         return self.parent is not None and (self.parent.total is not None or self.parent.minor)
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.monotonic() - self.started
 
     def remaining(self) -> float | None:
-        """Seconds to go when the rest is as fast as what is done; ``None`` while nothing is."""
+        """Return the seconds to go at the mean speed so far, or ``None`` before the first item is finished."""
         if self.total is None or not self.done:
             return None
         return max(self.reached / self.done * (self.total - self.done) - (self.elapsed() - self.reached), 0.0)
 
 
 class Sink:
-    """Where progress is shown; this one shows nothing."""
+    """A sink shows progress; this one shows nothing."""
 
     def begin(self, task: Task) -> None:
-        """``task`` starts."""
+        """Show that ``task`` starts."""
 
     def advance(self, task: Task) -> None:
-        """One more item of ``task`` is done."""
+        """Show that one more item of ``task`` is done."""
 
     def end(self, task: Task) -> None:
-        """``task`` is over; ``task.seconds`` and ``task.failed`` are set."""
+        """Show that ``task`` is over; ``task.seconds`` and ``task.failed`` are set."""
 
     def note(self, message: str) -> None:
-        """Something a person should know about this run."""
+        """Show a message about this run."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Put the terminal back as it was."""
+        """Restore the terminal."""
 
 
 _sink: Sink = Sink()
@@ -103,7 +103,7 @@ def _task(title: str, total: int | None) -> Iterator[Task]:
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """``items`` one by one, shown as item i of ``total`` with the time to go and peak memory."""
+    """Yield ``items`` one by one, and show item i of ``total`` with the time to go and peak memory."""
     with counted(title, total) as reach:
         for done, item in enumerate(items, start=1):
             yield item
@@ -112,7 +112,7 @@ def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 @contextmanager
 def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The same for work that another loop drives: it calls what this gives with how many items are done."""
+    """Like ``track``, for work that another loop drives: call the function given with the number of items done."""
     with _task(title, total) as task:
 
         def reach(done: int) -> None:
@@ -125,11 +125,11 @@ def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
-    """Show that the ``with`` block does what ``title`` says, and afterwards how long it took."""
+    """Show ``title`` while the ``with`` block runs, and afterwards how long it took."""
     with _task(title, None):
         yield
 
 
 def note(message: str) -> None:
-    """Tell the person something about this run, in a line of its own."""
+    """Tell the user something about this run, in a line of its own."""
     _sink.note(message)

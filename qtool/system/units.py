@@ -1,8 +1,8 @@
-"""Durations and sizes in words."""
+"""Durations and sizes as text."""
 
 
 def duration(seconds: float) -> str:
-    """``4.2 s``, ``3:05`` or ``1:02:05``."""
+    """Return a duration as ``4.2 s``, ``3:05`` or ``1:02:05``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -10,5 +10,5 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """``812 MB`` or ``3.4 GB``, in powers of ten."""
+    """Return a size as ``812 MB`` or ``3.4 GB``, in powers of ten."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 0.9995e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import DataConfig, MethodConfig, ModelConfig
+from qtool.config.yaml_loader import parse
 from qtool.data.windows import calibration_tokens, perplexity_windows
 from qtool.evaluation.perplexity import score_windows
 from qtool.models.loaded import LoadedModel
@@ -53,7 +53,7 @@ def section(method: str) -> MethodConfig:
         inner = raw
         for parent in parents:
             inner = inner.setdefault(parent, {})
-        inner[last] = yaml.safe_load(value)
+        inner[last] = parse(value)
     return load_method(name).config.model_validate(raw)
 
 

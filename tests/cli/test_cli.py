@@ -204,7 +204,7 @@ def test_ctrl_c_after_the_checkpoint_has_its_name_does_not_deny_it(
 
     run.quantize = fail
     assert main.main(["ptq", recipe]) == 130
-    assert capsys.readouterr().err == "interrupted; out/x is complete, but not what was to follow it\n"
+    assert capsys.readouterr().err == "interrupted; out/x is complete, but the steps after it were not finished\n"
     run.quantize = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     assert main.main(["ptq", recipe, "--overwrite"]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was written under out/x\n"
@@ -298,7 +298,7 @@ def test_options_are_described_by_the_recipe_keys(capsys: pytest.CaptureFixture[
     assert main.main(["export", "--help"]) == 0
     text = capsys.readouterr().out
     assert "One of: dense." in text or "One of: auto-round, compressed-tensors" in text
-    assert "Of tensors that stay in floating point" in text
+    assert "Dtype of the tensors that are stored in floating point" in text
     assert "Replace an existing folder." in text
 
 

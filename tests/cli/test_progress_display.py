@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool.cli import progress_display
+from qtool.cli import live_display, progress_display
 from qtool.system import memory, progress, units
 
 
@@ -159,7 +159,7 @@ def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], mon
     assert tuple(capsys.readouterr()) == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(progress_display.for_terminal(quiet=False), progress_display.Live)
+    assert isinstance(progress_display.for_terminal(quiet=False), live_display.Live)
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(progress_display.for_terminal(quiet=False), progress_display.Lines)
 
@@ -167,12 +167,12 @@ def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], mon
 def test_the_live_display_shows_bar_count_time_to_go_and_memory(clock: Clock) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
-    sink = progress_display.Live(console)
+    sink = live_display.Live(console)
     with progress.use(sink), progress.stage("quantizing"):
         for i in progress.track(range(3), "blocks", 3):
             clock.now += 61
             if i == 1:
-                console.print(sink._view())
+                console.print(sink._display.get_renderable())
             with progress.stage("solving"):
                 pass
     text = screen.getvalue()

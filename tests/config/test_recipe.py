@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
@@ -16,6 +15,7 @@ from qtool.config import catalog, describe, files, plugins, recipe
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import MethodConfig
+from qtool.config.yaml_loader import dump, parse
 from qtool.system.errors import InputError
 
 
@@ -168,6 +168,8 @@ def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch:
         (b"? [a]\n: 1\n", "r.yaml is not YAML: line 1, column 3: found unhashable key"),
         (b"[" * 1500, "r.yaml is not YAML: nested too deeply"),
         (b"a: 1\n---\nb: 2\n", "r.yaml is not YAML: line 2, column 1: but found another document"),
+        (b"a: &x 1\nb: &x 2\n", "r.yaml is not YAML: found duplicate anchor 'x'"),
+        (b"%YAML 1.3\n---\na: 1\n", "r.yaml is not YAML: version minor part can only be 2 or 1"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(write: Any, content: bytes, message: str) -> None:
@@ -266,8 +268,7 @@ _values = st.recursive(_plain, lambda inner: st.lists(inner, max_size=3) | st.di
 @given(path=st.lists(_words, min_size=1, max_size=4), value=_values, before=st.dictionaries(_words, st.integers()))
 def test_what_is_set_is_there_and_nothing_else_changed(path: list[str], value: Any, before: dict[str, Any]) -> None:
     before.pop(path[0], None)
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
-    raw, wrong = overridden(before, [f"{'.'.join(path)}={text}"])
+    raw, wrong = overridden(before, [f"{'.'.join(path)}={dump(value)}"])
     assert not wrong
     target: Any = raw
     for part in path:
@@ -285,7 +286,7 @@ def test_faults_of_set_are_listed_with_the_others(write: Any) -> None:
         "--set =3: write section.key=value",
         "--set a..b=1: write section.key=value",
         '--set model.path.x=1: model.path is "somewhere", which has no keys',
-        "--set eval.tasks.2=a: eval.tasks is a list of 0: go on with a number from 0 to 0",
+        "--set eval.tasks.2=a: eval.tasks is a list of 0: after eval.tasks write a number from 0 to 0",
         "--set quant.num_bits=[1,: line 1, column 4: expected the node content, but found '<stream end>'",
         "eval.tasks: Tuple should have at least 1 item after validation, not 0; found []",
         "seed: should be greater than or equal to 0; found -1",
@@ -316,7 +317,7 @@ def test_the_resolved_recipe_means_the_same(bits: int, group: int, overrides: di
     quant = {"num_bits": bits, "group_size": group, "overrides": overrides}
     raw = {"model": {"path": "x"}, "method": {"name": "demo", "damp": damp}, "quant": quant, "output": {"path": "y"}}
     first = recipe.Recipe.model_validate(raw)
-    again = recipe.Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.resolved(first), sort_keys=False)))
+    again = recipe.Recipe.model_validate(parse(dump(recipe.resolved(first))))
     assert again == first
     for name in ("a.q", "a.k", "b.q", "c"):
         assert again.quant.spec_for(name) == first.quant.spec_for(name)
@@ -352,7 +353,7 @@ def test_eval_of_a_recipe_without_a_method_takes_its_model(write: Any) -> None:
 
 def test_eval_of_a_quantization_recipe_takes_what_it_wrote(write: Any, tmp_path: Path) -> None:
     path = write(GOOD.replace("path: out", f"path: {tmp_path / 'out'}"))
-    with pytest.raises(InputError, match=r"which is not there yet; run: qtool ptq .*r\.yaml"):
+    with pytest.raises(InputError, match=r"which does not exist yet; run: qtool ptq .*r\.yaml"):
         recipe.load_eval(path, {})
     (tmp_path / "out").mkdir()
     assert recipe.load_eval(path, {"eval": {"tasks": ["kl"]}}).eval.tasks == ("kl",)

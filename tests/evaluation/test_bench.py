@@ -16,9 +16,8 @@ from rich.console import Console
 from qtool import evaluation
 from qtool.cli import main
 from qtool.config.quant import QuantConfig
-from qtool.config.sections import ModelConfig
+from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench
-from qtool.evaluation.bench import Plan
 from qtool.models.linears import packed_linears
 from qtool.reports import bench_report
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Variant
@@ -27,7 +26,7 @@ from qtool.system.energy import Counter, Meter
 from qtool.system.errors import InputError
 
 MEASURES = ["decode, batch 1", "decode, batch 8", "prefill"]
-SMALL = Plan(prompt_tokens=8, new_tokens=4, repeats=3)
+SMALL = BenchConfig(prompt_tokens=8, new_tokens=4, repeats=3, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at / "native"
 
 
-def run(folder: Path, plan: Plan = SMALL) -> BenchReport:
-    return bench.bench(ModelConfig(path=str(folder), dtype="float32", device="cpu"), plan)
+def run(folder: Path, plan: BenchConfig = SMALL) -> BenchReport:
+    return bench.bench(str(folder), "cpu", plan)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> list[tuple[str, str, int]]:
@@ -232,7 +231,7 @@ def test_the_table_is_the_same_in_a_terminal(capsys: pytest.CaptureFixture[str])
 def test_a_system_that_cannot_reset_its_peak_has_no_peak(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "SELF", tmp_path / "none")
+    monkeypatch.setattr(bench, "CLEAR_REFS", tmp_path / "none" / "clear_refs")
     report = run(folder)
     assert {variant.peak_bytes for variant in report.variants} == {None}
     assert "| peak memory | not measured | not measured | not measured |" in report.markdown()
@@ -342,12 +341,12 @@ def test_what_cannot_be_measured_is_refused(folder: Path, capsys: pytest.Capture
     with pytest.raises(InputError, match="is a float model; a qtool checkpoint is needed"):
         run(folder.parent / "float")
     with pytest.raises(InputError, match=r"256 tokens and 5 x 32 more do not fit the context of .* \(128\); ask for"):
-        run(folder, Plan())
+        run(folder, BenchConfig())
     assert main.main(["bench", str(folder / "nothing")]) == 2
     assert "is not a folder; give one that qtool ptq wrote" in capsys.readouterr().err
     assert main.main(["bench", str(folder), "--repeats", "0"]) == 2
     assert main.main(["bench", str(folder), "--dtype", "int8"]) == 2
-    assert "model.dtype: should be 'auto', 'float32'" in capsys.readouterr().err
+    assert "  dtype: should be 'auto', 'float32'" in capsys.readouterr().err
 
 
 def test_the_command_prints_one_object_or_a_table(
@@ -355,7 +354,7 @@ def test_the_command_prints_one_object_or_a_table(
 ) -> None:
     fake: Any = ModuleType("qtool.evaluation.bench")
     asked: list[Any] = []
-    fake.Plan, fake.bench = Plan, lambda *args: asked.append(args) or made(3.0, 1.0)
+    fake.bench = lambda *args: asked.append(args) or made(3.0, 1.0)
     monkeypatch.setitem(sys.modules, "qtool.evaluation.bench", fake)
     monkeypatch.setattr(evaluation, "bench", fake, raising=False)
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--device", "cpu"]
@@ -367,6 +366,6 @@ def test_the_command_prints_one_object_or_a_table(
     assert "| decode, batch 1, tokens/s | 1.00 | 3.00 (3.00 x) | 1.00 (1.00 x) |" in capsys.readouterr().out
     path = str(folder)
     assert asked == [
-        (ModelConfig(path=path, dtype="bfloat16", device="cpu"), Plan(16, 4, 2)),
-        (ModelConfig(path=path, dtype="float32", device="auto"), Plan()),
+        (path, "cpu", BenchConfig(prompt_tokens=16, new_tokens=4, repeats=2)),
+        (path, "auto", BenchConfig(dtype="float32")),
     ]

@@ -91,7 +91,7 @@ def test_more_processes_than_windows_in_a_step_are_refused(
 
 def test_sharding_that_a_launcher_asks_for_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="fully sharded training, which would not be done"):
+    with pytest.raises(InputError, match="fully sharded training, which qtool does not use"):
         distributed.begin(torch.device("cpu"))
 
 

@@ -114,7 +114,7 @@ def test_a_report_has_ours_beside_theirs_in_every_form(tmp_path: Path) -> None:
             "{tasks: [kl], metric: agreement, value: 6, source: x}",
             "kl has no metric 'agreement'; it has kl, top-1 agree",
         ),
-        ("{tasks: [piqa], metric: acc, value: 60.14, source: x}", "shares: write 0.6014 for 60.14 %"),
+        ("{tasks: [piqa], metric: acc, value: 60.14, source: x}", "fractions: write 0.6014 for 60.14 %"),
         ("{tasks: [], metric: acc, value: 0.6, source: x}", "tasks: .*at least 1 item"),
         ("{tasks: [piqa], metric: acc, value: .nan, source: x}", "value: .*finite"),
         ("{tasks: [piqa], metric: acc, value: 0.6, source: ''}", "source: .*at least 1 character"),

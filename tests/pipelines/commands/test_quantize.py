@@ -336,7 +336,7 @@ def test_ctrl_c_leaves_the_whole_checkpoint_or_nothing_and_says_which(
     last = result.err.splitlines()[-1]
     kept = STAGES[stage].kept
     if kept == "all":
-        assert last == "interrupted; out/q is complete, but not what was to follow it"
+        assert last == "interrupted; out/q is complete, but the steps after it were not finished"
         assert complete("out/q")
         assert left()[0] == "out/q"
         assert not [path for path in left() if "partial" in path]
