@@ -2,16 +2,13 @@
 
 from datetime import UTC, datetime
 from statistics import median
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Number, Record
 from qtool.system.environment import environment
 from qtool.system.units import size
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 DENSE, FAST, EXACT = "dense", "fast", "exact"
 PREFILL = "prefill"
@@ -62,7 +59,7 @@ class Variant(Record):
     speeds: dict[str, Speed] = Field(description="By measure: prefill, and decode for each batch size.")
 
 
-class BenchReport(Record):
+class BenchReport(Record, Printable):
     """What was measured, on what, and what it means."""
 
     path: str
@@ -137,29 +134,8 @@ class BenchReport(Record):
         text = f"{found:.{0 if found >= 100 else 1 if found >= 10 else 2}f}"
         return text if variant.name == DENSE else f"{text} ({self.ratio(variant.name, measure):.2f} x)"
 
-    def markdown(self) -> str:
-        """The report as a Markdown page."""
+    def document(self) -> Document:
+        """The title, the table and its notes."""
         header, *rows = self.rows()
-        table = [header, ["---", *["---:"] * len(self.variants)], *rows]
-        lines = [f"# {self.title()}", "", *("| " + " | ".join(row) + " |" for row in table), ""]
-        lines += [*(f"* {note}" for note in self.notes()), ""]
-        lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
-        return "\n".join(lines) + "\n"
-
-    def render(self, console: "Console") -> None:
-        """Print the report as a table."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        console.print(self.title(), style="bold", markup=False, highlight=False)
-        header, *rows = self.rows()
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        for column, name in enumerate(header):
-            table.add_column(name, justify="right" if column else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print()
-        console.print(table)
-        console.print()
-        for note in self.notes():
-            console.print(f"* {note}", markup=False, highlight=False)
+        table = Table(header, rows, "l" + "r" * len(self.variants))
+        return Document(title=self.title(), tables=[table], notes=self.notes(), environment=self.environment)

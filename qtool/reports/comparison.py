@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from qtool.reports import html as html_page
+from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import TaskResult
 from qtool.reports.report import JSON_NAME, Report
-from qtool.reports.text import markdown_table, number
+from qtool.reports.text import metric_name, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system.errors import InputError
 from qtool.system.units import duration, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qtool.reports.drawing import Plot
 
 HTML_NAME, MARKDOWN_NAME = "compare.html", "compare.md"
@@ -66,7 +65,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printable):
     """Runs from large to small, what was measured, and what is not comparable."""
 
     runs: tuple[Run, ...]
@@ -99,7 +98,6 @@ class Comparison:
 
     def title(self, measure: Measure) -> str:
         """The name of a column: as much as tells it from the others."""
-        name = measure.metric if measure.task == measure.metric else f"{measure.task} {measure.metric}"
         alike = [other for other in self.measures if (other.task, other.metric) == (measure.task, measure.metric)]
         settings = {
             "num_fewshot": f"{measure.num_fewshot}-shot",
@@ -109,7 +107,7 @@ class Comparison:
             "model": f"of {self._model_name(measure.model)}",
         }
         different = [text for key, text in settings.items() if len({getattr(other, key) for other in alike}) > 1]
-        return ", ".join([name, *different])
+        return ", ".join([metric_name(measure.task, measure.metric), *different])
 
     def marks(self, measure: Measure) -> dict[int, str]:
         """`` *`` for the best run of a column and `` ~`` for those that cannot be told from it, by index."""
@@ -131,43 +129,22 @@ class Comparison:
                 marks[index] = " ~"
         return marks
 
-    def markdown(self) -> str:
-        """The comparison as a Markdown page."""
+    def document(self) -> Document:
+        """The table of all runs, and what a reader must know before comparing."""
+        return Document(title=self.heading(), tables=[self.table()], legend=LEGEND, notes=self.notes)
+
+    def table(self) -> Table:
+        """A row for each run."""
         columns = self.columns()
-        rule = ["---"] * 2 + ["---:"] * (len(columns) - 2)
-        cells = [[cell.replace(" *", " \\*") for cell in row] for row in self.rows()]
-        lines = [f"# {self.heading()}", "", *markdown_table([columns, rule, *cells]), LEGEND.replace("*", "\\*"), ""]
-        return "\n".join([*lines, *(f"* {note}" for note in self.notes)]).rstrip() + "\n"
-
-    def render(self, console: "Console") -> None:
-        """Print it as a table."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        for index, name in enumerate(self.columns()):
-            table.add_column(Text(name), justify="left" if index < 2 else "right", overflow="fold")
-        for row in self.rows():
-            table.add_row(
-                *(Text(cell.replace("±", plus_minus), style="bold" if cell.endswith(" *") else "") for cell in row)
-            )
-        console.print(self.heading(), style="bold", markup=False, highlight=False)
-        console.print()
-        console.print(table)
-        console.print()
-        for line in (LEGEND, *self.notes):
-            console.print(line, markup=False, highlight=False)
+        return Table(columns, self.rows(), "ll" + "r" * (len(columns) - 2))
 
     def html(self) -> str:
         """The comparison as a page that needs nothing else."""
         return self._page(self.plots())
 
     def _page(self, plots: "Sequence[Plot]") -> str:
-        table = html_page.Table(self.columns(), self.rows())
         return html_page.render(
-            "compare.html", plots, title=self.heading(), table_=table, legend=LEGEND, notes=self.notes
+            "compare.html", plots, title=self.heading(), table_=self.table(), legend=LEGEND, notes=self.notes
         )
 
     def write(self, folder: Path) -> None:

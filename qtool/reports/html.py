@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qtool.reports import model_card
+from qtool.reports.document import Table
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
 
 HTML_NAME = "report.html"
 NBSP = "\N{NO-BREAK SPACE}"
-
-
-class Table(NamedTuple):
-    """Column names and rows of text; the first cell of a row names it."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def write(folder: Path, report: Report, files: bool = False) -> None:
@@ -54,15 +48,13 @@ def html(report: Report, figures: Sequence["Plot"]) -> str:
         report=report,
         headline=report.headline().replace(" %", f"{NBSP}%").replace(" ± ", f"{NBSP}±{NBSP}"),
         tiles=list(_tiles(report)),
-        quality=Table(_columns(report), [_cells(report, row) for row in report.shown()]),
-        details=[_cells(report, row) for row in report.results if row.detail],
+        quality=_results(report, report.shown()),
+        details=_results(report, [row for row in report.results if row.detail]),
         judged=report.judged() is not None,
         rule=RULE,
         linears=_linears(report),
         phases=_phases(report),
-        published=Table(("task", *PUBLISHED_COLUMNS), [_published(row) for row in report.expected])
-        if report.expected
-        else None,
+        published=_published(report),
         loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
         lock=list(_flat(report.lock or {})),
     )
@@ -106,9 +98,10 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
 
 
-def _columns(report: Report) -> list[str]:
+def _results(report: Report, rows: Sequence[TaskResult]) -> Table:
     words_column = ["in words"] if len(report.columns()) > 1 else []
-    return ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+    columns = ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+    return Table(columns, [_cells(report, row) for row in rows], "ll" + "r" * (len(columns) - 2))
 
 
 def _shots(report: Report, cell: object) -> list[str]:
@@ -123,7 +116,7 @@ def _cells(report: Report, row: TaskResult) -> list[str]:
     said = [] if len(report.columns()) == 1 else [words(*loss).partition(" (")[0] if loss else ""]
     task = row.task if row.detail else row.task + report.mark(row)
     n = "" if row.n is None else str(row.n)
-    return [task, row.metric, *report.numbers(row, "±"), *said, *_shots(report, row.num_fewshot), n]
+    return [task, row.metric, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
 
 
 def _linears(report: Report) -> Table | None:
@@ -142,7 +135,7 @@ def _linears(report: Report) -> Table | None:
             error = None if linear is None else linear.weight_error
             cells.append(bits if error is None else f"{bits} / {report_figures.relative(error):.2f}")
         rows.append(cells)
-    return Table(["linear", *(f"block {block}" for block in blocks)], rows)
+    return Table(["linear", *(f"block {block}" for block in blocks)], rows, "l" + "r" * len(blocks))
 
 
 def _phases(report: Report) -> Table | None:
@@ -154,11 +147,14 @@ def _phases(report: Report) -> Table | None:
         [phase, duration(taken), *(size(peaks[phase]) if phase in peaks else "" for peaks in held.values())]
         for phase, taken in report.seconds.items()
     ]
-    return Table(["phase", "time", *held], rows)
+    return Table(["phase", "time", *held], rows, "lr" + "r" * len(held))
 
 
-def _published(row: Any) -> list[str]:
-    return [f"{row.task} {row.metric}", *published_cells(row)]
+def _published(report: Report) -> Table | None:
+    if not report.expected:
+        return None
+    rows = [[f"{row.task} {row.metric}", *published_cells(row)] for row in report.expected]
+    return Table(("task", *PUBLISHED_COLUMNS), rows, "lllll")
 
 
 def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -2,12 +2,12 @@
 
 import math
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
+from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import (
     ALARM,
     RUN,
@@ -20,19 +20,16 @@ from qtool.reports.records import (
     TaskResult,
     change_error,
 )
-from qtool.reports.text import PUBLISHED_COLUMNS, markdown_table, note_of, number, percent, published_cells
+from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, percent, published_cells
 from qtool.reports.verdict import relative_loss, words
 from qtool.system.environment import environment
 from qtool.system.units import size
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 
 
-class Report(Record):
+class Report(Record, Printable):
     """What was run, how large the result is, and how good."""
 
     model: str = Field(description="The float model, as the user gave it.")
@@ -66,72 +63,37 @@ class Report(Record):
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def markdown(self) -> str:
-        """The report as a Markdown page."""
-        lines = [
-            f"# {self.title()}",
-            "",
-            f"**{self.headline()}**",
-            "",
-            *(f"* {name}: {text}" for name, text in self.facts()),
-            "",
-        ]
-        for warning in self.warnings():
-            lines += [f"> **Warning:** {warning}", ""]
-        if self.results:
-            header = ["task", "metric", *self.columns(), "shots", "n"]
-            cells = [
-                [row.task + self.mark(row), row.metric, *self.numbers(row, "±"), _shots(row), _count(row)]
-                for row in self.shown()
-            ]
-            lines += markdown_table([header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells])
-        if notes := self.notes():
-            lines += [*(f"{mark}. {note}" for mark, note in enumerate(notes, 1)), ""]
-        if self.expected:
-            header = ["task", "metric", *PUBLISHED_COLUMNS]
-            cells = [[row.task, row.metric, *published_cells(row, "±")] for row in self.expected]
-            lines += markdown_table([header, ["---"] * 2 + ["---:"] * 3 + ["---"], *cells])
-        lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
-        return "\n".join(lines) + "\n"
+    def document(self) -> Document:
+        """The headline, what is known of the run, and a table of each kind of number."""
+        return Document(
+            title=self.title(),
+            headline=self.headline(),
+            facts=self.facts(),
+            warnings=self.warnings(),
+            tables=[*([self._results()] if self.results else []), *([self._published()] if self.expected else [])],
+            environment=self.environment,
+        )
 
-    def render(self, console: "Console") -> None:
-        """Print the report as a table that fits 80 columns."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
+    def _results(self) -> Table:
+        columns, rows, narrow = self.columns(), [], []
+        for row in self.shown():
+            mark, numbers = self.mark(row), self.numbers(row)
+            shots, count = ("" if each is None else str(each) for each in (row.num_fewshot, row.n))
+            rows.append([row.task + mark, row.metric, *numbers, shots, count])
+            narrow.append([metric_name(row.task, row.metric) + mark, *numbers])
+        right = "r" * len(columns)
+        return Table(
+            ["task", "metric", *columns, "shots", "n"],
+            rows,
+            f"ll{right}rr",
+            footnotes=self.notes(),
+            narrow=Table(["", *columns], narrow, f"l{right}"),
+        )
 
-        say = partial(console.print, markup=False, highlight=False)
-        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
-        say(self.title(), style="bold")
-        say(self.headline(plus_minus))
-        for name, text in self.facts():
-            say(f"  {name}: {text}")
-        for warning in self.warnings():
-            say(f"warning: {warning}", style="bold")
-        if self.results:
-            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-            table.add_column("", overflow="fold")
-            for name in self.columns():
-                table.add_column(name, justify="right", overflow="fold")
-            for row in self.shown():
-                name = row.task if row.task == row.metric else f"{row.task} {row.metric}"
-                numbers = self.numbers(row, plus_minus)
-                table.add_row(*(Text(cell) for cell in (name + self.mark(row), *numbers)))
-            say()
-            say(table)
-            say()
-        for mark, note in enumerate(self.notes(), 1):
-            say(f"{mark}. {note}")
-        if self.expected:
-            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-            for name, justify in zip(("", *PUBLISHED_COLUMNS), ("left", *["right"] * 3, "left"), strict=True):
-                table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type] # both are allowed
-            for each in self.expected:
-                cells = (f"{each.task} {each.metric}", *published_cells(each, plus_minus))
-                table.add_row(*(Text(cell) for cell in cells))
-            say()
-            say(table)
-            say()
+    def _published(self) -> Table:
+        rows = [[row.task, row.metric, *published_cells(row)] for row in self.expected]
+        narrow = Table(["", *PUBLISHED_COLUMNS], [[" ".join(row[:2]), *row[2:]] for row in rows], "lrrrl")
+        return Table(["task", "metric", *PUBLISHED_COLUMNS], rows, "llrrrl", narrow=narrow)
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
@@ -143,7 +105,7 @@ class Report(Record):
         done = " ".join(part for part in (self.method, self.label) if part)
         return f"{self.model}, {done}" if done else self.model
 
-    def headline(self, plus_minus: str = "±") -> str:
+    def headline(self) -> str:
         """How small and how good it is, in a sentence whose words follow ``verdict.RULE``."""
         parts = []
         if self.bits_per_weight is not None:
@@ -151,23 +113,23 @@ class Report(Record):
         if self.float_bytes and self.quantized_bytes:
             ratio = self.float_bytes / self.quantized_bytes
             parts.append(f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger")
-        if (quality := self.quality(plus_minus)) is not None:
+        if (quality := self.quality()) is not None:
             name, shown, where, said = quality
             return ", ".join([*parts, f"{name} {shown}" + (f" on {where}" if where else "")]) + f": {said}"
         measured = next((row for row in self.shown() if row.value is not None), None)
         if measured is None:
             return ", ".join([*parts, "quality was not measured"])
-        value = number(measured.value, measured.stderr, plus_minus)
+        value = number(measured.value, measured.stderr)
         return ", ".join([*parts, f"{measured.metric} {value} on {measured.task}"]) + "; no float model beside it"
 
-    def quality(self, plus_minus: str = "±") -> tuple[str, str, str, str] | None:
+    def quality(self) -> tuple[str, str, str, str] | None:
         """What the headline says of quality: metric, change, where measured, and words; ``None``: nothing compares."""
         if (judged := self.judged()) is None:
             return None
         name, where, loss, stderr = judged
         if name == "kl":
-            return "KL divergence", f"{number(loss, stderr, plus_minus)} nats", "", words(loss, stderr)
-        return name, percent(-loss if name == "accuracy" else loss, stderr, plus_minus), where, words(loss, stderr)
+            return "KL divergence", f"{number(loss, stderr)} nats", "", words(loss, stderr)
+        return name, percent(-loss if name == "accuracy" else loss, stderr), where, words(loss, stderr)
 
     def judged(self) -> tuple[str, str, float, float | None] | None:
         """What the headline judges by: metric, text or tasks, loss and its standard error; ``None``: nothing compares.
@@ -260,13 +222,13 @@ class Report(Record):
         compared = any(row.float_value is not None for row in self.results)
         return ["float", "quantized", "change"] if compared else ["value"]
 
-    def numbers(self, row: TaskResult, plus_minus: str) -> list[str]:
+    def numbers(self, row: TaskResult) -> list[str]:
         """A cell for each of ``columns()``."""
-        value = "not measured" if row.value is None else number(row.value, row.stderr, plus_minus)
+        value = "not measured" if row.value is None else number(row.value, row.stderr)
         if len(self.columns()) == 1:
             return [value]
-        change = number(row.delta, row.delta_stderr, plus_minus, sign="+")
-        return [number(row.float_value, row.float_stderr, plus_minus), value, change]
+        change = number(row.delta, row.delta_stderr, sign="+")
+        return [number(row.float_value, row.float_stderr), value, change]
 
     def mark(self, row: TaskResult) -> str:
         """Where the note of a row stands among ``notes()``: `` [2]``, or nothing."""
@@ -276,11 +238,3 @@ class Report(Record):
     def notes(self) -> list[str]:
         """Each different note of the rows that are shown."""
         return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))
-
-
-def _shots(row: TaskResult) -> str:
-    return "" if row.num_fewshot is None else str(row.num_fewshot)
-
-
-def _count(row: TaskResult) -> str:
-    return "" if row.n is None else str(row.n)

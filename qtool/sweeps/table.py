@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
+from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Number, Published, Record, TaskResult
-from qtool.reports.text import markdown_table, note_of, number
+from qtool.reports.text import metric_name, note_of, number
 from qtool.system.environment import environment
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 JSON_NAME = "sweep.json"
 MARKDOWN_NAME = "sweep.md"
@@ -47,6 +46,10 @@ class CellResult(Record):
         """The results that tables have."""
         return [row for row in self.results if not row.detail]
 
+    def named(self) -> list[tuple[str, TaskResult]]:
+        """Those results, each after the name of its metric."""
+        return [(metric_name(row.task, row.metric), row) for row in self.shown()]
+
 
 class Mean(Record):
     """A number over several cells."""
@@ -67,11 +70,6 @@ class Group(Record):
     metrics: dict[str, Mean] = Field(default_factory=dict)
 
 
-def metric_name(row: TaskResult) -> str:
-    """``wikitext2 perplexity``; once where task and metric have one name."""
-    return row.task if row.task == row.metric else f"{row.task} {row.metric}"
-
-
 def groups(cells: Sequence[CellResult], over: Sequence[str]) -> tuple[Group, ...]:
     """Means and standard deviations of the cells that are alike in all columns but ``over``, in the order of cells."""
     alike: dict[tuple[tuple[str, str], ...], list[CellResult]] = {}
@@ -84,9 +82,9 @@ def groups(cells: Sequence[CellResult], over: Sequence[str]) -> tuple[Group, ...
 def _group(columns: dict[str, str], members: Sequence[CellResult]) -> Group:
     done = [cell for cell in members if cell.status == "done"]
     values: dict[str, list[float]] = {}
-    for row in (row for cell in done for row in cell.shown()):
+    for name, row in (named for cell in done for named in cell.named()):
         if row.value is not None:
-            values.setdefault(metric_name(row), []).append(row.value)
+            values.setdefault(name, []).append(row.value)
     seconds = [cell.seconds["quantize"] for cell in done if "quantize" in cell.seconds]
     bits = [cell.bits_per_weight for cell in done if cell.bits_per_weight is not None]
     sizes = [cell.quantized_bytes for cell in done if cell.quantized_bytes is not None]
@@ -106,7 +104,7 @@ def _mean(values: Sequence[float]) -> Mean:
     return Mean(mean=fmean(values), deviation=stdev(values) if len(values) > 1 and finite else None)
 
 
-class SweepReport(Record):
+class SweepReport(Record, Printable):
     """All cells of a sweep side by side."""
 
     name: str
@@ -125,7 +123,7 @@ class SweepReport(Record):
 
     def metrics(self) -> list[str]:
         """Every metric that a cell has."""
-        return list(dict.fromkeys(metric_name(row) for cell in self.cells for row in cell.shown()))
+        return list(dict.fromkeys(name for cell in self.cells for name, _ in cell.named()))
 
     def columns(self) -> list[str]:
         """What varies."""
@@ -143,12 +141,12 @@ class SweepReport(Record):
         complete = all(cell.status == "done" for cell in self.cells)
         rows = [header if complete else [*header, "status"]]
         for label, cell in self._floats():
-            found = {metric_name(row): number(row.float_value, row.float_stderr, "±") for row in cell.shown()}
+            found = {name: number(row.float_value, row.float_stderr) for name, row in cell.named()}
             size = "" if cell.float_bytes is None else f"{cell.float_bytes / 1e6:.2f}"
             row = [label, *[""] * len(columns[1:]), "", size, *(found.get(name, "") for name in metrics)]
             rows.append([*row, *[""] * (len(rows[0]) - len(row))])
         for cell in self.cells:
-            found = {metric_name(row): _value(row) for row in cell.shown()}
+            found = {name: _value(row) for name, row in cell.named()}
             row = [cell.columns.get(name, "") for name in columns]
             row += [*_sizes(cell.bits_per_weight, cell.quantized_bytes), *(found.get(name, "") for name in metrics)]
             row += [_seconds(cell.seconds.get("quantize")), *(_speeds(cell.bench) if benches else ())]
@@ -159,7 +157,7 @@ class SweepReport(Record):
         """A cell for each float model, or for each set of numbers of one, with a name for its row."""
         found: dict[tuple[str, tuple[tuple[str, float | None], ...]], CellResult] = {}
         for cell in self.cells:
-            numbers = tuple((metric_name(row), row.float_value) for row in cell.shown())
+            numbers = tuple((name, row.float_value) for name, row in cell.named())
             if any(value is not None for _, value in numbers):
                 found.setdefault((cell.model, numbers), cell)
         models = [model for model, _ in found]
@@ -185,7 +183,7 @@ class SweepReport(Record):
             row = [*(group.columns.get(name, "") for name in columns), f"{group.num_cells}{few}"]
             row += _sizes(group.bits_per_weight, group.quantized_bytes)
             means = [group.metrics.get(name) for name in metrics]
-            row += ["" if mean is None else number(mean.mean, mean.deviation, "±") for mean in means]
+            row += ["" if mean is None else number(mean.mean, mean.deviation) for mean in means]
             rows.append([*row, _seconds(group.seconds.mean if group.seconds else None)])
         return rows
 
@@ -195,8 +193,8 @@ class SweepReport(Record):
         for cell in self.cells:
             for each in cell.expected:
                 name = f"{each.task} {each.metric}"
-                ours = number(each.measured, each.stderr, "±") or (cell.status if cell.status != "done" else "")
-                difference = number(each.difference, None, "±", sign="+")
+                ours = number(each.measured, each.stderr) or (cell.status if cell.status != "done" else "")
+                difference = number(each.difference, None, sign="+")
                 source = "; ".join(part for part in (each.source, each.note if cell.status == "done" else "") if part)
                 labels = [cell.columns.get(column, "") for column in self.columns()]
                 rows.append([*labels, name, f"{each.value:.6g}", ours, difference, source])
@@ -225,9 +223,9 @@ class SweepReport(Record):
         """Notes of the results, each once, after the metrics that it is of, and the cells if it is not of all."""
         found: dict[tuple[str, str], list[str]] = {}
         for cell in self.cells:
-            for row in cell.shown():
+            for metric, row in cell.named():
                 if note := note_of(row):
-                    found.setdefault((metric_name(row), note), []).append(cell.name)
+                    found.setdefault((metric, note), []).append(cell.name)
         done = sum(cell.status == "done" for cell in self.cells)
         grouped: dict[tuple[str, str], list[str]] = {}
         for (metric, note), names in found.items():
@@ -235,50 +233,24 @@ class SweepReport(Record):
             grouped.setdefault((note, some), []).append(metric)
         return [f"{', '.join(metrics)}{some}: {note}" for (note, some), metrics in grouped.items()]
 
-    def markdown(self) -> str:
-        """The sweep as a Markdown page."""
-        lines = [f"# {self.name}", ""]
-        lines += [self.title, ""] if self.title else []
-        lines += [f"{self.counts()}.", ""]
-        for heading, rows in self._tables():
-            lines += [f"## {heading}", ""] if heading else []
-            left = len(self.columns())
-            lines += markdown_table([rows[0], ["---"] * left + ["---:"] * (len(rows[0]) - left), *rows[1:]])
-        lines += [f"{number}. {_one_line(reason)}" for number, reason in enumerate(self.reasons(), 1)]
-        lines += [""] if self.reasons() else []
-        lines += [*(f"* {note}" for note in self.notes()), ""]
-        lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
-        return "\n".join(lines) + "\n"
-
-    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+    def document(self) -> Document:
+        """Means, cells and published numbers, and why cells have none."""
         means, published = self.group_rows(), self.published_rows()
-        found = [(f"Over {', '.join(self.over)}", means), ("Cells" if means or published else "", self.cell_rows())]
-        return [(heading, rows) for heading, rows in [*found, ("Published numbers", published)] if rows]
-
-    def render(self, console: "Console") -> None:
-        """Print the sweep as tables."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        def say(text: str, style: str = "") -> None:
-            console.print(text, style=style, markup=False, highlight=False)
-
-        say(self.title or self.name, "bold")
-        say(f"  {self.counts()}")
-        for heading, rows in self._tables():
-            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-            for index, name in enumerate(rows[0]):
-                table.add_column(name, justify="left" if index < len(self.columns()) else "right", overflow="fold")
-            for row in rows[1:]:
-                table.add_row(*map(Text, row))
-            say(f"\n{heading}" if heading else "")
-            console.print(table)
-        say("")
-        for mark, reason in enumerate(self.reasons(), 1):
-            say(f"{mark}. {_one_line(reason)}")
-        for note in self.notes():
-            say(f"* {note}")
+        titles = (f"Over {', '.join(self.over)}", "Cells" if means or published else "", "Published numbers")
+        tables = [
+            Table(header, rows, "l" * (left := len(self.columns())) + "r" * (len(header) - left), title)
+            for title, (header, *rows) in zip(titles, (means or [[]], self.cell_rows(), published or [[]]), strict=True)
+            if header
+        ]
+        tables[-1] = replace(tables[-1], footnotes=[_one_line(reason) for reason in self.reasons()])
+        return Document(
+            title=self.title or self.name,
+            name=self.name if self.title else "",
+            status=self.counts(),
+            tables=tables,
+            notes=self.notes(),
+            environment=self.environment,
+        )
 
     def write(self, folder: Path) -> None:
         """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each whole or not at all."""
@@ -301,7 +273,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _value(row: TaskResult) -> str:
-    return "not measured" if row.value is None else number(row.value, row.stderr, "±")
+    return "not measured" if row.value is None else number(row.value, row.stderr)
 
 
 def _speeds(bench: BenchReport | None) -> list[str]:
