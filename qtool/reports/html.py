@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from qtool.reports import model_card
 from qtool.reports.document import Table
+from qtool.reports.quality import judge, loss
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
@@ -50,7 +51,7 @@ def html(report: Report, figures: Sequence["Plot"]) -> str:
         tiles=list(_tiles(report)),
         quality=_results(report, report.shown()),
         details=_results(report, [row for row in report.results if row.detail]),
-        judged=report.judged() is not None,
+        judged=judge(report.shown()) is not None,
         rule=RULE,
         linears=_linears(report),
         phases=_phases(report),
@@ -87,12 +88,11 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
     if report.bits_per_weight is not None:
         yield "bits per weight", f"{report.bits_per_weight:.2f}", "scales and zero points counted"
     if report.float_bytes and report.quantized_bytes:
-        ratio = report.float_bytes / report.quantized_bytes
         sizes = f"{report.float_bytes / 1e6:.2f} MB to {report.quantized_bytes / 1e6:.2f} MB"
-        yield "size on disk", f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger", sizes
-    if (quality := report.quality()) is not None:
-        name, shown, where, said = quality
-        yield name, shown.replace(" ", NBSP), ": ".join(part for part in (where, said.partition(" (")[0]) if part)
+        yield "size on disk", report.size_ratio(), sizes
+    if (judged := judge(report.shown())) is not None:
+        remark = ": ".join(part for part in (judged.where, judged.words.partition(" (")[0]) if part)
+        yield judged.metric, judged.change.replace(" ", NBSP), remark
     if "quantize" in report.seconds:
         held = max(report.peak_bytes.values(), default=0)
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
@@ -112,8 +112,8 @@ def _shots(report: Report, cell: object) -> list[str]:
 
 
 def _cells(report: Report, row: TaskResult) -> list[str]:
-    loss = report.loss(row)
-    said = [] if len(report.columns()) == 1 else [words(*loss).partition(" (")[0] if loss else ""]
+    found = loss(row)
+    said = [] if len(report.columns()) == 1 else [words(*found).partition(" (")[0] if found else ""]
     task = row.task if row.detail else row.task + report.mark(row)
     n = "" if row.n is None else str(row.n)
     return [task, row.metric, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]

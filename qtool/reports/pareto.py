@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from qtool.reports.drawing import LIGHT, Plot, blank, settle, shortened, style
+from qtool.reports.measures import ComparedRun, Measure, weight_bytes
 
 OFFSETS = [  # of a label from its point, in units of the figure, and how it is aligned there
     (6, 5, "left", "bottom"),
@@ -98,6 +99,34 @@ def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
     said = "; ".join(f"{point.name} {point.x:.4g}, {point.y:.5g}" for point in points)
     text = f"On the front: {', '.join(point.name for point in best)}. All runs: {said}."
     return Plot(name, f"{plane.quality} against {plane.size}", figure, text, caption)
+
+
+def figures(runs: Sequence[ComparedRun], measure: Measure, title: str) -> list[Plot]:
+    """Quality by ``measure``, which is called ``title``, against bits per weight and against size."""
+    rows = {run.name: run.results[measure] for run in runs if measure in run.results}
+    higher = any(row.higher_is_better for row in rows.values())
+    floats = {_finite(row.float_value) for row in rows.values()}
+    reference = floats.pop() if len(floats) == 1 else None
+    paired = reference is not None and all(_finite(row.delta_stderr) is not None for row in rows.values())
+    drawn = []
+    for name, axis, of in (
+        ("pareto-bits", "bits per weight", lambda report: report.bits_per_weight),
+        ("pareto-size", "MB on disk", lambda report: None if (b := weight_bytes(report)) is None else b / 1e6),
+    ):
+        points = [
+            Point(index + 1, run.name, x, y, _finite(row.delta_stderr if paired else row.stderr))
+            for index, run in enumerate(runs)
+            if (row := rows.get(run.name))
+            and (y := _finite(row.value)) is not None
+            and (x := of(run.report)) is not None
+        ]
+        if len(points) > 1:
+            drawn.append(plot(name, points, Plane(axis, title, higher, reference, paired)))
+    return drawn
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:

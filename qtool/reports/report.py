@@ -1,15 +1,14 @@
 """The report of a run: the schema of ``report.json``, and the same as Markdown and as a table for a terminal."""
 
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import (
-    ALARM,
     RUN,
     CalibrationText,
     Exported,
@@ -18,10 +17,8 @@ from qtool.reports.records import (
     Published,
     Record,
     TaskResult,
-    change_error,
 )
-from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, percent, published_cells
-from qtool.reports.verdict import relative_loss, words
+from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
 from qtool.system.environment import environment
 from qtool.system.units import size
 
@@ -110,63 +107,23 @@ class Report(Record, Printable):
         parts = []
         if self.bits_per_weight is not None:
             parts.append(f"{self.bits_per_weight:.2f} bits per weight")
-        if self.float_bytes and self.quantized_bytes:
-            ratio = self.float_bytes / self.quantized_bytes
-            parts.append(f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger")
-        if (quality := self.quality()) is not None:
-            name, shown, where, said = quality
-            return ", ".join([*parts, f"{name} {shown}" + (f" on {where}" if where else "")]) + f": {said}"
+        if ratio := self.size_ratio():
+            parts.append(ratio)
+        if (judged := quality.judge(self.shown())) is not None:
+            where = f" on {judged.where}" if judged.where else ""
+            return ", ".join([*parts, f"{judged.metric} {judged.change}{where}: {judged.words}"])
         measured = next((row for row in self.shown() if row.value is not None), None)
         if measured is None:
             return ", ".join([*parts, "quality was not measured"])
         value = number(measured.value, measured.stderr)
         return ", ".join([*parts, f"{measured.metric} {value} on {measured.task}"]) + "; no float model beside it"
 
-    def quality(self) -> tuple[str, str, str, str] | None:
-        """What the headline says of quality: metric, change, where measured, and words; ``None``: nothing compares."""
-        if (judged := self.judged()) is None:
-            return None
-        name, where, loss, stderr = judged
-        if name == "kl":
-            return "KL divergence", f"{number(loss, stderr)} nats", "", words(loss, stderr)
-        return name, percent(-loss if name == "accuracy" else loss, stderr), where, words(loss, stderr)
-
-    def judged(self) -> tuple[str, str, float, float | None] | None:
-        """What the headline judges by: metric, text or tasks, loss and its standard error; ``None``: nothing compares.
-
-        Perplexity, on text that nobody generated and calibration did not hold where there is such; else KL divergence;
-        else the mean accuracy over tasks.
-        """
-        rows = [row for row in self.shown() if self.loss(row) is not None]
-        rows.sort(key=lambda row: ((row.overlap or 0) >= ALARM, row.task == "generated"))
-        for metric in ("perplexity", "kl"):
-            for row in rows:
-                if row.metric == metric and (found := self.loss(row)):
-                    return metric, row.task, *found
-        tasks: dict[str, TaskResult] = {}
-        for row in rows:
-            if row.metric.startswith("acc"):
-                tasks.setdefault(row.task, row)
-        if not tasks:
-            return None
-        count = len(tasks)
-        value, reference = (sum(getattr(row, side) for row in tasks.values()) for side in ("value", "float_value"))
-        errors = [error for row in tasks.values() if (error := change_error(row)) is not None]
-        stderr = math.hypot(*errors) / abs(reference) if len(errors) == count else None
-        where = next(iter(tasks)) if count == 1 else f"{count} tasks"
-        return "accuracy", where, relative_loss(value, reference, higher_is_better=True), stderr
-
-    def loss(self, row: TaskResult) -> tuple[float, float | None] | None:
-        """The relative loss of a row and its standard error; ``None`` where it has no float model beside it."""
-        if row.value is None:
-            return None
-        if row.metric == "kl":
-            return row.value, row.stderr
-        if not row.float_value or row.higher_is_better is None:
-            return None
-        error = change_error(row)
-        loss = relative_loss(row.value, row.float_value, row.higher_is_better)
-        return loss, None if error is None else error / abs(row.float_value)
+    def size_ratio(self) -> str:
+        """``3.2 x smaller``: the quantized model's weights on disk against the float model's; empty if not known."""
+        if not self.float_bytes or not self.quantized_bytes:
+            return ""
+        ratio = self.float_bytes / self.quantized_bytes
+        return f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger"
 
     def facts(self) -> list[tuple[str, str]]:
         """What is known of the run, as name and text."""
@@ -190,28 +147,14 @@ class Report(Record, Printable):
         if (text := self.calibration) is not None:
             shape = f"{text.num_samples} windows of {text.seq_len} tokens"
             facts.append(("calibrated on", f"{text.source}, {shape}"))
-        if shares := self.overlaps():
+        if shares := quality.overlaps(self.results):
             parts = ", ".join(f"{share:.2g} of {task}" for task, share in shares.items())
             facts.append(("already in the calibration text", f"{parts} (share of its runs of {RUN} tokens)"))
         return [*facts, ("date", self.date)]
 
-    def overlaps(self) -> dict[str, float]:
-        """The share of each evaluated text that the calibration text holds, once for each text."""
-        shares: dict[str, float] = {}
-        for row in self.results:
-            if row.overlap is not None and row.overlap not in shares.values():
-                shares.setdefault(row.task, row.overlap)
-        return shares
-
     def warnings(self) -> list[str]:
         """What makes numbers of this report say something else than they seem to."""
-        source = self.calibration.source if self.calibration else "the calibration text"
-        return [
-            f"{share:.1%} of the text of {task} is in {source} as it was used for calibration "
-            f"(runs of {RUN} tokens): what is measured on it is partly memory."
-            for task, share in self.overlaps().items()
-            if share >= ALARM
-        ]
+        return quality.warnings(self.results, self.calibration.source if self.calibration else "the calibration text")
 
     def shown(self) -> list[TaskResult]:
         """The rows that tables have."""

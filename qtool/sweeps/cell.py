@@ -24,7 +24,7 @@ from qtool.reports.records import compare
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
 from qtool.sweeps.grid import Planned
-from qtool.sweeps.table import CellResult
+from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
 

@@ -42,7 +42,8 @@ from qtool.sweeps.cell import (
 )
 from qtool.sweeps.grid import Plan, fault_lines
 from qtool.sweeps.launchers import Command, Ended
-from qtool.sweeps.table import SweepReport, groups
+from qtool.sweeps.results import groups
+from qtool.sweeps.table import SweepReport
 from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.locks import hold

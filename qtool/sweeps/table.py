@@ -1,107 +1,23 @@
 """The result of a sweep: the schema of ``sweep.json``, and the same as Markdown and as tables for a terminal."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Literal
 
 from pydantic import Field
 
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
 from qtool.reports.document import Document, Printable, Table
-from qtool.reports.records import Number, Published, Record, TaskResult
-from qtool.reports.text import metric_name, note_of, number
+from qtool.reports.records import Record, TaskResult
+from qtool.reports.text import note_of, number
+from qtool.sweeps.results import CellGroup, CellResult
 from qtool.system.environment import environment
 
 JSON_NAME = "sweep.json"
 MARKDOWN_NAME = "sweep.md"
-Status = Literal["done", "failed", "not run"]
-
-
-class CellResult(Record):
-    """One cell: what it was, what it came to, and how good it is."""
-
-    name: str = Field(description="Of its folder.")
-    columns: dict[str, str] = Field(description="Its label on each axis.")
-    status: Status
-    reason: str = Field("", description="Why it failed or was not run.")
-    model: str = Field(description="The float model.")
-    method: str
-    label: str | None = Field(None, description="Grid in short, e.g. w4g128.")
-    bits_per_weight: float | None = Field(None, description="Of the quantized linears, scales and zero points counted.")
-    float_bytes: int | None = Field(None, description="Weights of the float model.")
-    quantized_bytes: int | None = Field(None, description="Weights of the quantized model on disk.")
-    seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
-    results: tuple[TaskResult, ...] = ()
-    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
-    bench: BenchReport | None = Field(None, description="null: not measured.")
-    dtype: str | None = None
-    device: str | None = None
-    machine: str | None = Field(None, description="Processor and threads of the quantization.")
-
-    def shown(self) -> list[TaskResult]:
-        """The results that tables have."""
-        return [row for row in self.results if not row.detail]
-
-    def named(self) -> list[tuple[str, TaskResult]]:
-        """Those results, each after the name of its metric."""
-        return [(metric_name(row.task, row.metric), row) for row in self.shown()]
-
-
-class Mean(Record):
-    """A number over several cells."""
-
-    mean: Number
-    deviation: Number | None = Field(None, description="Standard deviation of a sample; null: of one value.")
-
-
-class Group(Record):
-    """Cells that differ only in what a sweep takes means over."""
-
-    columns: dict[str, str]
-    num_cells: int = Field(description="Cells that are done, of which the means are.")
-    num_planned: int
-    bits_per_weight: float | None = None
-    quantized_bytes: float | None = None
-    seconds: Mean | None = Field(None, description="Of quantization.")
-    metrics: dict[str, Mean] = Field(default_factory=dict)
-
-
-def groups(cells: Sequence[CellResult], over: Sequence[str]) -> tuple[Group, ...]:
-    """Means and standard deviations of the cells that are alike in all columns but ``over``, in the order of cells."""
-    alike: dict[tuple[tuple[str, str], ...], list[CellResult]] = {}
-    for cell in cells:
-        rest = tuple((name, label) for name, label in cell.columns.items() if name not in over)
-        alike.setdefault(rest, []).append(cell)
-    return tuple(_group(dict(columns), members) for columns, members in alike.items())
-
-
-def _group(columns: dict[str, str], members: Sequence[CellResult]) -> Group:
-    done = [cell for cell in members if cell.status == "done"]
-    values: dict[str, list[float]] = {}
-    for name, row in (named for cell in done for named in cell.named()):
-        if row.value is not None:
-            values.setdefault(name, []).append(row.value)
-    seconds = [cell.seconds["quantize"] for cell in done if "quantize" in cell.seconds]
-    bits = [cell.bits_per_weight for cell in done if cell.bits_per_weight is not None]
-    sizes = [cell.quantized_bytes for cell in done if cell.quantized_bytes is not None]
-    return Group(
-        columns=columns,
-        num_cells=len(done),
-        num_planned=len(members),
-        bits_per_weight=fmean(bits) if bits else None,
-        quantized_bytes=fmean(sizes) if sizes else None,
-        seconds=_mean(seconds) if seconds else None,
-        metrics={name: _mean(found) for name, found in values.items()},
-    )
-
-
-def _mean(values: Sequence[float]) -> Mean:
-    finite = all(map(math.isfinite, values))
-    return Mean(mean=fmean(values), deviation=stdev(values) if len(values) > 1 and finite else None)
+SIZES = ("bits/weight", "MB")
+SPEEDS = ("decode tokens/s", "prefill tokens/s", "decode J/token")
 
 
 class SweepReport(Record, Printable):
@@ -111,7 +27,7 @@ class SweepReport(Record, Printable):
     title: str = ""
     over: tuple[str, ...] = Field((), description="Columns that means are taken over.")
     cells: tuple[CellResult, ...]
-    groups: tuple[Group, ...] = Field((), description="Means over those columns.")
+    groups: tuple[CellGroup, ...] = Field((), description="Means over those columns.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -133,25 +49,25 @@ class SweepReport(Record, Printable):
         """Why cells are not done, each reason once."""
         return list(dict.fromkeys(cell.reason for cell in self.cells if cell.status != "done"))
 
-    def cell_rows(self) -> list[list[str]]:
-        """A header, a row for each float model that was measured beside, and a row for each cell."""
+    def cell_table(self) -> Table:
+        """A row for each float model that was measured beside, and a row for each cell."""
         benches = any(cell.bench is not None for cell in self.cells)
-        columns, metrics = self.columns(), self.metrics()
-        header = [*map(_short, columns), *SIZES, *metrics, "quantize s", *(SPEEDS if benches else ())]
         complete = all(cell.status == "done" for cell in self.cells)
-        rows = [header if complete else [*header, "status"]]
+        columns, metrics = self.columns(), self.metrics()
+        right = [*SIZES, *metrics, "quantize s", *(SPEEDS if benches else ()), *(() if complete else ("status",))]
+        rows = []
         for label, cell in self._floats():
             found = {name: number(row.float_value, row.float_stderr) for name, row in cell.named()}
             size = "" if cell.float_bytes is None else f"{cell.float_bytes / 1e6:.2f}"
             row = [label, *[""] * len(columns[1:]), "", size, *(found.get(name, "") for name in metrics)]
-            rows.append([*row, *[""] * (len(rows[0]) - len(row))])
+            rows.append([*row, *[""] * (len(columns) + len(right) - len(row))])
         for cell in self.cells:
             found = {name: _value(row) for name, row in cell.named()}
             row = [cell.columns.get(name, "") for name in columns]
             row += [*_sizes(cell.bits_per_weight, cell.quantized_bytes), *(found.get(name, "") for name in metrics)]
             row += [_seconds(cell.seconds.get("quantize")), *(_speeds(cell.bench) if benches else ())]
             rows.append(row if complete else [*row, self._status(cell)])
-        return rows
+        return _table("Cells", columns, right, rows)
 
     def _floats(self) -> list[tuple[str, CellResult]]:
         """A cell for each float model, or for each set of numbers of one, with a name for its row."""
@@ -172,12 +88,10 @@ class SweepReport(Record, Printable):
     def _status(self, cell: CellResult) -> str:
         return cell.status if cell.status == "done" else f"{cell.status} [{self.reasons().index(cell.reason) + 1}]"
 
-    def group_rows(self) -> list[list[str]]:
-        """A header and a row for each group of cells; no rows where no means were asked for."""
-        if not self.over:
-            return []
+    def mean_table(self) -> Table:
+        """A row for each group of cells; no rows where no means were asked for."""
         columns, metrics = [name for name in self.columns() if name not in self.over], self.metrics()
-        rows = [[*map(_short, columns), "cells", *SIZES, *metrics, "quantize s"]]
+        rows = []
         for group in self.groups:
             few = "" if group.num_cells == group.num_planned else f" of {group.num_planned}"
             row = [*(group.columns.get(name, "") for name in columns), f"{group.num_cells}{few}"]
@@ -185,10 +99,10 @@ class SweepReport(Record, Printable):
             means = [group.metrics.get(name) for name in metrics]
             row += ["" if mean is None else number(mean.mean, mean.deviation) for mean in means]
             rows.append([*row, _seconds(group.seconds.mean if group.seconds else None)])
-        return rows
+        return _table(f"Over {', '.join(self.over)}", [*columns, "cells"], [*SIZES, *metrics, "quantize s"], rows)
 
-    def published_rows(self) -> list[list[str]]:
-        """A header and a row for each published number; no rows where there is none."""
+    def published_table(self) -> Table:
+        """A row for each published number."""
         rows = []
         for cell in self.cells:
             for each in cell.expected:
@@ -198,8 +112,8 @@ class SweepReport(Record, Printable):
                 source = "; ".join(part for part in (each.source, each.note if cell.status == "done" else "") if part)
                 labels = [cell.columns.get(column, "") for column in self.columns()]
                 rows.append([*labels, name, f"{each.value:.6g}", ours, difference, source])
-        header = [*map(_short, self.columns()), "metric", "published", "ours", "difference", "source"]
-        return [header, *rows] if rows else []
+        right = ["metric", "published", "ours", "difference", "source"]
+        return _table("Published numbers", self.columns(), right, rows)
 
     def notes(self) -> list[str]:
         """What a reader must know to compare these numbers with others."""
@@ -235,19 +149,15 @@ class SweepReport(Record, Printable):
 
     def document(self) -> Document:
         """Means, cells and published numbers, and why cells have none."""
-        means, published = self.group_rows(), self.published_rows()
-        titles = (f"Over {', '.join(self.over)}", "Cells" if means or published else "", "Published numbers")
-        tables = [
-            Table(header, rows, "l" * (left := len(self.columns())) + "r" * (len(header) - left), title)
-            for title, (header, *rows) in zip(titles, (means or [[]], self.cell_rows(), published or [[]]), strict=True)
-            if header
-        ]
-        tables[-1] = replace(tables[-1], footnotes=[_one_line(reason) for reason in self.reasons()])
+        tables = [table for table in (self.mean_table(), self.cell_table(), self.published_table()) if table.rows]
+        if len(tables) == 1:
+            tables = [replace(tables[0], title="")]
+        footnotes = [_one_line(reason) for reason in self.reasons()]
         return Document(
             title=self.title or self.name,
             name=self.name if self.title else "",
             status=self.counts(),
-            tables=tables,
+            tables=[*tables[:-1], *(replace(table, footnotes=footnotes) for table in tables[-1:])],
             notes=self.notes(),
             environment=self.environment,
         )
@@ -260,8 +170,9 @@ class SweepReport(Record, Printable):
             partial.replace(folder / name)
 
 
-SIZES = ("bits/weight", "MB")
-SPEEDS = ("decode tokens/s", "prefill tokens/s", "decode J/token")
+def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of columns that vary, aligned left, and columns of numbers, aligned right."""
+    return Table([*map(_short, left), *right], rows, "l" * len(left) + "r" * len(right), title)
 
 
 def _sizes(bits: float | None, size: float | None) -> list[str]:

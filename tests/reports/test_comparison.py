@@ -16,7 +16,8 @@ from rich.console import Console
 
 from qtool.cli import main
 from qtool.reports import drawing, pareto
-from qtool.reports.comparison import Comparison, compare, comparison, difference_error
+from qtool.reports.comparison import Comparison, compare, comparison
+from qtool.reports.measures import difference_error
 from qtool.reports.pareto import Plane, Point, front
 from qtool.reports.records import Metric, TaskResult, task_result
 from qtool.reports.report import Report

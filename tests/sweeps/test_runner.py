@@ -230,8 +230,8 @@ def test_speed_is_measured_once_and_stands_in_the_table(
     assert not hashes()
     assert run(whole).cached == ["a"]
     assert len(ran) == 2
-    header, _, row = outcome.report.cell_rows()
-    cells = dict(zip(header, row, strict=True))
+    table = outcome.report.cell_table()
+    cells = dict(zip(table.columns, table.rows[1], strict=True))
     speed = outcome.report.cells[0].bench.variant("fast").speeds["decode, batch 1"].tokens_per_second
     assert cells["decode tokens/s"].startswith(f"{speed:.4g} (")
     assert cells["decode J/token"] == "not measured"

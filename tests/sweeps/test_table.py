@@ -16,7 +16,8 @@ from qtool.cli import main
 from qtool.config import files, recipe
 from qtool.reports.records import Metric, task_result
 from qtool.sweeps import grid, runner
-from qtool.sweeps.table import CellResult, Mean, SweepReport, groups
+from qtool.sweeps.results import CellResult, Mean, groups
+from qtool.sweeps.table import SweepReport
 from qtool.system.errors import InputError
 
 FOLDER = Path(qtool.__file__).parent / "recipes" / "tables"
@@ -79,7 +80,9 @@ def test_float_models_and_other_machines_are_told_apart() -> None:
         result("b", {"model": "y"}, 10.0, model="y", machine="two, 1 threads"),
     )
     made = SweepReport(name="s", cells=cells)
-    assert [row[0] for row in made.cell_rows()] == ["model", "float x", "float y", "x", "y"]
+    assert [made.cell_table().columns[0], *(row[0] for row in made.cell_table().rows)] == [
+        *("model", "float x", "float y", "x", "y")
+    ]
     assert "cells ran on different machines: one, 1 threads; two, 1 threads" in made.notes()
 
 
