@@ -78,9 +78,8 @@ class Comparison(Printable):
     def title(self, measure: Measure) -> str:
         """The name of a column: as much as tells it from the others."""
         alike = [other for other in self.measures if (other.task, other.metric) == (measure.task, measure.metric)]
-        settings = measure.settings() | {"model": f"of {self._model_name(measure.model)}"}
-        different = [text for key, text in settings.items() if text and len({getattr(m, key) for m in alike}) > 1]
-        return ", ".join([metric_name(measure.task, measure.metric), *different])
+        models = [f"of {self._model_name(measure.model)}"] if len({other.model for other in alike}) > 1 else []
+        return ", ".join([metric_name(measure.task, measure.metric), *measure.differing(alike), *models])
 
     def marks(self, measure: Measure) -> dict[int, str]:
         """`` *`` for the best run of a column and `` ~`` for those that cannot be told from it, by index."""

@@ -29,14 +29,15 @@ class Measure(NamedTuple):
     dtype: str
     model: str  # identity of the float model; empty where another one may be compared with
 
-    def settings(self) -> dict[str, str]:
-        """The settings in words, by field; empty where there is none."""
-        return {
-            "num_fewshot": "" if self.num_fewshot is None else f"{self.num_fewshot}-shot",
+    def differing(self, alike: "Sequence[Measure]") -> list[str]:
+        """The settings in words, but only those in which the measures ``alike`` differ."""
+        settings = {
+            "num_fewshot": "no prompt" if self.num_fewshot is None else f"{self.num_fewshot}-shot",
             "limit": "no limit" if self.limit is None else f"limit {self.limit}",
-            "n": "" if self.n is None else f"n {self.n}",
-            "dtype": self.dtype,
+            "n": "n unknown" if self.n is None else f"n {self.n}",
+            "dtype": self.dtype or "precision unknown",
         }
+        return [text for key, text in settings.items() if len({getattr(each, key) for each in alike}) > 1]
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def notes(runs: Sequence[ComparedRun], measures: Sequence[Measure]) -> Iterator[
             ways = []
             for measure in same:
                 names = ", ".join(run.name for run in runs if measure in run.results)
-                ways.append(f"{', '.join(filter(None, measure.settings().values()))} ({names})")
+                ways.append(f"{', '.join(measure.differing(same))} ({names})")
             yield f"{task} {metric} was measured in different ways, which are not comparable: {'; '.join(ways)}."
     for what in ("device", "backend"):
         found = {getattr(run.report, what) for run in runs if run.results} - {None}
