@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qtool.reports import html as html_page
+from qtool.reports import html
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.measures import (
     ComparedRun,
@@ -115,7 +115,7 @@ class Comparison(Printable):
         return self._page(self.plots())
 
     def _page(self, plots: "Sequence[Plot]") -> str:
-        return html_page.render(
+        return html.render(
             "compare.html", plots, title=self.heading(), table_=self.table(), legend=LEGEND, notes=self.notes
         )
 

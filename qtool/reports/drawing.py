@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH = 4.6  # inches of 72 units: on a phone, text has the size it is drawn in
 PNG_DPI = 200
-FOLDER = "plots"
-TICKS = 6  # at most: a number that followed from the layout would change it
+PLOTS_FOLDER = "plots"
+MAX_TICKS = 6  # at most: a number that followed from the layout would change it
 COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "page": ("#fdfdfe", "#13161b"),
     "panel": ("#f4f6f8", "#1c2027"),
@@ -35,8 +35,8 @@ COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "notice": ("#fff4d6", "#3a2f12"),
     "notice-ink": ("#5c4300", "#f5d98b"),
 }
-DRAWN = ("panel", "ink", "muted", "line", "accent", "second", "good", "bad")
-LIGHT = {name: COLOURS[name][0] for name in DRAWN}
+FIGURE_COLOURS = ("panel", "ink", "muted", "line", "accent", "second", "good", "bad")
+LIGHT = {name: COLOURS[name][0] for name in FIGURE_COLOURS}
 STYLE: dict[Any, Any] = {  # its keys are a type of their own in matplotlib
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
     "font.size": 9.0,
@@ -86,11 +86,11 @@ def blank(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -
     FigureCanvasAgg(figure)  # measures text
     axes = figure.subplots(rows, 1, squeeze=False, height_ratios=ratios)
     for each in axes[:, 0]:
-        each.locator_params(nbins=TICKS)
+        each.locator_params(nbins=MAX_TICKS)
     return figure, list(axes[:, 0])
 
 
-def settle(figure: Figure) -> None:
+def freeze_layout(figure: Figure) -> None:
     """Lay ``figure`` out once and for all, on a grid: the last digits of matplotlib's solver vary from run to run."""
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -161,7 +161,7 @@ def png(plot: Plot) -> bytes:
 
 def save(plots: list[Plot], folder: Path) -> None:
     """Each plot as ``plots/<name>.png`` and ``.svg`` under ``folder``."""
-    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     for plot in plots:
-        (folder / FOLDER / f"{plot.name}.png").write_bytes(png(plot))
-        (folder / FOLDER / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
+        (folder / PLOTS_FOLDER / f"{plot.name}.png").write_bytes(png(plot))
+        (folder / PLOTS_FOLDER / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")

@@ -14,42 +14,51 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from qtool.reports.drawing import LIGHT, TICKS, Plot, blank, settle, shortened, style, text_on, whole_numbers
+from qtool.reports.drawing import LIGHT, MAX_TICKS, Plot, blank, freeze_layout, shortened, style, text_on, whole_numbers
 from qtool.reports.records import Linear
 from qtool.reports.report import Report
 from qtool.reports.text import number
 from qtool.system.units import duration, size
 
 MAX_POINTS = 400  # of a curve; of more steps each point is the mean of several
-DIGIT = 5.8  # how wide a digit is at most, in points
-PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block, the block's index, inside it
-FLOAT = "#5f6b7a"
-BITS = dict(enumerate(("#7a0019", "#b42318", "#b54708", "#175cd3", "#0e7090", "#087443", "#7a3e9d", "#5925dc"), 1))
-Grid = dict[tuple[str, int], Linear]
+DIGIT_WIDTH = 5.8  # how wide a digit is at most, in points
+LINEAR_NAME = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block, the block's index, inside it
+FLOAT_COLOUR = "#5f6b7a"
+BIT_COLOURS = {
+    1: "#7a0019",
+    2: "#b42318",
+    3: "#b54708",
+    4: "#175cd3",
+    5: "#0e7090",
+    6: "#087443",
+    7: "#7a3e9d",
+    8: "#5925dc",
+}
+LinearMap = dict[tuple[str, int], Linear]
 LOSSES = {"loss": "validation", "e2e_loss": "e2e_validation"}  # by step, and what was measured in between
 
 
-def figures(report: Report) -> list[Plot]:
+def draw(report: Report) -> list[Plot]:
     """Every figure that the report has numbers for."""
     with style():
-        drawn = [plot for draw in DRAWERS if (plot := draw(report)) is not None]
+        drawn = [plot for drawer in DRAWERS if (plot := drawer(report)) is not None]
         for plot in drawn:
-            settle(plot.figure)
+            freeze_layout(plot.figure)
     return drawn
 
 
-def grid_of(linears: Iterable[Linear]) -> Grid:
+def linear_map(linears: Iterable[Linear]) -> LinearMap:
     """Linears by name inside their block and the block's index."""
     found = {}
     for linear in linears:
-        if (place := PLACE.match(linear.name)) is not None:
+        if (place := LINEAR_NAME.match(linear.name)) is not None:
             found[place[3], int(place[2])] = linear
     return found
 
 
-def blocks_and_parts(grid: Grid) -> tuple[list[int], list[str]]:
+def blocks_and_parts(linears: LinearMap) -> tuple[list[int], list[str]]:
     """The indices of the blocks, and the names inside them in their order."""
-    return sorted({block for _, block in grid}), list(dict.fromkeys(part for part, _ in grid))
+    return sorted({block for _, block in linears}), list(dict.fromkeys(part for part, _ in linears))
 
 
 def relative(squared: float) -> float:
@@ -120,15 +129,15 @@ def _sizes(report: Report) -> Plot | None:
 
 
 def _bits(report: Report) -> Plot | None:
-    grid = grid_of(report.linears)
-    if not grid:
+    linears = linear_map(report.linears)
+    if not linears:
         return None
     counts: dict[int | None, int] = {}
-    for linear in grid.values():
+    for linear in linears.values():
         counts[linear.num_bits] = counts.get(linear.num_bits, 0) + 1
     known = sorted(counts, key=lambda bits: math.inf if bits is None else bits)
-    figure, _ = _map(
-        grid,
+    figure, _ = _draw_linears(
+        linears,
         lambda linear: _bits_colour(linear.num_bits),
         lambda linear: "f" if linear.num_bits is None else str(linear.num_bits),
         below=0.3,
@@ -137,22 +146,24 @@ def _bits(report: Report) -> Plot | None:
     handles = [Patch(color=_bits_colour(bits), label=f"{names[bits]} ({counts[bits]})") for bits in known]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     said = ", ".join(f"{counts[bits]} in {'float' if bits is None else f'{bits} bits'}" for bits in known)
-    return Plot("bits", "Bits of each linear", figure, f"Of {len(grid)} linears {said}.")
+    return Plot("bits", "Bits of each linear", figure, f"Of {len(linears)} linears {said}.")
 
 
 def _bits_colour(num_bits: int | None) -> str:
-    return FLOAT if num_bits is None else BITS.get(num_bits, FLOAT)
+    return FLOAT_COLOUR if num_bits is None else BIT_COLOURS.get(num_bits, FLOAT_COLOUR)
 
 
 def _errors(report: Report) -> Plot | None:
-    grid = grid_of(report.linears)
-    known = {place: relative(linear.weight_error) for place, linear in grid.items() if linear.weight_error is not None}
+    linears = linear_map(report.linears)
+    known = {
+        place: relative(linear.weight_error) for place, linear in linears.items() if linear.weight_error is not None
+    }
     finite = [error for error in known.values() if math.isfinite(error)]
     if not finite:
         return None
     scale = Normalize(min(finite), max(finite))
     colours: Any = matplotlib.colormaps["cividis"].resampled(48)  # Any: a callable whose stub takes no float
-    places = {id(linear): place for place, linear in grid.items()}
+    places = {id(linear): place for place, linear in linears.items()}
 
     def colour(linear: Linear) -> str | None:
         error = known.get(places[id(linear)])
@@ -162,10 +173,10 @@ def _errors(report: Report) -> Plot | None:
         error = known.get(places[id(linear)])
         return "" if error is None else f"{error:.1f}" if error < 99.95 else f"{error:.0f}"
 
-    figure, axes = _map(grid, colour, text, below=0.45)
+    figure, axes = _draw_linears(linears, colour, text, below=0.45)
     mappable = matplotlib.cm.ScalarMappable(scale, colours)
     bar = figure.colorbar(
-        mappable, ax=axes, orientation="horizontal", ticks=MaxNLocator(TICKS), aspect=45, pad=0.03, fraction=0.06
+        mappable, ax=axes, orientation="horizontal", ticks=MaxNLocator(MAX_TICKS), aspect=45, pad=0.03, fraction=0.06
     )
     bar.set_label("|Q(w) - w| / |w|, %")
     bar.outline.set_visible(False)
@@ -262,22 +273,22 @@ def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[f
     axes.set_xlim(0, max(max(values), 1e-9) * 1.25)
 
 
-def _map(
-    grid: Grid, colour: Callable[[Linear], str | None], text: Callable[[Linear], str], below: float
+def _draw_linears(
+    linears: LinearMap, colour: Callable[[Linear], str | None], text: Callable[[Linear], str], below: float
 ) -> tuple[Any, Axes]:
     """Blocks from left to right, the linears of each from top to bottom; ``below`` inches are for a legend."""
-    blocks, parts = blocks_and_parts(grid)
+    blocks, parts = blocks_and_parts(linears)
     figure, (axes,) = blank(0.55 + below + 0.235 * len(parts))
     axes.set_xlim(0, len(blocks))
     axes.set_ylim(len(parts), 0)
     axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
     figure.draw_without_rendering()  # says how much room the names leave
     width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # of a cell, in points
-    texts = {place: text(linear) for place, linear in grid.items()}
-    fits = DIGIT * max(map(len, texts.values())) <= width
-    every = math.ceil((DIGIT * len(str(blocks[-1])) + 4) / width)
+    texts = {place: text(linear) for place, linear in linears.items()}
+    fits = DIGIT_WIDTH * max(map(len, texts.values())) <= width
+    every = math.ceil((DIGIT_WIDTH * len(str(blocks[-1])) + 4) / width)
     axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], [str(block) for block in blocks[::every]])
-    for (part, block), linear in grid.items():
+    for (part, block), linear in linears.items():
         column, row, fill = blocks.index(block), parts.index(part), colour(linear)
         if fill is None:
             continue

@@ -31,20 +31,19 @@ NBSP = "\N{NO-BREAK SPACE}"
 
 def write(folder: Path, report: Report, files: bool = False) -> None:
     """Write ``report.html`` into ``folder``, and with ``files`` its figures as files under ``plots``."""
-    from qtool.reports import drawing  # matplotlib takes a while to import, and is needed only here
-    from qtool.reports import figures as report_figures
+    from qtool.reports import drawing, figures  # matplotlib takes a while to import, and is needed only here
 
-    figures = report_figures.figures(report)
-    (folder / HTML_NAME).write_text(html(report, figures), encoding="utf-8")
-    if files and figures:
-        drawing.save(figures, folder)
+    plots = figures.draw(report)
+    (folder / HTML_NAME).write_text(page(report, plots), encoding="utf-8")
+    if files and plots:
+        drawing.save(plots, folder)
 
 
-def html(report: Report, figures: Sequence["Plot"]) -> str:
-    """The page, with ``figures`` of the report in it."""
+def page(report: Report, plots: Sequence["Plot"]) -> str:
+    """The page, with ``plots`` of the report in it."""
     return render(
         "report.html",
-        figures,
+        plots,
         title=report.title(),
         report=report,
         headline=report.headline().replace(" %", f"{NBSP}%").replace(" ± ", f"{NBSP}±{NBSP}"),
@@ -61,13 +60,13 @@ def html(report: Report, figures: Sequence["Plot"]) -> str:
     )
 
 
-def render(template: str, figures: Sequence["Plot"], **values: Any) -> str:  # Any: whatever the template asks for
-    """A page from ``template`` with ``figures`` drawn into it."""
+def render(template: str, plots: Sequence["Plot"], **values: Any) -> str:  # Any: whatever the template asks for
+    """A page from ``template`` with ``plots`` drawn into it."""
     from qtool.reports.drawing import COLOURS, inline_svg
 
     drawn = [
         {"name": plot.name, "title": plot.title, "caption": plot.caption, "svg": Markup(inline_svg(plot))}
-        for plot in figures
+        for plot in plots
     ]
     return _templates().get_template(template).render(plots=drawn, colours=COLOURS, version=__version__, **values)
 
@@ -120,20 +119,20 @@ def _cells(report: Report, row: TaskResult) -> list[str]:
 
 
 def _linears(report: Report) -> Table | None:
-    from qtool.reports import figures as report_figures
+    from qtool.reports import figures
 
-    grid = report_figures.grid_of(report.linears)
-    if not grid:
+    linears = figures.linear_map(report.linears)
+    if not linears:
         return None
-    blocks, parts = report_figures.blocks_and_parts(grid)
+    blocks, parts = figures.blocks_and_parts(linears)
     rows = []
     for part in parts:
         cells = [part]
         for block in blocks:
-            linear = grid.get((part, block))
+            linear = linears.get((part, block))
             bits = "" if linear is None else "float" if linear.num_bits is None else str(linear.num_bits)
             error = None if linear is None else linear.weight_error
-            cells.append(bits if error is None else f"{bits} / {report_figures.relative(error):.2f}")
+            cells.append(bits if error is None else f"{bits} / {figures.relative(error):.2f}")
         rows.append(cells)
     return Table(["linear", *(f"block {block}" for block in blocks)], rows, "l" + "r" * len(blocks))
 

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from qtool.reports.drawing import LIGHT, Plot, blank, settle, shortened, style
+from qtool.reports.drawing import LIGHT, Plot, blank, freeze_layout, shortened, style
 from qtool.reports.measures import ComparedRun, Measure, weight_bytes
 
-OFFSETS = [  # of a label from its point, in units of the figure, and how it is aligned there
+LABEL_OFFSETS = [  # of a label from its point, in units of the figure, and how it is aligned there
     (6, 5, "left", "bottom"),
     (6, -5, "left", "top"),
     (-6, 5, "right", "bottom"),
@@ -34,8 +34,11 @@ OFFSETS = [  # of a label from its point, in units of the figure, and how it is 
 ]
 
 
-NEAR = 10  # a label that is further off has a line to its point
-ENDS = ((1.0, -2, "right"), (0.0, 2, "left"))  # of the float model's line, and how its name is aligned there
+CALLOUT_DISTANCE = 10  # a label that is further off has a line to its point
+FLOAT_LABEL_PLACES = (  # where "float" may stand on the float model's line: share of its length, offset, alignment
+    (1.0, -2, "right"),
+    (0.0, 2, "left"),
+)
 
 
 class Point(NamedTuple):
@@ -91,7 +94,7 @@ def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
         axes.set_xlabel(f"{plane.size}, less is better")
         if plane.reference is not None:
             axes.axhline(plane.reference, color=LIGHT["second"], linewidth=1.1, linestyle="--", zorder=0.5)
-        unlabelled = label(axes, points, best, plane.reference)
+        unlabelled = place_labels(axes, points, best, plane.reference)
     caption = "The line joins the runs that no other beats in both: the Pareto front. Bars are one standard error"
     caption += " of the change against the float model." if plane.paired else "."
     if unlabelled:
@@ -129,19 +132,19 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:
+def place_labels(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:
     """Write each name beside its point where it covers nothing, else its number; returns those with no room at all."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    settle(figure)
+    freeze_layout(figure)
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg has one
     inside = axes.get_window_extent(renderer)
-    taken = list(_drawn(axes, points, best, reference))
+    taken = list(_occupied(axes, points, best, reference))
 
     def write(text: str, place: tuple[float, float], offset: tuple[float, float, str, str], **options: Any) -> bool:
         dx, dy, ha, va = offset
         options |= {"ha": ha, "va": va, "fontsize": 8, "textcoords": "offset points"}
-        if math.hypot(dx, dy) > NEAR:
+        if math.hypot(dx, dy) > CALLOUT_DISTANCE:
             options["arrowprops"] = {"arrowstyle": "-", "color": LIGHT["muted"], "linewidth": 0.6, "shrinkB": 4}
         drawn = axes.annotate(text, place, (dx, dy), **options)
         drawn.set_in_layout(False)
@@ -157,10 +160,10 @@ def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference:
     unlabelled = []
     for point in points:
         texts = f"{point.number} {shortened(point.name, 30)}", str(point.number)
-        if not any(write(text, (point.x, point.y), offset) for text in texts for offset in OFFSETS):
+        if not any(write(text, (point.x, point.y), offset) for text in texts for offset in LABEL_OFFSETS):
             unlabelled.append(point)
     if reference is not None:
-        sides = [(x, (dx, dy, ha, va)) for dy, va in ((2, "bottom"), (-2, "top")) for x, dx, ha in ENDS]
+        sides = [(x, (dx, dy, ha, va)) for dy, va in ((2, "bottom"), (-2, "top")) for x, dx, ha in FLOAT_LABEL_PLACES]
         any(
             write("float", (x, reference), at, xycoords=("axes fraction", "data"), color=LIGHT["second"])
             for x, at in sides
@@ -168,7 +171,7 @@ def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference:
     return unlabelled
 
 
-def _drawn(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> Iterator[Bbox]:
+def _occupied(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> Iterator[Bbox]:
     """Where points, their bars, the front and the line of the float model are, in pixels."""
 
     def box(low: tuple[float, float], high: tuple[float, float], wide: float) -> Bbox:

@@ -286,4 +286,4 @@ def test_a_terminal_shows_the_same_numbers(tmp_path: Path) -> None:
     shown = (tmp_path / "shown").read_text(encoding="utf-8")
     for text in itertools.chain(found.columns(), *found.rows()):
         assert text in shown
-    assert drawing.FOLDER not in shown
+    assert drawing.PLOTS_FOLDER not in shown
