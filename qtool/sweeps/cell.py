@@ -17,13 +17,13 @@ import yaml
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import MANIFEST
 from qtool.config import recipe
-from qtool.config.sweep import BenchConfig, how
+from qtool.config.sweep import BenchConfig
 from qtool.pipelines.lock import differences
 from qtool.reports.bench_report import BenchReport
 from qtool.reports.records import compare
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
-from qtool.sweeps.grid import Planned
+from qtool.sweeps.grid import CellRecipe
 from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
@@ -38,7 +38,7 @@ QTOOL = [sys.executable, "-m", "qtool"]
 class Cell:
     """A cell under way: what is left of it, and why it has no result, which is nothing where it has one."""
 
-    plan: Planned
+    plan: CellRecipe
     out: Path
     todo: Todo = "nothing"
     starts_over: bool = False
@@ -68,13 +68,13 @@ class Cell:
         return [*QTOOL, self.plan.command, str(self.file), "--json", *options]
 
 
-def todo(cell: Cell, lock: dict[str, Any], bench: bool | BenchConfig) -> Todo:
+def todo(cell: Cell, lock: dict[str, Any], bench: BenchConfig | None) -> Todo:
     """What is left of a cell whose result would have ``lock``."""
     manifest = _read(cell.folder / MANIFEST)
     if manifest is None or list(differences(_anywhere(manifest.get("lock") or {}), _anywhere(lock))):
         return "run"
     has_weights = any(cell.folder.glob("*.safetensors"))
-    if bench and not has_weights and benched(cell, bench) is None:
+    if bench is not None and not has_weights and benched(cell, bench) is None:
         return "run"
     if _report(cell) is not None and _evaluation(cell) == cell.plan.recipe.eval:
         return "nothing"
@@ -158,16 +158,16 @@ def _report(cell: Cell) -> Report | None:
     return None if found is None else Report.model_validate(found)
 
 
-def keep_bench(cell: Cell, bench: bool | BenchConfig, output: str) -> None:
+def keep_bench(cell: Cell, bench: BenchConfig, output: str) -> None:
     """Keep what ``qtool bench --json`` printed."""
     report = json.loads(output.strip().splitlines()[-1])["report"]
-    write_json(cell.folder / BENCH, {"plan": how(bench).model_dump(), "report": report})
+    write_json(cell.folder / BENCH, {"plan": bench.model_dump(), "report": report})
 
 
-def benched(cell: Cell, bench: bool | BenchConfig | None) -> BenchReport | None:
+def benched(cell: Cell, bench: BenchConfig | None) -> BenchReport | None:
     """The speeds of a cell, measured as ``bench`` says, or anyhow."""
     found = _read(cell.folder / BENCH)
-    if found is None or (bench is not None and found["plan"] != how(bench).model_dump()):
+    if found is None or (bench is not None and found["plan"] != bench.model_dump()):
         return None
     return BenchReport.model_validate(found["report"])
 

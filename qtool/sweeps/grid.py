@@ -30,7 +30,7 @@ SUFFIXES = (".partial", ".yaml", ".log")
 BASE = "recipe"
 
 
-class Cell(NamedTuple):
+class CellSpec(NamedTuple):
     """One cell as it is written: its name, its label on each axis, what it starts from, and what is changed."""
 
     name: str
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
     changes: tuple[Change, ...]
 
 
-class Planned(NamedTuple):
+class CellRecipe(NamedTuple):
     """One cell as it will run: ``raw`` is ``recipe`` before defaults were filled in."""
 
     name: str
@@ -53,14 +53,14 @@ class Planned(NamedTuple):
         return plugins.get(self.recipe.method.name).command
 
 
-class Plan(NamedTuple):
+class Sweep(NamedTuple):
     """A checked sweep."""
 
     name: str
     title: str
     config: SweepConfig
     output: Path
-    cells: tuple[Planned, ...]
+    cells: tuple[CellRecipe, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ def schema() -> dict[str, Any]:
     return {"$schema": DIALECT, **SweepConfig.model_json_schema(), "title": "qtool sweep"}
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
+def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
     """The sweep at ``path``, a file or the name of a packaged one.
 
     ``overrides`` are ``key=value``, of a recipe's keys for every cell or of the sweep's own. ``output`` is another
@@ -99,7 +99,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
             wrong.append(f"--set {text}: {error}")
     config, found = examine(SweepConfig, raw)
     wrong += found
-    cells: list[Cell] = []
+    cells: list[CellSpec] = []
     if config is not None:
         cells, found = expand(config)
         varied = {key for where, changes in _all_changes(config) if where != "set" for key, _ in changes}
@@ -112,10 +112,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
         raise InputError("\n  ".join([f"{path} has {len(wrong)} fault(s):", *wrong]))
     name = str(path) if str(path) in tables() and not Path(path).is_file() else Path(path).stem
     folder = output or config.output or Path("out", "sweeps", *Path(name).parts)
-    return Plan(name, _title(path), config, folder, check(cells, given, folder, path))
+    return Sweep(name, _title(path), config, folder, check(cells, given, folder, path))
 
 
-def expand(config: SweepConfig) -> tuple[list[Cell], list[str]]:
+def expand(config: SweepConfig) -> tuple[list[CellSpec], list[str]]:
     """The cells of a sweep, unchecked, and what is wrong with its axes and names."""
     wrong = list(_axis_faults(config))
     if wrong:
@@ -152,7 +152,9 @@ def expand(config: SweepConfig) -> tuple[list[Cell], list[str]]:
     return cells, wrong
 
 
-def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: str | Path) -> tuple[Planned, ...]:
+def check(
+    cells: Sequence[CellSpec], given: Sequence[Change], folder: Path, source: str | Path
+) -> tuple[CellRecipe, ...]:
     """Every cell as a checked recipe that writes below ``folder``; ``given`` changes all of them, last.
 
     Raises:
@@ -170,7 +172,7 @@ def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: 
         for fault in found:
             wrong.setdefault(fault, []).append(cell.name)
         if checked is not None:
-            planned.append(Planned(cell.name, cell.columns, raw, checked))
+            planned.append(CellRecipe(cell.name, cell.columns, raw, checked))
     if wrong:
         bad = len({name for names in wrong.values() for name in names})
         head = f"{source}: {bad} of {len(cells)} cell(s) have faults:"
@@ -190,7 +192,7 @@ def which(names: Sequence[str], total: int) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _raw(cell: Cell, given: Sequence[Change]) -> dict[str, Any]:
+def _raw(cell: CellSpec, given: Sequence[Change]) -> dict[str, Any]:
     raw = read_yaml(cell.base) if isinstance(cell.base, str) else cell.base
     for key, value in (*cell.changes, *given):
         replaces = key == "method" and isinstance(value, Mapping) and "name" in value
@@ -211,9 +213,9 @@ def _at(raw: object, key: str) -> object:
     return raw
 
 
-def _cell(config: SweepConfig, name: str, columns: dict[str, str], changes: tuple[Change, ...]) -> Cell:
+def _cell(config: SweepConfig, name: str, columns: dict[str, str], changes: tuple[Change, ...]) -> CellSpec:
     bases = [value for key, value in changes if key == BASE]
-    return Cell(name, columns, bases[-1] if bases else config.recipe, tuple(c for c in changes if c[0] != BASE))
+    return CellSpec(name, columns, bases[-1] if bases else config.recipe, tuple(c for c in changes if c[0] != BASE))
 
 
 # axes

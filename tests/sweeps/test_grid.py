@@ -65,7 +65,7 @@ def test_names_and_labels_are_what_was_written() -> None:
     assert cells[5].base == {"seed": 2}
 
 
-def checked(**sections: Any) -> tuple[grid.Planned, ...]:
+def checked(**sections: Any) -> tuple[grid.CellRecipe, ...]:
     cells, wrong = expand(SweepConfig(**sections))
     assert not wrong
     return grid.check(cells, [], Path("out"), "test")
