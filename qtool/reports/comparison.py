@@ -1,12 +1,11 @@
-"""``qtool compare``: several runs beside each other, from their ``report.json``.
+"""``qtool compare``: several runs side by side, from their ``report.json``.
 
-A number is compared with others only when it was measured the same way: same task, metric, examples in the prompt,
-limit, number of observations and precision, and, for what depends on the tokenizer or is measured against the float
-model, the same float model. What was measured otherwise has a column of its own, and a note says so.
+Numbers are compared only if they were measured the same way (``measures.py``); each way of measuring has a column.
 
-The best of a column is marked, and so is what cannot be told from it: what differs by no more than ``SIGMAS`` standard
-errors of the difference. That error is made from those of the two changes against the float model where these are
-known, because they come from the same text, else from those of the two numbers; in both cases as if independent.
+In each column the best number is marked, and so are the numbers that are statistically indistinguishable from it: those
+that differ by at most ``SIGMAS`` standard errors of the difference. The standard error of a difference is computed from
+the standard errors of the two runs' changes against the float model if both are known, because both runs read the same
+text, else from the standard errors of the two numbers; in either case as if the two were independent.
 """
 
 import json
@@ -40,23 +39,23 @@ if TYPE_CHECKING:
     from qtool.reports.drawing import Plot
 
 HTML_NAME, MARKDOWN_NAME = "compare.html", "compare.md"
-LEGEND = f"* best of its column; ~ cannot be told from the best (within {SIGMAS} standard errors of the difference)"
+LEGEND = f"* best in its column; ~ as good as the best, within {SIGMAS} standard errors of the difference"
 
 
 @dataclass(frozen=True)
 class Comparison(Printable):
-    """Runs from large to small, what was measured, and what is not comparable."""
+    """Runs from large to small, their measures, and notes on numbers that are not comparable."""
 
     runs: tuple[ComparedRun, ...]
     measures: tuple[Measure, ...]
     notes: tuple[str, ...]
 
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Return the names of the columns."""
         return ["run", "method", "bits/weight", "MB", *map(self.title, self.measures), "quantize", "peak memory"]
 
     def rows(self) -> list[list[str]]:
-        """A cell for each of ``columns()`` and run; the best numbers carry a mark."""
+        """Return a row for each run with a cell for each of ``columns()``; the best numbers carry a mark."""
         marks = {measure: self.marks(measure) for measure in self.measures}
         rows = []
         for index, run in enumerate(self.runs):
@@ -76,13 +75,13 @@ class Comparison(Printable):
         return rows
 
     def title(self, measure: Measure) -> str:
-        """The name of a column: as much as tells it from the others."""
+        """Return the name of a column, with the settings that distinguish it from other columns."""
         alike = [other for other in self.measures if (other.task, other.metric) == (measure.task, measure.metric)]
         models = [f"of {self._model_name(measure.model)}"] if len({other.model for other in alike}) > 1 else []
         return ", ".join([metric_name(measure.task, measure.metric), *measure.differing(alike), *models])
 
     def marks(self, measure: Measure) -> dict[int, str]:
-        """`` *`` for the best run of a column and `` ~`` for those that cannot be told from it, by index."""
+        """Return marks by index of a run: `` *`` for the best of a column, `` ~`` for runs as good within the error."""
         rows = {
             index: row
             for index, run in enumerate(self.runs)
@@ -102,16 +101,16 @@ class Comparison(Printable):
         return marks
 
     def document(self) -> Document:
-        """The table of all runs, and what a reader must know before comparing."""
+        """Return the table of all runs with its legend and notes."""
         return Document(title=self.heading(), tables=[self.table()], legend=LEGEND, notes=self.notes)
 
     def table(self) -> Table:
-        """A row for each run."""
+        """Return the table with a row for each run."""
         columns = self.columns()
         return Table(columns, self.rows(), "ll" + "r" * (len(columns) - 2))
 
     def html(self) -> str:
-        """The comparison as a page that needs nothing else."""
+        """Return the comparison as one self-contained HTML page."""
         return self._page(self.plots())
 
     def _page(self, plots: "Sequence[Plot]") -> str:
@@ -123,14 +122,14 @@ class Comparison(Printable):
         """Write ``compare.html``, ``compare.md``, ``compare.json`` and the figures into ``folder``.
 
         Raises:
-            InputError: the folder cannot be made.
+            InputError: The folder cannot be created.
         """
         from qtool.reports import drawing
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder} cannot be the folder of the comparison: {error.strerror}") from None
+            raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
         plots = self.plots()
         (folder / HTML_NAME).write_text(self._page(plots), encoding="utf-8")
         (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
@@ -139,7 +138,7 @@ class Comparison(Printable):
             drawing.save(plots, folder)
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison for machines: JSON has no infinity and no NaN, so these are text, as in a report."""
+        """Return the comparison for ``compare.json``; infinity and NaN are text, because JSON has neither."""
         columns = []
         for measure in self.measures:
             marks = self.marks(measure)
@@ -165,7 +164,10 @@ class Comparison(Printable):
         return {"runs": runs, "measures": columns, "notes": list(self.notes)}
 
     def plots(self) -> "list[Plot]":
-        """Quality against bits per weight and against size, by the measure that says most; no figure without one."""
+        """Return the figures of quality against size; quality is the first measure with a better direction.
+
+        There is no figure if no measure has one.
+        """
         for measure in self.measures:
             if any(run.results[measure].higher_is_better is not None for run in self.runs if measure in run.results):
                 from qtool.reports import pareto
@@ -174,7 +176,7 @@ class Comparison(Printable):
         return []
 
     def heading(self) -> str:
-        """One line: how many runs of which model."""
+        """Return one line: the number of runs and their models."""
         models = list(dict.fromkeys(run.report.model for run in self.runs))
         return f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} of {', '.join(models)}"
 
@@ -190,10 +192,10 @@ def comparison(reports: dict[str, Report]) -> Comparison:
 
 
 def compare(paths: Iterable[Path]) -> Comparison:
-    """The runs in folders that have a ``report.json``, or in such files, whatever their order.
+    """Compare the runs in ``paths``: folders with a ``report.json``, or such files, in any order.
 
     Raises:
-        InputError: naming every path without a report, with a damaged one, or given twice.
+        InputError: Names every path that has no report, has a damaged one, or is given twice.
     """
     paths = list(paths)
     faults, reports = [], {}
@@ -202,22 +204,22 @@ def compare(paths: Iterable[Path]) -> Comparison:
         try:
             reports[path] = Report.model_validate_json(file.read_text(encoding="utf-8"))
         except OSError as error:
-            what = f"no {JSON_NAME}; qtool ptq, qat, ... and qtool eval -o write one"
+            what = f"no {JSON_NAME}; a run (qtool ptq, qat, ...) or qtool eval -o writes one"
             faults.append(f"{path} has {what}" if path.is_dir() else f"{path} cannot be read: {error.strerror}")
         except (ValidationError, ValueError) as error:
-            faults.append(f"{file} is not a report of a run: {str(error).splitlines()[0]}")
+            faults.append(f"{file} is not a report of a qtool run: {str(error).splitlines()[0]}")
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
             faults.append(f"{path} is given {count} times")
     if not paths:
-        faults.append("no run was given")
+        faults.append("no run was given; name folders with a report.json")
     if faults:
         raise InputError("\n  ".join(["these runs cannot be compared:", *faults]))
     return comparison(dict(zip(_names(list(reports)), reports.values(), strict=True)))
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The ends of the paths that tell them apart."""
+    """Return the shortest ends of the paths that are all different, to name the runs by."""
     parts = [(path if path.is_dir() or path.name != JSON_NAME else path.parent).resolve().parts for path in paths]
     depth = next(
         (depth for depth in range(1, max(map(len, parts))) if len({p[-depth:] for p in parts}) == len(parts)), None

@@ -1,6 +1,6 @@
-"""Figures of a report, each only where its numbers were measured.
+"""The figures of a report; a figure is drawn only if its numbers were measured.
 
-Errors are shown as the root of what is recorded, ``|q - f| / |f|`` in percent; bars are one standard error.
+Errors are recorded as squares and shown as their root, ``|q - f| / |f|`` in percent; error bars are one standard error.
 """
 
 import math
@@ -20,9 +20,9 @@ from qtool.reports.report import Report
 from qtool.reports.text import number
 from qtool.system.units import duration, size
 
-MAX_POINTS = 400  # of a curve; of more steps each point is the mean of several
-DIGIT_WIDTH = 5.8  # how wide a digit is at most, in points
-LINEAR_NAME = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block, the block's index, inside it
+MAX_POINTS = 400  # of a curve; if there are more steps, each point is the mean of several
+DIGIT_WIDTH = 5.8  # of the widest digit, in points
+LINEAR_NAME = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # of a linear: prefix, index of the block, name in the block
 FLOAT_COLOUR = "#5f6b7a"
 BIT_COLOURS = {
     1: "#7a0019",
@@ -34,12 +34,12 @@ BIT_COLOURS = {
     7: "#7a3e9d",
     8: "#5925dc",
 }
-LinearMap = dict[tuple[str, int], Linear]
+LinearMap = dict[tuple[str, int], Linear]  # by name in the block and index of the block
 LOSSES = {"loss": "validation", "e2e_loss": "e2e_validation"}  # by step, and what was measured in between
 
 
 def draw(report: Report) -> list[Plot]:
-    """Every figure that the report has numbers for."""
+    """Draw every figure that the report has numbers for."""
     with style():
         drawn = [plot for drawer in DRAWERS if (plot := drawer(report)) is not None]
         for plot in drawn:
@@ -48,7 +48,7 @@ def draw(report: Report) -> list[Plot]:
 
 
 def linear_map(linears: Iterable[Linear]) -> LinearMap:
-    """Linears by name inside their block and the block's index."""
+    """Return the linears by name in their block and index of the block; others are left out."""
     found = {}
     for linear in linears:
         if (place := LINEAR_NAME.match(linear.name)) is not None:
@@ -57,12 +57,12 @@ def linear_map(linears: Iterable[Linear]) -> LinearMap:
 
 
 def blocks_and_parts(linears: LinearMap) -> tuple[list[int], list[str]]:
-    """The indices of the blocks, and the names inside them in their order."""
+    """Return the indices of the blocks, and the names of the linears in a block, in model order."""
     return sorted({block for _, block in linears}), list(dict.fromkeys(part for part, _ in linears))
 
 
 def relative(squared: float) -> float:
-    """A recorded error as a percentage of what it is an error of."""
+    """Return the root of a recorded squared relative error, in percent."""
     return 100 * math.sqrt(squared) if squared >= 0 else math.nan
 
 
@@ -110,8 +110,8 @@ def _metrics(report: Report) -> Plot | None:
         axes.ticklabel_format(axis="x", useOffset=False)
     most = max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
     figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    caption = "Bars are one standard error of each number. Float and quantized read the same text, so their difference "
-    caption += "is known better than either: the table has its error."
+    caption = "Error bars are one standard error of each number. Both models read the same text, so the error of their "
+    caption += "difference is smaller; the table shows it."
     return Plot("metrics", "Quality", figure, "; ".join(said) + ".", caption if report.quantized else "")
 
 
@@ -162,7 +162,7 @@ def _errors(report: Report) -> Plot | None:
     if not finite:
         return None
     scale = Normalize(min(finite), max(finite))
-    colours: Any = matplotlib.colormaps["cividis"].resampled(48)  # Any: a callable whose stub takes no float
+    colours: Any = matplotlib.colormaps["cividis"].resampled(48)  # Any: matplotlib's stub of the call takes no float
     places = {id(linear): place for place, linear in linears.items()}
 
     def colour(linear: Linear) -> str | None:
@@ -198,7 +198,7 @@ def _blocks(report: Report) -> Plot | None:
     axes.grid(axis="y")
     whole_numbers(axes)
     said = f"{len(errors)} blocks, {min(finite):.2f} % to {max(finite):.2f} %, the last one {errors[-1]:.2f} %."
-    caption = "Each block on what the quantized blocks before it give, beside the float block on the same."
+    caption = "Both the quantized and the float block read the output of the quantized blocks before them."
     return Plot("block-errors", "Output error of each block", figure, said, caption)
 
 
@@ -242,8 +242,8 @@ def _phases(report: Report) -> Plot | None:
         return None
     panels: list[tuple[str, dict[str, Any], str, Callable[[float], str]]] = [
         ("time", report.seconds, "accent", duration),
-        ("most memory held by the end of the phase", report.peak_bytes, "second", size),
-        ("most GPU memory held by the end of the phase", report.peak_gpu_bytes, "second", size),
+        ("peak memory up to the end of the phase", report.peak_bytes, "second", size),
+        ("peak GPU memory up to the end of the phase", report.peak_gpu_bytes, "second", size),
     ]
     panels = [panel for panel in panels if panel[1]]
     lines = sum(len(values) + 1.6 for _, values, _, _ in panels)
@@ -263,7 +263,7 @@ DRAWERS = (_metrics, _sizes, _bits, _errors, _blocks, _loss, _phases)
 
 
 def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[float], str]) -> None:
-    """Horizontal bars from top to bottom, each with its number behind it."""
+    """Draw horizontal bars from top to bottom, each followed by its number."""
     names, values, colours = zip(*bars, strict=True)
     drawn = axes.barh(range(len(bars)), values, color=[LIGHT[name] for name in colours], height=0.62)
     axes.bar_label(drawn, [shown(value) for value in values], padding=4)
@@ -276,13 +276,16 @@ def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[f
 def _draw_linears(
     linears: LinearMap, colour: Callable[[Linear], str | None], text: Callable[[Linear], str], below: float
 ) -> tuple[Any, Axes]:
-    """Blocks from left to right, the linears of each from top to bottom; ``below`` inches are for a legend."""
+    """Draw a cell for each linear: blocks from left to right, the linears of a block from top to bottom.
+
+    ``below`` is the height of a legend in inches.
+    """
     blocks, parts = blocks_and_parts(linears)
     figure, (axes,) = blank(0.55 + below + 0.235 * len(parts))
     axes.set_xlim(0, len(blocks))
     axes.set_ylim(len(parts), 0)
     axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
-    figure.draw_without_rendering()  # says how much room the names leave
+    figure.draw_without_rendering()  # measures the room that the names leave
     width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # of a cell, in points
     texts = {place: text(linear) for place, linear in linears.items()}
     fits = DIGIT_WIDTH * max(map(len, texts.values())) <= width

@@ -1,6 +1,6 @@
-"""``report.html``: a report as one page that needs nothing else, no network and no other file.
+"""``report.html``: a report as one self-contained page, which needs neither network nor other files.
 
-Everything that comes from outside (names, notes, paths) is escaped by the templates; only our own figures are not.
+The templates escape every text from outside (names, notes, paths); only our own figures are inserted as they are.
 """
 
 import json
@@ -30,8 +30,8 @@ NBSP = "\N{NO-BREAK SPACE}"
 
 
 def write(folder: Path, report: Report, files: bool = False) -> None:
-    """Write ``report.html`` into ``folder``, and with ``files`` its figures as files under ``plots``."""
-    from qtool.reports import drawing, figures  # matplotlib takes a while to import, and is needed only here
+    """Write ``report.html`` into ``folder``; with ``files`` also write its figures below ``plots``."""
+    from qtool.reports import drawing, figures  # imported here because matplotlib takes a while
 
     plots = figures.draw(report)
     (folder / HTML_NAME).write_text(page(report, plots), encoding="utf-8")
@@ -40,7 +40,7 @@ def write(folder: Path, report: Report, files: bool = False) -> None:
 
 
 def page(report: Report, plots: Sequence["Plot"]) -> str:
-    """The page, with ``plots`` of the report in it."""
+    """Return the page of a report with its figures, ``plots``."""
     return render(
         "report.html",
         plots,
@@ -60,8 +60,8 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
     )
 
 
-def render(template: str, plots: Sequence["Plot"], **values: Any) -> str:  # Any: whatever the template asks for
-    """A page from ``template`` with ``plots`` drawn into it."""
+def render(template: str, plots: Sequence["Plot"], **values: Any) -> str:  # Any: the variables of a template
+    """Return the page made from ``template`` with the figures ``plots``."""
     from qtool.reports.drawing import COLOURS, inline_svg
 
     drawn = [
@@ -83,7 +83,7 @@ def _templates() -> Environment:
 
 
 def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
-    """Name, number and a remark of what a reader looks for first."""
+    """Yield name, number and remark of the most important numbers."""
     if report.bits_per_weight is not None:
         yield "bits per weight", f"{report.bits_per_weight:.2f}", "scales and zero points counted"
     if report.float_bytes and report.quantized_bytes:
@@ -104,7 +104,7 @@ def _results(report: Report, rows: Sequence[TaskResult]) -> Table:
 
 
 def _shots(report: Report, cell: object) -> list[str]:
-    """The cell of a column that only prompts with examples need."""
+    """Return ``cell`` as a list of one; an empty list, for no such column, if no prompt had examples."""
     if all(row.num_fewshot is None for row in report.results):
         return []
     return ["" if cell is None else str(cell)]
@@ -157,7 +157,7 @@ def _published(report: Report) -> Table | None:
 
 
 def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """``dotted.key`` and value of everything inside."""
+    """Yield the dotted key and the value of each entry, at any depth."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}.")

@@ -1,7 +1,7 @@
-"""Which numbers of several runs may be compared: those that were measured the same way.
+"""Measures: a metric together with all settings that must be equal for two runs' numbers to be comparable.
 
-That is the same task, metric, examples in the prompt, limit, number of observations and precision, and, for what
-depends on the tokenizer or is measured against the float model, the same float model.
+These are task, metric, examples in the prompt, limit, number of observations and precision. Metrics that depend on the
+tokenizer or are measured against the float model are comparable only between runs of the same float model.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from typing import NamedTuple
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 
-OF_ONE_MODEL = ("perplexity", "kl", "top-1 agreement")  # metrics that say nothing about another float model
+OF_ONE_MODEL = ("perplexity", "kl", "top-1 agreement")  # metrics that need the same float model to be comparable
 
 
 class Measure(NamedTuple):
-    """What was measured, and all that must be equal for two numbers to be comparable."""
+    """A metric and its settings; numbers are comparable if their measures are equal."""
 
     task: str
     metric: str
@@ -27,10 +27,10 @@ class Measure(NamedTuple):
     limit: int | None
     n: int | None
     dtype: str
-    model: str  # identity of the float model; empty where another one may be compared with
+    model: str  # identity of the float model; empty if the metric does not depend on it
 
     def differing(self, alike: "Sequence[Measure]") -> list[str]:
-        """The settings in words, but only those in which the measures ``alike`` differ."""
+        """Return the settings in words, but only those in which the measures ``alike`` differ."""
         settings = {
             "num_fewshot": "no prompt" if self.num_fewshot is None else f"{self.num_fewshot}-shot",
             "limit": "no limit" if self.limit is None else f"limit {self.limit}",
@@ -42,7 +42,7 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A report and how it is called here."""
+    """A report, its name in the comparison, and its results by measure."""
 
     name: str
     report: Report
@@ -51,12 +51,12 @@ class ComparedRun:
 
     @property
     def grid(self) -> str:
-        """Method and grid, or what else it is."""
+        """Method and quantization grid; ``float`` for a float model."""
         return " ".join(part for part in (self.report.method, self.report.label) if part) or "float"
 
 
 def compared_runs(reports: Mapping[str, Report]) -> list[ComparedRun]:
-    """Return the reports of ``reports``, by name, as runs from large to small."""
+    """Return ``reports``, by name, as runs from large to small."""
     models = _models(reports.values())
     runs = []
     for (name, report), model in zip(reports.items(), models, strict=True):
@@ -72,20 +72,20 @@ def compared_runs(reports: Mapping[str, Report]) -> list[ComparedRun]:
 
 
 def measures_of(runs: Sequence[ComparedRun]) -> list[Measure]:
-    """Return everything that was measured; first what most runs have, and perplexity on real text before all else."""
+    """Return all measures: first those of most runs, and among these perplexity on real text first."""
     known = Counter(measure for run in runs for measure in run.results)
     return sorted(known, key=lambda m: (-known[m], _rank(m), *(str(each) for each in m)))
 
 
 def _rank(measure: Measure) -> int:
-    """Which measure says most: perplexity on real text, then on generated text, then divergence, then the rest."""
+    """Rank a measure: perplexity on real text, then on generated text, then KL divergence, then others."""
     if measure.metric == "perplexity":
         return int(measure.task == "generated")
     return 2 if measure.metric == "kl" else 3
 
 
 def difference_error(a: TaskResult, b: TaskResult) -> float | None:
-    """Standard error of the difference of two runs' numbers; ``None``: not known."""
+    """Return the standard error of the difference of two runs' numbers; ``None`` if unknown."""
     for x, y in ((a.delta_stderr, b.delta_stderr), (a.stderr, b.stderr)):
         if x is not None and y is not None:
             return math.hypot(x, y)
@@ -93,12 +93,12 @@ def difference_error(a: TaskResult, b: TaskResult) -> float | None:
 
 
 def weight_bytes(report: Report) -> int | None:
-    """What the run's weights take on disk."""
+    """Return the size of the run's weights on disk."""
     return report.quantized_bytes if report.quantized else report.float_bytes
 
 
 def _models(reports: Iterable[Report]) -> list[str]:
-    """What identifies each report's float model: its files' hashes, where a report of it has them, or its name."""
+    """Return an identity of each report's float model: the hash of its files if any report has it, else its name."""
     reports = list(reports)
     hashes = [
         hashlib.sha256(json.dumps(report.lock["model_files"], sort_keys=True).encode()).hexdigest()
@@ -111,13 +111,16 @@ def _models(reports: Iterable[Report]) -> list[str]:
 
 
 def notes(runs: Sequence[ComparedRun], measures: Sequence[Measure]) -> Iterator[str]:
-    """What a reader must know before comparing."""
+    """Yield notes on numbers that are not comparable, and on other differences between the runs."""
     if len({run.model for run in runs}) > 1:
         by_model: dict[str, list[str]] = {}
         for run in runs:
             by_model.setdefault(run.report.model, []).append(run.name)
         listed = "; ".join(f"{model} ({', '.join(names)})" for model, names in by_model.items())
-        yield f"Different float models: {listed}. Perplexity, KL divergence and agreement are compared within one only."
+        yield (
+            f"Different float models: {listed}. Perplexity, KL divergence and agreement are compared only between runs "
+            "of the same float model."
+        )
     alike: dict[tuple[str, str, str], list[Measure]] = {}
     for measure in measures:
         alike.setdefault((measure.task, measure.metric, measure.model), []).append(measure)
@@ -131,4 +134,4 @@ def notes(runs: Sequence[ComparedRun], measures: Sequence[Measure]) -> Iterator[
     for what in ("device", "backend"):
         found = {getattr(run.report, what) for run in runs if run.results} - {None}
         if len(found) > 1:
-            yield f"Measured with another {what}: {', '.join(sorted(found))}; small differences may come from that."
+            yield f"Measured with different {what}s: {', '.join(sorted(found))}. Small differences may come from that."

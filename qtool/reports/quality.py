@@ -1,4 +1,4 @@
-"""The quality of a quantized model: the result it is judged by, and how far its text had been seen in calibration."""
+"""The quality of a quantized model: the result it is judged by, and warnings of evaluation on calibration text."""
 
 import math
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ class Judgement(NamedTuple):
 
 
 def judge(rows: Sequence[TaskResult]) -> Judgement | None:
-    """Judge by the row that says most; ``None`` if no row has a float model beside it.
+    """Return the judgement by the most telling of ``rows``; ``None`` if none was compared with a float model.
 
-    Perplexity, on text that nobody generated and calibration did not hold where there is such; else KL divergence;
+    That is perplexity, preferably on real text (not generated) that is not in the calibration text; else KL divergence;
     else the mean accuracy over tasks.
     """
     rows = [row for row in rows if loss(row) is not None]
@@ -61,7 +61,7 @@ def _mean_accuracy(rows: Sequence[TaskResult]) -> Judgement | None:
 
 
 def loss(row: TaskResult) -> tuple[float, float | None] | None:
-    """Return the relative loss of a row and its standard error; ``None`` if the row has no float model beside it."""
+    """Return the loss of a row relative to the float model, and its standard error; ``None`` if not compared."""
     if row.value is None:
         return None
     if row.metric == "kl":
@@ -76,7 +76,7 @@ def loss(row: TaskResult) -> tuple[float, float | None] | None:
 
 
 def overlaps(rows: Sequence[TaskResult]) -> dict[str, float]:
-    """Return the share of each evaluated text that the calibration text contains, once for each text."""
+    """Return the fraction of each evaluated text that occurs in the calibration text, once for each text."""
     shares: dict[str, float] = {}
     for row in rows:
         if row.overlap is not None and row.overlap not in shares.values():
@@ -85,10 +85,10 @@ def overlaps(rows: Sequence[TaskResult]) -> dict[str, float]:
 
 
 def warnings(rows: Sequence[TaskResult], source: str) -> list[str]:
-    """Return a warning for each evaluated text that the calibration text, ``source``, contains too much of."""
+    """Return a warning for each evaluated text of which too much occurs in the calibration text ``source``."""
     return [
-        f"{share:.1%} of the text of {task} is in {source} as it was used for calibration "
-        f"(runs of {RUN} tokens): what is measured on it is partly memory."
+        f"{share:.1%} of the text of {task} (in sequences of {RUN} tokens) also occurs in the calibration text"
+        f"{f', {source}' if source else ''}: results on it partly measure memorization."
         for task, share in overlaps(rows).items()
         if share >= ALARM
     ]

@@ -1,4 +1,4 @@
-"""The report of a run: the schema of ``report.json``, and the same as Markdown and as a table for a terminal."""
+"""The report of a run: the schema of ``report.json``, and its content as a document."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,41 +27,49 @@ MARKDOWN_NAME = "report.md"
 
 
 class Report(Record, Printable):
-    """What was run, how large the result is, and how good."""
+    """The settings, sizes and measured quality of a run."""
 
-    model: str = Field(description="The float model, as the user gave it.")
+    model: str = Field(description="The float model, as named by the user.")
     quantized: str | None = Field(
-        None, description="Folder of the quantized model; null: only the float model was run."
+        None, description="Folder of the quantized model; null: only the float model was evaluated."
     )
-    label: str | None = Field(None, description="Grid in short, e.g. w4g128.")
+    label: str | None = Field(None, description="Short name of the quantization grid, e.g. w4g128.")
     method: str | None = None
-    bits_per_weight: float | None = Field(None, description="Of the quantized linears, scales and zero points counted.")
-    float_bytes: int | None = Field(None, description="Weights of the float model on disk.")
-    quantized_bytes: int | None = Field(None, description="Weights of the quantized model on disk.")
+    bits_per_weight: float | None = Field(
+        None, description="Average of the quantized linears, including scales and zero points."
+    )
+    float_bytes: int | None = Field(None, description="Size of the float model's weights on disk.")
+    quantized_bytes: int | None = Field(None, description="Size of the quantized model's weights on disk.")
     seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
-    calibration: CalibrationText | None = Field(None, description="null: no text, or not known.")
+    calibration: CalibrationText | None = Field(
+        None, description="Text that the method learned from; null: none, or unknown."
+    )
     results: tuple[TaskResult, ...] = ()
-    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
-    linears: tuple[Linear, ...] = Field((), description="Of all decoder blocks, in their order.")
+    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, beside ours.")
+    linears: tuple[Linear, ...] = Field((), description="The linears of all decoder blocks, in model order.")
     series: dict[str, tuple[Number, ...]] = Field(
         default_factory=dict, description="What the method recorded of each block, step or validation."
     )
     peak_bytes: dict[str, int] = Field(
         default_factory=dict,
-        description="Most memory resident from the start of the process to the end of each phase; mapped files count.",
+        description="Peak resident memory of the process up to the end of each phase, including mapped files.",
     )
-    peak_gpu_bytes: dict[str, int] = Field(default_factory=dict, description="The same, allocated on one GPU by torch.")
+    peak_gpu_bytes: dict[str, int] = Field(
+        default_factory=dict, description="Peak memory allocated by torch on one GPU, likewise."
+    )
     exports: tuple[Exported, ...] = ()
     lock: dict[str, Any] | None = Field(None, description="What the bytes of the quantized model depend on.")
-    dtype: str | None = Field(None, description="Precision of computation, of both models.")
+    dtype: str | None = Field(None, description="Precision of computation, for both models.")
     device: str | None = None
-    backend: str | None = Field(None, description="Arithmetic of packed linears: exact or fast; null: nothing packed.")
+    backend: str | None = Field(
+        None, description="Arithmetic of packed linears: exact or fast; null: no packed linears."
+    )
     seed: int | None = None
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def document(self) -> Document:
-        """The headline, what is known of the run, and a table of each kind of number."""
+        """Return the headline, the facts of the run, and the tables of measured and published numbers."""
         return Document(
             title=self.title(),
             headline=self.headline(),
@@ -98,12 +106,12 @@ class Report(Record, Printable):
         (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
 
     def title(self) -> str:
-        """One line: the model, and what was done to it."""
+        """Return one line: the model, the method and the quantization grid."""
         done = " ".join(part for part in (self.method, self.label) if part)
         return f"{self.model}, {done}" if done else self.model
 
     def headline(self) -> str:
-        """How small and how good it is, in a sentence whose words follow ``verdict.RULE``."""
+        """Return size and quality in one sentence; its words for a loss follow ``verdict.RULE``."""
         parts = []
         if self.bits_per_weight is not None:
             parts.append(f"{self.bits_per_weight:.2f} bits per weight")
@@ -116,17 +124,19 @@ class Report(Record, Printable):
         if measured is None:
             return ", ".join([*parts, "quality was not measured"])
         value = number(measured.value, measured.stderr)
-        return ", ".join([*parts, f"{measured.metric} {value} on {measured.task}"]) + "; no float model beside it"
+        return (
+            ", ".join([*parts, f"{measured.metric} {value} on {measured.task}"]) + "; not compared with a float model"
+        )
 
     def size_ratio(self) -> str:
-        """``3.2 x smaller``: the quantized model's weights on disk against the float model's; empty if not known."""
+        """Return ``3.2 x smaller``: the quantized model's size on disk against the float model's; empty if unknown."""
         if not self.float_bytes or not self.quantized_bytes:
             return ""
         ratio = self.float_bytes / self.quantized_bytes
         return f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger"
 
     def facts(self) -> list[tuple[str, str]]:
-        """What is known of the run, as name and text."""
+        """Return everything known of the run, as pairs of name and text."""
         facts = []
         if self.quantized:
             facts.append(("quantized model", self.quantized))
@@ -149,24 +159,24 @@ class Report(Record, Printable):
             facts.append(("calibrated on", f"{text.source}, {shape}"))
         if shares := quality.overlaps(self.results):
             parts = ", ".join(f"{share:.2g} of {task}" for task, share in shares.items())
-            facts.append(("already in the calibration text", f"{parts} (share of its runs of {RUN} tokens)"))
+            facts.append(("already in the calibration text", f"{parts} (fraction of its sequences of {RUN} tokens)"))
         return [*facts, ("date", self.date)]
 
     def warnings(self) -> list[str]:
-        """What makes numbers of this report say something else than they seem to."""
-        return quality.warnings(self.results, self.calibration.source if self.calibration else "the calibration text")
+        """Return warnings of evaluation text that occurs in the calibration text."""
+        return quality.warnings(self.results, self.calibration.source if self.calibration else "")
 
     def shown(self) -> list[TaskResult]:
-        """The rows that tables have."""
+        """Return the rows that tables show: all but the members of task groups."""
         return [row for row in self.results if not row.detail]
 
     def columns(self) -> list[str]:
-        """Names of the columns of numbers: one, or three where a float model was measured beside."""
+        """Return the names of the number columns: one, or three if a float model was measured too."""
         compared = any(row.float_value is not None for row in self.results)
         return ["float", "quantized", "change"] if compared else ["value"]
 
     def numbers(self, row: TaskResult) -> list[str]:
-        """A cell for each of ``columns()``."""
+        """Return a cell for each of ``columns()``."""
         value = "not measured" if row.value is None else number(row.value, row.stderr)
         if len(self.columns()) == 1:
             return [value]
@@ -174,10 +184,10 @@ class Report(Record, Printable):
         return [number(row.float_value, row.float_stderr), value, change]
 
     def mark(self, row: TaskResult) -> str:
-        """Where the note of a row stands among ``notes()``: `` [2]``, or nothing."""
+        """Return the reference of a row to its note in ``notes()``, such as `` [2]``; empty if it has no note."""
         note = note_of(row)
         return f" [{self.notes().index(note) + 1}]" if note else ""
 
     def notes(self) -> list[str]:
-        """Each different note of the rows that are shown."""
+        """Return the notes of the rows that are shown, each once."""
         return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))

@@ -1,4 +1,4 @@
-"""Numbers, percentages and tables as text."""
+"""Numbers, percentages, names and notes as text."""
 
 import math
 
@@ -8,19 +8,19 @@ PUBLISHED_COLUMNS = ("published", "ours", "difference", "source")
 
 
 def metric_name(task: str, metric: str) -> str:
-    """``wikitext2 perplexity``, or only ``kl`` where task and metric have one name."""
+    """Return ``wikitext2 perplexity``, or only ``kl`` if task and metric have the same name."""
     return task if task == metric else f"{task} {metric}"
 
 
 def published_cells(row: Published) -> list[str]:
-    """A cell for each of ``PUBLISHED_COLUMNS``."""
+    """Return a cell for each of ``PUBLISHED_COLUMNS``."""
     ours = "not measured" if row.measured is None else number(row.measured, row.stderr)
     source = "; ".join(part for part in (row.source, row.note) if part)
     return [f"{row.value:.6g}", ours, number(row.difference, None, sign="+"), source]
 
 
 def note_of(row: TaskResult) -> str:
-    """How the row was measured, in words."""
+    """Return the settings of a row's measurement, and its note."""
     parts = [
         "" if row.num_fewshot is None else f"{row.num_fewshot}-shot",
         "" if row.limit is None else f"limit {row.limit}",
@@ -30,7 +30,7 @@ def note_of(row: TaskResult) -> str:
 
 
 def percent(share: float, stderr: float | None) -> str:
-    """``+2.1 % ± 0.3 %``, with a digit of the standard error or more."""
+    """Return ``+2.1 % ± 0.3 %``, with at least one digit of the standard error."""
     if not math.isfinite(share):
         return str(share)
     if stderr is None or not math.isfinite(stderr):
@@ -40,7 +40,7 @@ def percent(share: float, stderr: float | None) -> str:
 
 
 def number(value: float | None, stderr: float | None, sign: str = "") -> str:
-    """``34.07 ± 0.41``: two decimals, or more where the standard error deserves them."""
+    """Return ``34.07 ± 0.41``: two decimals, or more if the standard error is small."""
     if value is None:
         return ""
     if not math.isfinite(value):
