@@ -1,4 +1,4 @@
-"""What the cells of a sweep came to, and means over cells that differ only in a seed or the like."""
+"""The results of a sweep's cells, and means over cells that differ only in a seed or the like."""
 
 import math
 from collections.abc import Sequence
@@ -15,56 +15,56 @@ Status = Literal["done", "failed", "not run"]
 
 
 class CellResult(Record):
-    """One cell: what it was, what it came to, and how good it is."""
+    """The settings and results of one cell."""
 
-    name: str = Field(description="Of its folder.")
-    columns: dict[str, str] = Field(description="Its label on each axis.")
+    name: str = Field(description="Name of the cell's folder.")
+    columns: dict[str, str] = Field(description="Label of the cell on each axis.")
     status: Status
-    reason: str = Field("", description="Why it failed or was not run.")
+    reason: str = Field("", description="Why the cell failed or was not run.")
     model: str = Field(description="The float model.")
     method: str
-    label: str | None = Field(None, description="Grid in short, e.g. w4g128.")
-    bits_per_weight: float | None = Field(None, description="Of the quantized linears, scales and zero points counted.")
-    float_bytes: int | None = Field(None, description="Weights of the float model.")
-    quantized_bytes: int | None = Field(None, description="Weights of the quantized model on disk.")
+    label: str | None = Field(None, description="Short name of the quantization grid, e.g. w4g128.")
+    bits_per_weight: float | None = Field(None, description="Mean of quantized linears, with scales and zero points.")
+    float_bytes: int | None = Field(None, description="Size of the float model's weights.")
+    quantized_bytes: int | None = Field(None, description="Size of the quantized model's weights on disk.")
     seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
     results: tuple[TaskResult, ...] = ()
-    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
-    bench: BenchReport | None = Field(None, description="null: not measured.")
+    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, beside ours.")
+    bench: BenchReport | None = Field(None, description="Report of qtool bench; null: not measured.")
     dtype: str | None = None
     device: str | None = None
-    machine: str | None = Field(None, description="Processor and threads of the quantization.")
+    machine: str | None = Field(None, description="Processor and threads that quantized the cell.")
 
     def shown(self) -> list[TaskResult]:
-        """The results that tables have."""
+        """Return the results that tables show."""
         return [row for row in self.results if not row.detail]
 
     def named(self) -> list[tuple[str, TaskResult]]:
-        """Those results, each after the name of its metric."""
+        """Return the results that tables show, as pairs of metric name and result."""
         return [(metric_name(row.task, row.metric), row) for row in self.shown()]
 
 
 class Mean(Record):
-    """A number over several cells."""
+    """Mean and standard deviation of a number over several cells."""
 
     mean: Number
-    deviation: Number | None = Field(None, description="Standard deviation of a sample; null: of one value.")
+    deviation: Number | None = Field(None, description="Standard deviation of the sample; null: only one value.")
 
 
 class CellGroup(Record):
-    """Cells that differ only in what a sweep takes means over."""
+    """Means over cells that differ only in the columns of ``over``."""
 
     columns: dict[str, str]
-    num_cells: int = Field(description="Cells that are done, of which the means are.")
-    num_planned: int
+    num_cells: int = Field(description="Number of cells that are done; the means are over these.")
+    num_planned: int = Field(description="Number of cells, done or not.")
     bits_per_weight: float | None = None
     quantized_bytes: float | None = None
-    seconds: Mean | None = Field(None, description="Of quantization.")
+    seconds: Mean | None = Field(None, description="Wall time of quantization.")
     metrics: dict[str, Mean] = Field(default_factory=dict)
 
 
 def groups(cells: Sequence[CellResult], over: Sequence[str]) -> tuple[CellGroup, ...]:
-    """Means and standard deviations of the cells that are alike in all columns but ``over``, in the order of cells."""
+    """Return means and deviations over the cells that are equal in all columns but ``over``, in the order of cells."""
     alike: dict[tuple[tuple[str, str], ...], list[CellResult]] = {}
     for cell in cells:
         rest = tuple((name, label) for name, label in cell.columns.items() if name not in over)

@@ -1,12 +1,12 @@
-"""``qtool sweep``: every cell of a sweep, each in a process of its own, and one table of what they came to.
+"""``qtool sweep``: runs every cell of a sweep in a process of its own, and writes one table of the results.
 
-    OUT/<cell>.yaml      the cell's recipe; `qtool <command> OUT/<cell>.yaml` runs it by hand
-    OUT/<cell>.log       what its process said
-    OUT/<cell>/          its checkpoint and report, and bench.json where speed was measured
-    OUT/<cell>.partial/  what an interrupted cell goes on from
+    OUT/<cell>.yaml      recipe of the cell; `qtool <command> OUT/<cell>.yaml` runs it by hand
+    OUT/<cell>.log       standard error of the cell's process
+    OUT/<cell>/          checkpoint and report of the cell, and bench.json if speed was measured
+    OUT/<cell>.partial/  state of an interrupted cell, from which it continues
     OUT/sweep.json, OUT/sweep.md
 
-The table is written anew whenever a cell ends.
+The table is rewritten whenever a cell ends.
 """
 
 import json
@@ -48,12 +48,12 @@ from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.locks import hold
 
-WAITING = "its turn has not come yet"
+WAITING = "not started yet"
 
 
 @dataclass
 class Outcome:
-    """What a sweep made, and what became of its cells in this call."""
+    """The report of a sweep, and the names of the cells that ran, were cached or failed in this call."""
 
     path: Path
     report: SweepReport
@@ -66,11 +66,10 @@ class Outcome:
 
 
 def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outcome:
-    """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all of them anew.
+    """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all cells anew.
 
     Raises:
-        InputError: a model, data, a task, a folder or the launcher that cannot be used, by any of the cells; nothing
-            was run.
+        InputError: A model, data, a task, a folder or the launcher of any cell cannot be used; nothing was run.
     """
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
@@ -94,7 +93,7 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outc
             if (options := sweep.config.bench_options()) is not None:
                 _bench(sweep, cells, options)
         except KeyboardInterrupt:
-            progress.note(f"{_summary(sweep, cells).counts()}; the same command goes on with the others")
+            progress.note(f"{_summary(sweep, cells).counts()}; run the same command again to continue")
             raise
         report = _write(sweep, cells)
         _compare(sweep, cells)
@@ -105,7 +104,7 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outc
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    taken = f"another sweep is at work in {folder}; wait for it, or choose another --output"
+    taken = f"another sweep is running in {folder}; wait for it, or choose another --output"
     busy = hold(folder / ".busy", folder, taken)
     try:
         yield
@@ -114,7 +113,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _threads(sweep: Sweep, jobs: int | None) -> int | None:
-    """Threads of each of several processes side by side; ``None``: as many as a process takes by itself."""
+    """Return the threads for each of several concurrent processes; ``None``: the default of a process."""
     if sweep.config.launcher.name != "local" or (jobs or 1) == 1 or "OMP_NUM_THREADS" in os.environ:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -125,10 +124,10 @@ def _threads(sweep: Sweep, jobs: int | None) -> int | None:
 
 
 def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bool) -> None:
-    """Find out what is left of each cell, and refuse what cannot be run.
+    """Find the remaining work of each cell, and refuse cells that cannot run.
 
     Raises:
-        InputError: with the faults of all cells.
+        InputError: The faults of all cells.
     """
     wrong: dict[str, list[str]] = {}
     folders: dict[str, Path | None] = {}
@@ -140,7 +139,7 @@ def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bo
                 folders[path] = _at_hand(path, sweep.config.missing_models == "skip")
             folder = folders[path]
             if folder is None:
-                cell.reason = f"{path} is not at hand"
+                cell.reason = f"{path} is not on this machine"
                 continue
             lock = lock_of(cell.plan.recipe, folder, hashes.get(folder))
             hashes[folder] = lock["model_files"]
@@ -168,7 +167,7 @@ def _at_hand(path: str, skip: bool) -> Path | None:
 
 
 def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
-    """Note in ``wrong`` what a run would refuse before its first block, each kind of question asked once."""
+    """Add to ``wrong`` the faults that a run would find before its first block; equal checks are made once."""
     asked: dict[str, str] = {}
     models: dict[str, Any] = {}
     for cell in cells:
@@ -203,14 +202,14 @@ def _run(sweep: Sweep, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | 
         _write(sweep, cells)
 
     _write(sweep, cells)
-    _launch(sweep, left, commands, jobs, f"running cells, which write to {sweep.output}/*.log", note)
+    _launch(sweep, left, commands, jobs, f"running cells, logs in {sweep.output}/*.log", note)
     for cell in cells:
         if not sweep.config.bench and cell not in left:
             _drop(sweep, cell)
 
 
 def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
-    """Measure the speed of the cells that are done, one after another, so that none disturbs another."""
+    """Measure the speed of the cells that are done, one after another, so that none slows down another."""
     left = [cell for cell in cells if not cell.reason and benched(cell, options) is None]
     arguments = [text for key, value in options for text in (f"--{key.replace('_', '-')}", str(value))]
     commands = [
@@ -242,7 +241,7 @@ def _launch(
     title: str,
     note: Callable[[Cell, Ended], None],
 ) -> None:
-    """Run a command for each of ``cells``, and ``note`` how it ended."""
+    """Run a command for each of ``cells``, and call ``note`` with the end of each."""
     if not commands:
         return
     with (
@@ -255,7 +254,7 @@ def _launch(
 
 
 def _drop(sweep: Sweep, cell: Cell) -> None:
-    """Drop the weights of a cell that is done, where only reports are kept."""
+    """Delete the weights of a cell that is done, if the sweep keeps only reports."""
     if sweep.config.keep == "reports" and not cell.reason:
         drop_weights(cell)
 
@@ -264,14 +263,14 @@ def _drop(sweep: Sweep, cell: Cell) -> None:
 
 
 def _write(sweep: Sweep, cells: Sequence[Cell]) -> SweepReport:
-    """Write the table as it stands."""
+    """Write the table with the results so far."""
     report = _summary(sweep, cells)
     report.write(sweep.output)
     return report
 
 
 def _compare(sweep: Sweep, cells: Sequence[Cell]) -> None:
-    """Write the page that shows the cells that are done side by side."""
+    """Write the page that compares the cells that are done."""
     done = [cell.folder for cell in cells if not cell.reason]
     if done:
         (sweep.output / comparison.HTML_NAME).write_text(comparison.compare(done).html(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The result of a sweep: the schema of ``sweep.json``, and the same as Markdown and as tables for a terminal."""
+"""The report of a sweep: the schema of ``sweep.json``, and its tables."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,36 +21,36 @@ SPEEDS = ("decode tokens/s", "prefill tokens/s", "decode J/token")
 
 
 class SweepReport(Record, Printable):
-    """All cells of a sweep side by side."""
+    """The results of all cells of a sweep."""
 
     name: str
     title: str = ""
-    over: tuple[str, ...] = Field((), description="Columns that means are taken over.")
+    over: tuple[str, ...] = Field((), description="Columns over which means are taken.")
     cells: tuple[CellResult, ...]
-    groups: tuple[CellGroup, ...] = Field((), description="Means over those columns.")
+    groups: tuple[CellGroup, ...] = Field((), description="Means over these columns.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def counts(self) -> str:
-        """``3 of 4 cells done, 1 failed``."""
+        """Return for instance ``3 of 4 cells done, 1 failed``."""
         count = {status: sum(cell.status == status for cell in self.cells) for status in ("done", "failed", "not run")}
         others = [f"{number} {status}" for status, number in count.items() if number and status != "done"]
         return ", ".join([f"{count['done']} of {len(self.cells)} cells done", *others])
 
     def metrics(self) -> list[str]:
-        """Every metric that a cell has."""
+        """Return the names of all metrics."""
         return list(dict.fromkeys(name for cell in self.cells for name, _ in cell.named()))
 
     def columns(self) -> list[str]:
-        """What varies."""
+        """Return the names of the columns that vary."""
         return list(dict.fromkeys(name for cell in self.cells for name in cell.columns))
 
     def reasons(self) -> list[str]:
-        """Why cells are not done, each reason once."""
+        """Return the reasons why cells are not done, each once."""
         return list(dict.fromkeys(cell.reason for cell in self.cells if cell.status != "done"))
 
     def cell_table(self) -> Table:
-        """A row for each float model that was measured beside, and a row for each cell."""
+        """Return the table with a row for each float model that was measured, then one for each cell."""
         benches = any(cell.bench is not None for cell in self.cells)
         complete = all(cell.status == "done" for cell in self.cells)
         columns, metrics = self.columns(), self.metrics()
@@ -70,7 +70,10 @@ class SweepReport(Record, Printable):
         return _table("Cells", columns, right, rows)
 
     def _floats(self) -> list[tuple[str, CellResult]]:
-        """A cell for each float model, or for each set of numbers of one, with a name for its row."""
+        """Return, for each float model, a name for its row and a sweep cell with its numbers.
+
+        A float model has several rows if it was measured with different results.
+        """
         found: dict[tuple[str, tuple[tuple[str, float | None], ...]], CellResult] = {}
         for cell in self.cells:
             numbers = tuple((name, row.float_value) for name, row in cell.named())
@@ -89,7 +92,7 @@ class SweepReport(Record, Printable):
         return cell.status if cell.status == "done" else f"{cell.status} [{self.reasons().index(cell.reason) + 1}]"
 
     def mean_table(self) -> Table:
-        """A row for each group of cells; no rows where no means were asked for."""
+        """Return the table with a row for each group of cells; no rows if the sweep takes no means."""
         columns, metrics = [name for name in self.columns() if name not in self.over], self.metrics()
         rows = []
         for group in self.groups:
@@ -102,7 +105,7 @@ class SweepReport(Record, Printable):
         return _table(f"Over {', '.join(self.over)}", [*columns, "cells"], [*SIZES, *metrics, "quantize s"], rows)
 
     def published_table(self) -> Table:
-        """A row for each published number."""
+        """Return the table with a row for each published number."""
         rows = []
         for cell in self.cells:
             for each in cell.expected:
@@ -116,7 +119,7 @@ class SweepReport(Record, Printable):
         return _table("Published numbers", self.columns(), right, rows)
 
     def notes(self) -> list[str]:
-        """What a reader must know to compare these numbers with others."""
+        """Return the notes under the tables."""
         lines = []
         if any(row.stderr is not None for cell in self.cells for row in cell.shown()):
             lines.append("± in a row of one cell is the standard error over the evaluation text")
@@ -125,7 +128,7 @@ class SweepReport(Record, Printable):
         lines += self._row_notes()
         benches = [cell.bench for cell in self.cells if cell.bench is not None]
         if benches:
-            lines.append(f"speeds: {benches[0].dtype} on {benches[0].device}; x is times the same weights held densely")
+            lines.append(f"speeds: {benches[0].dtype} on {benches[0].device}; x is relative to dense weights")
             if not any(_joules(bench) for bench in benches):
                 lines.append(f"energy {benches[0].energy}")
         machines = list(dict.fromkeys(cell.machine for cell in self.cells if cell.machine))
@@ -134,7 +137,7 @@ class SweepReport(Record, Printable):
         return lines
 
     def _row_notes(self) -> list[str]:
-        """Notes of the results, each once, after the metrics that it is of, and the cells if it is not of all."""
+        """Return the notes of results, each once, after its metrics, and after its cells if not of all cells."""
         found: dict[tuple[str, str], list[str]] = {}
         for cell in self.cells:
             for metric, row in cell.named():
@@ -148,7 +151,7 @@ class SweepReport(Record, Printable):
         return [f"{', '.join(metrics)}{some}: {note}" for (note, some), metrics in grouped.items()]
 
     def document(self) -> Document:
-        """Means, cells and published numbers, and why cells have none."""
+        """Return the tables of means, cells and published numbers, with the reasons why cells are not done."""
         tables = [table for table in (self.mean_table(), self.cell_table(), self.published_table()) if table.rows]
         if len(tables) == 1:
             tables = [replace(tables[0], title="")]
@@ -163,7 +166,7 @@ class SweepReport(Record, Printable):
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each whole or not at all."""
+        """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each completely or not at all."""
         for name, text in ((JSON_NAME, self.model_dump_json(indent=2) + "\n"), (MARKDOWN_NAME, self.markdown())):
             partial = folder / f"{name}.partial"
             partial.write_text(text, encoding="utf-8")
@@ -171,7 +174,7 @@ class SweepReport(Record, Printable):
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of columns that vary, aligned left, and columns of numbers, aligned right."""
+    """Return a table with columns of labels, aligned left, and columns of numbers, aligned right."""
     return Table([*map(_short, left), *right], rows, "l" * len(left) + "r" * len(right), title)
 
 
@@ -188,7 +191,7 @@ def _value(row: TaskResult) -> str:
 
 
 def _speeds(bench: BenchReport | None) -> list[str]:
-    """A cell for each of ``SPEEDS``, of packed weights with this machine's kernels."""
+    """Return a cell for each of ``SPEEDS``, for packed weights with the fastest kernels."""
     if bench is None:
         return [""] * len(SPEEDS)
     cells = []
@@ -204,7 +207,7 @@ def _joules(bench: BenchReport) -> float | None:
 
 
 def _short(column: str) -> str:
-    """The last part of a key, or the section's name for ``method.name``."""
+    """Return the last part of a dotted key, or the section for a key such as ``method.name``."""
     first, _, last = column.rpartition(".")
     return first if last == "name" and first else last
 

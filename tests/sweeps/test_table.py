@@ -169,5 +169,5 @@ def test_a_table_without_its_models_is_not_run_and_says_so(
     assert main.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
     text = capsys.readouterr().out
     assert "0 of 37 cells done, 37 not run." in text
-    assert "meta-llama/Llama-2-7b-hf is not at hand" in text
+    assert "meta-llama/Llama-2-7b-hf is not on this machine" in text
     assert "| llama-2-7b | w2g64 | efficientqat | wikitext2 perplexity | 6.86 | not run |  | arXiv 2407.11062" in text
