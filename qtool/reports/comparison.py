@@ -164,9 +164,9 @@ class Comparison(Printable):
         return {"runs": runs, "measures": columns, "notes": list(self.notes)}
 
     def plots(self) -> "list[Plot]":
-        """Return the figures of quality against size; quality is the first measure with a better direction.
+        """Return the figures of quality against size.
 
-        There is no figure if no measure has one.
+        Quality is the first measure that is known to be better when higher, or when lower; without one, no figure.
         """
         for measure in self.measures:
             if any(run.results[measure].higher_is_better is not None for run in self.runs if measure in run.results):

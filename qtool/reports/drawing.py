@@ -18,10 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-WIDTH = 4.6  # inches of 72 units; so narrow that a phone shows text in the size it is drawn in
+WIDTH = 4.6  # inches of 72 units; narrow, so that a phone shows text in its drawn size
 PNG_DPI = 200
 PLOTS_FOLDER = "plots"
-MAX_TICKS = 6  # of an axis; fixed, because a number computed from the layout would change the layout
+MAX_TICKS = 6  # ticks per axis; fixed, because a number computed from the layout would change the layout
 COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "page": ("#fdfdfe", "#13161b"),
     "panel": ("#f4f6f8", "#1c2027"),
@@ -66,7 +66,7 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib has a type of its own for the keys
 class Plot(NamedTuple):
     """A figure with its texts."""
 
-    name: str  # of the figure's files, without suffix
+    name: str  # stem of the figure's files
     title: str
     figure: Figure
     text: str  # the content in words, for readers who cannot see the figure

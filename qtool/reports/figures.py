@@ -20,9 +20,9 @@ from qtool.reports.report import Report
 from qtool.reports.text import number
 from qtool.system.units import duration, size
 
-MAX_POINTS = 400  # of a curve; if there are more steps, each point is the mean of several
-DIGIT_WIDTH = 5.8  # of the widest digit, in points
-LINEAR_NAME = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # of a linear: prefix, index of the block, name in the block
+MAX_POINTS = 400  # points per curve; if there are more steps, each point is the mean of several
+DIGIT_WIDTH = 5.8  # width of the widest digit, in points
+LINEAR_NAME = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # prefix, index of the block, name in the block
 FLOAT_COLOUR = "#5f6b7a"
 BIT_COLOURS = {
     1: "#7a0019",
@@ -286,7 +286,7 @@ def _draw_linears(
     axes.set_ylim(len(parts), 0)
     axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
     figure.draw_without_rendering()  # measures the room that the names leave
-    width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # of a cell, in points
+    width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # width of a cell, in points
     texts = {place: text(linear) for place, linear in linears.items()}
     fits = DIGIT_WIDTH * max(map(len, texts.values())) <= width
     every = math.ceil((DIGIT_WIDTH * len(str(blocks[-1])) + 4) / width)

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from qtool.reports.drawing import LIGHT, Plot, blank, freeze_layout, shortened, style
 from qtool.reports.measures import ComparedRun, Measure, weight_bytes
 
-LABEL_OFFSETS = [  # of a label from its point, in points, with horizontal and vertical alignment; tried in this order
+LABEL_OFFSETS = [  # offsets of a label from its point, in points, and its alignment; tried in this order
     (6, 5, "left", "bottom"),
     (6, -5, "left", "top"),
     (-6, 5, "right", "bottom"),
@@ -35,7 +35,7 @@ LABEL_OFFSETS = [  # of a label from its point, in points, with horizontal and v
 
 
 CALLOUT_DISTANCE = 10  # in points; a label further from its point gets a line to it
-FLOAT_LABEL_PLACES = (  # where "float" may stand on the float model's line: share of its length, offset, alignment
+FLOAT_LABEL_PLACES = (  # places of "float" on the float model's line: fraction of its length, offset, alignment
     (1.0, -2, "right"),
     (0.0, 2, "left"),
 )
@@ -44,7 +44,7 @@ FLOAT_LABEL_PLACES = (  # where "float" may stand on the float model's line: sha
 class Point(NamedTuple):
     """A run in the plane of size and quality."""
 
-    number: int  # of the run in the table, from 1
+    number: int  # number of the run in the table, from 1
     name: str
     x: float  # size: smaller is better
     y: float  # quality
@@ -151,7 +151,7 @@ def place_labels(axes: Axes, points: Sequence[Point], best: Sequence[Point], ref
         drawn = axes.annotate(text, place, (dx, dy), **options)
         drawn.set_in_layout(False)
         drawn.update_positions(renderer)
-        box = Text.get_window_extent(drawn, renderer)  # of the text alone, without the line to the point
+        box = Text.get_window_extent(drawn, renderer)  # the box of the text without the line to its point
         fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
         if fits and not box.count_overlaps(taken):
             taken.append(box)

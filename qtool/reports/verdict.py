@@ -21,7 +21,7 @@ RULE = (
     f"Up to {CLASSES[1][0]:.0%} is {CLASSES[1][1]}, up to {CLASSES[2][0]:.0%} {CLASSES[2][1]}, up to "
     f"{CLASSES[3][0]:.0%} {CLASSES[3][1]}, above that {CLASSES[4][1]}; more than {-CLASSES[0][0]:.0%} below the float "
     f"model is {CLASSES[0][1]}. If the interval of ± {SIGMAS} standard errors reaches into several classes, the words "
-    "name both its ends."
+    "name both of its ends."
 )
 
 

@@ -20,7 +20,7 @@ from qtool.system import progress
 
 POLL = 2.0  # seconds between checks of the cluster's jobs
 PATIENCE = 60.0  # seconds between asking a process to end and killing it
-LAST_LINES = 5  # of the log that are shown if a failed command printed no error
+LAST_LINES = 5  # lines of the log that are shown if a failed command printed no error
 
 
 class Command(NamedTuple):

@@ -191,7 +191,7 @@ def _value(row: TaskResult) -> str:
 
 
 def _speeds(bench: BenchReport | None) -> list[str]:
-    """Return a cell for each of ``SPEEDS``, for packed weights with the fastest kernels."""
+    """Return a cell for each of ``SPEEDS``, for the fast variant of the packed weights."""
     if bench is None:
         return [""] * len(SPEEDS)
     cells = []
