@@ -75,30 +75,9 @@ class Report(Record, Printable):
             headline=self.headline(),
             facts=self.facts(),
             warnings=self.warnings(),
-            tables=[*([self._results()] if self.results else []), *([self._published()] if self.expected else [])],
+            tables=[*([_results(self)] if self.results else []), *([_published(self)] if self.expected else [])],
             environment=self.environment,
         )
-
-    def _results(self) -> Table:
-        columns, rows, narrow = self.columns(), [], []
-        for row in self.shown():
-            mark, numbers = self.mark(row), self.numbers(row)
-            shots, count = ("" if each is None else str(each) for each in (row.num_fewshot, row.n))
-            rows.append([row.task + mark, row.metric, *numbers, shots, count])
-            narrow.append([metric_name(row.task, row.metric) + mark, *numbers])
-        right = "r" * len(columns)
-        return Table(
-            ["task", "metric", *columns, "shots", "n"],
-            rows,
-            f"ll{right}rr",
-            footnotes=self.notes(),
-            narrow=Table(["", *columns], narrow, f"l{right}"),
-        )
-
-    def _published(self) -> Table:
-        rows = [[row.task, row.metric, *published_cells(row)] for row in self.expected]
-        narrow = Table(["", *PUBLISHED_COLUMNS], [[" ".join(row[:2]), *row[2:]] for row in rows], "lrrrl")
-        return Table(["task", "metric", *PUBLISHED_COLUMNS], rows, "llrrrl", narrow=narrow)
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
@@ -191,3 +170,26 @@ class Report(Record, Printable):
     def notes(self) -> list[str]:
         """Return the notes of the rows that are shown, each once."""
         return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))
+
+
+def _results(report: Report) -> Table:
+    columns, rows, narrow = report.columns(), [], []
+    for row in report.shown():
+        mark, numbers = report.mark(row), report.numbers(row)
+        shots, count = ("" if each is None else str(each) for each in (row.num_fewshot, row.n))
+        rows.append([row.task + mark, row.metric, *numbers, shots, count])
+        narrow.append([metric_name(row.task, row.metric) + mark, *numbers])
+    right = "r" * len(columns)
+    return Table(
+        ["task", "metric", *columns, "shots", "n"],
+        rows,
+        f"ll{right}rr",
+        footnotes=report.notes(),
+        narrow=Table(["", *columns], narrow, f"l{right}"),
+    )
+
+
+def _published(report: Report) -> Table:
+    rows = [[row.task, row.metric, *published_cells(row)] for row in report.expected]
+    narrow = Table(["", *PUBLISHED_COLUMNS], [[" ".join(row[:2]), *row[2:]] for row in rows], "lrrrl")
+    return Table(["task", "metric", *PUBLISHED_COLUMNS], rows, "llrrrl", narrow=narrow)
