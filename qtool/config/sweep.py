@@ -105,7 +105,8 @@ class SweepConfig(Section):
     launcher: LauncherConfig = Field(LauncherConfig(), description="Where cells run.")
     output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
 
-
-def how(bench: bool | BenchConfig) -> BenchConfig:
-    """The options of ``qtool bench``; the defaults if a sweep says only ``bench: true``."""
-    return bench if isinstance(bench, BenchConfig) else BenchConfig()
+    def bench_options(self) -> BenchConfig | None:
+        """The options of ``qtool bench``; the defaults if ``bench`` is only ``true``, ``None`` if it is ``false``."""
+        if isinstance(self.bench, BenchConfig):
+            return self.bench
+        return BenchConfig() if self.bench else None

@@ -49,6 +49,6 @@ def refusal(name: str, source: Source, config: ExportConfig) -> str | None:
 
 
 def get(name: str) -> Exporter:
-    """Return the exporter of the format ``name``, one of ``plugins.export_formats()``."""
+    """Return the exporter of the format ``name``, one of ``config.catalog.export_formats()``."""
     exporter: Exporter = import_module(f"qtool.exporters.{name.replace('-', '_')}").EXPORTER
     return exporter

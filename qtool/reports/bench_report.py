@@ -1,44 +1,41 @@
-"""The report of ``qtool bench``: its schema, what it says about the numbers, and the same as a table."""
+"""The report of ``qtool bench``: its schema, its table, and its conclusions from the numbers."""
 
 from datetime import UTC, datetime
 from statistics import median
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Number, Record
 from qtool.system.environment import environment
 from qtool.system.units import size
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 DENSE, FAST, EXACT = "dense", "fast", "exact"
 PREFILL = "prefill"
-HELPS = 1.05  # times the dense speed; less than this is no help
+MIN_SPEEDUP = 1.05  # over the dense speed; below it the report says that low bits do not help
 
 
 def decode(batch: int) -> str:
-    """The name of decoding with ``batch`` sequences at once."""
+    """Return the name of the measure of decoding with ``batch`` sequences at once."""
     return f"decode, batch {batch}"
 
 
 class Speed(Record):
-    """One measure of one variant."""
+    """The speed of one variant in one measure."""
 
-    tokens_per_second: Number = Field(description="Median of the repeats; of all sequences of the batch together.")
+    tokens_per_second: Number = Field(description="Median of the repeats, summed over all sequences of the batch.")
     repeats: tuple[Number, ...] = Field(description="Tokens per second of each repeat.")
     num_tokens: int = Field(description="Tokens in one repeat.")
-    joules_per_token: Number | None = Field(None, description="Median of the repeats; null: not measured.")
+    joules_per_token: Number | None = Field(None, description="Energy, median of the repeats; null: not measured.")
 
     @property
     def spread(self) -> float:
-        """Fastest less slowest repeat, as a share of the median."""
+        """The fastest repeat minus the slowest, as a fraction of the median."""
         return (max(self.repeats) - min(self.repeats)) / self.tokens_per_second
 
 
 def speed(num_tokens: int, seconds: list[float], joules: list[float | None]) -> Speed:
-    """The summary of repeats of ``num_tokens`` each."""
+    """Summarize repeats of ``num_tokens`` tokens each."""
     known = [energy for energy in joules if energy is not None]
     return Speed(
         tokens_per_second=median(num_tokens / each for each in seconds),
@@ -49,53 +46,53 @@ def speed(num_tokens: int, seconds: list[float], joules: list[float | None]) -> 
 
 
 class Variant(Record):
-    """One way to hold and multiply the same weights."""
+    """One way to store and multiply the same weights."""
 
     name: str = Field(description="dense, fast or exact.")
     title: str
-    linears: str = Field(description="Which kernels serve how many linears, and why the others have none.")
-    file_bytes: int = Field(description="Weights on disk; of the dense variant, what they would take.")
-    weight_bytes: int = Field(description="Weights in memory, the kernels' own layouts included.")
+    linears: str = Field(description="How many linears each kernel computes, and why the others have no kernel.")
+    file_bytes: int = Field(description="Size of the weights on disk; for the dense variant, the size they would have.")
+    weight_bytes: int = Field(description="Size of the weights in memory, including the kernels' own layouts.")
     peak_bytes: int | None = Field(
-        None, description="Most memory while writing, over what was held before loading; null: the system cannot say."
+        None, description="Peak memory while processing the prompt, minus memory before loading; null: unknown."
     )
     speeds: dict[str, Speed] = Field(description="By measure: prefill, and decode for each batch size.")
 
 
-class BenchReport(Record):
-    """What was measured, on what, and what it means."""
+class BenchReport(Record, Printable):
+    """The measurements of one checkpoint, the machine, and the conclusions."""
 
     path: str
-    label: str = Field(description="Grid in short, e.g. w4g128.")
+    label: str = Field(description="Short name of the quantization grid, e.g. w4g128.")
     dtype: str
     device: str
-    threads: int = Field(description="Of torch, on the processor.")
+    threads: int = Field(description="CPU threads of torch.")
     prompt_tokens: int
     variants: tuple[Variant, ...]
     logit_difference: Number | None = Field(
-        None, description="Largest difference of a next token's logits, fast from exact, over the largest logit."
+        None, description="Largest difference of a token's logits between fast and exact, over the largest logit."
     )
-    energy: str = Field(description="Which counters were read, or why none.")
-    remarks: tuple[str, ...] = Field((), description="What else a reader must know.")
+    energy: str = Field(description="Energy counters that were read, or why none was.")
+    remarks: tuple[str, ...] = Field((), description="Further notes.")
     seconds: float = 0.0
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def variant(self, name: str) -> Variant:
-        """The variant of this name."""
+        """Return the variant called ``name``."""
         return next(variant for variant in self.variants if variant.name == name)
 
     def ratio(self, name: str, measure: str) -> float:
-        """Speed of a variant over the dense one's."""
+        """Return the speed of a variant divided by the speed of the dense variant."""
         dense = self.variant(DENSE).speeds[measure].tokens_per_second
         return self.variant(name).speeds[measure].tokens_per_second / dense
 
     def no_help(self) -> list[str]:
-        """A line for each measure in which the packed weights are not faster, or not smaller."""
+        """Return a line for each measure in which the packed weights are not faster, or not smaller."""
         lines = [
             f"{measure}: low bits do not help on this machine, {self.ratio(FAST, measure):.2f} x dense"
             for measure in self.variant(FAST).speeds
-            if self.ratio(FAST, measure) < HELPS
+            if self.ratio(FAST, measure) < MIN_SPEEDUP
         ]
         fast, dense = self.variant(FAST).peak_bytes, self.variant(DENSE).peak_bytes
         if fast is not None and dense is not None and fast >= dense:
@@ -103,23 +100,23 @@ class BenchReport(Record):
         return lines
 
     def notes(self) -> list[str]:
-        """What a reader of the table must know."""
+        """Return the notes under the table."""
         worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
         lines = [*self.no_help(), f"fast: {self.variant(FAST).linears}"]
         if self.logit_difference is not None:
-            lines.append(f"fast differs from exact by {self.logit_difference:.2%} of the largest logit in one token")
-        lines.append(f"the repeats of one number differ by up to {worst:.0%} of it")
+            lines.append(f"the logits of fast and exact differ by {self.logit_difference:.2%} of the largest logit")
+        lines.append(f"repeats of one measurement differ by up to {worst:.0%} of their median")
         if not any(speed.joules_per_token for variant in self.variants for speed in variant.speeds.values()):
             lines.append(f"energy {self.energy}")
         return [*lines, *self.remarks]
 
     def title(self) -> str:
-        """One line: the folder, and how it was run."""
+        """Return one line: the folder, the grid and the machine."""
         where = f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
         return f"{self.path}, {self.label}, {self.dtype} on {where}, prompt of {self.prompt_tokens} tokens"
 
     def rows(self) -> list[list[str]]:
-        """The table: a header, then a row for each measure with a cell for each variant."""
+        """Return the table: a header, then a row for each measure with a cell for each variant."""
         rows = [["", *(variant.title for variant in self.variants)]]
         for measure in self.variants[0].speeds:
             rows.append([f"{measure}, tokens/s", *(self._cell(variant, measure) for variant in self.variants)])
@@ -137,29 +134,8 @@ class BenchReport(Record):
         text = f"{found:.{0 if found >= 100 else 1 if found >= 10 else 2}f}"
         return text if variant.name == DENSE else f"{text} ({self.ratio(variant.name, measure):.2f} x)"
 
-    def markdown(self) -> str:
-        """The report as a Markdown page."""
+    def document(self) -> Document:
+        """Return the title, the table and its notes."""
         header, *rows = self.rows()
-        table = [header, ["---", *["---:"] * len(self.variants)], *rows]
-        lines = [f"# {self.title()}", "", *("| " + " | ".join(row) + " |" for row in table), ""]
-        lines += [*(f"* {note}" for note in self.notes()), ""]
-        lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
-        return "\n".join(lines) + "\n"
-
-    def render(self, console: "Console") -> None:
-        """Print the report as a table."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        console.print(self.title(), style="bold", markup=False, highlight=False)
-        header, *rows = self.rows()
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        for column, name in enumerate(header):
-            table.add_column(name, justify="right" if column else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print()
-        console.print(table)
-        console.print()
-        for note in self.notes():
-            console.print(f"* {note}", markup=False, highlight=False)
+        table = Table(header, rows, "l" + "r" * len(self.variants))
+        return Document(title=self.title(), tables=[table], notes=self.notes(), environment=self.environment)

@@ -1,84 +1,61 @@
-"""``qtool compare``: several runs beside each other, from their ``report.json``.
+"""``qtool compare``: several runs side by side, from their ``report.json``.
 
-A number is compared with others only when it was measured the same way: same task, metric, examples in the prompt,
-limit, number of observations and precision, and, for what depends on the tokenizer or is measured against the float
-model, the same float model. What was measured otherwise has a column of its own, and a note says so.
+Numbers are compared only if they were measured the same way (``measures.py``); each way of measuring has a column.
 
-The best of a column is marked, and so is what cannot be told from it: what differs by no more than ``SIGMAS`` standard
-errors of the difference. That error is made from those of the two changes against the float model where these are
-known, because they come from the same text, else from those of the two numbers; in both cases as if independent.
+In each column the best number is marked, and so are the numbers that are statistically indistinguishable from it: those
+that differ by at most ``SIGMAS`` standard errors of the difference. The standard error of a difference is computed from
+the standard errors of the two runs' changes against the float model if both are known, because both runs read the same
+text, else from the standard errors of the two numbers; in either case as if the two were independent.
 """
 
-import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qtool.reports import html as html_page
-from qtool.reports.records import TaskResult
+from qtool.reports import html
+from qtool.reports.document import Document, Printable, Table
+from qtool.reports.measures import (
+    ComparedRun,
+    Measure,
+    compared_runs,
+    difference_error,
+    measures_of,
+    notes,
+    weight_bytes,
+)
 from qtool.reports.report import JSON_NAME, Report
-from qtool.reports.text import markdown_table, number
+from qtool.reports.text import metric_name, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system.errors import InputError
 from qtool.system.units import duration, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qtool.reports.drawing import Plot
 
 HTML_NAME, MARKDOWN_NAME = "compare.html", "compare.md"
-OF_ONE_MODEL = ("perplexity", "kl", "top-1 agreement")  # metrics that say nothing about another float model
-LEGEND = f"* best of its column; ~ cannot be told from the best (within {SIGMAS} standard errors of the difference)"
-
-
-class Measure(NamedTuple):
-    """What was measured, and all that must be equal for two numbers to be comparable."""
-
-    task: str
-    metric: str
-    num_fewshot: int | None
-    limit: int | None
-    n: int | None
-    dtype: str
-    model: str  # identity of the float model; empty where another one may be compared with
+LEGEND = f"* best in its column; ~ as good as the best, within {SIGMAS} standard errors of the difference"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A report and how it is called here."""
+class Comparison(Printable):
+    """Runs from large to small, their measures, and notes on numbers that are not comparable."""
 
-    name: str
-    report: Report
-    model: str  # identity of the float model
-    results: dict[Measure, TaskResult] = field(repr=False)
-
-    @property
-    def grid(self) -> str:
-        """Method and grid, or what else it is."""
-        return " ".join(part for part in (self.report.method, self.report.label) if part) or "float"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Runs from large to small, what was measured, and what is not comparable."""
-
-    runs: tuple[Run, ...]
+    runs: tuple[ComparedRun, ...]
     measures: tuple[Measure, ...]
     notes: tuple[str, ...]
 
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Return the names of the columns."""
         return ["run", "method", "bits/weight", "MB", *map(self.title, self.measures), "quantize", "peak memory"]
 
     def rows(self) -> list[list[str]]:
-        """A cell for each of ``columns()`` and run; the best numbers carry a mark."""
+        """Return a row for each run with a cell for each of ``columns()``; the best numbers carry a mark."""
         marks = {measure: self.marks(measure) for measure in self.measures}
         rows = []
         for index, run in enumerate(self.runs):
@@ -98,21 +75,13 @@ class Comparison:
         return rows
 
     def title(self, measure: Measure) -> str:
-        """The name of a column: as much as tells it from the others."""
-        name = measure.metric if measure.task == measure.metric else f"{measure.task} {measure.metric}"
+        """Return the name of a column, with the settings that distinguish it from other columns."""
         alike = [other for other in self.measures if (other.task, other.metric) == (measure.task, measure.metric)]
-        settings = {
-            "num_fewshot": f"{measure.num_fewshot}-shot",
-            "limit": "no limit" if measure.limit is None else f"limit {measure.limit}",
-            "n": f"n {measure.n}",
-            "dtype": measure.dtype,
-            "model": f"of {self._model_name(measure.model)}",
-        }
-        different = [text for key, text in settings.items() if len({getattr(other, key) for other in alike}) > 1]
-        return ", ".join([name, *different])
+        models = [f"of {self._model_name(measure.model)}"] if len({other.model for other in alike}) > 1 else []
+        return ", ".join([metric_name(measure.task, measure.metric), *measure.differing(alike), *models])
 
     def marks(self, measure: Measure) -> dict[int, str]:
-        """`` *`` for the best run of a column and `` ~`` for those that cannot be told from it, by index."""
+        """Return marks by index of a run: `` *`` for the best of a column, `` ~`` for runs as good within the error."""
         rows = {
             index: row
             for index, run in enumerate(self.runs)
@@ -131,57 +100,36 @@ class Comparison:
                 marks[index] = " ~"
         return marks
 
-    def markdown(self) -> str:
-        """The comparison as a Markdown page."""
+    def document(self) -> Document:
+        """Return the table of all runs with its legend and notes."""
+        return Document(title=self.heading(), tables=[self.table()], legend=LEGEND, notes=self.notes)
+
+    def table(self) -> Table:
+        """Return the table with a row for each run."""
         columns = self.columns()
-        rule = ["---"] * 2 + ["---:"] * (len(columns) - 2)
-        cells = [[cell.replace(" *", " \\*") for cell in row] for row in self.rows()]
-        lines = [f"# {self.heading()}", "", *markdown_table([columns, rule, *cells]), LEGEND.replace("*", "\\*"), ""]
-        return "\n".join([*lines, *(f"* {note}" for note in self.notes)]).rstrip() + "\n"
-
-    def render(self, console: "Console") -> None:
-        """Print it as a table."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        plus_minus = "±" if console.encoding.startswith("utf") else "+-"
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        for index, name in enumerate(self.columns()):
-            table.add_column(Text(name), justify="left" if index < 2 else "right", overflow="fold")
-        for row in self.rows():
-            table.add_row(
-                *(Text(cell.replace("±", plus_minus), style="bold" if cell.endswith(" *") else "") for cell in row)
-            )
-        console.print(self.heading(), style="bold", markup=False, highlight=False)
-        console.print()
-        console.print(table)
-        console.print()
-        for line in (LEGEND, *self.notes):
-            console.print(line, markup=False, highlight=False)
+        return Table(columns, self.rows(), "ll" + "r" * (len(columns) - 2))
 
     def html(self) -> str:
-        """The comparison as a page that needs nothing else."""
+        """Return the comparison as one self-contained HTML page."""
         return self._page(self.plots())
 
     def _page(self, plots: "Sequence[Plot]") -> str:
-        table = html_page.Table(self.columns(), self.rows())
-        return html_page.render(
-            "compare.html", plots, title=self.heading(), table_=table, legend=LEGEND, notes=self.notes
+        return html.render(
+            "compare.html", plots, title=self.heading(), table_=self.table(), legend=LEGEND, notes=self.notes
         )
 
     def write(self, folder: Path) -> None:
         """Write ``compare.html``, ``compare.md``, ``compare.json`` and the figures into ``folder``.
 
         Raises:
-            InputError: the folder cannot be made.
+            InputError: The folder cannot be created.
         """
         from qtool.reports import drawing
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder} cannot be the folder of the comparison: {error.strerror}") from None
+            raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
         plots = self.plots()
         (folder / HTML_NAME).write_text(self._page(plots), encoding="utf-8")
         (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
@@ -190,7 +138,7 @@ class Comparison:
             drawing.save(plots, folder)
 
     def as_dict(self) -> dict[str, Any]:
-        """The comparison for machines: JSON has no infinity and no NaN, so these are text, as in a report."""
+        """Return the comparison for ``compare.json``; infinity and NaN are text, because JSON has neither."""
         columns = []
         for measure in self.measures:
             marks = self.marks(measure)
@@ -215,58 +163,39 @@ class Comparison:
         ]
         return {"runs": runs, "measures": columns, "notes": list(self.notes)}
 
-    def judged(self) -> Measure | None:
-        """What quality is plotted by: what most runs have; perplexity on real text before all else."""
-        directed = (m for m in self.measures if any(r.results[m].higher_is_better is not None for r in self._with(m)))
-        return next(directed, None)
-
     def plots(self) -> "list[Plot]":
-        """Quality against bits per weight and against size."""
-        measure = self.judged()
-        if measure is None:
-            return []
-        from qtool.reports import pareto
+        """Return the figures of quality against size.
 
-        rows = {run.name: run.results[measure] for run in self._with(measure)}
-        higher = any(row.higher_is_better for row in rows.values())
-        floats = {_finite(row.float_value) for row in rows.values()}
-        reference = floats.pop() if len(floats) == 1 else None
-        paired = reference is not None and all(_finite(row.delta_stderr) is not None for row in rows.values())
-        drawn = []
-        for name, label, of in (
-            ("pareto-bits", "bits per weight", lambda report: report.bits_per_weight),
-            ("pareto-size", "MB on disk", lambda report: None if (b := weight_bytes(report)) is None else b / 1e6),
-        ):
-            points = [
-                pareto.Point(index + 1, run.name, x, y, _finite(row.delta_stderr if paired else row.stderr))
-                for index, run in enumerate(self.runs)
-                if (row := rows.get(run.name))
-                and (y := _finite(row.value)) is not None
-                and (x := of(run.report)) is not None
-            ]
-            if len(points) > 1:
-                plane = pareto.Plane(label, self.title(measure), higher, reference, paired)
-                drawn.append(pareto.plot(name, points, plane))
-        return drawn
+        Quality is the first measure that is known to be better when higher, or when lower; without one, no figure.
+        """
+        for measure in self.measures:
+            if any(run.results[measure].higher_is_better is not None for run in self.runs if measure in run.results):
+                from qtool.reports import pareto
+
+                return pareto.figures(self.runs, measure, self.title(measure))
+        return []
 
     def heading(self) -> str:
-        """One line: how many runs of which model."""
+        """Return one line: the number of runs and their models."""
         models = list(dict.fromkeys(run.report.model for run in self.runs))
         return f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''} of {', '.join(models)}"
-
-    def _with(self, measure: Measure) -> list[Run]:
-        """The runs that have a number for it."""
-        return [run for run in self.runs if measure in run.results]
 
     def _model_name(self, identity: str) -> str:
         return next((run.report.model for run in self.runs if run.model == identity), identity)
 
 
+def comparison(reports: dict[str, Report]) -> Comparison:
+    """Return the comparison of reports by name."""
+    runs = compared_runs(reports)
+    measures = measures_of(runs)
+    return Comparison(tuple(runs), tuple(measures), tuple(notes(runs, measures)))
+
+
 def compare(paths: Iterable[Path]) -> Comparison:
-    """The runs in folders that have a ``report.json``, or in such files, whatever their order.
+    """Compare the runs in ``paths``: folders with a ``report.json``, or such files, in any order.
 
     Raises:
-        InputError: naming every path without a report, with a damaged one, or given twice.
+        InputError: Names every path that has no report, has a damaged one, or is given twice.
     """
     paths = list(paths)
     faults, reports = [], {}
@@ -275,110 +204,24 @@ def compare(paths: Iterable[Path]) -> Comparison:
         try:
             reports[path] = Report.model_validate_json(file.read_text(encoding="utf-8"))
         except OSError as error:
-            what = f"no {JSON_NAME}; qtool ptq, qat, ... and qtool eval -o write one"
+            what = f"no {JSON_NAME}; a run (qtool ptq, qat, ...) or qtool eval -o writes one"
             faults.append(f"{path} has {what}" if path.is_dir() else f"{path} cannot be read: {error.strerror}")
         except (ValidationError, ValueError) as error:
-            faults.append(f"{file} is not a report of a run: {str(error).splitlines()[0]}")
+            faults.append(f"{file} is not a report of a qtool run: {str(error).splitlines()[0]}")
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
             faults.append(f"{path} is given {count} times")
     if not paths:
-        faults.append("no run was given")
+        faults.append("no run was given; name folders with a report.json")
     if faults:
         raise InputError("\n  ".join(["these runs cannot be compared:", *faults]))
     return comparison(dict(zip(_names(list(reports)), reports.values(), strict=True)))
 
 
-def comparison(reports: dict[str, Report]) -> Comparison:
-    """The same of reports by name."""
-    models = _models(reports.values())
-    runs = []
-    for (name, report), model in zip(reports.items(), models, strict=True):
-        results: dict[Measure, TaskResult] = {}
-        for row in report.shown():
-            own = model if row.metric in OF_ONE_MODEL else ""
-            measure = Measure(row.task, row.metric, row.num_fewshot, row.limit, row.n, report.dtype or "", own)
-            if row.value is not None:
-                results[measure] = row
-        runs.append(Run(name, report, model, results))
-    runs.sort(key=lambda run: (-(run.report.bits_per_weight or 33), -(weight_bytes(run.report) or 0), run.name))
-    known = Counter(measure for run in runs for measure in run.results)
-    ordered = sorted(known, key=lambda m: (-known[m], _rank(m), *(str(each) for each in m)))
-    return Comparison(tuple(runs), tuple(ordered), tuple(_notes(runs, ordered)))
-
-
-def _rank(measure: Measure) -> int:
-    """Which measure says most: perplexity on real text, then on generated text, then divergence, then the rest."""
-    if measure.metric == "perplexity":
-        return int(measure.task == "generated")
-    return 2 if measure.metric == "kl" else 3
-
-
-def difference_error(a: TaskResult, b: TaskResult) -> float | None:
-    """Standard error of the difference of two runs' numbers; ``None``: not known."""
-    for x, y in ((a.delta_stderr, b.delta_stderr), (a.stderr, b.stderr)):
-        if x is not None and y is not None:
-            return math.hypot(x, y)
-    return None
-
-
-def weight_bytes(report: Report) -> int | None:
-    """What the run's weights take on disk."""
-    return report.quantized_bytes if report.quantized else report.float_bytes
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _names(paths: list[Path]) -> list[str]:
-    """The ends of the paths that tell them apart."""
+    """Return the shortest ends of the paths that are all different, to name the runs by."""
     parts = [(path if path.is_dir() or path.name != JSON_NAME else path.parent).resolve().parts for path in paths]
     depth = next(
         (depth for depth in range(1, max(map(len, parts))) if len({p[-depth:] for p in parts}) == len(parts)), None
     )
     return [str(path) if depth is None else "/".join(p[-depth:]) for path, p in zip(paths, parts, strict=True)]
-
-
-def _models(reports: Iterable[Report]) -> list[str]:
-    """What identifies each report's float model: its files' hashes, where a report of it has them, or its name."""
-    reports = list(reports)
-    hashes = [
-        hashlib.sha256(json.dumps(report.lock.model_files, sort_keys=True).encode()).hexdigest()
-        if report.lock
-        else None
-        for report in reports
-    ]
-    known = {report.model: found for report, found in zip(reports, hashes, strict=True) if found}
-    return [found or known.get(report.model, report.model) for report, found in zip(reports, hashes, strict=True)]
-
-
-def _notes(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[str]:
-    """What a reader must know before comparing."""
-    if len({run.model for run in runs}) > 1:
-        by_model: dict[str, list[str]] = {}
-        for run in runs:
-            by_model.setdefault(run.report.model, []).append(run.name)
-        listed = "; ".join(f"{model} ({', '.join(names)})" for model, names in by_model.items())
-        yield f"Different float models: {listed}. Perplexity, KL divergence and agreement are compared within one only."
-    alike: dict[tuple[str, str, str], list[Measure]] = {}
-    for measure in measures:
-        alike.setdefault((measure.task, measure.metric, measure.model), []).append(measure)
-    for (task, metric, _), same in alike.items():
-        if len(same) > 1:
-            ways = "; ".join(f"{_settings(m)} ({', '.join(r.name for r in runs if m in r.results)})" for m in same)
-            yield f"{task} {metric} was measured in different ways, which are not comparable: {ways}."
-    for what in ("device", "backend"):
-        found = {getattr(run.report, what) for run in runs if run.results} - {None}
-        if len(found) > 1:
-            yield f"Measured with another {what}: {', '.join(sorted(found))}; small differences may come from that."
-
-
-def _settings(measure: Measure) -> str:
-    parts = [
-        "no limit" if measure.limit is None else f"limit {measure.limit}",
-        "" if measure.num_fewshot is None else f"{measure.num_fewshot}-shot",
-        "" if measure.n is None else f"n {measure.n}",
-        measure.dtype,
-    ]
-    return ", ".join(part for part in parts if part)

@@ -1,7 +1,7 @@
-"""How figures are made: one style, colours by name, and the same bytes for the same numbers.
+"""Drawing: one style for all figures, named colours, and SVG and PNG with the same bytes for the same numbers.
 
-A figure is drawn in the light colours of ``COLOURS``. Inside a page those become CSS variables, so that it follows the
-reader's theme; in a file of its own it keeps them, on white.
+A figure is drawn in the light colours of ``COLOURS``. In an HTML page these become CSS variables, so that the figure
+follows the reader's theme; in a file of its own the figure keeps them, on white.
 """
 
 import html
@@ -18,10 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-WIDTH = 4.6  # inches of 72 units: on a phone, text has the size it is drawn in
+WIDTH = 4.6  # inches of 72 units; narrow, so that a phone shows text in its drawn size
 PNG_DPI = 200
-FOLDER = "plots"
-TICKS = 6  # at most: a number that followed from the layout would change it
+PLOTS_FOLDER = "plots"
+MAX_TICKS = 6  # ticks per axis; fixed, because a number computed from the layout would change the layout
 COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "page": ("#fdfdfe", "#13161b"),
     "panel": ("#f4f6f8", "#1c2027"),
@@ -35,10 +35,10 @@ COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "notice": ("#fff4d6", "#3a2f12"),
     "notice-ink": ("#5c4300", "#f5d98b"),
 }
-DRAWN = ("panel", "ink", "muted", "line", "accent", "second", "good", "bad")
-LIGHT = {name: COLOURS[name][0] for name in DRAWN}
-STYLE: dict[Any, Any] = {  # its keys are a type of their own in matplotlib
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
+FIGURE_COLOURS = ("panel", "ink", "muted", "line", "accent", "second", "good", "bad")
+LIGHT = {name: COLOURS[name][0] for name in FIGURE_COLOURS}
+STYLE: dict[Any, Any] = {  # Any: matplotlib has a type of its own for the keys
+    "font.family": "DejaVu Sans",  # part of matplotlib, so the layout is the same on every machine
     "font.size": 9.0,
     "axes.titlesize": 9.0,
     "axes.titlelocation": "left",
@@ -53,7 +53,7 @@ STYLE: dict[Any, Any] = {  # its keys are a type of their own in matplotlib
     "grid.color": LIGHT["line"],
     "grid.linewidth": 0.6,
     "text.color": LIGHT["ink"],
-    "text.parse_math": False,  # names are names, dollar signs and all
+    "text.parse_math": False,  # a dollar sign in a name is text
     "xtick.color": LIGHT["muted"],
     "ytick.color": LIGHT["muted"],
     "xtick.labelcolor": LIGHT["ink"],
@@ -64,37 +64,37 @@ STYLE: dict[Any, Any] = {  # its keys are a type of their own in matplotlib
 
 
 class Plot(NamedTuple):
-    """A figure, and what it shows in words, for who cannot see it."""
+    """A figure with its texts."""
 
-    name: str  # of its files
+    name: str  # stem of the figure's files
     title: str
     figure: Figure
-    text: str
-    caption: str = ""  # what who sees it has to know, too
+    text: str  # the content in words, for readers who cannot see the figure
+    caption: str = ""  # explanation below the figure
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The style of every figure, while it is made and while it is written."""
+    """Use the style of all figures; needed while a figure is made and while it is written."""
     with matplotlib.rc_context(STYLE):
         yield
 
 
 def blank(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure ``height`` inches high with ``rows`` axes, as high as ``ratios`` say; nothing of it is cut."""
+    """Return a figure ``height`` inches high with ``rows`` axes below each other, of heights in ``ratios``."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)  # measures text
+    FigureCanvasAgg(figure)  # is needed to measure text
     axes = figure.subplots(rows, 1, squeeze=False, height_ratios=ratios)
     for each in axes[:, 0]:
-        each.locator_params(nbins=TICKS)
+        each.locator_params(nbins=MAX_TICKS)
     return figure, list(axes[:, 0])
 
 
-def settle(figure: Figure) -> None:
-    """Lay ``figure`` out once and for all, on a grid: the last digits of matplotlib's solver vary from run to run."""
+def freeze_layout(figure: Figure) -> None:
+    """Fix the layout of ``figure``, rounded, because the last digits of matplotlib's solver vary from run to run."""
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.execute(figure)  # what drawing does first; it need not be drawn for that
+    engine.execute(figure)  # drawing begins with this, but no drawing is needed
     for axes in figure.axes:
         left, bottom, width, height = (round(float(each), 4) for each in axes.get_position(original=True).bounds)
         axes.set_position((left, bottom, width, height))
@@ -102,44 +102,44 @@ def settle(figure: Figure) -> None:
 
 
 def shortened(text: str, length: int) -> str:
-    """``text`` where it fits, else its end behind an ellipsis: ends of names tell more than beginnings."""
+    """Shorten ``text`` to ``length`` characters by an ellipsis in front: the ends of names say more than the starts."""
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Ticks of the horizontal axis at whole numbers only."""
+    """Put the ticks of the horizontal axis at whole numbers only."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
 def text_on(colour: tuple[float, float, float]) -> str:
-    """Black or white, whichever is read better on an RGB ``colour``: their contrast is never below 4.5."""
+    """Return black or white, whichever is more readable on an RGB ``colour``; the contrast is never below 4.5."""
     return "#010101" if luminance(colour) > 0.18 else "#ffffff"
 
 
 def luminance(colour: tuple[float, ...]) -> float:
-    """Relative luminance of sRGB (WCAG 2)."""
+    """Return the relative luminance of an sRGB colour (WCAG 2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def svg(plot: Plot) -> str:
-    """A whole SVG file; the same bytes whenever the figure is the same."""
+    """Return the figure as an SVG file; equal figures give equal bytes."""
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with style():
         plot.figure.savefig(file, format="svg", metadata=nothing, transparent=True)
     text = file.getvalue()
-    # matplotlib makes some ids of addresses in memory; and those of a page's plots must differ
+    # matplotlib makes some ids from memory addresses; and the ids of all figures of a page must differ
     ids = {name: f"{plot.name}-{i}" for i, name in enumerate(re.findall(r'\sid="([^"]*)"', text))}
     return re.sub(r'(\sid="|#)([^"#()]+)(?=["\)])', lambda found: found[1] + ids.get(found[2], found[2]), text)
 
 
 def inline_svg(plot: Plot) -> str:
-    """The SVG element for a page: its colours are the page's, its font too, and it refers to nothing outside."""
+    """Return an SVG element for an HTML page: with the colours and font of the page, and no external reference."""
     text = svg(plot)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # would be there once for each plot of a page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # these ids would occur once per figure of a page
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     label = html.escape(f"{plot.title}: {plot.text}")
     text = re.sub(
@@ -152,7 +152,7 @@ def inline_svg(plot: Plot) -> str:
 
 
 def png(plot: Plot) -> bytes:
-    """The figure on white."""
+    """Return the figure as a PNG file, on white."""
     file = BytesIO()
     with style():
         plot.figure.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None}, facecolor="white")
@@ -160,8 +160,8 @@ def png(plot: Plot) -> bytes:
 
 
 def save(plots: list[Plot], folder: Path) -> None:
-    """Each plot as ``plots/<name>.png`` and ``.svg`` under ``folder``."""
-    (folder / FOLDER).mkdir(exist_ok=True)
+    """Write each plot as ``plots/<name>.png`` and ``.svg`` below ``folder``."""
+    (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     for plot in plots:
-        (folder / FOLDER / f"{plot.name}.png").write_bytes(png(plot))
-        (folder / FOLDER / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
+        (folder / PLOTS_FOLDER / f"{plot.name}.png").write_bytes(png(plot))
+        (folder / PLOTS_FOLDER / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Figures of a report, each only where its numbers were measured.
+"""The figures of a report; a figure is drawn only if its numbers were measured.
 
-Errors are shown as the root of what is recorded, ``|q - f| / |f|`` in percent; bars are one standard error.
+Errors are recorded as squares and shown as their root, ``|q - f| / |f|`` in percent; error bars are one standard error.
 """
 
 import math
@@ -14,45 +14,54 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from qtool.reports.drawing import LIGHT, TICKS, Plot, blank, settle, shortened, style, text_on, whole_numbers
+from qtool.reports.drawing import LIGHT, MAX_TICKS, Plot, blank, freeze_layout, shortened, style, text_on, whole_numbers
 from qtool.reports.records import Linear, Series
 from qtool.reports.report import Report
 from qtool.reports.text import number
 from qtool.system.units import duration, size
 
-MAX_POINTS = 400  # of a curve; of more steps each point is the mean of several
-DIGIT = 5.8  # how wide a digit is at most, in points
-PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # a linear's name: before its block, the block's index, inside it
-FLOAT = "#5f6b7a"
-BITS = dict(enumerate(("#7a0019", "#b42318", "#b54708", "#175cd3", "#0e7090", "#087443", "#7a3e9d", "#5925dc"), 1))
-Grid = dict[tuple[str, int], Linear]
+MAX_POINTS = 400  # points per curve; if there are more steps, each point is the mean of several
+DIGIT_WIDTH = 5.8  # width of the widest digit, in points
+LINEAR_NAME = re.compile(r"^(.*?)\.(\d+)\.(.+)$")  # prefix, index of the block, name in the block
+FLOAT_COLOUR = "#5f6b7a"
+BIT_COLOURS = {
+    1: "#7a0019",
+    2: "#b42318",
+    3: "#b54708",
+    4: "#175cd3",
+    5: "#0e7090",
+    6: "#087443",
+    7: "#7a3e9d",
+    8: "#5925dc",
+}
+LinearMap = dict[tuple[str, int], Linear]  # by name in the block and index of the block
 
 
-def figures(report: Report) -> list[Plot]:
-    """Every figure that the report has numbers for."""
+def draw(report: Report) -> list[Plot]:
+    """Draw every figure that the report has numbers for."""
     with style():
-        drawn = [plot for draw in DRAWERS if (plot := draw(report)) is not None]
+        drawn = [plot for drawer in DRAWERS if (plot := drawer(report)) is not None]
         for plot in drawn:
-            settle(plot.figure)
+            freeze_layout(plot.figure)
     return drawn
 
 
-def grid_of(linears: Iterable[Linear]) -> Grid:
-    """Linears by name inside their block and the block's index."""
+def linear_map(linears: Iterable[Linear]) -> LinearMap:
+    """Return the linears by name in their block and index of the block; others are left out."""
     found = {}
     for linear in linears:
-        if (place := PLACE.match(linear.name)) is not None:
+        if (place := LINEAR_NAME.match(linear.name)) is not None:
             found[place[3], int(place[2])] = linear
     return found
 
 
-def blocks_and_parts(grid: Grid) -> tuple[list[int], list[str]]:
-    """The indices of the blocks, and the names inside them in their order."""
-    return sorted({block for _, block in grid}), list(dict.fromkeys(part for part, _ in grid))
+def blocks_and_parts(linears: LinearMap) -> tuple[list[int], list[str]]:
+    """Return the indices of the blocks, and the names of the linears in a block, in model order."""
+    return sorted({block for _, block in linears}), list(dict.fromkeys(part for part, _ in linears))
 
 
 def relative(squared: float) -> float:
-    """A recorded error as a percentage of what it is an error of."""
+    """Return the root of a recorded squared relative error, in percent."""
     return 100 * math.sqrt(squared) if squared >= 0 else math.nan
 
 
@@ -95,8 +104,8 @@ def _metrics(report: Report) -> Plot | None:
         axes.ticklabel_format(axis="x", useOffset=False)
     most = max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
     figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    caption = "Bars are one standard error of each number. Float and quantized read the same text, so their difference "
-    caption += "is known better than either: the table has its error."
+    caption = "Error bars are one standard error of each number. Both models read the same text, so the error of their "
+    caption += "difference is smaller; the table shows it."
     return Plot("metrics", "Quality", figure, "; ".join(said) + ".", caption if report.quantized else "")
 
 
@@ -114,15 +123,15 @@ def _sizes(report: Report) -> Plot | None:
 
 
 def _bits(report: Report) -> Plot | None:
-    grid = grid_of(report.linears)
-    if not grid:
+    linears = linear_map(report.linears)
+    if not linears:
         return None
     counts: dict[int | None, int] = {}
-    for linear in grid.values():
+    for linear in linears.values():
         counts[linear.num_bits] = counts.get(linear.num_bits, 0) + 1
     known = sorted(counts, key=lambda bits: math.inf if bits is None else bits)
-    figure, _ = _map(
-        grid,
+    figure, _ = _draw_linears(
+        linears,
         lambda linear: _bits_colour(linear.num_bits),
         lambda linear: "f" if linear.num_bits is None else str(linear.num_bits),
         below=0.3,
@@ -131,22 +140,24 @@ def _bits(report: Report) -> Plot | None:
     handles = [Patch(color=_bits_colour(bits), label=f"{names[bits]} ({counts[bits]})") for bits in known]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     said = ", ".join(f"{counts[bits]} in {'float' if bits is None else f'{bits} bits'}" for bits in known)
-    return Plot("bits", "Bits of each linear", figure, f"Of {len(grid)} linears {said}.")
+    return Plot("bits", "Bits of each linear", figure, f"Of {len(linears)} linears {said}.")
 
 
 def _bits_colour(num_bits: int | None) -> str:
-    return FLOAT if num_bits is None else BITS.get(num_bits, FLOAT)
+    return FLOAT_COLOUR if num_bits is None else BIT_COLOURS.get(num_bits, FLOAT_COLOUR)
 
 
 def _errors(report: Report) -> Plot | None:
-    grid = grid_of(report.linears)
-    known = {place: relative(linear.weight_error) for place, linear in grid.items() if linear.weight_error is not None}
+    linears = linear_map(report.linears)
+    known = {
+        place: relative(linear.weight_error) for place, linear in linears.items() if linear.weight_error is not None
+    }
     finite = [error for error in known.values() if math.isfinite(error)]
     if not finite:
         return None
     scale = Normalize(min(finite), max(finite))
-    colours: Any = matplotlib.colormaps["cividis"].resampled(48)  # Any: a callable whose stub takes no float
-    places = {id(linear): place for place, linear in grid.items()}
+    colours: Any = matplotlib.colormaps["cividis"].resampled(48)  # Any: matplotlib's stub of the call takes no float
+    places = {id(linear): place for place, linear in linears.items()}
 
     def colour(linear: Linear) -> str | None:
         error = known.get(places[id(linear)])
@@ -156,10 +167,10 @@ def _errors(report: Report) -> Plot | None:
         error = known.get(places[id(linear)])
         return "" if error is None else f"{error:.1f}" if error < 99.95 else f"{error:.0f}"
 
-    figure, axes = _map(grid, colour, text, below=0.45)
+    figure, axes = _draw_linears(linears, colour, text, below=0.45)
     mappable = matplotlib.cm.ScalarMappable(scale, colours)
     bar = figure.colorbar(
-        mappable, ax=axes, orientation="horizontal", ticks=MaxNLocator(TICKS), aspect=45, pad=0.03, fraction=0.06
+        mappable, ax=axes, orientation="horizontal", ticks=MaxNLocator(MAX_TICKS), aspect=45, pad=0.03, fraction=0.06
     )
     bar.set_label("|Q(w) - w| / |w|, %")
     bar.outline.set_visible(False)
@@ -181,7 +192,7 @@ def _blocks(report: Report) -> Plot | None:
     axes.grid(axis="y")
     whole_numbers(axes)
     said = f"{len(errors)} blocks, {min(finite):.2f} % to {max(finite):.2f} %, the last one {errors[-1]:.2f} %."
-    caption = "Each block on what the quantized blocks before it give, beside the float block on the same."
+    caption = "Both the quantized and the float block read the output of the quantized blocks before them."
     return Plot("block-errors", "Output error of each block", figure, said, caption)
 
 
@@ -217,8 +228,8 @@ def _phases(report: Report) -> Plot | None:
         return None
     panels: list[tuple[str, dict[str, Any], str, Callable[[float], str]]] = [
         ("time", report.seconds, "accent", duration),
-        ("most memory held by the end of the phase", report.peak_bytes, "second", size),
-        ("most GPU memory held by the end of the phase", report.peak_gpu_bytes, "second", size),
+        ("peak memory up to the end of the phase", report.peak_bytes, "second", size),
+        ("peak GPU memory up to the end of the phase", report.peak_gpu_bytes, "second", size),
     ]
     panels = [panel for panel in panels if panel[1]]
     lines = sum(len(values) + 1.6 for _, values, _, _ in panels)
@@ -238,7 +249,7 @@ DRAWERS = (_metrics, _sizes, _bits, _errors, _blocks, _loss, _phases)
 
 
 def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[float], str]) -> None:
-    """Horizontal bars from top to bottom, each with its number behind it."""
+    """Draw horizontal bars from top to bottom, each followed by its number."""
     names, values, colours = zip(*bars, strict=True)
     drawn = axes.barh(range(len(bars)), values, color=[LIGHT[name] for name in colours], height=0.62)
     axes.bar_label(drawn, [shown(value) for value in values], padding=4)
@@ -248,22 +259,25 @@ def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[f
     axes.set_xlim(0, max(max(values), 1e-9) * 1.25)
 
 
-def _map(
-    grid: Grid, colour: Callable[[Linear], str | None], text: Callable[[Linear], str], below: float
+def _draw_linears(
+    linears: LinearMap, colour: Callable[[Linear], str | None], text: Callable[[Linear], str], below: float
 ) -> tuple[Any, Axes]:
-    """Blocks from left to right, the linears of each from top to bottom; ``below`` inches are for a legend."""
-    blocks, parts = blocks_and_parts(grid)
+    """Draw a cell for each linear: blocks from left to right, the linears of a block from top to bottom.
+
+    ``below`` is the height of a legend in inches.
+    """
+    blocks, parts = blocks_and_parts(linears)
     figure, (axes,) = blank(0.55 + below + 0.235 * len(parts))
     axes.set_xlim(0, len(blocks))
     axes.set_ylim(len(parts), 0)
     axes.set_yticks([i + 0.5 for i in range(len(parts))], [shortened(part, 26) for part in parts])
-    figure.draw_without_rendering()  # says how much room the names leave
-    width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # of a cell, in points
-    texts = {place: text(linear) for place, linear in grid.items()}
-    fits = DIGIT * max(map(len, texts.values())) <= width
-    every = math.ceil((DIGIT * len(str(blocks[-1])) + 4) / width)
+    figure.draw_without_rendering()  # measures the room that the names leave
+    width = 72 / figure.dpi * axes.get_window_extent().width / len(blocks)  # width of a cell, in points
+    texts = {place: text(linear) for place, linear in linears.items()}
+    fits = DIGIT_WIDTH * max(map(len, texts.values())) <= width
+    every = math.ceil((DIGIT_WIDTH * len(str(blocks[-1])) + 4) / width)
     axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], [str(block) for block in blocks[::every]])
-    for (part, block), linear in grid.items():
+    for (part, block), linear in linears.items():
         column, row, fill = blocks.index(block), parts.index(part), colour(linear)
         if fill is None:
             continue

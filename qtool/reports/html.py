@@ -1,18 +1,20 @@
-"""``report.html``: a report as one page that needs nothing else, no network and no other file.
+"""``report.html``: a report as one self-contained page, which needs neither network nor other files.
 
-Everything that comes from outside (names, notes, paths) is escaped by the templates; only our own figures are not.
+The templates escape every text from outside (names, notes, paths); only our own figures are inserted as they are.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qtool.reports import model_card
+from qtool.reports.document import Table
+from qtool.reports.quality import judge, loss
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
@@ -27,54 +29,44 @@ HTML_NAME = "report.html"
 NBSP = "\N{NO-BREAK SPACE}"
 
 
-class Table(NamedTuple):
-    """Column names and rows of text; the first cell of a row names it."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 def write(folder: Path, report: Report, files: bool = False) -> None:
-    """Write ``report.html`` into ``folder``, and with ``files`` its figures as files under ``plots``."""
-    from qtool.reports import drawing  # matplotlib takes a while to import, and is needed only here
-    from qtool.reports import figures as report_figures
+    """Write ``report.html`` into ``folder``; with ``files`` also write its figures below ``plots``."""
+    from qtool.reports import drawing, figures  # imported here because matplotlib takes a while
 
-    figures = report_figures.figures(report)
-    (folder / HTML_NAME).write_text(html(report, figures), encoding="utf-8")
-    if files and figures:
-        drawing.save(figures, folder)
+    plots = figures.draw(report)
+    (folder / HTML_NAME).write_text(page(report, plots), encoding="utf-8")
+    if files and plots:
+        drawing.save(plots, folder)
 
 
-def html(report: Report, figures: Sequence["Plot"]) -> str:
-    """The page, with ``figures`` of the report in it."""
+def page(report: Report, plots: Sequence["Plot"]) -> str:
+    """Return the page of a report with its figures, ``plots``."""
     return render(
         "report.html",
-        figures,
+        plots,
         title=report.title(),
         report=report,
         headline=report.headline().replace(" %", f"{NBSP}%").replace(" ± ", f"{NBSP}±{NBSP}"),
         tiles=list(_tiles(report)),
-        quality=Table(_columns(report), [_cells(report, row) for row in report.shown()]),
-        details=[_cells(report, row) for row in report.results if row.detail],
-        judged=report.judged() is not None,
+        quality=_results(report, report.shown()),
+        details=_results(report, [row for row in report.results if row.detail]),
+        judged=judge(report.shown()) is not None,
         rule=RULE,
         linears=_linears(report),
         phases=_phases(report),
-        published=Table(("task", *PUBLISHED_COLUMNS), [_published(row) for row in report.expected])
-        if report.expected
-        else None,
+        published=_published(report),
         loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
         lock=list(_flat(report.lock.model_dump(mode="json") if report.lock else {})),
     )
 
 
-def render(template: str, figures: Sequence["Plot"], **values: Any) -> str:  # Any: whatever the template asks for
-    """A page from ``template`` with ``figures`` drawn into it."""
+def render(template: str, plots: Sequence["Plot"], **values: Any) -> str:  # Any: the variables of a template
+    """Return the page made from ``template`` with the figures ``plots``."""
     from qtool.reports.drawing import COLOURS, inline_svg
 
     drawn = [
         {"name": plot.name, "title": plot.title, "caption": plot.caption, "svg": Markup(inline_svg(plot))}
-        for plot in figures
+        for plot in plots
     ]
     return _templates().get_template(template).render(plots=drawn, colours=COLOURS, version=__version__, **values)
 
@@ -91,58 +83,58 @@ def _templates() -> Environment:
 
 
 def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
-    """Name, number and a remark of what a reader looks for first."""
+    """Yield name, number and remark of the most important numbers."""
     if report.bits_per_weight is not None:
         yield "bits per weight", f"{report.bits_per_weight:.2f}", "scales and zero points counted"
     if report.float_bytes and report.quantized_bytes:
-        ratio = report.float_bytes / report.quantized_bytes
         sizes = f"{report.float_bytes / 1e6:.2f} MB to {report.quantized_bytes / 1e6:.2f} MB"
-        yield "size on disk", f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger", sizes
-    if (quality := report.quality()) is not None:
-        name, shown, where, said = quality
-        yield name, shown.replace(" ", NBSP), ": ".join(part for part in (where, said.partition(" (")[0]) if part)
+        yield "size on disk", report.size_ratio(), sizes
+    if (judged := judge(report.shown())) is not None:
+        remark = ": ".join(part for part in (judged.where, judged.words.partition(" (")[0]) if part)
+        yield judged.metric, judged.change.replace(" ", NBSP), remark
     if "quantize" in report.seconds:
         held = max(report.peak_bytes.values(), default=0)
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
 
 
-def _columns(report: Report) -> list[str]:
+def _results(report: Report, rows: Sequence[TaskResult]) -> Table:
     words_column = ["in words"] if len(report.columns()) > 1 else []
-    return ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+    columns = ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+    return Table(columns, [_cells(report, row) for row in rows], "ll" + "r" * (len(columns) - 2))
 
 
 def _shots(report: Report, cell: object) -> list[str]:
-    """The cell of a column that only prompts with examples need."""
+    """Return ``cell`` as a list of one; an empty list, for no such column, if no prompt had examples."""
     if all(row.num_fewshot is None for row in report.results):
         return []
     return ["" if cell is None else str(cell)]
 
 
 def _cells(report: Report, row: TaskResult) -> list[str]:
-    loss = report.loss(row)
-    said = [] if len(report.columns()) == 1 else [words(*loss).partition(" (")[0] if loss else ""]
+    found = loss(row)
+    said = [] if len(report.columns()) == 1 else [words(*found).partition(" (")[0] if found else ""]
     task = row.task if row.detail else row.task + report.mark(row)
     n = "" if row.n is None else str(row.n)
-    return [task, row.metric, *report.numbers(row, "±"), *said, *_shots(report, row.num_fewshot), n]
+    return [task, row.metric, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
 
 
 def _linears(report: Report) -> Table | None:
-    from qtool.reports import figures as report_figures
+    from qtool.reports import figures
 
-    grid = report_figures.grid_of(report.linears)
-    if not grid:
+    linears = figures.linear_map(report.linears)
+    if not linears:
         return None
-    blocks, parts = report_figures.blocks_and_parts(grid)
+    blocks, parts = figures.blocks_and_parts(linears)
     rows = []
     for part in parts:
         cells = [part]
         for block in blocks:
-            linear = grid.get((part, block))
+            linear = linears.get((part, block))
             bits = "" if linear is None else "float" if linear.num_bits is None else str(linear.num_bits)
             error = None if linear is None else linear.weight_error
-            cells.append(bits if error is None else f"{bits} / {report_figures.relative(error):.2f}")
+            cells.append(bits if error is None else f"{bits} / {figures.relative(error):.2f}")
         rows.append(cells)
-    return Table(["linear", *(f"block {block}" for block in blocks)], rows)
+    return Table(["linear", *(f"block {block}" for block in blocks)], rows, "l" + "r" * len(blocks))
 
 
 def _phases(report: Report) -> Table | None:
@@ -154,15 +146,18 @@ def _phases(report: Report) -> Table | None:
         [phase, duration(taken), *(size(peaks[phase]) if phase in peaks else "" for peaks in held.values())]
         for phase, taken in report.seconds.items()
     ]
-    return Table(["phase", "time", *held], rows)
+    return Table(["phase", "time", *held], rows, "lr" + "r" * len(held))
 
 
-def _published(row: Any) -> list[str]:
-    return [f"{row.task} {row.metric}", *published_cells(row)]
+def _published(report: Report) -> Table | None:
+    if not report.expected:
+        return None
+    rows = [[f"{row.task} {row.metric}", *published_cells(row)] for row in report.expected]
+    return Table(("task", *PUBLISHED_COLUMNS), rows, "lllll")
 
 
 def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """``dotted.key`` and value of everything inside."""
+    """Yield the dotted key and the value of each entry, at any depth."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}.")

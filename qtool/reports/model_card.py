@@ -9,10 +9,10 @@ from qtool.system.version import __version__
 
 
 def loading_code(name: str) -> str:
-    """Python that loads the native checkpoint in the folder ``name``."""
+    """Return Python code that loads the native checkpoint in the folder ``name``."""
     return "\n".join(
         [
-            "import qtool  # teaches transformers to read this folder; without it, loading stops at a size mismatch",
+            "import qtool  # lets transformers read this folder; without it, loading fails with a size mismatch",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{name}")',
@@ -22,7 +22,7 @@ def loading_code(name: str) -> str:
 
 
 def write(folder: Path, report: Report, manifest: str) -> None:
-    """Write ``README.md`` of a native checkpoint; ``manifest`` is the name of the file that holds its recipe."""
+    """Write ``README.md`` of a native checkpoint; ``manifest`` is the name of the file with its recipe."""
     _write(
         folder,
         report.model,
@@ -36,8 +36,8 @@ def write(folder: Path, report: Report, manifest: str) -> None:
             loading_code(folder.name.removesuffix(".partial")),
             "```",
             "",
-            "Weights stay packed in memory. `qtool export` writes it for other engines; "
-            f"`{manifest}` holds the recipe.",
+            "The weights stay packed in memory. `qtool export` converts the checkpoint for other engines; "
+            f"`{manifest}` contains the recipe.",
             f"Made by qtool {__version__}.",
         ],
     )
@@ -54,9 +54,10 @@ def write_export(
     notes: list[str],
     differences: dict[str, float],
 ) -> None:
-    """Write ``README.md`` of an export: how to load it, what to know, and what reading it back showed.
+    """Write ``README.md`` of an export: how to load it, notes, and the differences found when it was read back.
 
-    ``base`` is the float model, ``label`` the grid, ``library`` and ``loading`` are what loads the format and how.
+    ``base`` is the float model, ``label`` the quantization grid, ``library`` the software that loads the format, and
+    ``loading`` a text on how to load it.
     """
     _write(
         folder,
@@ -70,13 +71,13 @@ def write_export(
             f"* Read back after writing: largest weight difference {differences['weight_difference']:.3g}, "
             f"largest logit difference {differences['logit_difference']:.3g} of the largest logit.",
             "",
-            f"Exported by qtool {__version__} from integer codes; nothing was quantized again.",
+            f"Exported by qtool {__version__} from integer codes, without quantizing again.",
         ],
     )
 
 
 def _write(folder: Path, base: str, library: str, lines: list[str]) -> None:
-    """Write the card: the header that the hub reads, then ``lines``."""
+    """Write the card: the YAML header for the Hugging Face hub, then ``lines``."""
     is_hub_name = not base.startswith((".", "/", "~", "builtin:")) and not Path(base).exists()
     header = ModelCardData(base_model=base if is_hub_name else None, library_name=library, tags=["qtool"]).to_yaml()
     (folder / "README.md").write_text("\n".join(["---", header, "---", *lines]) + "\n", encoding="utf-8")

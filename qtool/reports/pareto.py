@@ -1,7 +1,7 @@
-"""Quality against size: which runs no other run beats in both, and the figure that shows them.
+"""Quality against size: the Pareto front of several runs, and its figure.
 
-A run is on the front when no other is at least as good and at least as small, and better in one of the two. Errors play
-no part in that; the figure shows them as bars.
+A run is on the front if no other run is at least as good and at least as small, and better in one of the two. Standard
+errors do not matter for that; the figure shows them as bars.
 """
 
 import math
@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from qtool.reports.drawing import LIGHT, Plot, blank, settle, shortened, style
+from qtool.reports.drawing import LIGHT, Plot, blank, freeze_layout, shortened, style
+from qtool.reports.measures import ComparedRun, Measure, weight_bytes
 
-OFFSETS = [  # of a label from its point, in units of the figure, and how it is aligned there
+LABEL_OFFSETS = [  # offsets of a label from its point, in points, and its alignment; tried in this order
     (6, 5, "left", "bottom"),
     (6, -5, "left", "top"),
     (-6, 5, "right", "bottom"),
@@ -33,14 +34,17 @@ OFFSETS = [  # of a label from its point, in units of the figure, and how it is 
 ]
 
 
-NEAR = 10  # a label that is further off has a line to its point
-ENDS = ((1.0, -2, "right"), (0.0, 2, "left"))  # of the float model's line, and how its name is aligned there
+CALLOUT_DISTANCE = 10  # in points; a label further from its point gets a line to it
+FLOAT_LABEL_PLACES = (  # places of "float" on the float model's line: fraction of its length, offset, alignment
+    (1.0, -2, "right"),
+    (0.0, 2, "left"),
+)
 
 
 class Point(NamedTuple):
-    """A run in the plane."""
+    """A run in the plane of size and quality."""
 
-    number: int  # in the table, from 1
+    number: int  # number of the run in the table, from 1
     name: str
     x: float  # size: smaller is better
     y: float  # quality
@@ -48,7 +52,7 @@ class Point(NamedTuple):
 
 
 def front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
-    """The points that no other beats, by size; equal ones are all on it."""
+    """Return the points that no other point beats, by size; of equal points all are on the front."""
     sign = -1 if higher_is_better else 1
     found: list[Point] = []
     best = math.inf
@@ -62,17 +66,17 @@ def front(points: Sequence[Point], higher_is_better: bool) -> list[Point]:
 
 
 class Plane(NamedTuple):
-    """What the axes are."""
+    """The meaning of the axes."""
 
     size: str
     quality: str
     higher_is_better: bool
     reference: float | None  # the float model's quality
-    paired: bool = False  # whether errors are those of the change against the float model
+    paired: bool = False  # True if errors are those of the change against the float model
 
 
 def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
-    """The figure, with the float model as a line across."""
+    """Draw the figure; the float model is a horizontal line."""
     best = front(points, plane.higher_is_better)
     with style():
         figure, (axes,) = blank(3.3)
@@ -87,37 +91,67 @@ def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
         axes.grid()
         better = "higher" if plane.higher_is_better else "lower"
         axes.set_title(f"{shortened(plane.quality, 40)}, {better} is better")
-        axes.set_xlabel(f"{plane.size}, less is better")
+        axes.set_xlabel(f"{plane.size}, lower is better")
         if plane.reference is not None:
             axes.axhline(plane.reference, color=LIGHT["second"], linewidth=1.1, linestyle="--", zorder=0.5)
-        unlabelled = label(axes, points, best, plane.reference)
-    caption = "The line joins the runs that no other beats in both: the Pareto front. Bars are one standard error"
-    caption += " of the change against the float model." if plane.paired else "."
+        unlabelled = place_labels(axes, points, best, plane.reference)
+    caption = "The line is the Pareto front: runs that no other run beats in both size and quality. "
+    caption += "Error bars are one standard error" + (
+        " of the change against the float model." if plane.paired else "."
+    )
     if unlabelled:
-        caption += f" No room for the names of {len(unlabelled)} points: the table has all."
+        caption += f" No room for the names of {len(unlabelled)} points: see the table."
     said = "; ".join(f"{point.name} {point.x:.4g}, {point.y:.5g}" for point in points)
-    text = f"On the front: {', '.join(point.name for point in best)}. All runs: {said}."
+    text = f"On the Pareto front: {', '.join(point.name for point in best)}. All runs: {said}."
     return Plot(name, f"{plane.quality} against {plane.size}", figure, text, caption)
 
 
-def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:
-    """Write each name beside its point where it covers nothing, else its number; returns those with no room at all."""
+def figures(runs: Sequence[ComparedRun], measure: Measure, title: str) -> list[Plot]:
+    """Draw quality, by ``measure`` called ``title``, against bits per weight and against size on disk."""
+    rows = {run.name: run.results[measure] for run in runs if measure in run.results}
+    higher = any(row.higher_is_better for row in rows.values())
+    floats = {_finite(row.float_value) for row in rows.values()}
+    reference = floats.pop() if len(floats) == 1 else None
+    paired = reference is not None and all(_finite(row.delta_stderr) is not None for row in rows.values())
+    drawn = []
+    for name, axis, of in (
+        ("pareto-bits", "bits per weight", lambda report: report.bits_per_weight),
+        ("pareto-size", "MB on disk", lambda report: None if (b := weight_bytes(report)) is None else b / 1e6),
+    ):
+        points = [
+            Point(index + 1, run.name, x, y, _finite(row.delta_stderr if paired else row.stderr))
+            for index, run in enumerate(runs)
+            if (row := rows.get(run.name))
+            and (y := _finite(row.value)) is not None
+            and (x := of(run.report)) is not None
+        ]
+        if len(points) > 1:
+            drawn.append(plot(name, points, Plane(axis, title, higher, reference, paired)))
+    return drawn
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def place_labels(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> list[Point]:
+    """Write each point's name, else its number, where it covers nothing; return the points with room for neither."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    settle(figure)
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg has one
+    freeze_layout(figure)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # the canvas is Agg's, which has one
     inside = axes.get_window_extent(renderer)
-    taken = list(_drawn(axes, points, best, reference))
+    taken = list(_occupied(axes, points, best, reference))
 
     def write(text: str, place: tuple[float, float], offset: tuple[float, float, str, str], **options: Any) -> bool:
         dx, dy, ha, va = offset
         options |= {"ha": ha, "va": va, "fontsize": 8, "textcoords": "offset points"}
-        if math.hypot(dx, dy) > NEAR:
+        if math.hypot(dx, dy) > CALLOUT_DISTANCE:
             options["arrowprops"] = {"arrowstyle": "-", "color": LIGHT["muted"], "linewidth": 0.6, "shrinkB": 4}
         drawn = axes.annotate(text, place, (dx, dy), **options)
         drawn.set_in_layout(False)
         drawn.update_positions(renderer)
-        box = Text.get_window_extent(drawn, renderer)  # of the words alone, not of the line to the point
+        box = Text.get_window_extent(drawn, renderer)  # the box of the text without the line to its point
         fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
         if fits and not box.count_overlaps(taken):
             taken.append(box)
@@ -128,10 +162,10 @@ def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference:
     unlabelled = []
     for point in points:
         texts = f"{point.number} {shortened(point.name, 30)}", str(point.number)
-        if not any(write(text, (point.x, point.y), offset) for text in texts for offset in OFFSETS):
+        if not any(write(text, (point.x, point.y), offset) for text in texts for offset in LABEL_OFFSETS):
             unlabelled.append(point)
     if reference is not None:
-        sides = [(x, (dx, dy, ha, va)) for dy, va in ((2, "bottom"), (-2, "top")) for x, dx, ha in ENDS]
+        sides = [(x, (dx, dy, ha, va)) for dy, va in ((2, "bottom"), (-2, "top")) for x, dx, ha in FLOAT_LABEL_PLACES]
         any(
             write("float", (x, reference), at, xycoords=("axes fraction", "data"), color=LIGHT["second"])
             for x, at in sides
@@ -139,8 +173,8 @@ def label(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference:
     return unlabelled
 
 
-def _drawn(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> Iterator[Bbox]:
-    """Where points, their bars, the front and the line of the float model are, in pixels."""
+def _occupied(axes: Axes, points: Sequence[Point], best: Sequence[Point], reference: float | None) -> Iterator[Bbox]:
+    """Yield the boxes, in pixels, of the points, error bars, the front and the float model's line."""
 
     def box(low: tuple[float, float], high: tuple[float, float], wide: float) -> Bbox:
         (x0, y0), (x1, y1) = axes.transData.transform([low, high])

@@ -1,26 +1,26 @@
-"""Numbers, percentages and tables as text."""
+"""Numbers, percentages, names and notes as text."""
 
 import math
-from collections.abc import Iterable, Sequence
 
 from qtool.reports.records import Published, TaskResult
 
 PUBLISHED_COLUMNS = ("published", "ours", "difference", "source")
 
 
-def published_cells(row: Published, plus_minus: str = "±") -> list[str]:
-    """A cell for each of ``PUBLISHED_COLUMNS``."""
-    ours = "not measured" if row.measured is None else number(row.measured, row.stderr, plus_minus)
+def metric_name(task: str, metric: str) -> str:
+    """Return ``wikitext2 perplexity``, or only ``kl`` if task and metric have the same name."""
+    return task if task == metric else f"{task} {metric}"
+
+
+def published_cells(row: Published) -> list[str]:
+    """Return a cell for each of ``PUBLISHED_COLUMNS``."""
+    ours = "not measured" if row.measured is None else number(row.measured, row.stderr)
     source = "; ".join(part for part in (row.source, row.note) if part)
-    return [f"{row.value:.6g}", ours, number(row.difference, None, plus_minus, sign="+"), source]
-
-
-def markdown_table(rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+    return [f"{row.value:.6g}", ours, number(row.difference, None, sign="+"), source]
 
 
 def note_of(row: TaskResult) -> str:
-    """How the row was measured, in words."""
+    """Return the settings of a row's measurement, and its note."""
     parts = [
         "" if row.num_fewshot is None else f"{row.num_fewshot}-shot",
         "" if row.limit is None else f"limit {row.limit}",
@@ -29,18 +29,18 @@ def note_of(row: TaskResult) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def percent(share: float, stderr: float | None, plus_minus: str = "±") -> str:
-    """``+2.1 % ± 0.3 %``, with a digit of the standard error or more."""
+def percent(share: float, stderr: float | None) -> str:
+    """Return ``+2.1 % ± 0.3 %``, with at least one digit of the standard error."""
     if not math.isfinite(share):
         return str(share)
     if stderr is None or not math.isfinite(stderr):
         return f"{100 * share:+.2f} %"
     decimals = 2 if stderr == 0 else min(4, max(1, -math.floor(math.log10(100 * stderr))))
-    return f"{100 * share:+.{decimals}f} % {plus_minus} {100 * stderr:.{decimals}f} %"
+    return f"{100 * share:+.{decimals}f} % ± {100 * stderr:.{decimals}f} %"
 
 
-def number(value: float | None, stderr: float | None, plus_minus: str = "±", sign: str = "") -> str:
-    """``34.07 ± 0.41``: two decimals, or more where the standard error deserves them."""
+def number(value: float | None, stderr: float | None, sign: str = "") -> str:
+    """Return ``34.07 ± 0.41``: two decimals, or more if the standard error is small."""
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -49,4 +49,4 @@ def number(value: float | None, stderr: float | None, plus_minus: str = "±", si
         digits = ".4g" if abs(value) < 1e4 else ",.0f" if abs(value) < 1e6 else ".3e"
         return f"{value:{sign}{digits}}"
     decimals = 4 if stderr == 0 else min(6, max(2, 1 - math.floor(math.log10(stderr))))
-    return f"{value:{sign}.{decimals}f} {plus_minus} {stderr:.{decimals}f}"
+    return f"{value:{sign}.{decimals}f} ± {stderr:.{decimals}f}"

@@ -1,9 +1,9 @@
-"""A cell of a sweep on the disk: what is left of it to do, and what it came to.
+"""A cell of a sweep on disk: the work that remains for it, and its result.
 
-A cell is done, and not run again, when its folder was made from the same lock (``run.lock_of``: recipe, model files,
-versions) and its report is of the same evaluation. The processor and the number of threads are not compared, so that
-cells of several machines can stand in one table, which then says so. Where only the evaluation is missing or another,
-nothing is quantized again. A report is of the evaluation in ``OUT/<cell>.yaml``: it is removed before that changes.
+A cell is done, and does not run again, if its folder was made from the same lock (recipe, model files, versions) and
+its report is of the same evaluation. The processor and the number of threads are not compared, so that one table can
+hold cells from several machines; a note then says so. If only the evaluation is missing or differs, the cell is only
+evaluated. The report belongs to the evaluation in ``OUT/<cell>.yaml``: it is deleted before that evaluation changes.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qtool.checkpoints.files import write_json
 from qtool.config import recipe
-from qtool.config.sweep import BenchConfig, how
+from qtool.config.sweep import BenchConfig
 from qtool.config.yaml_loader import dump
 from qtool.pipelines.lock import differences
 from qtool.pipelines.manifest import Manifest, read_manifest
@@ -23,22 +23,22 @@ from qtool.reports.bench_report import BenchReport
 from qtool.reports.records import Lock, compare
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
-from qtool.sweeps.grid import Planned
-from qtool.sweeps.table import CellResult
+from qtool.sweeps.grid import CellRecipe
+from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
 
 BENCH = "bench.json"
-MACHINE = ("processor", "threads", "processes")  # of a lock: where it ran
+MACHINE = ("processor", "threads", "processes")  # keys of a lock that describe the machine
 Todo = Literal["run", "evaluate", "nothing"]
 QTOOL = [sys.executable, "-m", "qtool"]
 
 
 @dataclass
 class Cell:
-    """A cell under way: what is left of it, and why it has no result, which is nothing where it has one."""
+    """State of one cell: its remaining work (``todo``), and why it has no result (``reason``, empty if it has one)."""
 
-    plan: Planned
+    plan: CellRecipe
     out: Path
     todo: Todo = "nothing"
     starts_over: bool = False
@@ -47,34 +47,34 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Its checkpoint and report."""
+        """The folder of the cell's checkpoint and report."""
         return self.out / self.plan.name
 
     @property
     def file(self) -> Path:
-        """Its recipe."""
+        """The file of the cell's recipe."""
         return self.out / f"{self.plan.name}.yaml"
 
     @property
     def log(self) -> Path:
-        """What its process says."""
+        """The file that gets the standard error of the cell's process."""
         return self.out / f"{self.plan.name}.log"
 
     def command(self) -> list[str]:
-        """What does the rest of it."""
+        """Return the command that does the remaining work."""
         if self.todo == "evaluate":
             return [*QTOOL, "eval", str(self.file), "--output", str(self.folder), "--json"]
         options = [*(["--overwrite"] if self.folder.exists() else []), *(["--fresh"] if self.starts_over else [])]
         return [*QTOOL, self.plan.command, str(self.file), "--json", *options]
 
 
-def todo(cell: Cell, lock: Lock, bench: bool | BenchConfig) -> Todo:
-    """What is left of a cell whose result would have ``lock``."""
+def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:
+    """Return the remaining work of a cell whose result would have ``lock``."""
     manifest = _manifest(cell)
     if manifest is None or differences(manifest.lock, lock, MACHINE):
         return "run"
     has_weights = any(cell.folder.glob("*.safetensors"))
-    if bench and not has_weights and benched(cell, bench) is None:
+    if bench is not None and not has_weights and benched(cell, bench) is None:
         return "run"
     if _report(cell) is not None and _evaluation(cell) == cell.plan.recipe.eval:
         return "nothing"
@@ -82,7 +82,7 @@ def todo(cell: Cell, lock: Lock, bench: bool | BenchConfig) -> Todo:
 
 
 def _manifest(cell: Cell) -> Manifest | None:
-    """The manifest of a cell's checkpoint; ``None`` where there is none, or not a whole one."""
+    """Return the manifest of a cell's checkpoint; ``None`` if it has none, or a damaged one."""
     try:
         return read_manifest(cell.folder)
     except InputError:
@@ -90,18 +90,18 @@ def _manifest(cell: Cell) -> Manifest | None:
 
 
 def begun_by_another(cell: Cell, lock: Lock, launcher: str) -> bool:
-    """Whether what is left of an interrupted run is of another lock, so that this one starts over."""
+    """Return whether an interrupted run of the cell had another lock, so that the cell starts over."""
     before = read_lock(cell.out / f"{cell.plan.name}.partial")
     if before is None:
         return False
     changes = differences(before, lock, () if launcher == "local" else MACHINE)
     if changes:
-        progress.note(f"{cell.plan.name} starts over, for it is not what was begun: {'; '.join(changes)}")
+        progress.note(f"{cell.plan.name} starts over, because the interrupted run differs: {'; '.join(changes)}")
     return bool(changes)
 
 
 def write_recipe(cell: Cell) -> None:
-    """Write what the cell's command reads."""
+    """Write the recipe that the cell's command reads; delete a report of another evaluation first."""
     if _evaluation(cell) != cell.plan.recipe.eval:
         (cell.folder / REPORT).unlink(missing_ok=True)
     head = f"# Cell {cell.plan.name} of a sweep.\n#   qtool {cell.plan.command} {cell.file}\n\n"
@@ -109,7 +109,7 @@ def write_recipe(cell: Cell) -> None:
 
 
 def _evaluation(cell: Cell) -> Any:
-    """The evaluation that a cell's file asks for; ``False`` where there is no such file."""
+    """Return the evaluation in a cell's recipe file; ``False`` if there is no such file."""
     try:
         return recipe.load(cell.file).eval
     except InputError:
@@ -117,13 +117,13 @@ def _evaluation(cell: Cell) -> Any:
 
 
 def drop_weights(cell: Cell) -> None:
-    """Leave only reports and manifest of a cell."""
+    """Delete the weights of a cell; its reports and manifest stay."""
     for file in cell.folder.glob("*.safetensors*"):
         file.unlink()
 
 
 def result(cell: Cell) -> CellResult:
-    """The cell's row of the table."""
+    """Return the result of a cell for the table."""
     made = cell.plan.recipe
     known: dict[str, Any] = {
         "name": cell.plan.name,
@@ -154,27 +154,27 @@ def result(cell: Cell) -> CellResult:
 
 
 def _report(cell: Cell) -> Report | None:
-    """The report of a cell; ``None`` where there is none, or not a whole one."""
+    """Return the report of a cell; ``None`` if it is missing or incomplete."""
     found = _read(cell.folder / REPORT)
     return None if found is None else Report.model_validate(found)
 
 
-def keep_bench(cell: Cell, bench: bool | BenchConfig, output: str) -> None:
-    """Keep what ``qtool bench --json`` printed."""
+def keep_bench(cell: Cell, bench: BenchConfig, output: str) -> None:
+    """Save the report that ``qtool bench --json`` printed."""
     report = json.loads(output.strip().splitlines()[-1])["report"]
-    write_json(cell.folder / BENCH, {"plan": how(bench).model_dump(), "report": report})
+    write_json(cell.folder / BENCH, {"plan": bench.model_dump(), "report": report})
 
 
-def benched(cell: Cell, bench: bool | BenchConfig | None) -> BenchReport | None:
-    """The speeds of a cell, measured as ``bench`` says, or anyhow."""
+def benched(cell: Cell, bench: BenchConfig | None) -> BenchReport | None:
+    """Return the speeds of a cell; ``None`` if not measured, or not with the options ``bench``, if these are given."""
     found = _read(cell.folder / BENCH)
-    if found is None or (bench is not None and found["plan"] != how(bench).model_dump()):
+    if found is None or (bench is not None and found["plan"] != bench.model_dump()):
         return None
     return BenchReport.model_validate(found["report"])
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """A JSON object; ``None`` where there is none, or not a whole one."""
+    """Return the JSON object in a file; ``None`` if it is missing or incomplete."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""What a sweep is asked to do: a recipe, the keys that vary, and the cells that come of it, each a whole recipe.
+"""The grid of a sweep: from a base recipe and the keys that vary to cells, each a complete recipe.
 
-A cell is made by changes, in this order: ``set``, then the axes of ``grid`` as they are written, or those of an entry
-of ``cells``, and last ``--set``. A change is a dotted key of the recipe and a value. A mapping is merged into the
-section it is for; a ``method`` section with a name replaces the one before it, whose keys belong to another method. The
-key ``recipe`` changes what the cell starts from.
+A cell is the base recipe with changes in this order: ``set``, then the axes of ``grid`` in the order of the file, or
+the changes of an entry of ``cells``, and last ``--set``. A change is a dotted key of the recipe and a value. A mapping
+is merged into its section; but a ``method`` section with a name replaces the previous section, whose keys belong to
+another method. The key ``recipe`` replaces the base recipe.
 """
 
 import json
@@ -25,13 +25,13 @@ from qtool.system.errors import InputError
 
 Change = tuple[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
-RESERVED = ("sweep", "submitit")  # names of what else lies in a sweep's folder
+RESERVED = ("sweep", "submitit")  # names of other files and folders in a sweep's folder
 SUFFIXES = (".partial", ".yaml", ".log")
 BASE = "recipe"
 
 
-class Cell(NamedTuple):
-    """One cell as it is written: its name, its label on each axis, what it starts from, and what is changed."""
+class CellSpec(NamedTuple):
+    """One cell as written: its name, its label on each axis, its base recipe, and the changes to it."""
 
     name: str
     columns: dict[str, str]
@@ -39,8 +39,8 @@ class Cell(NamedTuple):
     changes: tuple[Change, ...]
 
 
-class Planned(NamedTuple):
-    """One cell as it will run: ``raw`` is ``recipe`` before defaults were filled in."""
+class CellRecipe(NamedTuple):
+    """One cell as it will run; ``raw`` is its recipe without defaults."""
 
     name: str
     columns: dict[str, str]
@@ -49,43 +49,43 @@ class Planned(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command that its method runs as."""
+        """The qtool command that runs the cell's method."""
         return plugins.get(self.recipe.method.name).command
 
 
-class Plan(NamedTuple):
+class Sweep(NamedTuple):
     """A checked sweep."""
 
     name: str
     title: str
     config: SweepConfig
     output: Path
-    cells: tuple[Planned, ...]
+    cells: tuple[CellRecipe, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of all columns, in their order."""
+        """The names of all columns, in table order."""
         return tuple(dict.fromkeys(column for cell in self.cells for column in cell.columns))
 
 
 def keys() -> list[Key]:
-    """The keys of a sweep as ``--help`` shows them."""
+    """Return the keys of a sweep, for ``--help``."""
     return keys_of(SweepConfig)
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a sweep; the keys of the recipes inside it are those of ``recipe.schema``."""
+    """Return the JSON schema of a sweep; the recipes inside it have a schema of their own."""
     return {"$schema": DIALECT, **SweepConfig.model_json_schema(), "title": "qtool sweep"}
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
-    """The sweep at ``path``, a file or the name of a packaged one.
+def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+    """Load and check the sweep at ``path``, a file or the name of a packaged sweep.
 
-    ``overrides`` are ``key=value``, of a recipe's keys for every cell or of the sweep's own. ``output`` is another
-    folder than the sweep says.
+    ``overrides`` are ``key=value``: a key of the sweep, or a recipe key that changes every cell. ``output`` replaces
+    the sweep's own output folder.
 
     Raises:
-        InputError: every fault of the sweep, or else every fault of all its cells.
+        InputError: Every fault of the sweep, or else every fault of all its cells.
     """
     raw, wrong, given = read_yaml(path, "sweep"), [], []
     for text in overrides:
@@ -99,12 +99,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
             wrong.append(f"--set {text}: {error}")
     config, found = examine(SweepConfig, raw)
     wrong += found
-    cells: list[Cell] = []
+    cells: list[CellSpec] = []
     if config is not None:
         cells, found = expand(config)
         varied = {key for where, changes in _all_changes(config) if where != "set" for key, _ in changes}
         wrong += found + [
-            f"--set {key}: it varies from cell to cell"
+            f"--set {key}: this key varies from cell to cell"
             for key, _ in given
             if any(f"{other}.".startswith(f"{key}.") for other in varied)
         ]
@@ -112,11 +112,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
         raise InputError("\n  ".join([f"{path} has {len(wrong)} fault(s):", *wrong]))
     name = str(path) if str(path) in tables() and not Path(path).is_file() else Path(path).stem
     folder = output or config.output or Path("out", "sweeps", *Path(name).parts)
-    return Plan(name, _title(path), config, folder, check(cells, given, folder, path))
+    return Sweep(name, _title(path), config, folder, check(cells, given, folder, path))
 
 
-def expand(config: SweepConfig) -> tuple[list[Cell], list[str]]:
-    """The cells of a sweep, unchecked, and what is wrong with its axes and names."""
+def expand(config: SweepConfig) -> tuple[list[CellSpec], list[str]]:
+    """Return the cells of a sweep, unchecked, and the faults of its axes and names."""
     wrong = list(_axis_faults(config))
     if wrong:
         return [], wrong
@@ -139,12 +139,12 @@ def expand(config: SweepConfig) -> tuple[list[Cell], list[str]]:
         if not count:
             wrong.append(f"exclude: no cell has {validation.found(entry)}")
     if not cells:
-        wrong.append("there is no cell; give grid, or cells")
+        wrong.append("the sweep has no cells; give grid or cells")
     for name, count in Counter(cell.name for cell in cells).items():
         if count > 1:
-            wrong.append(f"{count} cells would be called {name}; give the values labels: {{label: value}}")
+            wrong.append(f"{count} cells would have the name {name}; give the values labels: {{label: value}}")
         if not NAME.fullmatch(name) or name in RESERVED or name.endswith(SUFFIXES):
-            wrong.append(f"{name!r} cannot be the name of a cell's folder; give it another one")
+            wrong.append(f"{name!r} cannot be the name of a cell's folder; choose another name or label")
     known = dict.fromkeys(column for cell in cells for column in cell.columns)
     wrong += [
         f"over: no column is called {axis!r}; there are {', '.join(known)}" for axis in config.over if axis not in known
@@ -152,11 +152,13 @@ def expand(config: SweepConfig) -> tuple[list[Cell], list[str]]:
     return cells, wrong
 
 
-def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: str | Path) -> tuple[Planned, ...]:
-    """Every cell as a checked recipe that writes below ``folder``; ``given`` changes all of them, last.
+def check(
+    cells: Sequence[CellSpec], given: Sequence[Change], folder: Path, source: str | Path
+) -> tuple[CellRecipe, ...]:
+    """Return every cell as a checked recipe that writes below ``folder``; ``given`` changes all cells, last.
 
     Raises:
-        InputError: every fault of all cells, each once, with the cells that have it.
+        InputError: Every fault of all cells, each once, with the cells that have it.
     """
     planned, wrong = [], dict[str, list[str]]()
     for cell in cells:
@@ -166,11 +168,11 @@ def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: 
         except (InputError, ValueError) as error:
             checked, found = None, [str(error)]
         if checked is not None and checked.export:
-            found = ["export: a sweep writes no exports; leave it out, and use qtool export on the cell you choose"]
+            found = ["export: a sweep writes no exports; remove this section, and run qtool export on a cell's folder"]
         for fault in found:
             wrong.setdefault(fault, []).append(cell.name)
         if checked is not None:
-            planned.append(Planned(cell.name, cell.columns, raw, checked))
+            planned.append(CellRecipe(cell.name, cell.columns, raw, checked))
     if wrong:
         bad = len({name for names in wrong.values() for name in names})
         head = f"{source}: {bad} of {len(cells)} cell(s) have faults:"
@@ -179,18 +181,18 @@ def check(cells: Sequence[Cell], given: Sequence[Change], folder: Path, source: 
 
 
 def fault_lines(wrong: Mapping[str, Sequence[str]], total: int) -> list[str]:
-    """A line for each fault, after those of ``total`` cells that have it."""
+    """Return a line for each fault; it begins with the cells, of ``total``, that have the fault."""
     return [f"[{which(names, total)}] {fault}".replace("\n", "\n  ") for fault, names in wrong.items()]
 
 
 def which(names: Sequence[str], total: int) -> str:
-    """Some of ``total`` cells in words."""
+    """Return a short list of some of ``total`` cells."""
     if len(names) == total > 1:
         return "all cells"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _raw(cell: Cell, given: Sequence[Change]) -> dict[str, Any]:
+def _raw(cell: CellSpec, given: Sequence[Change]) -> dict[str, Any]:
     raw = read_yaml(cell.base) if isinstance(cell.base, str) else cell.base
     for key, value in (*cell.changes, *given):
         replaces = key == "method" and isinstance(value, Mapping) and "name" in value
@@ -205,22 +207,22 @@ def _merged(before: object, value: object) -> object:
 
 
 def _at(raw: object, key: str) -> object:
-    """What is at a dotted key, or ``None``."""
+    """Return the value at a dotted key; ``None`` if there is none."""
     for part in key.split("."):
         raw = raw.get(part) if isinstance(raw, Mapping) else None
     return raw
 
 
-def _cell(config: SweepConfig, name: str, columns: dict[str, str], changes: tuple[Change, ...]) -> Cell:
+def _cell(config: SweepConfig, name: str, columns: dict[str, str], changes: tuple[Change, ...]) -> CellSpec:
     bases = [value for key, value in changes if key == BASE]
-    return Cell(name, columns, bases[-1] if bases else config.recipe, tuple(c for c in changes if c[0] != BASE))
+    return CellSpec(name, columns, bases[-1] if bases else config.recipe, tuple(c for c in changes if c[0] != BASE))
 
 
 # axes
 
 
 def _axis_faults(config: SweepConfig) -> Iterator[str]:
-    """What is wrong with axes and keys, before there are cells."""
+    """Yield the faults of axes and keys that are found without making cells."""
     for axis, values in config.grid.items():
         if not values:
             yield f"grid.{axis}: no values"
@@ -231,7 +233,7 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
             if not _is_key(axis):
                 near = get_close_matches(axis.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
                 hint = f"; the nearest section is {near[0]}" if near else ""
-                yield f"grid.{axis}: no key of a recipe, so its values need labels, and are sets of changes{hint}"
+                yield f"grid.{axis}: not a key of a recipe, so it needs {{label: {{key: value}}}}{hint}"
             for value in values:
                 if isinstance(value, dict | list):
                     yield f"grid.{axis}: {validation.found(value)} needs a label: write {{label: value, ...}}"
@@ -239,7 +241,7 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
             for label, value in values.items():
                 if not isinstance(value, dict):
                     found = validation.found(value)
-                    yield f"grid.{axis}.{label}: should be changes (dotted key -> value); found {found}"
+                    yield f"grid.{axis}.{label}: should be a mapping of changes (dotted key -> value); found {found}"
     for entry in config.exclude:
         for axis in entry:
             if axis not in config.grid:
@@ -247,16 +249,17 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
     for where, changes in _all_changes(config):
         for key, _ in changes:
             if key.partition(".")[0] == "output":
-                yield f"{where}: {key}: each cell writes into a folder of its own; leave it out"
+                yield f"{where}: {key}: each cell writes into a folder of its own; remove this key"
             elif not _is_key(key):
                 near = get_close_matches(key.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
-                yield f"{where}: {key}: no section of a recipe{f'; the nearest is {near[0]}' if near else ''}"
+                yield f"{where}: {key}: not a section of a recipe{f'; the nearest is {near[0]}' if near else ''}"
     for name, entry in config.cells.items():
         if not isinstance(entry.get("columns", {}), dict):
             yield f"cells.{name}.columns: should be a mapping; found {validation.found(entry['columns'])}"
 
 
 def _all_changes(config: SweepConfig) -> Iterator[tuple[str, Sequence[Change]]]:
+    """Yield all changes of a sweep after the place where they are written; the value of an axis is left out."""
     yield "set", tuple(config.set.items())
     for name, entry in config.cells.items():
         yield f"cells.{name}", [change for change in entry.items() if change[0] != "columns"]
@@ -273,7 +276,7 @@ def _is_key(name: str) -> bool:
 
 
 def _choices(axis: str, values: Sequence[Any] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Label and value of each choice."""
+    """Yield label and value of each choice on an axis."""
     if isinstance(values, Mapping):
         yield from ((_text(label), value) for label, value in values.items())
     elif axis == BASE:
@@ -287,25 +290,25 @@ def _changes(axis: str, value: Any) -> Sequence[Change]:
 
 
 def _fits(entry: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
-    """Whether a cell is one that an entry of ``exclude`` means."""
+    """Return whether an entry of ``exclude`` matches the cell with these columns."""
     wanted = {axis: value if isinstance(value, list) else [value] for axis, value in entry.items()}
     return all(columns[axis] in map(_text, values) for axis, values in wanted.items())
 
 
 def _text(value: object) -> str:
-    """A value as a recipe would write it."""
+    """Return a value as written in a recipe."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _slug(axis: str, label: str, values: Sequence[Any] | Mapping[str, Any]) -> str:
-    """The part of a cell's name: a label or a word as it is, ``num_bits=3`` for other values."""
+    """Return the part of a cell's name for one axis: a label or word as it is, other values as ``num_bits=3``."""
     words = isinstance(values, Mapping) or axis == BASE or any(v == label for v in values if isinstance(v, str))
     text = re.sub(r"[^\w.,=+-]+", "_", label).strip("_")
     return text if words else f"{axis.rpartition('.')[2]}={text}"
 
 
 def _title(path: str | Path) -> str:
-    """The first line of the file, a comment that says what the sweep is."""
+    """Return the comment in the first line of the file, which is the sweep's title."""
     file = Path(path) if Path(path).is_file() else tables()[str(path)]
     first = file.read_text(encoding="utf-8-sig").partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -1,7 +1,7 @@
-"""Where the commands of a sweep run: processes of this machine, or jobs of a cluster through submitit or Ray.
+"""Launchers: run the commands of a sweep as processes on this machine, or as cluster jobs through submitit or Ray.
 
-A command is run by :func:`execute`, wherever that is; what a cluster gets is that call and nothing else. All machines
-see the same folders under the same paths.
+:func:`execute` runs a command, wherever that is; a cluster job is that call and nothing else. All machines must see the
+same folders under the same paths.
 """
 
 import json
@@ -18,13 +18,13 @@ from typing import IO, Any, NamedTuple
 from qtool.config.sweep import LauncherConfig
 from qtool.system import progress
 
-POLL = 2.0  # seconds between looks at jobs of a cluster
-PATIENCE = 60.0  # seconds that a process has to end after it was asked to
-LAST_LINES = 5  # of the log, where a command ended without a word
+POLL = 2.0  # seconds between checks of the cluster's jobs
+PATIENCE = 60.0  # seconds between asking a process to end and killing it
+LAST_LINES = 5  # lines of the log that are shown if a failed command printed no error
 
 
 class Command(NamedTuple):
-    """A command, the file that gets its standard error, and what is added to its environment."""
+    """A command, the file that gets its standard error, and additions to its environment."""
 
     arguments: list[str]
     log: Path
@@ -32,20 +32,20 @@ class Command(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a command ended: what it printed, and what went wrong, which is nothing where it did its work."""
+    """Standard output of a command, and an error message (empty on success)."""
 
     output: str
     error: str
 
 
-Ends = Generator[tuple[int, Ended], None, None]  # the index and end of each command, as it ends
+Ends = Generator[tuple[int, Ended], None, None]  # the index of each command and its end, as it ends
 
 
 def execute(command: Command, running: "set[subprocess.Popen[bytes]] | None" = None) -> Ended:
-    """Run a command to its end; while it runs it is also in ``running``.
+    """Run a command to its end; while it runs, its process is in ``running``.
 
-    The log is locked by whoever writes to it. So a command that outlived the sweep that started it, which ``kill -9``
-    lets happen, is waited for and not run beside itself.
+    The process holds a lock on its log. So if a command outlives its sweep, for instance after ``kill -9``, the next
+    sweep waits for it and does not run the same command beside it.
     """
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with command.log.open("ab") as log:
@@ -67,25 +67,25 @@ def execute(command: Command, running: "set[subprocess.Popen[bytes]] | None" = N
 
 
 def settle(log: Path) -> None:
-    """Wait until nothing that an earlier sweep started writes to ``log`` any more."""
+    """Wait until no process of an earlier sweep writes to ``log`` any more."""
     if log.exists():
         with log.open("ab") as opened:
             _own(opened, log)
 
 
 def _own(log: IO[bytes], path: Path) -> None:
-    """Lock an open log, which lasts while this process or one that inherits the file has it open."""
+    """Lock an open log; the lock lasts while this process, or one that inherits the file, has it open."""
     try:
         import fcntl
-    except ImportError:  # Windows: a process that was left behind is not noticed
+    except ImportError:  # Windows: no lock, so a process of an earlier sweep goes unnoticed
         return
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        progress.note(f"an earlier start of this still runs, and is waited for: {path}")
+        progress.note(f"waiting for a process of an earlier sweep, which still writes to {path}")
         fcntl.flock(log, fcntl.LOCK_EX)
     except OSError:
-        progress.note(f"{path} is where files cannot be locked: let no two sweeps write there")
+        progress.note(f"cannot lock {path}: do not run two sweeps into this folder at the same time")
 
 
 def _error(code: int, output: str, log: Path) -> str:
@@ -95,16 +95,16 @@ def _error(code: int, output: str, log: Path) -> str:
         return str(json.loads(output.strip().splitlines()[-1])["error"])
     if code < 0:
         name = signal.Signals(-code).name
-        return f"ended by {name}" + (", as a system out of memory does" if name == "SIGKILL" else "")
+        return f"ended by {name}" + (" (perhaps the system was out of memory)" if name == "SIGKILL" else "")
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
     return "\n".join(said) or f"ended with exit code {code}"
 
 
 def launch(config: LauncherConfig, commands: Sequence[Command], jobs: int | None, folder: Path) -> Ends:
-    """Run ``commands``, at most ``jobs`` at once, and give the index and end of each as it ends.
+    """Run ``commands``, at most ``jobs`` at once, and yield the index and end of each as it ends.
 
-    ``None`` is one at a time on this machine, and all at once on a cluster. ``folder`` is for the cluster's own files.
-    When this is left early, what runs is ended and what waits is not begun.
+    ``jobs=None`` runs one at a time on this machine, and all at once on a cluster. ``folder`` is for files of the
+    cluster software. If the generator is closed early, running commands are ended and waiting ones are not started.
     """
     start = {"local": _local, "submitit": _submitit, "ray": _ray}[config.name]
     limit = jobs or (1 if config.name == "local" else max(len(commands), 1))
@@ -163,7 +163,7 @@ def _ray(config: LauncherConfig, commands: Sequence[Command], jobs: int, folder:
 
 
 def _polled(commands: Sequence[Command], jobs: int, *, submit: Any, is_done: Any, result: Any, cancel: Any) -> Ends:
-    """Keep ``jobs`` commands submitted; the four functions are the cluster's, and its jobs are of a type of its own."""
+    """Keep ``jobs`` commands submitted; the four functions are the cluster's (``Any``, as is the type of its jobs)."""
     left = list(enumerate(commands))[::-1]
     submitted: dict[int, Any] = {}
     try:
@@ -184,6 +184,6 @@ def _polled(commands: Sequence[Command], jobs: int, *, submit: Any, is_done: Any
 def _collected(job: Any, result: Any) -> Ended:
     try:
         ended: Ended = result(job)
-    except Exception as error:  # of many kinds: the node failed, the time was over, the job was cancelled
+    except Exception as error:  # any: the node failed, the time limit was reached, the job was cancelled
         return Ended("", f"the cluster's job failed: {error}".strip())
     return ended

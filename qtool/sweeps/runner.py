@@ -1,12 +1,12 @@
-"""``qtool sweep``: every cell of a sweep, each in a process of its own, and one table of what they came to.
+"""``qtool sweep``: runs every cell of a sweep in a process of its own, and writes one table of the results.
 
-    OUT/<cell>.yaml      the cell's recipe; `qtool <command> OUT/<cell>.yaml` runs it by hand
-    OUT/<cell>.log       what its process said
-    OUT/<cell>/          its checkpoint and report, and bench.json where speed was measured
-    OUT/<cell>.partial/  what an interrupted cell goes on from
+    OUT/<cell>.yaml      recipe of the cell; `qtool <command> OUT/<cell>.yaml` runs it by hand
+    OUT/<cell>.log       standard error of the cell's process
+    OUT/<cell>/          checkpoint and report of the cell, and bench.json if speed was measured
+    OUT/<cell>.partial/  state of an interrupted cell, from which it continues
     OUT/sweep.json, OUT/sweep.md
 
-The table is written anew whenever a cell ends.
+The table is rewritten whenever a cell ends.
 """
 
 import json
@@ -21,7 +21,7 @@ import transformers
 
 from qtool.checkpoints.output_folder import check_folder
 from qtool.config.sections import ModelConfig
-from qtool.config.sweep import how
+from qtool.config.sweep import BenchConfig
 from qtool.models.folders import resolve
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
@@ -41,19 +41,20 @@ from qtool.sweeps.cell import (
     todo,
     write_recipe,
 )
-from qtool.sweeps.grid import Plan, fault_lines
+from qtool.sweeps.grid import Sweep, fault_lines
 from qtool.sweeps.launchers import Command, Ended
-from qtool.sweeps.table import SweepReport, groups
+from qtool.sweeps.results import groups
+from qtool.sweeps.table import SweepReport
 from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.locks import hold
 
-WAITING = "its turn has not come yet"
+WAITING = "not started yet"
 
 
 @dataclass
 class Outcome:
-    """What a sweep made, and what became of its cells in this call."""
+    """The report of a sweep, and the names of the cells that ran, were cached or failed in this call."""
 
     path: Path
     report: SweepReport
@@ -63,20 +64,19 @@ class Outcome:
     seconds: float
 
 
-def sweep(plan: Plan, *, fresh: bool = False, jobs: int | None = None) -> Outcome:
-    """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all of them anew.
+def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outcome:
+    """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all cells anew.
 
     Raises:
-        InputError: a model, data, a task, a folder or the launcher that cannot be used, by any of the cells; nothing
-            was run.
+        InputError: A model, data, a task, a folder or the launcher of any cell cannot be used; nothing was run.
     """
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
-    plan.config.launcher.check()
-    with _alone(plan.output):
-        cells = [Cell(each, plan.output) for each in plan.cells]
-        threads = _threads(plan, jobs)
-        _prepare(plan, cells, threads, fresh)
+    sweep.config.launcher.check()
+    with _alone(sweep.output):
+        cells = [Cell(each, sweep.output) for each in sweep.cells]
+        threads = _threads(sweep, jobs)
+        _prepare(sweep, cells, threads, fresh)
         left = [cell for cell in cells if cell.todo != "nothing"]
         cached = [cell.plan.name for cell in cells if cell.todo == "nothing" and not cell.reason]
         for name in cached:
@@ -88,22 +88,22 @@ def sweep(plan: Plan, *, fresh: bool = False, jobs: int | None = None) -> Outcom
             write_recipe(cell)
             cell.reason = WAITING
         try:
-            _run(plan, cells, left, jobs, threads)
-            if plan.config.bench:
-                _bench(plan, cells)
+            _run(sweep, cells, left, jobs, threads)
+            if (options := sweep.config.bench_options()) is not None:
+                _bench(sweep, cells, options)
         except KeyboardInterrupt:
-            progress.note(f"{_summary(plan, cells).counts()}; the same command goes on with the others")
+            progress.note(f"{_summary(sweep, cells).counts()}; run the same command again to continue")
             raise
-        report = _write(plan, cells)
-        _compare(plan, cells)
+        report = _write(sweep, cells)
+        _compare(sweep, cells)
     failed = [cell.plan.name for cell in cells if cell.failed]
     ran = [cell.plan.name for cell in left]
-    return Outcome(plan.output, report, ran, cached, failed, time.perf_counter() - started)
+    return Outcome(sweep.output, report, ran, cached, failed, time.perf_counter() - started)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    taken = f"another sweep is at work in {folder}; wait for it, or choose another --output"
+    taken = f"another sweep is running in {folder}; wait for it, or choose another --output"
     busy = hold(folder / ".busy", folder, taken)
     try:
         yield
@@ -111,9 +111,9 @@ def _alone(folder: Path) -> Iterator[None]:
         busy.release()
 
 
-def _threads(plan: Plan, jobs: int | None) -> int | None:
-    """Threads of each of several processes side by side; ``None``: as many as a process takes by itself."""
-    if plan.config.launcher.name != "local" or (jobs or 1) == 1 or "OMP_NUM_THREADS" in os.environ:
+def _threads(sweep: Sweep, jobs: int | None) -> int | None:
+    """Return the threads for each of several concurrent processes; ``None``: the default of a process."""
+    if sweep.config.launcher.name != "local" or (jobs or 1) == 1 or "OMP_NUM_THREADS" in os.environ:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // (jobs or 1))
@@ -122,11 +122,11 @@ def _threads(plan: Plan, jobs: int | None) -> int | None:
 # before anything runs
 
 
-def _prepare(plan: Plan, cells: Sequence[Cell], threads: int | None, fresh: bool) -> None:
-    """Find out what is left of each cell, and refuse what cannot be run.
+def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bool) -> None:
+    """Find the remaining work of each cell, and refuse cells that cannot run.
 
     Raises:
-        InputError: with the faults of all cells.
+        InputError: The faults of all cells.
     """
     wrong: dict[str, list[str]] = {}
     folders: dict[str, Path | None] = {}
@@ -135,25 +135,25 @@ def _prepare(plan: Plan, cells: Sequence[Cell], threads: int | None, fresh: bool
         path = cell.plan.recipe.model.path
         try:
             if path not in folders:
-                folders[path] = _at_hand(path, plan.config.missing_models == "skip")
+                folders[path] = _at_hand(path, sweep.config.missing_models == "skip")
             folder = folders[path]
             if folder is None:
-                cell.reason = f"{path} is not at hand"
+                cell.reason = f"{path} is not on this machine"
                 continue
             lock = lock_of(cell.plan.recipe, folder, hashes.get(folder))
             hashes[folder] = lock.model_files
             launchers.settle(cell.log)
-            cell.todo = "run" if fresh else todo(cell, lock, plan.config.bench)
+            cell.todo = "run" if fresh else todo(cell, lock, sweep.config.bench_options())
             if cell.todo != "nothing":
                 check_folder(cell.folder, overwrite=True, source=folder)
             if cell.todo == "run":
                 own = lock if threads is None else lock.model_copy(update={"threads": threads})
-                cell.starts_over = fresh or begun_by_another(cell, own, plan.config.launcher.name)
+                cell.starts_over = fresh or begun_by_another(cell, own, sweep.config.launcher.name)
         except InputError as error:
             wrong.setdefault(str(error), []).append(cell.plan.name)
     _check([cell for cell in cells if cell.todo != "nothing"], wrong)
     if wrong:
-        raise InputError("\n  ".join([f"{plan.name} cannot be run:", *fault_lines(wrong, len(cells))]))
+        raise InputError("\n  ".join([f"{sweep.name} cannot be run:", *fault_lines(wrong, len(cells))]))
 
 
 def _at_hand(path: str, skip: bool) -> Path | None:
@@ -166,7 +166,7 @@ def _at_hand(path: str, skip: bool) -> Path | None:
 
 
 def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
-    """Note in ``wrong`` what a run would refuse before its first block, each kind of question asked once."""
+    """Add to ``wrong`` the faults that a run would find before its first block; equal checks are made once."""
     asked: dict[str, str] = {}
     models: dict[str, LoadedModel] = {}
     for cell in cells:
@@ -189,32 +189,31 @@ def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
 # running
 
 
-def _run(plan: Plan, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | None, threads: int | None) -> None:
+def _run(sweep: Sweep, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | None, threads: int | None) -> None:
     environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     commands = [Command(cell.command(), cell.log, environment) for cell in left]
 
     def note(cell: Cell, ended: Ended) -> None:
         cell.failed, cell.reason = bool(ended.error), ended.error
         progress.note(f"{cell.plan.name}: " + (f"failed: {ended.error}; see {cell.log}" if cell.failed else "done"))
-        if not plan.config.bench:
-            _drop(plan, cell)
-        _write(plan, cells)
+        if not sweep.config.bench:
+            _drop(sweep, cell)
+        _write(sweep, cells)
 
-    _write(plan, cells)
-    _launch(plan, left, commands, jobs, f"running cells, which write to {plan.output}/*.log", note)
+    _write(sweep, cells)
+    _launch(sweep, left, commands, jobs, f"running cells, logs in {sweep.output}/*.log", note)
     for cell in cells:
-        if not plan.config.bench and cell not in left:
-            _drop(plan, cell)
+        if not sweep.config.bench and cell not in left:
+            _drop(sweep, cell)
 
 
-def _bench(plan: Plan, cells: Sequence[Cell]) -> None:
-    """Measure the speed of the cells that are done, one after another, so that none disturbs another."""
-    config = how(plan.config.bench)
-    left = [cell for cell in cells if not cell.reason and benched(cell, config) is None]
-    options = [text for key, value in config for text in (f"--{key.replace('_', '-')}", str(value))]
+def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
+    """Measure the speed of the cells that are done, one after another, so that none slows down another."""
+    left = [cell for cell in cells if not cell.reason and benched(cell, options) is None]
+    arguments = [text for key, value in options for text in (f"--{key.replace('_', '-')}", str(value))]
     commands = [
         Command(
-            [*QTOOL, "bench", str(cell.folder), *options, "--device", cell.plan.recipe.model.device, "--json"],
+            [*QTOOL, "bench", str(cell.folder), *arguments, "--device", cell.plan.recipe.model.device, "--json"],
             cell.log.with_suffix(".bench.log"),
             {},
         )
@@ -226,59 +225,59 @@ def _bench(plan: Plan, cells: Sequence[Cell]) -> None:
             cell.failed, cell.reason = True, f"bench: {ended.error}"
             progress.note(f"{cell.plan.name}: failed: {cell.reason}")
         else:
-            keep_bench(cell, config, ended.output)
+            keep_bench(cell, options, ended.output)
 
-    _launch(plan, left, commands, 1, "measuring speed", note)
+    _launch(sweep, left, commands, 1, "measuring speed", note)
     for cell in cells:
-        _drop(plan, cell)
+        _drop(sweep, cell)
 
 
 def _launch(
-    plan: Plan,
+    sweep: Sweep,
     cells: Sequence[Cell],
     commands: Sequence[Command],
     jobs: int | None,
     title: str,
     note: Callable[[Cell, Ended], None],
 ) -> None:
-    """Run a command for each of ``cells``, and ``note`` how it ended."""
+    """Run a command for each of ``cells``, and call ``note`` with the end of each."""
     if not commands:
         return
     with (
         progress.counted(title, len(commands)) as reach,
-        closing(launchers.launch(plan.config.launcher, commands, jobs, plan.output / "submitit")) as ends,
+        closing(launchers.launch(sweep.config.launcher, commands, jobs, sweep.output / "submitit")) as ends,
     ):
         for count, (index, ended) in enumerate(ends, 1):
             note(cells[index], ended)
             reach(count)
 
 
-def _drop(plan: Plan, cell: Cell) -> None:
-    """Drop the weights of a cell that is done, where only reports are kept."""
-    if plan.config.keep == "reports" and not cell.reason:
+def _drop(sweep: Sweep, cell: Cell) -> None:
+    """Delete the weights of a cell that is done, if the sweep keeps only reports."""
+    if sweep.config.keep == "reports" and not cell.reason:
         drop_weights(cell)
 
 
 # results
 
 
-def _write(plan: Plan, cells: Sequence[Cell]) -> SweepReport:
-    """Write the table as it stands."""
-    report = _summary(plan, cells)
-    report.write(plan.output)
+def _write(sweep: Sweep, cells: Sequence[Cell]) -> SweepReport:
+    """Write the table with the results so far."""
+    report = _summary(sweep, cells)
+    report.write(sweep.output)
     return report
 
 
-def _compare(plan: Plan, cells: Sequence[Cell]) -> None:
-    """Write the page that shows the cells that are done side by side."""
+def _compare(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Write the page that compares the cells that are done."""
     done = [cell.folder for cell in cells if not cell.reason]
     if done:
-        (plan.output / comparison.HTML_NAME).write_text(comparison.compare(done).html(), encoding="utf-8")
+        (sweep.output / comparison.HTML_NAME).write_text(comparison.compare(done).html(), encoding="utf-8")
 
 
-def _summary(plan: Plan, cells: Sequence[Cell]) -> SweepReport:
+def _summary(sweep: Sweep, cells: Sequence[Cell]) -> SweepReport:
     rows = tuple(result(cell) for cell in cells)
-    over = plan.config.over
+    over = sweep.config.over
     return SweepReport(
-        name=plan.name, title=plan.title, over=over, cells=rows, groups=groups(rows, over) if over else ()
+        name=sweep.name, title=sweep.title, over=over, cells=rows, groups=groups(rows, over) if over else ()
     )

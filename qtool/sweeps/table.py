@@ -1,165 +1,82 @@
-"""The result of a sweep: the schema of ``sweep.json``, and the same as Markdown and as tables for a terminal."""
+"""The report of a sweep: the schema of ``sweep.json``, and its tables."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
-from qtool.reports.records import Number, Published, Record, TaskResult
-from qtool.reports.text import markdown_table, note_of, number
+from qtool.reports.document import Document, Printable, Table
+from qtool.reports.records import Record, TaskResult
+from qtool.reports.text import note_of, number
+from qtool.sweeps.results import CellGroup, CellResult
 from qtool.system.environment import environment
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 JSON_NAME = "sweep.json"
 MARKDOWN_NAME = "sweep.md"
-Status = Literal["done", "failed", "not run"]
+SIZES = ("bits/weight", "MB")
+SPEEDS = ("decode tokens/s", "prefill tokens/s", "decode J/token")
 
 
-class CellResult(Record):
-    """One cell: what it was, what it came to, and how good it is."""
-
-    name: str = Field(description="Of its folder.")
-    columns: dict[str, str] = Field(description="Its label on each axis.")
-    status: Status
-    reason: str = Field("", description="Why it failed or was not run.")
-    model: str = Field(description="The float model.")
-    method: str
-    label: str | None = Field(None, description="Grid in short, e.g. w4g128.")
-    bits_per_weight: float | None = Field(None, description="Of the quantized linears, scales and zero points counted.")
-    float_bytes: int | None = Field(None, description="Weights of the float model.")
-    quantized_bytes: int | None = Field(None, description="Weights of the quantized model on disk.")
-    seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
-    results: tuple[TaskResult, ...] = ()
-    expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, and ours.")
-    bench: BenchReport | None = Field(None, description="null: not measured.")
-    dtype: str | None = None
-    device: str | None = None
-    machine: str | None = Field(None, description="Processor and threads of the quantization.")
-
-    def shown(self) -> list[TaskResult]:
-        """The results that tables have."""
-        return [row for row in self.results if not row.detail]
-
-
-class Mean(Record):
-    """A number over several cells."""
-
-    mean: Number
-    deviation: Number | None = Field(None, description="Standard deviation of a sample; null: of one value.")
-
-
-class Group(Record):
-    """Cells that differ only in what a sweep takes means over."""
-
-    columns: dict[str, str]
-    num_cells: int = Field(description="Cells that are done, of which the means are.")
-    num_planned: int
-    bits_per_weight: float | None = None
-    quantized_bytes: float | None = None
-    seconds: Mean | None = Field(None, description="Of quantization.")
-    metrics: dict[str, Mean] = Field(default_factory=dict)
-
-
-def metric_name(row: TaskResult) -> str:
-    """``wikitext2 perplexity``; once where task and metric have one name."""
-    return row.task if row.task == row.metric else f"{row.task} {row.metric}"
-
-
-def groups(cells: Sequence[CellResult], over: Sequence[str]) -> tuple[Group, ...]:
-    """Means and standard deviations of the cells that are alike in all columns but ``over``, in the order of cells."""
-    alike: dict[tuple[tuple[str, str], ...], list[CellResult]] = {}
-    for cell in cells:
-        rest = tuple((name, label) for name, label in cell.columns.items() if name not in over)
-        alike.setdefault(rest, []).append(cell)
-    return tuple(_group(dict(columns), members) for columns, members in alike.items())
-
-
-def _group(columns: dict[str, str], members: Sequence[CellResult]) -> Group:
-    done = [cell for cell in members if cell.status == "done"]
-    values: dict[str, list[float]] = {}
-    for row in (row for cell in done for row in cell.shown()):
-        if row.value is not None:
-            values.setdefault(metric_name(row), []).append(row.value)
-    seconds = [cell.seconds["quantize"] for cell in done if "quantize" in cell.seconds]
-    bits = [cell.bits_per_weight for cell in done if cell.bits_per_weight is not None]
-    sizes = [cell.quantized_bytes for cell in done if cell.quantized_bytes is not None]
-    return Group(
-        columns=columns,
-        num_cells=len(done),
-        num_planned=len(members),
-        bits_per_weight=fmean(bits) if bits else None,
-        quantized_bytes=fmean(sizes) if sizes else None,
-        seconds=_mean(seconds) if seconds else None,
-        metrics={name: _mean(found) for name, found in values.items()},
-    )
-
-
-def _mean(values: Sequence[float]) -> Mean:
-    finite = all(map(math.isfinite, values))
-    return Mean(mean=fmean(values), deviation=stdev(values) if len(values) > 1 and finite else None)
-
-
-class SweepReport(Record):
-    """All cells of a sweep side by side."""
+class SweepReport(Record, Printable):
+    """The results of all cells of a sweep."""
 
     name: str
     title: str = ""
-    over: tuple[str, ...] = Field((), description="Columns that means are taken over.")
+    over: tuple[str, ...] = Field((), description="Columns over which means are taken.")
     cells: tuple[CellResult, ...]
-    groups: tuple[Group, ...] = Field((), description="Means over those columns.")
+    groups: tuple[CellGroup, ...] = Field((), description="Means over these columns.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def counts(self) -> str:
-        """``3 of 4 cells done, 1 failed``."""
+        """Return for instance ``3 of 4 cells done, 1 failed``."""
         count = {status: sum(cell.status == status for cell in self.cells) for status in ("done", "failed", "not run")}
         others = [f"{number} {status}" for status, number in count.items() if number and status != "done"]
         return ", ".join([f"{count['done']} of {len(self.cells)} cells done", *others])
 
     def metrics(self) -> list[str]:
-        """Every metric that a cell has."""
-        return list(dict.fromkeys(metric_name(row) for cell in self.cells for row in cell.shown()))
+        """Return the names of all metrics."""
+        return list(dict.fromkeys(name for cell in self.cells for name, _ in cell.named()))
 
     def columns(self) -> list[str]:
-        """What varies."""
+        """Return the names of the columns that vary."""
         return list(dict.fromkeys(name for cell in self.cells for name in cell.columns))
 
     def reasons(self) -> list[str]:
-        """Why cells are not done, each reason once."""
+        """Return the reasons why cells are not done, each once."""
         return list(dict.fromkeys(cell.reason for cell in self.cells if cell.status != "done"))
 
-    def cell_rows(self) -> list[list[str]]:
-        """A header, a row for each float model that was measured beside, and a row for each cell."""
+    def cell_table(self) -> Table:
+        """Return the table with a row for each float model that was measured, then one for each cell."""
         benches = any(cell.bench is not None for cell in self.cells)
-        columns, metrics = self.columns(), self.metrics()
-        header = [*map(_short, columns), *SIZES, *metrics, "quantize s", *(SPEEDS if benches else ())]
         complete = all(cell.status == "done" for cell in self.cells)
-        rows = [header if complete else [*header, "status"]]
+        columns, metrics = self.columns(), self.metrics()
+        right = [*SIZES, *metrics, "quantize s", *(SPEEDS if benches else ()), *(() if complete else ("status",))]
+        rows = []
         for label, cell in self._floats():
-            found = {metric_name(row): number(row.float_value, row.float_stderr, "±") for row in cell.shown()}
+            found = {name: number(row.float_value, row.float_stderr) for name, row in cell.named()}
             size = "" if cell.float_bytes is None else f"{cell.float_bytes / 1e6:.2f}"
             row = [label, *[""] * len(columns[1:]), "", size, *(found.get(name, "") for name in metrics)]
-            rows.append([*row, *[""] * (len(rows[0]) - len(row))])
+            rows.append([*row, *[""] * (len(columns) + len(right) - len(row))])
         for cell in self.cells:
-            found = {metric_name(row): _value(row) for row in cell.shown()}
+            found = {name: _value(row) for name, row in cell.named()}
             row = [cell.columns.get(name, "") for name in columns]
             row += [*_sizes(cell.bits_per_weight, cell.quantized_bytes), *(found.get(name, "") for name in metrics)]
             row += [_seconds(cell.seconds.get("quantize")), *(_speeds(cell.bench) if benches else ())]
             rows.append(row if complete else [*row, self._status(cell)])
-        return rows
+        return _table("Cells", columns, right, rows)
 
     def _floats(self) -> list[tuple[str, CellResult]]:
-        """A cell for each float model, or for each set of numbers of one, with a name for its row."""
+        """Return, for each float model, a name for its row and a sweep cell with its numbers.
+
+        A float model has several rows if it was measured with different results.
+        """
         found: dict[tuple[str, tuple[tuple[str, float | None], ...]], CellResult] = {}
         for cell in self.cells:
-            numbers = tuple((metric_name(row), row.float_value) for row in cell.shown())
+            numbers = tuple((name, row.float_value) for name, row in cell.named())
             if any(value is not None for _, value in numbers):
                 found.setdefault((cell.model, numbers), cell)
         models = [model for model, _ in found]
@@ -174,37 +91,35 @@ class SweepReport(Record):
     def _status(self, cell: CellResult) -> str:
         return cell.status if cell.status == "done" else f"{cell.status} [{self.reasons().index(cell.reason) + 1}]"
 
-    def group_rows(self) -> list[list[str]]:
-        """A header and a row for each group of cells; no rows where no means were asked for."""
-        if not self.over:
-            return []
+    def mean_table(self) -> Table:
+        """Return the table with a row for each group of cells; no rows if the sweep takes no means."""
         columns, metrics = [name for name in self.columns() if name not in self.over], self.metrics()
-        rows = [[*map(_short, columns), "cells", *SIZES, *metrics, "quantize s"]]
+        rows = []
         for group in self.groups:
             few = "" if group.num_cells == group.num_planned else f" of {group.num_planned}"
             row = [*(group.columns.get(name, "") for name in columns), f"{group.num_cells}{few}"]
             row += _sizes(group.bits_per_weight, group.quantized_bytes)
             means = [group.metrics.get(name) for name in metrics]
-            row += ["" if mean is None else number(mean.mean, mean.deviation, "±") for mean in means]
+            row += ["" if mean is None else number(mean.mean, mean.deviation) for mean in means]
             rows.append([*row, _seconds(group.seconds.mean if group.seconds else None)])
-        return rows
+        return _table(f"Over {', '.join(self.over)}", [*columns, "cells"], [*SIZES, *metrics, "quantize s"], rows)
 
-    def published_rows(self) -> list[list[str]]:
-        """A header and a row for each published number; no rows where there is none."""
+    def published_table(self) -> Table:
+        """Return the table with a row for each published number."""
         rows = []
         for cell in self.cells:
             for each in cell.expected:
                 name = f"{each.task} {each.metric}"
-                ours = number(each.measured, each.stderr, "±") or (cell.status if cell.status != "done" else "")
-                difference = number(each.difference, None, "±", sign="+")
+                ours = number(each.measured, each.stderr) or (cell.status if cell.status != "done" else "")
+                difference = number(each.difference, None, sign="+")
                 source = "; ".join(part for part in (each.source, each.note if cell.status == "done" else "") if part)
                 labels = [cell.columns.get(column, "") for column in self.columns()]
                 rows.append([*labels, name, f"{each.value:.6g}", ours, difference, source])
-        header = [*map(_short, self.columns()), "metric", "published", "ours", "difference", "source"]
-        return [header, *rows] if rows else []
+        right = ["metric", "published", "ours", "difference", "source"]
+        return _table("Published numbers", self.columns(), right, rows)
 
     def notes(self) -> list[str]:
-        """What a reader must know to compare these numbers with others."""
+        """Return the notes under the tables."""
         lines = []
         if any(row.stderr is not None for cell in self.cells for row in cell.shown()):
             lines.append("± in a row of one cell is the standard error over the evaluation text")
@@ -213,7 +128,7 @@ class SweepReport(Record):
         lines += self._row_notes()
         benches = [cell.bench for cell in self.cells if cell.bench is not None]
         if benches:
-            lines.append(f"speeds: {benches[0].dtype} on {benches[0].device}; x is times the same weights held densely")
+            lines.append(f"speeds: {benches[0].dtype} on {benches[0].device}; x is relative to dense weights")
             if not any(_joules(bench) for bench in benches):
                 lines.append(f"energy {benches[0].energy}")
         machines = list(dict.fromkeys(cell.machine for cell in self.cells if cell.machine))
@@ -222,12 +137,12 @@ class SweepReport(Record):
         return lines
 
     def _row_notes(self) -> list[str]:
-        """Notes of the results, each once, after the metrics that it is of, and the cells if it is not of all."""
+        """Return the notes of results, each once, after its metrics, and after its cells if not of all cells."""
         found: dict[tuple[str, str], list[str]] = {}
         for cell in self.cells:
-            for row in cell.shown():
+            for metric, row in cell.named():
                 if note := note_of(row):
-                    found.setdefault((metric_name(row), note), []).append(cell.name)
+                    found.setdefault((metric, note), []).append(cell.name)
         done = sum(cell.status == "done" for cell in self.cells)
         grouped: dict[tuple[str, str], list[str]] = {}
         for (metric, note), names in found.items():
@@ -235,61 +150,32 @@ class SweepReport(Record):
             grouped.setdefault((note, some), []).append(metric)
         return [f"{', '.join(metrics)}{some}: {note}" for (note, some), metrics in grouped.items()]
 
-    def markdown(self) -> str:
-        """The sweep as a Markdown page."""
-        lines = [f"# {self.name}", ""]
-        lines += [self.title, ""] if self.title else []
-        lines += [f"{self.counts()}.", ""]
-        for heading, rows in self._tables():
-            lines += [f"## {heading}", ""] if heading else []
-            left = len(self.columns())
-            lines += markdown_table([rows[0], ["---"] * left + ["---:"] * (len(rows[0]) - left), *rows[1:]])
-        lines += [f"{number}. {_one_line(reason)}" for number, reason in enumerate(self.reasons(), 1)]
-        lines += [""] if self.reasons() else []
-        lines += [*(f"* {note}" for note in self.notes()), ""]
-        lines += ["Environment: " + ", ".join(f"{name} {text}" for name, text in self.environment.items()) + "."]
-        return "\n".join(lines) + "\n"
-
-    def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        means, published = self.group_rows(), self.published_rows()
-        found = [(f"Over {', '.join(self.over)}", means), ("Cells" if means or published else "", self.cell_rows())]
-        return [(heading, rows) for heading, rows in [*found, ("Published numbers", published)] if rows]
-
-    def render(self, console: "Console") -> None:
-        """Print the sweep as tables."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        def say(text: str, style: str = "") -> None:
-            console.print(text, style=style, markup=False, highlight=False)
-
-        say(self.title or self.name, "bold")
-        say(f"  {self.counts()}")
-        for heading, rows in self._tables():
-            table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-            for index, name in enumerate(rows[0]):
-                table.add_column(name, justify="left" if index < len(self.columns()) else "right", overflow="fold")
-            for row in rows[1:]:
-                table.add_row(*map(Text, row))
-            say(f"\n{heading}" if heading else "")
-            console.print(table)
-        say("")
-        for mark, reason in enumerate(self.reasons(), 1):
-            say(f"{mark}. {_one_line(reason)}")
-        for note in self.notes():
-            say(f"* {note}")
+    def document(self) -> Document:
+        """Return the tables of means, cells and published numbers, with the reasons why cells are not done."""
+        tables = [table for table in (self.mean_table(), self.cell_table(), self.published_table()) if table.rows]
+        if len(tables) == 1:
+            tables = [replace(tables[0], title="")]
+        footnotes = [_one_line(reason) for reason in self.reasons()]
+        return Document(
+            title=self.title or self.name,
+            name=self.name if self.title else "",
+            status=self.counts(),
+            tables=[*tables[:-1], *(replace(table, footnotes=footnotes) for table in tables[-1:])],
+            notes=self.notes(),
+            environment=self.environment,
+        )
 
     def write(self, folder: Path) -> None:
-        """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each whole or not at all."""
+        """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each completely or not at all."""
         for name, text in ((JSON_NAME, self.model_dump_json(indent=2) + "\n"), (MARKDOWN_NAME, self.markdown())):
             partial = folder / f"{name}.partial"
             partial.write_text(text, encoding="utf-8")
             partial.replace(folder / name)
 
 
-SIZES = ("bits/weight", "MB")
-SPEEDS = ("decode tokens/s", "prefill tokens/s", "decode J/token")
+def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table with columns of labels, aligned left, and columns of numbers, aligned right."""
+    return Table([*map(_short, left), *right], rows, "l" * len(left) + "r" * len(right), title)
 
 
 def _sizes(bits: float | None, size: float | None) -> list[str]:
@@ -301,11 +187,11 @@ def _seconds(value: float | None) -> str:
 
 
 def _value(row: TaskResult) -> str:
-    return "not measured" if row.value is None else number(row.value, row.stderr, "±")
+    return "not measured" if row.value is None else number(row.value, row.stderr)
 
 
 def _speeds(bench: BenchReport | None) -> list[str]:
-    """A cell for each of ``SPEEDS``, of packed weights with this machine's kernels."""
+    """Return a cell for each of ``SPEEDS``, for the fast variant of the packed weights."""
     if bench is None:
         return [""] * len(SPEEDS)
     cells = []
@@ -321,7 +207,7 @@ def _joules(bench: BenchReport) -> float | None:
 
 
 def _short(column: str) -> str:
-    """The last part of a key, or the section's name for ``method.name``."""
+    """Return the last part of a dotted key, or the section for a key such as ``method.name``."""
     first, _, last = column.rpartition(".")
     return first if last == "name" and first else last
 

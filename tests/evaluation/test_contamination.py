@@ -108,7 +108,7 @@ def rendered(of: Report) -> str:
 
 def test_an_overlap_above_the_alarm_is_a_warning_in_every_form() -> None:
     leaking = report(row("wikitext2", "perplexity", 0.25), row("kl", "kl", 0.25), row("generated", "perplexity", 1e-4))
-    text = "25.0% of the text of wikitext2 is in a.jsonl as it was used for calibration (runs of 13 tokens)"
+    text = "25.0% of the text of wikitext2 (in sequences of 13 tokens) also occurs in the calibration text, a.jsonl"
     assert leaking.markdown().count(f"> **Warning:** {text}") == 1
     assert f"warning: {text}" in rendered(leaking)
     assert [each["overlap"] for each in leaking.model_dump(mode="json")["results"]] == [0.25, 0.25, 1e-4]

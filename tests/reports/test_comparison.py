@@ -17,7 +17,8 @@ from rich.console import Console
 
 from qtool.cli import main
 from qtool.reports import drawing, pareto
-from qtool.reports.comparison import Comparison, compare, comparison, difference_error
+from qtool.reports.comparison import Comparison, compare, comparison
+from qtool.reports.measures import difference_error
 from qtool.reports.pareto import Plane, Point, front
 from qtool.reports.records import Metric, TaskResult, task_result
 from qtool.reports.report import Report
@@ -286,4 +287,4 @@ def test_a_terminal_shows_the_same_numbers(tmp_path: Path) -> None:
     shown = (tmp_path / "shown").read_text(encoding="utf-8")
     for text in itertools.chain(found.columns(), *found.rows()):
         assert text in shown
-    assert drawing.FOLDER not in shown
+    assert drawing.PLOTS_FOLDER not in shown

@@ -127,7 +127,7 @@ def made(report: Report) -> str:
     """The page; made once for each report."""
     name = next(name for name, each in REPORTS.items() if each is report)
     if name not in pages:
-        pages[name] = html.html(report, figures.figures(report))
+        pages[name] = html.page(report, figures.draw(report))
     return pages[name]
 
 
@@ -158,7 +158,7 @@ def test_ids_are_given_once_and_references_are_to_them(made: str) -> None:
 
 
 def test_names_from_outside_are_text() -> None:
-    tree = Tree(html.html(REPORTS["hostile"], figures.figures(REPORTS["hostile"])))
+    tree = Tree(html.page(REPORTS["hostile"], figures.draw(REPORTS["hostile"])))
     assert "script" not in {tag for tag, _ in tree.tags}
     assert tree.text.count(" ".join(HOSTILE.split())) >= 8
     assert "49" not in tree.text.replace(HOSTILE, "")
@@ -192,7 +192,7 @@ def test_figures_have_words_and_tables_have_headers(made: str) -> None:
 
 
 def test_figures_are_there_only_for_what_was_measured() -> None:
-    drawn = {name: [plot.name for plot in figures.figures(report)] for name, report in REPORTS.items()}
+    drawn = {name: [plot.name for plot in figures.draw(report)] for name, report in REPORTS.items()}
     everything = ["metrics", "size", "bits", "weight-errors", "block-errors", "loss", "phases"]
     assert drawn["full"] == drawn["hostile"] == everything
     assert drawn["float model alone"] == ["metrics"]
@@ -207,7 +207,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_every_colour_of_text_is_readable_in_both_themes() -> None:
-    style = Tree(html.html(alone(), [])).style
+    style = Tree(html.page(alone(), [])).style
     light, dark = style.split("@media (prefers-color-scheme: dark)", 1)
     on = {"notice-ink": ["notice"]}
     text = set(re.findall(r"[^-]color: var\(--([\w-]+)\)", style))
@@ -215,13 +215,14 @@ def test_every_colour_of_text_is_readable_in_both_themes() -> None:
     for theme in (light, dark.split("}", 1)[0]):
         values = dict(re.findall(r"--([\w-]+): (#\w{6})", theme))
         assert set(values) == set(drawing.COLOURS)
-        for name in text | set(drawing.DRAWN) - {"panel", "line"}:
+        for name in text | set(drawing.FIGURE_COLOURS) - {"panel", "line"}:
             for behind in on.get(name, ["page", "panel"]):
                 assert contrast(values[name], values[behind]) >= 4.5, (name, behind, values)
 
 
 def test_text_on_cells_is_readable() -> None:
-    cells = [*figures.BITS.values(), figures.FLOAT, *(colors.to_hex(colormaps["cividis"](i)) for i in range(256))]
+    errors = (colors.to_hex(colormaps["cividis"](i)) for i in range(256))
+    cells = [*figures.BIT_COLOURS.values(), figures.FLOAT_COLOUR, *errors]
     for cell in cells:
         assert contrast(drawing.text_on(colors.to_rgb(cell)), cell) >= 4.5
 
@@ -240,7 +241,7 @@ def test_the_same_report_makes_the_same_bytes(tmp_path: Path) -> None:
         html.write(folder, full(), files=True)
     names = sorted(str(path.relative_to(first)) for path in first.rglob("*.*"))
     assert names == sorted(
-        ["report.html", *(f"plots/{p.name}.{end}" for p in figures.figures(full()) for end in ("png", "svg"))]
+        ["report.html", *(f"plots/{p.name}.{end}" for p in figures.draw(full()) for end in ("png", "svg"))]
     )
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
@@ -263,7 +264,7 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
             "series": (per_block(*(0.001 * (i + 1) for i in range(blocks))),),
         }
     )
-    for plot in figures.figures(report):
+    for plot in figures.draw(report):
         plot.figure.draw_without_rendering()
         renderer = plot.figure.canvas.get_renderer()
         whole = plot.figure.bbox
@@ -287,7 +288,7 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
 
 def test_a_long_curve_shows_the_mean_of_every_step() -> None:
     losses = tuple(float(i % 7) for i in range(1003))
-    (plot,) = figures.figures(Report(model="m", series=(per_step("loss", losses),)))
+    (plot,) = figures.draw(Report(model="m", series=(per_step("loss", losses),)))
     (line,) = plot.figure.axes[0].lines
     steps, means = line.get_data()
     width = math.ceil(len(losses) / figures.MAX_POINTS)

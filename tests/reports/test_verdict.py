@@ -56,7 +56,7 @@ def test_a_test_that_is_too_small_never_says_nearly_lossless(loss: float, stderr
 def test_what_is_not_a_number_is_said() -> None:
     assert words(math.nan, 0.1) == words(math.inf, None) == "broken (not a finite number)"
     assert words(0.0, math.nan).startswith("undecided")
-    assert words(0.0, None) == "nearly lossless (if its error, which is not known, is small)"
+    assert words(0.0, None) == "nearly lossless (if its standard error, which is unknown, is small)"
 
 
 @given(st.floats(0.1, 1e3), st.floats(0.1, 1e3))
@@ -94,7 +94,10 @@ BOOLQ, PIQA = (row(task, "acc", 0.601, 0.64, 0.003, True) for task in ("boolq", 
         ((BOOLQ, KL), "KL divergence 0.1000 ± 0.0010 nats: a clear loss"),
         ((BOOLQ,), "accuracy -6.1 % ± 0.7 % on boolq: between a small loss and a clear loss"),
         ((BOOLQ, PIQA), "accuracy -6.1 % ± 0.5 % on 2 tasks: a clear loss"),
-        ((row("t", "perplexity", 9.0, None, 0.1, False),), "perplexity 9.00 ± 0.10 on t; no float model beside it"),
+        (
+            (row("t", "perplexity", 9.0, None, 0.1, False),),
+            "perplexity 9.00 ± 0.10 on t; not compared with a float model",
+        ),
         ((TaskResult(task="t", metric="m", value=None),), "quality was not measured"),
         ((), "quality was not measured"),
         ((row("t", "perplexity", math.inf, 10.0, math.nan, False),), "broken"),

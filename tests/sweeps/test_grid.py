@@ -65,7 +65,7 @@ def test_names_and_labels_are_what_was_written() -> None:
     assert cells[5].base == {"seed": 2}
 
 
-def checked(**sections: Any) -> tuple[grid.Planned, ...]:
+def checked(**sections: Any) -> tuple[grid.CellRecipe, ...]:
     cells, wrong = expand(SweepConfig(**sections))
     assert not wrong
     return grid.check(cells, [], Path("out"), "test")
@@ -129,21 +129,21 @@ def test_all_faults_of_all_cells_are_said_at_once_and_each_once(tmp_path: Path) 
     ("part", "fault"),
     [
         ({"grids": {}}, "grids: unknown key; the nearest is grid"),
-        ({"grid": {"quan.num_bits": [2]}}, "grid.quan.num_bits: no key of a recipe.*nearest section is quant"),
+        ({"grid": {"quan.num_bits": [2]}}, "grid.quan.num_bits: not a key of a recipe.*nearest section is quant"),
         ({"grid": {"quant": [{"num_bits": 2}]}}, "needs a label: write {label: value, ...}"),
-        ({"grid": {"size": {"small": 3}}}, "grid.size.small: should be changes"),
+        ({"grid": {"size": {"small": 3}}}, "grid.size.small: should be a mapping of changes"),
         ({"grid": {"seed": []}}, "grid.seed: no values"),
         ({"grid": {"seed": [1, 1]}}, "grid.seed: 2 values are called 1; give them labels"),
         ({"grid": {"seed": [1]}, "exclude": [{"sed": 1}]}, "exclude: no axis is called 'sed'; there are seed"),
         ({"grid": {"seed": [1]}, "exclude": [{"seed": 2}]}, 'exclude: no cell has {"seed": 2}'),
-        ({"grid": {"seed": [1]}, "exclude": [{"seed": 1}]}, "there is no cell"),
-        ({}, "there is no cell; give grid, or cells"),
+        ({"grid": {"seed": [1]}, "exclude": [{"seed": 1}]}, "the sweep has no cells"),
+        ({}, "the sweep has no cells; give grid or cells"),
         ({"grid": {"seed": [1]}, "over": ["sed"]}, "over: no column is called 'sed'; there are seed"),
         ({"cells": {"../x": {}}}, "'../x' cannot be the name of a cell's folder"),
         ({"cells": {"sweep": {}}}, "'sweep' cannot be the name"),
         ({"cells": {"x.partial": {}}}, "'x.partial' cannot be the name"),
         ({"cells": {"x": {"output.path": "y"}}}, "cells.x: output.path: each cell writes into a folder of its own"),
-        ({"cells": {"x": {"sede": 1}}}, "cells.x: sede: no section of a recipe; the nearest is seed"),
+        ({"cells": {"x": {"sede": 1}}}, "cells.x: sede: not a section of a recipe; the nearest is seed"),
         ({"grid": {"recipe": ["a/x", "b/x"]}}, "grid.recipe: 2 values are called x"),
         (
             {"cells": {"x": {}}, "launcher": {"name": "local", "cluster": "slurm"}},
@@ -164,12 +164,12 @@ def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> Non
     (line,) = faults(tmp_path, {"recipe": exporting, "cells": {"x": {}, "y": {}}})[1:]
     assert "export: a sweep writes no exports" in line
     whole = {"recipe": BASE, "grid": {"quant.num_bits": [2, 4]}}
-    assert "--set quant: it varies" in faults(tmp_path, whole, "quant={}")[1]
-    assert "--set quant.num_bits: it varies" in faults(tmp_path, whole, "quant.num_bits=3")[1]
+    assert "--set quant: this key varies" in faults(tmp_path, whole, "quant={}")[1]
+    assert "--set quant.num_bits: this key varies" in faults(tmp_path, whole, "quant.num_bits=3")[1]
     assert "--set x: write section.key=value" in faults(tmp_path, whole, "x")[1]
     listed = {"recipe": BASE, "set": {"seed": 1}, "cells": {"x": {"quant.symmetric": False}, "y": {}}}
     assert faults(tmp_path, listed, "quant.symmetric=true", "seed=2")[1:] == [
-        "  --set quant.symmetric: it varies from cell to cell"
+        "  --set quant.symmetric: this key varies from cell to cell"
     ]
     assert {cell.recipe.seed for cell in grid.load(tmp_path / "s.yaml", ["seed=2"]).cells} == {2}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(whole))

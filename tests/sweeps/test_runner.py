@@ -200,10 +200,10 @@ def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
     outcome = run(whole, "missing_models=skip")
     assert (outcome.ran, outcome.cached, outcome.failed) == (["here"], [], [])
     assert [cell.status for cell in outcome.report.cells] == ["done", "not run", "not run"]
-    assert outcome.report.cells[2].reason == "nobody/qtool-no-such-model is not at hand"
+    assert outcome.report.cells[2].reason == "nobody/qtool-no-such-model is not on this machine"
     text = outcome.report.markdown()
     assert "1 of 3 cells done, 2 not run." in text
-    assert "2. nobody/qtool-no-such-model is not at hand" in text
+    assert "2. nobody/qtool-no-such-model is not on this machine" in text
     assert "| hub | generated perplexity | 5.25 | not run |  | a paper |" in text
     ours = outcome.report.cells[0].expected[0]
     assert ours.difference == pytest.approx(outcome.report.cells[0].results[0].value - 5.25)
@@ -231,8 +231,8 @@ def test_speed_is_measured_once_and_stands_in_the_table(
     assert not hashes()
     assert run(whole).cached == ["a"]
     assert len(ran) == 2
-    header, _, row = outcome.report.cell_rows()
-    cells = dict(zip(header, row, strict=True))
+    table = outcome.report.cell_table()
+    cells = dict(zip(table.columns, table.rows[1], strict=True))
     speed = outcome.report.cells[0].bench.variant("fast").speeds["decode, batch 1"].tokens_per_second
     assert cells["decode tokens/s"].startswith(f"{speed:.4g} (")
     assert cells["decode J/token"] == "not measured"
@@ -292,7 +292,7 @@ def test_what_was_begun_with_other_keys_starts_over(
 
 
 def test_two_sweeps_do_not_work_in_one_folder(base: dict[str, Any], run: Callable[..., runner.Outcome]) -> None:
-    with runner._alone(Path("out")), pytest.raises(InputError, match="another sweep is at work in out"):
+    with runner._alone(Path("out")), pytest.raises(InputError, match="another sweep is running in out"):
         run({"recipe": base, "cells": {"a": {}}})
 
 

@@ -16,7 +16,8 @@ from qtool.cli import main
 from qtool.config import files, recipe
 from qtool.reports.records import Metric, task_result
 from qtool.sweeps import grid, runner
-from qtool.sweeps.table import CellResult, Mean, SweepReport, groups
+from qtool.sweeps.results import CellResult, Mean, groups
+from qtool.sweeps.table import SweepReport
 from qtool.system.errors import InputError
 
 FOLDER = Path(qtool.__file__).parent / "recipes" / "tables"
@@ -79,7 +80,9 @@ def test_float_models_and_other_machines_are_told_apart() -> None:
         result("b", {"model": "y"}, 10.0, model="y", machine="two, 1 threads"),
     )
     made = SweepReport(name="s", cells=cells)
-    assert [row[0] for row in made.cell_rows()] == ["model", "float x", "float y", "x", "y"]
+    assert [made.cell_table().columns[0], *(row[0] for row in made.cell_table().rows)] == [
+        *("model", "float x", "float y", "x", "y")
+    ]
     assert "cells ran on different machines: one, 1 threads; two, 1 threads" in made.notes()
 
 
@@ -96,11 +99,11 @@ CELLS = {
 
 
 @pytest.fixture(scope="module")
-def tables() -> dict[str, grid.Plan]:
+def tables() -> dict[str, grid.Sweep]:
     return {name: grid.load(name) for name in files.tables()}
 
 
-def test_every_packaged_table_loads_with_all_its_cells(tables: dict[str, grid.Plan]) -> None:
+def test_every_packaged_table_loads_with_all_its_cells(tables: dict[str, grid.Sweep]) -> None:
     assert {name.removeprefix("tables/"): len(plan.cells) for name, plan in tables.items()} == CELLS
     for name, plan in tables.items():
         what, how = files.tables()[name].read_text().splitlines()[:2]
@@ -137,13 +140,13 @@ def test_papers_tables_are_what_their_numbers_make() -> None:
     ],
 )
 def test_published_numbers_are_the_papers(
-    tables: dict[str, grid.Plan], table: str, cell: str, published: list[float]
+    tables: dict[str, grid.Sweep], table: str, cell: str, published: list[float]
 ) -> None:
     found = {each.name: each.recipe for each in tables[f"tables/{table}"].cells}[cell]
     assert [each.value for each in found.expected] == published
 
 
-def test_a_cell_of_a_paper_s_own_method_is_its_packaged_recipe(tables: dict[str, grid.Plan]) -> None:
+def test_a_cell_of_a_paper_s_own_method_is_its_packaged_recipe(tables: dict[str, grid.Sweep]) -> None:
     for table, method, count in (("efficientqat", "efficientqat", 16), ("lrqat-4", "lrqat", 24)):
         cells = [cell for cell in tables[f"tables/{table}"].cells if cell.columns["method"] == method]
         assert len(cells) == count
@@ -152,7 +155,7 @@ def test_a_cell_of_a_paper_s_own_method_is_its_packaged_recipe(tables: dict[str,
             assert cell.recipe == own.model_copy(update={"output": cell.recipe.output})
 
 
-def test_activations_of_table_5_are_on_the_grids_it_says(tables: dict[str, grid.Plan]) -> None:
+def test_activations_of_table_5_are_on_the_grids_it_says(tables: dict[str, grid.Sweep]) -> None:
     for cell in tables["tables/lrqat-5"].cells:
         quant = cell.recipe.quant
         assert cell.columns["grid"] == f"w{quant.num_bits}a{quant.activations}kv{quant.kv_cache}"
@@ -160,11 +163,11 @@ def test_activations_of_table_5_are_on_the_grids_it_says(tables: dict[str, grid.
 
 
 def test_a_table_without_its_models_is_not_run_and_says_so(
-    tables: dict[str, grid.Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tables: dict[str, grid.Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "resolve", lambda path, fetch: (_ for _ in ()).throw(InputError("not here")))
     assert main.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
     text = capsys.readouterr().out
     assert "0 of 37 cells done, 37 not run." in text
-    assert "meta-llama/Llama-2-7b-hf is not at hand" in text
+    assert "meta-llama/Llama-2-7b-hf is not on this machine" in text
     assert "| llama-2-7b | w2g64 | efficientqat | wikitext2 perplexity | 6.86 | not run |  | arXiv 2407.11062" in text

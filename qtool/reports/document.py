@@ -1,0 +1,129 @@
+"""A report as a document: plain data, and the two renderers that print it, Markdown and a terminal.
+
+A report class derives from :class:`Printable` and returns its content from ``document()``. Only this file knows the
+syntax of Markdown and the classes of Rich. The HTML pages of ``html.py`` are richer and have templates of their own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names; a cell that ends in `` *`` is the best of its column, and bold in a terminal."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    align: str  # one letter per column: l or r
+    title: str = ""
+    footnotes: Sequence[str] = ()  # numbered from 1; cells refer to them as [1]
+    narrow: "Table | None" = None  # replaces this table in a terminal, where 80 columns must do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """The content of a report, in the order of the fields."""
+
+    title: str
+    name: str = ""  # heading of the Markdown page; if empty, the title is
+    headline: str = ""  # the result in one sentence
+    status: str = ""  # how far the work is
+    facts: Sequence[tuple[str, str]] = ()  # name and text
+    warnings: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    legend: str = ""  # explains the marks of the tables
+    notes: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)  # software versions; in Markdown only
+
+
+class Printable(ABC):
+    """Base of a report that can be printed."""
+
+    @abstractmethod
+    def document(self) -> Document:
+        """Return the content of the report."""
+
+    def markdown(self) -> str:
+        """Return the report as a Markdown page."""
+        return "\n\n".join(filter(None, _markdown_blocks(self.document()))) + "\n"
+
+    def render(self, console: "Console") -> None:
+        """Print the report in a terminal; ``±`` becomes ``+-`` where the encoding has no such character."""
+        _print(self.document(), console)
+
+
+def _markdown_blocks(document: Document) -> Iterator[str]:
+    """Yield blocks that an empty line separates; an empty block is left out."""
+    yield f"# {document.name or document.title}"
+    yield document.title if document.name else ""
+    yield f"**{document.headline}**" if document.headline else ""
+    yield f"{document.status}." if document.status else ""
+    yield _bullets(f"{name}: {text}" for name, text in document.facts)
+    yield from (f"> **Warning:** {warning}" for warning in document.warnings)
+    for table in document.tables:
+        yield f"## {table.title}" if table.title else ""
+        rule = ["---" if side == "l" else "---:" for side in table.align]
+        yield "\n".join(map(_markdown_row, (table.columns, rule, *table.rows)))
+        yield "\n".join(_numbered(table.footnotes))
+    yield document.legend.replace("*", "\\*")
+    yield _bullets(document.notes)
+    if document.environment:
+        yield "Environment: " + ", ".join(f"{name} {text}" for name, text in document.environment.items()) + "."
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(f"{cell[:-1]}\\*" if cell.endswith(" *") else cell for cell in escaped) + " |"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _numbered(lines: Sequence[str]) -> Iterator[str]:
+    return (f"{number}. {line}" for number, line in enumerate(lines, 1))
+
+
+def _print(document: Document, console: "Console") -> None:
+    from rich.text import Text
+
+    plus_minus = "±" if console.encoding.startswith("utf") else "+-"
+
+    def plain(text: str, style: str = "") -> Text:
+        return Text(text.replace("±", plus_minus), style)  # a Text: Rich reads markup in a str
+
+    lines = [plain(document.title, "bold")]
+    lines += [plain(document.headline)] if document.headline else []
+    lines += [plain(f"  {document.status}")] if document.status else []
+    lines += [plain(f"  {name}: {text}") for name, text in document.facts]
+    lines += [plain(f"warning: {warning}", "bold") for warning in document.warnings]
+    console.print(*lines, sep="\n")
+    for table in document.tables:
+        console.print(plain(f"\n{table.title}" if table.title else ""))
+        console.print(_rich_table(table.narrow or table, plain))
+        if table.footnotes:
+            console.print(*map(plain, ("", *_numbered(table.footnotes))), sep="\n")
+    if document.tables and not document.tables[-1].footnotes:
+        console.print()
+    bullet = "" if document.legend else "* "  # a legend explains the mark *
+    for line in filter(None, (document.legend, *(f"{bullet}{note}" for note in document.notes))):
+        console.print(plain(line))
+
+
+def _rich_table(table: Table, plain: "Callable[..., Text]") -> "RichTable":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+
+    made = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for name, side in zip(table.columns, table.align, strict=True):
+        made.add_column(plain(name), justify="left" if side == "l" else "right", overflow="fold")
+    for row in table.rows:
+        made.add_row(*(plain(cell, "bold" if cell.endswith(" *") else "") for cell in row))
+    return made

@@ -1,0 +1,137 @@
+"""Measures: a metric together with all settings that must be equal for two runs' numbers to be comparable.
+
+These are task, metric, examples in the prompt, limit, number of observations and precision. Metrics that depend on the
+tokenizer or are measured against the float model are comparable only between runs of the same float model.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from qtool.reports.records import TaskResult
+from qtool.reports.report import Report
+
+OF_ONE_MODEL = ("perplexity", "kl", "top-1 agreement")  # metrics that need the same float model to be comparable
+
+
+class Measure(NamedTuple):
+    """A metric and its settings; numbers are comparable if their measures are equal."""
+
+    task: str
+    metric: str
+    num_fewshot: int | None
+    limit: int | None
+    n: int | None
+    dtype: str
+    model: str  # identity of the float model; empty if the metric does not depend on it
+
+    def differing(self, alike: "Sequence[Measure]") -> list[str]:
+        """Return the settings in words, but only those in which the measures ``alike`` differ."""
+        settings = {
+            "num_fewshot": "no prompt" if self.num_fewshot is None else f"{self.num_fewshot}-shot",
+            "limit": "no limit" if self.limit is None else f"limit {self.limit}",
+            "n": "n unknown" if self.n is None else f"n {self.n}",
+            "dtype": self.dtype or "precision unknown",
+        }
+        return [text for key, text in settings.items() if len({getattr(each, key) for each in alike}) > 1]
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A report, its name in the comparison, and its results by measure."""
+
+    name: str
+    report: Report
+    model: str  # identity of the float model
+    results: dict[Measure, TaskResult] = field(repr=False)
+
+    @property
+    def grid(self) -> str:
+        """Method and quantization grid; ``float`` for a float model."""
+        return " ".join(part for part in (self.report.method, self.report.label) if part) or "float"
+
+
+def compared_runs(reports: Mapping[str, Report]) -> list[ComparedRun]:
+    """Return ``reports``, by name, as runs from large to small."""
+    models = _models(reports.values())
+    runs = []
+    for (name, report), model in zip(reports.items(), models, strict=True):
+        results: dict[Measure, TaskResult] = {}
+        for row in report.shown():
+            own = model if row.metric in OF_ONE_MODEL else ""
+            measure = Measure(row.task, row.metric, row.num_fewshot, row.limit, row.n, report.dtype or "", own)
+            if row.value is not None:
+                results[measure] = row
+        runs.append(ComparedRun(name, report, model, results))
+    runs.sort(key=lambda run: (-(run.report.bits_per_weight or 33), -(weight_bytes(run.report) or 0), run.name))
+    return runs
+
+
+def measures_of(runs: Sequence[ComparedRun]) -> list[Measure]:
+    """Return all measures: first those of most runs, and among these perplexity on real text first."""
+    known = Counter(measure for run in runs for measure in run.results)
+    return sorted(known, key=lambda m: (-known[m], _rank(m), *(str(each) for each in m)))
+
+
+def _rank(measure: Measure) -> int:
+    """Rank a measure: perplexity on real text, then on generated text, then KL divergence, then others."""
+    if measure.metric == "perplexity":
+        return int(measure.task == "generated")
+    return 2 if measure.metric == "kl" else 3
+
+
+def difference_error(a: TaskResult, b: TaskResult) -> float | None:
+    """Return the standard error of the difference of two runs' numbers; ``None`` if unknown."""
+    for x, y in ((a.delta_stderr, b.delta_stderr), (a.stderr, b.stderr)):
+        if x is not None and y is not None:
+            return math.hypot(x, y)
+    return None
+
+
+def weight_bytes(report: Report) -> int | None:
+    """Return the size of the run's weights on disk."""
+    return report.quantized_bytes if report.quantized else report.float_bytes
+
+
+def _models(reports: Iterable[Report]) -> list[str]:
+    """Return an identity of each report's float model: the hash of its files if any report has it, else its name."""
+    reports = list(reports)
+    hashes = [
+        hashlib.sha256(json.dumps(report.lock.model_files, sort_keys=True).encode()).hexdigest()
+        if report.lock
+        else None
+        for report in reports
+    ]
+    known = {report.model: found for report, found in zip(reports, hashes, strict=True) if found}
+    return [found or known.get(report.model, report.model) for report, found in zip(reports, hashes, strict=True)]
+
+
+def notes(runs: Sequence[ComparedRun], measures: Sequence[Measure]) -> Iterator[str]:
+    """Yield notes on numbers that are not comparable, and on other differences between the runs."""
+    if len({run.model for run in runs}) > 1:
+        by_model: dict[str, list[str]] = {}
+        for run in runs:
+            by_model.setdefault(run.report.model, []).append(run.name)
+        listed = "; ".join(f"{model} ({', '.join(names)})" for model, names in by_model.items())
+        yield (
+            f"Different float models: {listed}. Perplexity, KL divergence and agreement are compared only between runs "
+            "of the same float model."
+        )
+    alike: dict[tuple[str, str, str], list[Measure]] = {}
+    for measure in measures:
+        alike.setdefault((measure.task, measure.metric, measure.model), []).append(measure)
+    for (task, metric, _), same in alike.items():
+        if len(same) > 1:
+            ways = []
+            for measure in same:
+                names = ", ".join(run.name for run in runs if measure in run.results)
+                ways.append(f"{', '.join(measure.differing(same))} ({names})")
+            yield f"{task} {metric} was measured in different ways, which are not comparable: {'; '.join(ways)}."
+    for what in ("device", "backend"):
+        found = {getattr(run.report, what) for run in runs if run.results} - {None}
+        if len(found) > 1:
+            yield f"Measured with different {what}s: {', '.join(sorted(found))}. Small differences may come from that."

@@ -1,0 +1,94 @@
+"""The quality of a quantized model: the result it is judged by, and warnings of evaluation on calibration text."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qtool.reports.records import ALARM, RUN, TaskResult, change_error
+from qtool.reports.text import number, percent
+from qtool.reports.verdict import relative_loss, words
+
+
+class Judgement(NamedTuple):
+    """The result that quality is judged by."""
+
+    metric: str  # perplexity, KL divergence or accuracy
+    where: str  # text or tasks; empty for KL divergence
+    loss: float  # relative to the float model; KL divergence in nats
+    stderr: float | None
+
+    @property
+    def change(self) -> str:
+        """The change against the float model, as a number with its standard error."""
+        if self.metric == "KL divergence":
+            return f"{number(self.loss, self.stderr)} nats"
+        return percent(-self.loss if self.metric == "accuracy" else self.loss, self.stderr)
+
+    @property
+    def words(self) -> str:
+        """The name of the loss, by ``verdict.RULE``."""
+        return words(self.loss, self.stderr)
+
+
+def judge(rows: Sequence[TaskResult]) -> Judgement | None:
+    """Return the judgement by the most telling of ``rows``; ``None`` if none was compared with a float model.
+
+    That is perplexity, preferably on real text (not generated) that is not in the calibration text; else KL divergence;
+    else the mean accuracy over tasks.
+    """
+    rows = [row for row in rows if loss(row) is not None]
+    rows.sort(key=lambda row: ((row.overlap or 0) >= ALARM, row.task == "generated"))
+    for metric in ("perplexity", "kl"):
+        for row in rows:
+            if row.metric == metric and (found := loss(row)):
+                return Judgement(metric, row.task, *found) if metric != "kl" else Judgement("KL divergence", "", *found)
+    return _mean_accuracy(rows)
+
+
+def _mean_accuracy(rows: Sequence[TaskResult]) -> Judgement | None:
+    tasks: dict[str, TaskResult] = {}
+    for row in rows:
+        if row.metric.startswith("acc"):
+            tasks.setdefault(row.task, row)
+    if not tasks:
+        return None
+    count = len(tasks)
+    value, reference = (sum(getattr(row, side) for row in tasks.values()) for side in ("value", "float_value"))
+    errors = [error for row in tasks.values() if (error := change_error(row)) is not None]
+    stderr = math.hypot(*errors) / abs(reference) if len(errors) == count else None
+    where = next(iter(tasks)) if count == 1 else f"{count} tasks"
+    return Judgement("accuracy", where, relative_loss(value, reference, higher_is_better=True), stderr)
+
+
+def loss(row: TaskResult) -> tuple[float, float | None] | None:
+    """Return the loss of a row relative to the float model, and its standard error; ``None`` if not compared."""
+    if row.value is None:
+        return None
+    if row.metric == "kl":
+        return row.value, row.stderr
+    if not row.float_value or row.higher_is_better is None:
+        return None
+    error = change_error(row)
+    return (
+        relative_loss(row.value, row.float_value, row.higher_is_better),
+        None if error is None else error / abs(row.float_value),
+    )
+
+
+def overlaps(rows: Sequence[TaskResult]) -> dict[str, float]:
+    """Return the fraction of each evaluated text that occurs in the calibration text, once for each text."""
+    shares: dict[str, float] = {}
+    for row in rows:
+        if row.overlap is not None and row.overlap not in shares.values():
+            shares.setdefault(row.task, row.overlap)
+    return shares
+
+
+def warnings(rows: Sequence[TaskResult], source: str) -> list[str]:
+    """Return a warning for each evaluated text of which too much occurs in the calibration text ``source``."""
+    return [
+        f"{share:.1%} of the text of {task} (in sequences of {RUN} tokens) also occurs in the calibration text"
+        f"{f', {source}' if source else ''}: results on it partly measure memorization."
+        for task, share in overlaps(rows).items()
+        if share >= ALARM
+    ]

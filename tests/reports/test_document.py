@@ -1,0 +1,81 @@
+"""A document in its two forms: the same content as Markdown and in a terminal."""
+
+import io
+
+from rich.console import Console
+
+from qtool.reports.document import Document, Printable, Table
+
+
+class Sheet(Printable):
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+
+    def document(self) -> Document:
+        return Document(title="a title", **self.fields)  # type: ignore[arg-type] # whatever a test gives
+
+
+def printed(sheet: Sheet, encoding: str = "utf-8") -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    sheet.render(Console(file=file, width=80, force_terminal=False))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
+def test_every_field_is_printed_in_both_forms() -> None:
+    table = Table(["x", "y"], [["a [1]", "1 ± 2 *"]], "lr", title="numbers", footnotes=["the first"])
+    sheet = Sheet(
+        name="a name",
+        headline="it is small",
+        status="1 of 2 done",
+        facts=[("size", "3 MB")],
+        warnings=["take care"],
+        tables=[table],
+        notes=["a note"],
+        environment={"python": "3"},
+    )
+    assert sheet.markdown() == (
+        "# a name\n\na title\n\n**it is small**\n\n1 of 2 done.\n\n* size: 3 MB\n\n> **Warning:** take care\n\n"
+        "## numbers\n\n| x | y |\n| --- | ---: |\n| a [1] | 1 ± 2 \\* |\n\n1. the first\n\n* a note\n\n"
+        "Environment: python 3.\n"
+    )
+    assert [line.rstrip() for line in printed(sheet).splitlines()] == [
+        "a title",
+        "it is small",
+        "  1 of 2 done",
+        "  size: 3 MB",
+        "warning: take care",
+        "",
+        "numbers",
+        "x            y",
+        "──────────────",
+        "a [1]  1 ± 2 *",
+        "",
+        "1. the first",
+        "* a note",
+    ]
+
+
+def test_a_narrow_table_stands_in_for_the_wide_one_in_a_terminal_only() -> None:
+    sheet = Sheet(tables=[Table(["wide"], [["w"]], "l", narrow=Table(["slim"], [["s"]], "l"))])
+    assert "wide" in sheet.markdown()
+    assert "slim" not in sheet.markdown()
+    assert "slim" in printed(sheet)
+    assert "wide" not in printed(sheet)
+
+
+def test_what_markdown_or_rich_would_take_for_markup_is_text() -> None:
+    sheet = Sheet(tables=[Table(["a|b"], [["[red]c|d *"]], "l")], legend="* best", notes=["[bold]n"])
+    assert "| a\\|b |" in sheet.markdown()
+    assert "| [red]c\\|d \\* |" in sheet.markdown()
+    assert "\n\\* best\n" in sheet.markdown()
+    for text in ("a|b", "[red]c|d *", "* best", "[bold]n"):
+        assert text in printed(sheet)
+
+
+def test_a_terminal_without_unicode_can_print_every_part() -> None:
+    table = Table(["±"], [["1 ± 2"]], "l", title="± t", footnotes=["± f"])
+    sheet = Sheet(headline="± h", facts=[("±", "±")], warnings=["± w"], tables=[table], notes=["± n"])
+    shown = printed(sheet, "ascii")
+    for text in ("+- h", "+-: +-", "+- w", "+- t", "1 +- 2", "+- f", "+- n"):
+        assert text in shown
