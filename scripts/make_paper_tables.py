@@ -24,6 +24,7 @@ C4 = ("c4",)
 RIVAL = {"data.num_samples": "128"}  # windows for a method that calibrates and does not train
 
 Numbers = dict[str, float]  # by model
+Published = dict[tuple[tuple[str, ...], str], Numbers]  # by tasks and metric
 EQ_MODELS = (L27, L213, L270, L38)
 LR_MODELS = (L27, L213, L38, M7)
 
@@ -33,7 +34,7 @@ class Rival(NamedTuple):
 
     name: str
     changes: dict[str, str]
-    published: dict[tuple[tuple[str, ...], str], Numbers]
+    published: Published
 
 
 def by_model(models: Iterable[str], values: Iterable[float | None]) -> Numbers:
@@ -41,9 +42,11 @@ def by_model(models: Iterable[str], values: Iterable[float | None]) -> Numbers:
     return {model: value for model, value in zip(models, values, strict=True) if value is not None}
 
 
-def eq_rival(name: str, method: str, perplexity: list[float] | None, c4: list[float] | None, acc: list[float | None]):
+def eq_rival(
+    name: str, method: str, perplexity: list[float] | None, c4: list[float] | None, acc: list[float | None]
+) -> Rival:
     """A row of EfficientQAT's tables: Llama-2 7B, 13B, 70B and Llama-3 8B."""
-    published = {(FIVE, "acc"): by_model(EQ_MODELS, acc)}
+    published: Published = {(FIVE, "acc"): by_model(EQ_MODELS, acc)}
     if perplexity is not None and c4 is not None:
         before = {
             (PERPLEXITY, "perplexity"): by_model(EQ_MODELS, perplexity),
@@ -223,7 +226,7 @@ def lrqat_4() -> str:
             ),
         ]
         if key in LR_AWQ:
-            numbers = {(PERPLEXITY, "perplexity"): by_model((L27, L213), LR_AWQ[key])}
+            numbers: Published = {(PERPLEXITY, "perplexity"): by_model((L27, L213), LR_AWQ[key])}
             rivals.append(Rival("awq", {"method": "{name: awq}", **RIVAL}, numbers))
         if key in LR_LSQ:
             perplexity, accuracy = LR_LSQ[key]

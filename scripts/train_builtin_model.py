@@ -229,7 +229,9 @@ def build_model(args: Namespace, tokenizer: Tokenizer) -> LlamaForCausalLM:
         eos_token_id=end,
         pad_token_id=end,
     )
-    return LlamaForCausalLM(config).to(args.device)
+    model = LlamaForCausalLM(config)
+    model.to(args.device)
+    return model
 
 
 def mean_loss(model: LlamaForCausalLM, windows: np.ndarray, args: Namespace, precision: str) -> torch.Tensor:
@@ -365,7 +367,7 @@ def run(args: Namespace) -> None:
     loss = measure(model, heldout, args, "fp32")
     folder = work / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else for the owner alone
     shutil.copy(work / "train_log.jsonl", folder)
     shutil.copy(work / "tokenizer.json", folder)

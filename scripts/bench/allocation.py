@@ -22,6 +22,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,14 @@ class Bench:
         """The units of the built-in model."""
         return bit_plan.units_of(self.reference, self.quant.model_copy(update={"budget": budget}))
 
-    def plan(self, estimator: str, average_bits: float) -> bit_plan.Plan:
-        """The plan of an estimator; ``loss:nearest`` is one with that rounding."""
+    def plan(self, estimator: str, average_bits: float) -> list[dict[str, Any]]:
+        """Return the planned width and the costs of each unit; ``loss:nearest`` names an estimator and its rounding."""
         name, _, rounding = estimator.partition(":")
         raw = {"average_bits": average_bits, "estimator": name, "rounding": rounding or "gptq"}
         budget = BudgetConfig.model_validate(raw)
         quant = self.quant.model_copy(update={"budget": budget})
-        return bit_plan.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+        plan = bit_plan.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+        return [allotment.model_dump(mode="json") for allotment in plan.allotments]
 
     def measure(self, units: list[Unit], widths: Widths) -> dict[str, float]:
         """Perplexity, divergence and stored bits of the model quantized with these widths."""
@@ -138,7 +140,7 @@ class Bench:
         rest = {"*": {"skip": True}}
         each = ({target.name: {"skip": False, "num_bits": width} for target in unit.targets} for unit in units)
         return [
-            self.cell(f"{self.args.method} {unit.name} {width}", lambda one=one: self.quantized(rest | one))["kl"]
+            self.cell(f"{self.args.method} {unit.name} {width}", partial(self.quantized, rest | one))["kl"]
             for unit, one in zip(units, each, strict=True)
         ]
 
@@ -179,10 +181,7 @@ def main() -> None:
             rows.append((budget, f"random, best of {len(chance)}", min(chance, key=lambda cell: cell["kl"])))
             rows.append((budget, "random, mean", {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]}))
         for name in args.estimators.split(","):
-            plan = bench.cell(
-                f"plan {name} {budget}",
-                lambda name=name, bits=bits: bench.plan(name, bits).model_dump(mode="json")["allotments"],
-            )
+            plan = bench.cell(f"plan {name} {budget}", partial(bench.plan, name, bits))
             rows.append((budget, name, bench.measure(units, tuple(each["num_bits"] for each in plan))))
     print("\n| budget | allocation | bits per weight | perplexity | KL |\n|---:|---|---:|---:|---:|")
     for label, name, cell in rows:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from qtool.methods.efficientqat import block_ap
 from qtool.models.loaded import LoadedModel
@@ -37,7 +38,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Storage], device: torch.device) -> None:
         """``held`` are the storages that are there at the start; those of other devices are not counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.device = device
         self.known: set[int] = set()
         self.now = self.peak = 0
@@ -188,7 +189,7 @@ class Watch:
         self.found = {"held": dict(self.held), "saved": self.saved.peak, "live": self.live.peak, "real": real}
 
 
-def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, Storage]]:
+def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[str, Storage]]:
     """What each storage on ``device`` of a tensor that is alive belongs to."""
     kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, _Run, block_ap.Norm)
     objects = [each for each in gc.get_objects() if issubclass(type(each), kinds)]  # isinstance wakes lazy modules
@@ -210,7 +211,8 @@ def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, S
         elif isinstance(each, block_ap.Norm):
             parts.append(("norms", [each.master]))
     parts.append(("float weights", [each.weight for each in objects if type(each) is nn.Linear and each is not head]))
-    parts.append(("embeddings", [model.get_input_embeddings().weight, model.get_output_embeddings().weight]))
+    ends = (model.get_input_embeddings(), head)
+    parts.append(("embeddings", [each.get_parameter("weight") for each in ends if each is not None]))
     parts.append(("norms", [*model.parameters(), *model.buffers()]))
     parts.append(("others", [each for each in objects if isinstance(each, Tensor)]))
     found: dict[int, tuple[str, Storage]] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from peer import run
@@ -22,7 +23,7 @@ def quantize(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     windows = torch.from_numpy(np.load(tokens))
-    presets = {"light": {"iters": 50, "lr": 5e-3}, "default": {}, "best": {"iters": 1000}}
+    presets: dict[str, dict[str, Any]] = {"light": {"iters": 50, "lr": 5e-3}, "default": {}, "best": {"iters": 1000}}
     AutoRound(
         AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
         AutoTokenizer.from_pretrained(model),

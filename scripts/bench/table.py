@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="only the first N evaluation windows")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"environment": environment(), "cells": {}}
+    results: dict[str, Any] = {"environment": environment(), "cells": {}}
+    if args.out.exists():
+        results = json.loads(args.out.read_text())
     cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
     grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
     text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from auto_round.version import __version__
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def load_float32(folder: Path) -> nn.Module:
+def load_float32(folder: Path) -> PreTrainedModel:
     """The model of an auto-round folder, its packed linears computing in float32 on CPU."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
     nn.Module.float(model)  # transformers' own refuses for quantized models
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -35,7 +36,7 @@ def load_float32(folder: Path) -> nn.Module:
 
 
 @torch.inference_mode()
-def dense_weight(layer: nn.Module) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:  # Any: auto-round chooses the untyped class of a packed linear
     """The weight float32 ``[out, in]`` of a packed linear: what it makes of the unit vectors."""
     bias = layer.bias
     layer.bias = None

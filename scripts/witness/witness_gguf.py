@@ -29,7 +29,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(model.n_vocab(), size=48)
     model.eval(tokens.tolist())
     logits = np.array(model.scores[: len(tokens)], dtype=np.float32)
-    witness = {"tokens": tokens[None], "logits": logits[None]}
+    witness: dict[str, np.ndarray] = {"tokens": tokens[None], "logits": logits[None]}
     if args.text is not None:
         witness["text_tokens"] = np.array(model.tokenize(args.text.read_bytes(), add_bos=True, special=True))
     save_file(witness, args.output)

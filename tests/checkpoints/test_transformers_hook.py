@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.weights import gradient
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -163,7 +164,7 @@ def test_whatever_the_dtype_scales_stay_as_stored_and_no_weight_changes(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_casting_the_model_changes_no_weight(native: Native, dtype: torch.dtype) -> None:
-    model = native.load(dtype=torch.float32).to(dtype)
+    model = tiny.moved(native.load(dtype=torch.float32), dtype)
     assert model.dtype == dtype
     assert same_weights(model, native)
     assert torch.isfinite(tiny.logits(model)).all()
@@ -223,8 +224,7 @@ def test_the_model_takes_less_memory_than_the_float_one(native: Native) -> None:
 def test_generate_writes_what_the_written_model_would(native: Native) -> None:
     model = native.load(dtype=torch.float32)
     prompt = tiny.probe()[:1]
-    mask = torch.ones_like(prompt)
-    out = model.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    out = tiny.continued(model, prompt, 6)
     assert out.shape == (1, prompt.shape[1] + 6)
     with torch.no_grad():
         for position in range(prompt.shape[1], out.shape[1]):
@@ -233,9 +233,9 @@ def test_generate_writes_what_the_written_model_would(native: Native) -> None:
 
 def test_gradients_flow_through_a_packed_linear_to_what_is_before_it(llama: Native) -> None:
     model = llama.load(dtype=torch.float32)
-    model.get_input_embeddings().weight.requires_grad_(True)
+    embedding = model.get_parameter("model.embed_tokens.weight").requires_grad_(True)
     model(tiny.probe()).logits.sum().backward()
-    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert gradient(embedding).abs().sum() > 0
 
 
 def test_the_bare_model_without_a_head_loads_too(native: Native) -> None:

@@ -46,7 +46,9 @@ def test_the_papers_recipes_are_what_their_table_makes() -> None:
 @pytest.mark.parametrize("path", PAPERS, ids=name)
 def test_a_paper_s_recipe_says_its_grid_in_its_name_and_its_numbers_where_it_has_any(path: Path) -> None:
     checked = recipe.load(path)
-    short = checked.quant.spec_for("model.layers.0.mlp.up_proj").label().removesuffix(" asym")
+    spec = checked.quant.spec_for("model.layers.0.mlp.up_proj")
+    assert spec is not None
+    short = spec.label().removesuffix(" asym")
     assert path.stem.endswith(f"-{short}")
     assert checked.method.name == path.parent.name
     assert checked.eval is not None

@@ -20,6 +20,7 @@ from qtool.data.conversations import encode, messages_of, pack
 from qtool.methods import rtn
 from qtool.pipelines import quantize
 from qtool.pipelines.run_state import RunState
+from qtool.system import progress
 from qtool.system.errors import InputError
 
 CHATML = (
@@ -209,7 +210,7 @@ def test_windows_in_which_nothing_is_learned_are_left_out_and_counted(capsys: py
     rows = [qa("Why? " * 99, "So."), qa("Go?", "Yes. " * 99)]
     notes: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations.progress, "note", notes.append)
+        patch.setattr(progress, "note", notes.append)
         packed = pack(placed(rows), TOKENIZER, 2, 32)
     assert packed.tokens.shape == (1, 32)
     assert packed.num_conversations == 2
@@ -242,7 +243,8 @@ def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed
     assert torch.equal(first.tokens, again.tokens)
     assert not torch.equal(first.tokens, other.tokens)
     order = [first.tokens.tolist().index(row) for row in other.tokens.tolist()]
-    assert torch.equal(first.labels[order], other.labels)  # type: ignore[index]
+    assert other.labels is not None
+    assert torch.equal(first.labels[order], other.labels)
     assert torch.equal(windows.calibration_tokens(config(path), loaded, 0), first.tokens)
 
 

@@ -355,7 +355,12 @@ def test_the_command_prints_one_object_or_a_table(
 ) -> None:
     fake: Any = ModuleType("qtool.evaluation.bench")
     asked: list[Any] = []
-    fake.Plan, fake.bench = Plan, lambda *args: asked.append(args) or made(3.0, 1.0)
+
+    def bench(*args: Any) -> BenchReport:
+        asked.append(args)
+        return made(3.0, 1.0)
+
+    fake.Plan, fake.bench = Plan, bench
     monkeypatch.setitem(sys.modules, "qtool.evaluation.bench", fake)
     monkeypatch.setattr(evaluation, "bench", fake, raising=False)
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--device", "cpu"]

@@ -139,6 +139,13 @@ def recipe(folder: Path, out: Path, **changes: Any) -> Recipe:
     return Recipe.model_validate(raw | changes)
 
 
+def report_of(asked: Recipe) -> Report:
+    """Quantize as a single process, which always has an outcome, and return its report."""
+    outcome = quantize.quantize(asked, "ptq")
+    assert outcome is not None
+    return outcome.report
+
+
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     from qtool.data import hub
@@ -153,7 +160,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     same = perplexity_windows("generated", floats, 48, 4, seed=0)
     np.save(tmp_path / "same.npy", torch.cat([same[:2], same[:2].flip(1)]).numpy())
     text = {"source": str(tmp_path / "same.npy"), "num_samples": 4, "seq_len": 48}
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data=text), "ptq").report
+    found = report_of(recipe(llama_folder, tmp_path / "q", data=text))
     assert [each.overlap for each in found.results] == [0.5, 0.5, 0.5]
     assert len(found.warnings()) == 1
     for name in ("report.md", "README.md"):
@@ -174,9 +181,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
 def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the_same_text(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    found = quantize.quantize(
-        recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}), "ptq"
-    ).report
+    found = report_of(recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}))
     assert found.results[0].overlap is not None
     assert found.results[0].overlap < ALARM
     assert found.results[0].note.endswith("same distribution, other text")
@@ -190,7 +195,7 @@ def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the
 
 @pytest.mark.usefixtures("no_data")
 def test_a_method_without_data_has_seen_nothing(llama_folder: Path, tmp_path: Path) -> None:
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"}), "ptq").report
+    found = report_of(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"}))
     assert found.calibration is None
     assert [each.overlap for each in found.results] == [None] * 3
     assert "distribution" not in found.markdown()

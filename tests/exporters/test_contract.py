@@ -234,9 +234,9 @@ def test_gptq_is_version_1_only_when_symmetric_and_then_no_zero_point_is_0(
 
 def test_a_zero_point_of_0_survives_in_version_2(tmp_path: Path, native: Natives) -> None:
     floats = tiny.load(native.floats())
-    weight = floats.model.get_submodule(Q_PROJ).weight
+    weight = floats.model.get_parameter(f"{Q_PROJ}.weight")
     weight.copy_(weight.abs() + 0.01)  # nothing below zero: the grid begins at code 0
-    floats.model.to(torch.bfloat16).save_pretrained(tmp_path / "float")
+    floats.model.bfloat16().save_pretrained(tmp_path / "float")
     floats.tokenizer.save_pretrained(tmp_path / "float")
     for bits in BITS:
         folder = tmp_path / f"q{bits}"
@@ -328,7 +328,7 @@ def test_compressed_tensors_asymmetric_loads_dequantized_with_the_same_weights(
     half_step = 2**-11  # it multiplies in float16, the dtype of the scales
     for name in source.specs:
         expected = dequantize(*source.quantized(name))
-        assert torch.allclose(model.get_submodule(name).weight, expected, rtol=half_step, atol=1e-8), name
+        assert torch.allclose(model.get_parameter(f"{name}.weight"), expected, rtol=half_step, atol=1e-8), name
     largest = float(native.logits[folder].abs().max())
     assert torch.allclose(tiny.logits(model), native.logits[folder], rtol=0, atol=4 * half_step * largest)
 

@@ -48,7 +48,7 @@ def test_scales_are_refused_exactly_when_a_product_is_rounded(bits: int, scale: 
     value = found.view(torch.float32)
     codes = torch.arange(2**bits)
     exact = torch.equal((value * codes).double(), value.double() * codes)
-    assert mlx.exact(value, QuantSpec(num_bits=bits)) == exact  # type: ignore[arg-type]
+    assert mlx.exact(value, QuantSpec(num_bits=bits)) == exact
 
 
 def test_scales_that_engines_take_for_zero_or_that_overflow_are_refused() -> None:

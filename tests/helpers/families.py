@@ -1,6 +1,7 @@
 """Tiny random models of many families, as Hugging Face writes them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from helpers import tiny
 from qtool.config.quant import QuantConfig
 
 WINDOW = 8  # of sliding attention: shorter than the 24 tokens of the calibration windows
-COMMON = {
+# Any: a configuration's values are of many types
+COMMON: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -26,7 +28,7 @@ ALL_HEADS = GATED | {"num_key_value_heads": 4}
 LOCAL_AND_GLOBAL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128, "init_std": 0.1}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
-CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GATED | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", GATED | {"sliding_window": WINDOW}),
     "qwen2": ("Qwen2Config", GATED | {"use_sliding_window": True} | LOCAL_AND_GLOBAL),

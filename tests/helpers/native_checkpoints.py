@@ -69,7 +69,7 @@ class Natives:
 
 
 def exported(folder: Path, name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
-    config = ExportConfig(format=name, path=out, dtype=dtype)  # type: ignore[arg-type]
+    config = ExportConfig(format=name, path=out, dtype=dtype)
     return exporting.export(folder, config, overwrite)
 
 

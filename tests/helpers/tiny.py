@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -68,8 +70,8 @@ def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.to(dtype).save_pretrained(folder)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    moved(model, dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -180,6 +182,22 @@ def specs(loaded: LoadedModel) -> dict[str, QuantSpec]:
     return {name: layer.spec for name, layer in packed_linears(loaded.model).items()}
 
 
+def moved(model: PreTrainedModel, to: torch.dtype | str) -> PreTrainedModel:
+    """Return ``model.to(to)``, a method that transformers wraps in a decorator without types."""
+    method: Any = model.to
+    result: PreTrainedModel = method(to)
+    return result
+
+
+def continued(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    """Return ``prompt`` with ``count`` greedy tokens after it; no end token stops them."""
+    assert isinstance(model, GenerationMixin)
+    mask = torch.ones_like(prompt)
+    out = model.generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def logits(model: nn.Module) -> Tensor:
     """Logits of ``probe()``."""
     result: Tensor = model.eval()(probe()).logits
@@ -219,7 +237,7 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> LoadedModel:
+def with_builtin_tokenizer(seed: int, context: int) -> LoadedModel:
     """A tiny random Llama in memory, no folder behind it, that reads the tokens of the built-in model."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -230,7 +248,6 @@ def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> Loaded
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
-        **changes,
     )
     model = LlamaForCausalLM(config).eval()
     dtypes = {name: torch.float32 for name, _ in model.named_parameters()}

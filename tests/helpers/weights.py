@@ -67,6 +67,18 @@ def rounded_to_nearest(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     return QuantizedWeight(affine.quantize(weight, scale, zero_point, spec), scale, zero_point, spec)
 
 
+def same(found: QuantizedWeight, expected: QuantizedWeight) -> bool:
+    """True if both are on one grid and hold the same numbers."""
+    parts = zip(found[:3], expected[:3], strict=True)
+    return found.spec == expected.spec and all(torch.equal(one, other) for one, other in parts)
+
+
+def gradient(of: Tensor) -> Tensor:
+    """Return the gradient of a tensor that must have one."""
+    assert of.grad is not None
+    return of.grad
+
+
 def per_weight(values: Tensor, columns: int) -> Tensor:
     """``[out, groups]`` as float64 ``[out, in]``."""
     return values.double().repeat_interleave(columns // values.shape[1], dim=1)

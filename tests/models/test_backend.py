@@ -46,14 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def generate(model: PreTrainedModel, tokens: int = 12) -> Tensor:
-    prompt = tiny.probe()[:1, :8]
-    mask = torch.ones_like(prompt)
-    out: Tensor = model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
-    return out[0]
+    return tiny.continued(model, tiny.probe()[:1, :8], tokens)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -121,7 +119,7 @@ def test_what_cannot_be_is_refused(folder: Path, llama_folder: Path) -> None:
     with pytest.raises(InputError, match="LlamaForCausalLM has no packed linears"):
         qtool.use_backend(tiny.load(llama_folder).model)
     with pytest.raises(InputError, match=r"q_proj are not in memory; load the model without offloading"):
-        qtool.use_backend(load(folder).to("meta"))
+        qtool.use_backend(tiny.moved(load(folder), "meta"))
 
 
 class Notes(progress.Sink):

@@ -270,7 +270,7 @@ def test_a_folded_norm_is_a_value_of_its_stored_dtype_and_the_readers_take_what_
         for fold in awq.find_folds(task, task.inputs[0][:1]):
             if fold.exact_source:
                 fold.apply(torch.exp2(torch.linspace(-1, 1, 64)), torch.bfloat16)
-                weight = fold.source.weight.detach()
+                weight = fold.source.get_parameter("weight").detach()
                 assert torch.equal(weight.bfloat16().float(), weight)
         assert torch.allclose(task.forward(task.inputs[0]), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
@@ -331,7 +331,7 @@ def test_a_recipe_that_skips_everything_is_refused(llama: LoadedModel) -> None:
 
 def test_all_faults_of_a_recipe_are_named_at_once(llama: LoadedModel) -> None:
     with torch.no_grad():
-        llama.model.get_submodule("model.layers.1.mlp.up_proj").weight[3, 4] = float("nan")
+        llama.model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = float("nan")
     with pytest.raises(InputError) as refused:
         llama.targets(QuantConfig(group_size=64, overrides={"*.k_prj": {"num_bits": 8}}))
     text = str(refused.value)

@@ -11,6 +11,7 @@ from helpers import tiny
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qtool.blocks.driver import run_blocks
@@ -46,6 +47,7 @@ def witness(loaded: LoadedModel, folder: Path) -> Tensor:
     with torch.no_grad():
         for name, packed in packed_linears(loaded.model).items():
             linear = other.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             linear.weight.copy_(packed.dequantized())
             linear.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], 8),))
             if name.endswith(("k_proj", "v_proj")):
@@ -109,8 +111,10 @@ def test_decoding_rounds_what_reading_at_once_does(llama_folder: Path) -> None:
     cache = DynamicCache(config=model.config)
     steps = [model(probe[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(12)]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-8)
-    keys = torch.cat([layer.keys for layer in cache.layers])
-    assert len(keys[0, 0, 3].unique()) > 1
+    first = cache.layers[0]
+    assert isinstance(first, DynamicLayer)
+    assert first.keys is not None
+    assert len(first.keys[0, 0, 3].unique()) > 1
 
 
 def test_fewer_bits_more_error(llama_folder: Path) -> None:
@@ -171,11 +175,12 @@ def test_keys_that_come_from_two_linears_are_refused(monkeypatch: pytest.MonkeyP
             self.one, self.other = nn.Linear(64, size), nn.Linear(64, size)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.one(x) + self.other(x)
+            out: Tensor = self.one(x) + self.other(x)
+            return out
 
     def init(self: LlamaAttention, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.k_proj = Sum(64)
+        self.add_module("k_proj", Sum(64))
 
     original = LlamaAttention.__init__
     monkeypatch.setattr(LlamaAttention, "__init__", init)

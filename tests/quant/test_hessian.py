@@ -15,7 +15,9 @@ from qtool.methods.gptq import collect
 from qtool.quant.hessian import add_gram, mirror
 from qtool.system import matmul
 
-MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+# Any: torch does not declare the settings of either
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in this place
+CUDA_MATMUL: Any = torch.backends.cuda.matmul
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +69,12 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
     size: int, rows: int, dtype: torch.dtype, seed: int
 ) -> None:
     x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    cuda: Any = torch.backends.cuda.matmul
-    before = MATMUL.fp32_precision, cuda.fp32_precision
+    before = MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision
     total = torch.zeros(size, size)
     with matmul.exact_products(dtype):
         add_gram(total, x.float())
     mirror(total)
-    assert (MATMUL.fp32_precision, cuda.fp32_precision) == before
+    assert (MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision) == before
     expected = x.double().T @ x.double()
     assert (total - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(total, total.T)
@@ -83,8 +84,8 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
 def test_statistics_are_products_of_what_the_inputs_are_and_settings_stay(dtype: torch.dtype) -> None:
     """However a machine multiplies: 2/n sum x x^T to the precision of float32 sums, of bfloat16 inputs and others."""
     x = correlated_inputs(2048, 256, seed=3).to(dtype)
-    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    before = MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision
     hessian = collect(Stage([], [x], None), gptq.Config()).hessian
-    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    assert (MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision) == before
     expected = x.double().T @ x.double() * (2 / 2048)
     assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -2,11 +2,12 @@
 
 import copy
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.weights import gradient
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -86,7 +87,8 @@ def bound(weight: QuantizedWeight, x: Tensor) -> Tensor:
     per_group = codes.shape[1] // scale.shape[1]
     s, z = (t.double().repeat_interleave(per_group, 1) for t in (scale, zero_point))
     size = s * ((codes - z).abs() + (2 ** (spec.num_bits - 1) - z).abs() + 2 ** (spec.num_bits - 4))
-    return 2**-6 * x.double().abs() @ size.T
+    tolerance: Tensor = 2**-6 * x.double().abs() @ size.T
+    return tolerance
 
 
 def exact(weight: QuantizedWeight, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ def test_gradients_take_the_exact_path(layer: PackedLinear) -> None:
     y = layer(x)
     assert torch.equal(y, plain(layer)(x))
     y.sum().backward()
-    assert torch.allclose(x.grad, layer.dequantized().sum(0).expand(2, -1), atol=1e-5)
+    assert torch.allclose(gradient(x), layer.dequantized().sum(0).expand(2, -1), atol=1e-5)
     layer.weight_scale = layer.weight_scale.float().requires_grad_()
     assert torch.equal(layer(probe(2, 128)), plain(layer)(probe(2, 128)))
 
@@ -334,7 +336,7 @@ def fails(*_: object) -> Tensor:
     ],
 )
 def test_a_backend_that_is_wrong_on_this_machine_is_not_used(
-    changes: dict[str, object], reason: str, broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], reason: str, broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "BACKENDS", (broken._replace(**changes),))
     for seed in (0, 1):  # the second time it is remembered

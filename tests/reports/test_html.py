@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.html import HOSTILE, Tree
 from matplotlib import colormaps, colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from qtool.reports import drawing, figures, html
 from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, TaskResult, task_result
@@ -170,8 +172,8 @@ def test_every_metric_is_there_with_its_error(report: Report, made: str) -> None
                 assert number(value, error) in text
     for warning in (*report.warnings(), *report.notes(), report.headline()):
         assert " ".join(warning.split()) in text.replace(html.NBSP, " ")
-    for each in report.expected:
-        assert number(each.measured, each.stderr) in text
+    for published in report.expected:
+        assert number(published.measured, published.stderr) in text
 
 
 def test_figures_have_words_and_tables_have_headers(made: str) -> None:
@@ -262,17 +264,19 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
     )
     for plot in figures.figures(report):
         plot.figure.draw_without_rendering()
-        renderer = plot.figure.canvas.get_renderer()
+        canvas = plot.figure.canvas
+        assert isinstance(canvas, FigureCanvasAgg)
+        renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
         whole = plot.figure.bbox
         boxes = []
         for axes in plot.figure.axes:
             texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
             for side, (axis, ends) in enumerate(((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))):
                 low, high = sorted(ends)
-                texts += [label for label in axis.get_ticklabels() if low <= label.get_position()[side] <= high]
-            for text in texts:
-                if text.get_text() and text.get_visible():
-                    boxes.append((text.get_text(), text.get_window_extent(renderer)))
+                texts += [tick for tick in axis.get_ticklabels() if low <= tick.get_position()[side] <= high]
+            for label in texts:
+                if label.get_text() and label.get_visible():
+                    boxes.append((label.get_text(), label.get_window_extent(renderer)))
         for text, box in boxes:
             assert box.x0 >= whole.x0 - 1, (plot.name, text)
             assert box.x1 <= whole.x1 + 1, (plot.name, text)
@@ -295,7 +299,7 @@ def test_a_long_curve_shows_the_mean_of_every_step() -> None:
     losses = tuple(float(i % 7) for i in range(1003))
     (plot,) = figures.figures(Report(model="m", series={"loss": losses}))
     (line,) = plot.figure.axes[0].lines
-    steps, means = line.get_data()
+    steps, means = (np.asarray(numbers, dtype=float) for numbers in line.get_data())
     width = math.ceil(len(losses) / figures.MAX_POINTS)
     assert len(means) == math.ceil(len(losses) / width) <= figures.MAX_POINTS
     sizes = [width] * (len(means) - 1) + [len(losses) - width * (len(means) - 1)]

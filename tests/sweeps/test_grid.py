@@ -72,7 +72,7 @@ def checked(**sections: Any) -> tuple[grid.Planned, ...]:
 
 
 def test_a_method_replaces_the_one_before_and_other_sections_are_merged() -> None:
-    base = {
+    base: dict[str, Any] = {
         "model": {"path": "x"},
         "method": {"name": "lsq", "optim": {"schedule": "linear"}, "steps": 3},
         "quant": {"num_bits": 3, "group_size": 32, "overrides": {"*.q_proj": {"num_bits": 8}}},

@@ -205,7 +205,9 @@ def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
     assert "2. nobody/qtool-no-such-model is not at hand" in text
     assert "| hub | generated perplexity | 5.25 | not run |  | a paper |" in text
     ours = outcome.report.cells[0].expected[0]
-    assert ours.difference == pytest.approx(outcome.report.cells[0].results[0].value - 5.25)
+    measured = outcome.report.cells[0].results[0].value
+    assert measured is not None
+    assert ours.difference == pytest.approx(measured - 5.25)
 
 
 def test_reports_alone_are_enough_for_what_is_done(
@@ -232,7 +234,9 @@ def test_speed_is_measured_once_and_stands_in_the_table(
     assert len(ran) == 2
     header, _, row = outcome.report.cell_rows()
     cells = dict(zip(header, row, strict=True))
-    speed = outcome.report.cells[0].bench.variant("fast").speeds["decode, batch 1"].tokens_per_second
+    measured = outcome.report.cells[0].bench
+    assert measured is not None
+    speed = measured.variant("fast").speeds["decode, batch 1"].tokens_per_second
     assert cells["decode tokens/s"].startswith(f"{speed:.4g} (")
     assert cells["decode J/token"] == "not measured"
     assert any(line.startswith("energy") for line in outcome.report.notes())
