@@ -1,11 +1,11 @@
-"""Logits, and tokens of a text, of a GGUF folder as llama.cpp computes them.
+"""Logits of a GGUF folder, and tokens of a text, as llama.cpp computes them.
 
 Run by an interpreter that has llama-cpp-python and safetensors:
 
     <python of that environment> witness_gguf.py FOLDER WITNESS.safetensors [--text FILE]
 
 The written file holds `tokens` int64 [1, t], `logits` float32 [1, t, vocabulary], and with `--text` the `text_tokens`
-int64 [n] that llama.cpp makes of the file. llama.cpp rounds what a quantized linear reads to 8 bits.
+int64 [n] that llama.cpp makes of the file. llama.cpp rounds inputs of quantized linears to 8 bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is on disk is what was quantized, and its size is the formula's."""
+"""Native checkpoints: the tensors on disk are the quantized ones, and their size follows the formula."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def set_section(folder: Path, **values: object) -> None:
     files.write_json(folder / "config.json", config)
 
 
-# what was written is what is read
+# reading back
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -168,7 +168,7 @@ def test_packed_tensors_on_disk_have_exactly_the_bits_per_weight_of_the_formula(
         payload += size
     weights = sum(rows * columns for rows, columns in shapes.values())
     assert payload * 8 == pytest.approx(sizes.bits_per_weight(source.specs, shapes) * weights, rel=1e-12)
-    # and nothing else is there: the rest of the file is the float tensors, 17 bytes for each linear, and the header
+    # the rest of the file is the float tensors, 17 bytes for each linear, and the header
     rest = sum(source.tensor(name).nbytes for name in source.float_names()) + 17 * len(shapes)
     file = tmp_path / "out" / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -181,7 +181,7 @@ def test_three_bits_take_three_eighths_of_a_byte() -> None:
     assert QuantSpec(num_bits=8, group_size=-1, scale_dtype="float32").bits_per_weight(64) == 8.5
 
 
-# the section of config.json
+# quantization_config in config.json
 
 specs = st.builds(
     QuantSpec,

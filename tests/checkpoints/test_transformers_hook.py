@@ -124,7 +124,7 @@ def test_logits_are_those_of_the_float_model_with_dequantized_weights(native: Na
         layer = nn.Linear(weight.shape[1], weight.shape[0], old.bias is not None)
         layer.weight = nn.Parameter(weight)
         if old.bias is not None:
-            layer.bias = old.bias  # type: ignore[assignment]
+            layer.bias = old.get_parameter("bias")
         replace_linear(dense, name, layer)
     assert torch.equal(tiny.logits(dense), native.logits)
 
@@ -188,7 +188,7 @@ def test_a_copy_of_the_model_computes_the_same(llama: Native) -> None:
 
 def test_weights_stay_packed_in_memory(native: Native) -> None:
     model = native.load(dtype=torch.float32)
-    tiny.logits(model)  # a forward must not expand them for good
+    tiny.logits(model)  # a forward must not leave weights expanded
     layers = packed_linears(model)
     assert set(layers) == set(native.specs)
     for name, layer in layers.items():
@@ -206,7 +206,7 @@ def test_weights_stay_packed_in_memory(native: Native) -> None:
 
 
 def llama_specs() -> set[str]:
-    """Names of the linears that are quantized in the Llama with mixed grids."""
+    """Return the names of the quantized linears of the Llama with mixed grids."""
     attention = [f"self_attn.{part}_proj" for part in "qkvo"]
     names = {f"model.layers.{i}.{part}" for i in (0, 1) for part in [*attention, "mlp.gate_proj", "mlp.down_proj"]}
     return names | {"model.layers.0.mlp.up_proj"}
@@ -360,9 +360,9 @@ Fresh = tuple[Path, dict[str, int]]
 
 @pytest.fixture(scope="module")
 def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    """Exit codes of the scripts, each in a Python that has loaded neither qtool nor the models of transformers.
+    """The folder and exit codes of ``SCRIPTS``, run in a Python without qtool and transformers' models.
 
-    They are forked from one that has the slow imports behind it, which are none of the question.
+    Each script runs in a fork of one process that has done the slow imports, to save time.
     """
     folder = tmp_path_factory.mktemp("fresh")
     (folder / "native").symlink_to(llama.folder)
@@ -393,4 +393,4 @@ def test_without_import_qtool_transformers_stops_at_a_size_mismatch(fresh: Fresh
     said = (folder / "without.err").read_text()
     assert codes["without"] != 0, "a random model was given"
     assert "mismatch" in said.lower()
-    assert "torch.Size([1])" in said  # the marker, where a weight was expected
+    assert "torch.Size([1])" in said  # the size of the marker tensor, where a weight was expected

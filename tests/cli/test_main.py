@@ -1,4 +1,4 @@
-"""How the process is set up before the command line is read."""
+"""Settings of the process that are made before the command line is read."""
 
 import gc
 import os

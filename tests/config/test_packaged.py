@@ -10,7 +10,7 @@ import qtool
 from qtool.config import files, plugins, recipe
 
 FOLDER = Path(qtool.__file__).parent / "recipes"
-PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # those are sweeps
+PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # tables are sweeps
 PAPERS = [path for path in PATHS if path.is_relative_to(FOLDER / "papers")]
 GENERATOR = Path(__file__).parents[2] / "scripts" / "make_paper_recipes.py"
 
@@ -35,7 +35,7 @@ def test_it_loads_and_opens_with_what_it_does_and_its_command(path: Path) -> Non
     assert command == f"#   qtool {plugins.get(checked.method.name).command} {name(path)}"
 
 
-# the papers'
+# recipes of papers
 
 
 def test_the_papers_recipes_are_what_their_table_makes() -> None:
@@ -54,7 +54,7 @@ def test_a_paper_s_recipe_says_its_grid_in_its_name_and_its_numbers_where_it_has
     assert checked.eval is not None
     assert ("wikitext2",) in [each.tasks for each in checked.expected] or path.stem.startswith("mistral-7b")
     missing = {task for each in checked.expected for task in each.tasks} - set(checked.eval.tasks)
-    assert missing <= {"c4"}  # of which the report says that it was not evaluated
+    assert missing <= {"c4"}  # the report says that C4 was not evaluated
     lower = {each.metric: each.value for each in checked.expected if each.tasks != ("c4",)}
     assert 3 < lower.get("perplexity", 4) < 13
     assert 0.5 < lower.get("acc", lower.get("acc_norm", 0.6)) < 0.8
@@ -62,7 +62,7 @@ def test_a_paper_s_recipe_says_its_grid_in_its_name_and_its_numbers_where_it_has
 
 @pytest.mark.parametrize("method", ["efficientqat", "lrqat"])
 def test_fewer_bits_and_larger_groups_are_worse_in_the_papers(method: str) -> None:
-    """A slip of the pen in their table would show."""
+    """A typing error in the generator's tables breaks this order."""
     rows: dict[str, dict[str, float]] = {}
     for path in PAPERS:
         expected = recipe.load(path).expected
@@ -76,7 +76,7 @@ def test_fewer_bits_and_larger_groups_are_worse_in_the_papers(method: str) -> No
         assert values == sorted(values)
 
 
-# all
+# all packaged recipes
 
 
 def test_each_has_an_output_of_its_own() -> None:

@@ -41,7 +41,7 @@ output: {path: out}
 
 @pytest.fixture(autouse=True)
 def _demo_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One method and two export formats, so that nothing here depends on the real ones, nor loads torch."""
+    """Replace the plugins by one method and two export formats, so that no test here loads torch."""
     monkeypatch.setattr(plugins, "names", lambda: tuple(METHODS))
     monkeypatch.setattr(plugins, "get", METHODS.__getitem__)
     monkeypatch.setattr(plugins, "export_formats", lambda: ("compressed-tensors", "dense"))
@@ -73,7 +73,7 @@ def test_a_small_recipe_gets_every_default(write: Any) -> None:
     assert checked.quant == QuantConfig()
     assert (checked.eval, checked.export, checked.seed) == (None, (), 0)
     with pytest.raises(ValidationError, match="frozen"):
-        checked.seed = 1  # type: ignore[misc]
+        checked.seed = 1  # type: ignore[misc]  # the refusal is what is tested
 
 
 def test_all_faults_are_listed_at_once_with_key_value_and_nearest_key(write: Any) -> None:

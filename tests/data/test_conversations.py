@@ -1,4 +1,4 @@
-"""Conversations: what of them is learned, how they fill windows, and who gets the labels."""
+"""Conversations: which tokens are learned, how conversations fill windows, and which methods get the labels."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Named sources: what is asked of the hub, and that a file on this machine comes first."""
+"""Named sources: which files are read from the hub, and that local files come first."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def loaded() -> Any:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder that stands for the hub: ``hf://datasets`` and repositories' names are read from below it."""
+    """A folder in place of the hub: ``hf://datasets`` and repository names are read from it."""
     fetch = datasets.load_dataset
     monkeypatch.setattr(hub_module, "_hub_answers", lambda: True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -39,7 +39,7 @@ def no_local_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub does not answer, whatever the machine."""
+    """Make the hub unreachable on every machine."""
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
@@ -78,7 +78,7 @@ def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded: Loa
 
 @pytest.fixture
 def beginning(loaded: LoadedModel) -> LoadedModel:
-    """The same model with a tokenizer that begins every text with a token of its own, number 1."""
+    """The model of ``loaded``, with a tokenizer that begins every text with token 1."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.BUILTIN, bos_token="!")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="!:0 $A", special_tokens=[("!", 1)])
     return dataclasses.replace(loaded, tokenizer=tokenizer, path="tiny")
@@ -154,7 +154,7 @@ def test_rows_of_wikitext2_are_one_text_joined_by_two_newlines(
     write_jsonl(tmp_path / "wikitext2/test.jsonl", [{"text": "short"}])
     with pytest.raises(InputError, match=r"less than one window of 32; lower eval\.context"):
         calibration_windows.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
-    monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)  # many pieces
+    monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)  # the text is tokenized in many pieces
     train = calibration_windows.calibration_tokens(config("wikitext2", 4, 32), loaded, seed=0)
     assert sorted(train.tolist()) == sorted(test[:4].tolist())
 
@@ -206,7 +206,7 @@ def test_generated_text_does_not_depend_on_the_batch(loaded: LoadedModel, monkey
 def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(loaded: LoadedModel) -> None:
     tokens = generated_tokens(loaded, 32, 40, seed=0)
     with torch.no_grad():
-        logits = loaded.model(tokens).logits  # no cache: an independent computation
+        logits = loaded.model(tokens).logits  # computed without a KV cache, to be independent
     logits[..., 0] = -torch.inf
     greedy = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     assert greedy[:, :3].all()

@@ -1,4 +1,4 @@
-"""The measure of what an evaluated text shares with the calibration text, and where a reader learns of it."""
+"""Overlap of evaluated text with calibration text: its measure, and the warnings about it."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def windows(num: int, length: int, seed: int, vocabulary: int = 4096) -> torch.T
 
 
 def plainly(calibration: torch.Tensor, evaluation: torch.Tensor) -> float:
-    """The definition, in words of Python."""
+    """Compute the overlap directly from its definition."""
 
     def runs(tokens: torch.Tensor) -> list[tuple[int, ...]]:
         return [tuple(row[i : i + RUN]) for row in tokens.tolist() for i in range(len(row) - RUN + 1)]
@@ -173,7 +173,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     again = evaluate.evaluate(*asked).report
     assert again.results[0].overlap == 0.5
     assert again.calibration == found.calibration
-    np.save(tmp_path / "same.npy", same.numpy())  # it is not what was used any more
+    np.save(tmp_path / "same.npy", same.numpy())  # no longer the text that calibrated the model
     assert evaluate.evaluate(*asked).report.results[0].overlap is None
 
 
@@ -189,7 +189,7 @@ def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
     alone = evaluate.evaluate(str(tmp_path / "q"), config, model, None, None, 0).report
-    assert alone.results[0].overlap is None  # the model would have to write it again
+    assert alone.results[0].overlap is None  # the generated text is not kept
     assert alone.results[0].note.endswith("same distribution, other text")
 
 

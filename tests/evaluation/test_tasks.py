@@ -1,4 +1,4 @@
-"""Numbers that decide what people ship: each against an independent computation, and honest where there is none."""
+"""Evaluation tasks: each number against an independent computation, and a reason where there is no number."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def needs(*files: str) -> pytest.MarkDecorator:
 def random_llama(seed: int) -> LoadedModel:
     loaded = tiny.with_builtin_tokenizer(seed, 256)
     with torch.no_grad():
-        loaded.model.get_parameter("lm_head.weight").mul_(10)  # logits that are not all alike
+        loaded.model.get_parameter("lm_head.weight").mul_(10)  # spreads the logits
     return loaded
 
 
@@ -63,7 +63,7 @@ def nothing_local(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A data folder of our own with a little of everything."""
+    """A data folder with a few rows of several data sets."""
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
@@ -138,7 +138,7 @@ def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tenso
 
 @needs("wikitext2/test.jsonl")
 def test_the_built_in_model_on_the_first_windows_of_wikitext2() -> None:
-    """The full number, 34.07 over 417 windows, is the slow test below; these two are enough to see a change."""
+    """Two windows are enough to see a change; the slow test below has all 417."""
     loaded = tiny.load(tiny.BUILTIN)
     [row] = evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_our_own_tasks_do_not_import_lm_eval(
 
 
 def directly(loaded: LoadedModel, task: str, num_fewshot: int | None, limit: int) -> Any:
-    """lm-eval's own ``simple_evaluate``, called as its documentation says; only the data is redirected."""
+    """Return the results of lm-eval's own ``simple_evaluate``; only its data is redirected."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -281,7 +281,7 @@ def test_mmlu_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> Non
 def test_a_subject_of_mmlu_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> None:
     [score] = harness.run(loaded, "mmlu_anatomy", 5, 8, "auto", "mmlu_anatomy")
     assert score.measured.value == directly(loaded, "mmlu_anatomy", 5, 8)["mmlu_anatomy"]["acc,none"]
-    assert "cut from the left" in score.note  # 5 examples and 256 tokens of context
+    assert "cut from the left" in score.note  # 5 examples do not fit 256 tokens
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
 
 
 def in_file(out: Path) -> dict[str, object]:
-    """The type of each tensor of a file, by its name there."""
+    """Return the type of each tensor in the file, by its name there."""
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
 
 
@@ -120,7 +120,7 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
         assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
 
 
-# what transformers, which shares nothing with us, makes of the file
+# transformers' own reader of GGUF
 
 
 def as_transformers_reads(out: Path) -> torch.nn.Module:
@@ -173,7 +173,7 @@ def test_rows_and_biases_of_query_and_key_pair_neighbours_in_llama_only(tmp_path
         out = exported(folder, "gguf", at / "out")
         stored = {t.name: t for t in gguf.GGUFReader(out / "model.gguf").tensors}
         source = Source(folder)
-        # a head of 16 rows is two halves, whose rows alternate
+        # GGUF interleaves the rows of the two halves of each head of 16
         order = [16 * head + half * 8 + i for head in range(4) for i in range(8) for half in range(2)]
         order = order if family != "qwen2" else list(range(64))
         name = "model.layers.0.self_attn.q_proj"
@@ -335,10 +335,10 @@ def test_a_scaled_rotary_embedding_is_refused_where_the_engine_does_not_read_it(
     )
 
 
-def tokenizer_with(folder: Path, change: object) -> Path:
+def tokenizer_with(folder: Path, change: Callable[[Any], object]) -> Path:
     file = folder / "tokenizer.json"
     found = json.loads(file.read_text())
-    change(found)  # type: ignore[operator]
+    change(found)
     write_json(file, found)
     return folder
 
@@ -352,7 +352,9 @@ def tokenizer_with(folder: Path, change: object) -> Path:
         lambda found: found.update(normalizer={"type": "Lowercase"}),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(change: object, native: Natives, tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(
+    change: Callable[[Any], object], native: Natives, tmp_path: Path
+) -> None:
     folder = tokenizer_with(tiny.copied(native(), tmp_path / "q"), change)
     assert "its tokenizer prepares text in a way that has no known name in llama.cpp" in refusal(
         folder, tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Thirteen families of tiny random models pass one contract, and linears get the grids that are asked for."""
+"""Tiny random models of every family pass one contract, and linears get the grids of the recipe."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from qtool.system.errors import InputError
 
 WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3")
 TIED = ("smollm", "smollm3", "gemma2", "gemma3", "opt", "gpt2", "falcon", "falcon_new", "falcon_alibi")
-BIASED = {  # linears with a bias: in every block
+BIASED = {  # family -> linears that have a bias, in every block
     "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
     "qwen2": "q_proj k_proj v_proj",
     "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
@@ -53,8 +53,8 @@ FOLDS = dict.fromkeys(CONFIGS, LLAMA_FOLDS) | {
     "opt": {"self_attn_layer_norm": QKV, "v_proj": "out_proj", "final_layer_norm": "fc1", "fc1": "fc2"},
     "gpt_neox": FALCON_FOLDS,
     "gpt2": {"ln_1": "c_attn", "ln_2": "c_fc"},
-    "smollm": LLAMA_FOLDS | {"v_proj": "o_proj"},  # all heads have keys and values of their own
-    "olmo2": {"v_proj": "o_proj", "up_proj": "down_proj"},  # its norms come after the linears
+    "smollm": LLAMA_FOLDS | {"v_proj": "o_proj"},  # no grouped queries: every head has its own keys and values
+    "olmo2": {"v_proj": "o_proj", "up_proj": "down_proj"},  # OLMo 2's norms come after the linears
     "falcon": {"input_layernorm": "query_key_value dense_h_to_4h"},
     "falcon_new": {"ln_attn": "query_key_value", "ln_mlp": "dense_h_to_4h"},
     "falcon_alibi": FALCON_FOLDS,
@@ -63,7 +63,7 @@ FOLDS = dict.fromkeys(CONFIGS, LLAMA_FOLDS) | {
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedModel]:
-    """The float model of a family, written to disk and loaded once; never change it."""
+    """The float model of a family, loaded from disk once; never change it."""
     made: dict[str, LoadedModel] = {}
 
     def get(name: str) -> LoadedModel:
@@ -100,7 +100,7 @@ def last(name: str) -> str:
 
 
 def float_tasks(loaded: LoadedModel, tokens: Tensor, visit: Callable[[BlockTask], None]) -> None:
-    """``visit`` each block with its targets, and leave it as ``visit`` does."""
+    """Call ``visit`` for each block and leave the block as ``visit`` changed it."""
     targets = loaded.targets(W4)
     run_blocks(
         loaded, tokens, [], lambda task: visit(replace(task, targets=[t for t in targets if t.block == task.index]))
@@ -125,7 +125,7 @@ def test_every_linear_of_every_block_is_a_target_and_runs_in_known_groups(
 
 
 def test_the_block_walk_is_the_plain_forward(loaded: LoadedModel, tokens: Tensor) -> None:
-    """Each block is fed what the model itself feeds it, and called as the model calls it; bit for bit."""
+    """Each block gets the inputs and arguments that the model itself gives it, bit for bit."""
     plain: list[tuple[Tensor, Tensor]] = []
 
     def record(block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
@@ -155,7 +155,7 @@ def test_the_block_walk_is_the_plain_forward(loaded: LoadedModel, tokens: Tensor
 def test_the_window_of_sliding_attention_is_in_force(
     original: LoadedModel, loaded: LoadedModel, tokens: Tensor
 ) -> None:
-    """Without this the equality of walk and forward would not show that masks differ from block to block."""
+    """Else the equality of block walk and forward would not show that each block gets its own mask."""
     first: list[Tensor] = []
 
     def outputs(task: BlockTask) -> None:
@@ -195,7 +195,7 @@ def test_after_rtn_every_target_is_packed_and_nothing_else_changed(
 
 
 def test_gptq_runs_and_is_not_rtn(loaded: LoadedModel, original: LoadedModel, tokens: Tensor) -> None:
-    """Each linear's own output error is lower than that of round-to-nearest on the first block, which shares inputs."""
+    """On the first block, where inputs are equal, each linear's output error is below round-to-nearest's."""
     config = gptq.Config(range="minmax")
     gptq.run(loaded, tokens, W4, config, 0)
     packed = packed_linears(loaded.model)
@@ -289,7 +289,7 @@ def test_overrides_choose_the_grid_by_name_and_later_ones_win(llama: LoadedModel
         "*.down_proj": {"num_bits": 8, "symmetric": False},
         "model.layers.1.*": {"skip": True},
         "model.layers.1.self_attn.q_proj": {"skip": False, "group_size": -1},
-        "*.k_proj": {"symmetric": False},  # says nothing about skipping
+        "*.k_proj": {"symmetric": False},  # an override that does not mention skip
     }
     targets = llama.targets(QuantConfig(num_bits=4, group_size=16, overrides=overrides))
     labels = {target.name.removeprefix("model.layers."): target.spec.label() for target in targets}

@@ -1,4 +1,4 @@
-"""Products of float32 matrices: the library that is chosen never costs precision, and sums of x^T x are right."""
+"""Products of float32 matrices: the chosen library never costs precision, and sums of ``x^T x`` are right."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ CUDA_MATMUL: Any = torch.backends.cuda.matmul
 
 @pytest.fixture(autouse=True)
 def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process as it was before anything was chosen, and afterwards as this test found it."""
+    """Reset the process to before any choice of a library, and restore its settings after the test."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
     monkeypatch.setattr(matmul, "_left", "none")
@@ -82,7 +82,7 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_statistics_are_products_of_what_the_inputs_are_and_settings_stay(dtype: torch.dtype) -> None:
-    """However a machine multiplies: 2/n sum x x^T to the precision of float32 sums, of bfloat16 inputs and others."""
+    """``2/n sum x x^T`` has the precision of float32 sums on every machine, for bfloat16 inputs too."""
     x = correlated_inputs(2048, 256, seed=3).to(dtype)
     before = MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision
     hessian = collect(Stage([], [x], None), gptq.Config()).hessian

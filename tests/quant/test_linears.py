@@ -1,4 +1,4 @@
-"""The two linear layers: gradients are the closed forms, and freezing, loading and moving change no bit."""
+"""Trained and packed linears: gradients are the closed forms; freezing, loading and casting change no bit."""
 
 import copy
 
@@ -19,7 +19,7 @@ from qtool.quant.trained_linear import QuantLinear
 
 
 def clipping_layer(spec: QuantSpec, seed: int = 0) -> QuantLinear:
-    """A layer whose range is too small and whose zero points are off the integers."""
+    """Return a layer whose range is too small and whose zero points are no integers."""
     layer = QuantLinear(make_weight(3, 32, "normal", 0.1, seed), torch.zeros(3), spec)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def clipping_layer(spec: QuantSpec, seed: int = 0) -> QuantLinear:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale_dtype", sorted(SCALE_BITS))
 def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, scale_dtype: str) -> None:
-    """LSQ's for the scale, one inside the grid for the weight, ``-s`` outside it for the zero point."""
+    """Scale: LSQ's gradient. Weight: one inside the grid. Zero point: ``-s`` outside the grid."""
     spec = QuantSpec(num_bits=bits, group_size=16, symmetric=symmetric, scale_dtype=scale_dtype)
     layer = clipping_layer(spec)
     upstream = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
@@ -76,7 +76,7 @@ def test_every_trainable_parameter_moves(symmetric: bool) -> None:
 
 
 def trained_layer(case: Case, seed: int = 0) -> QuantLinear:
-    """What training leaves: weights, scales and zero points off anything that can be stored, some far outside."""
+    """Return a layer as after training: no scale or zero point has a value that can be stored, some are far off."""
     weight, spec = case
     layer = QuantLinear(weight, torch.linspace(-1, 1, weight.shape[0]), spec)
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ def test_packed_layers_keep_the_funnel(case: Case) -> None:
 
 @given(cases(-3, 2))
 def test_a_packed_layer_survives_a_change_of_precision(case: Case) -> None:
-    """``model.half()`` and its like move biases and must not touch a stored scale."""
+    """``model.half()`` and similar calls cast biases and must not cast a stored scale."""
     layer = PackedLinear.from_quantized(rounded_to_nearest(*case), torch.ones(case.weight.shape[0]))
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     model = nn.Sequential(layer)

@@ -1,4 +1,4 @@
-"""The page of a report: complete, readable for everyone, the same every time, and without anything from outside."""
+"""The HTML page of a report: complete, accessible, deterministic, and without external resources."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def linears(name: str = "model.layers", blocks: int = 3) -> tuple[Linear, ...]:
 
 
 def full(name: str = "some/model") -> Report:
-    """A report with everything in it; ``name`` is wherever a name is."""
+    """Return a report in which every field is set; ``name`` stands wherever a name can."""
     return Report(
         model=name,
         quantized=f"out/{name}",
@@ -81,7 +81,7 @@ def alone() -> Report:
 
 
 def broken() -> Report:
-    """NaN and infinity in every place that can hold one."""
+    """Return a report with NaN or infinity in every field that can hold one."""
     bad = (math.nan, math.inf)
     return full().model_copy(
         update={
@@ -123,7 +123,7 @@ def report(request: pytest.FixtureRequest) -> Report:
 
 @pytest.fixture
 def made(report: Report) -> str:
-    """The page; made once for each report."""
+    """The page of ``report``."""
     name = next(name for name, each in REPORTS.items() if each is report)
     if name not in pages:
         pages[name] = html.html(report, figures.figures(report))
@@ -288,7 +288,7 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
 
 @pytest.mark.parametrize(
     ("every", "count", "expected"),
-    [(3, 3, [0, 3, 4]), (2, 3, [0, 2, 4]), (0, 2, [0, 4]), (1, 3, [0, 2, 4])],  # the last: not of this recipe
+    [(3, 3, [0, 3, 4]), (2, 3, [0, 2, 4]), (0, 2, [0, 4]), (1, 3, [0, 2, 4])],  # the last: counts that differ
 )
 def test_validations_stand_at_their_steps(every: int, count: int, expected: list[float]) -> None:
     report = Report(model="m", lock={"method": {"validate_every": every}})

@@ -1,4 +1,4 @@
-"""The report: what it says, what it leaves out, and that it survives the disk."""
+"""The report: its content in JSON, Markdown and on the terminal."""
 
 import io
 import json
