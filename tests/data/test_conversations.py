@@ -18,6 +18,7 @@ from qtool.config.sections import IGNORED, DataConfig
 from qtool.data import conversations, sources, windows
 from qtool.data.conversations import encode, messages_of, pack
 from qtool.methods import rtn
+from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize
 from qtool.pipelines.run_state import RunState
 from qtool.system import progress
@@ -222,7 +223,7 @@ def test_windows_in_which_nothing_is_learned_are_left_out_and_counted(capsys: py
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Any:
+def loaded() -> LoadedModel:
     return tiny.with_builtin_tokenizer(0, 128)
 
 
@@ -233,7 +234,9 @@ def config(source: object, num_samples: int = 4, seq_len: int = 32) -> DataConfi
 ROWS = [qa(f"Question number {i}?", f"Answer {i}, and no more than that, whatever is asked.") for i in range(60)]
 
 
-def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed(loaded: Any, tmp_path: Path) -> None:
+def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     first = windows.calibration(config(path), loaded, 0)
     assert first.labels is not None
@@ -248,7 +251,7 @@ def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed
     assert torch.equal(windows.calibration_tokens(config(path), loaded, 0), first.tokens)
 
 
-def test_parquet_gives_the_same_conversations(loaded: Any, tmp_path: Path) -> None:
+def test_parquet_gives_the_same_conversations(loaded: LoadedModel, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -260,7 +263,7 @@ def test_parquet_gives_the_same_conversations(loaded: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["alpaca", "deita"])
 def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
-    name: str, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[dict[str, Any]] = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}, {i}."} for i in range(90)]
     if name == "deita":
@@ -285,7 +288,7 @@ def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
     assert windows.token_hash(*local) == windows.token_hash(*remote)
 
 
-def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) -> None:
+def test_too_few_conversations_are_told_in_numbers(loaded: LoadedModel, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS[:4])
     with pytest.raises(
         InputError, match=r"window\(s\) of 32 tokens were found in 4 conversation\(s\), and 99 are needed"
@@ -293,7 +296,7 @@ def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) 
         windows.calibration(config(path, 99), loaded, 0)
 
 
-def test_a_row_without_a_conversation_is_told_with_its_line(loaded: Any, tmp_path: Path) -> None:
+def test_a_row_without_a_conversation_is_told_with_its_line(loaded: LoadedModel, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [ROWS[0], {"text": "x"}])
     with pytest.raises(InputError, match=r"a\.jsonl: line 2 has no conversation"):
         windows.calibration(config(path), loaded, 0)

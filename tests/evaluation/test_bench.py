@@ -20,6 +20,7 @@ from qtool.config.sections import ModelConfig
 from qtool.evaluation import bench
 from qtool.evaluation.bench import Plan
 from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.reports import bench_report
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Variant
 from qtool.system import energy
@@ -120,7 +121,7 @@ def test_the_report_survives_json(report: BenchReport) -> None:
 # timed work
 
 
-def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: Any) -> None:
+def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: LoadedModel) -> None:
     calls: list[tuple[torch.Size, int]] = []
     prompt = tiny.probe()
     with torch.inference_mode():

@@ -19,7 +19,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation import contamination
 from qtool.evaluation.contamination import relation
 from qtool.pipelines import evaluate, quantize
-from qtool.reports.records import ALARM, RUN, CalibrationText, Metric, task_result
+from qtool.reports.records import ALARM, RUN, CalibrationText, Metric, TaskResult, task_result
 from qtool.reports.report import Report
 
 
@@ -91,11 +91,11 @@ def test_the_same_distribution_is_a_note_whatever_the_overlap(source: str, task:
 # ------------------------------------------------------------------------------------------------ the report
 
 
-def row(task: str, metric: str, share: float | None) -> Any:
+def row(task: str, metric: str, share: float | None) -> TaskResult:
     return task_result(task, metric, Metric(value=3.0, stderr=0.1, n=10), None, overlap=share)
 
 
-def report(*rows: Any) -> Report:
+def report(*rows: TaskResult) -> Report:
     text = CalibrationText(source="a.jsonl", num_samples=8, seq_len=32)
     return Report(model="m", quantized="q", calibration=text, results=rows)
 

@@ -286,7 +286,7 @@ def test_every_trainable_parameter_moves(config: RoundingConfig, symmetric: bool
 # ------------------------------------------------------------------------------------------------------------ SEQ
 
 
-def seq_spec(bits: Any, group_size: int = -1) -> QuantSpec:
+def seq_spec(bits: int, group_size: int = -1) -> QuantSpec:
     return QuantSpec(num_bits=bits, group_size=group_size, symmetric=False, float_zero=True, scale_dtype="float32")
 
 
