@@ -1,7 +1,7 @@
 """Write the recipes below ``qtool/recipes/papers``: the settings of two papers, and their numbers beside them.
 
-Every recipe is written out in full, so that a reader of one sees all of its run; this file holds what they have in
-common. Run it after a change here, and commit what it wrote; a test compares.
+Every recipe is written out in full, so that a reader of one sees all of its run; this file holds what they share.
+After a change here, run this script and commit the recipes; a test compares both.
 
     python scripts/make_paper_recipes.py
 
@@ -105,23 +105,23 @@ LRQAT: dict[tuple[int, int], dict[str, tuple[float, float]]] = {
 
 
 def label(num_bits: int, group_size: int) -> str:
-    """``w2g64``, or ``w4pc`` for one scale in each row."""
+    """Return the short name of a grid: ``w2g64``, or ``w4pc`` for one scale in each row."""
     return f"w{num_bits}pc" if group_size == -1 else f"w{num_bits}g{group_size}"
 
 
 def entry(tasks: tuple[str, ...], metric: str, value: float, source: str) -> str:
-    """One published number; accuracies come in per cent and are written as shares."""
+    """Return the YAML entry of one published number; accuracies are given in per cent and written as shares."""
     written = f"{value / 100:.4f}" if metric.startswith("acc") else f"{value}"
     return f"  - tasks: [{', '.join(tasks)}]\n    metric: {metric}\n    value: {written}\n    source: {source}\n"
 
 
 def expected(entries: list[str]) -> str:
-    """The section of published numbers, or nothing."""
+    """Return the section of published numbers, empty if there are none."""
     return "\nexpected:\n" + "".join(entries) if entries else ""
 
 
 def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
-    """The recipe of one model and grid in EfficientQAT's paper, or as it would have been."""
+    """Return EfficientQAT's recipe for a model and a grid, by the settings of its paper."""
     found = EFFICIENTQAT[num_bits, group_size].get(model.name)
     rate = "2e-5" if num_bits == 2 else "1e-5"
     name = f"{model.name}-{label(num_bits, group_size)}"
@@ -194,7 +194,7 @@ seed: 2
 
 
 def lrqat(model: Model, num_bits: int, group_size: int) -> str:
-    """The recipe of one row of LR-QAT's Table 4."""
+    """Return the recipe of one row of LR-QAT's Table 4."""
     perplexity, accuracy = LRQAT[num_bits, group_size][model.name]
     name = f"{model.name}-{label(num_bits, group_size)}"
     table = "arXiv 2406.06385, Table 4"
@@ -260,7 +260,7 @@ seed: 1000
 
 
 def recipes() -> dict[Path, str]:
-    """Every recipe by its file below ``qtool/recipes/papers``."""
+    """Return every recipe, by its file below ``qtool/recipes/papers``."""
     made = {}
     for num_bits, group_size in EFFICIENTQAT:
         for model in MODELS:
@@ -275,7 +275,7 @@ def recipes() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write them all; those that are not made here any more are named and left."""
+    """Write all recipes; name, and keep, files that this script does not make."""
     made = recipes()
     for file, text in made.items():
         (FOLDER / file).parent.mkdir(parents=True, exist_ok=True)

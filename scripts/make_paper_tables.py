@@ -2,8 +2,8 @@
 
 A cell of a paper's own method is one of its packaged recipes, numbers and all. A rival is the same recipe with another
 ``method`` section, 128 calibration windows where it does not train, and the rival's published numbers. Numbers of
-methods that are not here (OmniQuant, QuIP#, PEQA, ...) and of models that have no recipe (Llama 1) are left out. Run it
-after a change here, and commit what it wrote; a test compares.
+methods that qtool lacks (OmniQuant, QuIP#, PEQA, ...) and of models that have no recipe (Llama 1) are left out. After a
+change here, run this script and commit the tables; a test compares both.
 
     python scripts/make_paper_tables.py
 """
@@ -21,29 +21,32 @@ FOLDER = Path(__file__).parents[1] / "qtool" / "recipes" / "tables"
 L27, L213, L270, L38, M7 = "llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b", "mistral-7b"
 PERPLEXITY = ("wikitext2",)
 C4 = ("c4",)
-RIVAL = {"data.num_samples": "128"}  # windows for a method that calibrates and does not train
+RIVAL = {"data.num_samples": "128"}  # calibration windows of a method that does not train
 
-Numbers = dict[str, float]  # by model
+Numbers = dict[str, float]  # model -> published number
+Published = dict[tuple[tuple[str, ...], str], Numbers]  # tasks and metric -> numbers
 EQ_MODELS = (L27, L213, L270, L38)
 LR_MODELS = (L27, L213, L38, M7)
 
 
 class Rival(NamedTuple):
-    """A method beside the paper's own: its changes to the recipe, and what was published of it, by tasks and metric."""
+    """A method beside the paper's own: its changes to the recipe, and its published numbers."""
 
     name: str
     changes: dict[str, str]
-    published: dict[tuple[tuple[str, ...], str], Numbers]
+    published: Published
 
 
 def by_model(models: Iterable[str], values: Iterable[float | None]) -> Numbers:
-    """The published numbers of a row, without its gaps."""
+    """Return the published numbers of a row, without its gaps."""
     return {model: value for model, value in zip(models, values, strict=True) if value is not None}
 
 
-def eq_rival(name: str, method: str, perplexity: list[float] | None, c4: list[float] | None, acc: list[float | None]):
-    """A row of EfficientQAT's tables: Llama-2 7B, 13B, 70B and Llama-3 8B."""
-    published = {(FIVE, "acc"): by_model(EQ_MODELS, acc)}
+def eq_rival(
+    name: str, method: str, perplexity: list[float] | None, c4: list[float] | None, acc: list[float | None]
+) -> Rival:
+    """Return a row of EfficientQAT's tables; columns are Llama-2 7B, 13B, 70B and Llama-3 8B."""
+    published: Published = {(FIVE, "acc"): by_model(EQ_MODELS, acc)}
     if perplexity is not None and c4 is not None:
         before = {
             (PERPLEXITY, "perplexity"): by_model(EQ_MODELS, perplexity),
@@ -66,7 +69,7 @@ EQ_RIVALS: dict[tuple[int, int], list[Rival]] = {
     ],
 }
 
-# Llama-2 7B, 13B, Llama-3 8B, Mistral 7B: WikiText-2 perplexity, mean accuracy in per cent
+# bits and group -> WikiText-2 perplexity, mean accuracy in per cent; columns: Llama-2 7B, 13B, Llama-3 8B, Mistral 7B
 LR_RTN: dict[tuple[int, int], tuple[list[float], list[float]]] = {
     (4, -1): ([6.14, 5.21, 7.53, 5.91], [68.88, 71.73, 72.19, 73.44]),
     (4, 128): ([5.78, 5.04, 6.96, 5.49], [69.75, 72.94, 72.30, 75.07]),
@@ -108,14 +111,14 @@ LSQ = """
       optim: {betas: [0.9, 0.95], schedule: linear, final_share: 0.0, warmup_share: 0.1, max_grad_norm: 1.0, \
 accumulation: 8}"""
 
-# activations and keys and values: Llama-2 7B, 13B; WikiText-2 perplexity, mean accuracy in per cent; RTN, then LR-QAT
+# grid -> preset, then perplexity and accuracy (per cent) of RTN and of LR-QAT; columns: Llama-2 7B, 13B
 TABLE_5: dict[str, tuple[str, list[float], list[float], list[float], list[float]]] = {
     "w4a8kv8": ("a8", [6.17, 5.23], [68.55, 71.54], [5.67, 5.04], [69.32, 73.18]),
     "w4a8kv4": ("a8kv4", [6.85, 5.78], [65.16, 67.06], [5.90, 5.24], [69.84, 71.65]),
     "w4a4kv4": ("a4kv4", [18.98, 11.37], [51.75, 55.07], [8.46, 7.15], [58.98, 62.65]),
 }
 
-# of Llama-2 7B at w2g64: the mean of two perplexities, mean accuracy in per cent
+# variant of Llama-2 7B at w2g64 -> changes, mean of two perplexities, mean accuracy in per cent
 ABLATION: dict[str, tuple[dict[str, str], float, float]] = {
     "rtn": ({"method": "{name: rtn}"}, 453.49, 40.69),
     "block-ap": ({"method.e2e.steps": "0"}, 8.53, 58.99),
@@ -129,13 +132,13 @@ ABLATION: dict[str, tuple[dict[str, str], float, float]] = {
 
 
 def entry(tasks: tuple[str, ...], metric: str, value: float, source: str) -> str:
-    """A published number in one line; accuracies come in per cent and are written as shares."""
+    """Return a published number as one line of YAML; accuracies are given in per cent and written as shares."""
     written = f"{value / 100:.4f}" if metric.startswith("acc") else f"{value:g}"
     return f"      - {{tasks: [{', '.join(tasks)}], metric: {metric}, value: {written}, source: '{source}'}}\n"
 
 
 def cell(name: str, columns: dict[str, str], recipe: str, changes: dict[str, str], published: list[str]) -> str:
-    """One cell; with ``published`` in the place of the recipe's own numbers, where there are any."""
+    """Return one cell; ``published`` replaces the recipe's own numbers, if it is not empty."""
     shown = ", ".join(f"{key}: {value}" for key, value in columns.items())
     lines = [f"  {name}:\n    columns: {{{shown}}}\n    recipe: {recipe}\n"]
     lines += [f"    {key}:{' ' if not value.startswith(chr(10)) else ''}{value}\n" for key, value in changes.items()]
@@ -143,7 +146,7 @@ def cell(name: str, columns: dict[str, str], recipe: str, changes: dict[str, str
 
 
 def rival_cell(paper: str, model: str, grid: str, rival: Rival, sources: dict[str, str]) -> str:
-    """A cell of another method than the paper's own."""
+    """Return the cell of a rival of the paper's own method."""
     published = [
         entry(tasks, metric, numbers[model], sources[metric])
         for (tasks, metric), numbers in rival.published.items()
@@ -154,7 +157,7 @@ def rival_cell(paper: str, model: str, grid: str, rival: Rival, sources: dict[st
 
 
 def efficientqat() -> str:
-    """Both of EfficientQAT's tables of weight-only quantization."""
+    """Return both of EfficientQAT's tables of weight-only quantization."""
     cells = []
     for (num_bits, group_size), own in EFFICIENTQAT.items():
         grid = label(num_bits, group_size)
@@ -181,7 +184,7 @@ cells:
 
 
 def ablation() -> str:
-    """EfficientQAT's ablations that our keys can name."""
+    """Return EfficientQAT's ablations, as far as recipe keys can express them."""
     source = "arXiv 2407.11062, ablations"
     cells = []
     for name, (changes, perplexity, accuracy) in ABLATION.items():
@@ -201,7 +204,7 @@ cells:
 
 
 def lrqat_4() -> str:
-    """LR-QAT's Table 4."""
+    """Return LR-QAT's Table 4."""
     table = "arXiv 2406.06385, Table 4"
     sources = dict.fromkeys(("perplexity", "acc_norm"), table)
     cells = []
@@ -223,7 +226,7 @@ def lrqat_4() -> str:
             ),
         ]
         if key in LR_AWQ:
-            numbers = {(PERPLEXITY, "perplexity"): by_model((L27, L213), LR_AWQ[key])}
+            numbers: Published = {(PERPLEXITY, "perplexity"): by_model((L27, L213), LR_AWQ[key])}
             rivals.append(Rival("awq", {"method": "{name: awq}", **RIVAL}, numbers))
         if key in LR_LSQ:
             perplexity, accuracy = LR_LSQ[key]
@@ -250,7 +253,7 @@ cells:
 
 
 def lrqat_5() -> str:
-    """LR-QAT's Table 5."""
+    """Return LR-QAT's Table 5."""
     table = "arXiv 2406.06385, Table 5"
     cells = []
     for grid, (preset, *rows) in TABLE_5.items():
@@ -275,7 +278,7 @@ cells:
 
 
 def tables() -> dict[str, str]:
-    """Every table by the name of its file."""
+    """Return every table, by the name of its file."""
     return {
         "efficientqat.yaml": efficientqat(),
         "efficientqat-ablation.yaml": ablation(),
@@ -285,7 +288,7 @@ def tables() -> dict[str, str]:
 
 
 def main() -> int:
-    """Write them all."""
+    """Write all tables."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, text in tables().items():
         (FOLDER / name).write_text(text, encoding="utf-8")

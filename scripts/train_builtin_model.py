@@ -37,12 +37,12 @@ if TYPE_CHECKING:  # loaded later: bad input should not wait for them
     from transformers import LlamaForCausalLM
 
 END_OF_TEXT = "<|endoftext|>"
-# options that a resumed run may change: they move no weight and no loss
+# options that may change when a run is resumed: they affect neither weights nor losses
 FREE_OPTIONS = ("text", "out", "heldout", "tokenizer", "note", "checkpoint_every")
 
 
 class InputError(Exception):
-    """Something the user can put right; shown without a traceback."""
+    """An error that the user can correct; shown without a traceback."""
 
 
 def parse_args() -> Namespace:
@@ -51,7 +51,7 @@ def parse_args() -> Namespace:
     add("text", type=Path, help="training text, UTF-8, .txt or .txt.xz")
     add("--out", type=Path, required=True, help="folder to write; must not exist yet")
     add("--heldout", type=Path, required=True, help="text of the same kind, not part of TEXT, to measure on")
-    add("--heldout-windows", type=int, default=64, help="windows of it to measure on, from its start (%(default)s)")
+    add("--heldout-windows", type=int, default=64, help="windows to measure on, its first ones (%(default)s)")
     add("--separator", default=r"\n\n\n", help="between two documents; \\n and \\t are understood (%(default)s)")
     add("--tokenizer", type=Path, help="tokenizer.json, or a folder with one (default: train one on TEXT)")
     add("--vocab", type=int, default=4096, help="size of the tokenizer to train (%(default)s)")
@@ -68,18 +68,18 @@ def parse_args() -> Namespace:
     length.add_argument("--tokens", type=int, help="tokens to train on, instead of --steps; rounded up to full steps")
     add("--muon-lr", type=float, default=0.02, help="learning rate of the matrices of the blocks (%(default)s)")
     add("--adamw-lr", type=float, default=3e-3, help="learning rate of everything else (%(default)s)")
-    add("--decay", type=float, default=0.4, help="share of the steps in which the rates fall (%(default)s)")
-    add("--seed", type=int, default=0, help="of the first weights and the order of the windows (%(default)s)")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the matmuls (%(default)s)")
+    add("--decay", type=float, default=0.4, help="share of the steps with falling learning rates (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of initial weights and window order (%(default)s)")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="precision of matrix products (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (%(default)s)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads; they fix the last bits (%(default)s)")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads; affect the last bits (%(default)s)")
     add("--checkpoint-every", type=int, default=100, help="steps between checkpoints and measurements (%(default)s)")
     add("--note", default="", help="sentence for the model card: source and licence of the text")
     return parser.parse_args()
 
 
 def option_faults(args: Namespace) -> list[str]:
-    """All that is wrong with the options, before any file is opened."""
+    """Return all faults of the options; no file is opened for it."""
     numbers = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
     if small := [k for k, value in numbers.items() if value < 0 or (value == 0 and k not in ("decay", "seed"))]:
         return [f"--{name.replace('_', '-')} is {numbers[name]}, which is too small" for name in small]
@@ -98,7 +98,7 @@ def option_faults(args: Namespace) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, .txt or .txt.xz, with its line ends as they are."""
+    """Read a UTF-8 file, .txt or .txt.xz, and keep its line ends."""
     try:
         raw = path.read_bytes()
         return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
@@ -116,7 +116,7 @@ def check_amount(found: int, unit: str, name: str, args: Namespace) -> None:
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE tokenizer that splits digits; ``<|endoftext|>`` is token 0."""
+    """Train a byte-level BPE tokenizer that splits digits; ``<|endoftext|>`` is token 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -134,7 +134,7 @@ def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file or a folder, checked to know ``<|endoftext|>``."""
+    """Load the tokenizer in a file or a folder; it must know ``<|endoftext|>``."""
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -150,27 +150,27 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The documents of ``text`` that are not blank."""
+    """Return the documents of ``text`` that are not blank."""
     mark = separator.replace(r"\n", "\n").replace(r"\t", "\t")
     return [document for part in text.split(mark) if (document := part.strip())]
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """The tokens of all documents in a row, the end of text after each."""
+    """Return the tokens of all documents in a row, with the end-of-text token after each."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     rows = [np.array([], np.int32)]
-    for i in range(0, len(documents), 256):  # not all at once: an encoding holds far more than its ids
+    for i in range(0, len(documents), 256):  # in batches, since an encoding takes far more memory than its ids
         encodings = tokenizer.encode_batch_fast(documents[i : i + 256], add_special_tokens=False)
         rows += [np.array([*encoding.ids, end], np.int32) for encoding in encodings]
     return np.concatenate(rows)
 
 
 def prepare(args: Namespace, work: Path, sources: dict[str, str]) -> None:
-    """Write the tokenizer and the tokens of both texts to ``work``, if an earlier start with these settings did not."""
+    """Write the tokenizer and the tokens of both texts to ``work``, unless an earlier start has done so."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
     settings |= {f"sha256 of {name}": hashlib.sha256(text.encode()).hexdigest() for name, text in sources.items()}
     settings["torch"] = importlib.metadata.version("torch")
-    file = work / "settings.json"  # written last: it says that the rest is there
+    file = work / "settings.json"  # written last: marks the other files as complete
     if file.exists():
         started = json.loads(file.read_text("utf-8"))
         if changed := [key for key in {**started, **settings} if started.get(key) != settings.get(key)]:
@@ -190,7 +190,7 @@ def prepare(args: Namespace, work: Path, sources: dict[str, str]) -> None:
 
 
 def read_windows(file: Path, window: int) -> np.ndarray:
-    """Windows ``[n, window + 1]``, each from the last token of the one before: every token is predicted once."""
+    """Return windows ``[n, window + 1]``; neighbours share one token, so that every token is predicted once."""
     tokens = np.load(file, mmap_mode="r")
     return np.lib.stride_tricks.sliding_window_view(tokens, window + 1)[::window]
 
@@ -201,14 +201,14 @@ def epoch_order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_at(windows: np.ndarray, step: int, args: Namespace) -> np.ndarray:
-    """The windows of a step, counted from 1: epoch after epoch, each in an order of its own."""
+    """Return the windows of a step (from 1): every epoch goes through all windows in an order of its own."""
     size = args.batch_tokens // args.window
     places = (divmod(i, len(windows)) for i in range((step - 1) * size, step * size))
     return windows[[epoch_order(len(windows), args.seed, epoch)[place] for epoch, place in places]]
 
 
 def build_model(args: Namespace, tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and fresh weights, the same on every device."""
+    """Return a Llama with tied embeddings and random weights, the same on every device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -229,11 +229,13 @@ def build_model(args: Namespace, tokenizer: Tokenizer) -> LlamaForCausalLM:
         eos_token_id=end,
         pad_token_id=end,
     )
-    return LlamaForCausalLM(config).to(args.device)
+    model = LlamaForCausalLM(config)
+    model.to(args.device)
+    return model
 
 
 def mean_loss(model: LlamaForCausalLM, windows: np.ndarray, args: Namespace, precision: str) -> torch.Tensor:
-    """Cross entropy in nats per token."""
+    """Return the cross entropy in nats per token."""
     import torch
 
     batch = torch.from_numpy(windows.astype(np.int64)).to(args.device)
@@ -243,7 +245,7 @@ def mean_loss(model: LlamaForCausalLM, windows: np.ndarray, args: Namespace, pre
 
 
 def measure(model: LlamaForCausalLM, heldout: np.ndarray, args: Namespace, precision: str) -> float:
-    """Loss in nats per token of the held-out windows."""
+    """Return the loss of the held-out windows in nats per token."""
     import torch
 
     size = args.batch_tokens // args.window
@@ -271,7 +273,7 @@ def train(args: Namespace, work: Path, model: LlamaForCausalLM, windows: np.ndar
     began = time.monotonic() - seconds
     with open_log(work / "train_log.jsonl", start) as log:
         for step in range(start + 1, args.steps + 1):
-            # full until the last `decay` of the steps, then a line that would reach 0 at the step after the last
+            # constant until the last `decay` of the steps, then linear, to 0 at the step after the last
             share = min(1.0, (args.steps + 1 - step) / max(1.0, args.decay * args.steps))
             muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = args.muon_lr * share, args.adamw_lr * share
             loss = mean_loss(model, batch_at(windows, step, args), args, args.precision)
@@ -298,7 +300,7 @@ def train(args: Namespace, work: Path, model: LlamaForCausalLM, windows: np.ndar
 
 
 def put(path: Path, save: Callable[[Path], object]) -> None:
-    """``save`` to a temporary path and rename that, so that nothing half written is called ``path``."""
+    """Call ``save`` with a temporary path and rename that to ``path``, which then is never half written."""
     part = path.with_name(path.name + ".tmp")
     save(part)
     part.replace(path)
@@ -309,7 +311,7 @@ def write(path: Path, text: str) -> None:
 
 
 def open_log(path: Path, steps: int) -> TextIO:
-    """The loss log, open at its end, with ``steps`` lines: those after the checkpoint are of a run that was killed."""
+    """Cut the loss log to ``steps`` lines (later ones are of a killed run) and return it open for appending."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     write(path, "".join(lines[:steps]))
     return path.open("a", encoding="utf-8")
@@ -360,13 +362,13 @@ def run(args: Namespace) -> None:
     seconds = train(args, work, model, windows, heldout)
 
     with torch.no_grad():
-        for parameter in model.parameters():  # what is measured is what is saved
+        for parameter in model.parameters():  # measure the bfloat16 weights that are saved
             parameter.copy_(parameter.bfloat16())
     loss = measure(model, heldout, args, "fp32")
     folder = work / "model"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
-    model.to(torch.bfloat16).save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else for the owner alone
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
+    model.bfloat16().save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # its own mode is for the owner only
     shutil.copy(work / "train_log.jsonl", folder)
     shutil.copy(work / "tokenizer.json", folder)
     config = {"model_max_length": args.context, "tokenizer_class": "PreTrainedTokenizerFast"}

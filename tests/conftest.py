@@ -1,4 +1,4 @@
-"""What several test files share: a tiny random Llama, tokens, and how torch and hypothesis run."""
+"""Fixtures that several test files share, and the settings of torch and hypothesis."""
 
 import copy
 import os
@@ -17,12 +17,12 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 if "QTOOL_DATA_DIR" not in os.environ and DATA.is_dir():
     os.environ["QTOOL_DATA_DIR"] = str(DATA)
 
-torch.set_num_threads(1)  # the same sums on every machine, and no fight over cores
+torch.set_num_threads(1)  # one order of summation everywhere, and no contention for cores
 transformers.utils.logging.disable_progress_bar()
 
 settings.register_profile(
     "qtool",
-    deadline=None,  # machines that run tests are busy
+    deadline=None,  # a busy machine must not fail a test
     derandomize="CI" in os.environ,
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow],
@@ -32,14 +32,14 @@ settings.load_profile("qtool")
 
 @pytest.fixture(autouse=True)
 def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without figures, which take about a second for each run; only tests of figures draw them."""
+    """Turn off the figures of reports, which take about a second a run, in all but the tests of figures."""
     if request.path.stem not in ("test_html", "test_comparison"):
         monkeypatch.setattr("qtool.reports.figures.DRAWERS", ())
 
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """What a command sets for its whole process, as ``--quiet`` does, ends with the test."""
+    """Remove the environment variables that a command set for its process, as ``--quiet`` does."""
     before = set(os.environ)
     yield
     for name in set(os.environ) - before:
@@ -60,25 +60,25 @@ def pristine_llama(llama_folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def make_llama(pristine_llama: LoadedModel) -> Callable[[], LoadedModel]:
-    """Each call gives the tiny Llama anew, to quantize."""
+    """A function that returns a new copy of the tiny Llama, to quantize."""
     return lambda: copy.deepcopy(pristine_llama)
 
 
 @pytest.fixture
 def llama(make_llama: Callable[[], LoadedModel]) -> LoadedModel:
-    """The tiny Llama, to quantize."""
+    """A copy of the tiny Llama, to quantize."""
     return make_llama()
 
 
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
-    """Calibration tokens ``[5, 24]``, random."""
+    """Random calibration tokens ``[5, 24]``."""
     return torch.randint(2, tiny.VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder with data on this machine; the test is skipped where there is none."""
+    """The folder that ``QTOOL_DATA_DIR`` names; without one the test is skipped."""
     from qtool.data import sources
 
     folder = sources.data_dir()

@@ -1,10 +1,11 @@
-"""Pins what users and other code rely on: commands, recipe keys, and what is not imported."""
+"""Pins the surface that users rely on: commands, recipe keys, and the packages that are not imported."""
 
 import subprocess
 import sys
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from qtool.cli import app
 from qtool.config import catalog, describe, plugins, sweep
@@ -25,8 +26,15 @@ HEAVY = (
 )
 
 
+def group() -> TyperGroup:
+    """Return the command ``qtool``."""
+    made = typer.main.get_command(app.app)
+    assert isinstance(made, TyperGroup)
+    return made
+
+
 def loaded_after(code: str) -> set[str]:
-    """Which of the heavy packages a fresh Python holds after ``code``."""
+    """Return the heavy packages that a fresh Python has loaded after ``code``."""
     code += f"\nimport sys; print(); print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
@@ -50,7 +58,7 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 
 def test_commands() -> None:
-    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
+    commands = group().commands
     others = ["eval", "export", "bench", "sweep", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
     assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
@@ -63,7 +71,7 @@ def test_every_command_has_a_method_and_every_method_a_command() -> None:
 
 
 def test_options() -> None:
-    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
+    commands = group().commands
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
     assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
     evaluation = (
@@ -109,7 +117,7 @@ def test_recipe_keys() -> None:
 
 
 def test_keys_of_efficientqat() -> None:
-    """The keys of its own; those of ``rounding``, ``optim`` and end-to-end training are pinned where they are made."""
+    """Pin the method's own keys; ``rounding``, ``optim`` and end-to-end training have tests of their own."""
     found = [key.name for key in describe.keys()["method efficientqat"][1]]
     phase_one = (
         "init_from init trains low_rank epochs min_steps batch_size travel scale_travel zero_travel norm_travel "

@@ -22,6 +22,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ from qtool.system.environment import environment
 
 MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
 Widths = tuple[int, ...]
-SCALE_BITS = 16  # of a symmetric group
+SCALE_BITS = 16  # stored bits per group of a symmetric grid
 
 
 def by_order(units: list[Unit], average_bits: float, order: list[int]) -> Widths:
-    """Widths of units that are raised to the next choice one after another, in rounds, while they fit."""
+    """Return widths: in rounds, each unit in ``order`` is raised to its next choice if that fits the budget."""
     chosen, shapes = [0] * len(units), bit_plan.shapes(units)
 
     def fits() -> bool:
@@ -62,16 +63,16 @@ def by_order(units: list[Unit], average_bits: float, order: list[int]) -> Widths
 
 
 def spearman(a: list[float], b: list[float]) -> float:
-    """Correlation of the ranks of two lists without ties."""
+    """Return the rank correlation of two lists without ties."""
     ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1).argsort(1).double()
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 class Bench:
-    """The cells that are done, and how to make one."""
+    """The finished cells, and the models and text to make others."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Read what there is, and load what every cell needs."""
+        """Read the finished cells, and load the models and text that every cell needs."""
         self.args = args
         self.found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
         self.found.setdefault("environment", environment())
@@ -83,7 +84,7 @@ class Bench:
         self.quant = QuantConfig(group_size=args.group_size, symmetric=not args.asymmetric)
 
     def cell(self, key: str, make: Callable[[], Any]) -> Any:
-        """A cell that is kept, or made now."""
+        """Return a finished cell, or make and store it."""
         cells = self.found.setdefault("cells", {})
         if key not in cells:
             cells[key] = make()
@@ -92,19 +93,20 @@ class Bench:
         return cells[key]
 
     def units(self, budget: BudgetConfig) -> list[Unit]:
-        """The units of the built-in model."""
+        """Return the units of the built-in model."""
         return bit_plan.units_of(self.reference, self.quant.model_copy(update={"budget": budget}))
 
-    def plan(self, estimator: str, average_bits: float) -> bit_plan.Plan:
-        """The plan of an estimator; ``loss:nearest`` is one with that rounding."""
+    def plan(self, estimator: str, average_bits: float) -> list[dict[str, Any]]:
+        """Return the planned width and the costs of each unit; ``loss:nearest`` names an estimator and its rounding."""
         name, _, rounding = estimator.partition(":")
         raw = {"average_bits": average_bits, "estimator": name, "rounding": rounding or "gptq"}
         budget = BudgetConfig.model_validate(raw)
         quant = self.quant.model_copy(update={"budget": budget})
-        return bit_plan.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+        plan = bit_plan.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+        return [allotment.model_dump(mode="json") for allotment in plan.allotments]
 
     def measure(self, units: list[Unit], widths: Widths) -> dict[str, float]:
-        """Perplexity, divergence and stored bits of the model quantized with these widths."""
+        """Return perplexity, divergence and stored bits of the model with these widths."""
 
         specs = bit_plan.specs(units, widths)
         overrides = {name: {"num_bits": spec.num_bits} for name, spec in specs.items()}
@@ -115,7 +117,7 @@ class Bench:
         return dict(self.cell(f"{self.args.method} {''.join(map(str, widths))}", make))
 
     def uniform(self, num_bits: int, group_size: int) -> dict[str, float]:
-        """Perplexity, divergence and stored bits with one grid for all linears."""
+        """Return perplexity, divergence and stored bits with one grid for all linears."""
         bits = num_bits + SCALE_BITS / group_size
         grid = {"num_bits": num_bits, "group_size": group_size}
         return dict(
@@ -125,7 +127,7 @@ class Bench:
         )
 
     def quantized(self, overrides: dict[str, Any], grid: dict[str, int] | None = None) -> dict[str, float]:
-        """Perplexity and divergence of the model that the method makes with these overrides."""
+        """Quantize the model with these overrides and return its perplexity and divergence."""
         loaded, plugin = load_model(MODEL), load_method(self.args.method)
         quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
@@ -134,20 +136,20 @@ class Bench:
         return {"perplexity": perplexity.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
 
     def alone(self, units: list[Unit], width: int) -> list[float]:
-        """Divergence on held-out text when the method quantizes each unit alone, to ``width`` bits."""
+        """Return the divergence on held-out text of each unit, quantized alone to ``width`` bits."""
         rest = {"*": {"skip": True}}
         each = ({target.name: {"skip": False, "num_bits": width} for target in unit.targets} for unit in units)
         return [
-            self.cell(f"{self.args.method} {unit.name} {width}", lambda one=one: self.quantized(rest | one))["kl"]
+            self.cell(f"{self.args.method} {unit.name} {width}", partial(self.quantized, rest | one))["kl"]
             for unit, one in zip(units, each, strict=True)
         ]
 
 
 def main() -> None:
-    """Fill in the cells that are missing, and print the tables."""
+    """Measure the missing cells and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench-allocation.json"))
-    parser.add_argument("--method", default="gptq", help="with its defaults")
+    parser.add_argument("--method", default="gptq", help="method, used with its defaults")
     parser.add_argument("--bits", default="2.5,3.0,3.5")
     parser.add_argument("--estimators", default=",".join([*ESTIMATORS, "loss:nearest"]))
     parser.add_argument("--limit", type=int, default=16, help="windows of 1024 tokens to measure on")
@@ -179,10 +181,7 @@ def main() -> None:
             rows.append((budget, f"random, best of {len(chance)}", min(chance, key=lambda cell: cell["kl"])))
             rows.append((budget, "random, mean", {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]}))
         for name in args.estimators.split(","):
-            plan = bench.cell(
-                f"plan {name} {budget}",
-                lambda name=name, bits=bits: bench.plan(name, bits).model_dump(mode="json")["allotments"],
-            )
+            plan = bench.cell(f"plan {name} {budget}", partial(bench.plan, name, bits))
             rows.append((budget, name, bench.measure(units, tuple(each["num_bits"] for each in plan))))
     print("\n| budget | allocation | bits per weight | perplexity | KL |\n|---:|---|---:|---:|---:|")
     for label, name, cell in rows:

@@ -1,4 +1,6 @@
-"""Several checkpoints of one model and its dense weights, decoding one token each in turns: for busy machines.
+"""Decoding speed of several checkpoints of one model and its dense weights, one token each in turns.
+
+Taking turns makes the ratios hold on a busy machine:
 
     OMP_NUM_THREADS=1 python scripts/bench/decode_turns.py out/llama/w4g128 out/llama/w8pc --turns 60
 
@@ -21,13 +23,13 @@ from qtool.models.loading import load_model
 
 
 def load(folder: Path) -> LoadedModel:
-    """The checkpoint in bfloat16 on the processor."""
+    """Load a checkpoint in bfloat16 on the CPU."""
     return load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"), quantized=True)
 
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure and print a line for each."""
+    """Measure, and print one line for each variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--turns", type=int, default=60)

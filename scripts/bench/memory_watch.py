@@ -1,4 +1,4 @@
-"""Looks at the memory of one step of a training while it runs: what is held, saved, alive and really used."""
+"""Measures the memory of one training step: tensors held, saved by autograd and alive, and memory in use."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from qtool.methods.efficientqat import block_ap
 from qtool.models.loaded import LoadedModel
@@ -28,16 +29,16 @@ from qtool.training.fit import _Run
 
 Storage = torch.UntypedStorage
 OF_LAYER = {"weights": ("weight", "phi.kept"), "factors": ("a", "b"), "grid": ("scale", "zero_point")}
-NOTHING = -1  # no storage
-WATCHED = 1  # the zero-based step that is looked at: the first one whose optimizer has moments
+NOTHING = -1  # the key of no storage
+WATCHED = 1  # the zero-based step to measure: the first one whose optimizer has moments
 
 
 class Live(TorchDispatchMode):
-    """The bytes of tensors that are alive, and the most of them at one time."""
+    """Counts the bytes of live tensors, and their peak."""
 
     def __init__(self, held: Iterable[Storage], device: torch.device) -> None:
-        """``held`` are the storages that are there at the start; those of other devices are not counted."""
-        super().__init__()
+        """``held`` are the storages that exist at the start; storages on other devices are not counted."""
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.device = device
         self.known: set[int] = set()
         self.now = self.peak = 0
@@ -45,7 +46,7 @@ class Live(TorchDispatchMode):
             self._count(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let ``func`` do its work, and count what it gives."""
+        """Call ``func`` and count the tensors that it returns."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -65,22 +66,22 @@ class Live(TorchDispatchMode):
 
 
 class Saved:
-    """What autograd keeps, by whether a linear makes it of its weight; of the moment when it is most."""
+    """Counts the bytes that autograd saves, apart for the weight path of linears, at their peak."""
 
     def __init__(self, held: Iterable[Storage]) -> None:
-        """``held`` are the storages that are not counted."""
+        """``held`` are storages that are not counted."""
         self.held: set[int] = set()
         for storage in held:
             self.held.add(storage._cdata)
             weakref.finalize(storage, self.held.discard, storage._cdata)
-        self.read: int | None = None  # what the linear at work reads; none is at work
-        self.times: Counter[int] = Counter()  # that a storage is kept
+        self.read: int | None = None  # key of the storage that the running linear reads; None: no linear is running
+        self.times: Counter[int] = Counter()  # how often autograd has saved a storage
         self.sizes: dict[int, tuple[str, int]] = {}
         self.now: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
 
     def keep(self, tensor: Tensor) -> Any:
-        """A stand-in for ``tensor``, which tells when autograd lets go of it."""
+        """Count ``tensor`` as saved, and return a wrapper whose end tells that autograd has released it."""
         kept, storage = _Kept(tensor), tensor.untyped_storage()
         key = storage._cdata
         if key in self.held:
@@ -108,10 +109,10 @@ class _Kept:
 
 
 class Watch:
-    """Looks at one step of a training while it runs."""
+    """Measures the memory of one step of a running training."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        """``loaded`` is what will be trained; tensors of others that are alive now are never counted."""
+        """``loaded`` is the model to train; any other tensor that is alive now is never counted."""
         self.loaded, self.context = loaded, ExitStack()
         own = {tensor.untyped_storage()._cdata for tensor in (*loaded.model.parameters(), *loaded.model.buffers())}
         self.foreign: set[int] = set()
@@ -124,7 +125,7 @@ class Watch:
         self.found: dict[str, Any] = {}
 
     def fit(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """``real``, which is ``train.fit``, with this watching."""
+        """Return ``real``, which is ``fit`` of ``qtool.training.fit``, wrapped to be measured."""
 
         def watched_fit(
             groups: Any, num_steps: int, loss_of_step: Callable[..., Any], *rest: Any, **others: Any
@@ -147,7 +148,7 @@ class Watch:
         return watched_fit
 
     def begin(self) -> None:
-        """Between two steps."""
+        """Start to measure, between two steps."""
         gc.collect()
         memory.return_freed()
         device = self.loaded.device
@@ -182,16 +183,16 @@ class Watch:
         forget_peak(device)
 
     def end(self) -> None:
-        """After the step."""
+        """Stop after the step, and store what was found."""
         real = in_use(self.loaded.device, peak=True)
         self.context.close()
         self.found = {"held": dict(self.held), "saved": self.saved.peak, "live": self.live.peak, "real": real}
 
 
-def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, Storage]]:
-    """What each storage on ``device`` of a tensor that is alive belongs to."""
+def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[str, Storage]]:
+    """Return every live storage on ``device`` and the kind of its owner, by the storage's key."""
     kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, _Run, block_ap.Norm)
-    objects = [each for each in gc.get_objects() if issubclass(type(each), kinds)]  # isinstance wakes lazy modules
+    objects = [each for each in gc.get_objects() if issubclass(type(each), kinds)]  # isinstance would load lazy modules
     head = model.get_output_embeddings()
     parts: list[tuple[str, Iterable[Tensor]]] = []
     for layer in objects:
@@ -210,7 +211,8 @@ def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, S
         elif isinstance(each, block_ap.Norm):
             parts.append(("norms", [each.master]))
     parts.append(("float weights", [each.weight for each in objects if type(each) is nn.Linear and each is not head]))
-    parts.append(("embeddings", [model.get_input_embeddings().weight, model.get_output_embeddings().weight]))
+    ends = (model.get_input_embeddings(), head)
+    parts.append(("embeddings", [each.get_parameter("weight") for each in ends if each is not None]))
     parts.append(("norms", [*model.parameters(), *model.buffers()]))
     parts.append(("others", [each for each in objects if isinstance(each, Tensor)]))
     found: dict[int, tuple[str, Storage]] = {}
@@ -223,7 +225,7 @@ def everything(model: nn.Module, device: torch.device) -> dict[int, tuple[str, S
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak begin anew."""
+    """Reset the peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -231,7 +233,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def in_use(device: torch.device, *, peak: bool) -> int | None:
-    """Bytes that the process has now, or had at most: of the CUDA allocator, or resident where Linux tells."""
+    """Return the bytes in use now, or at the peak: of CUDA's allocator, or resident memory on Linux, else ``None``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     if sys.platform != "linux":

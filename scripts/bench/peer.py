@@ -13,7 +13,7 @@ def run(
     expand: Callable[..., None],
     more_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
-    """Call one of the two with its arguments by name; ``more_options`` adds to those of ``quantize``."""
+    """Call ``quantize`` or ``expand`` with the parsed arguments; ``more_options`` adds options to ``quantize``."""
     parser = argparse.ArgumentParser(description=description)
     commands = parser.add_subparsers(required=True)
     quantizing = commands.add_parser("quantize")

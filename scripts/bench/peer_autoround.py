@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from peer import run
@@ -22,7 +23,7 @@ def quantize(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     windows = torch.from_numpy(np.load(tokens))
-    presets = {"light": {"iters": 50, "lr": 5e-3}, "default": {}, "best": {"iters": 1000}}
+    presets: dict[str, dict[str, Any]] = {"light": {"iters": 50, "lr": 5e-3}, "default": {}, "best": {"iters": 1000}}
     AutoRound(
         AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
         AutoTokenizer.from_pretrained(model),
@@ -38,18 +39,18 @@ def quantize(
 
 
 def expand(folder: Path, dense_file: Path) -> None:
-    """Write each packed weight of ``folder`` as float32 ``[out, in]``: what its layer makes of a unit matrix."""
+    """Write each packed weight of ``folder`` as float32 ``[out, in]``: the output of its layer for a unit matrix."""
     import torch
     from transformers import AutoModelForCausalLM, AutoRoundConfig
 
-    folder = next(folder.rglob("config.json")).parent  # auto-round makes a folder inside the one it is given
+    folder = next(folder.rglob("config.json")).parent  # auto-round writes into a subfolder
     config = AutoRoundConfig(backend="torch")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
     weights = {}
     with torch.inference_mode():
         for name, layer in model.named_modules():
             if hasattr(layer, "qweight"):
-                layer.float()  # scales too, so that the product of code and scale is not rounded to half precision
+                layer.float()  # casts scales too: a product of code and scale must not be rounded to float16
                 bias = 0 if layer.bias is None else layer.bias
                 weights[f"{name}.weight"] = (layer(torch.eye(layer.infeatures)) - bias).T.contiguous()
     save_file(weights, dense_file)

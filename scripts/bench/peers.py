@@ -14,9 +14,9 @@ peer out. What is compared:
   plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it. Rounding moves a
   perplexity by chance, so every repeat calibrates on text of its own and the mean over repeats is given.
 
-Calibration is GPTQ's usual, weights are in groups, symmetric if not told otherwise, and each tool's defaults hold for
-all else. Peers get token
-windows, qtool gets the text that they were cut from: articles in order, the end token after each.
+Calibration is GPTQ's usual, weights are in groups and symmetric unless an option says otherwise, and each tool's
+defaults hold for all else. Peers get token windows; qtool gets the text that these were cut from: articles in order,
+the end token after each.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from typing import Any
 # No torch in this process: Linux counts the memory of the process that starts a child into the child's own peak.
 
 
-PEERS = {"gptq": ("gptqmodel", "llmcompressor"), "signround": ("auto-round",)}  # who has each method, by package
-TRAINED = ("efficientqat", "lrqat")  # with a command of their own
+PEERS = {"gptq": ("gptqmodel", "llmcompressor"), "signround": ("auto-round",)}  # method -> packages that have it
+TRAINED = ("efficientqat", "lrqat")  # methods whose command has their name
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One contestant, by the name of its package: its interpreter and its child program (qtool has none)."""
+    """A tool to compare: the name of its package, its interpreter, and its child program (qtool has none)."""
 
     name: str
     python: str
     program: Path | None = None
-    method: str = ""  # of qtool
+    method: str = ""  # set for qtool only
 
     @property
     def label(self) -> str:
-        """As tables show it."""
+        """The name that tables show."""
         return f"{self.name} {self.method}".rstrip()
 
 
 @dataclass(frozen=True)
 class Text:
-    """One calibration set."""
+    """A calibration set."""
 
     tokens: Path  # .npy int64 [num_samples, seq_len], for the peers
     text: Path  # .jsonl of {"text": article} that tokenizes to the same windows, for qtool
@@ -73,7 +73,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Job:
-    """What every tool is asked to do."""
+    """The quantization that every tool does."""
 
     model: Path
     calibration: Text
@@ -82,21 +82,21 @@ class Job:
     num_bits: int
     group_size: int
     symmetric: bool
-    method: str  # of the peers
-    preset: str  # of SignRound
+    method: str  # the method of the peers
+    preset: str  # SignRound's preset
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one child process used."""
+    """The time and memory that one child process used."""
 
     wall_s: float
     cpu_s: float  # user and system
-    peak_mb: float  # of 10**6 bytes; the largest single process where a tool starts more
+    peak_mb: float  # 10**6 bytes; if a tool starts several processes, the largest one
 
 
 def prepare(model: Path, data: Path, work: Path, num_samples: int, seq_len: int, draws: int) -> list[Text]:
-    """Calibration sets cut from one text, one after another."""
+    """Cut calibration sets from one text, one after another."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -134,9 +134,9 @@ def cut(articles: Iterator[str], tokenizer: Any, stem: Path, num_samples: int, s
 
 
 def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval_len: int, num_windows: int) -> float:
-    """exp(mean NLL per token) over disjoint windows of a WikiText .jsonl, of which each predicts ``eval_len - 1``.
+    """Return exp(mean NLL per token) over disjoint windows of a WikiText .jsonl; each predicts ``eval_len - 1`` tokens.
 
-    ``weights_file``: dense weights that replace those of ``model_dir``. ``num_windows`` 0 takes every full window.
+    ``weights_file`` has dense weights that replace those of ``model_dir``; ``num_windows`` 0 takes every full window.
     """
     import torch
     from safetensors.torch import load_file
@@ -170,13 +170,13 @@ def apart(function: Callable[..., Any], *arguments: object) -> Any:
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with no hub, and with the worker count GPTQModel cannot do without on a small machine."""
+    """Return this environment without the hub, and with the worker count that GPTQModel needs on a small machine."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return environment if (os.cpu_count() or 1) >= 4 else {"GPTQMODEL_CPU_WORKERS": "2"} | environment
 
 
 def run_child(command: list[str], log: Path) -> Cost:
-    """What a command used, run to its end. RuntimeError, with the end of its log, if it failed."""
+    """Run a command and return its cost. Raise RuntimeError, with the end of its log, if it failed."""
     with log.open("wb") as output:
         start = time.perf_counter()
         # In the log's folder: GPTQModel writes logs/ wherever it is started.
@@ -214,7 +214,7 @@ def quantize(tool: Tool, job: Job, output: Path) -> Cost:
 
 
 def expand(tool: Tool, job: Job, output: Path) -> tuple[Path, Path | None]:
-    """A model folder that holds a tool's result, and the dense weights to put into it if it is a peer's."""
+    """Return a model folder and, for a peer, the file of dense weights that replace the folder's own."""
     if tool.program is None:
         return output, None
     dense_file = output.with_suffix(".dense.safetensors")
@@ -224,7 +224,7 @@ def expand(tool: Tool, job: Job, output: Path) -> tuple[Path, Path | None]:
 
 
 def versions(tool: Tool) -> dict[str, str]:
-    """Versions of what the result depends on, as the tool's interpreter has them installed."""
+    """Return the versions of the packages that a result depends on, in the tool's own environment."""
     ask = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     packages = [tool.name, "torch", "transformers"]
     answer = subprocess.run([tool.python, "-c", ask, *packages], check=True, capture_output=True, text=True).stdout
@@ -232,14 +232,14 @@ def versions(tool: Tool) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(float_perplexity: float, rows: list[dict[str, Any]]) -> str:
-    """The Markdown table of the results, times as medians."""
+    """Return the results as a Markdown table; times are medians."""
     reference = {row["num_bits"]: row["median"]["wall_s"] for row in rows if row["tool"] == rows[0]["tool"]}
     lines = [
         "| tool | bits | perplexity | wall s | CPU s | peak MB | wall / first |",
@@ -263,20 +263,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gptqmodel-python", help="interpreter that has gptqmodel")
     parser.add_argument("--llmcompressor-python", help="interpreter that has llmcompressor")
     parser.add_argument("--auto-round-python", help="interpreter that has auto-round")
-    parser.add_argument("--preset", choices=["light", "default", "best"], default="default", help="of signround")
+    parser.add_argument("--preset", choices=["light", "default", "best"], default="default", help="preset of signround")
     parser.add_argument(
         "--beside", nargs="+", default=[], choices=TRAINED, help="other methods of qtool, with defaults"
     )
     parser.add_argument("--no-qtool", action="store_true", help="measure the peers only")
-    parser.add_argument("--data", type=Path, default=data, help="has enwiki/ and wikitext2/ (default: QTOOL_DATA_DIR)")
+    parser.add_argument("--data", type=Path, default=data, help="with enwiki/ and wikitext2/ (default: QTOOL_DATA_DIR)")
     parser.add_argument("--model", type=Path, default=data.parent / "models" / "wiki-llama-3m")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--asymmetric", action="store_true", help="of signround only")
+    parser.add_argument("--asymmetric", action="store_true", help="asymmetric grids; signround only")
     parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--eval-len", type=int, default=1024, help="tokens in an evaluation window")
-    parser.add_argument("--eval-windows", type=int, default=0, help="evaluate on the first so many; 0: all")
+    parser.add_argument("--eval-windows", type=int, default=0, help="evaluate on the first N windows; 0: all")
     parser.add_argument(
         "--repeats",
         type=int,
@@ -293,7 +293,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str, Any]:
-    """Run all tools and gather what they cost and what they are worth."""
+    """Run all tools and return their cost and quality."""
     model, wikitext = args.model.resolve(), args.data / "wikitext2" / "test.jsonl"
     texts = apart(prepare, model, args.data, work, args.num_samples, args.seq_len, args.repeats)
     rows: list[dict[str, Any]] = []

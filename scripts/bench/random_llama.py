@@ -27,7 +27,7 @@ from qtool.models.targets import select_targets
 
 
 def quant(grid: str) -> QuantConfig:
-    """The grid that a short name such as ``w4g64``, ``w8pc`` (one group per row) or ``w2g64a`` (asymmetric) means."""
+    """Return the grid of a short name such as ``w4g64``, ``w8pc`` (one group per row) or ``w2g64a`` (asymmetric)."""
     name = grid.removesuffix("a")
     bits, group = int(name[1]), -1 if name.endswith("pc") else int(name[3:])
     return QuantConfig.model_validate({"num_bits": bits, "group_size": group, "symmetric": name == grid})
@@ -59,7 +59,7 @@ def make_float(folder: Path, vocabulary: int, blocks: int, mlp: int, kv_heads: i
 
 
 def main() -> None:
-    """Make what is not there yet."""
+    """Write the folders that do not exist yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vocabulary", type=int, default=16384)

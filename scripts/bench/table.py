@@ -3,7 +3,7 @@
     python scripts/bench/table.py --out results.json [--methods "rtn;gptq;awq"] [--grids w4g64,w2g64a] [--limit N]
     python scripts/bench/table.py --methods "lsq;lsq rounding.estimator=sigmoid" --grids w2g64a --seeds 0,1,2
 
-A method is its name, with keys of its section behind it where they are not the defaults. Calibration: windows of enwiki
+A method is a name and, after it, the keys of its section that differ from the defaults. Calibration: windows of enwiki
 (128 of 512 tokens); evaluation: WikiText-2 test, disjoint windows of 1024, float32. Both need QTOOL_DATA_DIR. Finished
 cells are kept in the output file, so a killed run goes on where it stopped.
 """
@@ -37,14 +37,14 @@ GRIDS = ("w8g128", "w4g128", "w4g64", "w3g64", "w2g64")
 
 
 def quant(grid: str) -> QuantConfig:
-    """The grid that a short name such as ``w4g64``, ``w4pc`` (one group per row) or ``w2g64a`` (asymmetric) means."""
+    """Return the grid of a short name such as ``w4g64``, ``w4pc`` (one group per row) or ``w2g64a`` (asymmetric)."""
     name = grid.removesuffix("a")
     group = -1 if name.endswith("pc") else int(name[3:])
     return QuantConfig.model_validate({"num_bits": int(name[1]), "group_size": group, "symmetric": name == grid})
 
 
 def section(method: str) -> MethodConfig:
-    """The section that ``lsq epochs=2 rounding.estimator=sigmoid`` means."""
+    """Return the method section that text such as ``lsq epochs=2 rounding.estimator=sigmoid`` describes."""
     name, *settings = method.split()
     raw: dict[str, Any] = {"name": name}
     for setting in settings:
@@ -59,12 +59,12 @@ def section(method: str) -> MethodConfig:
 
 @cache
 def float_model() -> LoadedModel:
-    """The model as it is, in float32."""
+    """Return the float model, in float32."""
     return load_model(ModelConfig(path=MODEL, dtype="float32"))
 
 
 def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.Tensor) -> dict[str, float]:
-    """Quantize the model and measure it beside the float one; the method ``float`` measures the model as it is."""
+    """Quantize the model and compare it with the float model; the method ``float`` quantizes nothing."""
     loaded = load_model(ModelConfig(path=MODEL))
     cell: dict[str, float] = {"bits_per_weight": 16.0, "seconds": 0.0}
     if method != "float":
@@ -75,7 +75,7 @@ def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.
         start = time.process_time()
         load_method(chosen.name).run(Job.select(loaded, config, tokens, seed=seed), chosen)
         cell["seconds"] = time.process_time() - start
-    loaded.model.float()  # measured in float32 whatever the method computed in; packed scales keep their dtype
+    loaded.model.float()  # measure in float32, whatever dtype the method used; packed scales keep their dtype
     windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0)
     scores = score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
     assert scores.kl is not None
@@ -90,30 +90,32 @@ def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.
 
 
 def spread(values: list[float], digits: int) -> str:
-    """The mean, and the standard deviation behind it where there are several."""
+    """Format the mean, and the standard deviation if there are several values."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:
-    """Fill in the cells that are missing, and print the table."""
+    """Measure the missing cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench-table.json"))
     parser.add_argument("--methods", default="rtn;hqq;gptq;awq;signround", help="separated by semicolons")
     parser.add_argument("--grids", default=",".join([*GRIDS, *(f"{grid}a" for grid in GRIDS)]))
-    parser.add_argument("--seeds", default="0", help="of the method; the text is the same for all")
+    parser.add_argument("--seeds", default="0", help="seeds of the method; all use the same calibration text")
     parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--limit", type=int, default=None, help="only the first N evaluation windows")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"environment": environment(), "cells": {}}
+    results: dict[str, Any] = {"environment": environment(), "cells": {}}
+    if args.out.exists():
+        results = json.loads(args.out.read_text())
     cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
     grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
     text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)
     tokens = calibration_tokens(text, float_model(), 0)
     for method in names:
-        section(method)  # a fault is found before the hour
+        section(method)  # find faults before hours of work
     for grid in ["-", *grids]:
         for method in ["float"] if grid == "-" else names:
             for seed in [0] if grid == "-" else seeds:

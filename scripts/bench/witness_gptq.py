@@ -1,4 +1,4 @@
-"""Logits of a GPTQ-format folder as software that is not qtool computes them, to hold qtool's own logits against.
+"""Logits of a GPTQ-format folder as GPTQModel computes them, to compare qtool's own with.
 
 Run by an interpreter that has GPTQModel (7.x), with no GPU needed:
 
@@ -17,7 +17,7 @@ import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiled unpacking takes a minute to build and may fuse roundings
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute and may fuse roundings
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, __version__
@@ -28,26 +28,26 @@ from transformers import PreTrainedModel
 
 
 def load_float32(folder: Path) -> PreTrainedModel:
-    """The model of a GPTQ-format folder, its packed linears computing in float32 on CPU."""
+    """Load a GPTQ-format folder, with packed linears that compute in float32 on the CPU."""
     loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
     model: PreTrainedModel = loaded.model.eval().float()
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored.update(load_file(file))
     for name, parameter in model.named_parameters():
-        if name in stored:  # embeddings and norms again, from the file: float16 had rounded the smallest of them
+        if name in stored:  # embeddings and norms: float16 has rounded their smallest values
             parameter.data = stored[name].float()
     return model
 
 
 def dense_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """``<linear>.weight`` float32 ``[out, in]`` of every packed linear, unpacked by GPTQModel."""
+    """Return ``<linear>.weight`` float32 ``[out, in]`` of every packed linear, unpacked by GPTQModel."""
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseQuantLinear)]
     return {f"{name}.weight": module.dequantize_weight().T.contiguous() for name, module in packed}
 
 
 def fixed_tokens(vocab_size: int, num_windows: int, seq_len: int) -> Tensor:
-    """Windows ``[num_windows, seq_len]`` of uniformly drawn tokens, the same on every run."""
+    """Return windows ``[num_windows, seq_len]`` of uniformly drawn tokens, the same on every run."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (num_windows, seq_len), generator=generator)
 

@@ -4,7 +4,7 @@ Run by an interpreter that has auto-round and transformers, with no GPU needed:
 
     <python of that environment> witness_auto_round.py FOLDER WITNESS.safetensors
 
-auto-round multiplies in half precision on a processor, so the model is cast to float32 after loading: codes are
+auto-round multiplies in half precision on a CPU, so the model is cast to float32 after loading: codes are
 integers and the scales are stored as float16, so nothing was lost. The written file holds `tokens` int64 [b, t],
 `logits` float32 [b, t, vocabulary], and the float32 weight `<linear>.weight` [out, in] of every packed linear.
 """
@@ -13,30 +13,31 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from auto_round.version import __version__
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def load_float32(folder: Path) -> nn.Module:
-    """The model of an auto-round folder, its packed linears computing in float32 on CPU."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
-    nn.Module.float(model)  # transformers' own refuses for quantized models
+def load_float32(folder: Path) -> PreTrainedModel:
+    """Load an auto-round folder, with packed linears that compute in float32 on the CPU."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
+    nn.Module.float(model)  # model.float() refuses quantized models
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored.update(load_file(file))
     for name, parameter in model.named_parameters():
-        if name in stored:  # embeddings and norms again, from the file: float16 had rounded the smallest of them
+        if name in stored:  # embeddings and norms: float16 has rounded their smallest values
             parameter.data = stored[name].float()
     return model
 
 
 @torch.inference_mode()
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight float32 ``[out, in]`` of a packed linear: what it makes of the unit vectors."""
+def dense_weight(layer: Any) -> Tensor:  # Any: auto-round's classes are untyped
+    """Return the weight float32 ``[out, in]`` of a packed linear: its outputs for the unit vectors."""
     bias = layer.bias
     layer.bias = None
     weight: Tensor = layer(torch.eye(layer.infeatures)).T.contiguous()

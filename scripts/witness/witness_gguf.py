@@ -1,11 +1,11 @@
-"""Logits, and tokens of a text, of a GGUF folder as llama.cpp computes them.
+"""Logits of a GGUF folder, and tokens of a text, as llama.cpp computes them.
 
 Run by an interpreter that has llama-cpp-python and safetensors:
 
     <python of that environment> witness_gguf.py FOLDER WITNESS.safetensors [--text FILE]
 
 The written file holds `tokens` int64 [1, t], `logits` float32 [1, t, vocabulary], and with `--text` the `text_tokens`
-int64 [n] that llama.cpp makes of the file. llama.cpp rounds what a quantized linear reads to 8 bits.
+int64 [n] that llama.cpp makes of the file. llama.cpp rounds inputs of quantized linears to 8 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(model.n_vocab(), size=48)
     model.eval(tokens.tolist())
     logits = np.array(model.scores[: len(tokens)], dtype=np.float32)
-    witness = {"tokens": tokens[None], "logits": logits[None]}
+    witness: dict[str, np.ndarray] = {"tokens": tokens[None], "logits": logits[None]}
     if args.text is not None:
         witness["text_tokens"] = np.array(model.tokenize(args.text.read_bytes(), add_bos=True, special=True))
     save_file(witness, args.output)

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 
 
 def dense_weight(layer: nn.QuantizedLinear) -> mx.array:
-    """The weight ``[out, in]`` of a packed linear, dequantized by MLX."""
+    """Return the weight ``[out, in]`` of a packed linear, dequantized by MLX."""
     grid = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     return mx.dequantize(layer.weight, layer.scales, layer.biases, **grid)
 

@@ -1,4 +1,4 @@
-"""What is on disk is what was quantized, and its size is the formula's."""
+"""Native checkpoints: the tensors on disk are the quantized ones, and their size follows the formula."""
 
 import json
 import os
@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.weights import same
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import Source
@@ -55,7 +57,7 @@ def set_section(folder: Path, **values: object) -> None:
     files.write_json(folder / "config.json", config)
 
 
-# what was written is what is read
+# reading back
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -70,8 +72,7 @@ def test_a_saved_checkpoint_holds_the_same_codes_scales_and_zero_points(
     assert list(source.specs) == list(layers)
     assert len(layers) == {"llama": 14, "gpt2": 8, "opt": 12}[family]
     for name, layer in layers.items():
-        for read, written in zip(source.quantized(name), layer.quantized, strict=True):
-            assert read == written if isinstance(read, QuantSpec) else torch.equal(read, written), name
+        assert same(source.quantized(name), layer.quantized), name
 
 
 def test_every_linear_of_a_mixed_checkpoint_has_its_own_grid(folder: Path, mixed: Path) -> None:
@@ -136,8 +137,6 @@ def test_others_may_read_the_files_as_far_as_the_umask_says(folder: Path, tmp_pa
 def test_a_write_that_reads_back_differently_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_file = files.save_file
-
     def failing(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         save_file(tensors, file, metadata=metadata)
         raw = bytearray(file.read_bytes())
@@ -157,7 +156,7 @@ def test_a_write_that_reads_back_differently_is_an_error(
 def test_packed_tensors_on_disk_have_exactly_the_bits_per_weight_of_the_formula(
     bits: int, symmetric: bool, group: int, folder: Path, tmp_path: Path
 ) -> None:
-    quant = QuantConfig(num_bits=bits, symmetric=symmetric, group_size=group)  # type: ignore[arg-type]
+    quant = QuantConfig(num_bits=bits, symmetric=symmetric, group_size=group)
     tiny.quantize(folder, tmp_path / "out", quant)
     source = Source(tmp_path / "out")
     tensors = tiny.stored(tmp_path / "out")
@@ -170,7 +169,7 @@ def test_packed_tensors_on_disk_have_exactly_the_bits_per_weight_of_the_formula(
         payload += size
     weights = sum(rows * columns for rows, columns in shapes.values())
     assert payload * 8 == pytest.approx(sizes.bits_per_weight(source.specs, shapes) * weights, rel=1e-12)
-    # and nothing else is there: the rest of the file is the float tensors, 17 bytes for each linear, and the header
+    # the rest of the file is the float tensors, 17 bytes for each linear, and the header
     rest = sum(source.tensor(name).nbytes for name in source.float_names()) + 17 * len(shapes)
     file = tmp_path / "out" / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -183,7 +182,7 @@ def test_three_bits_take_three_eighths_of_a_byte() -> None:
     assert QuantSpec(num_bits=8, group_size=-1, scale_dtype="float32").bits_per_weight(64) == 8.5
 
 
-# the section of config.json
+# quantization_config in config.json
 
 specs = st.builds(
     QuantSpec,
@@ -299,7 +298,7 @@ def test_a_folder_without_manifest_has_an_empty_one_and_a_damaged_one_is_refused
 
 def test_a_grid_that_does_not_exist_cannot_be_described() -> None:
     with pytest.raises(ValidationError):
-        QuantSpec(num_bits=5)  # type: ignore[arg-type]
+        QuantSpec(num_bits=5)
 
 
 def test_every_file_says_that_it_holds_torch_tensors(mixed: Path) -> None:

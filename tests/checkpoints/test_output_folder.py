@@ -1,4 +1,4 @@
-"""A folder has its final name only when it is whole, whatever happens to the disk or to what was there."""
+"""Output folders: a folder gets its final name only when it is complete, whatever fails on the way."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 64 kB."""
+    """A separate file system of 64 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.weights import gradient
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -123,7 +124,7 @@ def test_logits_are_those_of_the_float_model_with_dequantized_weights(native: Na
         layer = nn.Linear(weight.shape[1], weight.shape[0], old.bias is not None)
         layer.weight = nn.Parameter(weight)
         if old.bias is not None:
-            layer.bias = old.bias  # type: ignore[assignment]
+            layer.bias = old.get_parameter("bias")
         replace_linear(dense, name, layer)
     assert torch.equal(tiny.logits(dense), native.logits)
 
@@ -163,7 +164,7 @@ def test_whatever_the_dtype_scales_stay_as_stored_and_no_weight_changes(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_casting_the_model_changes_no_weight(native: Native, dtype: torch.dtype) -> None:
-    model = native.load(dtype=torch.float32).to(dtype)
+    model = tiny.moved(native.load(dtype=torch.float32), dtype)
     assert model.dtype == dtype
     assert same_weights(model, native)
     assert torch.isfinite(tiny.logits(model)).all()
@@ -187,7 +188,7 @@ def test_a_copy_of_the_model_computes_the_same(llama: Native) -> None:
 
 def test_weights_stay_packed_in_memory(native: Native) -> None:
     model = native.load(dtype=torch.float32)
-    tiny.logits(model)  # a forward must not expand them for good
+    tiny.logits(model)  # a forward must not leave weights expanded
     layers = packed_linears(model)
     assert set(layers) == set(native.specs)
     for name, layer in layers.items():
@@ -205,7 +206,7 @@ def test_weights_stay_packed_in_memory(native: Native) -> None:
 
 
 def llama_specs() -> set[str]:
-    """Names of the linears that are quantized in the Llama with mixed grids."""
+    """Return the names of the quantized linears of the Llama with mixed grids."""
     attention = [f"self_attn.{part}_proj" for part in "qkvo"]
     names = {f"model.layers.{i}.{part}" for i in (0, 1) for part in [*attention, "mlp.gate_proj", "mlp.down_proj"]}
     return names | {"model.layers.0.mlp.up_proj"}
@@ -223,8 +224,7 @@ def test_the_model_takes_less_memory_than_the_float_one(native: Native) -> None:
 def test_generate_writes_what_the_written_model_would(native: Native) -> None:
     model = native.load(dtype=torch.float32)
     prompt = tiny.probe()[:1]
-    mask = torch.ones_like(prompt)
-    out = model.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    out = tiny.continued(model, prompt, 6)
     assert out.shape == (1, prompt.shape[1] + 6)
     with torch.no_grad():
         for position in range(prompt.shape[1], out.shape[1]):
@@ -233,9 +233,9 @@ def test_generate_writes_what_the_written_model_would(native: Native) -> None:
 
 def test_gradients_flow_through_a_packed_linear_to_what_is_before_it(llama: Native) -> None:
     model = llama.load(dtype=torch.float32)
-    model.get_input_embeddings().weight.requires_grad_(True)
+    embedding = model.get_parameter("model.embed_tokens.weight").requires_grad_(True)
     model(tiny.probe()).logits.sum().backward()
-    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert gradient(embedding).abs().sum() > 0
 
 
 def test_the_bare_model_without_a_head_loads_too(native: Native) -> None:
@@ -360,9 +360,9 @@ Fresh = tuple[Path, dict[str, int]]
 
 @pytest.fixture(scope="module")
 def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    """Exit codes of the scripts, each in a Python that has loaded neither qtool nor the models of transformers.
+    """The folder and exit codes of ``SCRIPTS``, run in a Python without qtool and transformers' models.
 
-    They are forked from one that has the slow imports behind it, which are none of the question.
+    Each script runs in a fork of one process that has done the slow imports, to save time.
     """
     folder = tmp_path_factory.mktemp("fresh")
     (folder / "native").symlink_to(llama.folder)
@@ -393,4 +393,4 @@ def test_without_import_qtool_transformers_stops_at_a_size_mismatch(fresh: Fresh
     said = (folder / "without.err").read_text()
     assert codes["without"] != 0, "a random model was given"
     assert "mismatch" in said.lower()
-    assert "torch.Size([1])" in said  # the marker, where a weight was expected
+    assert "torch.Size([1])" in said  # the size of the marker tensor, where a weight was expected

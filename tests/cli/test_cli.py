@@ -38,8 +38,8 @@ def outcome(path: Path | None = Path("out/x"), exports: tuple[str, ...] = ()) ->
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A ``qtool.pipelines.quantize`` that records its calls, and one method, so that no torch is loaded."""
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:  # Any: a module with attributes of our own
+    """Replace the pipelines by a module that records calls, and the methods by one that loads no torch."""
     fake: Any = ModuleType("qtool.pipelines.quantize")
     fake.calls = []
     fake.quantize = lambda *args: fake.calls.append(args) or outcome(exports=("out/y",))
@@ -52,7 +52,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(catalog, "methods", lambda: tuple(demo))
     monkeypatch.setattr(plugins, "get", demo.__getitem__)
     monkeypatch.setattr("qtool.config.catalog.export_formats", lambda: ("dense",))
-    return fake  # type: ignore[no-any-return]
+    return fake
 
 
 @pytest.fixture
@@ -82,12 +82,8 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
     run.quantize = noisy
     assert main.main(["ptq", recipe, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out) == {
-        "path": "out/x",
-        "exports": [],
-        "seconds": 1.5,
-        "report": {"perplexity": None, "mode": "json"},
-    }
+    report = {"perplexity": None, "mode": "json"}
+    assert json.loads(out) == {"path": "out/x", "exports": [], "seconds": 1.5, "report": report}
     assert err == "some library says hello\nnote: damping raised\n"
 
 
@@ -96,7 +92,7 @@ def test_quiet_shows_no_progress(
 ) -> None:
     for name in session.QUIET:
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(name, "")  # so that monkeypatch takes back what the command sets
+        monkeypatch.setenv(name, "")  # monkeypatch then restores the variable that the command sets
         monkeypatch.delenv(name)
 
     def note(*_: object) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""The process is set up before the command line is read."""
+"""Settings of the process that are made before the command line is read."""
 
 import gc
 import os
@@ -18,10 +18,15 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str | None
 ) -> None:
     seen: list[object] = []
+
+    def command() -> int:
+        seen.append(os.environ.get("GOMP_SPINCOUNT"))
+        return 0
+
     thresholds = gc.get_threshold()
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(given))
-        patch.setattr(main, "main", lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0)
+        patch.setattr(main, "main", command)
         patch.setattr(os, "_exit", seen.append)
         __main__.main()
     gc.set_threshold(*thresholds)

@@ -1,4 +1,4 @@
-"""Progress goes to standard error, is silent by default, short in logs, and says how things ended."""
+"""Progress goes to standard error, is silent by default, short in logs, and reports how each stage ended."""
 
 import io
 import re
@@ -18,7 +18,7 @@ from qtool.system import memory, progress, units
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -28,7 +28,7 @@ class Clock:
 
 
 class Recorder(progress_display.Lines):
-    """Lines, kept with the time they were written at."""
+    """A sink that keeps each line with the time at which it was written."""
 
     def __init__(self, clock: Clock, every: float = 10.0) -> None:
         super().__init__(every)
@@ -40,12 +40,12 @@ class Recorder(progress_display.Lines):
 
     @property
     def texts(self) -> list[str]:
-        """The lines without peak memory, which is the machine's."""
+        """Return the lines without peak memory, which differs between machines."""
         return [text.partition(", peak")[0] for _, text in self.lines]
 
 
 def show_time(patch: pytest.MonkeyPatch, clock: Clock) -> None:
-    """Let progress and its display read ``clock``."""
+    """Let progress and its display read the time from ``clock``."""
     for module in (progress, progress_display):
         patch.setattr(module, "time", SimpleNamespace(monotonic=clock))
 
@@ -150,7 +150,7 @@ def test_items_are_taken_one_by_one(clock: Clock) -> None:
 def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(
         progress_display.for_terminal(quiet=False), progress_display.Lines
-    )  # pytest's standard error is no terminal
+    )  # standard error is not a terminal under pytest
     with progress.use(progress_display.for_terminal(quiet=False)):
         progress.note("hello")
     assert tuple(capsys.readouterr()) == ("", "note: hello\n")
@@ -177,7 +177,7 @@ def test_the_live_display_shows_bar_count_time_to_go_and_memory(clock: Clock) ->
                 pass
     text = screen.getvalue()
     assert "blocks" in text
-    # the first item took 61 s, and as much of the second has passed
+    # the first item took 61 s, and the second has lasted 61 s so far
     assert re.search(r"1/3 +2:02 +1:01 to go", text)
     assert "peak " in text
     assert "done  blocks  3/3  3:03" in text
@@ -201,7 +201,7 @@ def test_sizes_read_well(num_bytes: float, text: str) -> None:
 
 def test_peak_memory_counts_this_process() -> None:
     before = memory.peak_memory_bytes()
-    block = bytearray(before)  # as much again
+    block = bytearray(before)  # doubles the memory in use
     block[::4096] = b"x" * len(block[::4096])
     assert memory.peak_memory_bytes() >= 1.5 * before > 1e6
 

@@ -11,7 +11,7 @@ from qtool.blocks.job import load_method
 from qtool.config import files, recipe
 
 FOLDER = Path(qtool.__file__).parent / "recipes"
-PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # those are sweeps
+PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # tables are sweeps
 PAPERS = [path for path in PATHS if path.is_relative_to(FOLDER / "papers")]
 GENERATOR = Path(__file__).parents[2] / "scripts" / "make_paper_recipes.py"
 
@@ -36,7 +36,7 @@ def test_it_loads_and_opens_with_what_it_does_and_its_command(path: Path) -> Non
     assert command == f"#   qtool {load_method(checked.method.name).command} {name(path)}"
 
 
-# the papers'
+# recipes of papers
 
 
 def test_the_papers_recipes_are_what_their_table_makes() -> None:
@@ -47,13 +47,15 @@ def test_the_papers_recipes_are_what_their_table_makes() -> None:
 @pytest.mark.parametrize("path", PAPERS, ids=name)
 def test_a_paper_s_recipe_says_its_grid_in_its_name_and_its_numbers_where_it_has_any(path: Path) -> None:
     checked = recipe.load(path)
-    short = checked.quant.spec_for("model.layers.0.mlp.up_proj").label().removesuffix(" asym")
+    spec = checked.quant.spec_for("model.layers.0.mlp.up_proj")
+    assert spec is not None
+    short = spec.label().removesuffix(" asym")
     assert path.stem.endswith(f"-{short}")
     assert checked.method.name == path.parent.name
     assert checked.eval is not None
     assert ("wikitext2",) in [each.tasks for each in checked.expected] or path.stem.startswith("mistral-7b")
     missing = {task for each in checked.expected for task in each.tasks} - set(checked.eval.tasks)
-    assert missing <= {"c4"}  # of which the report says that it was not evaluated
+    assert missing <= {"c4"}  # the report says that C4 was not evaluated
     lower = {each.metric: each.value for each in checked.expected if each.tasks != ("c4",)}
     assert 3 < lower.get("perplexity", 4) < 13
     assert 0.5 < lower.get("acc", lower.get("acc_norm", 0.6)) < 0.8
@@ -61,7 +63,7 @@ def test_a_paper_s_recipe_says_its_grid_in_its_name_and_its_numbers_where_it_has
 
 @pytest.mark.parametrize("method", ["efficientqat", "lrqat"])
 def test_fewer_bits_and_larger_groups_are_worse_in_the_papers(method: str) -> None:
-    """A slip of the pen in their table would show."""
+    """A typing error in the generator's tables breaks this order."""
     rows: dict[str, dict[str, float]] = {}
     for path in PAPERS:
         expected = recipe.load(path).expected
@@ -75,7 +77,7 @@ def test_fewer_bits_and_larger_groups_are_worse_in_the_papers(method: str) -> No
         assert values == sorted(values)
 
 
-# all
+# all packaged recipes
 
 
 def test_each_has_an_output_of_its_own() -> None:

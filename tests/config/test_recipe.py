@@ -2,6 +2,7 @@
 
 import datetime
 import string
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -38,18 +39,19 @@ model: {path: somewhere}
 method: {name: demo}
 output: {path: out}
 """
+Write = Callable[[str | bytes], Path]
 
 
 @pytest.fixture(autouse=True)
 def _demo_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One method and two export formats, so that nothing here depends on the real ones, nor loads torch."""
+    """Replace the plugins by one method and two export formats, so that no test here loads torch."""
     monkeypatch.setattr(catalog, "methods", lambda: tuple(METHODS))
     monkeypatch.setattr(plugins, "get", METHODS.__getitem__)
     monkeypatch.setattr(catalog, "export_formats", lambda: ("compressed-tensors", "dense"))
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Any:
+def write(tmp_path: Path) -> Write:
     def write(text: str | bytes) -> Path:
         path = tmp_path / "r.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -68,16 +70,16 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def test_a_small_recipe_gets_every_default(write: Any) -> None:
+def test_a_small_recipe_gets_every_default(write: Write) -> None:
     checked = recipe.load(write(GOOD))
     assert checked.method == Demo()
     assert checked.quant == QuantConfig()
     assert (checked.eval, checked.export, checked.seed) == (None, (), 0)
     with pytest.raises(ValidationError, match="frozen"):
-        checked.seed = 1  # type: ignore[misc]
+        checked.seed = 1  # type: ignore[misc]  # the refusal is what is tested
 
 
-def test_all_faults_are_listed_at_once_with_key_value_and_nearest_key(write: Any) -> None:
+def test_all_faults_are_listed_at_once_with_key_value_and_nearest_key(write: Write) -> None:
     path = write(
         """
 model: {pth: x, device: 3}
@@ -130,11 +132,11 @@ group_size: 4
         ("{name: demo, 1: 2}", "method.1: a key should be text; found 1"),
     ],
 )
-def test_a_method_section_is_checked_by_its_own_method(write: Any, method: str, fault: str) -> None:
+def test_a_method_section_is_checked_by_its_own_method(write: Write, method: str, fault: str) -> None:
     assert faults_of(write(f"model: {{path: x}}\nmethod: {method}\noutput: {{path: y}}")) == [fault]
 
 
-def test_an_export_format_may_be_written_like_its_file(write: Any) -> None:
+def test_an_export_format_may_be_written_like_its_file(write: Write) -> None:
     path = write(GOOD + "export: [{format: compressed_tensors, path: a}, {format: dense, path: b}]")
     assert [entry.format for entry in recipe.load(path).export] == ["compressed-tensors", "dense"]
 
@@ -172,7 +174,7 @@ def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch:
         (b"%YAML 1.3\n---\na: 1\n", "r.yaml is not YAML: version minor part can only be 2 or 1"),
     ],
 )
-def test_a_bad_file_is_one_clear_line(write: Any, content: bytes, message: str) -> None:
+def test_a_bad_file_is_one_clear_line(write: Write, content: bytes, message: str) -> None:
     with pytest.raises(InputError) as caught:
         recipe.load(write(content))
     assert message in str(caught.value)
@@ -208,7 +210,7 @@ def test_whatever_a_file_holds_nothing_but_an_input_error_comes_out(tmp_path: Pa
 
 
 @pytest.mark.parametrize("word", ["off", "on", "yes", "no"])
-def test_on_and_off_are_words_and_so_are_dates(write: Any, word: str) -> None:
+def test_on_and_off_are_words_and_so_are_dates(write: Write, word: str) -> None:
     assert files.read_yaml(write(f"a: {word}\nb: 2024-01-01\nc: true")) == {"a": word, "b": "2024-01-01", "c": True}
     assert recipe.load(write(GOOD), [f"quant.symmetric={word}"]).quant.symmetric == (word in ("on", "yes"))
 
@@ -230,7 +232,7 @@ def test_on_and_off_are_words_and_so_are_dates(write: Any, word: str) -> None:
         ("eval=null", None),
     ],
 )
-def test_set_changes_one_key(write: Any, override: str, value: object) -> None:
+def test_set_changes_one_key(write: Write, override: str, value: object) -> None:
     checked: Any = recipe.load(write(GOOD + "export: [{format: dense, path: y}]\neval:\n"), [override])
     for part in override.partition("=")[0].split("."):
         if isinstance(checked, dict):
@@ -239,14 +241,14 @@ def test_set_changes_one_key(write: Any, override: str, value: object) -> None:
     assert checked == value
 
 
-def test_set_makes_the_list_entries_it_needs(write: Any) -> None:
+def test_set_makes_the_list_entries_it_needs(write: Write) -> None:
     checked = recipe.load(
         write(GOOD), ["export.0.format=dense", "export.0.path=x", "export.1={format: dense, path: y}"]
     )
     assert [str(entry.path) for entry in checked.export] == ["x", "y"]
 
 
-def test_a_pattern_with_dots_goes_up_to_the_last_key(write: Any) -> None:
+def test_a_pattern_with_dots_goes_up_to_the_last_key(write: Write) -> None:
     overrides = ["quant.overrides.*.mlp.down_proj.num_bits=8", "quant.overrides.model.layers.0.*={skip: true}"]
     found = recipe.load(write(GOOD), overrides).quant.overrides
     assert found["*.mlp.down_proj"].num_bits == 8
@@ -277,7 +279,7 @@ def test_what_is_set_is_there_and_nothing_else_changed(path: list[str], value: A
     assert {key: each for key, each in raw.items() if key != path[0]} == before
 
 
-def test_faults_of_set_are_listed_with_the_others(write: Any) -> None:
+def test_faults_of_set_are_listed_with_the_others(write: Write) -> None:
     assert faults_of(write(GOOD), "seed") == ["--set seed: write section.key=value"]
     path = write(GOOD + "seed: -1")
     wrong = ["seed", "=3", "a..b=1", "model.path.x=1", "eval.tasks.2=a", "quant.num_bits=[1,"]
@@ -345,13 +347,13 @@ def test_keys_have_a_default_and_a_description() -> None:
 # eval
 
 
-def test_eval_of_a_recipe_without_a_method_takes_its_model(write: Any) -> None:
+def test_eval_of_a_recipe_without_a_method_takes_its_model(write: Write) -> None:
     path = write("model: {path: x}\neval: {tasks: [boolq], limit: 3}\nseed: 5")
     checked = recipe.load_eval(path, {"eval": {"limit": 9}, "model": {}})
     assert (checked.model.path, checked.eval.tasks, checked.eval.limit, checked.seed) == ("x", ("boolq",), 9, 5)
 
 
-def test_eval_of_a_quantization_recipe_takes_what_it_wrote(write: Any, tmp_path: Path) -> None:
+def test_eval_of_a_quantization_recipe_takes_what_it_wrote(write: Write, tmp_path: Path) -> None:
     path = write(GOOD.replace("path: out", f"path: {tmp_path / 'out'}"))
     with pytest.raises(InputError, match=r"which does not exist yet; run: qtool ptq .*r\.yaml"):
         recipe.load_eval(path, {})
@@ -360,7 +362,7 @@ def test_eval_of_a_quantization_recipe_takes_what_it_wrote(write: Any, tmp_path:
     assert recipe.load_eval(path, {}).model.path == str(tmp_path / "out")
 
 
-def test_options_do_not_hide_a_faulty_section(write: Any) -> None:
+def test_options_do_not_hide_a_faulty_section(write: Write) -> None:
     with pytest.raises(InputError, match="eval: should be a mapping"):
         recipe.load_eval(write("model: {path: x}\neval: 3"), {"eval": {"limit": 9}})
 

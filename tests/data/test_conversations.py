@@ -1,4 +1,4 @@
-"""Conversations: what of them is learned, how they fill windows, and who gets the labels."""
+"""Conversations: which tokens are learned, how conversations fill windows, and which methods get the labels."""
 
 import json
 from dataclasses import replace
@@ -19,8 +19,10 @@ from qtool.config.sections import IGNORED, DataConfig
 from qtool.data import conversations, sources, windows
 from qtool.data.conversations import encode, messages_of, pack
 from qtool.methods import rtn
+from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize
 from qtool.pipelines.run_state import RunState
+from qtool.system import progress
 from qtool.system.errors import InputError
 
 CHATML = (
@@ -210,7 +212,7 @@ def test_windows_in_which_nothing_is_learned_are_left_out_and_counted(capsys: py
     rows = [qa("Why? " * 99, "So."), qa("Go?", "Yes. " * 99)]
     notes: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations.progress, "note", notes.append)
+        patch.setattr(progress, "note", notes.append)
         packed = pack(placed(rows), TOKENIZER, 2, 32)
     assert packed.tokens.shape == (1, 32)
     assert packed.num_conversations == 2
@@ -222,7 +224,7 @@ def test_windows_in_which_nothing_is_learned_are_left_out_and_counted(capsys: py
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Any:
+def loaded() -> LoadedModel:
     return tiny.with_builtin_tokenizer(0, 128)
 
 
@@ -233,7 +235,9 @@ def config(source: object, num_samples: int = 4, seq_len: int = 32) -> DataConfi
 ROWS = [qa(f"Question number {i}?", f"Answer {i}, and no more than that, whatever is asked.") for i in range(60)]
 
 
-def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed(loaded: Any, tmp_path: Path) -> None:
+def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     first = windows.calibration(config(path), loaded, 0)
     assert first.labels is not None
@@ -243,11 +247,12 @@ def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed
     assert torch.equal(first.tokens, again.tokens)
     assert not torch.equal(first.tokens, other.tokens)
     order = [first.tokens.tolist().index(row) for row in other.tokens.tolist()]
-    assert torch.equal(first.labels[order], other.labels)  # type: ignore[index]
+    assert other.labels is not None
+    assert torch.equal(first.labels[order], other.labels)
     assert torch.equal(windows.calibration_tokens(config(path), loaded, 0), first.tokens)
 
 
-def test_parquet_gives_the_same_conversations(loaded: Any, tmp_path: Path) -> None:
+def test_parquet_gives_the_same_conversations(loaded: LoadedModel, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -259,7 +264,7 @@ def test_parquet_gives_the_same_conversations(loaded: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["alpaca", "deita"])
 def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
-    name: str, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[dict[str, Any]] = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}, {i}."} for i in range(90)]
     if name == "deita":
@@ -284,7 +289,7 @@ def test_named_sources_are_read_from_the_data_folder_and_else_from_the_hub(
     assert windows.token_hash(*local) == windows.token_hash(*remote)
 
 
-def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) -> None:
+def test_too_few_conversations_are_told_in_numbers(loaded: LoadedModel, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS[:4])
     with pytest.raises(
         InputError, match=r"window\(s\) of 32 tokens were found in 4 conversation\(s\), and 99 are needed"
@@ -292,7 +297,7 @@ def test_too_few_conversations_are_told_in_numbers(loaded: Any, tmp_path: Path) 
         windows.calibration(config(path, 99), loaded, 0)
 
 
-def test_a_row_without_a_conversation_is_told_with_its_line(loaded: Any, tmp_path: Path) -> None:
+def test_a_row_without_a_conversation_is_told_with_its_line(loaded: LoadedModel, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [ROWS[0], {"text": "x"}])
     with pytest.raises(InputError, match=r"a\.jsonl: line 2 has no conversation"):
         windows.calibration(config(path), loaded, 0)

@@ -1,4 +1,4 @@
-"""Named sources: what is asked of the hub, and that a file on this machine comes first."""
+"""Named sources: which files are read from the hub, and that local files come first."""
 
 import json
 from pathlib import Path
@@ -12,18 +12,19 @@ from qtool.config.sections import DataConfig
 from qtool.data import hub as hub_module
 from qtool.data import sources, windows
 from qtool.data.hub import Hub, UnreachableError, load_hub
+from qtool.models.loaded import LoadedModel
 
 TEXT = "The river runs through the old town, and the mill by the bridge is still used in autumn. "
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Any:
+def loaded() -> LoadedModel:
     return tiny.with_builtin_tokenizer(0, 128)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder that stands for the hub: ``hf://datasets`` and repositories' names are read from below it."""
+    """A folder in place of the hub: ``hf://datasets`` and repository names are read from it."""
     fetch = datasets.load_dataset
     monkeypatch.setattr(hub_module, "_hub_answers", lambda: True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -57,7 +58,9 @@ def test_files_whose_fields_differ_are_read_and_mixed_in_a_fixed_order(hub: Path
     assert [row["text"] for row in load_hub(plain, "train")] == [f"a{i}" for i in range(20)]
 
 
-def test_redpajama_is_a_fair_sample_from_its_beginning(hub: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redpajama_is_a_fair_sample_from_its_beginning(
+    hub: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
     for name in ("arxiv", "wikipedia"):
         rows = [{"text": f"{name} {i}. {TEXT}", "meta": {name: i}} for i in range(20)]
@@ -79,7 +82,7 @@ def test_whole_repositories_are_read_by_their_usual_names(name: str, hub: Path) 
 
 @pytest.mark.parametrize("name", ["redpajama", "slimpajama"])
 def test_text_in_the_data_folder_comes_first(
-    name: str, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(sources, "load_hub", None)
@@ -92,7 +95,7 @@ def test_text_in_the_data_folder_comes_first(
 
 @pytest.mark.parametrize("name", sorted(sources.SOURCES))
 def test_what_is_nowhere_is_told_with_the_ways_around_it(
-    name: str, loaded: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
     monkeypatch.setattr(hub_module, "_hub_answers", lambda: False)

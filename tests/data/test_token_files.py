@@ -1,4 +1,4 @@
-"""Windows that were made elsewhere: used exactly as they are, or refused with the reason."""
+"""Windows of tokens in ``.npy`` files: used exactly as they are, or refused with the reason."""
 
 from pathlib import Path
 from typing import Any

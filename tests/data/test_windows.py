@@ -1,9 +1,13 @@
-"""Windows of tokens: what is in them, in which order, and what a person is told when there is no text."""
+"""Windows of tokens: their content, their order, and the errors when there is no text."""
 
+import dataclasses
 import hashlib
 import json
 import lzma
 import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,45 +18,42 @@ from transformers import AutoTokenizer
 from qtool.config.sections import DataConfig
 from qtool.data import generated, hub, readers, sources
 from qtool.data import windows as calibration_windows
+from qtool.data.generated import generated_tokens
 from qtool.data.hub import UnreachableError
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 ENGLISH = "The river runs through the old town, and the mill by the bridge is still used in autumn.\n"
 
-needs_data = pytest.mark.skipif(
-    sources.data_dir() is None, reason="no data: set QTOOL_DATA_DIR to a folder that has it"
-)
-
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded() -> LoadedModel:
     """A tiny random Llama with the tokenizer of the built-in model."""
     return tiny.with_builtin_tokenizer(0, 128)
 
 
 @pytest.fixture
-def no_local_data(monkeypatch):
+def no_local_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
 
 
 @pytest.fixture
-def no_hub(monkeypatch):
-    """The hub does not answer, whatever the machine."""
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the hub unreachable on every machine."""
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
-def config(source, num_samples=4, seq_len=32):
+def config(source: str | Path, num_samples: int = 4, seq_len: int = 32) -> DataConfig:
     return DataConfig(source=str(source), num_samples=num_samples, seq_len=seq_len)
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def flat(loaded, *documents):
-    """What the windows must hold, in one line of tokens: each document followed by the end token."""
+def flat(loaded: LoadedModel, *documents: str) -> list[int]:
+    """Return the tokens that the windows must hold, in order: each document followed by the end token."""
     tokenizer = loaded.tokenizer
     return [i for text in documents for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
 
@@ -60,7 +61,7 @@ def flat(loaded, *documents):
 # ------------------------------------------------------------------------------------------------ windows
 
 
-def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded, tmp_path):
+def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded: LoadedModel, tmp_path: Path) -> None:
     documents = [ENGLISH * (i + 1) + str(i) for i in range(8)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents])
     windows = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=0)
@@ -76,14 +77,14 @@ def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded, tmp
 
 
 @pytest.fixture
-def beginning(loaded):
-    """The same model with a tokenizer that begins every text with a token of its own, number 1."""
+def beginning(loaded: LoadedModel) -> LoadedModel:
+    """The model of ``loaded``, with a tokenizer that begins every text with token 1."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.BUILTIN, bos_token="!")
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="!:0 $A", special_tokens=[("!", 1)])
-    return LoadedModel(loaded.model, tokenizer, "tiny", None, torch.float32)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="!:0 $A", special_tokens=[("!", 1)])
+    return dataclasses.replace(loaded, tokenizer=tokenizer, path="tiny")
 
 
-def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginning, tmp_path):
+def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginning: LoadedModel, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three four"}] * 8)
     tokens = calibration_windows.calibration_tokens(config(path, 1, 16), beginning, seed=0)[0].tolist()
     assert tokens[0] == 1
@@ -91,7 +92,7 @@ def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginnin
     assert beginning.tokenizer.eos_token_id not in tokens
 
 
-def test_joined_rows_begin_once(beginning, tmp_path, monkeypatch):
+def test_joined_rows_begin_once(beginning: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)
     (tmp_path / "wikitext2").mkdir()
@@ -100,18 +101,18 @@ def test_joined_rows_begin_once(beginning, tmp_path, monkeypatch):
     assert (tokens == 1).sum() == 1
 
 
-def test_generated_text_begins_as_the_tokenizer_begins_texts(beginning, loaded):
-    assert (calibration_windows.generated_tokens(beginning, 4, 8, seed=0)[:, 0] == 1).all()
-    assert len(set(calibration_windows.generated_tokens(loaded, 4, 8, seed=0)[:, 0].tolist())) > 1
+def test_generated_text_begins_as_the_tokenizer_begins_texts(beginning: LoadedModel, loaded: LoadedModel) -> None:
+    assert (generated_tokens(beginning, 4, 8, seed=0)[:, 0] == 1).all()
+    assert len(set(generated_tokens(loaded, 4, 8, seed=0)[:, 0].tolist())) > 1
 
 
-def test_no_more_of_a_file_is_read_than_is_needed(loaded, tmp_path):
+def test_no_more_of_a_file_is_read_than_is_needed(loaded: LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps({"text": ENGLISH}) + "\n") * 50 + "not json\n")
     assert calibration_windows.calibration_tokens(config(path, 2, 8), loaded, seed=0).shape == (2, 8)
 
 
-def test_text_files_hold_documents_parted_by_three_newlines(loaded, tmp_path):
+def test_text_files_hold_documents_parted_by_three_newlines(loaded: LoadedModel, tmp_path: Path) -> None:
     text = "\n\n\n".join(["One.\n\nTwo lines.", "\n\n", "Second."])
     plain = tmp_path / "a.txt"
     plain.write_text(text, encoding="utf-8")
@@ -121,7 +122,7 @@ def test_text_files_hold_documents_parted_by_three_newlines(loaded, tmp_path):
         assert [d for d in readers.read_file(path) if d] == ["One.\n\nTwo lines.", "Second."]
 
 
-def test_the_three_kinds_of_files_give_the_same_windows(loaded, tmp_path):
+def test_the_three_kinds_of_files_give_the_same_windows(loaded: LoadedModel, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -138,7 +139,9 @@ def test_the_three_kinds_of_files_give_the_same_windows(loaded, tmp_path):
     assert len(hashes) == 1
 
 
-def test_rows_of_wikitext2_are_one_text_joined_by_two_newlines(loaded, tmp_path, monkeypatch):
+def test_rows_of_wikitext2_are_one_text_joined_by_two_newlines(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
     (tmp_path / "wikitext2").mkdir()
     rows = ["", " = Title = \n", "", *([" " + ENGLISH] * 20)]
@@ -151,12 +154,12 @@ def test_rows_of_wikitext2_are_one_text_joined_by_two_newlines(loaded, tmp_path,
     write_jsonl(tmp_path / "wikitext2/test.jsonl", [{"text": "short"}])
     with pytest.raises(InputError, match=r"less than one window of 32; lower eval\.context"):
         calibration_windows.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
-    monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)  # many pieces
+    monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)  # the text is tokenized in many pieces
     train = calibration_windows.calibration_tokens(config("wikitext2", 4, 32), loaded, seed=0)
     assert sorted(train.tolist()) == sorted(test[:4].tolist())
 
 
-def test_the_hash_depends_on_shape_and_values():
+def test_the_hash_depends_on_shape_and_values() -> None:
     tokens = torch.arange(12).view(3, 4)
     expected = hashlib.sha256(b"(3, 4)" + struct.pack("<12q", *range(12))).hexdigest()
     assert calibration_windows.token_hash(tokens) == calibration_windows.token_hash(tokens.int()) == expected
@@ -164,17 +167,18 @@ def test_the_hash_depends_on_shape_and_values():
     assert calibration_windows.token_hash(tokens) != calibration_windows.token_hash(tokens + 1)
 
 
-@needs_data
-def test_shared_sources_give_windows_of_english(loaded):
+@pytest.mark.usefixtures("data_dir")
+def test_shared_sources_give_windows_of_english(loaded: LoadedModel) -> None:
     for source in ("enwiki", "wikitext2"):
         windows = calibration_windows.calibration_tokens(config(source, 8, 64), loaded, seed=0)
         assert windows.shape == (8, 64)
         assert " the " in loaded.tokenizer.decode(windows.flatten())
 
 
-@needs_data
-def test_wikitext2_has_417_windows_of_1024_of_the_built_in_tokenizer(loaded, monkeypatch):
-    if not (sources.data_dir() / "wikitext2/test.jsonl").exists():
+def test_wikitext2_has_417_windows_of_1024_of_the_built_in_tokenizer(
+    loaded: LoadedModel, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (data_dir / "wikitext2/test.jsonl").exists():
         pytest.skip("no wikitext2/test.jsonl below QTOOL_DATA_DIR")
     monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 1024)
     assert calibration_windows.perplexity_windows("wikitext2", loaded, 2048, None, seed=0).shape == (417, 1024)
@@ -183,26 +187,26 @@ def test_wikitext2_has_417_windows_of_1024_of_the_built_in_tokenizer(loaded, mon
 # ---------------------------------------------------------------------------------------------- generated
 
 
-def test_generated_text_is_fixed_by_its_seed_alone(loaded):
+def test_generated_text_is_fixed_by_its_seed_alone(loaded: LoadedModel) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first = calibration_windows.generated_tokens(loaded, 6, 24, seed=1)
+    first = generated_tokens(loaded, 6, 24, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(6)
-    assert torch.equal(first, calibration_windows.generated_tokens(loaded, 6, 24, seed=1))
-    assert not torch.equal(first, calibration_windows.generated_tokens(loaded, 6, 24, seed=2))
+    assert torch.equal(first, generated_tokens(loaded, 6, 24, seed=1))
+    assert not torch.equal(first, generated_tokens(loaded, 6, 24, seed=2))
 
 
-def test_generated_text_does_not_depend_on_the_batch(loaded, monkeypatch):
-    whole = calibration_windows.generated_tokens(loaded, 6, 24, seed=1)
+def test_generated_text_does_not_depend_on_the_batch(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generated_tokens(loaded, 6, 24, seed=1)
     monkeypatch.setattr(generated, "CACHE_BYTES", {"cpu": 1})
-    assert torch.equal(whole, calibration_windows.generated_tokens(loaded, 6, 24, seed=1))
+    assert torch.equal(whole, generated_tokens(loaded, 6, 24, seed=1))
 
 
-def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(loaded):
-    tokens = calibration_windows.generated_tokens(loaded, 32, 40, seed=0)
+def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(loaded: LoadedModel) -> None:
+    tokens = generated_tokens(loaded, 32, 40, seed=0)
     with torch.no_grad():
-        logits = loaded.model(tokens).logits  # no cache: an independent computation
+        logits = loaded.model(tokens).logits  # computed without a KV cache, to be independent
     logits[..., 0] = -torch.inf
     greedy = logits[:, :-1].argmax(-1) == tokens[:, 1:]
     assert greedy[:, :3].all()
@@ -211,7 +215,7 @@ def test_generated_text_is_greedy_for_three_to_five_tokens_and_then_sampled(load
     assert greedy[:, 5:].float().mean() < 0.1
 
 
-def test_generated_text_has_the_frequencies_of_the_model(loaded):
+def test_generated_text_has_the_frequencies_of_the_model(loaded: LoadedModel) -> None:
     uniform = (torch.arange(10_000) + 0.5)[:, None] / 10_000
     allowed = torch.arange(1, 6)
     draw = generated._sampler(uniform, torch.zeros(10_000), allowed, torch.device("cpu"))
@@ -222,17 +226,17 @@ def test_generated_text_has_the_frequencies_of_the_model(loaded):
     torch.testing.assert_close(shares, logits[0, 1:].softmax(-1), atol=2e-4, rtol=0)
 
 
-def test_generated_text_has_no_special_tokens(loaded):
+def test_generated_text_has_no_special_tokens(loaded: LoadedModel) -> None:
     with torch.no_grad():
-        loaded.model.lm_head.weight[0] += 1  # the end token becomes likely
+        loaded.model.get_parameter("lm_head.weight")[0] += 1  # the end token becomes likely
     try:
-        assert 0 not in calibration_windows.generated_tokens(loaded, 8, 64, seed=0)
+        assert 0 not in generated_tokens(loaded, 8, 64, seed=0)
     finally:
         with torch.no_grad():
-            loaded.model.lm_head.weight[0] -= 1
+            loaded.model.get_parameter("lm_head.weight")[0] -= 1
 
 
-def test_generated_text_for_evaluation_is_other_text(loaded):
+def test_generated_text_for_evaluation_is_other_text(loaded: LoadedModel) -> None:
     calibration = calibration_windows.calibration_tokens(config("generated", 4, 16), loaded, seed=0)
     for seed in (0, 1):
         windows = calibration_windows.perplexity_windows("generated", loaded, 16, 4, seed=seed)
@@ -246,47 +250,48 @@ def test_generated_text_for_evaluation_is_other_text(loaded):
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-def fault(source, loaded, num_samples=4, seq_len=32):
+def fault(source: str | Path, loaded: LoadedModel, num_samples: int = 4, seq_len: int = 32) -> str:
     with pytest.raises(InputError) as caught:
         calibration_windows.calibration_tokens(config(source, num_samples, seq_len), loaded, seed=0)
     return str(caught.value)
 
 
-def test_an_unknown_source_is_told_the_nearest_name():
+def test_an_unknown_source_is_told_the_nearest_name() -> None:
     with pytest.raises(InputError, match=r"'wikitxt2'.*generated, wikitext2, enwiki, c4.*did you mean wikitext2\?"):
         sources.check_source(config("wikitxt2"))
 
 
-def test_known_sources_pass_the_cheap_check_without_being_read(no_local_data):
+@pytest.mark.usefixtures("no_local_data")
+def test_known_sources_pass_the_cheap_check_without_being_read() -> None:
     for source in ("generated", "wikitext2", "enwiki", "c4"):
         sources.check_source(config(source))
 
 
-def test_a_file_that_does_not_exist_is_named():
+def test_a_file_that_does_not_exist_is_named() -> None:
     with pytest.raises(InputError, match=r"there is no file .*nowhere\.jsonl"):
         sources.check_source(config("nowhere.jsonl"))
 
 
-def test_a_suffix_that_cannot_be_read_is_refused(tmp_path):
+def test_a_suffix_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n")
     with pytest.raises(InputError, match=r"suffix.*\.txt, \.txt\.xz, \.jsonl, \.parquet"):
         sources.check_source(config(tmp_path / "a.csv"))
 
 
-def test_a_folder_is_refused(tmp_path):
+def test_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         sources.check_source(config(tmp_path / "a.txt"))
 
 
-def test_an_empty_file_is_refused(loaded, tmp_path):
+def test_an_empty_file_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     assert "is empty" in fault(tmp_path / "a.txt", loaded)
     (tmp_path / "a.txt").write_text("\n \n\n\n")
     assert "no text was found" in fault(tmp_path / "a.txt", loaded)
 
 
-def test_too_little_text_is_told_in_numbers(loaded, tmp_path):
+def test_too_little_text_is_told_in_numbers(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(ENGLISH * 5)
     num_tokens = len(flat(loaded, (ENGLISH * 5).strip()))
     message = fault(tmp_path / "a.txt", loaded, 40, 32)
@@ -295,19 +300,19 @@ def test_too_little_text_is_told_in_numbers(loaded, tmp_path):
     assert f"lower data.num_samples to {num_tokens // 32}" in message
 
 
-def test_windows_longer_than_the_context_are_refused(loaded, tmp_path):
+def test_windows_longer_than_the_context_are_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(ENGLISH)
     for source in (tmp_path / "a.txt", "generated"):
         assert "lower it to 128" in fault(source, loaded, 1, 129)
 
 
-def test_text_that_is_not_utf8_is_told_with_line_and_byte(loaded, tmp_path):
+def test_text_that_is_not_utf8_is_told_with_line_and_byte(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"first line\nsecond \xe9 line\n")
     message = fault(tmp_path / "a.txt", loaded)
     assert "line 2, byte 18 of the file is 0xe9" in message
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\n")
     assert list(readers.read_file(tmp_path / "a.txt")) == ["text"]
 
@@ -321,12 +326,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         ('{"text": 3}', "line 2 has the fields text"),
     ],
 )
-def test_a_bad_line_of_json_is_told_with_its_number(loaded, tmp_path, line, expected):
+def test_a_bad_line_of_json_is_told_with_its_number(
+    loaded: LoadedModel, tmp_path: Path, line: str, expected: str
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     assert expected in fault(tmp_path / "a.jsonl", loaded)
 
 
-def test_bad_parquet_is_told(loaded, tmp_path):
+def test_bad_parquet_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -339,19 +346,21 @@ def test_bad_parquet_is_told(loaded, tmp_path):
     assert "cannot be read as parquet" in fault(path, loaded)
 
 
-def test_a_damaged_xz_file_is_told(loaded, tmp_path):
+def test_a_damaged_xz_file_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
     packed = lzma.compress((ENGLISH * 100).encode())
     (tmp_path / "a.txt.xz").write_bytes(packed[: len(packed) // 2])
     assert "cannot be read" in fault(tmp_path / "a.txt.xz", loaded)
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "enwiki", "c4"])
-def test_an_unreachable_hub_is_told_with_the_ways_around_it(loaded, no_local_data, no_hub, source):
+@pytest.mark.usefixtures("no_local_data", "no_hub")
+def test_an_unreachable_hub_is_told_with_the_ways_around_it(loaded: LoadedModel, source: str) -> None:
     with pytest.raises(UnreachableError, match=r"hub.*\$QTOOL_DATA_DIR/" + source + ".*file of your own"):
         calibration_windows.calibration_tokens(config(source), loaded, seed=0)
 
 
-def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
+@pytest.mark.usefixtures("no_hub")
+def test_the_libraries_are_offline_only_while_the_hub_does_not_answer() -> None:
     import datasets
     from huggingface_hub import constants
 
@@ -362,13 +371,13 @@ def test_the_libraries_are_offline_only_while_the_hub_does_not_answer(no_hub):
     assert before == constants.HF_HUB_OFFLINE
 
 
-def test_a_data_folder_that_does_not_exist_is_told(monkeypatch, tmp_path):
+def test_a_data_folder_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"QTOOL_DATA_DIR is .*nowhere"):
         sources.data_dir()
 
 
-def test_without_the_variable_there_is_no_data_folder(monkeypatch, tmp_path):
+def test_without_the_variable_there_is_no_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "shared/data").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

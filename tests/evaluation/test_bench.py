@@ -1,4 +1,4 @@
-"""``qtool bench``: what is timed, how it is summed up, and what it says when low bits do not help."""
+"""``qtool bench``: which steps are timed, their summary, and the advice when low bits do not help."""
 
 import itertools
 import json
@@ -19,6 +19,7 @@ from qtool.config.quant import QuantConfig
 from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench
 from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
 from qtool.reports import bench_report
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Variant
 from qtool.system import energy
@@ -42,7 +43,7 @@ def run(folder: Path, plan: BenchConfig = SMALL) -> BenchReport:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> list[tuple[str, str, int]]:
-    """Let timed work take ``seconds(variant)`` each; returns what is timed: variant, measure, steps."""
+    """Let each timed step take ``seconds(variant)``; return the list of timed work: variant, measure, steps."""
     timed: list[tuple[str, str, int]] = []
 
     def time(clock: Any, work: Any) -> tuple[float, float | None]:
@@ -65,7 +66,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> l
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> BenchReport:
-    """One that was really measured."""
+    """A report of a real measurement."""
     return run(folder)
 
 
@@ -82,7 +83,8 @@ def test_the_report_has_every_number(report: BenchReport, folder: Path) -> None:
             assert found.tokens_per_second == sorted(found.repeats)[1]
             assert found.joules_per_token is None or found.joules_per_token > 0
     assert report.variant(FAST).linears.startswith("14 linears by int4 (cpu)")
-    assert 0 < report.logit_difference < 0.02  # type: ignore[operator]
+    assert report.logit_difference is not None
+    assert 0 < report.logit_difference < 0.02
     assert (report.dtype, report.device, report.threads) == ("float32", "cpu", torch.get_num_threads())
 
 
@@ -92,10 +94,11 @@ def test_sizes_are_those_of_the_tensors(report: BenchReport, folder: Path) -> No
     floats = tiny.stored(folder.parent / "float")
     numbers = sum(t.numel() for t in floats.values())
     assert dense.file_bytes == 4 * numbers
-    assert dense.weight_bytes == pytest.approx(4 * numbers, abs=200)  # and the rotary frequencies
+    assert dense.weight_bytes == pytest.approx(4 * numbers, abs=200)  # the rotary frequencies are the rest
     assert fast.file_bytes == exact.file_bytes == pytest.approx(files["packed"], abs=16384)
     packed = {name: t.numel() for name, t in floats.items() if ".self_attn." in name or ".mlp." in name}
-    assert fast.weight_bytes - exact.weight_bytes == sum(packed.values()) * 5 // 8  # 4 bits, and 32 for each 32
+    # a kernel holds 4 bits for each weight, and 32 for each group of 32
+    assert fast.weight_bytes - exact.weight_bytes == sum(packed.values()) * 5 // 8
     assert exact.weight_bytes < dense.weight_bytes
 
 
@@ -114,10 +117,10 @@ def test_the_report_survives_json(report: BenchReport) -> None:
     }  # fmt: skip
 
 
-# what is timed
+# timed work
 
 
-def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: Any) -> None:
+def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: LoadedModel) -> None:
     calls: list[tuple[torch.Size, int]] = []
     prompt = tiny.probe()
     with torch.inference_mode():
@@ -170,11 +173,11 @@ def test_medians() -> None:
     assert (found.tokens_per_second, found.joules_per_token) == (7.5, 2.0)
 
 
-# what it says
+# text of the report
 
 
 def made(fast: float, dense: float, fast_peak: int | None = 1, dense_peak: int | None = 2) -> BenchReport:
-    """A report in which each measure has these speeds, and prefill is twice as fast packed."""
+    """Return a report with these speeds for each measure; packed prefill is twice as fast as dense."""
 
     def variant(name: str, tokens: float, peak: int | None) -> Variant:
         speeds = {measure: bench_report.speed(1, [1 / tokens], [None]) for measure in MEASURES}
@@ -354,7 +357,12 @@ def test_the_command_prints_one_object_or_a_table(
 ) -> None:
     fake: Any = ModuleType("qtool.evaluation.bench")
     asked: list[Any] = []
-    fake.bench = lambda *args: asked.append(args) or made(3.0, 1.0)
+
+    def bench(*args: Any) -> BenchReport:
+        asked.append(args)
+        return made(3.0, 1.0)
+
+    fake.bench = bench
     monkeypatch.setitem(sys.modules, "qtool.evaluation.bench", fake)
     monkeypatch.setattr(evaluation, "bench", fake, raising=False)
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""The measure of what an evaluated text shares with the calibration text, and where a reader learns of it."""
+"""Overlap of evaluated text with calibration text: its measure, and the warnings about it."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation import contamination
 from qtool.evaluation.contamination import relation
 from qtool.pipelines import evaluate, quantize
-from qtool.reports.records import ALARM, RUN, CalibrationText, Metric, task_result
+from qtool.reports.records import ALARM, RUN, CalibrationText, Metric, TaskResult, task_result
 from qtool.reports.report import Report
 
 
@@ -28,7 +28,7 @@ def windows(num: int, length: int, seed: int, vocabulary: int = 4096) -> torch.T
 
 
 def plainly(calibration: torch.Tensor, evaluation: torch.Tensor) -> float:
-    """The definition, in words of Python."""
+    """Compute the overlap directly from its definition."""
 
     def runs(tokens: torch.Tensor) -> list[tuple[int, ...]]:
         return [tuple(row[i : i + RUN]) for row in tokens.tolist() for i in range(len(row) - RUN + 1)]
@@ -91,11 +91,11 @@ def test_the_same_distribution_is_a_note_whatever_the_overlap(source: str, task:
 # ------------------------------------------------------------------------------------------------ the report
 
 
-def row(task: str, metric: str, share: float | None) -> Any:
+def row(task: str, metric: str, share: float | None) -> TaskResult:
     return task_result(task, metric, Metric(value=3.0, stderr=0.1, n=10), None, overlap=share)
 
 
-def report(*rows: Any) -> Report:
+def report(*rows: TaskResult) -> Report:
     text = CalibrationText(source="a.jsonl", num_samples=8, seq_len=32)
     return Report(model="m", quantized="q", calibration=text, results=rows)
 
@@ -139,6 +139,13 @@ def recipe(folder: Path, out: Path, **changes: Any) -> Recipe:
     return Recipe.model_validate(raw | changes)
 
 
+def report_of(asked: Recipe) -> Report:
+    """Quantize as a single process, which always has an outcome, and return its report."""
+    outcome = quantize.quantize(asked, "ptq")
+    assert outcome is not None
+    return outcome.report
+
+
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     from qtool.data import hub
@@ -153,7 +160,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     same = perplexity_windows("generated", floats, 48, 4, seed=0)
     np.save(tmp_path / "same.npy", torch.cat([same[:2], same[:2].flip(1)]).numpy())
     text = {"source": str(tmp_path / "same.npy"), "num_samples": 4, "seq_len": 48}
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data=text)).report
+    found = report_of(recipe(llama_folder, tmp_path / "q", data=text))
     assert [each.overlap for each in found.results] == [0.5, 0.5, 0.5]
     assert len(found.warnings()) == 1
     for name in ("report.md", "README.md"):
@@ -165,7 +172,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
     again = evaluate.evaluate(model, config).report
     assert again.results[0].overlap == 0.5
     assert again.calibration == found.calibration
-    np.save(tmp_path / "same.npy", same.numpy())  # it is not what was used any more
+    np.save(tmp_path / "same.npy", same.numpy())  # no longer the text that calibrated the model
     assert evaluate.evaluate(model, config).report.results[0].overlap is None
 
 
@@ -173,7 +180,7 @@ def test_calibration_on_the_evaluated_text_is_told(llama_folder: Path, tmp_path:
 def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the_same_text(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48})).report
+    found = report_of(recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}))
     assert found.results[0].overlap is not None
     assert found.results[0].overlap < ALARM
     assert found.results[0].note.endswith("same distribution, other text")
@@ -181,13 +188,13 @@ def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the
     config = EvalConfig(tasks=("generated",), limit=4, context=48)
     model = ModelConfig(path=str(tmp_path / "q"), dtype="float32", device="cpu")
     alone = evaluate.evaluate(model, config).report
-    assert alone.results[0].overlap is None  # the model would have to write it again
+    assert alone.results[0].overlap is None  # the generated text is not kept
     assert alone.results[0].note.endswith("same distribution, other text")
 
 
 @pytest.mark.usefixtures("no_data")
 def test_a_method_without_data_has_seen_nothing(llama_folder: Path, tmp_path: Path) -> None:
-    found = quantize.quantize(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"})).report
+    found = report_of(recipe(llama_folder, tmp_path / "q", method={"name": "rtn"}))
     assert found.calibration is None
     assert [each.overlap for each in found.results] == [None] * 3
     assert "distribution" not in found.markdown()

@@ -1,20 +1,21 @@
-"""Numbers that decide what people ship: each against an independent computation, and honest where there is none."""
+"""Evaluation tasks: each number against an independent computation, and a reason where there is no number."""
 
 import dataclasses
 import json
 import math
 import random
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
 from qtool.config.sections import EvalConfig
-from qtool.data import hub, readers
-from qtool.data.sources import data_dir
+from qtool.data import hub, readers, sources
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation import harness, local_tasks, perplexity
 from qtool.evaluation.tasks import _own_tasks, check_tasks, evaluate
@@ -22,51 +23,51 @@ from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 
-def missing(*files):
-    folder = data_dir()
+def missing(*files: str) -> bool:
+    folder = sources.data_dir()
     return folder is None or not all((folder / file).exists() for file in files)
 
 
-def needs(*files):
+def needs(*files: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing(*files), reason=f"QTOOL_DATA_DIR has no {', '.join(files)}")
 
 
-def random_llama(seed, **changes):
-    loaded = tiny.with_builtin_tokenizer(seed, 256, **changes)
+def random_llama(seed: int) -> LoadedModel:
+    loaded = tiny.with_builtin_tokenizer(seed, 256)
     with torch.no_grad():
-        loaded.model.lm_head.weight.mul_(10)  # logits that are not all alike
+        loaded.model.get_parameter("lm_head.weight").mul_(10)  # spreads the logits
     return loaded
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded() -> LoadedModel:
     return random_llama(0)
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference() -> LoadedModel:
     return random_llama(1)
 
 
 @pytest.fixture(scope="module")
-def windows():
+def windows() -> Tensor:
     return torch.randint(0, 4096, (7, 40), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def nothing_local(monkeypatch):
+def nothing_local(monkeypatch: pytest.MonkeyPatch) -> None:
     """No data on this machine, and a hub that does not answer."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
 @pytest.fixture
-def local(monkeypatch, tmp_path):
-    """A data folder of our own with a little of everything."""
+def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A data folder with a few rows of several data sets."""
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
-    def write(path, rows):
+    def write(path: str, rows: list[dict[str, Any]]) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -84,7 +85,7 @@ def local(monkeypatch, tmp_path):
 # --------------------------------------------------------------------------------------- perplexity and kl
 
 
-def test_perplexity_equals_the_loss_of_transformers(loaded, windows):
+def test_perplexity_equals_the_loss_of_transformers(loaded: LoadedModel, windows: Tensor) -> None:
     with torch.no_grad():
         losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in windows]).double()
     measured = perplexity.perplexity(loaded.model, windows, 3)
@@ -93,7 +94,9 @@ def test_perplexity_equals_the_loss_of_transformers(loaded, windows):
     assert measured.n == 7 * 39
 
 
-def test_perplexity_does_not_depend_on_batch_or_chunk(loaded, windows, monkeypatch):
+def test_perplexity_does_not_depend_on_batch_or_chunk(
+    loaded: LoadedModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = perplexity.perplexity(loaded.model, windows, 7).value
     assert perplexity.perplexity(loaded.model, windows, 1).value == pytest.approx(expected, rel=1e-6)
     assert perplexity.perplexity(loaded.model, windows, "auto").value == pytest.approx(expected, rel=1e-6)
@@ -101,17 +104,19 @@ def test_perplexity_does_not_depend_on_batch_or_chunk(loaded, windows, monkeypat
     assert perplexity.perplexity(loaded.model, windows, 2).value == pytest.approx(expected, rel=1e-6)
 
 
-def test_one_window_has_no_standard_error(loaded, windows):
+def test_one_window_has_no_standard_error(loaded: LoadedModel, windows: Tensor) -> None:
     assert perplexity.perplexity(loaded.model, windows[:1], "auto").stderr is None
 
 
-def test_a_model_does_not_diverge_from_itself(loaded, windows):
+def test_a_model_does_not_diverge_from_itself(loaded: LoadedModel, windows: Tensor) -> None:
     kl, agreement = perplexity.divergence(loaded.model, loaded.model, windows, 3)
     assert (kl.value, kl.stderr) == (0, 0)
     assert (agreement.value, agreement.stderr) == (1, 0)
 
 
-def test_divergence_is_kl_from_the_float_model_in_float64(loaded, reference, windows):
+def test_divergence_is_kl_from_the_float_model_in_float64(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor
+) -> None:
     kl, agreement = perplexity.divergence(loaded.model, reference.model, windows, 3)
     with torch.no_grad():
         mine, other = (m(windows).logits[:, :-1].double() for m in (loaded.model, reference.model))
@@ -124,31 +129,29 @@ def test_divergence_is_kl_from_the_float_model_in_float64(loaded, reference, win
     assert kl.n == agreement.n == 7 * 39
 
 
-def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows):
+def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tensor) -> None:
     broken = random_llama(0)
     with torch.no_grad():
-        broken.model.lm_head.weight[5] = torch.inf
+        broken.model.get_parameter("lm_head.weight")[5] = torch.inf
     assert not math.isfinite(perplexity.perplexity(broken.model, windows, "auto").value)
 
 
 @needs("wikitext2/test.jsonl")
-def test_the_built_in_model_on_the_first_windows_of_wikitext2():
-    """The full number, 34.07 over 417 windows, is the slow test below; these two are enough to see a change."""
-    model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
-    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
+def test_the_built_in_model_on_the_first_windows_of_wikitext2() -> None:
+    """Two windows are enough to see a change; the slow test below has all 417."""
+    loaded = tiny.load(tiny.BUILTIN)
     [row] = evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
     with torch.no_grad():
         chosen = perplexity_windows("wikitext2", loaded, 512, 2, seed=0)
-        losses = torch.stack([model(w[None], labels=w[None]).loss for w in chosen])
+        losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in chosen])
     assert row.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
     assert (row.limit, row.n) == (2, 2 * 511)
 
 
 @pytest.mark.slow
 @needs("wikitext2/test.jsonl")
-def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2():
-    model = AutoModelForCausalLM.from_pretrained(tiny.BUILTIN, dtype=torch.float32).eval()
-    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(tiny.BUILTIN), "builtin", tiny.BUILTIN, torch.bfloat16)
+def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2() -> None:
+    loaded = tiny.load(tiny.BUILTIN)
     [row] = evaluate(loaded, EvalConfig(), None, seed=0)
     assert row.value == pytest.approx(34.07, abs=0.005)
     assert row.n == 417 * 1023
@@ -157,7 +160,7 @@ def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2():
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-def test_both_models_are_measured_in_one_pass_as_they_are_alone(loaded, reference):
+def test_both_models_are_measured_in_one_pass_as_they_are_alone(loaded: LoadedModel, reference: LoadedModel) -> None:
     words = perplexity_windows("generated", reference, 32, 4, seed=0)
     mine = perplexity.perplexity(loaded.model, words, 2)
     other = perplexity.perplexity(reference.model, words, 2)
@@ -169,11 +172,14 @@ def test_both_models_are_measured_in_one_pass_as_they_are_alone(loaded, referenc
     assert row.delta_stderr is not None
     kl, agreement = perplexity.divergence(loaded.model, reference.model, words, 2)
     scores = perplexity.score_windows(loaded.model, reference.model, words, 3, True, "")
+    assert scores.kl is not None
+    assert scores.agreement is not None
     assert scores.kl.mean().item() == pytest.approx(kl.value)
     assert scores.agreement.mean().item() == pytest.approx(agreement.value)
 
 
-def test_rows_come_in_the_order_of_the_tasks(loaded, reference, local):
+@pytest.mark.usefixtures("local")
+def test_rows_come_in_the_order_of_the_tasks(loaded: LoadedModel, reference: LoadedModel) -> None:
     tasks = ("kl", "generated", "wikitext2")
     rows = evaluate(loaded, EvalConfig(tasks=tasks, limit=2, context=16), reference, seed=0)
     assert [(row.task, row.metric) for row in rows] == [
@@ -187,31 +193,37 @@ def test_rows_come_in_the_order_of_the_tasks(loaded, reference, local):
     assert rows[3].note == "2 windows of 16 tokens"
 
 
-def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded, windows):
+def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded: LoadedModel, windows: Tensor) -> None:
     same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
+    assert same.reference_nll is not None
     assert perplexity.change_stderr(same.nll, same.reference_nll) == 0
 
 
-def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded, reference, nothing_local):
+@pytest.mark.usefixtures("nothing_local")
+def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded: LoadedModel, reference: LoadedModel) -> None:
     rows = evaluate(loaded, EvalConfig(tasks=("wikitext2", "kl"), limit=2, context=16), reference, seed=0)
     assert [(row.task, row.value is None) for row in rows] == [("wikitext2", True), ("kl", False), ("kl", False)]
     assert rows[0].note.startswith("not measured: wikitext2 is not on this machine")
     assert "of generated" in rows[1].note
 
 
-def test_kl_without_a_float_model_has_a_row_that_says_so(loaded, nothing_local):
+@pytest.mark.usefixtures("nothing_local")
+def test_kl_without_a_float_model_has_a_row_that_says_so(loaded: LoadedModel) -> None:
     [row] = evaluate(loaded, EvalConfig(tasks=("kl",)), None, seed=0)
     assert row.value is None
     assert row.note == "not measured: there is no float model to compare with"
 
 
-def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded, local):
+def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded: LoadedModel, local: Path) -> None:
     (local / "wikitext2/test.jsonl").write_text("{")
     with pytest.raises(InputError, match="line 1 is not JSON"):
         evaluate(loaded, EvalConfig(), None, seed=0)
 
 
-def test_our_own_tasks_do_not_import_lm_eval(loaded, reference, local, monkeypatch):
+@pytest.mark.usefixtures("local")
+def test_our_own_tasks_do_not_import_lm_eval(
+    loaded: LoadedModel, reference: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     config = EvalConfig(tasks=("wikitext2", "generated", "kl"), limit=2, context=16)
     check_tasks(config)
@@ -221,12 +233,12 @@ def test_our_own_tasks_do_not_import_lm_eval(loaded, reference, local, monkeypat
 # -------------------------------------------------------------------------------------------- lm-eval tasks
 
 
-def directly(loaded, task, num_fewshot, limit):
-    """lm-eval's own ``simple_evaluate``, called as its documentation says; only the data is redirected."""
+def directly(loaded: LoadedModel, task: str, num_fewshot: int | None, limit: int) -> Any:
+    """Return the results of lm-eval's own ``simple_evaluate``; only its data is redirected."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with local_tasks.local_data(harness._Seen()):
+    with local_tasks.local_data({}):
         return lm_eval.simple_evaluate(
             model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4),
             tasks=[task],
@@ -237,7 +249,7 @@ def directly(loaded, task, num_fewshot, limit):
 
 
 @needs("boolq/validation.jsonl")
-def test_boolq_equals_simple_evaluate_called_directly(loaded):
+def test_boolq_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> None:
     [score] = harness.run(loaded, "boolq", None, 12, 2, "boolq")
     expected = directly(loaded, "boolq", None, 12)["boolq"]
     assert score.measured.value == expected["acc,none"]
@@ -247,7 +259,7 @@ def test_boolq_equals_simple_evaluate_called_directly(loaded):
 
 @pytest.mark.slow
 @needs("mmlu/anatomy/test.jsonl")
-def test_mmlu_equals_simple_evaluate_called_directly(loaded):
+def test_mmlu_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> None:
     scores = harness.run(loaded, "mmlu", 5, 3, "auto", "mmlu")
     expected = directly(loaded, "mmlu", 5, 3)
     assert len(scores) == 1 + 4 + 57
@@ -266,16 +278,16 @@ def test_mmlu_equals_simple_evaluate_called_directly(loaded):
 
 
 @needs("mmlu/anatomy/test.jsonl", "mmlu/anatomy/dev.jsonl")
-def test_a_subject_of_mmlu_equals_simple_evaluate_called_directly(loaded):
+def test_a_subject_of_mmlu_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> None:
     [score] = harness.run(loaded, "mmlu_anatomy", 5, 8, "auto", "mmlu_anatomy")
     assert score.measured.value == directly(loaded, "mmlu_anatomy", 5, 8)["mmlu_anatomy"]["acc,none"]
-    assert "cut from the left" in score.note  # 5 examples and 256 tokens of context
+    assert "cut from the left" in score.note  # 5 examples do not fit 256 tokens
 
 
 @pytest.mark.slow
 @needs("wikitext2/test.jsonl", "boolq/validation.jsonl", "piqa/validation.jsonl", "mmlu/anatomy/test.jsonl")
-def test_the_short_list_of_tasks_says_what_the_full_list_says():
-    def parts(manager, task):
+def test_the_short_list_of_tasks_says_what_the_full_list_says() -> None:
+    def parts(manager: Any, task: str) -> dict[str, str]:
         with harness._harness():
             return {name: str(part.dump_config()) for name, part in manager.load([task])["tasks"].items()}
 
@@ -285,8 +297,8 @@ def test_the_short_list_of_tasks_says_what_the_full_list_says():
 
 
 @needs("wikitext2/test.jsonl")
-def test_pages_of_wikitext_are_those_of_the_document_level_data_set():
-    rows = list(readers.read_file(data_dir() / "wikitext2/test.jsonl"))
+def test_pages_of_wikitext_are_those_of_the_document_level_data_set(data_dir: Path) -> None:
+    rows = list(readers.read_file(data_dir / "wikitext2/test.jsonl"))
     pages = local_tasks._pages(rows)
     assert len(pages) == 62
     assert pages[0].startswith(" = Robert Boulter = \n \n Robert Boulter is an English film")
@@ -294,7 +306,8 @@ def test_pages_of_wikitext_are_those_of_the_document_level_data_set():
     assert sum(len(page.encode()) for page in pages) == 1_290_590 - 2 - 61
 
 
-def test_lm_eval_tasks_stand_beside_the_float_model(loaded, reference, local):
+@pytest.mark.usefixtures("local")
+def test_lm_eval_tasks_stand_beside_the_float_model(loaded: LoadedModel, reference: LoadedModel) -> None:
     config = EvalConfig(tasks=("boolq", "arc_easy", "wikitext"), num_fewshot={"boolq": 1}, limit=4, batch_size=4)
     check_tasks(config)
     rows = evaluate(loaded, config, reference, seed=0)
@@ -307,21 +320,25 @@ def test_lm_eval_tasks_stand_beside_the_float_model(loaded, reference, local):
         ("wikitext", "bits_per_byte", 0),
     ]
     assert [row.higher_is_better for row in rows] == [True, True, True, False, False, False]
-    assert all(row.delta == row.value - row.float_value for row in rows)
+    for row in rows:
+        assert row.value is not None
+        assert row.float_value is not None
+        assert row.delta == row.value - row.float_value
     assert rows[1].note == "validation split (4 examples): the test split is not below QTOOL_DATA_DIR"
     assert rows[3].value != rows[3].float_value
     [alone] = harness.run(reference, "boolq", 1, 4, 4, "boolq")
     assert rows[0].float_value == alone.measured.value
 
 
-def test_lm_eval_leaves_no_trace(loaded, local, capfd):
+@pytest.mark.usefixtures("local")
+def test_lm_eval_leaves_no_trace(loaded: LoadedModel, capfd: pytest.CaptureFixture[str]) -> None:
     from lm_eval.api.task import ConfigurableTask
 
-    def traces():
+    def traces() -> tuple[object, ...]:
         return (
             torch.random.get_rng_state().tolist(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state(legacy=False)["state"]["key"].tolist(),
             ConfigurableTask.download,
             loaded.tokenizer.pad_token,
             loaded.tokenizer.model_max_length,
@@ -335,17 +352,19 @@ def test_lm_eval_leaves_no_trace(loaded, local, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_few_shot_examples_that_are_not_here_are_refused(local):
+@pytest.mark.usefixtures("local")
+def test_few_shot_examples_that_are_not_here_are_refused() -> None:
     with pytest.raises(InputError, match="arc_easy is asked for with 2 example"):
         check_tasks(EvalConfig(tasks=("arc_easy",), num_fewshot=2))
 
 
-def test_data_out_of_reach_is_told_before_any_work(nothing_local):
+@pytest.mark.usefixtures("nothing_local")
+def test_data_out_of_reach_is_told_before_any_work() -> None:
     with pytest.raises(InputError, match=r"the data of boolq, aps/super_glue, cannot be read.*QTOOL_DATA_DIR"):
         check_tasks(EvalConfig(tasks=("boolq",)))
 
 
-def test_an_unknown_task_is_told_the_nearest_names(monkeypatch):
+def test_an_unknown_task_is_told_the_nearest_names(monkeypatch: pytest.MonkeyPatch) -> None:
     few = dataclasses.make_dataclass("Few", ["all_tasks"])(["boolq", "boolq-seq2seq", "mmlu"])
     monkeypatch.setattr(harness, "_full_manager", lambda: few)
     monkeypatch.setattr(harness, "_manager", lambda task: few)
@@ -353,7 +372,7 @@ def test_an_unknown_task_is_told_the_nearest_names(monkeypatch):
         check_tasks(EvalConfig(tasks=("bolq",)))
 
 
-def test_faults_of_the_section_are_told():
+def test_faults_of_the_section_are_told() -> None:
     with pytest.raises(InputError, match="kl named more than once"):
         check_tasks(EvalConfig(tasks=("kl", "kl")))
     with pytest.raises(InputError, match=r"'bolq' is not one of eval\.tasks.*did you mean boolq\?"):

@@ -1,4 +1,4 @@
-"""The error of each quantized weight: as it is defined, of what is on the disk, and the same after a kill."""
+"""The error of each quantized weight: by its definition, of the saved weights, and unchanged after a kill."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def test_transposed_weights_and_linears_that_stay_float(models: Path, tmp_path: 
 
 
 class Stopped(Exception):
-    """Ends a run in its middle."""
+    """Raised by a test to stop a run half-way."""
 
 
 @pytest.mark.parametrize("method", ["gptq", "efficientqat"])

@@ -1,4 +1,4 @@
-"""``auto-round``: GPTQ's tensors, a grid for each linear, and zero points as they are where one is asymmetric."""
+"""``auto-round``: GPTQ's tensors, a grid for each linear, and zero points without GPTQ's offset if asymmetric."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """An export holds exactly what the checkpoint holds, or is refused with the reason; a damaged one is never kept.
 
-Every format goes through the same contract. Then each has its outside readers: plain transformers for ``dense``,
-compressed-tensors for its own format; the others' need environments of their own and are slow (``test_witnesses``).
+Every format goes through the same contract. Then other software reads it: plain transformers for ``dense``,
+compressed-tensors for its own format; the others need environments of their own and are slow (``test_witnesses``).
 """
 
 import json
@@ -33,7 +33,7 @@ def same_floats(name: str, folder: Path, out: Path) -> bool:
 
 
 def refused(name: str, grid: str) -> bool:
-    """What a format cannot hold: GPTQ more than one grid, GGUF 8 bits with a zero point."""
+    """True if a format cannot hold a grid: GPTQ holds only one grid, GGUF no 8 bits with a zero point."""
     if name == "gguf":
         return grid in ("w8pc-asym", "w8g32-asym", "mixed-asym")
     return name.startswith("gptq") and grid in MIXED
@@ -153,7 +153,8 @@ def test_dense_loads_in_plain_transformers_with_equal_logits(grid: str, native: 
 
 def test_dense_takes_the_checkpoints_own_dtype_only_where_nothing_is_lost(native: Natives, tmp_path: Path) -> None:
     out = native.export("dense")
-    assert read_config(out)["dtype"] == "float32"  # 4 bits times the 11 of a float16 scale are more than bfloat16 has
+    # a 4-bit code times an 11-bit scale (float16) needs more than bfloat16's 8 bits
+    assert read_config(out)["dtype"] == "float32"
     tiny.quantize(
         native.floats(), tmp_path / "q", QuantConfig(num_bits=2, group_size=32, scale_dtype="bfloat16")
     )  # -2, -1, 0 and 1 times a bfloat16 number are bfloat16 numbers
@@ -234,9 +235,9 @@ def test_gptq_is_version_1_only_when_symmetric_and_then_no_zero_point_is_0(
 
 def test_a_zero_point_of_0_survives_in_version_2(tmp_path: Path, native: Natives) -> None:
     floats = tiny.load(native.floats())
-    weight = floats.model.get_submodule(Q_PROJ).weight
+    weight = floats.model.get_parameter(f"{Q_PROJ}.weight")
     weight.copy_(weight.abs() + 0.01)  # nothing below zero: the grid begins at code 0
-    floats.model.to(torch.bfloat16).save_pretrained(tmp_path / "float")
+    floats.model.bfloat16().save_pretrained(tmp_path / "float")
     floats.tokenizer.save_pretrained(tmp_path / "float")
     for bits in BITS:
         folder = tmp_path / f"q{bits}"
@@ -326,10 +327,10 @@ def test_compressed_tensors_asymmetric_loads_dequantized_with_the_same_weights(
     assert "CompressedTensorsConfig(dequantize=True)" in (out / "README.md").read_text()
     model = plain(out, quantization_config=CompressedTensorsConfig(dequantize=True))
     source = Source(folder)
-    half_step = 2**-11  # it multiplies in float16, the dtype of the scales
+    half_step = 2**-11  # relative: compressed-tensors multiplies in float16, the dtype of the scales
     for name in source.specs:
         expected = dequantize(*source.quantized(name))
-        assert torch.allclose(model.get_submodule(name).weight, expected, rtol=half_step, atol=1e-8), name
+        assert torch.allclose(model.get_parameter(f"{name}.weight"), expected, rtol=half_step, atol=1e-8), name
     largest = float(native.logits[folder].abs().max())
     assert torch.allclose(tiny.logits(model), native.logits[folder], rtol=0, atol=4 * half_step * largest)
 
@@ -340,7 +341,7 @@ def test_compressed_tensors_asymmetric_is_exact_or_stops_but_is_never_wrong(nati
     try:
         model = plain(native.export("compressed-tensors", "w4g32-asym"))
     except (RuntimeError, ValueError):
-        return  # 0.18 to 0.20: the shape of the zero points; our model card says what to do
+        return  # 0.18 to 0.20 expect zero points of another shape; the model card names a way out
     assert torch.equal(tiny.logits(model), native.logits[folder])
 
 
@@ -354,7 +355,7 @@ def test_compressed_tensors_names_every_float_linear_and_every_grid(native: Nati
     assert sorted(section["ignore"]) == ["lm_head", "model.layers.1.mlp.up_proj"]
     card = (mixed / "README.md").read_text()
     assert "never load this with dequantize=True" in card
-    assert "compressed-tensors 0.18 or later" in card  # it has a 3-bit linear
+    assert "compressed-tensors 0.18 or later" in card  # 3 bits need that version
 
 
 def test_compressed_tensors_is_written_in_a_dtype_that_holds_its_scales(native: Natives, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """``gguf``: every code in the smallest type that holds it exactly, as the ``gguf`` package and transformers read it."""
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
 
 
 def in_file(out: Path) -> dict[str, object]:
-    """The type of each tensor of a file, by its name there."""
+    """Return the type of each tensor in the file, by its name there."""
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
 
 
@@ -63,6 +65,7 @@ def test_the_package_dequantizes_the_same_weight_or_no_type_is_chosen(weight: We
     block = blocks.choose(spec, columns)
     assert (block is None) == (spec.num_bits == 8 and not spec.symmetric)
     assume(block is not None)
+    assert block is not None
     rows = blocks.pack(weight.quantized, block)
     found = gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[block.name])
     assert torch.equal(torch.from_numpy(found), weight.dense)
@@ -99,7 +102,7 @@ def test_the_smallest_type_is_chosen(bits: int, symmetric: bool, short: str | No
         (-1, 512, long),
         (-1, 96, short),
     ]:
-        spec = QuantSpec(num_bits=bits, group_size=group, symmetric=symmetric)  # type: ignore[arg-type]
+        spec = QuantSpec(num_bits=bits, group_size=group, symmetric=symmetric)
         chosen = blocks.choose(spec, columns)
         assert (None if chosen is None else chosen.name) == name, spec.label()
     assert blocks.choose(QuantSpec(num_bits=4, group_size=16), 512) is None
@@ -118,7 +121,7 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
         assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
 
 
-# what transformers, which shares nothing with us, makes of the file
+# transformers' own reader of GGUF
 
 
 def as_transformers_reads(out: Path) -> torch.nn.Module:
@@ -134,7 +137,7 @@ def test_transformers_reads_the_same_weights_and_logits_of_every_family(name: st
     out = exported(folder, "gguf", tmp_path / "out")
     model, source = as_transformers_reads(out), Source(folder)
     for linear in source.specs:
-        assert torch.equal(model.get_submodule(linear).weight, dequantize(*source.quantized(linear))), linear
+        assert torch.equal(model.get_parameter(f"{linear}.weight"), dequantize(*source.quantized(linear))), linear
     assert torch.equal(tiny.logits(model), tiny.logits(plain(folder)))
 
 
@@ -171,7 +174,7 @@ def test_rows_and_biases_of_query_and_key_pair_neighbours_in_llama_only(tmp_path
         out = exported(folder, "gguf", at / "out")
         stored = {t.name: t for t in gguf.GGUFReader(out / "model.gguf").tensors}
         source = Source(folder)
-        # a head of 16 rows is two halves, whose rows alternate
+        # GGUF interleaves the rows of the two halves of each head of 16
         order = [16 * head + half * 8 + i for head in range(4) for i in range(8) for half in range(2)]
         order = order if family != "qwen2" else list(range(64))
         name = "model.layers.0.self_attn.q_proj"
@@ -188,9 +191,9 @@ def test_scaled_frequencies_are_divided_by_what_the_file_says(name: str, changed
     stored = {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(out / "model.gguf").tensors}
     assert ("rope_freqs.weight" in stored) == changed
     if changed:
-        rotary = plain(tmp_path / "q").model.rotary_emb
+        frequencies = plain(tmp_path / "q").get_buffer("model.rotary_emb.inv_freq")
         exponents = torch.arange(0, 16, 2) / 16
-        assert torch.allclose(500.0**-exponents / stored["rope_freqs.weight"], rotary.inv_freq, rtol=1e-6)
+        assert torch.allclose(500.0**-exponents / stored["rope_freqs.weight"], frequencies, rtol=1e-6)
 
 
 def test_the_figures_of_a_model_are_in_the_file(tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ def test_rows_of_the_embedding_without_a_token_are_unused(native: Natives, tmp_p
     tokens, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
     known = AutoTokenizer.from_pretrained(out)
     assert len(tokens) == tiny.VOCABULARY
-    assert tokens[: len(known)] == known.convert_ids_to_tokens(range(len(known)))
+    assert tokens[: len(known)] == known.convert_ids_to_tokens(list(range(len(known))))
     assert kinds[0] == tokenizer.CONTROL
     assert all((kind == tokenizer.UNUSED) == (index >= len(known)) for index, kind in enumerate(kinds))
 
@@ -244,12 +247,12 @@ def test_it_says_how_many_bits_were_written_and_how_to_need_fewer(native: Native
 # damage
 
 
-def damaged(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
-    """Make the exporter change its file after it was written."""
+def damaged(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Make the exporter change its file after it was written; ``change`` gets the untyped reader of ``gguf``."""
 
     def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
         notes: list[str] = original.write(source, out, config)
-        change(gguf.GGUFReader(out / "model.gguf", "r+"))  # type: ignore[operator]
+        change(gguf.GGUFReader(out / "model.gguf", "r+"))
         return notes
 
     original = exporter.EXPORTER
@@ -261,8 +264,8 @@ def damaged(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
 def test_a_changed_byte_is_found(
     name: str, byte: int, native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def change(reader: object) -> None:
-        data = next(t for t in reader.tensors if t.name == name).data  # type: ignore[attr-defined]
+    def change(reader: Any) -> None:
+        data = next(t for t in reader.tensors if t.name == name).data
         data.view(np.uint8).reshape(-1)[byte] ^= 4
 
     damaged(monkeypatch, change)
@@ -273,8 +276,8 @@ def test_a_changed_byte_is_found(
 
 @pytest.mark.parametrize("key", ["rope.freq_base", "attention.head_count", "attention.layer_norm_rms_epsilon"])
 def test_a_changed_figure_is_found(key: str, native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(reader: object) -> None:
-        field = reader.fields[f"llama.{key}"]  # type: ignore[attr-defined]
+    def change(reader: Any) -> None:
+        field = reader.fields[f"llama.{key}"]
         field.parts[field.data[0]][0] *= 2
 
     damaged(monkeypatch, change)
@@ -315,7 +318,7 @@ def test_grids_that_no_type_holds_are_refused_with_what_to_do(
     ],
 )
 def test_models_that_llama_cpp_would_compute_otherwise_are_refused(
-    changes: dict[str, object], words: str, tmp_path: Path
+    changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     assert words in refusal(quantized("llama", tmp_path, **changes), tmp_path / "out")
 
@@ -333,10 +336,10 @@ def test_a_scaled_rotary_embedding_is_refused_where_the_engine_does_not_read_it(
     )
 
 
-def tokenizer_with(folder: Path, change: object) -> Path:
+def tokenizer_with(folder: Path, change: Callable[[Any], object]) -> Path:
     file = folder / "tokenizer.json"
     found = json.loads(file.read_text())
-    change(found)  # type: ignore[operator]
+    change(found)
     write_json(file, found)
     return folder
 
@@ -350,7 +353,9 @@ def tokenizer_with(folder: Path, change: object) -> Path:
         lambda found: found.update(normalizer={"type": "Lowercase"}),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(change: object, native: Natives, tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(
+    change: Callable[[Any], object], native: Natives, tmp_path: Path
+) -> None:
     folder = tokenizer_with(tiny.copied(native(), tmp_path / "q"), change)
     assert "its tokenizer prepares text in a way that has no known name in llama.cpp" in refusal(
         folder, tmp_path / "out"

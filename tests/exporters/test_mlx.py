@@ -1,4 +1,4 @@
-"""``mlx``: our stream of codes, float32 scales and biases in which every product is exact, and groups that MLX has."""
+"""``mlx``: codes in our packing, float32 scales and biases whose products are exact, and MLX's group sizes."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_scales_are_refused_exactly_when_a_product_is_rounded(bits: int, scale: 
     value = found.view(torch.float32)
     codes = torch.arange(2**bits)
     exact = torch.equal((value * codes).double(), value.double() * codes)
-    assert mlx.exact(value, QuantSpec(num_bits=bits)) == exact  # type: ignore[arg-type]
+    assert mlx.exact(value, QuantSpec(num_bits=bits)) == exact
 
 
 def test_scales_that_engines_take_for_zero_or_that_overflow_are_refused() -> None:
@@ -81,7 +81,8 @@ def test_each_linear_that_differs_is_named_and_what_stays_float_is_false(native:
 def test_it_says_what_the_float32_scales_cost_and_that_rows_were_split(native: Natives) -> None:
     card = (native.export("mlx", "w4pc-asym") / "README.md").read_text()
     assert "library_name: mlx" in card
-    assert "5.20 bits per weight as written" in card  # 64 bits for 64 channels, for 32 where a row has 96
+    # a scale and a bias take 64 bits for each 64 channels, or for each 32 where a row has 96
+    assert "5.20 bits per weight as written" in card
     assert "groups of w4pc asym are written as smaller ones with the same scale" in card
     assert "smaller" not in (native.export("mlx", "w4g32") / "README.md").read_text()
 

@@ -1,4 +1,4 @@
-"""A damaged export is found and never kept, and what other tools write is read or refused."""
+"""A damaged export is found and never kept; exports of other tools are read or refused."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -26,7 +26,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
     return Natives(tmp_path_factory.mktemp("natives"))
 
 
-# verify
+# reading back
 
 
 def flip_one_bit(tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_a_config_that_makes_another_model_of_the_weights_is_found(
     assert not list(tmp_path.iterdir())
 
 
-# reading exports
+# exports of other tools
 
 
 def test_native_and_plain_folders_are_no_exports(native: Natives) -> None:
@@ -182,7 +182,7 @@ def test_another_tools_variant_that_cannot_be_read_is_refused_in_words(
 def test_extra_config_by_pattern_is_read_as_auto_round_reads_it(native: Natives, tmp_path: Path) -> None:
     out = tiny.copied(native.export("auto-round", "mixed-asym"), tmp_path / "out")
     config = read_config(out)
-    config["quantization_config"]["extra_config"] = {"down_proj": {"bits": 8}}  # what its users write
+    config["quantization_config"]["extra_config"] = {"down_proj": {"bits": 8}}  # a setting of auto-round
     write_json(out / "config.json", config)
     assert torch.equal(read_back(out), native.logits[native("mixed-asym")])
 
@@ -194,7 +194,7 @@ def test_targets_by_pattern_are_read_as_compressed_tensors_reads_them(native: Na
         group["targets"] = [
             r"re:.*down_proj$" if group["weights"]["num_bits"] == 8 else r"re:.*(q|k|v|o|gate|up)_proj$"
         ]
-    write_json(out / "config.json", config)  # what llm-compressor writes
+    write_json(out / "config.json", config)  # the pattern that llm-compressor writes
     try:
         assert torch.equal(read_back(out), native.logits[native("mixed-asym")])
     except QtoolError as error:

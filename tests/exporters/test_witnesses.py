@@ -27,7 +27,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
 
 
 def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) -> dict[str, Tensor]:
-    """What the interpreter that ``variable`` names read from ``out``."""
+    """Return the tensors that a witness read from ``out``; ``variable`` names its interpreter."""
     python = os.environ.get(variable)
     if not python:
         pytest.skip(f"set {variable} to the Python of an environment with {needs}")
@@ -38,7 +38,7 @@ def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) 
 
 
 def check(folder: Path, witness: dict[str, Tensor], tolerance: float) -> None:
-    """Every weight is the same to the last bit, and the logits to ``tolerance`` of the largest."""
+    """Assert that weights are equal to the last bit, and logits up to ``tolerance`` times the largest."""
     source = Source(folder)
     for linear in source.specs:
         assert torch.equal(witness[f"{linear}.weight"], dequantize(*source.quantized(linear))), linear
@@ -71,7 +71,8 @@ def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) ->
 
 
 GGUF_GRIDS = [grid for grid in (*GRIDS, *MIXED) if grid not in ("w8pc-asym", "w8g32-asym", "mixed-asym")]
-ACTIVATIONS = 0.05  # llama.cpp rounds what a linear reads to 8 bits; a wrong order of rows or frequencies is above 1
+# relative error of logits: llama.cpp rounds inputs of linears to 8 bits; a wrong order of rows gives more than 1
+ACTIVATIONS = 0.05
 
 
 def logits_of_llama_cpp(out: Path, *options: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Tiny random models of many families, as Hugging Face writes them."""
+"""Configurations of tiny models of many families, and folders of random weights for them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from helpers import tiny
 from qtool.config.quant import QuantConfig
 
-WINDOW = 8  # of sliding attention: shorter than the 24 tokens of the calibration windows
-COMMON = {
+WINDOW = 8  # tokens of sliding attention; calibration windows have 24
+# Any: a configuration's values are of many types
+COMMON: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -21,12 +23,12 @@ COMMON = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-GATED = COMMON | {"intermediate_size": 96, "max_position_embeddings": 128, "num_key_value_heads": 2}  # grouped queries
+GATED = COMMON | {"intermediate_size": 96, "max_position_embeddings": 128, "num_key_value_heads": 2}  # GQA
 ALL_HEADS = GATED | {"num_key_value_heads": 4}
 LOCAL_AND_GLOBAL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128, "init_std": 0.1}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
-CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GATED | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", GATED | {"sliding_window": WINDOW}),
     "qwen2": ("Qwen2Config", GATED | {"use_sliding_window": True} | LOCAL_AND_GLOBAL),
@@ -59,7 +61,7 @@ def make_config(name: str) -> PreTrainedConfig:
 
 
 def write(config: PreTrainedConfig, folder: Path) -> Path:
-    """A random model and a tokenizer, as Hugging Face writes them; no norm or bias is trivial."""
+    """Save a random model and a tokenizer as Hugging Face does; norms and biases differ from their defaults."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

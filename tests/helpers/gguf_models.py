@@ -31,7 +31,7 @@ MIX = {
         "*.1.mlp.gate_proj": {"skip": True},
     },
 }
-# on rows that are multiples of 256: the type, and the grid that takes it
+# GGUF type -> a grid that is stored in it when the rows are multiples of 256
 ROWS = {
     "TQ2_0": QuantConfig(num_bits=2, group_size=-1),
     "Q2_K": QuantConfig(num_bits=2, group_size=256, symmetric=False),
@@ -44,14 +44,14 @@ ROWS = {
 
 
 def config(name: str, **changes: object) -> transformers.PreTrainedConfig:
-    """The config of a model in ``CHANGES``, with other ``changes`` too."""
+    """Return the config of a model in ``CHANGES``, with further ``changes``."""
     kind, own = CHANGES[name]
     made: transformers.PreTrainedConfig = getattr(transformers, kind)(**(families.GATED | own | changes))
     return made
 
 
 def quantized(name: str, at: Path, quant: dict[str, object] = MIX, **changes: object) -> Path:
-    """A native checkpoint below ``at``: by default with bits, groups and symmetry of all kinds."""
+    """Write a native checkpoint below ``at``; the default ``quant`` mixes bits, groups and symmetry."""
     floats = families.write(config(name, **changes), at / "float")
     tiny.quantize(floats, at / "q", QuantConfig.model_validate(quant))
     return at / "q"

@@ -1,4 +1,4 @@
-"""What tests of pages share: a parser that is strict about tags, and a name that tries everything."""
+"""Helpers for tests of HTML pages: a parser that is strict about tags, and a hostile name."""
 
 from html.parser import HTMLParser
 
@@ -7,7 +7,7 @@ VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
 class Tree(HTMLParser):
-    """Tags, attributes and text; fails where tags are not closed in order."""
+    """The tags, attributes and text of a page; parsing fails if tags are not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Native checkpoints of tiny models, their exports, and how each is read."""
+"""Native checkpoints of tiny models, their exports, and functions that read both."""
 
 from pathlib import Path
 
@@ -41,14 +41,14 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 class Natives:
-    """Native checkpoints of the tiny models by family and grid, and their exports, made when they are asked for."""
+    """Native checkpoints of the tiny models by family and grid, and their exports; each is made on first use."""
 
     def __init__(self, at: Path) -> None:
         self.at = at
         self.logits: dict[Path, Tensor] = {}
 
     def floats(self, grid: str = "w4g32", family: str = "llama") -> Path:
-        """The float model: a Llama of one block, or of two where a mix tells them apart."""
+        """Return the folder of the float model; a Llama has one block, or two if the grids of a mix differ by block."""
         blocks = 2 if grid in MIXED else 1
         folder = self.at / (f"llama-{blocks}" if family == "llama" else family)
         if not folder.exists():
@@ -63,24 +63,24 @@ class Natives:
         return out
 
     def export(self, name: str, grid: str = "w4g32") -> Path:
-        """The export as it comes; only read it."""
+        """Return the folder of an undamaged export; only read it."""
         out = self.at / "exports" / f"{grid}-{name}"
         return out if out.exists() else exported(self(grid), name, out)
 
 
 def exported(folder: Path, name: str, out: Path, dtype: str = "auto", overwrite: bool = False) -> Path:
-    config = ExportConfig(format=name, path=out, dtype=dtype)  # type: ignore[arg-type]
+    config = ExportConfig(format=name, path=out, dtype=dtype)
     return exporting.export(folder, config, overwrite)
 
 
 def plain(folder: Path, **options: object) -> torch.nn.Module:
-    """The model as plain transformers loads it, in float32."""
+    """Load the model with plain transformers, in float32."""
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return model
 
 
 def read_back(folder: Path) -> Tensor:
-    """Logits of an export as ``qtool eval`` reads it."""
+    """Return the logits of an export that is loaded as ``qtool eval`` loads it."""
     loaded = _readback.load_exported(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
     assert loaded is not None
     return tiny.logits(loaded.model)

@@ -1,4 +1,4 @@
-"""Quantized weights of any bits, symmetry and groups, for laws that hold of every layout."""
+"""Random quantized weights of any bits, symmetry and groups, for tests of packed layouts."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from qtool.quant.affine import QuantizedWeight, dequantize
 
 
 class Weight(NamedTuple):
-    """What a layout must hold, and the weight float32 ``[out, in]`` that it must give back."""
+    """A quantized weight that a layout must hold, and its dequantized float32 ``[out, in]``."""
 
     quantized: QuantizedWeight
     dense: Tensor
@@ -20,7 +20,7 @@ class Weight(NamedTuple):
 
 @st.composite
 def weights(draw: st.DrawFn, groups: tuple[int, ...] = (-1, 32, 64, 96, 128, 256)) -> Weight:
-    """Any codes and zero points, the extremes among them; scales are float16 numbers of any usual size."""
+    """Draw codes and zero points, the extremes included, and scales that are float16 numbers of a usual size."""
     spec = QuantSpec(
         num_bits=draw(st.sampled_from(BITS)),
         group_size=draw(st.sampled_from(groups)),

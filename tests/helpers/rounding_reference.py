@@ -11,7 +11,7 @@ GATES = sorted(rounding.GATES)
 
 
 def assert_equal(found: Tensor | None, expected: Tensor) -> None:
-    """To 1e-10 in float64."""
+    """Assert that two float64 tensors are equal to 1e-10."""
     assert found is not None
     assert found.dtype == torch.float64
     assert float((found - expected).detach().abs().max()) < 1e-10

@@ -1,4 +1,4 @@
-"""Tiny random models in real folders, with a real tokenizer, and what is needed to quantize and change them.
+"""Tiny random models in real folders, with a real tokenizer, and functions that quantize, read and damage them.
 
 Blocks are 64 wide, so that every width packs without a remainder and GPTQ's layout can hold them.
 """
@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -49,7 +51,7 @@ PROSE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges; ends no text by itself."""
+    """Return a byte-level BPE tokenizer with a few merges; it adds no end token by itself."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -64,13 +66,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Path:
-    """Norms and biases get values of their own, so that losing one shows."""
+    """Save a model whose norms and biases differ from their defaults, so that a lost one shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.to(dtype).save_pretrained(folder)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    moved(model, dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -84,7 +86,7 @@ def llama(
     intermediate: int = 96,
     blocks: int = 2,
 ) -> Path:
-    """Grouped-query attention; no weight is shared unless ``tied``."""
+    """Write a Llama with grouped-query attention; its embeddings are shared only if ``tied``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -105,7 +107,7 @@ def llama(
 
 
 def gpt2(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Two blocks whose linears are ``Conv1D`` (the weight is stored transposed); embeddings tied."""
+    """Write a GPT-2 of two blocks, with tied embeddings and ``Conv1D`` linears (weights are stored transposed)."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -122,7 +124,7 @@ def gpt2(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
 
 
 def opt(folder: Path, *, dtype: torch.dtype = torch.float16) -> Path:
-    """Two blocks with a bias in every linear; embeddings tied."""
+    """Write an OPT of two blocks, with tied embeddings and a bias in every linear."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=VOCABULARY,
@@ -144,12 +146,12 @@ FAMILIES = {"llama": llama, "gpt2": gpt2, "opt": opt}
 
 
 def load(folder: Path) -> LoadedModel:
-    """The float model, computing in float32."""
+    """Load the float model of ``folder``, to compute in float32."""
     return load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
 
 
 def packed(folder: Path, quant: QuantConfig) -> LoadedModel:
-    """The model of ``folder``, rounded to nearest."""
+    """Load the model of ``folder`` and round it to nearest."""
     loaded = load(folder)
     rtn.run(Job.select(loaded, quant), rtn.Config())
     return loaded
@@ -164,36 +166,52 @@ def quantize(folder: Path, out: Path, quant: QuantConfig) -> LoadedModel:
 
 
 def text(folder: Path, lines: int = 60) -> Path:
-    """A ``.txt`` file with enough text for a few windows of calibration."""
+    """Write a ``.txt`` file with enough text for a few calibration windows."""
     file = folder / "prose.txt"
     file.write_text("\n".join(PROSE[i % len(PROSE)] for i in range(lines)) + "\n", encoding="utf-8")
     return file
 
 
 def probe() -> Tensor:
-    """Two windows of 24 tokens."""
+    """Return two windows of 24 random tokens, always the same."""
     return torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
 def specs(loaded: LoadedModel) -> dict[str, QuantSpec]:
-    """The grids of the quantized linears."""
+    """Return the grid of each quantized linear, by name."""
     return {name: layer.spec for name, layer in packed_linears(loaded.model).items()}
 
 
+def moved(model: PreTrainedModel, to: torch.dtype | str) -> PreTrainedModel:
+    """Return ``model.to(to)``, a method that transformers wraps in a decorator without types."""
+    method: Any = model.to
+    result: PreTrainedModel = method(to)
+    return result
+
+
+def continued(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    """Return ``prompt`` with ``count`` greedy tokens after it; no end token stops them."""
+    assert isinstance(model, GenerationMixin)
+    mask = torch.ones_like(prompt)
+    out = model.generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def logits(model: nn.Module) -> Tensor:
-    """Logits of ``probe()``."""
+    """Return the logits of ``probe()``."""
     result: Tensor = model.eval()(probe()).logits
     return result
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in the safetensors files of ``folder``."""
+    """Return every tensor in the safetensors files of ``folder``, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def copied(folder: Path, to: Path) -> Path:
-    """A copy of the files of ``folder``, to damage."""
+    """Copy the files of ``folder`` to a new folder, to damage them there."""
     to.mkdir()
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
@@ -201,7 +219,7 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def change(folder: Path, **tensors: Tensor) -> None:
-    """Replace tensors in the one safetensors file of ``folder``; the names are written with ``__`` for a dot."""
+    """Replace tensors in the only safetensors file of ``folder``; ``__`` in a name stands for a dot."""
     file = folder / "model.safetensors"
     given = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     content = load_file(file)
@@ -211,7 +229,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: what a full disk or a quota does to a writer."""
+    """Limit every file to ``size`` bytes, to let writers fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -220,8 +238,8 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> LoadedModel:
-    """A tiny random Llama in memory, no folder behind it, that reads the tokens of the built-in model."""
+def with_builtin_tokenizer(seed: int, context: int) -> LoadedModel:
+    """Return a tiny random Llama that was never saved, with the tokenizer of the built-in model."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=4096,
@@ -231,7 +249,6 @@ def with_builtin_tokenizer(seed: int, context: int, **changes: object) -> Loaded
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
-        **changes,
     )
     model = LlamaForCausalLM(config).eval()
     dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
@@ -259,6 +276,6 @@ class Kept:
 
 
 def several(number: int, count: int, patch: pytest.MonkeyPatch) -> None:
-    """As a launcher starts a process, without the others."""
+    """Set rank ``number`` and world size ``count`` as a launcher does; the other processes do not exist."""
     patch.setenv("RANK", str(number))
     patch.setenv("WORLD_SIZE", str(count))

@@ -17,7 +17,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level(kind: str) -> Tokenizer:
-    """Byte-level BPE that splits as ``kind`` does, with its beginning of text where the real one has it."""
+    """Return byte-level BPE that splits text as ``kind`` does, and adds a beginning of text if the real one does."""
     whole_words = kind == "llama-bpe"
     bpe = Tokenizer(models.BPE(ignore_merges=whole_words))
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
@@ -43,7 +43,7 @@ def byte_level(kind: str) -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """BPE on characters that falls back to bytes and writes spaces as SentencePiece does, as in Llama 2."""
+    """Return Llama 2's kind of tokenizer: BPE on characters with byte fallback and SentencePiece's spaces."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -59,7 +59,7 @@ KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "sentencepiece")
 
 
 def save(kind: str, folder: Path) -> PreTrainedTokenizerFast:
-    """Put a tokenizer of ``kind`` into ``folder`` in the place of its own."""
+    """Replace the tokenizer in ``folder`` by one of ``kind``."""
     made = sentencepiece() if kind == "sentencepiece" else byte_level(kind)
     unknown = {"unk_token": "<unk>"} if kind == "sentencepiece" else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **unknown)

@@ -1,4 +1,4 @@
-"""Weights of every kind, size and grid, for laws that hold of all of them."""
+"""Random weights of every kind and size on every grid, for tests of laws that hold for all."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ KINDS = ("normal", "positive", "negative", "constant", "one zero row", "all zero
 
 
 class Case(NamedTuple):
-    """A grid, and a weight ``[out, in]`` that it may be given."""
+    """A grid, and a weight ``[out, in]`` to put on it."""
 
     weight: Tensor
     spec: QuantSpec
@@ -50,7 +50,7 @@ def make_weight(rows: int, columns: int, kind: str, magnitude: float, seed: int)
 
 @st.composite
 def cases(draw: st.DrawFn, low: int = -45, high: int = 36) -> Case:
-    """Any grid with any weight that it can hold; ``low`` and ``high`` bound the power of ten of its magnitude."""
+    """Draw a grid and a weight that it can hold; ``low`` and ``high`` bound the exponent of the weight's magnitude."""
     spec = draw(specs)
     columns = draw(st.integers(1, 40)) if spec.group_size == -1 else spec.group_size * draw(st.integers(1, 4))
     if spec.scale_dtype == "float16":
@@ -67,6 +67,18 @@ def rounded_to_nearest(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     return QuantizedWeight(affine.quantize(weight, scale, zero_point, spec), scale, zero_point, spec)
 
 
+def same(found: QuantizedWeight, expected: QuantizedWeight) -> bool:
+    """True if both have the same grid, codes, scales and zero points."""
+    parts = zip(found[:3], expected[:3], strict=True)
+    return found.spec == expected.spec and all(torch.equal(one, other) for one, other in parts)
+
+
+def gradient(of: Tensor) -> Tensor:
+    """Return the gradient of a tensor that must have one."""
+    assert of.grad is not None
+    return of.grad
+
+
 def per_weight(values: Tensor, columns: int) -> Tensor:
-    """``[out, groups]`` as float64 ``[out, in]``."""
+    """Expand ``[out, groups]`` to float64 ``[out, in]``."""
     return values.double().repeat_interleave(columns // values.shape[1], dim=1)

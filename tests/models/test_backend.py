@@ -1,4 +1,4 @@
-"""A model computes with the backend it is told to, says what serves what, and is otherwise the model it was."""
+"""``use_backend``: a model computes with the chosen backend, reports its kernels, and is otherwise unchanged."""
 
 import warnings
 from pathlib import Path
@@ -38,7 +38,7 @@ SERVING = {"int4 (cpu)": 10, "int8 (cpu)": 2, "int4 pairs (cpu)": 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A native checkpoint with every kernel in it."""
+    """A native checkpoint whose linears need every kind of kernel."""
     at = tmp_path_factory.mktemp("native")
     tiny.quantize(tiny.llama(at / "float"), at / "native", MIXED)
     return at / "native"
@@ -46,19 +46,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def generate(model: PreTrainedModel, tokens: int = 12) -> Tensor:
-    prompt = tiny.probe()[:1, :8]
-    mask = torch.ones_like(prompt)
-    out: Tensor = model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
-    return out[0]
+    return tiny.continued(model, tiny.probe()[:1, :8], tokens)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_generate_writes_what_the_exact_model_finds_likeliest(folder: Path, dtype: torch.dtype) -> None:
-    """Each token is the exact model's own first choice, or as likely as one up to the error of the kernels."""
+    """Each token is the exact model's first choice, or as likely as that up to the error of the kernels."""
     model = load(folder, dtype)
     found = qtool.use_backend(model)
     assert (dict(found.kernels), found.exact) == (SERVING, {})
@@ -121,7 +119,7 @@ def test_what_cannot_be_is_refused(folder: Path, llama_folder: Path) -> None:
     with pytest.raises(InputError, match="LlamaForCausalLM has no packed linears"):
         qtool.use_backend(tiny.load(llama_folder).model)
     with pytest.raises(InputError, match=r"q_proj are not in memory; load the model without offloading"):
-        qtool.use_backend(load(folder).to("meta"))
+        qtool.use_backend(tiny.moved(load(folder), "meta"))
 
 
 class Notes(progress.Sink):

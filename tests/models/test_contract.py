@@ -1,4 +1,4 @@
-"""Thirteen families of tiny random models pass one contract, and linears get the grids that are asked for."""
+"""Tiny random models of every family pass one contract, and linears get the grids of the recipe."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from qtool.system.errors import InputError
 
 WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3")
 TIED = ("smollm", "smollm3", "gemma2", "gemma3", "opt", "gpt2", "falcon", "falcon_new", "falcon_alibi")
-BIASED = {  # linears with a bias: in every block
+BIASED = {  # family -> linears that have a bias, in every block
     "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
     "qwen2": "q_proj k_proj v_proj",
     "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
@@ -55,8 +55,8 @@ FOLDS = dict.fromkeys(CONFIGS, LLAMA_FOLDS) | {
     "opt": {"self_attn_layer_norm": QKV, "v_proj": "out_proj", "final_layer_norm": "fc1", "fc1": "fc2"},
     "gpt_neox": FALCON_FOLDS,
     "gpt2": {"ln_1": "c_attn", "ln_2": "c_fc"},
-    "smollm": LLAMA_FOLDS | {"v_proj": "o_proj"},  # all heads have keys and values of their own
-    "olmo2": {"v_proj": "o_proj", "up_proj": "down_proj"},  # its norms come after the linears
+    "smollm": LLAMA_FOLDS | {"v_proj": "o_proj"},  # no grouped queries: every head has its own keys and values
+    "olmo2": {"v_proj": "o_proj", "up_proj": "down_proj"},  # OLMo 2's norms come after the linears
     "falcon": {"input_layernorm": "query_key_value dense_h_to_4h"},
     "falcon_new": {"ln_attn": "query_key_value", "ln_mlp": "dense_h_to_4h"},
     "falcon_alibi": FALCON_FOLDS,
@@ -65,7 +65,7 @@ FOLDS = dict.fromkeys(CONFIGS, LLAMA_FOLDS) | {
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedModel]:
-    """The float model of a family, written to disk and loaded once; never change it."""
+    """The float model of a family, loaded from disk once; never change it."""
     made: dict[str, LoadedModel] = {}
 
     def get(name: str) -> LoadedModel:
@@ -102,7 +102,7 @@ def last(name: str) -> str:
 
 
 def float_tasks(loaded: LoadedModel, tokens: Tensor, visit: Callable[[BlockTask], None]) -> None:
-    """``visit`` each block with its targets, and leave it as ``visit`` does."""
+    """Call ``visit`` for each block and leave the block as ``visit`` changed it."""
     targets = select_targets(loaded, W4)
     run_blocks(
         Job(loaded, (), tokens),
@@ -128,7 +128,7 @@ def test_every_linear_of_every_block_is_a_target_and_runs_in_known_groups(
 
 
 def test_the_block_walk_is_the_plain_forward(loaded: LoadedModel, tokens: Tensor) -> None:
-    """Each block is fed what the model itself feeds it, and called as the model calls it; bit for bit."""
+    """Each block gets the inputs and arguments that the model itself gives it, bit for bit."""
     plain: list[tuple[Tensor, Tensor]] = []
 
     def record(block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
@@ -158,7 +158,7 @@ def test_the_block_walk_is_the_plain_forward(loaded: LoadedModel, tokens: Tensor
 def test_the_window_of_sliding_attention_is_in_force(
     original: LoadedModel, loaded: LoadedModel, tokens: Tensor
 ) -> None:
-    """Without this the equality of walk and forward would not show that masks differ from block to block."""
+    """Else the equality of block walk and forward would not show that each block gets its own mask."""
     first: list[Tensor] = []
 
     def outputs(task: BlockTask) -> None:
@@ -198,7 +198,7 @@ def test_after_rtn_every_target_is_packed_and_nothing_else_changed(
 
 
 def test_gptq_runs_and_is_not_rtn(loaded: LoadedModel, original: LoadedModel, tokens: Tensor) -> None:
-    """Each linear's own output error is lower than that of round-to-nearest on the first block, which shares inputs."""
+    """On the first block, where inputs are equal, each linear's output error is below round-to-nearest's."""
     config = gptq.Config(range="minmax")
     gptq.run(Job.select(loaded, W4, tokens), config)
     packed = packed_linears(loaded.model)
@@ -273,7 +273,7 @@ def test_a_folded_norm_is_a_value_of_its_stored_dtype_and_the_readers_take_what_
         for fold in awq.find_folds(task, task.inputs[0][:1]):
             if fold.exact_source:
                 fold.apply(torch.exp2(torch.linspace(-1, 1, 64)), torch.bfloat16)
-                weight = fold.source.weight.detach()
+                weight = fold.source.get_parameter("weight").detach()
                 assert torch.equal(weight.bfloat16().float(), weight)
         assert torch.allclose(task.forward(task.inputs[0]), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
@@ -292,7 +292,7 @@ def test_overrides_choose_the_grid_by_name_and_later_ones_win(llama: LoadedModel
         "*.down_proj": {"num_bits": 8, "symmetric": False},
         "model.layers.1.*": {"skip": True},
         "model.layers.1.self_attn.q_proj": {"skip": False, "group_size": -1},
-        "*.k_proj": {"symmetric": False},  # says nothing about skipping
+        "*.k_proj": {"symmetric": False},  # an override that does not mention skip
     }
     targets = select_targets(llama, QuantConfig(num_bits=4, group_size=16, overrides=overrides))
     labels = {target.name.removeprefix("model.layers."): target.spec.label() for target in targets}
@@ -334,7 +334,7 @@ def test_a_recipe_that_skips_everything_is_refused(llama: LoadedModel) -> None:
 
 def test_all_faults_of_a_recipe_are_named_at_once(llama: LoadedModel) -> None:
     with torch.no_grad():
-        llama.model.get_submodule("model.layers.1.mlp.up_proj").weight[3, 4] = float("nan")
+        llama.model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = float("nan")
     llama.extremes.clear()  # they were found when it was loaded
     with pytest.raises(InputError) as refused:
         select_targets(llama, QuantConfig(group_size=64, overrides={"*.k_prj": {"num_bits": 8}}))

@@ -1,4 +1,4 @@
-"""Rounding of activations, keys and values in whole models: where it acts, and that it is never left out in silence."""
+"""Rounding of activations, keys and values in whole models: where it acts, and that no export drops it."""
 
 import json
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from helpers import tiny
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qtool.blocks.driver import run_blocks
@@ -43,11 +44,12 @@ ATTENTION = "model.layers.{}.self_attn.{}"
 
 
 def witness(loaded: LoadedModel, folder: Path) -> Tensor:
-    """Logits of the float model with the packed weights put in, and every rounding written out beside its linears."""
+    """Return the logits of the float model with dequantized weights and each rounding as a hook on its linear."""
     other = tiny.load(folder).model
     with torch.no_grad():
         for name, packed in packed_linears(loaded.model).items():
             linear = other.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             linear.weight.copy_(packed.dequantized())
             linear.register_forward_pre_hook(lambda module, args: (round_tokens(args[0], 8),))
             if name.endswith(("k_proj", "v_proj")):
@@ -59,7 +61,7 @@ def witness(loaded: LoadedModel, folder: Path) -> Tensor:
 def test_every_kind_of_method_ships_what_its_roundings_are(
     name: str, make_llama: Callable[[], LoadedModel], tokens: Tensor, llama_folder: Path, tmp_path: Path
 ) -> None:
-    """No method knows of activations; what it trained with, what transformers loads and a witness agree."""
+    """The trained model, the one that transformers loads, and the witness agree."""
     method = load_method(name)
     short = {"signround": {"iterations": 3}, "lsq": {"steps": 2, "batch_size": 2}}
     loaded = make_llama()
@@ -75,7 +77,7 @@ def test_every_kind_of_method_ships_what_its_roundings_are(
 
 
 def test_training_computes_what_is_loaded_bit_for_bit(llama: LoadedModel, tmp_path: Path) -> None:
-    """The model with layers that train, before it is packed, and the checkpoint of it."""
+    """Compare the trainable layers before packing with the checkpoint made from them."""
     targets = select_targets(llama, A8KV4)
     layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, linear_bias(t.linear), t.spec))
     trained = tiny.logits(llama.model)
@@ -89,7 +91,7 @@ def test_training_computes_what_is_loaded_bit_for_bit(llama: LoadedModel, tmp_pa
 
 
 def test_the_driver_goes_on_from_rounded_blocks(llama: LoadedModel, tokens: Tensor) -> None:
-    """Forwards that pause, with weights that are expanded for a while, give what the packed block gives."""
+    """A paused forward, on weights that are expanded meanwhile, equals that of the packed block."""
 
     def quantize_block(task: BlockTask) -> None:
         for stage in task.stages():
@@ -104,15 +106,17 @@ def test_the_driver_goes_on_from_rounded_blocks(llama: LoadedModel, tokens: Tens
 
 
 def test_decoding_rounds_what_reading_at_once_does(llama_folder: Path) -> None:
-    """In float64, so that no value lies as near to the border of two codes as products of other shapes differ."""
+    """float64, so that differences between product shapes do not move a value to another code."""
     model = tiny.packed(llama_folder, A8KV4).model.double()
     probe = tiny.probe()[:, :12]
     whole = model(probe).logits
     cache = DynamicCache(config=model.config)
     steps = [model(probe[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(12)]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-8)
-    keys = torch.cat([layer.keys for layer in cache.layers])
-    assert len(keys[0, 0, 3].unique()) > 1
+    first = cache.layers[0]
+    assert isinstance(first, DynamicLayer)
+    assert first.keys is not None
+    assert len(first.keys[0, 0, 3].unique()) > 1
 
 
 def test_fewer_bits_more_error(llama_folder: Path) -> None:
@@ -142,9 +146,9 @@ def test_keys_and_values_are_found_and_get_the_channels_of_a_head(llama: LoadedM
 @pytest.mark.parametrize(
     ("family", "keys", "linear", "channels"),
     [
-        ("llama", {"num_key_value_heads": 4}, ATTENTION.format(0, "k_proj"), 16),  # all four of one shape
+        ("llama", {"num_key_value_heads": 4}, ATTENTION.format(0, "k_proj"), 16),  # of equal shapes
         ("opt", {}, "model.decoder.layers.1.self_attn.v_proj", 16),
-        ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}, ATTENTION.format(1, "k_proj"), 8),  # a norm between
+        ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}, ATTENTION.format(1, "k_proj"), 8),  # then a norm
         ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, "transformer.h.0.attn.attention.k_proj", 16),
     ],
 )
@@ -173,11 +177,12 @@ def test_keys_that_come_from_two_linears_are_refused(monkeypatch: pytest.MonkeyP
             self.one, self.other = nn.Linear(64, size), nn.Linear(64, size)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.one(x) + self.other(x)
+            out: Tensor = self.one(x) + self.other(x)
+            return out
 
     def init(self: LlamaAttention, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.k_proj = Sum(64)
+        self.add_module("k_proj", Sum(64))
 
     original = LlamaAttention.__init__
     monkeypatch.setattr(LlamaAttention, "__init__", init)
@@ -281,7 +286,7 @@ def test_a_checkpoint_says_that_it_rounds_and_older_readers_stop_at_its_version(
 def test_no_export_leaves_it_out(
     name: str, quant: dict[str, Any], llama_folder: Path, llama: LoadedModel, tmp_path: Path
 ) -> None:
-    """After the run and, asked for in its recipe, before it."""
+    """It is refused after the run and, if the recipe asks for the export, before the run."""
     config = QuantConfig(group_size=16, **quant)
     tiny.quantize(llama_folder, tmp_path / "native", config)
     wanted = ExportConfig(format=name, path=tmp_path / "export")

@@ -1,4 +1,4 @@
-"""A model that cannot be used is refused in a clear line, and one that can is loaded as it is."""
+"""A model that cannot be used is refused in one clear line; any other is loaded unchanged."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 def shard(folder: Path) -> list[Path]:
-    """Split the one weight file in two, with an index."""
+    """Split the only weight file into two shards with an index."""
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     files = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -156,7 +156,7 @@ def test_an_unknown_model_type_is_refused(folder: Path) -> None:
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    tiny.load(folder)  # safetensors beside them: those are read
+    tiny.load(folder)  # the safetensors beside them are read
     (folder / "model.safetensors").unlink()
     refuse(folder, r"holds only pickled weights \(pytorch_model\.bin\), which can run code when read")
     (folder / "pytorch_model.bin").unlink()
@@ -180,7 +180,7 @@ def test_a_missing_shard_is_refused(folder: Path) -> None:
     refuse(folder, r"index\.json lists model-00002-of-00002\.safetensors, which is not there \(1 file\(s\) missing\)")
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -232,7 +232,7 @@ def test_a_quantization_config_of_null_is_none(folder: Path) -> None:
 def test_weights_more_exact_than_the_config_says_are_kept_or_refused_at_once(
     folder: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """A common sight: float32 files, or float32 norms, under a config that says half precision."""
+    """Many published models have float32 files, or float32 norms, and a config that says half precision."""
     change_config(folder, dtype=dtype)
     with suppress(InputError):
         loaded = tiny.load(folder)

@@ -1,7 +1,8 @@
-"""Rounding of activations, keys and values: the arithmetic, and that both layers round what they read and give."""
+"""Rounding of activations, keys and values: the arithmetic, and that both layers round their inputs and outputs."""
 
 import pytest
 import torch
+from helpers.weights import gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -49,15 +50,15 @@ def test_error_is_half_a_step_and_the_ends_stay(bits: int, size: int | None, mag
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_and_shape_stay_and_are_computed_in_no_less_than_float32(dtype: torch.dtype) -> None:
     x = randn(2, 3, 16).to(dtype)
-    rounded = round_tokens(x.transpose(0, 1), 6, 8)  # of any strides
+    rounded = round_tokens(x.transpose(0, 1), 6, 8)  # strides are free
     assert (rounded.dtype, rounded.shape) == (dtype, (3, 2, 16))
     if dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(rounded, round_tokens(x.transpose(0, 1).float(), 6, 8).to(dtype))
-    assert torch.equal(rounded[1], round_tokens(x[:, 1], 6, 8))  # no token knows of another
+    assert torch.equal(rounded[1], round_tokens(x[:, 1], 6, 8))  # tokens are independent
 
 
 def test_the_gradient_passes_unchanged() -> None:
-    """By autograd of the formula with its range held constant: every value lies inside, so rounding is all there is."""
+    """Against autograd of the formula with a constant range: every value lies inside it, so nothing is clamped."""
     x = randn(3, 16).double().requires_grad_()
     upstream = randn(3, 16, seed=1).double()
     (found,) = torch.autograd.grad(round_tokens(x, 4, 8), x, upstream)
@@ -76,7 +77,7 @@ LAYER = QuantSpec(num_bits=4, group_size=8, symmetric=False, activations=5, kv_c
 
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor, spec: QuantSpec) -> Tensor:
-    """The linear on ``spec`` written out."""
+    """Compute a linear on the grid ``spec`` step by step."""
     x = x if spec.activations is None else round_tokens(x, spec.activations)
     y = nn.functional.linear(x, weight, bias)
     return y if spec.kv_cache is None else round_tokens(y, spec.kv_cache, spec.kv_group_size)
@@ -130,5 +131,5 @@ def test_gradients_reach_weights_through_rounded_inputs() -> None:
     layer(x).backward(upstream)
     weight = layer.quantized_weight()
     (expected,) = torch.autograd.grad(weight, layer.weight, upstream.T @ round_tokens(x, 5))
-    assert torch.allclose(layer.weight.grad, expected, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(x.grad, upstream @ weight, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(gradient(layer.weight), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(gradient(x), upstream @ weight, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Laws of the grid: every width, group, symmetry, scale dtype and shape, against independent arithmetic."""
+"""Laws of the integer grid for every width, group, symmetry, scale dtype and shape, by independent arithmetic."""
 
 from contextlib import suppress
 from itertools import pairwise
@@ -59,7 +59,7 @@ def test_error_is_half_a_step_inside_the_range(case: Case) -> None:
     w = weight.double()
     inside = (w >= -zero * step) & (w <= (spec.qmax - zero) * step)
     error = (affine.dequantize(codes, scale, zero_point, spec).double() - w).abs()
-    slack = spec.qmax * 2.0**-21  # float32 arithmetic on numbers of up to qmax steps
+    slack = spec.qmax * 2.0**-21  # error of float32 arithmetic on numbers of up to qmax steps
     assert bool((error <= step * (0.5 + slack))[inside].all())
 
 
@@ -94,12 +94,12 @@ def test_zero_is_held_exactly(spec: QuantSpec, rows: int) -> None:
 
 
 def test_the_range_of_an_all_zero_group_is_taken_as_one_to_either_side() -> None:
-    """Golden: a scale of 2 / 15, as good as any, where the smallest float16 would be no use to whoever trains it."""
+    """Golden: a scale of 2 / 15; the smallest float16 would fit too, and could not be trained."""
     for symmetric in (True, False):
         spec = QuantSpec(num_bits=4, group_size=4, symmetric=symmetric, scale_dtype="float32")
         scale, zero_point = affine.minmax_qparams(torch.zeros(1, 8), spec)
         assert scale.tolist() == [[pytest.approx(2 / 15)] * 2]
-        assert zero_point[0, 0] in ((8,) if symmetric else (7, 8))  # 7.5, but for the rounding of the scale
+        assert zero_point[0, 0] in ((8,) if symmetric else (7, 8))  # 7.5 up to the rounding of the scale
 
 
 @given(cases(-3, 3))
@@ -113,7 +113,7 @@ def test_zeros_among_other_weights_stay_zero(case: Case) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("value", [0.75, -0.75])
 def test_a_constant_group_keeps_its_value(bits: int, value: float) -> None:
-    """Asymmetric: an end of the range, exact but for the scale. Symmetric: half a step off on the positive side."""
+    """Asymmetric: exact up to the scale's rounding. Symmetric: half a step off on the positive side."""
     weight = torch.full((2, 16), value)
     asymmetric = QuantSpec(num_bits=bits, group_size=8, symmetric=False, scale_dtype="float32")
     assert torch.allclose(affine.dequantize(*rounded_to_nearest(weight, asymmetric)), weight, rtol=1e-6)
@@ -221,7 +221,7 @@ def test_the_largest_weights_are_refused_or_quantized_to_finite_numbers(scale_dt
 def weighted_error(
     weight: Tensor, grid: tuple[Tensor, Tensor], spec: QuantSpec, norm: float, importance: Tensor
 ) -> Tensor:
-    """``sum h |w - Q(w)|**norm`` of each group, in float64."""
+    """Compute ``sum h |w - Q(w)|**norm`` of each group, in float64."""
     change = (affine.fake_quantize(weight, *grid, spec).double() - weight.double()).abs().pow(norm) * importance
     return affine.grouped(change, spec).sum(-1)
 
@@ -236,7 +236,7 @@ def test_range_search_is_never_worse_than_min_max_under_its_own_measure(
     h = importance.double() if weighted else torch.ones(weight.shape[1], dtype=torch.float64)
     searched = weighted_error(weight, found, spec, norm, h)
     minmax = weighted_error(weight, affine.minmax_qparams(weight, spec), spec, norm, h)
-    tiny = 1e-6 * float(weight.abs().max()) ** norm * float(h.sum())  # float32 sums
+    tiny = 1e-6 * float(weight.abs().max()) ** norm * float(h.sum())  # error of float32 sums
     assert bool((searched <= minmax * (1 + 1e-4) + tiny).all())
 
 

@@ -1,4 +1,4 @@
-"""The smooth stand-ins for rounding and clamping, against their definitions, and what does not fit together."""
+"""Smooth estimators of rounding and clamping against their definitions, and combinations that are refused."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from qtool.quant import rounding
 
 
 def product_softclamp(x: Tensor, low: float, high: float, sharpness: float, gate: str) -> Tensor:
-    """The paper's form: ``x g(x - a) g(b - x) + a g(a - x) + b g(x - b)``."""
+    """Compute the paper's form ``x g(x - a) g(b - x) + a g(a - x) + b g(x - b)``."""
 
     def g(t: Tensor) -> Tensor:
         return gate_of(sharpness * t, gate)
@@ -31,7 +31,7 @@ def product_softclamp(x: Tensor, low: float, high: float, sharpness: float, gate
 
 @given(st.floats(0.05, 40), st.sampled_from(sorted(STAIRCASES)))
 def test_the_mean_slope_is_one_at_any_temperature(temperature: float, estimator: str) -> None:
-    """So that a change of temperature does not change the learning rate: over a unit, and between any two codes."""
+    """Over one unit and between any two codes, so that the temperature does not change the learning rate."""
     x = torch.linspace(3, 4, 20001, dtype=torch.float64)
     slope = rounding.ESTIMATORS[estimator].slope(x, temperature)
     assert float(torch.trapezoid(slope, x)) == pytest.approx(1, abs=1e-4)
@@ -48,7 +48,7 @@ def test_values_and_slopes_are_those_of_the_definition(temperature: float, estim
     assert_equal(rounding.ESTIMATORS[estimator].slope(x.detach(), temperature), slope)
     single = rounding.ESTIMATORS[estimator].slope(x.detach().float(), temperature)
     assert single.dtype == torch.float32
-    assert torch.allclose(single, slope.float(), atol=2e-5 * max(1, temperature))  # of codes rounded to float32
+    assert torch.allclose(single, slope.float(), atol=2e-5 * max(1, temperature))  # codes are rounded to float32
 
 
 @pytest.mark.parametrize("estimator", sorted(STAIRCASES))

@@ -16,12 +16,14 @@ from qtool.quant import hessian
 from qtool.quant.hessian import add_gram, gram, mirror
 from qtool.system import matmul
 
-MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+# Any: torch does not declare the settings of either
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in this place
+CUDA_MATMUL: Any = torch.backends.cuda.matmul
 
 
 @pytest.fixture(autouse=True)
 def as_found() -> Iterator[None]:
-    """The process's setting of products before any choice, and afterwards as this test found it."""
+    """Restore the setting of products after the test."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
     yield
@@ -33,13 +35,12 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
     size: int, rows: int, dtype: torch.dtype, seed: int
 ) -> None:
     x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    cuda: Any = torch.backends.cuda.matmul
-    before = MATMUL.fp32_precision, cuda.fp32_precision
+    before = MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision
     total = torch.zeros(size, size)
     with matmul.exact_products(dtype):
         add_gram(total, x.float())
     mirror(total)
-    assert (MATMUL.fp32_precision, cuda.fp32_precision) == before
+    assert (MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision) == before
     expected = x.double().T @ x.double()
     assert (total - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(total, total.T)
@@ -47,11 +48,11 @@ def test_gram_is_the_sum_of_outer_products_and_settings_stay(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_statistics_are_products_of_what_the_inputs_are_and_settings_stay(dtype: torch.dtype) -> None:
-    """However a machine multiplies: 2/n sum x x^T to the precision of float32 sums, of bfloat16 inputs and others."""
+    """``2/n sum x x^T`` has the precision of float32 sums on every machine, for bfloat16 inputs too."""
     x = correlated_inputs(2048, 256, seed=3).to(dtype)
-    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    before = MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision
     hessian = collect(Stage([], [x], None), gptq.Config()).hessian
-    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    assert (MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision) == before
     expected = x.double().T @ x.double() * (2 / 2048)
     assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()
 

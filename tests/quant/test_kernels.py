@@ -1,12 +1,13 @@
-"""Every backend is within its stated tolerance of the exact product; what none can hold stays exact, and says why."""
+"""Kernels of packed linears: within the stated tolerance of the exact product, or not used, with the reason."""
 
 import copy
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.weights import gradient
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +21,7 @@ GROUP_SIZES = (-1, 16, 32, 48, 64, 96, 128, 256, 512)
 
 
 class Case(NamedTuple):
-    """A weight on its grid, a bias or none, and inputs ``[rows, in]``."""
+    """A quantized weight, perhaps a bias, and inputs ``[rows, in]``."""
 
     weight: QuantizedWeight
     bias: Tensor | None
@@ -28,7 +29,7 @@ class Case(NamedTuple):
 
 
 def random_weight(spec: QuantSpec, rows: int, columns: int, seed: int = 0) -> QuantizedWeight:
-    """Any codes, any zero points that the grid allows, scales of several magnitudes."""
+    """Return random codes, random zero points that the grid allows, and scales of several magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     groups = spec.num_groups(columns)
     codes = torch.randint(0, spec.qmax + 1, (rows, columns), dtype=torch.uint8, generator=generator)
@@ -64,14 +65,14 @@ def cases(draw: st.DrawFn) -> Case:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(draw(st.integers(1, 9)), columns, generator=generator)
     if draw(st.booleans()):
-        x = x.abs() + 1  # nothing cancels in the exact product of the zero differences
+        x = x.abs() + 1  # the exact product of the zero differences has no cancellation
     bias = torch.randn(rows, generator=generator) if draw(st.booleans()) else None
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     return Case(random_weight(spec, rows, columns, seed), None if bias is None else bias.to(dtype), x.to(dtype))
 
 
 def served(spec: QuantSpec, rows: int, columns: int) -> str | None:
-    """The name of the backend that serves a shape on a CPU, from the kernels' documented limits."""
+    """Return the name of the backend for a shape on a CPU, by the kernels' documented limits."""
     if spec.num_bits == 8 and (spec.group_size == -1 or spec.group_size == columns):
         return "int8"
     size = columns if spec.group_size == -1 else spec.group_size
@@ -81,12 +82,12 @@ def served(spec: QuantSpec, rows: int, columns: int) -> str | None:
 
 
 def bound(weight: QuantizedWeight, x: Tensor) -> Tensor:
-    """The stated tolerance, in float64."""
+    """Compute the stated tolerance of each output, in float64."""
     codes, scale, zero_point, spec = weight
     per_group = codes.shape[1] // scale.shape[1]
     s, z = (t.double().repeat_interleave(per_group, 1) for t in (scale, zero_point))
     size = s * ((codes - z).abs() + (2 ** (spec.num_bits - 1) - z).abs() + 2 ** (spec.num_bits - 4))
-    return 2**-6 * x.double().abs() @ size.T
+    return (2**-6 * x.double().abs()).matmul(size.T)
 
 
 def exact(weight: QuantizedWeight, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -111,19 +112,19 @@ def test_a_kernel_is_within_its_tolerance_and_what_none_holds_stays_exact(case: 
     assert (layer.kernel.backend.name, reason) == (expected, "")
     y = layer(x)
     assert (y.dtype, y.shape) == (reference.dtype, reference.shape)
-    rounding = 2.0**-8 * reference.double().abs() + 2.0**-20  # of the sum with the bias, in the dtype of x
+    rounding = 2.0**-8 * reference.double().abs() + 2.0**-20  # error of adding the bias in the dtype of x
     assert ((y.double() - exact(weight, bias, x)).abs() <= bound(weight, x) + rounding).all()
 
 
 @given(specs, st.integers(0, 999))
 def test_codes_and_zero_differences_are_held_exactly(spec: QuantSpec, seed: int) -> None:
-    """With scales that bfloat16 holds, an input that picks one channel gets that channel's weights, rounded once."""
+    """With bfloat16 scales, an input that picks one channel gives that channel's weights, rounded once."""
     spec = spec.model_copy(update={"scale_dtype": "bfloat16"})
     columns = 512 if spec.group_size in (-1, 512) else spec.group_size * 2
     weight = random_weight(spec, 32, columns, seed)
     name = served(spec, 32, columns)
     assume(name is not None)
-    assume(spec.num_bits < 4 or spec.symmetric)  # else the zero difference times the scale is rounded
+    assume(spec.num_bits < 4 or spec.symmetric)  # otherwise the zero difference times the scale is rounded
     layer = layer_of(weight)
     layer.accelerate()
     dense = affine.dequantize(*weight)
@@ -207,15 +208,15 @@ def test_an_expanded_weight_passes_gradients_to_its_scale() -> None:
     layer(probe(2, 32)).sum().backward()
     steps = layer.quantized.codes.float() - 4
     expected = (steps * probe(2, 32).sum(0)).view(8, 2, 16).sum(-1)
-    assert torch.allclose(layer.weight_scale.grad, expected, atol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(gradient(layer.weight_scale), expected, atol=1e-4)
 
 
-# who is served
+# limits of the kernels
 
 
 @pytest.fixture
 def layer() -> PackedLinear:
-    """Accelerated, 4 bits, ``[48, 128]``, with a bias."""
+    """An accelerated 4-bit layer ``[48, 128]`` with a bias."""
     made = layer_of(
         random_weight(w(4, 64, False), 48, 128), torch.randn(48, generator=torch.Generator().manual_seed(1))
     )
@@ -224,7 +225,7 @@ def layer() -> PackedLinear:
 
 
 def plain(layer: PackedLinear) -> PackedLinear:
-    """The same layer without a kernel."""
+    """Return the layer without its kernel."""
     other = copy.deepcopy(layer)
     other.kernel = None
     return other
@@ -254,7 +255,7 @@ def test_gradients_take_the_exact_path(layer: PackedLinear) -> None:
     y = layer(x)
     assert torch.equal(y, plain(layer)(x))
     y.sum().backward()
-    assert torch.allclose(x.grad, layer.dequantized().sum(0).expand(2, -1), atol=1e-5)
+    assert torch.allclose(gradient(x), layer.dequantized().sum(0).expand(2, -1), atol=1e-5)
     layer.weight_scale = layer.weight_scale.float().requires_grad_()
     assert torch.equal(layer(probe(2, 128)), plain(layer)(probe(2, 128)))
 
@@ -266,7 +267,7 @@ def test_the_input_is_not_changed(layer: PackedLinear) -> None:
     assert torch.equal(x, before)
 
 
-# the layer is what it was
+# nothing else of the layer changes
 
 
 def test_a_kernel_is_no_part_of_the_state(layer: PackedLinear) -> None:
@@ -280,8 +281,9 @@ def test_a_kernel_is_no_part_of_the_state(layer: PackedLinear) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_casting_changes_nothing_but_the_bias(layer: PackedLinear, dtype: torch.dtype) -> None:
     x = probe(2, 128).bfloat16()
-    bias = layer.bias.to(dtype)  # type: ignore[union-attr]
-    before = layer.kernel(x)  # type: ignore[misc]
+    assert layer.bias is not None
+    assert layer.kernel is not None
+    bias, before = layer.bias.to(dtype), layer.kernel(x)
     layer.to(dtype)
     assert torch.equal(layer(x.to(dtype)), before.to(dtype) + bias)
 
@@ -313,7 +315,7 @@ def test_weights_that_leave_memory_take_their_kernel_along(layer: PackedLinear) 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> kernels.Backend:
-    """The only backend, and nothing remembered of earlier trials."""
+    """The int4 backend of the CPU; earlier trials of kernels are forgotten."""
     backend = next(b for b in kernels.BACKENDS if (b.name, b.device) == ("int4", "cpu"))
     monkeypatch.setattr(kernels, "_found", {})
     return backend
@@ -334,7 +336,7 @@ def fails(*_: object) -> Tensor:
     ],
 )
 def test_a_backend_that_is_wrong_on_this_machine_is_not_used(
-    changes: dict[str, object], reason: str, broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], reason: str, broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "BACKENDS", (broken._replace(**changes),))
     for seed in (0, 1):  # the second time it is remembered

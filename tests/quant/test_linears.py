@@ -1,10 +1,10 @@
-"""The two linear layers: gradients are the closed forms, and freezing, loading and moving change no bit."""
+"""Trained and packed linears: gradients are the closed forms; freezing, loading and casting change no bit."""
 
 import copy
 
 import pytest
 import torch
-from helpers.weights import Case, cases, make_weight, per_weight, rounded_to_nearest
+from helpers.weights import Case, cases, gradient, make_weight, per_weight, rounded_to_nearest, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from qtool.quant.trained_linear import QuantLinear
 
 
 def clipping_layer(spec: QuantSpec, seed: int = 0) -> QuantLinear:
-    """A layer whose range is too small and whose zero points are off the integers."""
+    """Return a layer whose range is too small and whose zero points are no integers."""
     layer = QuantLinear(make_weight(3, 32, "normal", 0.1, seed), torch.zeros(3), spec)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def clipping_layer(spec: QuantSpec, seed: int = 0) -> QuantLinear:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale_dtype", sorted(SCALE_BITS))
 def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, scale_dtype: str) -> None:
-    """LSQ's for the scale, one inside the grid for the weight, ``-s`` outside it for the zero point."""
+    """Scale: LSQ's gradient. Weight: one inside the grid. Zero point: ``-s`` outside the grid."""
     spec = QuantSpec(num_bits=bits, group_size=16, symmetric=symmetric, scale_dtype=scale_dtype)
     layer = clipping_layer(spec)
     upstream = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
@@ -51,12 +51,12 @@ def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, scale_dtype:
     def summed(values: Tensor) -> Tensor:
         return affine.grouped(values, spec).sum(-1).float()
 
-    assert torch.allclose(layer.weight.grad, upstream * inside, rtol=1e-6, atol=0)  # g * s / s in float32
-    assert torch.allclose(layer.scale.grad, summed(by_scale), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(gradient(layer.weight), upstream * inside, rtol=1e-6, atol=0)  # g * s / s in float32
+    assert torch.allclose(gradient(layer.scale), summed(by_scale), rtol=1e-4, atol=1e-3)
     if symmetric:
         assert layer.zero_point.grad is None
     else:
-        assert torch.allclose(layer.zero_point.grad, summed(g * ~inside * -s), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(gradient(layer.zero_point), summed(g * ~inside * -s), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -76,7 +76,7 @@ def test_every_trainable_parameter_moves(symmetric: bool) -> None:
 
 
 def trained_layer(case: Case, seed: int = 0) -> QuantLinear:
-    """What training leaves: weights, scales and zero points off anything that can be stored, some far outside."""
+    """Return a layer as after training: no scale or zero point has a value that can be stored, some are far off."""
     weight, spec = case
     layer = QuantLinear(weight, torch.linspace(-1, 1, weight.shape[0]), spec)
     generator = torch.Generator().manual_seed(seed)
@@ -91,6 +91,7 @@ def trained_layer(case: Case, seed: int = 0) -> QuantLinear:
 @given(cases(-3, 2), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_freeze_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
     layer = trained_layer(case)
+    assert layer.bias is not None
     layer.bias.data = layer.bias.data.to(dtype)
     frozen = layer.freeze()
     assert isinstance(frozen, PackedLinear)
@@ -105,8 +106,7 @@ def test_a_layer_starts_at_round_to_nearest() -> None:
     weight = make_weight(4, 32, "normal", 0.1, 0)
     for spec in (QuantSpec(num_bits=3, group_size=8, symmetric=symmetric) for symmetric in (True, False)):
         expected = rounded_to_nearest(weight, spec)
-        for found, value in zip(QuantLinear(weight, None, spec).freeze().quantized, expected, strict=True):
-            assert torch.equal(found, value) if isinstance(value, Tensor) else found == value
+        assert same(QuantLinear(weight, None, spec).freeze().quantized, expected)
 
 
 @given(cases(-3, 2))
@@ -122,7 +122,7 @@ def test_packed_layers_keep_the_funnel(case: Case) -> None:
 
 @given(cases(-3, 2))
 def test_a_packed_layer_survives_a_change_of_precision(case: Case) -> None:
-    """``model.half()`` and its like move biases and must not touch a stored scale."""
+    """``model.half()`` and similar calls cast biases and must not cast a stored scale."""
     layer = PackedLinear.from_quantized(rounded_to_nearest(*case), torch.ones(case.weight.shape[0]))
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     model = nn.Sequential(layer)
@@ -132,6 +132,7 @@ def test_a_packed_layer_survives_a_change_of_precision(case: Case) -> None:
             assert buffer.dtype == before[name].dtype, name
             assert torch.equal(buffer, before[name]), name
     model.half()
+    assert layer.bias is not None
     assert layer.bias.dtype == torch.float16
     assert layer(torch.ones(1, case.weight.shape[1], dtype=torch.float16)).dtype == torch.float16
 

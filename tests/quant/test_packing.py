@@ -1,4 +1,4 @@
-"""The packer is the bit stream that others read, and what is stored has the bits of the formula."""
+"""Packing: the bit stream equals that of other libraries, and buffers have the size of the formula."""
 
 import importlib
 from types import ModuleType
@@ -79,7 +79,7 @@ def test_pack_holds_both_ends_of_the_grid(bits: int) -> None:
 
 
 def test_three_bits_straddle_words_as_gptq_has_it() -> None:
-    """Value 10 lies in words 0 and 1, value 21 in words 1 and 2."""
+    """Value 10 is split over words 0 and 1, value 21 over words 1 and 2."""
     for value, words in ((9, [0]), (10, [0, 1]), (11, [1]), (21, [1, 2]), (22, [2])):
         codes = torch.zeros(1, 32, dtype=torch.uint8)
         codes[0, value] = 7

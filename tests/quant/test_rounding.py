@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rounding_reference import GATES, STAIRCASES, assert_equal, softclamp
+from helpers.weights import gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ ESTIMATORS = sorted(rounding.ESTIMATORS)
 
 
 def configs(**changes: Any) -> list[RoundingConfig]:
-    """Every estimator with every clamp and gate."""
+    """Return every estimator with every clamp and gate."""
     found = []
     for estimator, gate in product(ESTIMATORS, [None, *GATES]):
         keys: dict[str, Any] = {"estimator": estimator, **changes}
@@ -71,7 +72,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def make_layer(
     spec: QuantSpec, config: RoundingConfig = rounding.PLAIN, seed: int = 0, kind: type[QuantLinear] = QuantLinear
 ) -> QuantLinear:
-    """A layer whose ranges leave weights out at both ends, and whose zero points are off the codes."""
+    """Return a layer with weights beyond both ends of the range, and zero points between codes."""
     layer = kind(0.1 * randn(3, 32, seed=seed), torch.zeros(3), spec, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def make_layer(
 
 
 def per_weight(values: Tensor, columns: int = 32) -> Tensor:
-    """``[out, groups]`` as ``[out, in]``."""
+    """Expand ``[out, groups]`` to ``[out, in]``."""
     return values.repeat_interleave(columns // values.shape[1], dim=1)
 
 
@@ -90,7 +91,7 @@ def per_weight(values: Tensor, columns: int = 32) -> Tensor:
 
 
 def expected_slope(u: Tensor, low: int, high: int, config: RoundingConfig) -> Tensor:
-    """``R'(C(u)) C'(u)`` by autograd of the definitions."""
+    """Compute ``R'(C(u)) C'(u)`` by autograd of the definitions."""
     x = u.detach().clone().requires_grad_()
     if config.clamp == "hard":
         clamped, inside = x, (x.round() >= low) & (x.round() <= high)
@@ -121,14 +122,14 @@ def test_codes_and_what_is_frozen_know_nothing_of_the_rounding_of_the_training(c
     plain, layer = make_layer(spec), make_layer(spec, config)
     assert torch.equal(layer.quantized.codes, plain.quantized.codes)
     assert torch.equal(layer.freeze().dequantized(), plain.quantized_weight())
-    with torch.no_grad():  # where nothing is differentiated, as in a validation, a soft forward is the hard one
+    with torch.no_grad():  # without gradients, as in validation, a soft forward is the hard one
         assert torch.equal(layer.quantized_weight(), plain.quantized_weight())
     assert torch.equal(layer.quantized_weight(), plain.quantized_weight()) == (config.forward == "hard")
 
 
 @given(st.integers(0, 999))
 def test_the_default_is_straight_through_bit_for_bit(seed: int) -> None:
-    """Against torch's own clamp of a rounded value, with gradients that are not finite among others."""
+    """Against torch's own clamp of a rounded value; some gradients are not finite."""
     grid, upstream = 3 * randn(4, 5, 8, seed=seed), randn(4, 5, 8, seed=seed + 1)
     upstream[0, 0, :3] = torch.tensor([float("inf"), float("nan"), -0.0])
     grid[0, 1] = torch.tensor([-0.5, 0.5, 1.5, 2.5, 3.5, -0.50001, 3.49999, 100.0])
@@ -138,14 +139,19 @@ def test_the_default_is_straight_through_bit_for_bit(seed: int) -> None:
     found = rounding.round_and_clamp(x, 0, 3)
     found.backward(upstream)
     assert torch.equal(found, expected)
-    assert torch.equal(x.grad.view(torch.int32), rounded.grad.view(torch.int32))  # the signs of zeros too
+    assert torch.equal(gradient(x).view(torch.int32), gradient(rounded).view(torch.int32))  # the signs of zeros too
 
 
 @every_config
 def test_what_is_kept_for_the_backward_is_a_mask_or_one_tensor(config: RoundingConfig) -> None:
     kept: list[int] = []
     x = randn(2, 4, 8).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.element_size()) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         rounding.round_and_clamp(x, 0, 3, config)
     assert kept == [1 if config == RoundingConfig() else 4]
 
@@ -185,7 +191,7 @@ def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, config: Roun
 
 @pytest.mark.parametrize("bits", BITS)
 def test_gradients_are_those_of_efficientqat(bits: int) -> None:
-    """arXiv 2407.11062, appendix B, with the misprints put right; group sums of the three branches."""
+    """arXiv 2407.11062, appendix B, misprints corrected: group sums of the three branches."""
     spec = QuantSpec(num_bits=bits, group_size=16, symmetric=False)
     layer = make_layer(spec).double()
     upstream = randn(3, 32, seed=2).double()
@@ -206,7 +212,7 @@ def test_gradients_are_those_of_efficientqat(bits: int) -> None:
 
 
 class LowRank(QuantLinear):
-    """LR-QAT's layer (arXiv 2406.06385): a frozen weight on a frozen grid, and a product that is added to it."""
+    """LR-QAT's layer (arXiv 2406.06385): a frozen weight on a frozen grid, plus a low-rank product."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -226,6 +232,7 @@ def test_gradients_are_those_of_lrqat(symmetric: bool) -> None:
     """``GZ = G s M``: ``dA = alpha/r GZ B^T``, ``dB = alpha/r A^T GZ``, ``ds = sum G (q - z)``: no term ``-w/s``."""
     spec = QuantSpec(num_bits=3, group_size=8, symmetric=symmetric)
     layer = make_layer(spec, kind=LowRank).double()
+    assert isinstance(layer, LowRank)
     upstream = randn(3, 32, seed=2).double()
     layer.quantized_weight().backward(upstream)
     scale, zero_point = layer.qparams()
@@ -258,7 +265,7 @@ def test_a_gradient_longer_than_a_chunk_is_whole(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rounding, "CHUNK_NUMBERS", {"cpu": 7})
     u = randn(3, 4, 8).double().requires_grad_()
     config = RoundingConfig(estimator="sigmoid")
-    rounding.round_and_clamp(u, 0, 3, config).sum().backward()  # an expanded gradient
+    rounding.round_and_clamp(u, 0, 3, config).sum().backward()  # the gradient of a sum is an expanded tensor
     assert_equal(u.grad, expected_slope(u, 0, 3, config))
 
 
@@ -279,19 +286,19 @@ def test_every_trainable_parameter_moves(config: RoundingConfig, symmetric: bool
 # ------------------------------------------------------------------------------------------------------------ SEQ
 
 
-def seq_spec(bits: Any, group_size: int = -1) -> QuantSpec:
+def seq_spec(bits: int, group_size: int = -1) -> QuantSpec:
     return QuantSpec(num_bits=bits, group_size=group_size, symmetric=False, float_zero=True, scale_dtype="float32")
 
 
 def seq(w: Tensor, alpha: Tensor, n: int) -> Tensor:
-    """ParetoQ's forward, ``alpha (round(clip(w / alpha, +-0.99) n - 1/2) + 1/2) / n``, straight through."""
+    """Compute ParetoQ's ``alpha (round(clip(w / alpha, +-0.99) n - 1/2) + 1/2) / n``, straight through."""
     steps = (w / alpha).clamp(-0.99, 0.99) * n - 0.5
     return alpha * (steps + (steps.round() - steps).detach() + 0.5) / n
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_seq_is_the_grid_with_a_zero_point_between_two_codes(bits: int) -> None:
-    """Forward and gradients against the paper's own form, by autograd and by its closed form."""
+    """Forward and gradients equal the paper's, by autograd and in closed form."""
     layer = make_layer(seq_spec(bits), RoundingConfig(scale_gradient="lsq"), kind=SeqLinear).double()
     upstream = randn(3, 32, seed=2).double()
     found = layer.quantized_weight()

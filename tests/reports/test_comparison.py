@@ -1,4 +1,4 @@
-"""Runs beside each other: only like is compared with like, in whatever order they are given."""
+"""``qtool compare``: only results that are comparable are compared, in whatever order runs are given."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ from helpers.records import locked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from rich.console import Console
 
@@ -49,7 +50,7 @@ def report(value: float, bits: float = 4.25, *, rows: tuple[TaskResult, ...] = (
 
 
 def cells(found: Comparison, start: str) -> list[str]:
-    """The column whose name starts so, from the run of most bits to that of fewest."""
+    """Return the first column whose name starts with the given text; runs with more bits come first."""
     (index,) = [i for i, name in enumerate(found.columns()) if name.startswith(start)]
     return [line[index] for line in found.rows()]
 
@@ -60,7 +61,7 @@ def save(folder: Path, made: Report) -> Path:
     return folder
 
 
-# the front
+# the Pareto front
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
@@ -88,8 +89,10 @@ def test_labels_cover_neither_each_other_nor_a_point_nor_the_edge(
     plot = pareto.plot("pareto-bits", runs, Plane("bits per weight", "wikitext2 perplexity", False, 29.5))
     (axes,) = plot.figure.axes
     plot.figure.draw_without_rendering()
-    renderer = plot.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without lines to points
+    canvas = plot.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without the lines to their points
     inside = axes.get_window_extent(renderer)
     for box in boxes:
         assert inside.x0 - 1 <= box.x0
@@ -112,7 +115,7 @@ def test_a_few_points_have_their_names() -> None:
     assert {text.get_text() for text in axes.texts} == {"float", "1 gptq", "2 rtn", "3 awq"}
 
 
-# what is compared
+# which results are comparable
 
 
 def test_the_order_in_which_runs_are_given_changes_nothing(tmp_path: Path) -> None:

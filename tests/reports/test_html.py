@@ -1,4 +1,4 @@
-"""The page of a report: complete, readable for everyone, the same every time, and without anything from outside."""
+"""The HTML page of a report: complete, accessible, deterministic, and without external resources."""
 
 import itertools
 import math
@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.html import HOSTILE, Tree
 from helpers.records import locked, per_block, per_step
 from matplotlib import colormaps, colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from qtool.reports import drawing, figures, html
 from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, Series, TaskResult, task_result
@@ -39,7 +41,7 @@ def linears(name: str = "model.layers", blocks: int = 3) -> tuple[Linear, ...]:
 
 
 def full(name: str = "some/model") -> Report:
-    """A report with everything in it; ``name`` is wherever a name is."""
+    """Return a report in which every field is set; ``name`` stands wherever a name can."""
     return Report(
         model=name,
         quantized=f"out/{name}",
@@ -80,7 +82,7 @@ def alone() -> Report:
 
 
 def broken() -> Report:
-    """NaN and infinity in every place that can hold one."""
+    """Return a report with NaN or infinity in every field that can hold one."""
     bad = (math.nan, math.inf)
     return full().model_copy(
         update={
@@ -124,7 +126,7 @@ def report(request: pytest.FixtureRequest) -> Report:
 
 @pytest.fixture
 def made(report: Report) -> str:
-    """The page; made once for each report."""
+    """The page of ``report``."""
     name = next(name for name, each in REPORTS.items() if each is report)
     if name not in pages:
         pages[name] = html.page(report, figures.draw(report))
@@ -173,8 +175,8 @@ def test_every_metric_is_there_with_its_error(report: Report, made: str) -> None
                 assert number(value, error) in text
     for warning in (*report.warnings(), *report.notes(), report.headline()):
         assert " ".join(warning.split()) in text.replace(html.NBSP, " ")
-    for each in report.expected:
-        assert number(each.measured, each.stderr) in text
+    for published in report.expected:
+        assert number(published.measured, published.stderr) in text
 
 
 def test_figures_have_words_and_tables_have_headers(made: str) -> None:
@@ -266,17 +268,19 @@ def test_nothing_of_a_figure_is_cut_and_no_label_covers_another(blocks: int) -> 
     )
     for plot in figures.draw(report):
         plot.figure.draw_without_rendering()
-        renderer = plot.figure.canvas.get_renderer()
+        canvas = plot.figure.canvas
+        assert isinstance(canvas, FigureCanvasAgg)
+        renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
         whole = plot.figure.bbox
         boxes = []
         for axes in plot.figure.axes:
             texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
             for side, (axis, ends) in enumerate(((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))):
                 low, high = sorted(ends)
-                texts += [label for label in axis.get_ticklabels() if low <= label.get_position()[side] <= high]
-            for text in texts:
-                if text.get_text() and text.get_visible():
-                    boxes.append((text.get_text(), text.get_window_extent(renderer)))
+                texts += [tick for tick in axis.get_ticklabels() if low <= tick.get_position()[side] <= high]
+            for label in texts:
+                if label.get_text() and label.get_visible():
+                    boxes.append((label.get_text(), label.get_window_extent(renderer)))
         for text, box in boxes:
             assert box.x0 >= whole.x0 - 1, (plot.name, text)
             assert box.x1 <= whole.x1 + 1, (plot.name, text)
@@ -290,7 +294,7 @@ def test_a_long_curve_shows_the_mean_of_every_step() -> None:
     losses = tuple(float(i % 7) for i in range(1003))
     (plot,) = figures.draw(Report(model="m", series=(per_step("loss", losses),)))
     (line,) = plot.figure.axes[0].lines
-    steps, means = line.get_data()
+    steps, means = (np.asarray(numbers, dtype=float) for numbers in line.get_data())
     width = math.ceil(len(losses) / figures.MAX_POINTS)
     assert len(means) == math.ceil(len(losses) / width) <= figures.MAX_POINTS
     sizes = [width] * (len(means) - 1) + [len(losses) - width * (len(means) - 1)]

@@ -1,4 +1,4 @@
-"""Published numbers: what a recipe may say of them, and how ours stand beside them."""
+"""Published numbers: their section of a recipe, and how reports show them beside ours."""
 
 import io
 import json

@@ -1,8 +1,9 @@
-"""The report: what it says, what it leaves out, and that it survives the disk."""
+"""The report: its content in JSON, Markdown and on the terminal."""
 
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,13 +13,20 @@ from qtool.reports.report import Report
 from qtool.reports.text import number
 
 
-def row(task, metric, value, reference=None, **fields):
+def row(
+    task: str,
+    metric: str,
+    value: tuple[float, float | None],
+    reference: tuple[float, float] | None = None,
+    **fields: bool | float | str,
+) -> TaskResult:
+    """Return one row; ``value`` and ``reference`` are a number and its standard error."""
     other = None if reference is None else Metric(value=reference[0], stderr=reference[1], n=10)
     return task_result(task, metric, Metric(value=value[0], stderr=value[1], n=10), other, **fields)
 
 
 @pytest.fixture
-def report():
+def report() -> Report:
     chance = {"num_fewshot": 5, "limit": 20, "higher_is_better": True}
     groups = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
     subjects = tuple(row(f"mmlu_subject_{i}", "acc", (0.25, 0.1), (0.2, 0.1), detail=True, **chance) for i in range(57))
@@ -48,19 +56,20 @@ def report():
     )
 
 
-def rendered(report, width=80, encoding="utf-8"):
-    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    report.render(Console(file=file, width=width, force_terminal=False))
+def rendered(report: Report, encoding: str = "utf-8") -> str:
+    written = io.BytesIO()
+    file = io.TextIOWrapper(written, encoding=encoding)
+    report.render(Console(file=file, width=80, force_terminal=False))
     file.flush()
-    return file.buffer.getvalue().decode(encoding)
+    return written.getvalue().decode(encoding)
 
 
-def test_the_change_is_quantized_minus_float():
+def test_the_change_is_quantized_minus_float() -> None:
     assert row("t", "m", (3.0, 0.1), (2.5, 0.1)).delta == 0.5
     assert row("t", "m", (3.0, 0.1)).delta is None
 
 
-def test_the_json_file_holds_everything_and_comes_back_equal(report, tmp_path):
+def test_the_json_file_holds_everything_and_comes_back_equal(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert Report.model_validate_json(text) == report
@@ -68,36 +77,37 @@ def test_the_json_file_holds_everything_and_comes_back_equal(report, tmp_path):
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == report.markdown()
 
 
-def test_numbers_that_are_none_stay_what_they_are_in_strict_json(tmp_path):
+def test_numbers_that_are_none_stay_what_they_are_in_strict_json(tmp_path: Path) -> None:
     results = (row("a", "perplexity", (math.inf, math.nan)), row("b", "perplexity", (math.nan, None)))
     report = Report(model="m", results=results)
     report.write(tmp_path)
 
-    def refuse(name):
+    def refuse(name: str) -> None:
         raise AssertionError(name)
 
     text = (tmp_path / "report.json").read_text()
     json.loads(text, parse_constant=refuse)
     first, second = Report.model_validate_json(text).results
     assert first.value == math.inf
+    assert second.value is not None
     assert math.isnan(second.value)
     json.dumps(report.model_dump(mode="json"), allow_nan=False)
     assert "inf" in rendered(report)
     assert "nan" in report.markdown()
 
 
-def test_a_report_of_a_later_version_can_be_read(report):
+def test_a_report_of_a_later_version_can_be_read(report: Report) -> None:
     later = json.loads(report.model_dump_json()) | {"new": 1}
     assert Report.model_validate(later) == report
 
 
-def test_tables_show_groups_and_not_their_parts(report):
+def test_tables_show_groups_and_not_their_parts(report: Report) -> None:
     for text in (report.markdown(), rendered(report)):
         assert "mmlu_humanities" in text
         assert "mmlu_subject_1" not in text
 
 
-def test_markdown_has_float_and_quantized_side_by_side_with_standard_errors(report):
+def test_markdown_has_float_and_quantized_side_by_side_with_standard_errors(report: Report) -> None:
     lines = report.markdown().splitlines()
     assert lines[0] == "# builtin:wiki-llama-3m, gptq w4g64"
     assert "| task | metric | float | quantized | change | shots | n |" in lines
@@ -112,7 +122,7 @@ def test_markdown_has_float_and_quantized_side_by_side_with_standard_errors(repo
     assert lines[-1] == "Environment: python 3.11.0, torch 2.13.0."
 
 
-def test_the_table_fits_80_columns_and_is_complete(report):
+def test_the_table_fits_80_columns_and_is_complete(report: Report) -> None:
     text = rendered(report)
     assert max(map(len, text.splitlines())) <= 80
     for part in (
@@ -126,7 +136,7 @@ def test_the_table_fits_80_columns_and_is_complete(report):
         assert part in text, part
 
 
-def test_the_table_is_readable_on_a_terminal_without_unicode(report):
+def test_the_table_is_readable_on_a_terminal_without_unicode(report: Report) -> None:
     assert "34.07 +- 0.41" in rendered(report, encoding="ascii")
 
 
@@ -142,23 +152,25 @@ def test_the_table_is_readable_on_a_terminal_without_unicode(report):
         (None, ""),
     ],
 )
-def test_a_number_without_an_error_has_four_digits_and_no_exponent_where_it_can_be_read(value, shown):
+def test_a_number_without_an_error_has_four_digits_and_no_exponent_where_it_can_be_read(
+    value: float | None, shown: str
+) -> None:
     assert number(value, None) == shown
 
 
-def test_a_float_model_alone_has_one_column_of_values():
+def test_a_float_model_alone_has_one_column_of_values() -> None:
     report = Report(model="m", results=(row("wikitext2", "perplexity", (34.0712, 0.4123), limit=3),))
     assert "| task | metric | value | shots | n |" in report.markdown()
     assert "1. limit 3" in report.markdown()
     assert "| wikitext2 [1] | perplexity | 34.07 ± 0.41 |  | 10 |" in report.markdown()
 
 
-def test_markup_in_names_is_text():
+def test_markup_in_names_is_text() -> None:
     report = Report(model="[red]m[/red]", results=(row("a|b", "[bold]x", (1.0, None)),))
     assert "[red]m[/red]" in rendered(report)
     assert "[bold]x" in rendered(report)
     assert "a\\|b" in report.markdown()
 
 
-def test_the_environment_names_what_numbers_depend_on():
+def test_the_environment_names_what_numbers_depend_on() -> None:
     assert {"python", "platform", "torch", "transformers", "lm_eval"} <= Report(model="m").environment.keys()

@@ -1,4 +1,4 @@
-"""The words for a loss: a class is given only to an interval that lies in it whole."""
+"""The class of a loss (``negligible`` and so on): given only if the whole interval lies in the class."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""scripts/train_builtin_model.py, run as a user runs it, on made-up text."""
+"""``scripts/train_builtin_model.py``, run as a user runs it, on made-up text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS = [*SIZES.split(), *LENGTHS.split(), "--threads", "1", "--seed", str(SEE
 
 
 def pseudo_text(num_documents: int, seed: int) -> str:
-    """Documents of syllable words, each word followed by one of four: easy to learn in a few steps."""
+    """Return documents of made-up words, each followed by one of four others: learned in a few steps."""
     words = random.Random(0)
     syllables = ["ka", "to", "mi", "ren", "sol", "va", "ber", "ing", "un", "tra", "phö", "el", "ix", "os", "ge"]
     vocabulary = sorted({"".join(words.choices(syllables, k=words.randint(1, 4))) for _ in range(300)})
@@ -86,7 +86,7 @@ def runs(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     out, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, (out, err)
     killed_after = len(log.read_bytes().splitlines())
-    with log.open("a", encoding="utf-8") as stream:  # a kill may come in the middle of a write
+    with log.open("a", encoding="utf-8") as stream:  # a kill can interrupt a write
         stream.write('{"step": ')
     (log.parent / "checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
 
@@ -101,7 +101,7 @@ def runs(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_the_loss_falls(runs: Runs) -> None:
     log = read_log(runs.whole / "train_log.jsonl")
     assert [line["step"] for line in log] == list(range(1, STEPS + 1))
-    assert log[0]["loss"] == pytest.approx(torch.tensor(400.0).log().item(), abs=0.1)  # knows nothing
+    assert log[0]["loss"] == pytest.approx(torch.tensor(400.0).log().item(), abs=0.1)  # uniform over 400 tokens
     heldout = [line["heldout_loss"] for line in log if "heldout_loss" in line]
     assert len(heldout) == STEPS // CHECKPOINT_EVERY
     assert heldout == sorted(heldout, reverse=True)
@@ -132,7 +132,7 @@ def test_other_settings_do_not_resume(runs: Runs) -> None:
 
 
 def test_the_folder_is_the_model_that_the_card_describes(runs: Runs, texts: Path) -> None:
-    """The card's numbers, computed again from the folder by transformers alone."""
+    """The model card's numbers equal those that transformers alone computes from the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(runs.whole, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Which cells a sweep has, and what it refuses before any of them runs."""
+"""The grid of a sweep: its cells, and the faults that are found before any cell runs."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def checked(**sections: Any) -> tuple[grid.CellRecipe, ...]:
 
 
 def test_a_method_replaces_the_one_before_and_other_sections_are_merged() -> None:
-    base = {
+    base: dict[str, Any] = {
         "model": {"path": "x"},
         "method": {"name": "lsq", "optim": {"schedule": "linear"}, "steps": 3},
         "quant": {"num_bits": 3, "group_size": 32, "overrides": {"*.q_proj": {"num_bits": 8}}},
@@ -91,7 +91,7 @@ def test_a_method_replaces_the_one_before_and_other_sections_are_merged() -> Non
     assert (optim["schedule"], optim["eps"], lsq.recipe.method.model_dump()["steps"]) == ("linear", 1e-6, 3)
     assert pattern.recipe.quant.overrides["*.mlp.up_proj"].num_bits == 4
     assert [str(cell.recipe.output.path) for cell in (rtn, lsq, pattern)] == ["out/rtn", "out/lsq", "out/pattern"]
-    assert base["method"]["optim"] == {"schedule": "linear"}  # what all cells start from is not changed by one
+    assert base["method"]["optim"] == {"schedule": "linear"}  # no cell changes the base of all cells
 
 
 BASE = {"model": {"path": "x"}, "method": {"name": "rtn"}}

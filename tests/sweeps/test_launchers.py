@@ -1,4 +1,4 @@
-"""Commands as processes and as jobs of a cluster: how they end is told, and none is left behind."""
+"""Launchers run commands as processes or cluster jobs, report how each ended, and leave none running."""
 
 import sys
 import threading
@@ -37,7 +37,7 @@ def test_how_a_command_ended_is_told(tmp_path: Path) -> None:
 
 
 def test_commands_run_side_by_side_and_come_as_they_end(tmp_path: Path) -> None:
-    """The first can only end when the second has been told of."""
+    """The first command ends only after the second has been reported."""
     there = tmp_path / "there"
     waits = f"import os, time\nwhile not os.path.exists({str(there)!r}): time.sleep(0.01)"
     commands = [command(tmp_path, waits, "a"), command(tmp_path, "", "b")]

@@ -1,4 +1,4 @@
-"""A sweep as it runs: what is run again and what not, and what a failed cell or a kill leaves."""
+"""A running sweep: which cells run again, and the state after a failed cell or a kill."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from qtool.training.end_to_end import TRAINING
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands of cells run in this process, which has torch already; and are listed here."""
+    """The commands of cells in order; each runs in this process, which has loaded torch already."""
     commands: list[list[str]] = []
 
     def execute(command: Command, running: object = None) -> Ended:
@@ -44,7 +44,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 @pytest.fixture
 def base(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A recipe that takes a moment."""
+    """A recipe that runs in a moment."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
     monkeypatch.chdir(tmp_path)
     return {
@@ -58,7 +58,7 @@ def base(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def run(ran: list[list[str]]) -> Callable[..., runner.Outcome]:
-    """Runs a sweep in ``out``."""
+    """A function that runs a sweep in ``out``."""
 
     def run(whole: dict[str, Any], *overrides: str, **options: Any) -> runner.Outcome:
         Path("s.yaml").write_text(f"# A title.\n{yaml.safe_dump(whole, sort_keys=False)}")
@@ -82,7 +82,7 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
     again = run(whole)
     assert (again.ran, again.cached, len(ran)) == ([], ["a", "b"], 2)
     assert again.report.cells == first.report.cells
-    # another grid: that cell only, and its folder is replaced
+    # another grid: only that cell runs, and its folder is replaced
     whole["cells"]["a"] = {"quant.num_bits": 3}
     changed = run(whole)
     assert (changed.ran, changed.cached) == (["a"], ["b"])
@@ -98,7 +98,7 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
     values = [[row.value for row in cell.shown()] for cell in evaluated.report.cells]
     assert values == [[cell.shown()[0].value] for cell in changed.report.cells]
     assert evaluated.report.cells[1].seconds["quantize"] == first.report.cells[1].seconds["quantize"]
-    # a report that is gone, or half written, is made again; --fresh makes all again
+    # a missing or half written report is made again; --fresh runs every cell again
     Path("out/a/report.json").write_text('{"model"')
     assert run(whole, "eval.tasks=[generated]").ran == ["a"]
     assert ran[-1][0] == "eval"
@@ -109,7 +109,7 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
 def test_a_report_is_never_taken_for_another_evaluation_s(
     base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sweep that dies between writing what a cell asks for and doing it leaves no old report to be believed."""
+    """A sweep that dies after it recorded a cell's new request, before running it, leaves no outdated report."""
     whole = {"recipe": base, "cells": {"a": {}}}
     run(whole)
     with monkeypatch.context() as patched:
@@ -206,7 +206,9 @@ def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
     assert "2. nobody/qtool-no-such-model is not on this machine" in text
     assert "| hub | generated perplexity | 5.25 | not run |  | a paper |" in text
     ours = outcome.report.cells[0].expected[0]
-    assert ours.difference == pytest.approx(outcome.report.cells[0].results[0].value - 5.25)
+    measured = outcome.report.cells[0].results[0].value
+    assert measured is not None
+    assert ours.difference == pytest.approx(measured - 5.25)
 
 
 def test_reports_alone_are_enough_for_what_is_done(
@@ -217,7 +219,7 @@ def test_reports_alone_are_enough_for_what_is_done(
     assert not hashes()
     again = run(whole)
     assert (again.cached, again.report.cells) == (["a"], first.report.cells)
-    assert run(whole, "eval.tasks=[generated]").ran == ["a"]  # the weights are needed for it, so they are made again
+    assert run(whole, "eval.tasks=[generated]").ran == ["a"]  # evaluation needs the weights, so they are made again
     assert ran[-1][0] == "ptq"
 
 
@@ -233,7 +235,9 @@ def test_speed_is_measured_once_and_stands_in_the_table(
     assert len(ran) == 2
     table = outcome.report.cell_table()
     cells = dict(zip(table.columns, table.rows[1], strict=True))
-    speed = outcome.report.cells[0].bench.variant("fast").speeds["decode, batch 1"].tokens_per_second
+    measured = outcome.report.cells[0].bench
+    assert measured is not None
+    speed = measured.variant("fast").speeds["decode, batch 1"].tokens_per_second
     assert cells["decode tokens/s"].startswith(f"{speed:.4g} (")
     assert cells["decode J/token"] == "not measured"
     assert any(line.startswith("energy") for line in outcome.report.notes())
@@ -279,7 +283,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_result(
     assert ran[0] == ["qat", "out/second.yaml", "--json"]
     assert hashes() == weights
     assert without_times("out") == without_times("reference")
-    assert outcome.report.cells[0] != reference.report.cells[0]  # it was measured anew, at another time
+    assert outcome.report.cells[0] != reference.report.cells[0]  # a new measurement has another time
 
 
 def test_what_was_begun_with_other_keys_starts_over(
@@ -297,7 +301,7 @@ def test_two_sweeps_do_not_work_in_one_folder(base: dict[str, Any], run: Callabl
 
 
 def test_a_cell_is_a_process_of_its_own(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one test that starts a whole qtool; every other one runs its commands here."""
+    """Only this test starts a qtool process; all others run the commands in this process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(qtool.__file__).parents[1]))
     Path("s.yaml").write_text(yaml.safe_dump({"recipe": base, "cells": {"a": {}}}))

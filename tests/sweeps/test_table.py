@@ -1,4 +1,4 @@
-"""The table of a sweep, and the tables that are packaged."""
+"""The table of a sweep, and the packaged sweeps."""
 
 import runpy
 import statistics
