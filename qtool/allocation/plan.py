@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from qtool.allocation.sensitivity import ESTIMATORS, Unit, fused, measure
+from qtool.allocation.sensitivity import ESTIMATORS, Unit, fused, measure_costs
 from qtool.allocation.solvers import SOLVERS
 from qtool.blocks.job import Job
 from qtool.checkpoints import sizes as checkpoint_sizes
@@ -43,7 +43,7 @@ class Allotment(Section):
         return self.costs[self.num_bits]
 
 
-class Plan(Section):
+class BitPlan(Section):
     """The widths of a model's linears."""
 
     model: str
@@ -114,7 +114,7 @@ def check(quant: QuantConfig) -> None:
         )
 
 
-def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quant: QuantConfig) -> Plan:
+def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quant: QuantConfig) -> BitPlan:
     """Allot widths to the units of a job's model, which may be streamed; ``whole`` gives the model in memory.
 
     Raises:
@@ -127,7 +127,7 @@ def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quan
     some = replace(job, tokens=job.text[:count], labels=None if job.labels is None else job.labels[:count])
     if ESTIMATORS[budget.estimator].whole:
         some = replace(some, loaded=whole(), workspace=None)
-    costs = measure(some, units, budget)
+    costs = measure_costs(some, units, budget)
     for unit, cost in zip(units, costs, strict=True):
         wrong = [bits for bits, value in cost.items() if not math.isfinite(value)]
         if wrong:
@@ -138,7 +138,7 @@ def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quan
     rows = [[cost[bits] for bits in unit.choices] for unit, cost in zip(units, costs, strict=True)]
     chosen = SOLVERS[budget.solver](sizes, rows, capacity)
     widths = [unit.choices[index] for unit, index in zip(units, chosen, strict=True)]
-    return Plan(
+    return BitPlan(
         model=loaded.path,
         budget=budget,
         allotments=tuple(

@@ -332,7 +332,7 @@ ESTIMATORS = {
 }
 
 
-def measure(job: Job, units: Sequence[Unit], config: BudgetConfig) -> Costs:
+def measure_costs(job: Job, units: Sequence[Unit], config: BudgetConfig) -> Costs:
     """The costs that the estimator of ``config`` finds on the text of the job; ``units`` may be of another copy."""
     estimator = ESTIMATORS[config.estimator]
     units = [Unit(tuple(t.within(job.loaded.model) for t in unit.targets), unit.choices) for unit in units]

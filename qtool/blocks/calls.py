@@ -17,30 +17,30 @@ class Stop(Exception):
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """What a block is called with besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Call":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "BlockCall":
         """The same on ``device``, with floating-point tensors (masks, rotary tables) in ``dtype``."""
         args, kwargs = tree_map_only(
             Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), (self.args, self.kwargs)
         )
-        return Call(args, kwargs)
+        return BlockCall(args, kwargs)
 
 
 @contextmanager
-def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
+def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, BlockCall], Any]) -> Iterator[None]:
     """Replace each block's forward by ``record(index, hidden, call)`` for one forward of the model."""
 
     def recorder(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if args:
-                return record(index, args[0], Call(args[1:], kwargs))
+                return record(index, args[0], BlockCall(args[1:], kwargs))
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            return record(index, kwargs["hidden_states"], Call((), rest))
+            return record(index, kwargs["hidden_states"], BlockCall((), rest))
 
         return forward
 
@@ -55,16 +55,16 @@ def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, Call], An
 
 def record_calls(
     loaded: LoadedModel, batches: dict[int, Tensor], blocks: list[tuple[str, nn.Module]], dtype: torch.dtype
-) -> dict[int, list[Call]]:
+) -> dict[int, list[BlockCall]]:
     """How the model calls each block, by batch size: windows are full, so nothing else varies between batches.
 
     Floating-point tensors of the calls are given in ``dtype``, where the blocks are worked on.
     """
-    calls: dict[int, list[Call]] = {}
+    calls: dict[int, list[BlockCall]] = {}
     modules = [block for _, block in blocks]
     kind: list[type] = []
 
-    def record(index: int, hidden: Tensor, call: Call) -> Any:
+    def record(index: int, hidden: Tensor, call: BlockCall) -> Any:
         calls.setdefault(hidden.shape[0], []).append(call)
         if index == 0 and not kind:  # one real call shows whether blocks return a tensor or a tuple
             like = next(p for p in modules[0].parameters() if p.is_floating_point())
@@ -86,7 +86,7 @@ def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: list[tuple[str, nn.
     """Hidden states ``[b, t, d]`` that enter the first block."""
     found: list[Tensor] = []
 
-    def record(index: int, hidden: Tensor, call: Call) -> Any:
+    def record(index: int, hidden: Tensor, call: BlockCall) -> Any:
         found.append(hidden.to(loaded.device, loaded.dtype))
         raise Stop
 

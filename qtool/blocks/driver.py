@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.calls import Call, first_hidden, record_calls
-from qtool.blocks.hidden_states import Stream
+from qtool.blocks.calls import BlockCall, first_hidden, record_calls
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series
 from qtool.blocks.task import BlockTask
 from qtool.models.linears import Target, packed_linears, replace_linear
@@ -51,7 +51,7 @@ def run_blocks(
     blocks = loaded.blocks()
     kept = _kept(workspace, len(blocks))
     compute = compute or loaded.dtype
-    flow = None if job.tokens is None or all(kept) else Flow(job, compute, float_stream)
+    flow = None if job.tokens is None or all(kept) else BlockStates(job, compute, float_stream)
     figures: list[Figures] = []
     weight_errors: dict[str, float] = {}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
@@ -86,15 +86,17 @@ def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | 
     return kept
 
 
-def _task(job: Job, index: int, name: str, block: nn.Module, flow: "Flow | None", compute: torch.dtype) -> BlockTask:
+def _task(
+    job: Job, index: int, name: str, block: nn.Module, flow: "BlockStates | None", compute: torch.dtype
+) -> BlockTask:
     """The task of one block, which holds its float linears."""
-    inputs, float_inputs, calls, pausing = flow.at(index) if flow else (Stream(None), None, {}, True)
+    inputs, float_inputs, calls, pausing = flow.at(index) if flow else (HiddenStates(None), None, {}, True)
     streamed = job.loaded.streaming is not None
     return BlockTask(index, name, block, inputs, float_inputs, job.of_block(index), calls, compute, pausing, streamed)
 
 
 def _quantize(
-    task: BlockTask, quantize_block: Callable[[BlockTask], Figures | None], flow: "Flow | None"
+    task: BlockTask, quantize_block: Callable[[BlockTask], Figures | None], flow: "BlockStates | None"
 ) -> FinishedBlock:
     """Let the method quantize a block, and carry its outputs on."""
     before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if flow else None
@@ -108,7 +110,7 @@ def _quantize(
     return FinishedBlock(tensors, figures, task.weight_errors)
 
 
-def _pass_through(task: BlockTask, done: FinishedBlock, flow: "Flow") -> None:
+def _pass_through(task: BlockTask, done: FinishedBlock, flow: "BlockStates") -> None:
     """Carry the hidden states through a block that an earlier start has finished."""
     if task.float_inputs is not None:
         task.float_outputs = task.through(task.float_inputs)
@@ -130,7 +132,7 @@ def gather(job: Job, *, on_device: bool = True) -> None:
     job.loaded.gather([each and each.tensors for each in finished], job.targets, on_device=on_device)
 
 
-class Flow:
+class BlockStates:
     """The hidden states on their way through the blocks, and how the model calls each block."""
 
     def __init__(self, job: Job, compute: torch.dtype, float_stream: bool) -> None:
@@ -151,12 +153,12 @@ class Flow:
         if on_disk:
             progress.note(f"hidden states take {units.size(stream_bytes)}, above data.memory_budget: kept on disk")
         folder = workspace.scratch if workspace and on_disk else None
-        self.inputs = Stream(folder, [first])
+        self.inputs = HiddenStates(folder, [first])
         for batch in batches[1:]:
             self.inputs.append(first_hidden(loaded, batch, blocks))
         self.float_inputs = self.inputs if float_stream else None
 
-    def at(self, index: int) -> tuple[Stream, Stream | None, dict[int, Call], bool]:
+    def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """What block ``index`` gets: both streams, its calls by batch size, and whether forwards may be paused."""
         return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
 
@@ -217,7 +219,7 @@ def walk(job: Job) -> Iterator[BlockTask]:
     Nothing is quantized or kept, and the model is afterwards what it was.
     """
     loaded = job.loaded
-    flow = Flow(job, loaded.dtype, False)
+    flow = BlockStates(job, loaded.dtype, False)
     blocks = loaded.blocks()
     for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
         stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Stream(Sequence[Tensor]):
+class HiddenStates(Sequence[Tensor]):
     """Batches ``[b, t, d]`` in order. With a folder they lie there and are mapped when read, each time anew."""
 
     def __init__(self, folder: Path | None, batches: Iterable[Tensor] = ()) -> None:
@@ -54,6 +54,6 @@ class Stream(Sequence[Tensor]):
         data = torch.from_file(str(file), shared=False, size=batch.numel(), dtype=batch.dtype)
         return data.view(batch.shape).to(self._device)
 
-    def like(self) -> "Stream":
+    def like(self) -> "HiddenStates":
         """An empty stream that keeps its batches where this one does."""
-        return Stream(None if self._folder is None else Path(self._folder.name).parent)
+        return HiddenStates(None if self._folder is None else Path(self._folder.name).parent)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from qtool.blocks.calls import Call, Stop
-from qtool.blocks.hidden_states import Stream
+from qtool.blocks.calls import BlockCall, Stop
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
@@ -34,15 +34,15 @@ class BlockTask:
     index: int
     name: str
     block: nn.Module
-    inputs: Stream  # each [b, t, d]: from the quantized blocks before
-    float_inputs: Stream | None  # the same from the float model, for methods that ask for it
+    inputs: HiddenStates  # each [b, t, d]: from the quantized blocks before
+    float_inputs: HiddenStates | None  # the same from the float model, for methods that ask for it
     targets: list[Target]
-    calls: dict[int, Call]  # by batch size, 1 among them
+    calls: dict[int, BlockCall]  # by batch size, 1 among them
     compute: torch.dtype  # of the block while it is worked on
     pausing: bool = True  # whether memory allows every batch's forward to be held in the middle of the block
     streamed: bool = False  # whether float weights may go as soon as they are packed
-    outputs: Stream | None = None  # what the quantized block makes of the inputs; made by the driver when left out
-    float_outputs: Stream | None = None
+    outputs: HiddenStates | None = None  # of the quantized block; ``None``: the driver makes them
+    float_outputs: HiddenStates | None = None
     weight_errors: dict[str, float] = field(default_factory=dict)  # of packed linears, against the float weight
     _groups: list[list[Target]] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ class BlockTask:
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result.to(hidden.dtype)
 
-    def through(self, stream: Stream) -> Stream:
+    def through(self, stream: HiddenStates) -> HiddenStates:
         """What the block as it is now makes of ``stream``, kept where that is kept."""
         outputs = stream.like()
         for hidden in stream:
@@ -170,8 +170,8 @@ class BlockTask:
                         float_inputs.append(run.switch())
                 self._contract(group)
                 memory.return_freed()
-            self.outputs = Stream(None, inputs)
-            self.float_outputs = Stream(None, float_inputs) if self.float_inputs is not None else None
+            self.outputs = HiddenStates(None, inputs)
+            self.float_outputs = HiddenStates(None, float_inputs) if self.float_inputs is not None else None
         finally:
             for target in self.targets:
                 del target.linear.forward
@@ -220,7 +220,7 @@ class _Reader:
 
     task: BlockTask
     target: Target
-    stream: Stream
+    stream: HiddenStates
     unpacked: bool = False
 
     def __iter__(self) -> Iterator[Tensor]:

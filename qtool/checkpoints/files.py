@@ -23,7 +23,7 @@ from qtool.system.errors import InputError, RunError
 MAX_SHARD_SIZE = "4GB"  # largest safetensors file, if a model is saved as a whole
 
 
-class Files:
+class SafetensorsFolder:
     """The tensors of all safetensors files of a folder."""
 
     def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:

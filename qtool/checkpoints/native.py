@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.checkpoints.files import Files, folder_bytes, shard_name, write_index, write_shard, write_shards
-from qtool.checkpoints.quantization_config import describe, specs_of
+from qtool.checkpoints.files import SafetensorsFolder, folder_bytes, shard_name, write_index, write_shard, write_shards
+from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import SCALE_BITS, QuantSpec
 from qtool.models.folders import read_config
 from qtool.models.loaded import LoadedModel
@@ -35,7 +35,7 @@ def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: Loade
     transformers ties them again when it loads.
     """
     parts = {f"{name}.{part}" for name in packed for part in PARTS}
-    originals = Files(loaded.folder)
+    originals = SafetensorsFolder(loaded.folder)
     pages = memory.Pages()
     stored: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -68,7 +68,7 @@ def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None
     """
     rest = folder / shard_name(0, len(loaded.blocks()))
     rest.unlink(missing_ok=True)  # of a run that was killed after it
-    written = Files(folder)
+    written = SafetensorsFolder(folder)
     tensors = {k: v for k, v in loaded.model.state_dict().items() if k not in written.names and v.device.type != "meta"}
     tensors = as_stored(tensors, specs, loaded)
     if written.names:
@@ -78,14 +78,14 @@ def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None
         write_shards(tensors, folder)
     config = copy.deepcopy(loaded.model.config)
     config.dtype = loaded.storage_dtype
-    config.quantization_config = describe(specs)
+    config.quantization_config = section_of(specs)
     config.save_pretrained(folder)
     if loaded.model.can_generate() and loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
 
-class Source:
+class NativeCheckpoint:
     """A native checkpoint, read tensor by tensor: where exporters and verification start. No model is built."""
 
     def __init__(self, folder: Path) -> None:
@@ -100,8 +100,8 @@ class Source:
             raise InputError(f"{folder}: {error}") from None
 
     @cached_property
-    def _files(self) -> Files:
-        return Files(self.folder)
+    def _files(self) -> SafetensorsFolder:
+        return SafetensorsFolder(self.folder)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -138,7 +138,7 @@ class Source:
         return folder_bytes(self.folder)
 
 
-class Planned(Source):
+class PlannedCheckpoint(NativeCheckpoint):
     """The checkpoint that a run is about to make, for asking an exporter early; its scales are not known yet."""
 
     def __init__(self, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> None:

@@ -15,7 +15,7 @@ from qtool.system.errors import InputError
 SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
 
 
-def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
+def section_of(specs: dict[str, QuantSpec]) -> dict[str, Any]:
     """Return the ``quantization_config``: the most common grid, all packed linears, and the grids that differ."""
     common = Counter(specs.values()).most_common(1)[0][0].model_dump()
     rounding = any(getattr(spec, key) is not None for spec in specs.values() for key in ACTIVATION_KEYS)
@@ -34,7 +34,7 @@ def describe(specs: dict[str, QuantSpec]) -> dict[str, Any]:
     }
 
 
-def label(specs: dict[str, QuantSpec]) -> str:
+def grids_label(specs: dict[str, QuantSpec]) -> str:
     """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, or ``w4g128 a8 kv4``."""
     labels = Counter(spec.label() for spec in specs.values())
     parts = list(labels) if len(labels) == 1 else ["mixed", *labels]

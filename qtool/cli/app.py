@@ -94,9 +94,9 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     if right != command:
         raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
     with running(quiet or not distributed.is_first(), checked.output.path):
-        from qtool.pipelines import quantize as pipeline
+        from qtool.pipelines import quantize
 
-        outcome = pipeline.quantize(checked, fresh)
+        outcome = quantize.quantize(checked, fresh)
     if outcome is not None:  # else another of several processes shows it
         show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
 

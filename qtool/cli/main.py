@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from qtool.cli.app import app
-from qtool.cli.output import describe
+from qtool.cli.output import explain_error
 from qtool.cli.session import terminate
 from qtool.system import distributed
 
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        kind, code, message = describe(error)
+        kind, code, message = explain_error(error)
         if os.environ.get("QTOOL_DEBUG") == "1":
             import traceback
 

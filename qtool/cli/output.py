@@ -60,7 +60,7 @@ def show_table(report: Any) -> None:
         print(report.markdown())
 
 
-def describe(error: BaseException) -> tuple[str, int, str]:
+def explain_error(error: BaseException) -> tuple[str, int, str]:
     """The kind, exit code and message of what ended a command."""
     if usage := getattr(error, "format_message", None):  # the class is private to typer
         return "usage", 2, str(usage())

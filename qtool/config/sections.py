@@ -134,4 +134,4 @@ class OutputConfig(Section):
 
 
 # recipe keys that do not change a bit of the result
-IMMATERIAL = ("memory_budget", "save_every", "tracker", "gradient_checkpointing")
+KEYS_WITHOUT_EFFECT = ("memory_budget", "save_every", "tracker", "gradient_checkpointing")

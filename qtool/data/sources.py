@@ -21,7 +21,7 @@ T = TypeVar("T")
 Row = dict[str, Any]  # Any: whatever fields a data set has
 
 
-class Source(NamedTuple):
+class TextSource(NamedTuple):
     """A named source: its file below ``data_dir()``, its data set on the hub, and the kind of its rows."""
 
     file: str
@@ -29,19 +29,21 @@ class Source(NamedTuple):
     rows: Literal["documents", "lines", "conversations"]  # "lines" are of one text, and joined by two newlines
 
 
-SOURCES: dict[str, Source] = {
-    "wikitext2": Source("wikitext2/{split}.jsonl", Hub("Salesforce/wikitext", "wikitext-2-raw-v1"), "lines"),
-    "enwiki": Source("enwiki/{split}.txt.xz", Hub("wikimedia/wikipedia", "20231101.en", streaming=True), "documents"),
-    "c4": Source("c4/{split}.jsonl", Hub("allenai/c4", "en", streaming=True), "documents"),
-    "redpajama": Source(
+SOURCES: dict[str, TextSource] = {
+    "wikitext2": TextSource("wikitext2/{split}.jsonl", Hub("Salesforce/wikitext", "wikitext-2-raw-v1"), "lines"),
+    "enwiki": TextSource(
+        "enwiki/{split}.txt.xz", Hub("wikimedia/wikipedia", "20231101.en", streaming=True), "documents"
+    ),
+    "c4": TextSource("c4/{split}.jsonl", Hub("allenai/c4", "en", streaming=True), "documents"),
+    "redpajama": TextSource(
         "redpajama/{split}.jsonl",
         Hub("togethercomputer/RedPajama-Data-1T-Sample", files="*.jsonl", sorted=True),
         "documents",
     ),
     # an even sample of 6 of the 627 billion tokens, as parquet; the full data set needs another package to decompress
-    "slimpajama": Source("slimpajama/{split}.jsonl", Hub("DKYoon/SlimPajama-6B", streaming=True), "documents"),
-    "alpaca": Source("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
-    "deita": Source("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
+    "slimpajama": TextSource("slimpajama/{split}.jsonl", Hub("DKYoon/SlimPajama-6B", streaming=True), "documents"),
+    "alpaca": TextSource("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
+    "deita": TextSource("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
 }
 FILES = (*READERS, *SUFFIXES)  # suffixes of files that can be a data.source
 

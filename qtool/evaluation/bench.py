@@ -21,8 +21,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtool.checkpoints.native import Source
-from qtool.checkpoints.quantization_config import label
+from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import ModelConfig
 from qtool.config.sweep import BenchConfig
 from qtool.models.backend import held_bytes, use_backend
@@ -74,13 +74,13 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
     config = ModelConfig(path=path, dtype=plan.dtype, device=device)
-    source = Source(Path(path))
+    source = NativeCheckpoint(Path(path))
     held = _Memory(choose_device(config.device))
     with progress.stage(f"loading {config.path}"):
         loaded = load_model(config, quantized=True)
     tokens = _prompts(loaded, plan)
     clock = _Clock(loaded.device, energy.meter(_uuid(loaded.device)))
-    grid, name = label(source.specs), dtype_name(loaded.dtype)
+    grid, name = grids_label(source.specs), dtype_name(loaded.dtype)
     speeds: dict[str, dict[str, Speed]] = {}
 
     def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:

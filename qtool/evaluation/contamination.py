@@ -28,7 +28,7 @@ RELATIONS = {  # notes by calibration source and task
 }
 
 
-class Seen(NamedTuple):
+class CalibrationSeen(NamedTuple):
     """The text that a model was calibrated on."""
 
     source: str

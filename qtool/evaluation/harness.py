@@ -142,7 +142,7 @@ def _batch_size(loaded: LoadedModel) -> int | str:
     return max(1, min(64, LOGIT_BYTES // per_row))
 
 
-def _scores(results: dict[str, Any], seen: "_Seen", max_length: int) -> Iterator[Score]:
+def _scores(results: dict[str, Any], seen: "_HarnessLog", max_length: int) -> Iterator[Score]:
     groups = results.get("group_subtasks", {})
     aggregated = {name for name in groups if any("," in key for key in results["results"].get(name, {}))}
     within = {child for name in aggregated for child in groups[name]}
@@ -173,7 +173,7 @@ def _leaves(name: str, groups: dict[str, list[str]]) -> list[str]:
     return [leaf for child in groups[name] for leaf in (_leaves(child, groups) if child in groups else [child])]
 
 
-class _Seen(logging.Handler):
+class _HarnessLog(logging.Handler):
     """Collects notes while lm-eval runs: on replaced splits, and on prompts that were cut."""
 
     def __init__(self) -> None:
@@ -196,13 +196,13 @@ class _Seen(logging.Handler):
 
 
 @contextmanager
-def _harness() -> Iterator[_Seen]:
+def _harness() -> Iterator[_HarnessLog]:
     """Surround a call into lm-eval: local data, qtool's progress, no output, the same random state afterwards."""
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
 
-    seen = _Seen()
+    seen = _HarnessLog()
     logger = logging.getLogger("lm_eval")
     state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:

@@ -12,14 +12,8 @@ from qtool.config.sections import METRICS, EvalConfig
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
 from qtool.data.windows import perplexity_windows
-from qtool.evaluation.contamination import Seen, overlap, relation
-from qtool.evaluation.perplexity import (
-    WindowScores,
-    change_stderr,
-    mean_metric,
-    perplexity_metric,
-    score_windows,
-)
+from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
+from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric, perplexity_metric, score_windows
 from qtool.models import backend
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric, TaskResult, task_result
@@ -53,7 +47,11 @@ def check_tasks(config: EvalConfig) -> None:
 
 
 def evaluate(
-    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int, seen: Seen | None = None
+    loaded: LoadedModel,
+    config: EvalConfig,
+    reference: LoadedModel | None,
+    seed: int,
+    seen: CalibrationSeen | None = None,
 ) -> list[TaskResult]:
     """Measure ``config.tasks``, for ``loaded`` and, beside it, for the float model ``reference`` it was made from.
 
@@ -80,7 +78,11 @@ def _with_relation(row: TaskResult, source: str) -> TaskResult:
 
 
 def _own_tasks(
-    loaded: LoadedModel, config: EvalConfig, reference: LoadedModel | None, seed: int, seen: Seen | None = None
+    loaded: LoadedModel,
+    config: EvalConfig,
+    reference: LoadedModel | None,
+    seed: int,
+    seen: CalibrationSeen | None = None,
 ) -> dict[str, list[TaskResult]]:
     """Rows by task. Each set of windows is read once, by both models, whatever is measured on it."""
     wanted = [task for task in config.tasks if task in OWN_TASKS]

@@ -28,7 +28,7 @@ def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
     return found
 
 
-def describe(
+def linear_records(
     shapes: dict[str, tuple[int, int]], specs: dict[str, QuantSpec], errors: dict[str, float]
 ) -> tuple[Linear, ...]:
     """The linears ``shapes`` of a report; those that ``specs`` lacks stay in floating point."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.exporters._folder import WrittenFolder
 
@@ -21,9 +21,9 @@ class Exporter(NamedTuple):
     """An export format; its file assigns one to ``EXPORTER``."""
 
     summary: str
-    refuses: Callable[[Source, ExportConfig], str | None]
+    refuses: Callable[[NativeCheckpoint, ExportConfig], str | None]
     """Returns the reason why the format cannot hold this checkpoint, and what to do; ``None`` if it can."""
-    write: Callable[[Source, Path, ExportConfig], list[str]]
+    write: Callable[[NativeCheckpoint, Path, ExportConfig], list[str]]
     """Writes the folder, and returns notes for the users of the export, one sentence each."""
     read: Callable[[WrittenFolder, str], Tensor]
     """Returns the float32 weight ``[out, in]`` of a linear of a written folder; shares no code with ``write``."""
@@ -37,7 +37,7 @@ class Exporter(NamedTuple):
     """The library that the hub names on the model's page."""
 
 
-def refusal(name: str, source: Source, config: ExportConfig) -> str | None:
+def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Return the reason why the format ``name`` cannot hold ``source``, and what to do; ``None`` if it can."""
     rounding = next((linear for linear, spec in source.specs.items() if spec != spec.weights_only), None)
     if rounding is not None:

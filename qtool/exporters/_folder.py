@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qtool.checkpoints.files import Files, write_json, write_shards
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import read_config
 
@@ -27,7 +27,7 @@ class WrittenFolder:
     def __init__(self, folder: Path, marker: str = "") -> None:
         """Open ``folder``; each packed linear ``p`` has a tensor ``p.<marker>``. ``""``: the format packs no linear."""
         self.folder, self._marker = folder, marker
-        self._files = Files(folder)
+        self._files = SafetensorsFolder(folder)
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -75,7 +75,7 @@ def write_folder(
             shutil.copy(file, out / file.name)
 
 
-def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
+def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
     """Return the tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and its name.
 
     With ``auto``, a tensor that ``default`` does not hold exactly keeps its dtype: a norm that a method changed, say.
@@ -88,7 +88,7 @@ def float_tensors(source: Source, config: ExportConfig, default: str) -> tuple[d
     return tensors, name
 
 
-def unfit(source: Source, config: ExportConfig) -> str | None:
+def unfit(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Return the reason why ``config.dtype`` cannot be used: a tensor that it does not hold exactly."""
     if config.dtype == "auto":
         return None
@@ -99,7 +99,7 @@ def unfit(source: Source, config: ExportConfig) -> str | None:
     return None
 
 
-def float_zeros(source: Source, format: str) -> str | None:
+def float_zeros(source: NativeCheckpoint, format: str) -> str | None:
     """Return the reason why ``format`` cannot hold ``source``: a linear whose zero points lie between codes."""
     name = next((name for name, spec in source.specs.items() if spec.float_zero), None)
     if name is None:
@@ -110,7 +110,7 @@ def float_zeros(source: Source, format: str) -> str | None:
     )
 
 
-def stored_dtype(source: Source) -> str:
+def stored_dtype(source: NativeCheckpoint) -> str:
     """Return the dtype that the checkpoint's config names."""
     return str(source.config.get("dtype", "float32"))
 
@@ -140,18 +140,18 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     return model
 
 
-def transposed(source: Source) -> set[str]:
+def transposed(source: NativeCheckpoint) -> set[str]:
     """Return the names of linears whose weight the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
 
 
-def conv1d(source: Source, why: str) -> str | None:
+def conv1d(source: NativeCheckpoint, why: str) -> str | None:
     """Return the reason to refuse ``source`` if a linear is a ``Conv1D``; ``why`` a format does not hold one."""
     flipped = transposed(source)
     return f"{min(flipped)} is a Conv1D, {why}; export dense instead" if flipped else None
 
 
-def float_linears(source: Source) -> list[str]:
+def float_linears(source: NativeCheckpoint) -> list[str]:
     """Return the linears of the model that the checkpoint leaves in floating point, the head among them."""
     return [
         name
@@ -160,7 +160,7 @@ def float_linears(source: Source) -> list[str]:
     ]
 
 
-def shared_block_prefix(source: Source) -> str:
+def shared_block_prefix(source: NativeCheckpoint) -> str:
     """Return the prefix of the names of all decoder blocks, e.g. ``model.layers.``."""
     first = next(iter(source.specs))
     parts = first.split(".")

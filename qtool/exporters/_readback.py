@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base as formats
@@ -29,7 +29,7 @@ TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit:
 
 
 @torch.no_grad()
-def verify(source: Source, out: Path, exporter: Exporter, *, rounded: bool) -> dict[str, float]:
+def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounded: bool) -> dict[str, float]:
     """Compare every tensor, the config and the logits of a fixed probe; return the largest differences.
 
     With ``rounded`` differences are returned, not refused: the user asked for a dtype that does not hold the weights.

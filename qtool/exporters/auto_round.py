@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
@@ -40,7 +40,7 @@ from qtool.system.version import __version__
 OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0}
 
 
-def refuses(source: Source, config: ExportConfig) -> str | None:
+def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, ``Conv1D`` layers, odd shapes, and scales or biases that float16 does not hold."""
     return float_zeros(source, "auto-round") or layout_refuses(source, "auto-round") or unfit(source, config)
 
@@ -50,7 +50,7 @@ def settings(spec: QuantSpec) -> dict[str, Any]:
     return {"bits": spec.num_bits, "group_size": spec.group_size, "sym": spec.symmetric}
 
 
-def section(source: Source) -> dict[str, Any]:
+def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the ``quantization_config``: the most common grid, and by full name each linear that differs."""
     common = Counter(source.specs.values()).most_common(1)[0][0]
     prefix = shared_block_prefix(source)
@@ -68,7 +68,7 @@ def section(source: Source) -> dict[str, Any]:
     }
 
 
-def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     described = section(source)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
@@ -33,7 +33,7 @@ from qtool.quant.packed_linear import PARTS
 from qtool.system.errors import InputError
 
 
-def refuses(source: Source, config: ExportConfig) -> str | None:
+def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, ``Conv1D`` layers, and scales that the engine would change when it casts them."""
     only_linear = "and compressed-tensors replaces nn.Linear only"
     if refusal := float_zeros(source, "compressed-tensors") or conv1d(source, only_linear):
@@ -47,7 +47,7 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
     return unfit(source, config)
 
 
-def model_dtype(source: Source) -> str:
+def model_dtype(source: NativeCheckpoint) -> str:
     """Return the smallest dtype that holds scales and every other tensor; the checkpoint's own is preferred."""
     names = [*(f"{name}.weight_scale" for name in source.specs), *source.float_names()]
     own = stored_dtype(source)
@@ -70,7 +70,7 @@ def scheme(spec: QuantSpec) -> dict[str, Any]:
     }
 
 
-def section(source: Source) -> dict[str, Any]:
+def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the ``quantization_config``; if there are several grids, each lists its linears by full name."""
     by_spec: dict[QuantSpec, list[str]] = {}
     for name, spec in source.specs.items():
@@ -96,7 +96,7 @@ def section(source: Source) -> dict[str, Any]:
     }
 
 
-def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
     own = stored_dtype(source)
     tensors, dtype = float_tensors(source, config, model_dtype(source))

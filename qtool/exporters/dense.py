@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
@@ -26,13 +26,13 @@ from qtool.exporters._folder import (
 from qtool.quant.affine import dequantize
 
 
-def _weights(source: Source) -> dict[str, Tensor]:
+def _weights(source: NativeCheckpoint) -> dict[str, Tensor]:
     flipped = transposed(source)
     dense = {name: dequantize(*source.quantized(name)) for name in source.specs}
     return {f"{name}.weight": (w.T.contiguous() if name in flipped else w) for name, w in dense.items()}
 
 
-def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
     weights = _weights(source)
     own = stored_dtype(source)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
@@ -48,7 +48,7 @@ LOADING = (
 LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a linear
 
 
-def refuses(source: Source, config: ExportConfig) -> str | None:
+def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, mixed grids, linears left in float, odd shapes, and values beyond float16."""
     specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
     if refusal := float_zeros(source, "GPTQ"):
@@ -67,7 +67,7 @@ def refuses(source: Source, config: ExportConfig) -> str | None:
     return layout_refuses(source, "GPTQ") or unfit(source, config)
 
 
-def layout_refuses(source: Source, format: str) -> str | None:
+def layout_refuses(source: NativeCheckpoint, format: str) -> str | None:
     """Return the reason why ``format``, GPTQ or auto-round, cannot hold ``source``, if its tensors do not fit."""
     if refusal := conv1d(source, f"whose weight is transposed, and readers of {format} do not agree on its layout"):
         return refusal
@@ -113,7 +113,7 @@ def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
     }
 
 
-def layout(source: Source, name: str, version: int) -> dict[str, Tensor]:
+def layout(source: NativeCheckpoint, name: str, version: int) -> dict[str, Tensor]:
     """Return the tensors of the linear ``name`` by full name; its bias, if it has one, in float16."""
     tensors = {f"{name}.{part}": tensor for part, tensor in packed(source.quantized(name), version).items()}
     if f"{name}.bias" in source.float_names():
@@ -121,7 +121,7 @@ def layout(source: Source, name: str, version: int) -> dict[str, Tensor]:
     return tensors
 
 
-def write_version(source: Source, out: Path, config: ExportConfig, version: int) -> list[str]:
+def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, version: int) -> list[str]:
     """Write the folder in ``version`` 1 or 2; see ``Exporter.write``."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     spec = next(iter(source.specs.values()))
@@ -140,7 +140,7 @@ def write_version(source: Source, out: Path, config: ExportConfig, version: int)
     return notes
 
 
-def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write version 1 if the grid is symmetric, else version 2; see ``Exporter.write``."""
     symmetric = next(iter(source.specs.values())).symmetric
     return write_version(source, out, config, 1 if symmetric else 2)

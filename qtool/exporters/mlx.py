@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
@@ -62,7 +62,7 @@ def exact(scale: Tensor, spec: QuantSpec) -> bool:
     return bool(((product.double() == scale.double() * spec.qmax) & normal).all())
 
 
-def refuses(source: Source, config: ExportConfig) -> str | None:
+def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, ``Conv1D`` layers, group sizes that MLX lacks, and scales of too many bits."""
     if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs nn.Linear only"):
         return refusal
@@ -87,7 +87,7 @@ def settings(spec: QuantSpec, columns: int) -> dict[str, Any]:
     return {"group_size": written_group(spec, columns), "bits": spec.num_bits}
 
 
-def section(source: Source) -> dict[str, Any]:
+def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the config's ``quantization``: the most common grid, linears that differ, ``False`` for float linears."""
     grids = {n: settings(spec, int(source.tensor(f"{n}.weight_shape")[1])) for n, spec in source.specs.items()}
     common = Counter(tuple(grid.items()) for grid in grids.values()).most_common(1)[0][0]
@@ -108,7 +108,7 @@ def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``. The config states the grids twice, as mlx-lm does."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     size = bits = 0

@@ -41,13 +41,13 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
-from qtool.training.fit import Group
+from qtool.training.fit import ParamGroup
 from qtool.training.linears import train_linears
 
 OBSERVED = 2**14  # tokens that say where inputs are large
-SPARE, ROUNDS = 8, 4  # of subspace iteration: directions more than are asked for, and products
-LENGTH = 4.6  # of the rows of B along the inputs
-LEAST = 1e-8  # of what the first direction carries: a row of zeros could not learn while A has none but zeros
+OVERSAMPLING, POWER_ITERATIONS = 8, 4  # of subspace iteration: directions more than are asked for, and products
+B_ROW_RMS = 4.6  # of the rows of B along the inputs
+MIN_ENERGY = 1e-8  # of what the first direction carries: a row of zeros could not learn while A has none but zeros
 Form = Literal["fixed", "codes", "bfloat16", "float32"]
 
 
@@ -196,14 +196,14 @@ def principal(gram: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
     They are orthogonal. Their lengths grow with the fourth root of what each carries; the mean square is ``LENGTH**2``.
     """
-    width = min(rank + SPARE, len(gram))
+    width = min(rank + OVERSAMPLING, len(gram))
     basis = torch.randn(len(gram), width, generator=generator).to(gram.device)
-    for _ in range(ROUNDS):
+    for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(gram @ basis).Q
     carried, vectors = torch.linalg.eigh(basis.T @ gram @ basis)
-    least = carried.max() * LEAST + torch.finfo(torch.float32).tiny
+    least = carried.max() * MIN_ENERGY + torch.finfo(torch.float32).tiny
     lengths = carried.flip(0)[:rank].clamp(min=least) ** 0.25
-    lengths *= LENGTH / lengths.square().mean().sqrt()
+    lengths *= B_ROW_RMS / lengths.square().mean().sqrt()
     directions: Tensor = (basis @ vectors).T.flip(0)[:rank] * lengths.unsqueeze(1)
     return directions
 
@@ -220,13 +220,13 @@ def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[st
     return found
 
 
-def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[Group]:
+def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[ParamGroup]:
     """What trains of a layer; ``total`` is the sum of the schedule's factors."""
     scale = float(layer.scale.detach().mean())
     lr = config.travel / total if config.lr is None else config.lr
     ends = config.scale_travel * scale * 2 / layer.spec.qmax / total
     scale_lr = ends if config.scale_lr is None else config.scale_lr
-    return [Group([layer.a, layer.b], lr), Group([layer.scale], scale_lr)]
+    return [ParamGroup([layer.a, layer.b], lr), ParamGroup([layer.scale], scale_lr)]
 
 
 def run(job: Job, config: Config) -> Result:

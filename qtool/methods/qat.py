@@ -17,7 +17,7 @@ from qtool.config.training import WeightsConfig
 from qtool.models.linears import Target, linear_bias
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.trained_linear import QuantLinear
-from qtool.training.fit import Group
+from qtool.training.fit import ParamGroup
 from qtool.training.linears import trained_method, weight_group
 
 
@@ -40,7 +40,7 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
     return MinMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
 
 
-def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[Group]:
+def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[ParamGroup]:
     """What trains of a layer: the weights; ``total`` is the sum of the schedule's factors."""
     return [weight_group(layer, config, total)]
 

@@ -16,7 +16,7 @@ from qtool.quant.packed_linear import PackedLinear
 from qtool.system import progress, units
 from qtool.system.errors import InputError
 
-BACKENDS = ("exact", "fast")
+MODES = ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def use_backend(model: nn.Module, name: str) -> Backends:
     Raises:
         InputError: ``name`` is unknown, or ``model`` has no packed linears or weights that are not in memory.
     """
-    if name not in BACKENDS:
-        raise InputError(f"backend {name!r} is not known; use one of {', '.join(BACKENDS)}")
+    if name not in MODES:
+        raise InputError(f"backend {name!r} is not known; use one of {', '.join(MODES)}")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no packed linears; load a folder that qtool wrote")

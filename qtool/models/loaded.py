@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qtool.models.linears import (
-    Target,
-    decoder_blocks,
-    linear_bias,
-    packed_linears,
-    replace_linear,
-)
+from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear
 from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 

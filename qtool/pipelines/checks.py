@@ -5,7 +5,7 @@ from collections import Counter
 from qtool.allocation import plan as bit_plan
 from qtool.blocks.job import load_method
 from qtool.checkpoints import output_folder
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ExportConfig
 from qtool.config.training import EndToEndConfig, TrainedConfig
@@ -24,10 +24,10 @@ def check_early(recipe: Recipe) -> None:
     Raises:
         InputError: processes, data, tasks or folders that cannot be used.
     """
-    if distributed.count() > 1 and not load_method(recipe.method.name).end_to_end(recipe.method):
-        raise InputError(f"method {recipe.method.name} runs in one process, and there are {distributed.count()}")
+    if distributed.world_size() > 1 and not load_method(recipe.method.name).end_to_end(recipe.method):
+        raise InputError(f"method {recipe.method.name} runs in one process, and there are {distributed.world_size()}")
     if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
-        Source(resolve(recipe.method.init_from, key="method.init_from"))
+        NativeCheckpoint(resolve(recipe.method.init_from, key="method.init_from"))
     for section in (recipe.method, *dict(recipe.method).values()):
         if isinstance(section, EndToEndConfig):
             sharding.check(section)
@@ -50,7 +50,7 @@ def needs_text(recipe: Recipe) -> bool:
     return load_method(recipe.method.name).needs_data(recipe.method) or recipe.quant.budget is not None
 
 
-def check_exports(recipe: Recipe, planned: Source) -> None:
+def check_exports(recipe: Recipe, planned: NativeCheckpoint) -> None:
     """Refuse an export of the recipe that cannot hold the checkpoint that it is about to make.
 
     Raises:
@@ -60,7 +60,7 @@ def check_exports(recipe: Recipe, planned: Source) -> None:
         check_export(planned, entry, recipe.model.path)
 
 
-def check_export(source: Source, entry: ExportConfig, what: str) -> None:
+def check_export(source: NativeCheckpoint, entry: ExportConfig, what: str) -> None:
     """Refuse an export of ``source``, called ``what``, that cannot be.
 
     Raises:

@@ -10,7 +10,7 @@ from qtool.system import memory, progress
 
 
 @dataclass
-class Clock:
+class PhaseTimer:
     """Wall time by phase, and peaks of memory.
 
     A peak is that of the process so far and not of the phase: forgetting the earlier ones would hide them from whoever

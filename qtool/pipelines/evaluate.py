@@ -6,22 +6,22 @@ from pathlib import Path
 import transformers
 
 from qtool.checkpoints import files, sizes
-from qtool.checkpoints.native import Source
-from qtool.checkpoints.quantization_config import label
+from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
 from qtool.data import sources, windows
 from qtool.evaluation import tasks, weights
-from qtool.evaluation.contamination import Seen
+from qtool.evaluation.contamination import CalibrationSeen
 from qtool.exporters._readback import load_exported
 from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
-from qtool.pipelines.clock import Clock
+from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described, dtype_name
 from qtool.reports import html
-from qtool.reports.records import compare
+from qtool.reports.records import beside_published
 from qtool.reports.report import Report
 from qtool.system import progress
 from qtool.system.errors import InputError
@@ -46,7 +46,7 @@ def evaluate(
         InputError: a task, model or output folder that cannot be used.
     """
     transformers.logging.disable_progress_bar()
-    clock = Clock()
+    clock = PhaseTimer()
     tasks.check_tasks(config)
     folder = resolve(model.path, key="TARGET")
     if output is not None:
@@ -66,7 +66,7 @@ def evaluate(
     measured = {
         "float_bytes": files.folder_bytes(reference.folder) if reference else None,
         "results": tuple(results),
-        "expected": compare(published, results),
+        "expected": beside_published(published, results),
         "backend": config.backend if packed_linears(loaded.model) else None,
         "seed": seed,
     }
@@ -83,38 +83,38 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
     if manifest is None:
         known = {} if origin is None else {"quantized": path, "quantized_bytes": files.folder_bytes(folder)}
         return Report(model=origin or path, dtype=dtype, device=device).model_copy(update=known)
-    source = Source(folder)
+    source = NativeCheckpoint(folder)
     return Report(
         model=origin or path,
         dtype=dtype,
         device=device,
         quantized=path,
-        label=label(source.specs),
+        label=grids_label(source.specs),
         method=manifest.recorded.method.name,
         bits_per_weight=sizes.bits_per_weight(source.specs, source.shapes),
         quantized_bytes=source.num_bytes(),
         calibration=described(manifest.recorded.data) if manifest.data else None,
-        linears=weights.describe(weights.block_linears(loaded), source.specs, manifest.weight_errors),
+        linears=weights.linear_records(weights.block_linears(loaded), source.specs, manifest.weight_errors),
         series=manifest.series,
         lock=manifest.lock,
     )
 
 
-def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) -> Seen | None:
+def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) -> CalibrationSeen | None:
     """The text that a checkpoint was calibrated on, read again where that is cheap and gives the same tokens."""
     if manifest is None or manifest.data is None or not set(config.tasks) & set(tasks.OWN_TASKS):
         return None
     recorded = manifest.recorded.data
     if not sources.is_local(recorded):
-        return Seen(recorded.source, None)
+        return CalibrationSeen(recorded.source, None)
     try:
         text = windows.calibration(recorded, loaded, manifest.seed)
         if windows.token_hash(*text) != manifest.data.sha256:
             raise InputError(f"{recorded.source} has changed since")
     except InputError as error:
         progress.note(f"the overlap with the calibration text is not measured: {error}")
-        return Seen(recorded.source, None)
-    return Seen(recorded.source, text.tokens)
+        return CalibrationSeen(recorded.source, None)
+    return CalibrationSeen(recorded.source, text.tokens)
 
 
 def _reference(path: str | None, model: ModelConfig, *, required: bool) -> LoadedModel | None:

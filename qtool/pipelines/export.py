@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from qtool.checkpoints.files import folder_bytes
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import atomic_folder
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
-from qtool.exporters._readback import verify
+from qtool.exporters._readback import read_back
 from qtool.pipelines.checks import check_export
 from qtool.pipelines.manifest import read_manifest
 from qtool.reports import model_card
@@ -27,12 +27,12 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
 
 def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
     """Write one export; returns what a report says of it."""
-    source, manifest = Source(folder), read_manifest(folder)
+    source, manifest = NativeCheckpoint(folder), read_manifest(folder)
     exporter = _base.get(config.format)
     check_export(source, config, str(folder))
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
-        differences = verify(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
+        differences = read_back(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
         model_card.write_export(
             partial,
             base=manifest.recorded.model.path if manifest else folder.name,

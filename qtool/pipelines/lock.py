@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from qtool.checkpoints.files import file_hashes
 from qtool.config.recipe import Recipe, resolved
-from qtool.config.sections import IMMATERIAL
+from qtool.config.sections import KEYS_WITHOUT_EFFECT
 from qtool.models.folders import check_files
 from qtool.reports.records import Lock
 from qtool.system import distributed
@@ -24,7 +24,7 @@ def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = N
     """The lock of a run of ``recipe`` on the float model in ``folder``; ``model_files`` are its hashes, if known."""
     if model_files is None:
         check_files(folder)
-    keys = _without(resolved(recipe), IMMATERIAL)
+    keys = _without(resolved(recipe), KEYS_WITHOUT_EFFECT)
     return Lock.model_validate(
         {section: keys[section] for section in LOCKED_SECTIONS}
         | {
@@ -32,7 +32,7 @@ def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = N
             "versions": {name: version for name, version in environment().items() if name in LOCKED_PACKAGES},
             "processor": processor(),
             "threads": torch.get_num_threads(),
-            "processes": distributed.count(),
+            "processes": distributed.world_size(),
         }
     )
 

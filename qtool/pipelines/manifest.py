@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from qtool.allocation.plan import Plan
+from qtool.allocation.plan import BitPlan
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import MANIFEST
 from qtool.config.recipe import Recipe
@@ -67,7 +67,7 @@ class Manifest(BaseModel):
     seconds: dict[str, float]
     versions: dict[str, str]
     date: str
-    plan: Plan | None = None  # of a recipe with a budget
+    plan: BitPlan | None = None  # of a recipe with a budget
     command: str
     lock: Lock
     files: dict[str, str]  # SHA-256 of each safetensors file

@@ -3,7 +3,7 @@
 import transformers
 
 from qtool.allocation import plan as bit_plan
-from qtool.allocation.plan import Plan
+from qtool.allocation.plan import BitPlan
 from qtool.allocation.sensitivity import Unit
 from qtool.blocks.job import Job
 from qtool.checkpoints.files import write_durably
@@ -14,7 +14,7 @@ from qtool.pipelines.run_state import PLAN, RunState
 from qtool.system import distributed
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe) -> BitPlan:
     """The widths that the budget of a recipe comes to, as a run of it would choose them. Nothing is written.
 
     Raises:
@@ -30,11 +30,11 @@ def plan(recipe: Recipe) -> Plan:
     return bit_plan.plan(job, lambda: loaded, units, recipe.quant)
 
 
-def kept_plan(recipe: Recipe, state: RunState, job: Job, units: list[Unit]) -> Plan:
+def kept_plan(recipe: Recipe, state: RunState, job: Job, units: list[Unit]) -> BitPlan:
     """The plan of the earlier start of this run, or a new one, made by the first process and read by all."""
     file = state.folder / PLAN
     if distributed.is_first() and not file.exists():
         made = bit_plan.plan(job, lambda: load_model(recipe.model), units, recipe.quant)
         write_durably(file, made.model_dump(mode="json"))
-    distributed.wait()
-    return Plan.model_validate_json(file.read_bytes())
+    distributed.barrier()
+    return BitPlan.model_validate_json(file.read_bytes())

@@ -11,26 +11,25 @@ from pathlib import Path
 
 import transformers
 
-from qtool.allocation import plan as bit_plan
-from qtool.allocation.plan import Plan
+from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.checkpoints import files, native, output_folder, sizes
-from qtool.checkpoints.native import MANIFEST, Planned
-from qtool.checkpoints.quantization_config import label
+from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
+from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import MethodConfig, OutputConfig
 from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
-from qtool.evaluation.contamination import Seen
+from qtool.evaluation.contamination import CalibrationSeen
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early, check_exports, needs_text
-from qtool.pipelines.clock import Clock
+from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.lock import lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest
@@ -40,7 +39,7 @@ from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
 from qtool.quant.packed_linear import FORMAT_VERSION
 from qtool.reports import html, model_card
-from qtool.reports.records import Exported, compare
+from qtool.reports.records import Exported, beside_published
 from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
@@ -53,7 +52,7 @@ class Run:
     recipe: Recipe
     method: Method[MethodConfig]
     state: RunState
-    clock: Clock
+    clock: PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Prepared:
     job: Job
     quant: QuantConfig  # with the widths that a budget came to
     text: Calibration | None
-    plan: Plan | None
+    plan: BitPlan | None
     specs: dict[str, QuantSpec]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each target
     linears: dict[str, tuple[int, int]]  # (out, in) of each linear of the blocks
@@ -80,7 +79,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         RunError: the run could not be finished.
     """
     transformers.logging.disable_progress_bar()
-    clock = Clock()
+    clock = PhaseTimer()
     check_early(recipe)
     with open_run(recipe, fresh, clock) as run:
         prepared = prepare(run)
@@ -97,11 +96,11 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
 
 
 @contextmanager
-def open_run(recipe: Recipe, fresh: bool, clock: Clock) -> Iterator[Run]:
+def open_run(recipe: Recipe, fresh: bool, clock: PhaseTimer) -> Iterator[Run]:
     """Take the folder of the run, begun anew or where an earlier start was stopped; its result gets its name last."""
     method: Method[MethodConfig] = load_method(recipe.method.name)
     folder = resolve(recipe.model.path)
-    distributed.begin(choose_device(recipe.model.device))
+    distributed.start(choose_device(recipe.model.device))
     lock = lock_of(recipe, folder)
     output = recipe.output
     with run_state(
@@ -120,11 +119,11 @@ def prepare(run: Run) -> Prepared:
     recipe, quant, clock = run.recipe, run.recipe.quant, run.clock
     with clock.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
-        units = None if quant.budget is None else bit_plan.units_of(loaded, quant)
+        units = None if quant.budget is None else units_of(loaded, quant)
         targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
     shapes = {target.name: target.weight_shape for target in targets}
-    specs = _specs(targets) if units is None else bit_plan.mixed(units)
+    specs = _specs(targets) if units is None else mixed(units)
     float_bytes = _refuse_late_faults(recipe, loaded, specs, shapes)
     text = plan = None
     if needs_text(recipe):
@@ -153,7 +152,7 @@ def _refuse_late_faults(
     """Refuse a disk that is too full and exports that cannot be; returns the bytes of the float weights."""
     float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
     output_folder.check_space(recipe.output.path, float_bytes)  # never more than the float model
-    check_exports(recipe, Planned(loaded, specs, shapes))
+    check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes))
     return float_bytes
 
 
@@ -165,7 +164,7 @@ def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Ca
         elif state.calibration() is None:
             # to write text a model must be whole
             state.keep_tokens(*windows.calibration(recipe.data, load_model(recipe.model), recipe.seed))
-    distributed.wait()
+    distributed.barrier()
     text = state.calibration()
     assert text is not None
     return text
@@ -174,9 +173,9 @@ def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Ca
 def run_method(run: Run, prepared: Prepared) -> Result:
     """Quantize the model of the job in place."""
     recipe, job = run.recipe, prepared.job
-    with run.clock.phase("quantize", f"{recipe.method.name}, {label(prepared.specs)}"):
+    with run.clock.phase("quantize", f"{recipe.method.name}, {grids_label(prepared.specs)}"):
         result = run.method.run(job, recipe.method)
-    distributed.end()
+    distributed.finish()
     if distributed.is_first():
         assert set(packed_linears(job.loaded.model)) <= set(prepared.specs), (
             "the method quantized more than its targets"
@@ -205,7 +204,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
     return Report(
         model=recipe.model.path,
         quantized=str(recipe.output.path),
-        label=label(prepared.specs),
+        label=grids_label(prepared.specs),
         method=recipe.method.name,
         bits_per_weight=sizes.bits_per_weight(prepared.specs, prepared.shapes),
         float_bytes=prepared.float_bytes,
@@ -214,8 +213,8 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         device=str(loaded.device),
         seed=recipe.seed,
         calibration=None if prepared.text is None else described(recipe.data),
-        expected=compare(recipe.expected, ()),
-        linears=weights.describe(prepared.linears, prepared.specs, weight_errors),
+        expected=beside_published(recipe.expected, ()),
+        linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
         series=result.series,
         lock=run.state.lock,
         **run.clock.measured(),
@@ -248,21 +247,21 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
     )
 
 
-def evaluate(recipe: Recipe, report: Report, text: Calibration | None, clock: Clock) -> Report:
+def evaluate(recipe: Recipe, report: Report, text: Calibration | None, clock: PhaseTimer) -> Report:
     """The report with what the recipe has measured, on the checkpoint as it was written."""
     if recipe.eval is not None:
         progress.note(f"{recipe.output.path} is complete; what follows reads it")
         with clock.phase("eval", "evaluating"):
             written = load_model(recipe.model.model_copy(update={"path": str(recipe.output.path)}), quantized=True)
             reference = load_model(recipe.model)
-            seen = None if text is None else Seen(recipe.data.source, text.tokens)
+            seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen)
         found = {"results": tuple(results), "backend": recipe.eval.backend}
-        report = report.model_copy(update=found | {"expected": compare(recipe.expected, results)})
+        report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
     return report.model_copy(update=clock.measured())
 
 
-def export_all(recipe: Recipe, report: Report, clock: Clock) -> Report:
+def export_all(recipe: Recipe, report: Report, clock: PhaseTimer) -> Report:
     """Write every export of the recipe; the report that names them takes the place of the one before."""
     exports: list[Exported] = []
     for entry in recipe.export:

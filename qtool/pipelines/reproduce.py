@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qtool.checkpoints.files import Files
+from qtool.checkpoints.files import SafetensorsFolder
 from qtool.models.folders import resolve
 from qtool.pipelines.lock import differences, lock_of
 from qtool.pipelines.quantize import quantize
@@ -42,12 +42,12 @@ def reproduce(folder: Path) -> list[str]:
 
 def _first_difference(before: Path, now: Path) -> str | None:
     """The first tensor, in the order of the blocks, whose bytes differ."""
-    old, new = Files(before), Files(now)
+    old, new = SafetensorsFolder(before), SafetensorsFolder(now)
     if old.names != new.names:
         return f"the names: {min(old.names ^ new.names)}"  # type: ignore[operator] # both are sets of keys
     return next((name for name in old.names if not _same(old, new, name)), None)
 
 
-def _same(old: Files, new: Files, name: str) -> bool:
+def _same(old: SafetensorsFolder, new: SafetensorsFolder, name: str) -> bool:
     a, b = old.tensor(name), new.tensor(name)
     return a.dtype == b.dtype and torch.equal(a, b)

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qtool.checkpoints.files import Files, write_durably, write_shard
+from qtool.checkpoints.files import SafetensorsFolder, write_durably, write_shard
 from qtool.checkpoints.output_folder import check_folder, failed, swap
 from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
@@ -87,7 +87,7 @@ class RunState:
         file = self.folder / "tokens.safetensors"
         if not file.exists():
             return None
-        kept = Files(self.folder, file.name)
+        kept = SafetensorsFolder(self.folder, file.name)
         return Calibration(kept.tensor("tokens"), kept.tensor("labels") if "labels" in kept.names else None)
 
     def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:
@@ -124,7 +124,7 @@ def run_state(
     partial = path.with_name(f"{path.name}.partial")
     state = RunState(partial, lock, end_to_end)
     if not distributed.is_first():
-        distributed.wait()
+        distributed.barrier()
         try:
             yield state
         except (OSError, SafetensorError) as error:
@@ -135,7 +135,7 @@ def run_state(
     try:
         _begin(state, fresh)
         begun = True
-        distributed.wait()
+        distributed.barrier()
         yield state
         if path.exists():
             shutil.rmtree(swap(path, state.model), ignore_errors=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qtool.checkpoints.files import file_hashes
-from qtool.checkpoints.native import MANIFEST, Source
+from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.system.errors import InputError, RunError
@@ -44,7 +44,7 @@ def verify(folder: Path) -> Verified:
     return Verified(len(found), len(source.specs), manifest.bits_per_weight)
 
 
-def open_checkpoint(folder: Path) -> tuple[Source, Manifest]:
+def open_checkpoint(folder: Path) -> tuple[NativeCheckpoint, Manifest]:
     """A native checkpoint and its manifest.
 
     Raises:
@@ -52,7 +52,7 @@ def open_checkpoint(folder: Path) -> tuple[Source, Manifest]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool wrote")
-    source = Source(folder)
+    source = NativeCheckpoint(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder} has no {MANIFEST} that lists its files; only what qtool wrote itself has one")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.blocks.job import FinishedBlock
-from qtool.checkpoints.files import Files, file_hashes, shard_name, write_durably, write_shard
+from qtool.checkpoints.files import SafetensorsFolder, file_hashes, shard_name, write_durably, write_shard
 from qtool.checkpoints.native import as_stored
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
@@ -46,7 +46,7 @@ class RunWorkspace:
         if file_hashes(shard.parent, shard.name) != {shard.name: record.sha256}:
             progress.note(f"{shard} is not what was written; block {index} is done again")
             return None
-        files = Files(shard.parent, shard.name)
+        files = SafetensorsFolder(shard.parent, shard.name)
         return FinishedBlock({name: files.tensor(name) for name in files.names}, record.figures, record.weight_errors)
 
     def write(self, index: int, block: FinishedBlock) -> None:
@@ -57,4 +57,4 @@ class RunWorkspace:
             sha256 = file_hashes(shard.parent, shard.name)[shard.name]
             record = BlockRecord(sha256=sha256, figures=block.figures, weight_errors=block.weight_errors)
             write_durably(self.state.record_file(index), record.model_dump(mode="json"))
-        distributed.wait()
+        distributed.barrier()

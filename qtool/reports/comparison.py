@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qtool.reports import html
 from qtool.reports.document import Document, Printable, Table
+from qtool.reports.html import render
 from qtool.reports.measures import (
     ComparedRun,
     Measure,
@@ -114,9 +114,7 @@ class Comparison(Printable):
         return self._page(self.plots())
 
     def _page(self, plots: "Sequence[Plot]") -> str:
-        return html.render(
-            "compare.html", plots, title=self.heading(), table_=self.table(), legend=LEGEND, notes=self.notes
-        )
+        return render("compare.html", plots, title=self.heading(), table_=self.table(), legend=LEGEND, notes=self.notes)
 
     def write(self, folder: Path) -> None:
         """Write ``compare.html``, ``compare.md``, ``compare.json`` and the figures into ``folder``.

@@ -153,7 +153,7 @@ class Exported(Record):
     loading: str = Field("", description="Which software loads it.")
 
 
-def compare(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:
+def beside_published(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:
     """Published numbers beside those of ``results``; of several tasks the plain mean."""
     return tuple(_beside(each, results) for each in expected)
 

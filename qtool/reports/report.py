@@ -7,17 +7,7 @@ from pydantic import Field
 
 from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
-from qtool.reports.records import (
-    RUN,
-    CalibrationText,
-    Exported,
-    Linear,
-    Lock,
-    Published,
-    Record,
-    Series,
-    TaskResult,
-)
+from qtool.reports.records import RUN, CalibrationText, Exported, Linear, Lock, Published, Record, Series, TaskResult
 from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
 from qtool.system.environment import environment
 from qtool.system.units import size

@@ -20,7 +20,7 @@ from qtool.pipelines.lock import differences
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.run_state import read_lock
 from qtool.reports.bench_report import BenchReport
-from qtool.reports.records import Lock, compare
+from qtool.reports.records import Lock, beside_published
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
 from qtool.sweeps.grid import CellRecipe
@@ -135,7 +135,7 @@ def result(cell: Cell) -> CellResult:
     if cell.reason or manifest is None or report is None:
         status = "failed" if cell.failed else "not run"
         reason = cell.reason or f"{cell.folder} has no report"
-        return CellResult(**known, status=status, reason=reason, expected=compare(made.expected, ()))
+        return CellResult(**known, status=status, reason=reason, expected=beside_published(made.expected, ()))
     return CellResult(
         **known,
         status="done",
@@ -145,7 +145,7 @@ def result(cell: Cell) -> CellResult:
         quantized_bytes=manifest.quantized_bytes,
         seconds=report.seconds | manifest.seconds,
         results=report.results,
-        expected=compare(made.expected, report.results),
+        expected=beside_published(made.expected, report.results),
         bench=benched(cell, None),
         dtype=report.dtype,
         device=report.device,

@@ -23,22 +23,22 @@ REQUESTS = {  # kinds of sharding that accelerate launch may ask for, by its env
 }
 
 
-def count() -> int:
+def world_size() -> int:
     """Return the world size, the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def number() -> int:
+def rank() -> int:
     """Return the rank of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def is_first() -> bool:
     """Return whether this process has rank 0, which writes files and prints."""
-    return number() == 0
+    return rank() == 0
 
 
-def begin(device: "torch.device") -> None:
+def start(device: "torch.device") -> None:
     """Initialise the process group; do nothing if there is only one process.
 
     Raises:
@@ -50,7 +50,7 @@ def begin(device: "torch.device") -> None:
                 f"accelerate launch is configured for {what}, which qtool does not use; turn it off there, and set "
                 "sharding: full in the recipe"
             )
-    if count() > 1:
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
@@ -62,7 +62,7 @@ def active() -> bool:
     return distributed is not None and distributed.is_available() and bool(distributed.is_initialized())
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until every process has called this function (a barrier)."""
     if active():
         import torch.distributed
@@ -70,7 +70,7 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
-def average(*tensors: "torch.Tensor") -> None:
+def all_reduce_mean(*tensors: "torch.Tensor") -> None:
     """Replace each tensor by its mean over all processes (an all-reduce)."""
     if not active():
         return
@@ -79,10 +79,10 @@ def average(*tensors: "torch.Tensor") -> None:
     works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
     for tensor, work in zip(tensors, works, strict=True):
         work.wait()
-        tensor.div_(count())
+        tensor.div_(world_size())
 
 
-def total(tensor: "torch.Tensor") -> "torch.Tensor":
+def all_reduce_sum(tensor: "torch.Tensor") -> "torch.Tensor":
     """Replace a tensor by its sum over all processes (an all-reduce), and return it."""
     if active():
         import torch.distributed
@@ -91,7 +91,7 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor
 
 
-def part(tensor: "torch.Tensor") -> "torch.Tensor":
+def local_shard(tensor: "torch.Tensor") -> "torch.Tensor":
     """Return the local shard of a DTensor, sharing its memory; return any other tensor unchanged."""
     sharded: Any = sys.modules.get("torch.distributed.tensor")
     if sharded is None or not isinstance(tensor, sharded.DTensor):
@@ -100,7 +100,7 @@ def part(tensor: "torch.Tensor") -> "torch.Tensor":
     return held.detach()
 
 
-def end() -> None:
+def finish() -> None:
     """Destroy the process group: from now on each process works alone, or ends."""
     if active():
         import torch.distributed

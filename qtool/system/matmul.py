@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-SIZE, PRECISION = 256, 2e-6  # size of the probe matrices; tolerance of their product, relative to its largest entry
-_left = "none"  # the last setting made here; if torch reports another one, the user made it, and it stays
+PROBE_SIZE, PROBE_TOLERANCE = (
+    256,
+    2e-6,
+)  # size of the probe matrices; tolerance of their product, relative to its largest entry
+_last_set = "none"  # the last setting made here; if torch reports another one, the user made it, and it stays
 
 
 def choose_library(dtype: torch.dtype) -> None:
@@ -24,11 +27,11 @@ def choose_library(dtype: torch.dtype) -> None:
     oneDNN is chosen for float32 models only. It keeps the compiled code of every product shape, which took 100 MB in
     GPTQ's loops; in a model of another dtype only these loops are in float32, and oneDNN does not make them faster.
     """
-    global _left
+    global _last_set
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch replaces this module by an object
-    if matmul.fp32_precision == _left:
-        _left = "bf16" if dtype == torch.float32 and onednn_serves() else "none"
-        matmul.fp32_precision = _left
+    if matmul.fp32_precision == _last_set:
+        _last_set = "bf16" if dtype == torch.float32 and onednn_serves() else "none"
+        matmul.fp32_precision = _last_set
 
 
 @cache
@@ -46,9 +49,9 @@ def onednn_serves() -> bool:
 def keeps_float32() -> bool:
     """Return whether a float32 matrix product, with torch's present settings, is as exact as float32 allows."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+    left, right = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
-    return bool((left @ right - exact).abs().max() <= PRECISION * exact.abs().max())
+    return bool((left @ right - exact).abs().max() <= PROBE_TOLERANCE * exact.abs().max())
 
 
 def exact_products(dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qtool.blocks.job import Job, Workspace
-from qtool.checkpoints.files import Files, write_shard
+from qtool.checkpoints.files import SafetensorsFolder, write_shard
 from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
 from qtool.models.loaded import LoadedModel
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
-from qtool.training.fit import Fit, Group, NonFiniteError, State, fit, windows_of_step
+from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, State, fit, windows_of_step
 from qtool.training.losses import CE, confidence, token_losses
 
 TRAINING = "training.safetensors"  # what a phase has reached
@@ -47,11 +47,11 @@ def num_steps(config: EndToEndConfig, num_windows: int) -> int:
 def train_model(
     job: Job,
     teacher: nn.Module | None,
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     config: EndToEndConfig,
     *,
     phase: str,
-) -> Fit:
+) -> FitResult:
     """Train the parameters of ``groups`` in the model of the job, which is whole, on its text.
 
     ``teacher`` is the float model, for every loss but cross entropy. ``phase`` names the folder of what is kept. Each
@@ -118,9 +118,9 @@ class _Training:
             )
         if self.loaded.dtype == torch.float16:
             raise InputError("gradients do not fit float16; set model.dtype to bfloat16 or float32")
-        if distributed.count() > self.config.batch_size:
+        if distributed.world_size() > self.config.batch_size:
             raise InputError(
-                f"batch_size {self.config.batch_size} is less than the {distributed.count()} processes "
+                f"batch_size {self.config.batch_size} is less than the {distributed.world_size()} processes "
                 "that share a step"
             )
         assert (self.teacher is None) == (self.config.loss == CE)
@@ -135,10 +135,10 @@ class _Training:
     def losses(self, step: int) -> Iterator[Tensor]:
         """This process's parts of the loss of a step; over all processes their mean is that of all tokens."""
         chosen = windows_of_step(step, self.config.batch_size, self.num_trained, self.seed)
-        mine = torch.tensor(chosen[distributed.number() :: distributed.count()])
-        share = distributed.count() / self._num_learned(torch.tensor(chosen))
+        mine = torch.tensor(chosen[distributed.rank() :: distributed.world_size()])
+        share = distributed.world_size() / self._num_learned(torch.tensor(chosen))
         fewest = (
-            self.config.batch_size // distributed.count()
+            self.config.batch_size // distributed.world_size()
         )  # of any process: all split a step into equally many parts
         for rows in mine.tensor_split(min(self.config.optim.accumulation, fewest)):
             yield self._token_losses(rows).sum() * share
@@ -147,12 +147,12 @@ class _Training:
         """Mean loss of the tokens of the windows that are kept out."""
         held = torch.arange(self.num_trained, len(self.tokens))
         total = torch.zeros((), device=self.loaded.device)
-        for rows in held.split(max(1, self.config.batch_size // distributed.count()) * distributed.count()):
-            mine = rows[distributed.number() :: distributed.count()]
+        for rows in held.split(max(1, self.config.batch_size // distributed.world_size()) * distributed.world_size()):
+            mine = rows[distributed.rank() :: distributed.world_size()]
             losses = self._token_losses(mine if len(mine) else rows[:1])  # a split model needs all processes to run
             total += losses.sum() if len(mine) else 0
-        distributed.average(total)
-        return float(total) * distributed.count() / self._num_learned(held)
+        distributed.all_reduce_mean(total)
+        return float(total) * distributed.world_size() / self._num_learned(held)
 
     def _num_learned(self, rows: Tensor) -> int:
         """How many tokens of windows ``rows`` ``[b]`` are learned; nothing predicts the first of a window."""
@@ -224,16 +224,16 @@ class _Kept:
         part = self._part(state)
         if own:
             self._write({name: state[name] for name in own}, part)
-            distributed.wait()
+            distributed.barrier()
         if distributed.is_first():
             self._write({name: tensor for name, tensor in state.items() if name not in own}, self.file)
-        distributed.wait()
-        for old in set(part.parent.glob(f"*-{distributed.number()}.safetensors")) - {part}:
+        distributed.barrier()
+        for old in set(part.parent.glob(f"*-{distributed.rank()}.safetensors")) - {part}:
             old.unlink()
 
     def _part(self, state: State) -> Path:
         """The file of what this process holds of ``state``."""
-        return self.file.with_name(f"step-{int(state['steps'][0])}-{distributed.number()}.safetensors")
+        return self.file.with_name(f"step-{int(state['steps'][0])}-{distributed.rank()}.safetensors")
 
     @staticmethod
     def _write(state: State, file: Path) -> None:
@@ -241,7 +241,7 @@ class _Kept:
 
     @staticmethod
     def _read(file: Path) -> State:
-        files = Files(file.parent, file.name)
+        files = SafetensorsFolder(file.parent, file.name)
         # copies: the file's own pages may be dropped at any time, and training changes these
         return {name: files.tensor(name).clone() for name in files.names}
 

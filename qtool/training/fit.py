@@ -20,7 +20,7 @@ from qtool.system.errors import InputError
 State = dict[str, Tensor]
 
 
-class Group(NamedTuple):
+class ParamGroup(NamedTuple):
     """Parameters that move at the same rate."""
 
     parameters: list[nn.Parameter]
@@ -28,7 +28,7 @@ class Group(NamedTuple):
     weight_decay: float = 0.0  # decoupled: each step shrinks a parameter by lr * weight_decay
 
 
-class Fit(NamedTuple):
+class FitResult(NamedTuple):
     """What a training was."""
 
     losses: list[float]  # of every step
@@ -110,7 +110,7 @@ def total_factor(num_steps: int, config: OptimConfig) -> float:
     return sum(lr_factor(step, num_steps, config) for step in range(num_steps))
 
 
-def make_optimizer(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(groups: Sequence[ParamGroup], config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer that ``config`` names.
 
     Raises:
@@ -134,7 +134,7 @@ def make_optimizer(groups: Sequence[Group], config: OptimConfig) -> torch.optim.
 
 
 def fit(
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     num_steps: int,
     loss_of_step: Callable[[int], Tensor | Iterable[Tensor]],
     config: OptimConfig,
@@ -144,7 +144,7 @@ def fit(
     on_step: Callable[[float], None] | None = None,
     keeper: Keeper | None = None,
     save_every: int = 0,
-) -> Fit:
+) -> FitResult:
     """Train the parameters of ``groups`` in place for ``num_steps``.
 
     ``loss_of_step(i)`` gives the loss of step ``i``, or the parts that it is the sum of, one by one: each part's
@@ -179,7 +179,7 @@ def fit(
     if num_steps == 0:
         run.end()
     at = validation_steps(num_steps, validate_every) if validate is not None else []
-    return Fit(run.losses, run.validation, run.best_step, at)
+    return FitResult(run.losses, run.validation, run.best_step, at)
 
 
 def validation_steps(num_steps: int, every: int) -> list[int]:
@@ -190,14 +190,14 @@ def validation_steps(num_steps: int, every: int) -> list[int]:
 
 def _held(parameter: nn.Parameter) -> nn.Parameter:
     """What moves in this process: the parameter, or the part of it that is here, in the same memory."""
-    ours = distributed.part(parameter)
+    ours = distributed.local_shard(parameter)
     return parameter if ours is parameter else nn.Parameter(ours, requires_grad=parameter.requires_grad)
 
 
 class _Run:
     """Everything that changes while ``fit`` is at work."""
 
-    def __init__(self, groups: Sequence[Group], num_steps: int, config: OptimConfig) -> None:
+    def __init__(self, groups: Sequence[ParamGroup], num_steps: int, config: OptimConfig) -> None:
         self.num_steps, self.config = num_steps, config
         self.given = [parameter for group in groups for parameter in group.parameters]
         self.groups = [group._replace(parameters=[_held(each) for each in group.parameters]) for group in groups]
@@ -221,12 +221,12 @@ class _Run:
         assert total is not None, "a step without a loss"
         for ours, given in zip(self.parameters, self.given, strict=True):
             if ours is not given and given.grad is not None:
-                ours.grad, given.grad = distributed.part(given.grad), None
+                ours.grad, given.grad = distributed.local_shard(given.grad), None
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        distributed.average(total, *([] if self.sharded else gradients))  # those of parts are averages already
+        distributed.all_reduce_mean(total, *([] if self.sharded else gradients))  # those of parts are averages already
         loss, norm = float(total), torch.nn.utils.get_total_norm(gradients)
         if self.sharded:
-            norm = distributed.total(norm.square()).sqrt()
+            norm = distributed.all_reduce_sum(norm.square()).sqrt()
         for name, value in (("the loss", loss), ("the gradient", float(norm))):
             if not math.isfinite(value):
                 self.optimizer.zero_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qtool.blocks.job import Job, Method, Result
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.training import EndToEnd, GridConfig, WeightsConfig
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, replace_linear
@@ -16,7 +16,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 from qtool.training.end_to_end import num_steps, train_model
-from qtool.training.fit import Fit, Group, total_factor
+from qtool.training.fit import FitResult, ParamGroup, total_factor
 from qtool.training.losses import CE
 from qtool.training.sharding import train_by_block
 
@@ -47,7 +47,7 @@ class Start:
         Raises:
             InputError: they differ, or it is no checkpoint of ours.
         """
-        self.source = Source(resolve(folder, key="method.init_from"))
+        self.source = NativeCheckpoint(resolve(folder, key="method.init_from"))
         asked, found = {target.name: target for target in targets}, self.source.specs
         if asked.keys() != found.keys():
             odd = min(asked.keys() ^ found.keys())
@@ -87,22 +87,22 @@ class Start:
 C = TypeVar("C", bound=EndToEnd)
 
 
-def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> Group:
+def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> ParamGroup:
     """The weights of ``layer``; ``total`` is the sum of the schedule's factors."""
     lr = config.travel * float(layer.qparams()[0].detach().mean()) / total if config.lr is None else config.lr
-    return Group([layer.weight], lr, config.weight_decay)
+    return ParamGroup([layer.weight], lr, config.weight_decay)
 
 
-def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[Group]:
+def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[ParamGroup]:
     """The weights, scales and, where they are learned, zero points of ``layer``."""
     ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
     scale_lr = ends * float(layer.scale.detach().mean()) * 2 / layer.spec.qmax
     groups = [
         weight_group(layer, config, total),
-        Group([layer.scale], scale_lr if config.scale_lr is None else config.scale_lr),
+        ParamGroup([layer.scale], scale_lr if config.scale_lr is None else config.scale_lr),
     ]
     if layer.zero_point.requires_grad:
-        groups.append(Group([layer.zero_point], ends if config.scale_lr is None else config.scale_lr))
+        groups.append(ParamGroup([layer.zero_point], ends if config.scale_lr is None else config.scale_lr))
     return groups
 
 
@@ -110,7 +110,7 @@ def train_linears(
     job: Job,
     config: C,
     make: Callable[[Target, C], L],
-    groups_of: Callable[[L, C, float], list[Group]],
+    groups_of: Callable[[L, C, float], list[ParamGroup]],
 ) -> Result:
     """Train a layer in the place of each target on the text of the job, all at once, and pack.
 
@@ -127,13 +127,13 @@ def train_linears(
     total = max(total_factor(num_steps(config, len(job.text)), config.optim), 1e-9)
     layers: list[dict[str, L]] = []
 
-    def put(index: int) -> list[Group]:
+    def put(index: int) -> list[ParamGroup]:
         layers.append(put_linears(loaded.model, job.of_block(index), lambda target: make(target, config)))
         if start is not None:
             start.take_codes(layers[index])
         return [group for layer in layers[index].values() for group in groups_of(layer, config, total)]
 
-    def train(groups: list[Group]) -> Fit:
+    def train(groups: list[ParamGroup]) -> FitResult:
         return train_model(job, teacher, groups, config, phase="training")
 
     def pack(index: int) -> None:
@@ -148,7 +148,7 @@ def trained_method(
     summary: str,
     config: type[C],
     make: Callable[[Target, C], L],
-    groups_of: Callable[[L, C, float], list[Group]],
+    groups_of: Callable[[L, C, float], list[ParamGroup]],
 ) -> Method[C]:
     """The method that trains ``make(target, config)`` in the place of each target, end to end."""
     run = partial(train_linears, make=make, groups_of=groups_of)

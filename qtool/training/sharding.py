@@ -24,7 +24,7 @@ from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed
 from qtool.system.errors import InputError
-from qtool.training.fit import Fit, Group
+from qtool.training.fit import FitResult, ParamGroup
 
 if TYPE_CHECKING:  # some builds of torch are for one process only
     from torch.distributed.fsdp import FSDPModule
@@ -36,7 +36,7 @@ def check(config: EndToEndConfig) -> None:
     Raises:
         InputError: this process is alone.
     """
-    if config.sharding == "full" and distributed.count() == 1:
+    if config.sharding == "full" and distributed.world_size() == 1:
         raise InputError(
             "sharding: full splits the model over processes, and this is the only one; start more with torchrun "
             "--nproc-per-node N -m qtool, or set sharding: none"
@@ -47,10 +47,10 @@ def train_by_block(
     loaded: LoadedModel,
     teacher: nn.Module | None,
     config: EndToEndConfig,
-    make: Callable[[int], list[Group]],
-    train: Callable[[list[Group]], Fit],
+    make: Callable[[int], list[ParamGroup]],
+    train: Callable[[list[ParamGroup]], FitResult],
     pack: Callable[[int], None],
-) -> Fit:
+) -> FitResult:
     """Make what trains in each block, train all of it, and pack each block.
 
     ``make(index)`` puts layers into a block of ``loaded.model`` and says what trains of them; ``pack(index)`` puts
@@ -84,10 +84,10 @@ class _Shards:
         self.names = [name for name, _ in loaded.blocks()]
         self.models = [self.student, *([] if teacher is None else [teacher])]
         self.units = list(zip(*(decoder_blocks(model)[1] for model in self.models), strict=True))
-        self.mesh = init_device_mesh(loaded.device.type, (distributed.count(),))
+        self.mesh = init_device_mesh(loaded.device.type, (distributed.world_size(),))
         self.hollow = _hollow(loaded.model)
 
-    def split(self, make: Callable[[int], list[Group]]) -> list[Group]:
+    def split(self, make: Callable[[int], list[ParamGroup]]) -> list[ParamGroup]:
         """Make and split one block after the other, of both models, then the rest; returns what trains."""
         groups = []
         for index, unit in enumerate(self.units):
@@ -112,7 +112,7 @@ class _Shards:
         """
         from torch.distributed.fsdp import fully_shard
 
-        whole = {p for module in modules for p in module.parameters() if distributed.part(p) is p and p.dim()}
+        whole = {p for module in modules for p in module.parameters() if distributed.local_shard(p) is p and p.dim()}
         for parameter in whole:
             parameter.data = parameter.data.contiguous()
         for module in modules:

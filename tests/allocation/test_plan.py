@@ -12,11 +12,11 @@ from helpers.bit_plans import budgeted, planned
 from helpers.stopped_runs import Killed, hashes, killed_at_rename, quantize, stop_after
 from pydantic import ValidationError
 
-from qtool.allocation.plan import Plan, check, units_of
+from qtool.allocation.plan import BitPlan, check, units_of
 from qtool.allocation.sensitivity import ESTIMATORS, merged
 from qtool.allocation.solvers import SOLVERS
 from qtool.checkpoints.files import folder_bytes
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.cli import main
 from qtool.config import recipe
 from qtool.config.budget import BudgetConfig
@@ -178,7 +178,7 @@ def whole(models, tmp_path_factory):
     """Files and plan of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "out"
     quantize(recipe.load(make(models, output)))
-    return hashes(output), Plan.model_validate(manifest_of(output)["plan"])
+    return hashes(output), BitPlan.model_validate(manifest_of(output)["plan"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -187,8 +187,8 @@ def test_every_method_takes_a_plan_and_its_result_is_evaluated_and_exported(mode
     sections = {"export": exports, "eval": {"tasks": ["generated", "kl"], "limit": 2, "context": 32}}
     budget = {"average_bits": 3.4, "estimator": "hessian"}
     outcome = quantize(recipe.load(make(models, tmp_path / "out", method, budget, **sections)))
-    plan = Plan.model_validate(manifest_of(tmp_path / "out")["plan"])
-    specs = Source(tmp_path / "out").specs
+    plan = BitPlan.model_validate(manifest_of(tmp_path / "out")["plan"])
+    specs = NativeCheckpoint(tmp_path / "out").specs
     assert {name: spec.num_bits for name, spec in specs.items()} == {
         name: each.num_bits for each in plan.allotments for name in each.linears
     }
@@ -203,7 +203,7 @@ def test_every_method_takes_a_plan_and_its_result_is_evaluated_and_exported(mode
 def test_the_files_of_a_run_are_within_a_size(models, tmp_path, method) -> None:
     size = 110_000
     outcome = quantize(recipe.load(make(models, tmp_path / "out", method, {"size": size, "estimator": "variance"})))
-    plan = Plan.model_validate(manifest_of(tmp_path / "out")["plan"])
+    plan = BitPlan.model_validate(manifest_of(tmp_path / "out")["plan"])
     assert folder_bytes(tmp_path / "out") == outcome.report.quantized_bytes <= plan.num_bytes <= size
     assert plan.num_bytes - folder_bytes(tmp_path / "out") < 0.03 * size
     assert len({each.num_bits for each in plan.allotments}) > 1
@@ -225,7 +225,7 @@ def test_a_run_chooses_what_qtool_plan_shows(models, tmp_path, whole) -> None:
             made = whole[1]
         else:
             quantize(recipe.load(file))
-            made = Plan.model_validate(manifest_of(tmp_path / estimator)["plan"])
+            made = BitPlan.model_validate(manifest_of(tmp_path / estimator)["plan"])
         assert shown == made
 
 
@@ -276,7 +276,7 @@ def test_patterns_with_dots_can_be_set(tmp_path) -> None:
 def test_plan_prints_json_and_asks_for_a_budget(models, tmp_path, capsys) -> None:
     file = str(make(models, tmp_path / "out", budget={"average_bits": 3, "estimator": "variance"}))
     assert main.main(["plan", file, "-q", "--json"]) == 0
-    found = Plan.model_validate_json(capsys.readouterr().out)
+    found = BitPlan.model_validate_json(capsys.readouterr().out)
     assert found.bits_per_weight <= 3
     assert main.main(["plan", file, "-q", "--set", "quant.budget=null"]) == 2
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qtool.checkpoints import files, sizes
-from qtool.checkpoints.native import Source
-from qtool.checkpoints.quantization_config import describe, specs_of
+from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.models.folders import read_config
 from qtool.models.linears import packed_linears
@@ -67,7 +67,7 @@ def test_a_saved_checkpoint_holds_the_same_codes_scales_and_zero_points(
 ) -> None:
     floats = tiny.FAMILIES[family](tmp_path / "float")
     loaded = tiny.quantize(floats, tmp_path / "out", QuantConfig(num_bits=3, group_size=32, symmetric=symmetric))
-    source = Source(tmp_path / "out")
+    source = NativeCheckpoint(tmp_path / "out")
     layers = packed_linears(loaded.model)
     assert list(source.specs) == list(layers)
     assert len(layers) == {"llama": 14, "gpt2": 8, "opt": 12}[family]
@@ -76,7 +76,7 @@ def test_a_saved_checkpoint_holds_the_same_codes_scales_and_zero_points(
 
 
 def test_every_linear_of_a_mixed_checkpoint_has_its_own_grid(folder: Path, mixed: Path) -> None:
-    source = Source(mixed)
+    source = NativeCheckpoint(mixed)
     layers = packed_linears(tiny.packed(folder, MIXED).model)
     assert source.specs == {name: layer.spec for name, layer in layers.items()}
     assert "model.layers.1.mlp.up_proj" not in source.specs
@@ -89,7 +89,7 @@ def test_every_linear_of_a_mixed_checkpoint_has_its_own_grid(folder: Path, mixed
 
 
 def test_what_stays_in_floating_point_keeps_its_bits_and_its_dtype(folder: Path, mixed: Path) -> None:
-    floats, source = tiny.stored(folder), Source(mixed)
+    floats, source = tiny.stored(folder), NativeCheckpoint(mixed)
     kept = set(source.float_names())
     assert kept == set(floats) - {f"{name}.weight" for name in source.specs}
     assert "model.layers.1.mlp.up_proj.weight" in kept
@@ -121,8 +121,11 @@ def test_a_large_checkpoint_is_sharded_with_an_index(
     assert set(index["weight_map"]) == set(whole) == set(sharded)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
-    source = Source(tmp_path / "out")
-    assert all(torch.equal(source.quantized(name).codes, Source(mixed).quantized(name).codes) for name in source.specs)
+    source = NativeCheckpoint(tmp_path / "out")
+    assert all(
+        torch.equal(source.quantized(name).codes, NativeCheckpoint(mixed).quantized(name).codes)
+        for name in source.specs
+    )
 
 
 def test_others_may_read_the_files_as_far_as_the_umask_says(folder: Path, tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_packed_tensors_on_disk_have_exactly_the_bits_per_weight_of_the_formula(
 ) -> None:
     quant = QuantConfig(num_bits=bits, symmetric=symmetric, group_size=group)
     tiny.quantize(folder, tmp_path / "out", quant)
-    source = Source(tmp_path / "out")
+    source = NativeCheckpoint(tmp_path / "out")
     tensors = tiny.stored(tmp_path / "out")
     shapes = {name: tuple(tensors[f"{name}.weight_shape"].tolist()) for name in source.specs}
     payload = 0
@@ -195,15 +198,15 @@ specs = st.builds(
 
 @given(st.dictionaries(st.text(min_size=1), specs, min_size=1))
 def test_the_section_of_any_mix_of_grids_reads_back_as_it_was(grids: dict[str, QuantSpec]) -> None:
-    section = json.loads(json.dumps(describe(grids)))
+    section = json.loads(json.dumps(section_of(grids)))
     assert specs_of(section) == grids
     assert list(specs_of(section)) == list(grids)
-    assert describe(specs_of(section)) == section
+    assert section_of(specs_of(section)) == section
 
 
 @given(specs, st.integers(1, 5))
 def test_one_grid_is_written_once(spec: QuantSpec, count: int) -> None:
-    section = describe({f"layers.{i}.q": spec for i in range(count)})
+    section = section_of({f"layers.{i}.q": spec for i in range(count)})
     assert section["overrides"] == {}
     assert QuantSpec(**{key: section[key] for key in QuantSpec.model_fields if key in section}) == spec
 
@@ -214,7 +217,7 @@ def test_a_newer_format_is_refused_by_its_number(mixed: Path, tmp_path: Path) ->
     with pytest.raises(
         InputError, match=rf"newer: .*version {ACTIVATIONS_VERSION + 1}.*reads up to {ACTIVATIONS_VERSION}.*upgrade"
     ):
-        Source(folder)
+        NativeCheckpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ def test_a_damaged_section_is_refused_with_the_folder_named(
     folder = tiny.copied(mixed, tmp_path / "damaged")
     set_section(folder, **damage)
     with pytest.raises(InputError, match=r"damaged: quantization_config is damaged"):
-        Source(folder)
+        NativeCheckpoint(folder)
 
 
 @pytest.mark.parametrize("key", ["num_bits", "linears", "overrides", "scale_dtype"])
@@ -248,7 +251,7 @@ def test_a_section_that_lacks_a_key_is_refused(mixed: Path, tmp_path: Path, key:
     del config["quantization_config"][key]
     files.write_json(folder / "config.json", config)
     with pytest.raises(InputError, match=f"damaged: '{key}'"):
-        Source(folder)
+        NativeCheckpoint(folder)
 
 
 @pytest.mark.parametrize("section", [[], "qtool", 4], ids=repr)
@@ -256,18 +259,18 @@ def test_a_section_that_is_no_mapping_is_refused(mixed: Path, tmp_path: Path, se
     folder = tiny.copied(mixed, tmp_path / "wrong")
     files.write_json(folder / "config.json", read_config(folder) | {"quantization_config": section})
     with pytest.raises(InputError, match="quantization_config"):
-        Source(folder)
+        NativeCheckpoint(folder)
 
 
 def test_a_float_model_and_another_tools_model_are_no_source(folder: Path, mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a float model; a qtool checkpoint is needed"):
-        Source(folder)
+        NativeCheckpoint(folder)
     other = tiny.copied(mixed, tmp_path / "other")
     set_section(other, quant_method="gptq")
     with pytest.raises(InputError, match="'gptq', not a qtool checkpoint"):
-        Source(other)
+        NativeCheckpoint(other)
     with pytest.raises(InputError, match=r"has no config\.json"):
-        Source(tmp_path)
+        NativeCheckpoint(tmp_path)
 
 
 def test_a_tensor_that_is_missing_or_does_not_fit_its_grid_is_named(mixed: Path, tmp_path: Path) -> None:
@@ -275,9 +278,9 @@ def test_a_tensor_that_is_missing_or_does_not_fit_its_grid_is_named(mixed: Path,
     folder = tiny.copied(mixed, tmp_path / "shape")
     set_section(folder, num_bits=4)
     with pytest.raises(InputError, match=rf"{name}\.weight_packed is torch\.int32 \[64, 6\]; .* \[64, 8\]"):
-        Source(folder).quantized(name)
+        NativeCheckpoint(folder).quantized(name)
     with pytest.raises(InputError, match=r"lacks the tensor model\.layers\.9\.x; the checkpoint is incomplete"):
-        Source(folder).tensor("model.layers.9.x")
+        NativeCheckpoint(folder).tensor("model.layers.9.x")
 
 
 def test_a_truncated_file_is_named(mixed: Path, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_a_truncated_file_is_named(mixed: Path, tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged"):
-        Source(folder).quantized("model.layers.0.self_attn.q_proj")
+        NativeCheckpoint(folder).quantized("model.layers.0.self_attn.q_proj")
 
 
 def test_a_folder_without_manifest_has_an_empty_one_and_a_damaged_one_is_refused(mixed: Path, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import qtool
 from qtool.checkpoints import transformers_hook
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import Source
-from qtool.checkpoints.quantization_config import describe
+from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.quantization_config import section_of
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.models.folders import read_config
@@ -101,7 +101,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same_weights(model: nn.Module, native: Native) -> bool:
-    source = Source(native.folder)
+    source = NativeCheckpoint(native.folder)
     found = weights(model)
     return found.keys() == source.specs.keys() and all(
         torch.equal(weight, dequantize(*source.quantized(name))) for name, weight in found.items()
@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_model_that_was_written_bit_by_bit(native: Nativ
 
 
 def test_logits_are_those_of_the_float_model_with_dequantized_weights(native: Native) -> None:
-    source = Source(native.folder)
+    source = NativeCheckpoint(native.folder)
     dense = tiny.load(native.floats).model
     for name in source.specs:
         old = dense.get_submodule(name)
@@ -251,14 +251,14 @@ def test_save_pretrained_writes_the_same_checkpoint(native: Native, dtype: str |
     native.load(dtype=dtype).save_pretrained(tmp_path / "again")
     first, second = tiny.stored(native.folder), tiny.stored(tmp_path / "again")
     assert first.keys() == second.keys()
-    packed = set(first) - set(Source(native.folder).float_names())
+    packed = set(first) - set(NativeCheckpoint(native.folder).float_names())
     assert len(packed) >= 4 * len(native.specs)
     for name, tensor in first.items():
         if dtype == "auto" or name in packed:
             assert second[name].dtype == tensor.dtype, name
         assert torch.equal(second[name].to(tensor.dtype), tensor), name
     section = read_config(tmp_path / "again")["quantization_config"]
-    assert section == read_config(native.folder)["quantization_config"] == describe(native.specs)
+    assert section == read_config(native.folder)["quantization_config"] == section_of(native.specs)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(tiny.logits(again), native.logits)
 
@@ -266,7 +266,7 @@ def test_save_pretrained_writes_the_same_checkpoint(native: Native, dtype: str |
 def test_the_config_can_be_printed_copied_and_written(llama: Native) -> None:
     config = llama.load().config
     assert '"quant_method": "qtool"' in repr(config)
-    assert json.loads(config.to_json_string())["quantization_config"] == describe(llama.specs)
+    assert json.loads(config.to_json_string())["quantization_config"] == section_of(llama.specs)
     assert copy.deepcopy(config).quantization_config.specs == llama.specs
 
 
@@ -274,7 +274,7 @@ def test_the_config_can_be_printed_copied_and_written(llama: Native) -> None:
 
 
 def test_a_config_of_another_version_or_method_is_refused(llama: Native) -> None:
-    section = describe(llama.specs)
+    section = section_of(llama.specs)
     assert transformers_hook.QtoolConfig(**section).to_dict() == section
     with pytest.raises(InputError, match=f"format version {ACTIVATIONS_VERSION + 1}.*upgrade qtool"):
         transformers_hook.QtoolConfig(**section | {"format_version": ACTIVATIONS_VERSION + 1})

@@ -17,7 +17,7 @@ from qtool import evaluation
 from qtool.cli import main
 from qtool.config.quant import QuantConfig
 from qtool.config.sweep import BenchConfig
-from qtool.evaluation import bench
+from qtool.evaluation import bench as bench_module
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.reports import bench_report
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, plan: BenchConfig = SMALL) -> BenchReport:
-    return bench.bench(str(folder), "cpu", plan)
+    return bench_module.bench(str(folder), "cpu", plan)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> list[tuple[str, str, int]]:
@@ -49,7 +49,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> l
     def time(clock: Any, work: Any) -> tuple[float, float | None]:
         before = clock.meter.read()
         work()
-        decoder = getattr(work, "__self__", None) or (work.args[0] if work.func is bench._steps else None)
+        decoder = getattr(work, "__self__", None) or (work.args[0] if work.func is bench_module._steps else None)
         model = work.args[0] if decoder is None else decoder.model
         layers = packed_linears(model).values()
         name = DENSE if not layers else FAST if all(layer.kernel for layer in layers) else EXACT
@@ -59,8 +59,8 @@ def watch(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str], float]) -> l
             timed.append((name, PREFILL, 0))
         return seconds(name), clock.meter.joules(before, clock.meter.read())
 
-    monkeypatch.setattr(bench._Clock, "time", time)
-    monkeypatch.setattr(bench, "ENOUGH", 5.0)
+    monkeypatch.setattr(bench_module._Clock, "time", time)
+    monkeypatch.setattr(bench_module, "ENOUGH", 5.0)
     return timed
 
 
@@ -124,7 +124,7 @@ def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: LoadedModel) -
     calls: list[tuple[torch.Size, int]] = []
     prompt = tiny.probe()
     with torch.inference_mode():
-        decoder = bench._Decoder(llama.model, prompt)
+        decoder = bench_module._Decoder(llama.model, prompt)
         written = [prompt, decoder.token]
         llama.model.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append(
@@ -234,7 +234,7 @@ def test_the_table_is_the_same_in_a_terminal(capsys: pytest.CaptureFixture[str])
 def test_a_system_that_cannot_reset_its_peak_has_no_peak(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "CLEAR_REFS", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(bench_module, "CLEAR_REFS", tmp_path / "none" / "clear_refs")
     report = run(folder)
     assert {variant.peak_bytes for variant in report.variants} == {None}
     assert "| peak memory | not measured | not measured | not measured |" in report.markdown()
@@ -242,7 +242,7 @@ def test_a_system_that_cannot_reset_its_peak_has_no_peak(
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot reset the peak of memory")
 def test_peaks_are_those_of_the_work_alone() -> None:
-    held = bench._Memory(torch.device("cpu"))
+    held = bench_module._Memory(torch.device("cpu"))
     size = 64 << 20
     torch.ones(2 * size, dtype=torch.uint8).max()  # an earlier, higher peak
     kept = torch.ones(size, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.files import file_hashes
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe
 from qtool.evaluation import weights
@@ -93,7 +93,7 @@ def test_a_weight_of_zeros_has_no_error_or_an_infinite_one() -> None:
 def test_the_report_has_the_error_of_what_is_on_the_disk(models: Path, tmp_path: Path, method: str) -> None:
     recipe = make(models, tmp_path / "out", method)
     found = errors(quantized(recipe))
-    floats, source = load_file(models / "llama" / "model.safetensors"), Source(recipe.output.path)
+    floats, source = load_file(models / "llama" / "model.safetensors"), NativeCheckpoint(recipe.output.path)
     assert list(found) == list(source.specs)
     for name, error in found.items():
         assert error == pytest.approx(relative_error(floats[f"{name}.weight"], source.quantized(name)), rel=1e-6)
@@ -105,7 +105,7 @@ def test_the_report_has_the_error_of_what_is_on_the_disk(models: Path, tmp_path:
 def test_scales_that_awq_folded_are_part_of_the_weight_it_rounded(models: Path, tmp_path: Path) -> None:
     recipe = make(models, tmp_path / "out", "awq")
     found = errors(quantized(recipe))
-    floats, source = load_file(models / "llama" / "model.safetensors"), Source(recipe.output.path)
+    floats, source = load_file(models / "llama" / "model.safetensors"), NativeCheckpoint(recipe.output.path)
     against_files = {name: relative_error(floats[f"{name}.weight"], source.quantized(name)) for name in found}
     folded = {name: error for name, error in found.items() if error != pytest.approx(against_files[name], rel=1e-3)}
     assert {name.rpartition(".")[2] for name in folded} >= {"q_proj", "up_proj"}
@@ -116,7 +116,7 @@ def test_transposed_weights_and_linears_that_stay_float(models: Path, tmp_path: 
     skipped = {"overrides": {"*.0.mlp.c_fc": {"skip": True}, "*.mlp.c_proj": {"num_bits": 8}}}
     recipe = make(models, tmp_path / "out", "rtn", "gpt2", **skipped)
     report = quantized(recipe)
-    source = Source(recipe.output.path)
+    source = NativeCheckpoint(recipe.output.path)
     by_name = {linear.name: linear for linear in report.linears}
     left = by_name.pop("transformer.h.0.mlp.c_fc")
     assert (left.num_bits, left.weight_error, left.shape) == (None, None, (256, 64))

@@ -8,7 +8,7 @@ from helpers import tiny
 from helpers.native_checkpoints import GRIDS, Natives, exported, read_back
 from helpers.packed import WEIGHTS, Weight
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig
 from qtool.exporters import gptq
 from qtool.models.folders import read_config
@@ -64,7 +64,7 @@ def test_each_linear_that_differs_is_named_with_its_whole_grid(native: Natives) 
     section = read_config(native.export("auto-round", "mixed"))["quantization_config"]
     assert (section["bits"], section["group_size"], section["sym"]) == (4, 32, True)
     assert section["block_name_to_quantize"] == "model.layers"
-    specs = Source(native("mixed")).specs
+    specs = NativeCheckpoint(native("mixed")).specs
     extra = section["extra_config"]
     for name, spec in specs.items():
         grid = {"bits": spec.num_bits, "group_size": spec.group_size, "sym": spec.symmetric}

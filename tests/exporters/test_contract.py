@@ -12,7 +12,7 @@ import torch
 from helpers import tiny
 from helpers.native_checkpoints import GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.quant import BITS, QuantConfig
 from qtool.config.sections import ExportConfig
@@ -28,7 +28,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
 
 
 def same_floats(name: str, folder: Path, out: Path) -> bool:
-    source, opened = Source(folder), _base.get(name).open(out)
+    source, opened = NativeCheckpoint(folder), _base.get(name).open(out)
     return all(torch.equal(opened.tensor(each).float(), source.tensor(each).float()) for each in source.float_names())
 
 
@@ -54,7 +54,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     name: str, grid: str, native: Natives, tmp_path: Path
 ) -> None:
     folder, out = native(grid), tmp_path / "out"
-    source, exporter = Source(folder), _base.get(name)
+    source, exporter = NativeCheckpoint(folder), _base.get(name)
     reason = exporter.refuses(source, ExportConfig(format=name, path=out))
     assert (reason is not None) == refused(name, grid), reason
     if reason is not None:
@@ -169,7 +169,7 @@ def test_dense_in_a_dtype_that_was_asked_for_says_how_much_it_rounds(
 ) -> None:
     folder = native("w8g32")
     out = exported(folder, "dense", tmp_path / "out", dtype)
-    source, tensors = Source(folder), tiny.stored(out)
+    source, tensors = NativeCheckpoint(folder), tiny.stored(out)
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
     assert read_config(out)["dtype"] == dtype
     exact = {f"{name}.weight": dequantize(*source.quantized(name)) for name in source.specs}
@@ -198,7 +198,7 @@ def test_dense_in_float32_rounds_nothing_and_says_nothing(native: Natives, tmp_p
 def test_gptq_tensors_are_ours_transposed(grid: str, native: Natives) -> None:
     folder, spec = native(grid), GRIDS[grid]
     ours, theirs = tiny.stored(folder), tiny.stored(native.export("gptq", grid))
-    for name in Source(folder).specs:
+    for name in NativeCheckpoint(folder).specs:
         rows, columns = ours[f"{name}.weight_shape"].tolist()
         groups = spec.num_groups(columns)
         assert theirs[f"{name}.qweight"].shape == (columns * spec.num_bits // 32, rows)
@@ -242,7 +242,7 @@ def test_a_zero_point_of_0_survives_in_version_2(tmp_path: Path, native: Natives
     for bits in BITS:
         folder = tmp_path / f"q{bits}"
         written = tiny.quantize(tmp_path / "float", folder, QuantConfig(num_bits=bits, group_size=32, symmetric=False))
-        assert not Source(folder).quantized(Q_PROJ).zero_point.any()
+        assert not NativeCheckpoint(folder).quantized(Q_PROJ).zero_point.any()
         out = exported(folder, "gptq", tmp_path / f"out{bits}")
         assert not tiny.stored(out)[f"{Q_PROJ}.qzeros"].any()
         assert torch.equal(read_back(out), tiny.logits(written.model))
@@ -326,7 +326,7 @@ def test_compressed_tensors_asymmetric_loads_dequantized_with_the_same_weights(
     folder, out = native(grid), native.export("compressed-tensors", grid)
     assert "CompressedTensorsConfig(dequantize=True)" in (out / "README.md").read_text()
     model = plain(out, quantization_config=CompressedTensorsConfig(dequantize=True))
-    source = Source(folder)
+    source = NativeCheckpoint(folder)
     half_step = 2**-11  # relative: compressed-tensors multiplies in float16, the dtype of the scales
     for name in source.specs:
         expected = dequantize(*source.quantized(name))
@@ -349,7 +349,7 @@ def test_compressed_tensors_names_every_float_linear_and_every_grid(native: Nati
     mixed = native.export("compressed-tensors", "mixed")
     section = read_config(mixed)["quantization_config"]
     targets = [name for group in section["config_groups"].values() for name in group["targets"]]
-    assert sorted(targets) == sorted(Source(native("mixed")).specs)
+    assert sorted(targets) == sorted(NativeCheckpoint(native("mixed")).specs)
     assert section["ignore"] == ["lm_head"]
     section = read_config(native.export("compressed-tensors", "skipped"))["quantization_config"]
     assert sorted(section["ignore"]) == ["lm_head", "model.layers.1.mlp.up_proj"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
@@ -116,7 +116,7 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
     assert {kinds[f"blk.{i}.{part}.weight"] for i in range(4) for part in ("attn_q", "ffn_down")} == {name}
     assert kinds["token_embd.weight"] == "BF16"
     assert kinds["output_norm.weight"] == "F32"
-    source, opened = Source(tmp_path / "q"), _base.get("gguf").open(out)
+    source, opened = NativeCheckpoint(tmp_path / "q"), _base.get("gguf").open(out)
     for linear in source.specs:
         assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
 
@@ -135,7 +135,7 @@ def as_transformers_reads(out: Path) -> torch.nn.Module:
 def test_transformers_reads_the_same_weights_and_logits_of_every_family(name: str, tmp_path: Path) -> None:
     folder = quantized(name, tmp_path)
     out = exported(folder, "gguf", tmp_path / "out")
-    model, source = as_transformers_reads(out), Source(folder)
+    model, source = as_transformers_reads(out), NativeCheckpoint(folder)
     for linear in source.specs:
         assert torch.equal(model.get_parameter(f"{linear}.weight"), dequantize(*source.quantized(linear))), linear
     assert torch.equal(tiny.logits(model), tiny.logits(plain(folder)))
@@ -173,7 +173,7 @@ def test_rows_and_biases_of_query_and_key_pair_neighbours_in_llama_only(tmp_path
         folder = quantized(family, at)
         out = exported(folder, "gguf", at / "out")
         stored = {t.name: t for t in gguf.GGUFReader(out / "model.gguf").tensors}
-        source = Source(folder)
+        source = NativeCheckpoint(folder)
         # GGUF interleaves the rows of the two halves of each head of 16
         order = [16 * head + half * 8 + i for head in range(4) for i in range(8) for half in range(2)]
         order = order if family != "qwen2" else list(range(64))
@@ -250,7 +250,7 @@ def test_it_says_how_many_bits_were_written_and_how_to_need_fewer(native: Native
 def damaged(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
     """Make the exporter change its file after it was written; ``change`` gets the untyped reader of ``gguf``."""
 
-    def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
         notes: list[str] = original.write(source, out, config)
         change(gguf.GGUFReader(out / "model.gguf", "r+"))
         return notes
@@ -378,12 +378,12 @@ def test_without_the_package_it_says_what_to_install(
 
 
 def test_it_is_refused_before_the_run(tmp_path: Path) -> None:
-    from qtool.checkpoints.native import Planned
+    from qtool.checkpoints.native import PlannedCheckpoint
 
     loaded = tiny.load(tiny.llama(tmp_path / "float"))
     targets = select_targets(loaded, QuantConfig(num_bits=8, group_size=32, symmetric=False))
     shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
-    planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
+    planned = PlannedCheckpoint(loaded, {target.name: target.spec for target in targets}, shapes)
     reason = _base.refusal("gguf", planned, ExportConfig(format="gguf", path=tmp_path / "out"))
     assert reason is not None
     assert "symmetric: true" in reason

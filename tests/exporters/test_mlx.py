@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.exporters import mlx
 from qtool.models.folders import read_config
@@ -59,7 +59,7 @@ def test_scales_that_engines_take_for_zero_or_that_overflow_are_refused() -> Non
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_its_codes_are_ours_and_its_biases_what_the_zero_points_come_to(grid: str, native: Natives) -> None:
-    source, theirs = Source(native(grid)), tiny.stored(native.export("mlx", grid))
+    source, theirs = NativeCheckpoint(native(grid)), tiny.stored(native.export("mlx", grid))
     for name in source.specs:
         _, scale, zero_point, _ = source.quantized(name)
         repeat = theirs[f"{name}.scales"].shape[1] // scale.shape[1]

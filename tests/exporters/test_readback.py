@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _readback
@@ -52,7 +52,7 @@ def plant(name: str, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], N
     """Make the exporter ``name`` write a folder and then damage it."""
     module = import_module(f"qtool.exporters.{name.replace('-', '_')}")
 
-    def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+    def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
         notes: list[str] = original.write(source, out, config)
         damage(out)
         return notes

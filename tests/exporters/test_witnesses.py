@@ -14,7 +14,7 @@ from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.quant.affine import dequantize
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -39,7 +39,7 @@ def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) 
 
 def check(folder: Path, witness: dict[str, Tensor], tolerance: float) -> None:
     """Assert that weights are equal to the last bit, and logits up to ``tolerance`` times the largest."""
-    source = Source(folder)
+    source = NativeCheckpoint(folder)
     for linear in source.specs:
         assert torch.equal(witness[f"{linear}.weight"], dequantize(*source.quantized(linear))), linear
     with torch.no_grad():

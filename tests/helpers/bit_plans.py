@@ -3,7 +3,7 @@
 import torch
 
 from qtool.allocation import plan
-from qtool.allocation.plan import Plan, units_of
+from qtool.allocation.plan import BitPlan, units_of
 from qtool.blocks.job import Job
 from qtool.config.budget import BudgetConfig
 from qtool.config.quant import QuantConfig
@@ -15,5 +15,5 @@ def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:
     return (quant or QuantConfig(group_size=32)).model_copy(update={"budget": BudgetConfig.model_validate(budget)})
 
 
-def planned(loaded: LoadedModel, quant: QuantConfig, tokens: torch.Tensor) -> Plan:
+def planned(loaded: LoadedModel, quant: QuantConfig, tokens: torch.Tensor) -> BitPlan:
     return plan.plan(Job(loaded, (), tokens), lambda: loaded, units_of(loaded, quant), quant)

@@ -11,7 +11,7 @@ from helpers.methods import by_name
 from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.methods import efficientqat
-from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
+from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
@@ -67,10 +67,10 @@ def random_layer(spec: QuantSpec, rank: int = 0, seed: int = 0) -> BlockLinear:
     """A layer in the middle of its training, zero points beyond the grid among it."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(6, 32, generator=generator) * 0.05
-    layer = LowRankLinear(weight, None, spec, PLAIN, rank) if rank else BlockLinear(weight, None, spec)
+    layer = LowRankBlockLinear(weight, None, spec, PLAIN, rank) if rank else BlockLinear(weight, None, spec)
     layer.scale.data *= 0.5 + torch.rand(layer.scale.shape, generator=generator)
     if not spec.symmetric:
         layer.zero_point.data += 4 * torch.randn(layer.zero_point.shape, generator=generator)
-    if isinstance(layer, LowRankLinear):
+    if isinstance(layer, LowRankBlockLinear):
         layer.up.data = torch.randn(layer.up.shape, generator=generator)
     return layer

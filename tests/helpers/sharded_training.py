@@ -94,7 +94,7 @@ def live_bytes() -> int:
 def held(model: nn.Module) -> dict[str, Any]:
     """How many numbers of each matrix of ``model`` there are, and how many of them are here."""
     parameters = {name: p for name, p in model.named_parameters() if p.dim() == 2}
-    here = {name: distributed.part(p).numel() for name, p in parameters.items()}
+    here = {name: distributed.local_shard(p).numel() for name, p in parameters.items()}
     whole = [name for name, buffer in model.named_buffers() if buffer.dim() >= 2 and buffer.dtype != torch.bool]
     whole += [name for name, p in parameters.items() if not isinstance(p, DTensor)]
     return {"all": {name: p.numel() for name, p in parameters.items()}, "here": here, "whole": whole}
@@ -108,7 +108,7 @@ def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
 
     def fit(groups: Any, *args: Any, **kwargs: Any) -> Any:
         found["live"] = live_bytes() - before
-        found["moved"] = [(p.numel(), distributed.part(p).numel()) for group in groups for p in group.parameters]
+        found["moved"] = [(p.numel(), distributed.local_shard(p).numel()) for group in groups for p in group.parameters]
         return train(groups, *args, **kwargs)
 
     def by_block(loaded: LoadedModel, teacher: nn.Module | None, config: Any, make: Any, train: Any, pack: Any) -> Any:
@@ -187,18 +187,18 @@ def stopping(after: int) -> Iterator[None]:
 def main(folder: Path, device: str) -> None:
     """Run every case in this process and its like."""
     torch.set_num_threads(1)
-    distributed.begin(torch.device(device))
+    distributed.start(torch.device(device))
     state = folder / "states"
     for name, case in CASES.items():
-        found = train_case(case, folder, state / f"{name}-{distributed.count()}", "full", device)
-        torch.save(found, folder / f"{name}-{distributed.number()}.pt")
-    again = state / f"{KILLED}-{distributed.count()}"
+        found = train_case(case, folder, state / f"{name}-{distributed.world_size()}", "full", device)
+        torch.save(found, folder / f"{name}-{distributed.rank()}.pt")
+    again = state / f"{KILLED}-{distributed.world_size()}"
     with pytest.raises(Stopped), stopping(after=3):
         train_case(CASES["plain"], folder, again, "full", device)
     killed = sorted(file.name for file in (again / "training").iterdir())
     found = train_case(CASES["plain"], folder, again, "full", device)
-    torch.save(found | {"files": killed}, folder / f"{KILLED}-{distributed.number()}.pt")
-    distributed.end()
+    torch.save(found | {"files": killed}, folder / f"{KILLED}-{distributed.rank()}.pt")
+    distributed.finish()
 
 
 if __name__ == "__main__":

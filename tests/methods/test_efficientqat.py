@@ -20,7 +20,7 @@ from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
 from qtool.methods.efficientqat import block_ap, e2e_qp
-from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankLinear
+from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
@@ -152,7 +152,7 @@ def test_every_trainable_parameter_moves(
             scale, zero_point = minmax_qparams(floats.get_submodule(name).weight.detach(), layer.spec)
             assert float((layer.scale != scale).float().mean()) > 0.9, name
             assert float((layer.zero_point != zero_point).float().mean()) > 0.2, name  # only where something clips
-            if isinstance(layer, LowRankLinear):
+            if isinstance(layer, LowRankBlockLinear):
                 assert float((layer.up != 0).float().mean()) > 0.9
             else:
                 moved = (layer.weight - floats.get_submodule(name).weight).abs() > 1e-6
@@ -348,7 +348,7 @@ def test_ranks_of_the_term_leave_the_weight_alone(
     run(llama, tokens, W2A, low_rank=4)
     for training in trainings:
         for target, layer in zip(training.task.targets, training.layers, strict=True):
-            assert isinstance(layer, LowRankLinear)
+            assert isinstance(layer, LowRankBlockLinear)
             assert torch.allclose(layer.weight, floats.get_submodule(target.name).weight, atol=1e-3)
             term = (layer.up @ layer.down).detach()
             assert int(torch.linalg.matrix_rank(term)) <= 4
@@ -357,7 +357,7 @@ def test_ranks_of_the_term_leave_the_weight_alone(
             assert torch.equal(layer.quantized.codes, used)
 
 
-def round_codes(layer: LowRankLinear) -> Tensor:
+def round_codes(layer: LowRankBlockLinear) -> Tensor:
     """The plain formula: ``clamp(round(w / s + z + up down))``."""
     scale, zero_point = (side.detach().repeat_interleave(16, 1) for side in layer.qparams())
     grid = layer.weight.detach() / scale + zero_point + (layer.up @ layer.down).detach()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
-from qtool.blocks.hidden_states import Stream
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import BITS, QuantSpec
@@ -157,13 +157,15 @@ def test_windows_held_out_are_not_trained_on(count: int, wanted: int) -> None:
 
 def test_windows_come_from_any_batch_in_the_order_asked_for() -> None:
     x = torch.arange(7 * 2 * 3.0).view(7, 2, 3)
-    windows = Windows(Stream(None, x.split(3)))
+    windows = Windows(HiddenStates(None, x.split(3)))
     assert len(windows) == 7
     assert torch.equal(windows[[6, 0, 4]], x[[6, 0, 4]])
 
 
 def test_a_step_is_worked_on_in_parts_whose_calls_are_known() -> None:
-    task: Any = SimpleNamespace(inputs=Stream(None, torch.zeros(9, 2, 3).split(3)), calls={1: None, 3: None, 4: None})
+    task: Any = SimpleNamespace(
+        inputs=HiddenStates(None, torch.zeros(9, 2, 3).split(3)), calls={1: None, 3: None, 4: None}
+    )
     training = BlockTraining(task, task.inputs, [], [])
     assert list(training.parts([5, 6, 7, 8, 0, 1, 2, 3, 4])) == [[5, 6, 7, 8], [0, 1, 2, 3], [4]]
     assert list(training.parts([2, 1])) == [[2], [1]]

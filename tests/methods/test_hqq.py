@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
-from qtool.checkpoints.native import Source
-from qtool.checkpoints.quantization_config import describe, specs_of
+from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config import catalog, recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.sections import ExportConfig
@@ -168,7 +168,7 @@ def test_a_packed_layer_keeps_zero_points_between_codes(bits: int, scale_dtype: 
 def test_zero_points_between_codes_come_back_from_disk_bit_for_bit(llama: LoadedModel, tmp_path: Path) -> None:
     hqq.run(Job.select(llama, FLOAT_ZERO), hqq.Config())
     folder = checkpoint_of(llama, tmp_path / "packed")
-    layers, source = packed_linears(llama.model), Source(folder)
+    layers, source = packed_linears(llama.model), NativeCheckpoint(folder)
     for dtype in (torch.float32, torch.bfloat16):
         restored = packed_linears(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
         for name, layer in layers.items():
@@ -228,7 +228,7 @@ def test_they_need_an_asymmetric_grid() -> None:
 
 def test_folders_from_before_there_were_any_are_still_read() -> None:
     spec = QuantSpec(symmetric=False)
-    section = describe({"a": spec})
+    section = section_of({"a": spec})
     del section["float_zero"]
     assert specs_of(section) == {"a": spec}
 

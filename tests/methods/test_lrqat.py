@@ -18,7 +18,7 @@ from qtool.checkpoints import native, output_folder
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.methods import lrqat, rtn
-from qtool.methods.lrqat import LENGTH, Config, LowRankLinear, Phi, input_directions, principal
+from qtool.methods.lrqat import B_ROW_RMS, Config, LowRankLinear, Phi, input_directions, principal
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
@@ -214,7 +214,7 @@ def test_principal_directions_carry_what_the_largest_eigenvectors_do(rank: int, 
     best = torch.linalg.eigvalsh(gram.double()).flip(0)[:rank].float()
     assert (carried > 0.9 * best).all()
     torch.testing.assert_close((lengths / lengths[0]) ** 4, carried / carried[0], atol=1e-3, rtol=1e-2)
-    assert float(lengths.square().mean().sqrt()) == pytest.approx(LENGTH, rel=1e-4)
+    assert float(lengths.square().mean().sqrt()) == pytest.approx(B_ROW_RMS, rel=1e-4)
     assert torch.equal(found, principal(gram, rank, generator(seed)))
 
 

@@ -18,8 +18,8 @@ from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
-from qtool.checkpoints.native import Planned, Source
-from qtool.checkpoints.quantization_config import describe, label, specs_of
+from qtool.checkpoints.native import NativeCheckpoint, PlannedCheckpoint
+from qtool.checkpoints.quantization_config import grids_label, section_of, specs_of
 from qtool.config import catalog
 from qtool.config.quant import QuantConfig
 from qtool.config.recipe import Recipe, resolved
@@ -243,8 +243,8 @@ def test_overrides_change_the_rounding_of_some_linears(llama: LoadedModel) -> No
     assert specs["model.layers.1.mlp.down_proj"].activations is None
     assert (specs[ATTENTION.format(0, "k_proj")].kv_cache, specs[ATTENTION.format(0, "k_proj")].kv_group_size) == (4, 8)
     assert specs[ATTENTION.format(0, "v_proj")].kv_cache is None
-    assert specs_of(json.loads(json.dumps(describe(specs)))) == specs
-    assert label(specs) == "w4g16 a4/8 kv4"
+    assert specs_of(json.loads(json.dumps(section_of(specs)))) == specs
+    assert grids_label(specs) == "w4g16 a4/8 kv4"
 
 
 # ------------------------------------------------------------------------------------------------------ the recipe
@@ -270,13 +270,13 @@ def test_a_group_without_bits_is_refused() -> None:
 
 def test_a_checkpoint_says_that_it_rounds_and_older_readers_stop_at_its_version(llama: LoadedModel) -> None:
     specs = {target.name: target.spec for target in select_targets(llama, A8KV4)}
-    section = json.loads(json.dumps(describe(specs)))
+    section = json.loads(json.dumps(section_of(specs)))
     assert section["format_version"] == ACTIVATIONS_VERSION == FORMAT_VERSION + 1
     assert (section["activations"], section["kv_cache"]) == (8, None)
     assert section["overrides"][ATTENTION.format(0, "k_proj")] == {"kv_cache": 4, "kv_group_size": 16}
     assert specs_of(section) == specs
-    assert label(specs) == "w4g16 asym a8 kv4"
-    plain = describe({name: spec.weights_only for name, spec in specs.items()})
+    assert grids_label(specs) == "w4g16 asym a8 kv4"
+    plain = section_of({name: spec.weights_only for name, spec in specs.items()})
     assert plain["format_version"] == FORMAT_VERSION
     assert not {"activations", "kv_cache", "kv_group_size"} & plain.keys()
 
@@ -293,9 +293,9 @@ def test_no_export_leaves_it_out(
     message = rf"cannot be exported as {name}: model\.layers\.0\.self_attn\.\w+ rounds activations .*; use the native"
     with pytest.raises(InputError, match=message):
         export.export(tmp_path / "native", wanted, False)
-    assert _base.refusal(name, Source(tmp_path / "native"), wanted)
+    assert _base.refusal(name, NativeCheckpoint(tmp_path / "native"), wanted)
     targets = select_targets(llama, config)
-    planned = Planned(llama, {t.name: t.spec for t in targets}, {t.name: t.weight_shape for t in targets})
+    planned = PlannedCheckpoint(llama, {t.name: t.spec for t in targets}, {t.name: t.weight_shape for t in targets})
     assert _base.refusal(name, planned, wanted)
     entry = [{"format": name, "path": str(tmp_path / "export")}]
     with pytest.raises(InputError, match=message):
@@ -311,7 +311,7 @@ def test_a_training_with_rounding_starts_from_weights_without_it(
     targets = select_targets(llama, A8KV4)
     layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, None, t.spec))
     Start(str(tmp_path / "start"), targets).take_codes(layers)
-    source = Source(tmp_path / "start")
+    source = NativeCheckpoint(tmp_path / "start")
     for name, layer in layers.items():
         assert torch.equal(layer.quantized.codes, source.quantized(name).codes)
         assert layer.freeze().spec.activations == 8

@@ -92,19 +92,19 @@ def test_more_processes_than_windows_in_a_step_are_refused(
 def test_sharding_that_a_launcher_asks_for_is_refused_and_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="fully sharded training, which qtool does not use"):
-        distributed.begin(torch.device("cpu"))
+        distributed.start(torch.device("cpu"))
 
 
 def test_a_process_alone_is_the_first_and_waits_for_nobody() -> None:
-    assert (distributed.count(), distributed.number(), distributed.is_first(), distributed.active()) == (
+    assert (distributed.world_size(), distributed.rank(), distributed.is_first(), distributed.active()) == (
         1,
         0,
         True,
         False,
     )
     value = torch.ones(2)
-    distributed.average(value)
-    distributed.wait()
+    distributed.all_reduce_mean(value)
+    distributed.barrier()
     assert value.tolist() == [1.0, 1.0]
 
 

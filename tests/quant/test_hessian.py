@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qtool.blocks.task import Stage
 from qtool.methods import gptq
 from qtool.methods.gptq import collect
-from qtool.quant import hessian
+from qtool.quant import hessian as hessian_module
 from qtool.quant.hessian import add_gram, gram, mirror
 from qtool.system import matmul
 
@@ -72,6 +72,6 @@ def test_gram_has_the_bits_of_gptqs_hessian_and_is_the_scaled_sum_of_outer_produ
 def test_gram_does_not_depend_on_how_many_rows_are_cast_at_once(rows: int, at_once: int) -> None:
     x = torch.randint(-8, 9, (rows, 6), generator=torch.Generator().manual_seed(rows)).float()  # so that sums are exact
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hessian, "MIN_ROWS", at_once)
-        patch.setattr(hessian, "MAX_ELEMENTS", 1)
+        patch.setattr(hessian_module, "MIN_ROWS", at_once)
+        patch.setattr(hessian_module, "MAX_ELEMENTS", 1)
         assert torch.equal(gram(iter([x])), x.T @ x * (2 / rows))

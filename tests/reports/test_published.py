@@ -12,7 +12,7 @@ from rich.console import Console
 from qtool.cli import main
 from qtool.config import recipe
 from qtool.config.sections import ExpectedConfig
-from qtool.reports.records import Metric, TaskResult, compare, task_result
+from qtool.reports.records import Metric, TaskResult, beside_published, task_result
 from qtool.reports.report import Report
 from qtool.system.errors import InputError
 
@@ -29,7 +29,7 @@ def row(task: str, metric: str, value: float, stderr: float | None = None, **fie
 
 
 def report(*expected: ExpectedConfig, results: tuple[TaskResult, ...] = ()) -> Report:
-    return Report(model="m", results=results, expected=compare(expected, results))
+    return Report(model="m", results=results, expected=beside_published(expected, results))
 
 
 def rendered(of: Report) -> str:
@@ -40,7 +40,7 @@ def rendered(of: Report) -> str:
 
 
 def test_the_difference_is_ours_minus_theirs() -> None:
-    (found,) = compare(
+    (found,) = beside_published(
         [published("wikitext2", metric="perplexity", value=6.5)], [row("wikitext2", "perplexity", 7.0, 0.1)]
     )
     assert (found.task, found.measured, found.stderr, found.difference, found.note) == ("wikitext2", 7.0, 0.1, 0.5, "")
@@ -48,25 +48,25 @@ def test_the_difference_is_ours_minus_theirs() -> None:
 
 def test_of_several_tasks_it_is_the_mean_and_its_standard_error() -> None:
     rows = [row("piqa", "acc", 0.5, 0.03), row("piqa", "acc_norm", 0.9, 0.5), row("arc_easy", "acc", 0.7, 0.04)]
-    (found,) = compare([published("piqa", "arc_easy", value=0.5)], rows)
+    (found,) = beside_published([published("piqa", "arc_easy", value=0.5)], rows)
     assert found.task == "mean of piqa, arc_easy"
     assert found.measured == pytest.approx(0.6)
     assert found.stderr == pytest.approx(0.025)
     assert found.difference == pytest.approx(0.1)
-    (found,) = compare([published("piqa", "arc_easy")], [*rows[:2], row("arc_easy", "acc", 0.7)])
+    (found,) = beside_published([published("piqa", "arc_easy")], [*rows[:2], row("arc_easy", "acc", 0.7)])
     assert found.stderr is None
 
 
 def test_acc_norm_is_acc_for_a_task_that_has_no_other() -> None:
     rows = [row("piqa", "acc", 0.5), row("piqa", "acc_norm", 0.7), row("boolq", "acc", 0.9)]
-    (found,) = compare([published("piqa", "boolq", metric="acc_norm", value=0.8)], rows)
+    (found,) = beside_published([published("piqa", "boolq", metric="acc_norm", value=0.8)], rows)
     assert found.difference == pytest.approx(0)
-    (found,) = compare([published("piqa", "boolq", metric="acc", value=0.7)], rows)
+    (found,) = beside_published([published("piqa", "boolq", metric="acc", value=0.7)], rows)
     assert found.difference == pytest.approx(0)
 
 
 def test_a_limit_is_told_for_the_paper_had_none() -> None:
-    (found,) = compare([published("piqa")], [row("piqa", "acc", 0.5, limit=10)])
+    (found,) = beside_published([published("piqa")], [row("piqa", "acc", 0.5, limit=10)])
     assert found.note == "limit 10"
 
 
@@ -79,7 +79,7 @@ def test_a_limit_is_told_for_the_paper_had_none() -> None:
     ],
 )
 def test_what_was_not_measured_says_why(results: tuple[TaskResult, ...], note: str) -> None:
-    (found,) = compare([published("piqa")], results)
+    (found,) = beside_published([published("piqa")], results)
     assert (found.measured, found.difference, found.note) == (None, None, note)
 
 

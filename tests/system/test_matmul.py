@@ -16,7 +16,7 @@ def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process as it was before anything was chosen, and afterwards as this test found it."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
-    monkeypatch.setattr(matmul, "_left", "none")
+    monkeypatch.setattr(matmul, "_last_set", "none")
     matmul.onednn_serves.cache_clear()
     yield
     matmul.onednn_serves.cache_clear()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qtool.config.training import OptimConfig, TrainedConfig
 from qtool.system.errors import InputError
-from qtool.training.fit import Fit, Group, NonFiniteError, fit, lr_factor, total_factor
+from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, fit, lr_factor, total_factor
 
 PLAIN = OptimConfig(schedule="constant")
 TARGET = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -32,9 +32,11 @@ def losses(w: nn.Parameter) -> Callable[[int], Tensor]:
     return loss_of_step
 
 
-def train(num_steps: int, config: OptimConfig = PLAIN, lr: float = 0.05, **options: Any) -> tuple[nn.Parameter, Fit]:
+def train(
+    num_steps: int, config: OptimConfig = PLAIN, lr: float = 0.05, **options: Any
+) -> tuple[nn.Parameter, FitResult]:
     w = start()
-    return w, fit([Group([w], lr)], num_steps, losses(w), config, **options)
+    return w, fit([ParamGroup([w], lr)], num_steps, losses(w), config, **options)
 
 
 class Memory:
@@ -53,7 +55,7 @@ class Memory:
 def test_adamw_moves_as_torchs_own() -> None:
     config = OptimConfig(schedule="linear", final_share=0.0, betas=(0.8, 0.95), eps=1e-6)
     a, b = start(), start()
-    fit([Group([a], 0.05, 0.1), Group([b], 0.01)], 5, lambda i: losses(a)(i) + losses(b)(i), config)
+    fit([ParamGroup([a], 0.05, 0.1), ParamGroup([b], 0.01)], 5, lambda i: losses(a)(i) + losses(b)(i), config)
     x, y = start(), start()
     own = torch.optim.AdamW(
         [{"params": [x], "lr": 0.05, "weight_decay": 0.1}, {"params": [y], "lr": 0.01, "weight_decay": 0.0}],
@@ -75,7 +77,7 @@ def test_signsgd_moves_by_the_rate_itself() -> None:
     before = w.detach().clone()
     loss_of_step = losses(w)
     gradient = torch.autograd.grad(loss_of_step(0), w)[0]
-    fit([Group([w], 0.125, 0.5)], 1, loss_of_step, OptimConfig(optimizer="signsgd"))
+    fit([ParamGroup([w], 0.125, 0.5)], 1, loss_of_step, OptimConfig(optimizer="signsgd"))
     assert torch.allclose(w, before * (1 - 0.125 * 0.5) - 0.125 * gradient.sign())
 
 
@@ -102,7 +104,7 @@ def test_a_schedule_tells_how_far_parameters_travel() -> None:
     """The gradient's sign never changes, so neither do Adam's steps."""
     w = nn.Parameter(torch.zeros(3))
     config = OptimConfig(warmup_share=0.2, final_share=0.1, eps=1e-12)
-    fit([Group([w], 0.01)], 40, lambda step: -w.sum(), config)
+    fit([ParamGroup([w], 0.01)], 40, lambda step: -w.sum(), config)
     assert w.detach().tolist() == pytest.approx([0.01 * total_factor(40, config)] * 3, rel=1e-3)
 
 
@@ -132,8 +134,8 @@ def test_parts_add_up_to_one_batch() -> None:
             assert w.grad is not None, "the next part was made before the gradient of this one was taken"
 
     whole, cut = start(), start()
-    one = fit([Group([whole], 0.05)], 3, lambda i: parts(whole, [8]), PLAIN)
-    four = fit([Group([cut], 0.05)], 3, lambda i: parts(cut, [1, 3, 2, 2]), PLAIN)
+    one = fit([ParamGroup([whole], 0.05)], 3, lambda i: parts(whole, [8]), PLAIN)
+    four = fit([ParamGroup([cut], 0.05)], 3, lambda i: parts(cut, [1, 3, 2, 2]), PLAIN)
     assert torch.allclose(whole, cut, atol=1e-6)
     assert one.losses == pytest.approx(four.losses)
     assert made[-4:] == [1, 3, 2, 2]
@@ -145,7 +147,7 @@ def test_long_gradients_are_cut() -> None:
     w.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.norm())))  # type: ignore[union-attr]
     config = OptimConfig(optimizer="adamw", schedule="constant", max_grad_norm=0.01, eps=1.0)
     before = w.detach().clone()
-    fit([Group([w], 1.0)], 1, lambda i: 100 * losses(w)(i), config)
+    fit([ParamGroup([w], 1.0)], 1, lambda i: 100 * losses(w)(i), config)
     assert seen[0] > 1
     # with eps far above the root, AdamW's step is about the gradient itself
     assert float((w.detach() - before).norm()) == pytest.approx(0.01, rel=0.02)
@@ -163,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_parameter_moves(bad: float) 
         return losses(w)(step)
 
     with pytest.raises(NonFiniteError, match="the loss is not finite in step 3") as found:
-        fit([Group([w], 0.05)], 5, loss_of_step, PLAIN)
+        fit([ParamGroup([w], 0.05)], 5, loss_of_step, PLAIN)
     assert found.value.step == 2
     assert torch.equal(w, reached[0])
 
@@ -171,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_parameter_moves(bad: float) 
 def test_a_gradient_that_is_not_finite_stops_too() -> None:
     w = nn.Parameter(torch.zeros(2))
     with pytest.raises(NonFiniteError, match="the gradient"):
-        fit([Group([w], 0.05)], 1, lambda i: w.square().sum().sqrt(), PLAIN)
+        fit([ParamGroup([w], 0.05)], 1, lambda i: w.square().sum().sqrt(), PLAIN)
     assert torch.equal(w, torch.zeros(2))
 
 
@@ -184,7 +186,7 @@ def test_the_best_state_is_restored() -> None:
         states.append(w.detach().clone())
         return [3.0, math.nan, 1.0, 2.0][len(states) - 1]
 
-    found = fit([Group([w], 0.05)], 5, losses(w), PLAIN, validate=validate, validate_every=2)
+    found = fit([ParamGroup([w], 0.05)], 5, losses(w), PLAIN, validate=validate, validate_every=2)
     assert found.validation == pytest.approx([3.0, math.nan, 1.0, 2.0], nan_ok=True)  # at 0, 2, 4 and the end
     assert found.best_step == 4
     assert torch.equal(w, states[2])
@@ -203,7 +205,7 @@ def test_a_training_that_only_harms_leaves_the_start() -> None:
 def test_it_goes_on_from_what_was_kept_to_the_same_bits(optimizer: str, stop: int) -> None:
     config = OptimConfig(optimizer=optimizer, warmup_share=0.3)
 
-    def run(keeper: Memory, until: int = 7) -> tuple[nn.Parameter, Fit]:
+    def run(keeper: Memory, until: int = 7) -> tuple[nn.Parameter, FitResult]:
         w = start()
         done = losses(w)
 
@@ -216,7 +218,7 @@ def test_it_goes_on_from_what_was_kept_to_the_same_bits(optimizer: str, stop: in
             return float(w.detach().abs().sum())
 
         found = fit(
-            [Group([w], 0.05)],
+            [ParamGroup([w], 0.05)],
             7,
             loss_of_step,
             config,

@@ -235,7 +235,7 @@ def test_one_process_does_not_ignore_sharding(tmp_path: Path, llama: LoadedModel
 def test_a_launcher_that_asks_for_it_is_told_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"configure it without, and use the recipe's sharding: full"):
-        distributed.begin(torch.device("cpu"))
+        distributed.start(torch.device("cpu"))
 
 
 def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

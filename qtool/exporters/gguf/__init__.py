@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qtool.checkpoints.native import Source
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
@@ -92,7 +92,7 @@ METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
 }
 
 
-def refuses(source: Source, config: ExportConfig) -> str | None:
+def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse models and tokenizers that llama.cpp would compute otherwise, and grids and scales that no type holds."""
     if find_spec("gguf") is None:
         return "this format needs the package gguf; install it with: pip install 'qtool[gguf]'"
@@ -125,7 +125,7 @@ def _misfit(name: str, spec: QuantSpec, columns: int) -> str | None:
     )
 
 
-def _unknown_model(source: Source) -> str | None:
+def _unknown_model(source: NativeCheckpoint) -> str | None:
     """Return the reason why llama.cpp would compute something else with the same weights, or ``None``."""
     model = _model(source.folder)
     if model.model_type not in FAMILIES:
@@ -187,7 +187,7 @@ def rope_factors(config: Any) -> Tensor | None:
     return torch.pow(config.rope_parameters["rope_theta"], -exponents) / scaled
 
 
-def write(source: Source, out: Path, config: ExportConfig) -> list[str]:
+def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write ``model.gguf``, and beside it the config and tokenizer of the checkpoint; see ``Exporter.write``."""
     import gguf
 
@@ -241,7 +241,7 @@ def _add(writer: Any, name: str, tensor: Tensor, kind: str, order: Tensor | None
     writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
-def _notes(source: Source, model: Any, sizes: Counter[tuple[str, blocks.Block]]) -> list[str]:
+def _notes(source: NativeCheckpoint, model: Any, sizes: Counter[tuple[str, blocks.Block]]) -> list[str]:
     """Return the notes for users of the file."""
     found = {name: source.tensor(f"{name}.weight_shape").tolist() for name in source.specs}
     shapes = {name: (rows, columns) for name, (rows, columns) in found.items()}

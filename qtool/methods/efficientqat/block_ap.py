@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from qtool.blocks.hidden_states import Stream
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Figures
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
@@ -33,7 +33,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
-from qtool.training.fit import Fit, Group, NonFiniteError, fit, total_factor, windows_of_step
+from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, fit, total_factor, windows_of_step
 from qtool.training.linears import Start, put_linears
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
@@ -95,7 +95,7 @@ class BlockLinear(QuantLinear):
         return F.linear(x, self.expanded, self.bias)
 
 
-class LowRankLinear(BlockLinear):
+class LowRankBlockLinear(BlockLinear):
     """A frozen weight with a trained term of low rank inside its rounding, as LR-QAT has it (arXiv 2406.06385).
 
     ``round(w / scale + zero_point + up @ down)``: the term is in codes, and zero at the start.
@@ -129,7 +129,7 @@ class Norm(NamedTuple):
 class Windows(Sequence[Tensor]):
     """The windows of a stream, one by one or some together, ``[b, t, d]``."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: HiddenStates) -> None:
         self.stream = stream
         self.places = [(i, j) for i, batch in enumerate(stream) for j in range(batch.shape[0])]
 
@@ -156,7 +156,7 @@ def split_windows(count: int, num_validation: int) -> tuple[list[int], list[int]
 class BlockTraining:
     """The layers and norms of one block, and how far its output is from the float block's."""
 
-    def __init__(self, task: BlockTask, goal: Stream, layers: list[BlockLinear], norms: list[Norm]) -> None:
+    def __init__(self, task: BlockTask, goal: HiddenStates, layers: list[BlockLinear], norms: list[Norm]) -> None:
         """``goal`` has the float block's output for each batch of ``task.inputs``."""
         self.task, self.layers, self.norms = task, layers, norms
         self.inputs, self.goal = Windows(task.inputs), Windows(goal)
@@ -219,8 +219,14 @@ class BlockTraining:
         return sum(float(self.part_loss(part)) for part in parts) / sum(self.goal[part].numel() for part in parts)
 
     def run(
-        self, groups: list[Group], num_steps: int, windows: list[int], held: list[int], config: BlockConfig, seed: int
-    ) -> Fit:
+        self,
+        groups: list[ParamGroup],
+        num_steps: int,
+        windows: list[int],
+        held: list[int],
+        config: BlockConfig,
+        seed: int,
+    ) -> FitResult:
         """Train on ``windows``; the best state on ``held`` is what remains.
 
         Raises:
@@ -288,12 +294,12 @@ def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> B
     the first steps. So weights start on them, and leave when their gradients keep pulling.
     """
     arguments = target.weight, linear_bias(target.linear), target.spec, config.rounding
-    layer = LowRankLinear(*arguments, config.low_rank) if config.low_rank else BlockLinear(*arguments)
+    layer = LowRankBlockLinear(*arguments, config.low_rank) if config.low_rank else BlockLinear(*arguments)
     layer.start_from(start)
     if config.init == "gptq" or config.init_from is not None:
         layer.weight.data = dequantize(*start)
     weights = "weights" in config.trains
-    if isinstance(layer, LowRankLinear):
+    if isinstance(layer, LowRankBlockLinear):
         layer.up.requires_grad_(weights)
         layer.down.requires_grad_(weights)
     else:
@@ -313,7 +319,7 @@ def norms_of(task: BlockTask, loaded: LoadedModel) -> list[Norm]:
     return norms
 
 
-def groups_of(layers: list[BlockLinear], norms: list[Norm], total: float, config: BlockConfig) -> list[Group]:
+def groups_of(layers: list[BlockLinear], norms: list[Norm], total: float, config: BlockConfig) -> list[ParamGroup]:
     """What trains, and at which rate; ``total`` is the sum of the schedule's factors."""
     total = max(total, 1e-9)
     groups = []
@@ -324,15 +330,15 @@ def groups_of(layers: list[BlockLinear], norms: list[Norm], total: float, config
         rates["zero_point"] = config.zero_travel / total
         if config.quant_lr is not None:
             rates |= {"scale": config.quant_lr, "zero_point": config.quant_lr}
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, LowRankBlockLinear):
             rates |= {"up": of_weight / step, "down": of_weight / step * float(layer.down.detach().abs().mean())}
         for name, rate in rates.items():
             parameter = layer.get_parameter(name)
             if parameter.requires_grad:
-                groups.append(Group([parameter], rate))
+                groups.append(ParamGroup([parameter], rate))
     for _, master, _ in norms:
         by_travel = config.norm_travel * float(master.detach().abs().mean()) / total
-        groups.append(Group([master], by_travel if config.weight_lr is None else config.weight_lr))
+        groups.append(ParamGroup([master], by_travel if config.weight_lr is None else config.weight_lr))
     return groups
 
 

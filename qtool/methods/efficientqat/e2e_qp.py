@@ -22,7 +22,7 @@ from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packing import unpack
 from qtool.reports.records import Series
 from qtool.training.end_to_end import num_steps, train_model
-from qtool.training.fit import Fit, Group, total_factor
+from qtool.training.fit import FitResult, ParamGroup, total_factor
 from qtool.training.losses import CE
 from qtool.training.sharding import train_by_block
 
@@ -110,13 +110,13 @@ class ScaleLinear(PackedLinear):
         return PackedLinear.from_quantized(QuantizedWeight(*self.quantized), self.bias)
 
 
-def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[Group]:
+def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[ParamGroup]:
     """What trains of a layer, and at which rate; ``total`` is the sum of the schedule's factors."""
     step = float(layer.scale.detach().mean())
     groups = []
     for parameter, travel in ((layer.scale, config.scale_travel * step), (layer.zero_point, config.zero_travel)):
         if parameter.requires_grad:
-            groups.append(Group([parameter], travel / max(total, 1e-9) if config.lr is None else config.lr))
+            groups.append(ParamGroup([parameter], travel / max(total, 1e-9) if config.lr is None else config.lr))
     return groups
 
 
@@ -131,7 +131,7 @@ def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
     blocks = [name for name, _ in loaded.blocks()]
     layers: list[dict[str, ScaleLinear]] = []
 
-    def put(index: int) -> list[Group]:
+    def put(index: int) -> list[ParamGroup]:
         made = {}
         for name, packed in packed_linears(loaded.model.get_submodule(blocks[index])).items():
             made[f"{blocks[index]}.{name}"] = ScaleLinear.of(
@@ -142,7 +142,7 @@ def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
         layers.append(made)
         return [group for layer in made.values() for group in groups_of(layer, total, config)]
 
-    def train(groups: list[Group]) -> Fit:
+    def train(groups: list[ParamGroup]) -> FitResult:
         return train_model(job, teacher, groups, config, phase=PHASE)
 
     def pack(index: int) -> None:

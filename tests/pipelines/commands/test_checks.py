@@ -23,7 +23,7 @@ from helpers.whole_runs import (
 from safetensors.torch import save_file
 
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import MANIFEST, Planned, Source
+from qtool.checkpoints.native import MANIFEST, NativeCheckpoint, PlannedCheckpoint
 from qtool.config import catalog
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ExportConfig
@@ -86,11 +86,14 @@ def test_what_is_planned_is_refused_for_the_same_reason_as_what_is_made(models: 
         loaded = tiny.load(models / "llama")
         targets = select_targets(loaded, quant)
         shapes = {target.name: (target.weight.shape[0], target.weight.shape[1]) for target in targets}
-        planned = Planned(loaded, {target.name: target.spec for target in targets}, shapes)
+        planned = PlannedCheckpoint(loaded, {target.name: target.spec for target in targets}, shapes)
         tiny.quantize(models / "llama", Path(f"q{index}"), quant)
         for name in catalog.export_formats():
             exporter = _base.get(name)
-            before, after = exporter.refuses(planned, config), exporter.refuses(Source(Path(f"q{index}")), config)
+            before, after = (
+                exporter.refuses(planned, config),
+                exporter.refuses(NativeCheckpoint(Path(f"q{index}")), config),
+            )
             assert before == after, name
 
 
@@ -352,7 +355,7 @@ def test_computing_in_half_precision_changes_nothing_that_stays_float(
     result = qtool_("ptq", recipe(model={"path": "./model", "dtype": dtype}))
     assert result.code == 0, result.err
     floats, ours = tiny.stored(Path("model")), tiny.stored(Path("out/q"))
-    for name in Source(Path("out/q")).float_names():
+    for name in NativeCheckpoint(Path("out/q")).float_names():
         assert torch.equal(ours[name], floats[name]), name
 
 

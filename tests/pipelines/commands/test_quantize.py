@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import qtool
 from qtool.blocks.job import load_method
 from qtool.checkpoints import native as checkpoint
-from qtool.checkpoints.native import MANIFEST, Source
+from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.data import windows
@@ -210,7 +210,7 @@ def test_set_changes_one_key_and_the_manifest_says_so(
 ) -> None:
     pattern = "quant.overrides.*.down_proj.num_bits=8"
     assert qtool_("ptq", recipe(), "--set", pattern, "--set", "quant.symmetric=false").code == 0
-    specs = Source(Path("out/q")).specs
+    specs = NativeCheckpoint(Path("out/q")).specs
     assert {spec.num_bits for name, spec in specs.items() if "down_proj" in name} == {8}
     assert {spec.num_bits for name, spec in specs.items() if "down_proj" not in name} == {4}
     manifest = json.loads(Path("out/q", MANIFEST).read_text())

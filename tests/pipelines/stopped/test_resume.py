@@ -224,7 +224,7 @@ def test_a_streamed_run_gives_what_a_whole_model_gives(folder, tmp_path, dtype, 
     get("gptq").run(Job.select(loaded, checked.quant, tokens, seed=checked.seed), checked.method)
     (tmp_path / "library").mkdir()
     native.save(tmp_path / "library", loaded, tiny.specs(loaded))
-    streamed, whole = files.Files(tmp_path / "out"), files.Files(tmp_path / "library")
+    streamed, whole = files.SafetensorsFolder(tmp_path / "out"), files.SafetensorsFolder(tmp_path / "library")
     assert set(streamed.names) == set(whole.names)
     for name in whole.names:
         assert torch.equal(streamed.tensor(name), whole.tensor(name)), name
