@@ -136,7 +136,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: The file cannot be read, or the recipe has faults; the message lists all of them.
     """
     raw, wrong = overridden(read_yaml(path), overrides)
-    return check(Recipe, _with_plan(raw), f"{path} with --set" if overrides else path, wrong)
+    return check(Recipe, with_plan(raw), f"{path} with --set" if overrides else path, wrong)
 
 
 def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> EvalRecipe:
@@ -154,7 +154,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
             raw[section] = {**base, **values}
     if "method" not in raw:
         return check(EvalRecipe, raw, path)
-    recipe = check(Recipe, _with_plan(raw), path)
+    recipe = check(Recipe, with_plan(raw), path)
     if not recipe.output.path.is_dir():
         command = plugins.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which does not exist yet; run: qtool {command} {path}")
@@ -162,7 +162,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
     return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
 
 
-def _with_plan(raw: dict[str, Any]) -> dict[str, Any]:
+def with_plan(raw: dict[str, Any]) -> dict[str, Any]:
     """Return ``raw``; if ``quant.overrides`` names a file, the overrides of that file take its place."""
     quant = raw.get("quant")
     if not isinstance(quant, dict) or not isinstance(quant.get("overrides"), str):

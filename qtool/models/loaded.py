@@ -39,6 +39,8 @@ class LoadedModel:
     streaming: Streaming | None = None
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
     """Lowest and highest value of each parameter, found when its values were checked; empty: not checked yet."""
+    pristine: PreTrainedModel | None = field(default=None, repr=False)
+    """The float model as it was, of a model that has no files to be read from again."""
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -105,6 +107,8 @@ class LoadedModel:
         Where linears have been replaced, it is read from its files, to where this one is.
         """
         if any(isinstance(module, PackedLinear | QuantLinear) for module in self.model.modules()):
+            if self.pristine is not None:
+                return self.pristine
             model: PreTrainedModel = from_files(self.folder, self.dtype)[0].to(self.model.device).eval()
             model.requires_grad_(False)
             return model

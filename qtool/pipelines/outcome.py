@@ -19,6 +19,10 @@ class Outcome:
     exports: list[Path]
     seconds: float
 
+    def _repr_html_(self) -> str:
+        """Return the page of the report as a frame, for a notebook."""
+        return self.report._repr_html_()
+
 
 def described(config: DataConfig) -> CalibrationText:
     """A data section as reports have it."""

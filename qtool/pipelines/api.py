@@ -1,0 +1,312 @@
+"""The public Python API: what ``import qtool`` offers, loaded when it is first used.
+
+Every function takes and gives plain things: a recipe's name, a dict, a path, a transformers model, a tensor of tokens;
+reports and results are the same objects that the command line prints.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtool.allocation.plan import BitPlan
+from qtool.blocks.job import Job, Result, load_method
+from qtool.checkpoints.quantization_config import section_of
+from qtool.checkpoints.transformers_hook import QtoolConfig, QtoolQuantizer
+from qtool.config import catalog, files
+from qtool.config import recipe as recipe_file
+from qtool.config.overrides import changed
+from qtool.config.recipe import EvalRecipe, Recipe
+from qtool.config.sweep import BenchConfig
+from qtool.data import windows
+from qtool.evaluation import bench as speed
+from qtool.evaluation import perplexity as scores
+from qtool.evaluation import tasks as measured
+from qtool.models import backend
+from qtool.models.backend import Backends
+from qtool.models.linears import packed_linears
+from qtool.models.loaded import LoadedModel
+from qtool.models.targets import select_targets
+from qtool.pipelines import evaluate as evaluation
+from qtool.pipelines import export as exporting
+from qtool.pipelines import plan as planning
+from qtool.pipelines import quantize as pipeline
+from qtool.pipelines.outcome import Outcome
+from qtool.reports import comparison, html
+from qtool.reports.bench_report import BenchReport
+from qtool.reports.comparison import Comparison
+from qtool.reports.records import Metric
+from qtool.reports.report import Report
+from qtool.system.tensors import dtype_name
+
+Keys = Mapping[str, object]
+
+
+class Divergence(NamedTuple):
+    """How far a model is from a reference, over the same predictions."""
+
+    kl: Metric  # mean KL(reference || model), in nats per token
+    agreement: Metric  # share of tokens whose most likely successor is the same in both
+
+
+def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe:
+    """Check a recipe: a YAML file, the name of a packaged one, a dict of sections, or a recipe to change.
+
+    ``changes`` are values by dotted key, as ``--set`` takes them: ``seed=1, **{"quant.num_bits": 3}``.
+
+    Raises:
+        InputError: with every fault on a line of its own: dotted key, what is wrong, and the value found.
+    """
+    if isinstance(recipe, Recipe):
+        raw = recipe_file.resolved(recipe)
+    else:
+        raw = files.read_yaml(recipe) if isinstance(recipe, str | Path) else dict(recipe)
+    wrong = []
+    for key, value in changes.items():
+        try:
+            raw = changed(raw, key, value)
+        except ValueError as error:
+            wrong.append(f"{key}: {error}")
+    name = recipe if isinstance(recipe, str | Path) else "the recipe"
+    return recipe_file.check(Recipe, recipe_file.with_plan(raw), f"{name} with changes" if changes else name, wrong)
+
+
+def recipes() -> tuple[str, ...]:
+    """The names of the packaged recipes."""
+    return tuple(files.packaged())
+
+
+def methods() -> tuple[str, ...]:
+    """The names of the quantization methods, for ``method.name``."""
+    return catalog.methods()
+
+
+def formats() -> tuple[str, ...]:
+    """The names of the export formats."""
+    return catalog.export_formats()
+
+
+def quantize(recipe: str | Path | Keys | Recipe, *, fresh: bool = False, **changes: object) -> Outcome | None:
+    """Run a recipe as ``qtool ptq|qat|efficientqat|lrqat`` does: quantize, save, evaluate and export.
+
+    ``recipe`` and ``changes`` are as in :func:`load_recipe`; ``fresh`` starts over where an unfinished run was left.
+    A run that was stopped goes on when it is called again. Of several processes that ``torchrun`` started, the first
+    gets the outcome and the others ``None``.
+
+    Raises:
+        InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
+        RunError: the run could not be finished; what is done stays.
+    """
+    return pipeline.quantize(load_recipe(recipe, **changes), fresh)
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str | Keys = "gptq",
+    *,
+    num_bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = True,
+    quant: Keys | None = None,
+    data: str | Keys | Tensor = "generated",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+) -> Result:
+    """Quantize a model in memory and in place: its linears become ``PackedLinear``, and nothing is written.
+
+    ``model.save_pretrained(folder)`` then writes a native checkpoint, which :func:`export` takes.
+
+    Args:
+        model: a causal language model of transformers, float, on the device where it is to be quantized.
+        tokenizer: its tokenizer, for calibration text.
+        method: the name of a method, or its section: ``{"name": "gptq", "damp": 0.1}``.
+        num_bits: bits per weight: 2, 3, 4 or 8.
+        group_size: input channels that share a scale; -1: one group per row.
+        symmetric: hold the zero point at the middle of the grid.
+        quant: other keys of the section ``quant``, such as ``overrides``.
+        data: calibration text: a source as in the recipe's ``data.source``, its section, or tokens ``[n, t]`` int64.
+        num_samples: windows of text.
+        seq_len: tokens in a window.
+        seed: fixes everything random.
+
+    Returns:
+        What the method recorded, and the relative error of each weight.
+
+    Raises:
+        InputError: keys, a model or text that cannot be used; the model is as it was.
+        RunError: the method failed; the model may be quantized in part.
+    """
+    section = {"name": method} if isinstance(method, str) else dict(method)
+    windows_of: dict[str, object] = {"num_samples": num_samples, "seq_len": seq_len}
+    if isinstance(data, str):
+        windows_of["source"] = data
+    elif not isinstance(data, Tensor):
+        windows_of |= data
+    grid = {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric} | dict(quant or {})
+    raw = {"model": {"path": "the model"}, "method": section, "quant": grid, "data": windows_of, "seed": seed}
+    checked = load_recipe(raw | {"output": {"path": "memory"}})
+    chosen = load_method(checked.method.name)
+    loaded = in_memory(model, tokenizer)
+    model.eval()
+    tokens = labels = None
+    targets = select_targets(loaded, checked.quant)
+    if chosen.needs_data(checked.method):
+        text = (data, None) if isinstance(data, Tensor) else windows.calibration(checked.data, loaded, seed)
+        tokens, labels = text
+    if chosen.end_to_end(checked.method):
+        loaded.pristine = copy.deepcopy(model)
+    model.requires_grad_(False)
+    job = Job(loaded, targets, tokens, labels, seed)
+    result: Result = chosen.run(job, checked.method)
+    config = QtoolConfig(**section_of({target.name: target.spec for target in targets}))
+    whole: Any = model  # Any: transformers sets both without declaring them
+    whole.config.quantization_config, whole.hf_quantizer = config, QtoolQuantizer(config)
+    return result
+
+
+def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """A model that was loaded elsewhere, as qtool's own functions take it."""
+    floats = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    return LoadedModel(model, tokenizer, type(model).__name__, Path(), floats)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    tasks: Sequence[str] = ("wikitext2", "kl"),
+    *,
+    reference: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    **keys: object,
+) -> Report:
+    """Measure a model as ``qtool eval`` does; the report shows itself in a notebook.
+
+    Args:
+        model: a native, exported or plain folder, a hub name, or a model in memory with its ``tokenizer``.
+        tasks: ``wikitext2`` and ``generated`` (token perplexity), ``kl``, or any task of lm-eval.
+        reference: the float model to compare with; left out: the one that a checkpoint was made from.
+        tokenizer: of a model in memory.
+        output: folder for ``report.json``, ``report.md`` and ``report.html``.
+        seed: of generated text.
+        dtype: precision of computation of models that are loaded from folders.
+        device: where models that are loaded from folders compute.
+        keys: other keys of the recipe's section ``eval``: ``limit``, ``num_fewshot``, ``batch_size``, ``context``,
+            ``backend``.
+
+    Raises:
+        InputError: a task, a model or a folder that cannot be used.
+    """
+    in_folder = isinstance(model, str | Path)
+    section = {"path": str(model) if in_folder else "the model", "dtype": dtype, "device": device}
+    asked = {"model": section, "eval": {"tasks": tuple(tasks), **keys}, "seed": seed}
+    checked = recipe_file.check(EvalRecipe, asked, "qtool.evaluate")
+    if isinstance(model, str | Path):
+        if isinstance(reference, PreTrainedModel):
+            raise TypeError("a model in a folder is compared with a reference in a folder: give its path")
+        return evaluation.evaluate(
+            checked.model,
+            checked.eval,
+            float_model=None if reference is None else str(reference),
+            output=None if output is None else Path(output),
+            seed=seed,
+        ).report
+    if tokenizer is None or isinstance(reference, str | Path):
+        raise TypeError("a model in memory is measured with its tokenizer, beside a reference that is in memory too")
+    measured.check_tasks(checked.eval)
+    other = None if reference is None else in_memory(reference, tokenizer)
+    found = measured.evaluate(in_memory(model, tokenizer), checked.eval, other, seed)
+    report = Report(
+        model=type(model).__name__,
+        results=tuple(found),
+        dtype=dtype_name(model.dtype),
+        device=str(model.device),
+        backend=checked.eval.backend if packed_linears(model) else None,
+        seed=seed,
+    )
+    if output is not None:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        report.write(Path(output))
+        html.write(Path(output), report)
+    return report
+
+
+def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int | Literal["auto"] = "auto") -> Metric:
+    """Token perplexity on windows ``tokens`` ``[n, t]`` int64: exp of the mean negative log-likelihood.
+
+    Each window gives ``t - 1`` predictions; the standard error is over windows, by the delta method.
+    """
+    return scores.perplexity(model, tokens, batch_size)
+
+
+def kl(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+) -> Divergence:
+    """Mean KL(reference || model) in nats per token on windows ``tokens`` ``[n, t]`` int64, and top-1 agreement."""
+    return Divergence(*scores.divergence(model, reference, tokens, batch_size))
+
+
+def export(
+    folder: str | Path, format: str, output: str | Path, *, dtype: str = "auto", overwrite: bool = False
+) -> Path:
+    """Write a native checkpoint for another engine, read back and compared before it gets its name.
+
+    Raises:
+        InputError: not a native checkpoint, or one that the format cannot hold exactly; the message says why.
+        RunError: what was read back differs; nothing was kept.
+    """
+    entry = recipe_file.check_export({"format": format, "path": Path(output), "dtype": dtype})
+    return exporting.export(Path(folder), entry, overwrite)
+
+
+def plan(recipe: str | Path | Keys | Recipe, **changes: object) -> BitPlan:
+    """The bit widths that the budget of a recipe comes to; nothing is written.
+
+    Raises:
+        InputError: the recipe has no budget, or one that cannot be met.
+    """
+    return planning.plan(load_recipe(recipe, **changes))
+
+
+def bench(folder: str | Path, *, dtype: str = "bfloat16", device: str = "auto", **keys: object) -> BenchReport:
+    """Measure speed, memory and energy of a checkpoint beside the same weights held densely.
+
+    ``keys``: ``prompt_tokens``, ``new_tokens`` and ``repeats``.
+
+    Raises:
+        InputError: no checkpoint of qtool, or a prompt that its context does not hold.
+    """
+    options = recipe_file.check(BenchConfig, {"dtype": dtype, **keys}, "qtool.bench")
+    return speed.bench(str(folder), device, options)
+
+
+def compare(runs: Sequence[str | Path]) -> Comparison:
+    """Runs side by side, from the ``report.json`` in their folders, and which are best for their size.
+
+    Raises:
+        InputError: a folder without a report.
+    """
+    return comparison.compare([Path(run) for run in runs])
+
+
+def use_backend(model: nn.Module, name: str = "fast") -> Backends:
+    """Let a loaded model decode with this machine's packed kernels (``fast``), or exactly again (``exact``).
+
+    Returns which kernels serve which linears; a linear without a kernel stays exact, and a warning says so.
+    """
+    found = backend.use_backend(model, name)
+    if name == "fast" and found.exact:
+        warnings.warn(f"qtool.use_backend: {found}", stacklevel=2)
+    return found

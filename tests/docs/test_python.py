@@ -1,0 +1,32 @@
+"""docs/python.md: its snippets run as they stand, in their order, and print what they say."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def snippets(page: str) -> list[str]:
+    """The Python blocks of a page of docs."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of use_backend: what has no kernel on this machine
+def test_the_snippets_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.BUILTIN, "out/float")
+    names: dict[str, object] = {}
+    blocks = snippets("python.md")
+    assert len(blocks) == 6
+    for index, block in enumerate(blocks):
+        exec(compile(block, f"docs/python.md, snippet {index}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("out/w3 3.25\n")
+    assert "quant.num_bit: unknown key; the nearest is quant.num_bits; found 3" in printed
+    assert sorted(path.name for path in Path("out").iterdir()) == ["float", "gptq", "saved", "w3"]
