@@ -24,8 +24,8 @@ from qtool.system.version import __version__
 SUMMARIES = {  # of the commands that run methods, in the order of the list of commands
     "ptq": "Quantize a model without training it.",
     "qat": "Quantize a model while training it.",
-    "efficientqat": "Train block by block, then the scales end to end.",
-    "lrqat": "Train low-rank terms inside the rounding.",
+    "efficientqat": "EfficientQAT: train block by block, then all scales.",
+    "lrqat": "LR-QAT: train low-rank adapters inside the rounding.",
 }
 
 
@@ -47,9 +47,9 @@ RecipeArgument = Annotated[
 ]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over where an unfinished run was left.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, errors too.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an unfinished run left, and start over.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, also for errors.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
 
 
@@ -106,13 +106,13 @@ def plan(
     recipe: RecipeArgument,
     set_: Set = [],  # noqa: B006 (typer copies it)
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="YAML to write, for quant.overrides.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="YAML file to write, for quant.overrides.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what widths a recipe's quant.budget comes to."""
+    """Choose the bits of each linear under a quant.budget."""
     from qtool.config.recipe import load
 
     checked = load(recipe, set_)
@@ -152,7 +152,7 @@ def evaluate(
     float_model: Annotated[
         str | None,
         typer.Option(
-            "--float-model", metavar="PATH", help="Compare with this model; left out: the one it was made from."
+            "--float-model", metavar="PATH", help="The float model to compare with. Default: the one it was made from."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the report.")] = None,
@@ -206,7 +206,7 @@ def export(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in the format of another engine."""
+    """Export a checkpoint to the format of another engine."""
     from qtool.config.recipe import check_export
 
     entry = {"format": format_, "path": output, **({} if dtype is None else {"dtype": dtype})}
@@ -223,15 +223,15 @@ def export(
 @app.command("bench", cls=DescribedCommand)
 def bench(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
-    prompt_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of the prompt.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in the prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens decoded in each repeat.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Of each number; the median is shown.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Repeats; the median is shown.")] = 5,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure speed, memory and energy beside the same weights held densely."""
+    """Measure speed, memory and energy of a checkpoint."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
     from qtool.config.recipe import check
@@ -256,18 +256,26 @@ def sweep(
     ],
     set_: Annotated[
         list[str],
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every cell's recipe, or of the sweep."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key of the sweep, or of the recipe of every cell; repeatable."
+        ),
     ] = [],  # noqa: B006 (typer copies it)
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell anew, also those that are done.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell again, even those that are done.")] = False,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", min=1, metavar="N", help="Cells at once; left out: one, on a cluster all."),
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            metavar="N",
+            help="Cells at the same time. Default: one; on a cluster, all.",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sweep.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe over a grid of keys, and put the results into one table."""
+    """Run a recipe over a grid of keys, into one table."""
     from qtool.sweeps import grid
 
     plan = grid.load(file, set_, output)
@@ -294,7 +302,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show runs side by side, and which are best for their size."""
+    """Show runs side by side, and the best for their size."""
     from qtool.reports import comparison as comparing
 
     found = comparing.compare(runs)
@@ -327,7 +335,7 @@ def reproduce(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize again as a checkpoint says it was made, and compare."""
+    """Make a checkpoint again, and compare every tensor."""
     with running(quiet, None):
         from qtool.pipelines import reproduce as pipeline
 
@@ -339,10 +347,10 @@ def reproduce(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one.", autocompletion=recipe_names)
+        str | None, typer.Argument(metavar="NAME", help="The recipe or sweep to print.", autocompletion=recipe_names)
     ] = None,
 ) -> None:
-    """List the packaged recipes and the tables for qtool sweep, or print one to start from."""
+    """List the packaged recipes and sweeps, or print one."""
     from qtool.config import files
 
     packaged = files.packaged() | files.tables()
@@ -359,7 +367,7 @@ def recipes(
 
 @app.command()
 def schema(
-    of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep instead.")] = False,
+    of_sweep: Annotated[bool, typer.Option("--sweep", help="Print the schema of a sweep instead.")] = False,
 ) -> None:
     """Print the JSON schema of a recipe, for editors."""
     from qtool.config import describe as description

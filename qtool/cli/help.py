@@ -1,4 +1,4 @@
-"""Help texts that are made from the recipe's own descriptions, and completions; pydantic is loaded only for them."""
+"""Help texts made from the recipe keys' descriptions, and shell completion; only they import pydantic."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class DescribedCommand(TyperCommand):
-    """A command whose options carry the descriptions of the recipe keys they set."""
+    """A command whose options are described by the recipe keys that they set."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
-        """Fill in the descriptions, then write the options as usual."""
+        """Fill in the descriptions, then write the options as typer does."""
         from qtool.config import catalog, describe
         from qtool.config.sections import EvalConfig, ExportConfig, ModelConfig, OutputConfig
 
@@ -45,9 +45,10 @@ class RecipeCommand(DescribedCommand):
             _write_keys(formatter, keys)
         formatter.write_paragraph()
         formatter.write_text(
-            "Values are YAML. List entries go by number: export.0.path=out. In quant.overrides all between "
-            "'overrides.' and the last key is the pattern: --set 'quant.overrides.*.mlp.down_proj.num_bits=8'; in "
-            "quant.budget.floors and pins all that follows is: --set 'quant.budget.floors.*.mlp.down_proj=3'."
+            "Values are YAML. A list entry is named by its number: --set export.0.path=out. In quant.overrides the "
+            "text between 'overrides.' and the last key is the pattern of linear names: "
+            "--set 'quant.overrides.*.mlp.down_proj.num_bits=8'. In quant.budget.floors and quant.budget.pins all that "
+            "follows is the pattern: --set 'quant.budget.floors.*.mlp.down_proj=3'."
         )
 
 
