@@ -3,7 +3,7 @@
 For LR-QAT, for ``lsq``, which trains all weights, and for Block-AP, EfficientQAT's first phase, which trains one block.
 Three numbers: what is held between two steps (``held_bytes``), what autograd keeps for the backward (``saved_bytes``),
 and the most that is alive at one time (``peak_bytes``). ``lrqat_memory.py`` measures the same, and
-tests/test_memory_accounting.py fails when the code, torch or transformers come to hold something else.
+tests/training/test_memory_accounting.py fails when the code, torch or transformers come to hold something else.
 """
 
 from __future__ import annotations
