@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
+
+if TYPE_CHECKING:
+    from qtool.config.recipe import EvalRecipe
 
 SUMMARIES = {  # of the commands that run methods, in the order of the list of commands
     "ptq": "Quantize a model without training it.",
@@ -160,9 +163,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, KL divergence and lm-eval tasks."""
-    from qtool.config import files
-    from qtool.config.recipe import EvalRecipe, check, load_eval
-
     options: dict[str, dict[str, Any]] = {
         "model": {"dtype": dtype, "device": device},
         "eval": {
@@ -174,12 +174,7 @@ def evaluate(
             "backend": backend,
         },
     }
-    given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
-    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in files.packaged():
-        checked = load_eval(target, given)
-    else:
-        given["model"]["path"] = target
-        checked = check(EvalRecipe, given, "the command line")
+    checked = _evaluation(target, options)
     where = output or (checked.output.path if checked.output else None)
     with running(quiet, where):
         from qtool.pipelines import evaluate as pipeline
@@ -194,6 +189,18 @@ def evaluate(
             plots=checked.output is not None and checked.output.plots,
         )
     show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
+
+
+def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe":
+    """What ``target``, a recipe or a model, asks to measure; ``options`` that were given replace a recipe's keys."""
+    from qtool.config import files
+    from qtool.config.recipe import EvalRecipe, check, load_eval
+
+    given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
+    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in files.packaged():
+        return load_eval(target, given)
+    given["model"]["path"] = target
+    return check(EvalRecipe, given, "the command line")
 
 
 @app.command("export", cls=DescribedCommand)

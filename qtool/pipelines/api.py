@@ -25,7 +25,7 @@ from qtool.config.sweep import BenchConfig
 from qtool.data import windows
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
-from qtool.evaluation import tasks as measured
+from qtool.evaluation import tasks as evaluation_tasks
 from qtool.models import backend
 from qtool.models.backend import Backends
 from qtool.models.linears import packed_linears
@@ -142,32 +142,37 @@ def quantize_model(
         InputError: keys, a model or text that cannot be used; the model is as it was.
         RunError: the method failed; the model may be quantized in part.
     """
-    section = {"name": method} if isinstance(method, str) else dict(method)
-    windows_of: dict[str, object] = {"num_samples": num_samples, "seq_len": seq_len}
-    if isinstance(data, str):
-        windows_of["source"] = data
-    elif not isinstance(data, Tensor):
-        windows_of |= data
-    grid = {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric} | dict(quant or {})
-    raw = {"model": {"path": "the model"}, "method": section, "quant": grid, "data": windows_of, "seed": seed}
-    checked = load_recipe(raw | {"output": {"path": "memory"}})
-    chosen = load_method(checked.method.name)
-    loaded = in_memory(model, tokenizer)
-    model.eval()
-    tokens = labels = None
-    targets = select_targets(loaded, checked.quant)
-    if chosen.needs_data(checked.method):
-        text = (data, None) if isinstance(data, Tensor) else windows.calibration(checked.data, loaded, seed)
-        tokens, labels = text
-    if chosen.end_to_end(checked.method):
-        loaded.pristine = copy.deepcopy(model)
+    windows_of: Keys = {"source": data} if isinstance(data, str) else {} if isinstance(data, Tensor) else data
+    sections: dict[str, object] = {
+        "model": {"path": "the model"},
+        "method": {"name": method} if isinstance(method, str) else dict(method),
+        "quant": {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric} | dict(quant or {}),
+        "data": {"num_samples": num_samples, "seq_len": seq_len, **windows_of},
+        "output": {"path": "memory"},  # nothing is written
+    }
+    checked = load_recipe(sections, seed=seed)
+    job = _job(in_memory(model, tokenizer), checked, data if isinstance(data, Tensor) else None)
     model.requires_grad_(False)
-    job = Job(loaded, targets, tokens, labels, seed)
-    result: Result = chosen.run(job, checked.method)
-    config = QtoolConfig(**section_of({target.name: target.spec for target in targets}))
+    result: Result = load_method(checked.method.name).run(job, checked.method)
+    config = QtoolConfig(**section_of({target.name: target.spec for target in job.targets}))
     whole: Any = model  # Any: transformers sets both without declaring them
     whole.config.quantization_config, whole.hf_quantizer = config, QtoolQuantizer(config)
     return result
+
+
+def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
+    """The job of a recipe on a model in memory, which is not changed; ``tokens``, if given, are its text."""
+    method = load_method(recipe.method.name)
+    loaded.model.eval()
+    targets = select_targets(loaded, recipe.quant)
+    text: tuple[Tensor | None, Tensor | None] = (tokens, None)
+    if not method.needs_data(recipe.method):
+        text = (None, None)
+    elif tokens is None:
+        text = windows.calibration(recipe.data, loaded, recipe.seed)
+    if method.end_to_end(recipe.method):
+        loaded.pristine = copy.deepcopy(loaded.model)
+    return Job(loaded, targets, *text, recipe.seed)
 
 
 def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -221,22 +226,27 @@ def evaluate(
         ).report
     if tokenizer is None or isinstance(reference, str | Path):
         raise TypeError("a model in memory is measured with its tokenizer, beside a reference that is in memory too")
-    measured.check_tasks(checked.eval)
     other = None if reference is None else in_memory(reference, tokenizer)
-    found = measured.evaluate(in_memory(model, tokenizer), checked.eval, other, seed)
-    report = Report(
-        model=type(model).__name__,
-        results=tuple(found),
-        dtype=dtype_name(model.dtype),
-        device=str(model.device),
-        backend=checked.eval.backend if packed_linears(model) else None,
-        seed=seed,
-    )
+    report = _measured(in_memory(model, tokenizer), other, checked)
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         report.write(Path(output))
         html.write(Path(output), report)
     return report
+
+
+def _measured(loaded: LoadedModel, reference: LoadedModel | None, recipe: EvalRecipe) -> Report:
+    """The report of a model in memory."""
+    evaluation_tasks.check_tasks(recipe.eval)
+    results = evaluation_tasks.evaluate(loaded, recipe.eval, reference, recipe.seed)
+    return Report(
+        model=loaded.path,
+        results=tuple(results),
+        dtype=dtype_name(loaded.dtype),
+        device=str(loaded.device),
+        backend=recipe.eval.backend if packed_linears(loaded.model) else None,
+        seed=recipe.seed,
+    )
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int | Literal["auto"] = "auto") -> Metric:
