@@ -24,7 +24,7 @@ from qtool.system.version import __version__
 if TYPE_CHECKING:
     from qtool.config.recipe import EvalRecipe
 
-SUMMARIES = {  # of the commands that run methods, in the order of the list of commands
+SUMMARIES = {  # help texts of the commands that run methods, in their order on the screen
     "ptq": "Quantize a model without training it.",
     "qat": "Quantize a model while training it.",
     "efficientqat": "EfficientQAT: train block by block, then all scales.",
@@ -192,7 +192,7 @@ def evaluate(
 
 
 def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe":
-    """What ``target``, a recipe or a model, asks to measure; ``options`` that were given replace a recipe's keys."""
+    """Return the evaluation of ``target``, a recipe or a model; the ``options`` given replace a recipe's keys."""
     from qtool.config import files
     from qtool.config.recipe import EvalRecipe, check, load_eval
 

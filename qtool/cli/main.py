@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if code == 2 and not distributed.is_first():
             return code  # rank 0 prints the same message
         print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
-        if context := getattr(error, "ctx", None):  # of a usage error
+        if context := getattr(error, "ctx", None):  # only a usage error has one
             print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)
         if "--json" in args:
             print(json.dumps({"error": message, "kind": kind, "exit_code": code}))

@@ -1,4 +1,4 @@
-"""How a command's result is printed, and what is said of an error."""
+"""Printing of results and of error messages."""
 
 import sys
 from collections.abc import Mapping, Sequence

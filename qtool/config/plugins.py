@@ -1,4 +1,4 @@
-"""What a recipe needs of a method: its section, one line about it, and the command that runs it.
+"""The part of a method that a recipe needs: its section, one line about it, and the command that runs it.
 
 The whole contract of a method is ``blocks.job.Method``, that of a format ``exporters._base.Exporter``.
 """

@@ -126,7 +126,7 @@ class ExportConfig(Section):
 
 
 class OutputConfig(Section):
-    """Where the checkpoint goes."""
+    """The folder of the checkpoint."""
 
     path: Path = Field(description="Folder to write; it appears under this name only when complete.")
     overwrite: bool = Field(False, description="Replace an existing folder.")

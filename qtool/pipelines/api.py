@@ -18,9 +18,8 @@ from qtool.blocks.job import Job, Result, load_method
 from qtool.checkpoints.quantization_config import section_of
 from qtool.checkpoints.transformers_hook import QtoolConfig, QtoolQuantizer
 from qtool.config import catalog, files
-from qtool.config import recipe as recipe_file
 from qtool.config.overrides import changed
-from qtool.config.recipe import EvalRecipe, Recipe
+from qtool.config.recipe import EvalRecipe, Recipe, check, check_export, resolved, with_plan
 from qtool.config.sweep import BenchConfig
 from qtool.data import windows
 from qtool.evaluation import bench as speed
@@ -62,7 +61,7 @@ def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe
         InputError: with every fault on a line of its own: dotted key, what is wrong, and the value found.
     """
     if isinstance(recipe, Recipe):
-        raw = recipe_file.resolved(recipe)
+        raw = resolved(recipe)
     else:
         raw = files.read_yaml(recipe) if isinstance(recipe, str | Path) else dict(recipe)
     wrong = []
@@ -72,7 +71,7 @@ def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe
         except ValueError as error:
             wrong.append(f"{key}: {error}")
     name = recipe if isinstance(recipe, str | Path) else "the recipe"
-    return recipe_file.check(Recipe, recipe_file.with_plan(raw), f"{name} with changes" if changes else name, wrong)
+    return check(Recipe, with_plan(raw), f"{name} with changes" if changes else name, wrong)
 
 
 def recipes() -> tuple[str, ...]:
@@ -213,7 +212,7 @@ def evaluate(
     in_folder = isinstance(model, str | Path)
     section = {"path": str(model) if in_folder else "the model", "dtype": dtype, "device": device}
     asked = {"model": section, "eval": {"tasks": tuple(tasks), **keys}, "seed": seed}
-    checked = recipe_file.check(EvalRecipe, asked, "qtool.evaluate")
+    checked = check(EvalRecipe, asked, "qtool.evaluate")
     if isinstance(model, str | Path):
         if isinstance(reference, PreTrainedModel):
             raise TypeError("a model in a folder is compared with a reference in a folder: give its path")
@@ -277,7 +276,7 @@ def export(
         InputError: not a native checkpoint, or one that the format cannot hold exactly; the message says why.
         RunError: what was read back differs; nothing was kept.
     """
-    entry = recipe_file.check_export({"format": format, "path": Path(output), "dtype": dtype})
+    entry = check_export({"format": format, "path": Path(output), "dtype": dtype})
     return exporting.export(Path(folder), entry, overwrite)
 
 
@@ -298,7 +297,7 @@ def bench(folder: str | Path, *, dtype: str = "bfloat16", device: str = "auto", 
     Raises:
         InputError: no checkpoint of qtool, or a prompt that its context does not hold.
     """
-    options = recipe_file.check(BenchConfig, {"dtype": dtype, **keys}, "qtool.bench")
+    options = check(BenchConfig, {"dtype": dtype, **keys}, "qtool.bench")
     return speed.bench(str(folder), device, options)
 
 

@@ -34,7 +34,7 @@ class Document:
     title: str
     name: str = ""  # heading of the Markdown page; if empty, the title is
     headline: str = ""  # the result in one sentence
-    status: str = ""  # how far the work is
+    status: str = ""  # progress of work that is not finished
     facts: Sequence[tuple[str, str]] = ()  # name and text
     warnings: Sequence[str] = ()
     tables: Sequence[Table] = ()

@@ -81,7 +81,7 @@ def change_error(row: TaskResult) -> float | None:
 
 
 class CalibrationText(Record):
-    """What a method learned from."""
+    """The text that calibrated a method."""
 
     source: str
     num_samples: int

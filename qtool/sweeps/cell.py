@@ -38,7 +38,7 @@ QTOOL = [sys.executable, "-m", "qtool"]
 class Cell:
     """State of one cell: its remaining work (``todo``), and why it has no result (``reason``, empty if it has one)."""
 
-    plan: CellRecipe
+    definition: CellRecipe
     out: Path
     todo: Todo = "nothing"
     starts_over: bool = False
@@ -48,24 +48,24 @@ class Cell:
     @property
     def folder(self) -> Path:
         """The folder of the cell's checkpoint and report."""
-        return self.out / self.plan.name
+        return self.out / self.definition.name
 
     @property
     def file(self) -> Path:
         """The file of the cell's recipe."""
-        return self.out / f"{self.plan.name}.yaml"
+        return self.out / f"{self.definition.name}.yaml"
 
     @property
     def log(self) -> Path:
         """The file that gets the standard error of the cell's process."""
-        return self.out / f"{self.plan.name}.log"
+        return self.out / f"{self.definition.name}.log"
 
     def command(self) -> list[str]:
         """Return the command that does the remaining work."""
         if self.todo == "evaluate":
             return [*QTOOL, "eval", str(self.file), "--output", str(self.folder), "--json"]
         options = [*(["--overwrite"] if self.folder.exists() else []), *(["--fresh"] if self.starts_over else [])]
-        return [*QTOOL, self.plan.command, str(self.file), "--json", *options]
+        return [*QTOOL, self.definition.command, str(self.file), "--json", *options]
 
 
 def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:
@@ -76,9 +76,9 @@ def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:
     has_weights = any(cell.folder.glob("*.safetensors"))
     if bench is not None and not has_weights and benched(cell, bench) is None:
         return "run"
-    if _report(cell) is not None and _evaluation(cell) == cell.plan.recipe.eval:
+    if _report(cell) is not None and _evaluation(cell) == cell.definition.recipe.eval:
         return "nothing"
-    return "evaluate" if has_weights and cell.plan.recipe.eval is not None else "run"
+    return "evaluate" if has_weights and cell.definition.recipe.eval is not None else "run"
 
 
 def _manifest(cell: Cell) -> Manifest | None:
@@ -91,21 +91,21 @@ def _manifest(cell: Cell) -> Manifest | None:
 
 def begun_by_another(cell: Cell, lock: Lock, launcher: str) -> bool:
     """Return whether an interrupted run of the cell had another lock, so that the cell starts over."""
-    before = read_lock(cell.out / f"{cell.plan.name}.partial")
+    before = read_lock(cell.out / f"{cell.definition.name}.partial")
     if before is None:
         return False
     changes = differences(before, lock, () if launcher == "local" else MACHINE)
     if changes:
-        progress.note(f"{cell.plan.name} starts over, because the interrupted run differs: {'; '.join(changes)}")
+        progress.note(f"{cell.definition.name} starts over, because the interrupted run differs: {'; '.join(changes)}")
     return bool(changes)
 
 
 def write_recipe(cell: Cell) -> None:
     """Write the recipe that the cell's command reads; delete a report of another evaluation first."""
-    if _evaluation(cell) != cell.plan.recipe.eval:
+    if _evaluation(cell) != cell.definition.recipe.eval:
         (cell.folder / REPORT).unlink(missing_ok=True)
-    head = f"# Cell {cell.plan.name} of a sweep.\n#   qtool {cell.plan.command} {cell.file}\n\n"
-    cell.file.write_text(head + dump(cell.plan.raw), encoding="utf-8")
+    head = f"# Cell {cell.definition.name} of a sweep.\n#   qtool {cell.definition.command} {cell.file}\n\n"
+    cell.file.write_text(head + dump(cell.definition.raw), encoding="utf-8")
 
 
 def _evaluation(cell: Cell) -> Any:
@@ -124,10 +124,10 @@ def drop_weights(cell: Cell) -> None:
 
 def result(cell: Cell) -> CellResult:
     """Return the result of a cell for the table."""
-    made = cell.plan.recipe
+    made = cell.definition.recipe
     known: dict[str, Any] = {
-        "name": cell.plan.name,
-        "columns": cell.plan.columns,
+        "name": cell.definition.name,
+        "columns": cell.definition.columns,
         "model": made.model.path,
         "method": made.method.name,
     }

@@ -53,7 +53,7 @@ WAITING = "not started yet"
 
 
 @dataclass
-class Outcome:
+class SweepOutcome:
     """The report of a sweep, and the names of the cells that ran, were cached or failed in this call."""
 
     path: Path
@@ -64,7 +64,7 @@ class Outcome:
     seconds: float
 
 
-def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outcome:
+def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> SweepOutcome:
     """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all cells anew.
 
     Raises:
@@ -78,12 +78,12 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outc
         threads = _threads(sweep, jobs)
         _prepare(sweep, cells, threads, fresh)
         left = [cell for cell in cells if cell.todo != "nothing"]
-        cached = [cell.plan.name for cell in cells if cell.todo == "nothing" and not cell.reason]
+        cached = [cell.definition.name for cell in cells if cell.todo == "nothing" and not cell.reason]
         for name in cached:
             progress.note(f"{name}: cached")
         for cell in cells:
             if cell.reason:
-                progress.note(f"{cell.plan.name}: not run: {cell.reason}")
+                progress.note(f"{cell.definition.name}: not run: {cell.reason}")
         for cell in left:
             write_recipe(cell)
             cell.reason = WAITING
@@ -96,9 +96,9 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Outc
             raise
         report = _write(sweep, cells)
         _compare(sweep, cells)
-    failed = [cell.plan.name for cell in cells if cell.failed]
-    ran = [cell.plan.name for cell in left]
-    return Outcome(sweep.output, report, ran, cached, failed, time.perf_counter() - started)
+    failed = [cell.definition.name for cell in cells if cell.failed]
+    ran = [cell.definition.name for cell in left]
+    return SweepOutcome(sweep.output, report, ran, cached, failed, time.perf_counter() - started)
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bo
     folders: dict[str, Path | None] = {}
     hashes: dict[Path, dict[str, str]] = {}
     for cell in cells:
-        path = cell.plan.recipe.model.path
+        path = cell.definition.recipe.model.path
         try:
             if path not in folders:
                 folders[path] = _at_hand(path, sweep.config.missing_models == "skip")
@@ -140,7 +140,7 @@ def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bo
             if folder is None:
                 cell.reason = f"{path} is not on this machine"
                 continue
-            lock = lock_of(cell.plan.recipe, folder, hashes.get(folder))
+            lock = lock_of(cell.definition.recipe, folder, hashes.get(folder))
             hashes[folder] = lock.model_files
             launchers.settle(cell.log)
             cell.todo = "run" if fresh else todo(cell, lock, sweep.config.bench_options())
@@ -150,7 +150,7 @@ def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bo
                 own = lock if threads is None else lock.model_copy(update={"threads": threads})
                 cell.starts_over = fresh or begun_by_another(cell, own, sweep.config.launcher.name)
         except InputError as error:
-            wrong.setdefault(str(error), []).append(cell.plan.name)
+            wrong.setdefault(str(error), []).append(cell.definition.name)
     _check([cell for cell in cells if cell.todo != "nothing"], wrong)
     if wrong:
         raise InputError("\n  ".join([f"{sweep.name} cannot be run:", *fault_lines(wrong, len(cells))]))
@@ -170,7 +170,7 @@ def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
     asked: dict[str, str] = {}
     models: dict[str, LoadedModel] = {}
     for cell in cells:
-        made = cell.plan.recipe
+        made = cell.definition.recipe
         key = json.dumps([made.model.path, *(part.model_dump_json() for part in (made.quant, made.data))])
         key += made.method.name + (made.eval.model_dump_json() if made.eval else "")
         if key not in asked:
@@ -183,7 +183,7 @@ def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
             except InputError as error:
                 asked[key] = str(error)
         if asked[key]:
-            wrong.setdefault(asked[key], []).append(cell.plan.name)
+            wrong.setdefault(asked[key], []).append(cell.definition.name)
 
 
 # running
@@ -195,7 +195,9 @@ def _run(sweep: Sweep, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | 
 
     def note(cell: Cell, ended: Ended) -> None:
         cell.failed, cell.reason = bool(ended.error), ended.error
-        progress.note(f"{cell.plan.name}: " + (f"failed: {ended.error}; see {cell.log}" if cell.failed else "done"))
+        progress.note(
+            f"{cell.definition.name}: " + (f"failed: {ended.error}; see {cell.log}" if cell.failed else "done")
+        )
         if not sweep.config.bench:
             _drop(sweep, cell)
         _write(sweep, cells)
@@ -213,7 +215,7 @@ def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
     arguments = [text for key, value in options for text in (f"--{key.replace('_', '-')}", str(value))]
     commands = [
         Command(
-            [*QTOOL, "bench", str(cell.folder), *arguments, "--device", cell.plan.recipe.model.device, "--json"],
+            [*QTOOL, "bench", str(cell.folder), *arguments, "--device", cell.definition.recipe.model.device, "--json"],
             cell.log.with_suffix(".bench.log"),
             {},
         )
@@ -223,7 +225,7 @@ def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
     def note(cell: Cell, ended: Ended) -> None:
         if ended.error:
             cell.failed, cell.reason = True, f"bench: {ended.error}"
-            progress.note(f"{cell.plan.name}: failed: {cell.reason}")
+            progress.note(f"{cell.definition.name}: failed: {cell.reason}")
         else:
             keep_bench(cell, options, ended.output)
 

@@ -57,10 +57,10 @@ def base(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def run(ran: list[list[str]]) -> Callable[..., runner.Outcome]:
+def run(ran: list[list[str]]) -> Callable[..., runner.SweepOutcome]:
     """A function that runs a sweep in ``out``."""
 
-    def run(whole: dict[str, Any], *overrides: str, **options: Any) -> runner.Outcome:
+    def run(whole: dict[str, Any], *overrides: str, **options: Any) -> runner.SweepOutcome:
         Path("s.yaml").write_text(f"# A title.\n{yaml.safe_dump(whole, sort_keys=False)}")
         return runner.sweep(grid.load("s.yaml", overrides, Path("out")), **options)
 
@@ -72,7 +72,7 @@ def hashes() -> dict[str, bytes]:
 
 
 def test_what_is_done_is_not_run_again_and_what_changed_is(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
 ) -> None:
     whole = {"recipe": base, "cells": {"a": {"quant.num_bits": 4}, "b": {"method.name": "gptq"}}}
     first = run(whole)
@@ -107,7 +107,7 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
 
 
 def test_a_report_is_never_taken_for_another_evaluation_s(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sweep that dies after it recorded a cell's new request, before running it, leaves no outdated report."""
     whole = {"recipe": base, "cells": {"a": {}}}
@@ -123,7 +123,7 @@ def test_a_report_is_never_taken_for_another_evaluation_s(
 
 def test_a_failed_cell_stops_no_other_and_is_run_again(
     base: dict[str, Any],
-    run: Callable[..., runner.Outcome],
+    run: Callable[..., runner.SweepOutcome],
     ran: list[list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -157,7 +157,7 @@ def test_a_failed_cell_stops_no_other_and_is_run_again(
 
 
 def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], tmp_path: Path
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]], tmp_path: Path
 ) -> None:
     cells = {
         "good": {},
@@ -184,7 +184,7 @@ def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
 
 
 def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     expected = [{"tasks": ["generated"], "metric": "perplexity", "value": 5.25, "source": "a paper"}]
@@ -212,7 +212,7 @@ def test_a_missing_model_is_an_error_or_not_run_as_the_sweep_says(
 
 
 def test_reports_alone_are_enough_for_what_is_done(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
 ) -> None:
     whole = {"recipe": base, "cells": {"a": {}}, "keep": "reports"}
     first = run(whole)
@@ -224,7 +224,7 @@ def test_reports_alone_are_enough_for_what_is_done(
 
 
 def test_speed_is_measured_once_and_stands_in_the_table(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
 ) -> None:
     bench = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1, "dtype": "float32"}
     whole = {"recipe": base, "cells": {"a": {}}, "keep": "reports", "bench": bench}
@@ -253,7 +253,7 @@ def without_times(folder: str) -> Any:
 
 
 def test_a_sweep_that_was_killed_goes_on_to_the_same_result(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
 ) -> None:
     train = {"name": "lsq", "steps": 40, "batch_size": 1, "save_every": 2, "tracker": "none"}
     whole = {"recipe": base, "cells": {"first": {}, "second": {"method": train}, "third": {"seed": 1}}}
@@ -287,7 +287,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_result(
 
 
 def test_what_was_begun_with_other_keys_starts_over(
-    base: dict[str, Any], run: Callable[..., runner.Outcome], ran: list[list[str]]
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
 ) -> None:
     Path("out/a.partial/state").mkdir(parents=True)
     Path("out/a.partial/state/lock.json").write_text(locked(seed=1).model_dump_json())
@@ -295,7 +295,7 @@ def test_what_was_begun_with_other_keys_starts_over(
     assert ran == [["ptq", "out/a.yaml", "--json", "--fresh"]]
 
 
-def test_two_sweeps_do_not_work_in_one_folder(base: dict[str, Any], run: Callable[..., runner.Outcome]) -> None:
+def test_two_sweeps_do_not_work_in_one_folder(base: dict[str, Any], run: Callable[..., runner.SweepOutcome]) -> None:
     with runner._alone(Path("out")), pytest.raises(InputError, match="another sweep is running in out"):
         run({"recipe": base, "cells": {"a": {}}})
 
