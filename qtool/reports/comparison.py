@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qtool.reports.document import Document, Printable, Table
-from qtool.reports.html import framed, render
+from qtool.reports.html import render
 from qtool.reports.measures import (
     ComparedRun,
     Measure,
@@ -115,10 +115,6 @@ class Comparison(Printable):
 
     def _page(self, plots: "Sequence[Plot]") -> str:
         return render("compare.html", plots, title=self.heading(), table_=self.table(), legend=LEGEND, notes=self.notes)
-
-    def _repr_html_(self) -> str:
-        """Return the page of the comparison as a frame, for a notebook."""
-        return framed(self.html())
 
     def write(self, folder: Path) -> None:
         """Write ``compare.html``, ``compare.md``, ``compare.json`` and the figures into ``folder``.

@@ -1,4 +1,4 @@
-"""A report as a document: plain data, and the two renderers that print it, Markdown and a terminal.
+"""A report as a document: plain data, and its three renderers: Markdown, a terminal, and a cell of a notebook.
 
 A report class derives from :class:`Printable` and returns its content from ``document()``. Only this file knows the
 syntax of Markdown and the classes of Rich. The HTML pages of ``html.py`` are richer and have templates of their own.
@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +60,10 @@ class Printable(ABC):
         """Print the report in a terminal; ``±`` becomes ``+-`` where the encoding has no such character."""
         _print(self.document(), console)
 
+    def _repr_html_(self) -> str:
+        """Return the report as HTML without figures, for a notebook."""
+        return str(Markup("\n").join(_html_blocks(self.document())))
+
 
 def _markdown_blocks(document: Document) -> Iterator[str]:
     """Yield blocks that an empty line separates; an empty block is left out."""
@@ -89,6 +95,32 @@ def _bullets(lines: Iterable[str]) -> str:
 
 def _numbered(lines: Sequence[str]) -> Iterator[str]:
     return (f"{number}. {line}" for number, line in enumerate(lines, 1))
+
+
+def _html_blocks(document: Document) -> Iterator[Markup]:
+    """Yield the parts of the document as HTML, with every text escaped."""
+    yield Markup("<h3>{}</h3>").format(document.title)
+    yield from (Markup("<p><b>{}</b></p>").format(line) for line in (document.headline, document.status) if line)
+    yield _html_list("ul", [f"{name}: {text}" for name, text in document.facts])
+    yield from (Markup("<p><b>Warning: {}</b></p>").format(warning) for warning in document.warnings)
+    for table in document.tables:
+        yield Markup("<h4>{}</h4>").format(table.title) if table.title else Markup("")
+        head = _html_row("th", table.columns, table.align)
+        rows = Markup("").join(_html_row("td", row, table.align) for row in table.rows)
+        yield Markup("<table><thead>{}</thead><tbody>{}</tbody></table>").format(head, rows)
+        yield _html_list("ol", table.footnotes)
+    yield from (Markup("<p>{}</p>").format(line) for line in (document.legend, *document.notes) if line)
+
+
+def _html_row(tag: str, cells: Sequence[str], align: str) -> Markup:
+    sides = ("left" if side == "l" else "right" for side in align)
+    cell = Markup(f'<{tag} style="text-align: {{}}">{{}}</{tag}>')
+    return Markup("<tr>{}</tr>").format(Markup("").join(map(cell.format, sides, cells)))
+
+
+def _html_list(tag: str, lines: Sequence[str]) -> Markup:
+    items = Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
+    return Markup(f"<{tag}>{{}}</{tag}>").format(items) if lines else Markup("")
 
 
 def _print(document: Document, console: "Console") -> None:

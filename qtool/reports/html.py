@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from qtool.reports import model_card
 from qtool.reports.document import Table
@@ -37,11 +37,6 @@ def write(folder: Path, report: Report, files: bool = False) -> None:
     (folder / HTML_NAME).write_text(page(report, plots), encoding="utf-8")
     if files and plots:
         drawing.save(plots, folder)
-
-
-def framed(page: str) -> str:
-    """Return a whole page as an HTML frame, so that its style stays inside it."""
-    return f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: 45em; border: 0"></iframe>'
 
 
 def page(report: Report, plots: Sequence["Plot"]) -> str:

@@ -72,12 +72,6 @@ class Report(Record, Printable):
         (folder / JSON_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
 
-    def _repr_html_(self) -> str:
-        """Return the page of the report as a frame, for a notebook."""
-        from qtool.reports import figures, html  # matplotlib takes a while to import
-
-        return html.framed(html.page(self, figures.draw(self)))
-
     def title(self) -> str:
         """Return one line: the model, the method and the quantization grid."""
         done = " ".join(part for part in (self.method, self.label) if part)

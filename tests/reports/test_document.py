@@ -2,6 +2,7 @@
 
 import io
 
+from helpers.html import Tree
 from rich.console import Console
 
 from qtool.reports.document import Document, Printable, Table
@@ -79,3 +80,18 @@ def test_a_terminal_without_unicode_can_print_every_part() -> None:
     shown = printed(sheet, "ascii")
     for text in ("+- h", "+-: +-", "+- w", "+- t", "1 +- 2", "+- f", "+- n"):
         assert text in shown
+
+
+def test_a_notebook_shows_every_field_and_runs_nothing_of_it() -> None:
+    hostile = "<script>alert(1)</script> & {x}"
+    table = Table(["x", hostile], [["a", hostile], ["b", "2"]], "lr", title=hostile, footnotes=[hostile])
+    sheet = Sheet(
+        headline=hostile, status="1 of 2", facts=[(hostile, "3")], warnings=[hostile], tables=[table], notes=[hostile]
+    )
+    shown = sheet._repr_html_()
+    assert "<script>" not in shown
+    assert shown.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; {x}") == 8
+    tags = [tag for tag, _ in Tree(shown).tags]
+    assert (tags.count("tr"), tags.count("td"), tags.count("script")) == (3, 4, 0)
+    assert '<td style="text-align: right">2</td>' in shown
+    assert shown.startswith("<h3>a title</h3>")
