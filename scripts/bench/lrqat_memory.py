@@ -27,6 +27,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from memory_accounting import Cell, Shape, held_bytes, peak_bytes, saved_bytes
@@ -40,6 +41,7 @@ from qtool.methods.efficientqat import block_ap
 from qtool.models.loaded import LoadedModel
 from qtool.system import memory
 from qtool.training import end_to_end
+from qtool.training.fit import fit
 
 FORMS = ("float32", "bfloat16", "fixed", "codes")
 
@@ -98,12 +100,8 @@ def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
     before = in_use(device, peak=False)
     loaded = random_model(shape, getattr(torch, cell.dtype), device)
     watch = Watch(loaded)
-    real = end_to_end.fit, block_ap.fit
-    end_to_end.fit, block_ap.fit = watch.fit(real[0]), watch.fit(real[1])
-    try:
+    with mock.patch.object(end_to_end, "fit", watch.fit(fit)), mock.patch.object(block_ap, "fit", watch.fit(fit)):
         run(loaded, shape, cell)
-    finally:
-        end_to_end.fit, block_ap.fit = real
     if before is not None:
         watch.found["real"] -= before
     return watch.found
@@ -112,7 +110,7 @@ def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- tables
 
 LLAMA_7B = Shape(hidden=4096, mlp=11008, blocks=32, vocabulary=32000, heads=32, batch=1, length=1024)
-BLOCK_AP = {"method": "efficientqat", "num_bits": 2, "group_size": 64, "symmetric": False}
+BLOCK_AP = Cell("efficientqat", num_bits=2, group_size=64, symmetric=False)
 PUBLISHED = {  # GB of Llama-2 7B: arXiv 2406.06385, Table 3 and a figure; arXiv 2407.11062
     "lrqat fixed": "20.5",
     "lrqat codes": "about 17.5",
@@ -126,7 +124,7 @@ def cells(dtype: str, device: str) -> list[Cell]:
     found = [Cell("lrqat", form, again) for form in FORMS for again in (True, False)]
     found += [Cell("lrqat", blocks_again=True)]
     found += [Cell("lsq", blocks_again=again) for again in (False, True)]
-    found.append(Cell(**BLOCK_AP))
+    found.append(BLOCK_AP)
     return [replace(cell, dtype=dtype, cuda=torch.device(device).type == "cuda") for cell in found]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from qtool.system import matmul
 
-MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in this place
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ CELLS = {
     "lsq": Cell("lsq"),
     "lsq-groups": Cell("lsq", num_bits=2, group_size=32, symmetric=False),
     "lsq-blocks-again": Cell("lsq", blocks_again=True),
-    "block-ap": Cell(**BLOCK_AP | {"group_size": 32}),
+    "block-ap": replace(BLOCK_AP, group_size=32),
     "block-ap-symmetric": Cell("efficientqat", num_bits=4, group_size=32),
 }
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qtool.blocks.job import Job, load_method
+from qtool.checkpoints.files import write_shard
 from qtool.config import recipe
 from qtool.config.sections import ModelConfig
 from qtool.config.training import EndToEndConfig
@@ -33,6 +34,7 @@ from qtool.system import distributed
 from qtool.system.errors import InputError, RunError
 from qtool.training import end_to_end
 from qtool.training.end_to_end import _Kept, _Training
+from qtool.training.fit import windows_of_step
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -291,7 +293,7 @@ def test_processes_run_the_model_equally_often(
             parts = list(training.losses(step))
             assert len(parts) == runs[-1] == min(accumulation, batch // count)
             losses.append(float(sum(parts)))
-        chosen = end_to_end.windows_of_step(step, batch, num, 0)
+        chosen = windows_of_step(step, batch, num, 0)
         rows.update(chosen)
         mean = sum((1 + row) * times for row, times in rows.items()) / batch
         assert sum(losses) / count == pytest.approx(mean, rel=1e-5)
@@ -315,7 +317,6 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = _Kept(tmp_path / "phase" / end_to_end.TRAINING, sharded=True)
-    write = end_to_end.write_shard
 
     def on(number: int, step: int, until: str = "") -> None:
         """Process ``number`` writes a step, and is killed when it comes to the file ``until``."""
@@ -323,7 +324,7 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
         def killed(tensors: dict[str, Tensor], file: Path) -> None:
             if file.name == until:
                 raise sharded.Stopped
-            write(tensors, file)
+            write_shard(tensors, file)
 
         tiny.several(number, 2, monkeypatch)
         monkeypatch.setattr(end_to_end, "write_shard", killed)
