@@ -227,7 +227,7 @@ def test_formats_of_one_grid_refuse_a_budget_before_any_width_is_measured(
 ) -> None:
     monkeypatch.setitem(ESTIMATORS, "loss", None)
     file = make(models, tmp_path / "out", export=[{"format": "gptq", "path": str(tmp_path / "gptq")}])
-    with pytest.raises(InputError, match="it has 2 different grids"):
+    with pytest.raises(InputError, match="its linears have 2 different grids"):
         quantize(recipe.load(file))
 
 

@@ -42,3 +42,10 @@ def half_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(Killed):
             quantize(checked)
     return checked
+
+
+@pytest.fixture
+def written(folder: Path, tmp_path: Path) -> Path:
+    """The output folder of a finished run."""
+    quantize(make(folder, tmp_path / "out"))
+    return tmp_path / "out"
