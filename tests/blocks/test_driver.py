@@ -52,7 +52,7 @@ def equal(ours: Iterable[Tensor] | None, theirs: list[Tensor]) -> bool:
 
 @pytest.mark.usefixtures("small_batches")
 def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel, tokens: Tensor) -> None:
-    """Bit for bit, for every group and batch, the last and smaller one among them."""
+    """They agree bit for bit, for every group and batch, the last and smaller batch included."""
     compared: list[int] = []
 
     def quantize_block(task: BlockTask) -> None:
@@ -81,7 +81,7 @@ def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel
 def test_stages_end_where_packing_everything_at_once_ends(
     family: str, tmp_path_factory: pytest.TempPathFactory, tokens: Tensor
 ) -> None:
-    """Also where a linear is a ``Conv1D`` or reads flattened tokens."""
+    """This holds also if a linear is a ``Conv1D`` or reads flattened tokens."""
     pristine = tiny.load(tiny.FAMILIES[family](tmp_path_factory.mktemp(family)))
     logits = []
     for quantize_block in (pack_in_stages, pack_all):
@@ -143,7 +143,7 @@ def test_linears_that_stay_in_floating_point_are_in_no_group(llama: LoadedModel,
 @pytest.mark.parametrize("loaded", ["llama", "gemma3", "falcon"], indirect=True)
 @pytest.mark.usefixtures("small_batches")
 def test_the_float_stream_is_the_float_model(loaded: LoadedModel, tokens: Tensor) -> None:
-    """In every stage and after every block, whatever was packed meanwhile."""
+    """This holds in every stage and after every block, whatever was packed meanwhile."""
     count = 0
     for task, stage, expected in float_stream(loaded, tokens):
         where = f"block {task.index}, " + ("its output" if stage is None else stage.targets[0].name)
@@ -174,7 +174,7 @@ def test_a_run_leaves_no_patched_forward_and_no_hook(loaded: LoadedModel, tokens
 
 
 def test_each_block_is_fed_by_the_quantized_blocks_before_it(loaded: LoadedModel, tokens: Tensor) -> None:
-    """What the walk feeds to the last block is what the quantized model itself feeds to it."""
+    """The driver feeds the last block with the hidden states that the quantized model itself feeds to it."""
     walked: list[Tensor] = []
 
     def quantize_block(task: BlockTask) -> None:

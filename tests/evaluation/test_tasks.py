@@ -23,7 +23,7 @@ from qtool.system.errors import InputError
 
 @pytest.fixture
 def nothing_local(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data on this machine, and a hub that does not answer."""
+    """Hide all local data, and let no hub answer."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 

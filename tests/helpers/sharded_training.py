@@ -80,7 +80,7 @@ def tokens() -> Tensor:
 
 
 def models(folder: Path) -> None:
-    """The float models of all cases: tied embeddings and biases in one, transposed linears in the other."""
+    """Write the float models of all cases: tied embeddings and biases in one, transposed linears in the other."""
     tiny.llama(folder / "llama", dtype=torch.float32, tied=True, bias=True)
     tiny.gpt2(folder / "gpt2")
 
@@ -152,7 +152,7 @@ def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
 
 
 def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -> dict[str, Any]:
-    """Train, and return what was seen of it."""
+    """Train, and return what was recorded, the quantized weights and all other parameters."""
     found: dict[str, Any] = {}
     with recorded(found):
         config = ModelConfig(path=str(folder / case.family), dtype=case.dtype, device=device)

@@ -13,7 +13,7 @@ MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torc
 
 @pytest.fixture(autouse=True)
 def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process as it was before anything was chosen, and afterwards as this test found it."""
+    """Restore torch's defaults for the test, and the settings that the test found after it."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
     monkeypatch.setattr(matmul, "_last_set", "none")

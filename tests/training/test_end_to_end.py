@@ -228,7 +228,7 @@ def test_parts_of_a_step_add_up(make_llama: Callable[[], LoadedModel], tokens: T
 def test_the_best_state_on_windows_kept_out_is_what_is_packed(
     make_llama: Callable[[], LoadedModel], tokens: Tensor
 ) -> None:
-    """Steps far too long only harm, so the start is kept; and the windows kept out are not trained on."""
+    """Far too long steps only do harm, so the start is kept; the held-out windows are not trained on."""
     seen: set[int] = set()
     losses = end_to_end._Training._token_losses
 
@@ -284,7 +284,7 @@ def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, m
 
 
 def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantConfig, **settings: Any) -> LoadedModel:
-    """A native checkpoint made by another method."""
+    """Write a native checkpoint made by another method, and return its model."""
     loaded = tiny.load(folder)
     chosen = load_method(method)
     chosen.run(Job.select(loaded, quant, tokens), chosen.config(**settings))
@@ -299,7 +299,7 @@ def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantCo
 def test_it_starts_at_exactly_the_codes_of_another_method(
     llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor, other: str, symmetric: bool
 ) -> None:
-    """AWQ changes norms too, and they come along."""
+    """AWQ changes norms too, and training starts from them."""
     quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
     before = written(other, llama_folder, tmp_path / "start", tokens, quant)
     found, _ = train(load_method("lsq"), llama, tokens, quant, steps=0, init_from=str(tmp_path / "start"))
@@ -357,7 +357,7 @@ def test_a_start_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize("start", ["new", "again"])
 def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp_path: Path, start: str) -> None:
-    """After the block phase of the same process, and after one that ended before this process began."""
+    """The blocks were finished by this process, or by an earlier one."""
     folder = tiny.FAMILIES[family](tmp_path / "float")
     expected = tiny.packed(folder, W2)
     kept = tiny.Kept(tmp_path)

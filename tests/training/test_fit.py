@@ -23,7 +23,7 @@ def start() -> nn.Parameter:
 
 
 def losses(w: nn.Parameter) -> Callable[[int], Tensor]:
-    """Another batch in each step."""
+    """Return a loss that has another batch in each step."""
 
     def loss_of_step(step: int) -> Tensor:
         x = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))

@@ -23,7 +23,7 @@ from qtool.training.end_to_end import _Training
 
 @pytest.fixture
 def labels(tokens: torch.Tensor) -> torch.Tensor:
-    """Of each of the five windows the last part, of different lengths."""
+    """Labels that learn the last part of each window, of another length in each."""
     learned = torch.arange(tokens.shape[1]) >= torch.tensor([3, 20, 9, 15, 7])[:, None]
     return tokens.where(learned, IGNORED)
 

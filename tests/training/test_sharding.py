@@ -1,4 +1,4 @@
-"""Training with the model split over processes is that of one process; what each holds is its part."""
+"""Training with the model sharded over processes equals that of one process; each process holds its shard."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all cases, trained in two processes."""
+    """Train all cases in two processes, and return their folder."""
     folder = tmp_path_factory.mktemp("sharded")
     sharded.models(folder)
     (folder / "states").mkdir()
@@ -52,18 +52,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """How far they are apart at the most, as a share of the largest."""
+    """Return the largest difference of two tensors, as a share of the largest number."""
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
 
 
 def seen(folder: Path, case: str) -> list[dict[str, Any]]:
-    """What the two processes saw of a case."""
+    """Return the records of a case, one for each of the two processes."""
     return [torch.load(folder / f"{case}-{number}.pt") for number in (0, 1)]
 
 
 def alone(folder: Path, case: str) -> dict[str, Any]:
-    """The same training in this process."""
+    """Train a case in this process, and return its record."""
     return sharded.train_case(CASES[case], folder, folder / "states" / f"{case}-1", "none", "cpu")
 
 
@@ -90,7 +90,7 @@ def test_a_split_model_trains_as_a_whole_one_does(trained: Path, case: str) -> N
 
 
 def test_training_moved_what_is_compared(trained: Path) -> None:
-    """Or the equalities above would say nothing."""
+    """Without this, the equalities above would say nothing."""
     for case in set(CASES) - {"worse", "still"}:
         losses = seen(trained, case)[0]["series"]["e2e_loss" if case == "scales" else "loss"]
         assert len(losses) == STEPS
@@ -98,7 +98,7 @@ def test_training_moved_what_is_compared(trained: Path) -> None:
 
 
 def test_the_best_state_is_that_of_all_parts(trained: Path) -> None:
-    """Steps far too long only harm."""
+    """Far too long steps only do harm."""
     first, _ = seen(trained, "worse")
     still, _ = seen(trained, "still")
     assert first["series"]["validation"][0] == min(first["series"]["validation"])
@@ -170,7 +170,7 @@ def test_what_is_packed_is_what_was_trained(trained: Path, case: str) -> None:
 
 
 def written_recipe(folder: Path, name: str, sharding: str, device: str = "cpu") -> Path:
-    """A run on a tiny model in ``folder``."""
+    """Write the recipe of a run on the tiny model in ``folder``."""
     if not (folder / "float").exists():
         tiny.llama(folder / "float")
         tiny.text(folder)
@@ -188,7 +188,7 @@ def written_recipe(folder: Path, name: str, sharding: str, device: str = "cpu") 
 
 
 def compare_runs(folder: Path, device: str) -> None:
-    """Two processes by torchrun, and one."""
+    """Run a recipe in two processes of torchrun and in one, and compare the results."""
     file = written_recipe(folder, "two", "full", device)
     done = subprocess.run([*LAUNCH, "-m", "qtool", "qat", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -271,7 +271,7 @@ def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monk
 def test_processes_run_the_model_equally_often(
     num: int, held: int, batch: int, count: int, accumulation: int, step: int
 ) -> None:
-    """Or they would wait for each other forever; and each window counts once."""
+    """Otherwise they would wait for each other forever. Each window counts once."""
     batch = max(batch, count)
     config = EndToEndConfig(batch_size=batch, validation_samples=held, optim={"accumulation": accumulation}, loss="ce")
     loaded: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What a run refuses before its work: recipes, damaged models, exports that cannot be."""
+"""A run refuses faults before its work: in recipes, models and exports."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from qtool.models.targets import select_targets
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantizing is an error: what is wrong has to be found before."""
+    """Let quantizing fail: a fault must be found before."""
     for name in ("rtn", "gptq"):
         module = import_module(f"qtool.methods.{name}")
 

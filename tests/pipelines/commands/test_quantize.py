@@ -140,7 +140,7 @@ def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
 
 
 class Stage(NamedTuple):
-    """A place in the run, and what is there after it fails: nothing, finished blocks to go on with, or all."""
+    """A place in the run, and what is left after it fails: nothing, finished blocks to go on with, or all."""
 
     owner: object
     name: str

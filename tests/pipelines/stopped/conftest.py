@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Hashes of an uninterrupted run, by method."""
+    """A function that returns the hashes of an uninterrupted run of a method."""
     made: dict[str, dict[str, str]] = {}
 
     def of(method: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.fixture
 def half_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A run of which two of three blocks are done."""
+    """The recipe of a run that was stopped after two of its three blocks."""
     checked = make(folder, tmp_path / "out")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)

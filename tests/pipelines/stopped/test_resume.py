@@ -237,7 +237,7 @@ def test_the_same_recipe_gives_the_same_bytes(folder: Path, tmp_path: Path, whol
 def test_a_streamed_run_gives_what_a_whole_model_gives(
     folder: Path, tmp_path: Path, dtype: torch.dtype, compute: str
 ) -> None:
-    """The same method on a model that is whole in memory, saved by the library call."""
+    """The comparison is the same method on a model that is whole in memory, saved by the library call."""
     from qtool.checkpoints import files, native
     from qtool.data import windows
     from qtool.models.loading import load_model
