@@ -130,7 +130,7 @@ def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
     def fail(*args: object, **kwargs: object) -> None:
         raise RunError("it differs after export")
 
-    monkeypatch.setattr(exporting, "verify", fail)
+    monkeypatch.setattr(exporting, "read_back", fail)
     result = qtool_("ptq", recipe(**gptq))
     assert result.code == 1
     assert "it differs after export" in result.message
@@ -153,7 +153,7 @@ STAGES = {
     "saving": Stage(checkpoint, "save", "blocks"),
     "writing the card": Stage(model_card, "write", "blocks"),
     "evaluating": Stage(evaluation, "evaluate", "all"),
-    "exporting": Stage(exporting, "verify", "all"),
+    "exporting": Stage(exporting, "read_back", "all"),
 }
 
 
