@@ -102,7 +102,8 @@ class Bench:
         raw = {"average_bits": average_bits, "estimator": name, "rounding": rounding or "gptq"}
         budget = BudgetConfig.model_validate(raw)
         quant = self.quant.model_copy(update={"budget": budget})
-        plan = bit_plan.plan(self.reference, lambda: self.reference, self.units(budget), quant, self.text)
+        job = Job(self.reference, (), self.text.tokens, self.text.labels)
+        plan = bit_plan.plan(job, lambda: self.reference, self.units(budget), quant)
         return [allotment.model_dump(mode="json") for allotment in plan.allotments]
 
     def measure(self, units: list[Unit], widths: Widths) -> dict[str, float]:

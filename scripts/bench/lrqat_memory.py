@@ -1,4 +1,4 @@
-"""What LR-QAT holds in memory, byte by byte: measured on a random Llama, and computed for the Llama-2 7B shape.
+"""The memory of LR-QAT, byte by byte: measured on a random Llama, and computed for the Llama-2 7B shape.
 
     python scripts/bench/lrqat_memory.py [--hidden 1024 --blocks 2 --length 256] [--json memory.json]
     python scripts/bench/lrqat_memory.py --device cuda --dtype bfloat16
@@ -27,6 +27,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from memory_accounting import Cell, Shape, held_bytes, peak_bytes, saved_bytes
@@ -40,6 +41,7 @@ from qtool.methods.efficientqat import block_ap
 from qtool.models.loaded import LoadedModel
 from qtool.system import memory
 from qtool.training import end_to_end
+from qtool.training.fit import fit
 
 FORMS = ("float32", "bfloat16", "fixed", "codes")
 
@@ -48,7 +50,7 @@ FORMS = ("float32", "bfloat16", "fixed", "codes")
 
 
 def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """A Llama of ``shape`` with random weights, no folder behind it."""
+    """Return a Llama of ``shape`` with random weights, which has no folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -70,7 +72,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Load
 
 
 def run(loaded: LoadedModel, shape: Shape, cell: Cell) -> None:
-    """Run the method of ``cell`` for as many steps as are looked at, with cross entropy: no teacher is held."""
+    """Run the method of ``cell`` for the watched steps, with cross entropy, which needs no teacher."""
     quant = QuantConfig.model_validate(
         {"num_bits": cell.num_bits, "group_size": cell.group_size, "symmetric": cell.symmetric}
     )
@@ -93,17 +95,13 @@ def run(loaded: LoadedModel, shape: Shape, cell: Cell) -> None:
 
 
 def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Bytes held, saved, live and real of one training, in this process."""
+    """Return the bytes held, saved, live and real of one training, run in this process."""
     memory.return_freed()
     before = in_use(device, peak=False)
     loaded = random_model(shape, getattr(torch, cell.dtype), device)
     watch = Watch(loaded)
-    real = end_to_end.fit, block_ap.fit
-    end_to_end.fit, block_ap.fit = watch.fit(real[0]), watch.fit(real[1])
-    try:
+    with mock.patch.object(end_to_end, "fit", watch.fit(fit)), mock.patch.object(block_ap, "fit", watch.fit(fit)):
         run(loaded, shape, cell)
-    finally:
-        end_to_end.fit, block_ap.fit = real
     if before is not None:
         watch.found["real"] -= before
     return watch.found
@@ -112,7 +110,7 @@ def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- tables
 
 LLAMA_7B = Shape(hidden=4096, mlp=11008, blocks=32, vocabulary=32000, heads=32, batch=1, length=1024)
-BLOCK_AP = {"method": "efficientqat", "num_bits": 2, "group_size": 64, "symmetric": False}
+BLOCK_AP = Cell("efficientqat", num_bits=2, group_size=64, symmetric=False)
 PUBLISHED = {  # GB of Llama-2 7B: arXiv 2406.06385, Table 3 and a figure; arXiv 2407.11062
     "lrqat fixed": "20.5",
     "lrqat codes": "about 17.5",
@@ -122,23 +120,23 @@ PUBLISHED = {  # GB of Llama-2 7B: arXiv 2406.06385, Table 3 and a figure; arXiv
 
 
 def cells(dtype: str, device: str) -> list[Cell]:
-    """What is measured on a device, and computed for 7B."""
+    """Return the cells that are measured on a device and computed for 7B."""
     found = [Cell("lrqat", form, again) for form in FORMS for again in (True, False)]
     found += [Cell("lrqat", blocks_again=True)]
     found += [Cell("lsq", blocks_again=again) for again in (False, True)]
-    found.append(Cell(**BLOCK_AP))
+    found.append(BLOCK_AP)
     return [replace(cell, dtype=dtype, cuda=torch.device(device).type == "cuda") for cell in found]
 
 
 def name(cell: Cell) -> str:
-    """The row of a cell."""
+    """Return the name of a cell in the tables."""
     form = f" {cell.phi}" if cell.method == "lrqat" else ""
     weights = ", weights again" if cell.method == "lrqat" and cell.weights_again else ""
     return f"{cell.method}{form}{weights}{', blocks again' if cell.blocks_again else ''}"
 
 
 def in_a_process(shape: Shape, cell: Cell, device: str) -> dict[str, Any]:
-    """``measure`` in a fresh process."""
+    """Run ``measure`` in a fresh process."""
     asked = json.dumps({"shape": asdict(shape), "cell": asdict(cell), "device": device})
     command = [sys.executable, __file__, "--cell", asked]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -147,7 +145,7 @@ def in_a_process(shape: Shape, cell: Cell, device: str) -> dict[str, Any]:
 
 
 def compared(shape: Shape, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
-    """A cell as measured, beside what its shapes say. Of Block-AP without what other blocks and windows take."""
+    """Return the measured row of a cell with the computed numbers; for Block-AP without other blocks and windows."""
     held = held_bytes(shape, cell)
     ours = {kind: found["held"].get(kind, 0) for kind in held}
     apart = sum(found["held"].values()) - sum(ours.values())
@@ -164,7 +162,7 @@ def compared(shape: Shape, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_table(shape: Shape, rows: list[tuple[Cell, dict[str, Any]]]) -> str:
-    """Bytes for each quantized weight, and megabytes of the step; computed values in brackets where they differ."""
+    """Return bytes per quantized weight and megabytes of the step; computed values are in brackets if they differ."""
     lines = [
         "| training | frozen or master | factors, scales | optimizer | others | saved: weights "
         "| saved: activations, MB | live peak, MB | computed | real peak, MB |",
@@ -187,7 +185,7 @@ def measured_table(shape: Shape, rows: list[tuple[Cell, dict[str, Any]]]) -> str
 
 
 def computed_table() -> str:
-    """Gigabytes of a 7B model by part, beside what papers say."""
+    """Return the gigabytes of a 7B model by part, beside the numbers of the papers."""
     lines = [
         "| training, Llama-2 7B shape | weights | factors, scales | optimizer | embeddings, norms "
         "| saved, on the way | peak | published |",
@@ -208,7 +206,7 @@ def computed_table() -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for key, value in {"hidden": 1024, "mlp": 2816, "blocks": 2, "vocabulary": 4096, "heads": 8, "batch": 1}.items():
         parser.add_argument(f"--{key}", type=int, default=value)

@@ -54,7 +54,8 @@ def section(method: str) -> MethodConfig:
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = parse(value)
-    return load_method(name).config.model_validate(raw)
+    config: MethodConfig = load_method(name).config.model_validate(raw)
+    return config
 
 
 @cache

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from qtool.system.errors import RunError
 
 
 def job(loaded: LoadedModel, units: Sequence[Unit], tokens: Tensor, labels: Tensor | None = None) -> Job:
-    """The targets of ``units``, and text."""
+    """Return a job of the targets of ``units``."""
     return Job(loaded, tuple(target for unit in units for target in unit.targets), tokens, labels)
 
 
@@ -38,7 +39,9 @@ def units_with(loaded: LoadedModel) -> list[Unit]:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, tmp_path, tokens) -> None:
+def test_estimators_rank_a_planted_unit_above_a_harmless_one(
+    estimator: str, family: str, tmp_path: Path, tokens: Tensor
+) -> None:
     loaded = tiny.load(tiny.FAMILIES[family](tmp_path / family))
     loud, quiet = {
         "llama": ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"),
@@ -55,7 +58,9 @@ def test_estimators_rank_a_planted_unit_above_a_harmless_one(estimator, family, 
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_more_bits_cost_less_and_the_model_stays_what_it_was(estimator, llama, tokens) -> None:
+def test_more_bits_cost_less_and_the_model_stays_what_it_was(
+    estimator: str, llama: LoadedModel, tokens: Tensor
+) -> None:
     before = copy.deepcopy(llama.model.state_dict())
     costs = ESTIMATORS[estimator].measure(job(llama, units_with(llama), tokens), units_with(llama), nearest)
     assert all(c[2] > c[3] > c[4] > c[8] > 0 for c in costs)
@@ -70,7 +75,7 @@ def error_of(target: Target, bits: int) -> torch.Tensor:
     return dequantize(codes_of(target.weight, *grid, spec), *grid, spec) - target.weight
 
 
-def test_hessian_is_the_trace_times_the_error(llama, tokens) -> None:
+def test_hessian_is_the_trace_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:
     units = units_with(llama)
     read: dict[str, torch.Tensor] = {}
     for target in select_targets(llama, QuantConfig(group_size=32)):
@@ -82,7 +87,7 @@ def test_hessian_is_the_trace_times_the_error(llama, tokens) -> None:
         assert cost[3] == pytest.approx(expected, rel=1e-4)
 
 
-def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama, tokens) -> None:
+def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:
     units = units_with(llama)
     costs = ESTIMATORS["fisher"].measure(job(llama, units, tokens), units, nearest)
     target = units[3].targets[0]
@@ -95,7 +100,7 @@ def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama, tokens) -
     assert costs[3][2] == pytest.approx(expected, rel=1e-4)
 
 
-def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
+def test_loss_is_the_divergence_when_one_unit_is_rounded(llama: LoadedModel, tokens: Tensor) -> None:
     units, reference = units_with(llama)[:2], copy.deepcopy(llama.model)
     costs = ESTIMATORS["loss"].measure(job(llama, units, tokens), units, nearest)
     for unit, cost in zip(units, costs, strict=True):
@@ -107,7 +112,7 @@ def test_loss_is_the_divergence_when_one_unit_is_rounded(llama, tokens) -> None:
         assert cost[2] == pytest.approx(expected.value, rel=1e-3)
 
 
-def test_compensated_weights_are_those_of_gptq(make_llama, tokens) -> None:
+def test_compensated_weights_are_those_of_gptq(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
     """In the first block, whose first linears read the same in a model that is quantized and in one that is not."""
     loaded = make_llama()
     units = units_with(loaded)
@@ -124,7 +129,7 @@ def test_compensated_weights_are_those_of_gptq(make_llama, tokens) -> None:
         assert cost[3] < plain[3]
 
 
-def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama, tokens) -> None:
+def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:
     unit = units_with(llama)[3]
     cost = ESTIMATORS["delta-loss"].measure(job(llama, [unit], tokens), [unit], nearest)[0][3]
     target = unit.targets[0]
@@ -136,7 +141,7 @@ def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama,
     assert cost == pytest.approx(float((torch.autograd.grad(loss, weight)[0] * error).abs().sum()), rel=1e-3)
 
 
-def test_only_learned_tokens_count(llama, tokens) -> None:
+def test_only_learned_tokens_count(llama: LoadedModel, tokens: Tensor) -> None:
     """Labels that leave out a window's tokens give what the other windows give alone."""
     labels = tokens.clone()
     labels[2:] = -100
@@ -147,7 +152,9 @@ def test_only_learned_tokens_count(llama, tokens) -> None:
         assert masked[0][2] == pytest.approx(alone[0][2], rel=1e-4)
 
 
-def test_a_cost_that_is_no_number_ends_the_run(llama, tokens, monkeypatch) -> None:
+def test_a_cost_that_is_no_number_ends_the_run(
+    llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = sensitivity.Estimator(
         lambda _, units, *rest: [dict.fromkeys(u.choices, math.nan) for u in units], False, False
     )

@@ -26,8 +26,8 @@ def instances(draw: st.DrawFn) -> tuple[list[list[int]], list[list[float]], int]
     return sizes, costs, sum(size[0] for size in sizes) + draw(st.integers(0, 60))
 
 
-def cheapest(sizes: list[list[int]], costs: list[list[float]], capacity: int) -> float:
-    """By trying everything."""
+def cheapest(sizes: list[list[int]], costs: list[list[float]], capacity: float) -> float:
+    """Return the lowest cost, found by trying every choice."""
     every = itertools.product(*(range(len(size)) for size in sizes))
     return min(total(costs, chosen) for chosen in every if total(sizes, chosen) <= capacity)
 

@@ -1,6 +1,7 @@
 """The block driver: every linear sees exactly what it would see if the block were run again from its start."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -18,14 +19,15 @@ from helpers.block_driving import (
     run_copy,
     untouched,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.blocks import driver
-from qtool.blocks.driver import PROBED_WINDOWS, Call, run_blocks
+from qtool.blocks.calls import BlockCall
+from qtool.blocks.driver import PROBED_WINDOWS, run_blocks
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
-from qtool.models.linears import replace_linear
+from qtool.models.linears import linear_bias, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
 
@@ -41,7 +43,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "TOKENS_PER_BATCH", 48)
 
 
-def equal(ours: list[Tensor] | None, theirs: list[Tensor]) -> bool:
+def equal(ours: Iterable[Tensor] | None, theirs: list[Tensor]) -> bool:
     return ours is not None and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -50,7 +52,7 @@ def equal(ours: list[Tensor] | None, theirs: list[Tensor]) -> bool:
 
 @pytest.mark.usefixtures("small_batches")
 def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel, tokens: Tensor) -> None:
-    """Bit for bit, for every group and batch, the last and smaller one among them."""
+    """They agree bit for bit, for every group and batch, the last and smaller batch included."""
     compared: list[int] = []
 
     def quantize_block(task: BlockTask) -> None:
@@ -64,7 +66,7 @@ def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel
             for target in stage.targets:
                 weight = nearest(target)
                 task.pack(target, weight)
-                bias = target.linear.bias
+                bias = linear_bias(target.linear)
                 replace_linear(again, local(task, target), PackedLinear.from_quantized(weight, bias))
         assert equal(task.outputs, run_copy(again, task)[0])
         assert equal(task.outputs, run_copy(task.block, task)[0])
@@ -79,7 +81,7 @@ def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel
 def test_stages_end_where_packing_everything_at_once_ends(
     family: str, tmp_path_factory: pytest.TempPathFactory, tokens: Tensor
 ) -> None:
-    """Also where a linear is a ``Conv1D`` or reads flattened tokens."""
+    """This holds also if a linear is a ``Conv1D`` or reads flattened tokens."""
     pristine = tiny.load(tiny.FAMILIES[family](tmp_path_factory.mktemp(family)))
     logits = []
     for quantize_block in (pack_in_stages, pack_all):
@@ -96,7 +98,7 @@ def test_later_groups_see_the_groups_before_them_quantized(llama: LoadedModel, t
         fresh = copy.deepcopy(task.block)
         for stage in task.stages():
             _, plain = run_copy(fresh, task, fresh.get_submodule(local(task, stage.targets[0])))
-            changes[stage.targets[0].name] = float((stage.inputs[0] - plain[0]).norm() / plain[0].norm())
+            changes[stage.targets[0].name] = float((next(iter(stage.inputs)) - plain[0]).norm() / plain[0].norm())
             for target in stage.targets:
                 task.pack(target, nearest(target))
 
@@ -141,7 +143,7 @@ def test_linears_that_stay_in_floating_point_are_in_no_group(llama: LoadedModel,
 @pytest.mark.parametrize("loaded", ["llama", "gemma3", "falcon"], indirect=True)
 @pytest.mark.usefixtures("small_batches")
 def test_the_float_stream_is_the_float_model(loaded: LoadedModel, tokens: Tensor) -> None:
-    """In every stage and after every block, whatever was packed meanwhile."""
+    """This holds in every stage and after every block, whatever was packed meanwhile."""
     count = 0
     for task, stage, expected in float_stream(loaded, tokens):
         where = f"block {task.index}, " + ("its output" if stage is None else stage.targets[0].name)
@@ -172,7 +174,7 @@ def test_a_run_leaves_no_patched_forward_and_no_hook(loaded: LoadedModel, tokens
 
 
 def test_each_block_is_fed_by_the_quantized_blocks_before_it(loaded: LoadedModel, tokens: Tensor) -> None:
-    """What the walk feeds to the last block is what the quantized model itself feeds to it."""
+    """The driver feeds the last block with the hidden states that the quantized model itself feeds to it."""
     walked: list[Tensor] = []
 
     def quantize_block(task: BlockTask) -> None:
@@ -207,10 +209,14 @@ def test_the_size_of_batches_does_not_matter(
 
 
 def test_a_block_is_called_with_what_was_recorded_for_that_size_of_batch(llama: LoadedModel, tokens: Tensor) -> None:
-    calls = {size: Call((float(size),), {"shift": torch.tensor(size)}) for size in (1, 2, 3)}
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float, shift: Tensor) -> tuple[Tensor]:
+            return (x * scale + shift,)
+
+    calls = {size: BlockCall((float(size),), {"shift": torch.tensor(size)}) for size in (1, 2, 3)}
 
     def visit(task: BlockTask) -> None:
-        scaled = replace(task, block=lambda x, scale, shift: (x * scale + shift,), calls=calls)
+        scaled = replace(task, block=Scaled(), calls=calls)
         assert [float(scaled.forward(torch.ones(size, 1, 1))[0]) for size in (3, 1, 2)] == [6.0, 2.0, 4.0]
 
     run_blocks(Job(llama, (), tokens), visit)
@@ -224,7 +230,8 @@ def test_masks_are_recorded_for_every_size_of_batch_and_every_block(tokens: Tens
         masks.append({size: call.kwargs["attention_mask"] for size, call in task.calls.items()})
 
     run_blocks(Job(make("gemma3"), (), tokens), walk)
-    local, everything = masks
+    everything = masks[1]
+    local = {size: mask for size, mask in masks[0].items() if mask is not None}
     assert {size: mask.shape[0] for size, mask in local.items()} == {1: 1, 2: 2}
     assert local[1][0, 0].sum(-1).tolist() == [min(position, 8) for position in range(1, 25)]
     assert set(everything) == {1, 2}
@@ -258,7 +265,7 @@ def test_a_method_that_leaves_a_target_is_caught(llama: LoadedModel, tokens: Ten
 def test_the_errors_are_numbers_in_half_precision(llama: LoadedModel, tokens: Tensor) -> None:
     """Sums of squares of hidden states are beyond float16."""
     with torch.no_grad():
-        llama.model.get_input_embeddings().weight.mul_(100)
+        llama.model.get_parameter("model.embed_tokens.weight").mul_(100)
     llama.model.half()
     errors = run_blocks(Job.select(llama, W2, tokens), pack_in_stages).values("block_error")
     assert all(0 < error < 1 for error in errors), errors

@@ -72,7 +72,7 @@ def test_an_exception_inside_the_block_comes_out_and_leaves_no_patched_forward(
         for stage in task.stages():
             for target in stage.targets:
                 task.pack(target, nearest(target))
-            task.block.get_submodule("mlp").act_fn.register_forward_hook(explode)
+            task.block.get_submodule("mlp.act_fn").register_forward_hook(explode)
 
     with pytest.raises(Interrupted):
         run_blocks(Job.select(llama, W2, tokens), quantize_block)

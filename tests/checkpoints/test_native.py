@@ -1,4 +1,4 @@
-"""Native checkpoints: the tensors on disk are the quantized ones, and their size follows the formula."""
+"""Native checkpoints: the tensors on disk are the quantized ones, and damage is refused."""
 
 import json
 import os
@@ -14,13 +14,12 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qtool.checkpoints import files, sizes
+from qtool.checkpoints import files
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.models.folders import read_config
 from qtool.models.linears import packed_linears
-from qtool.pipelines.manifest import read_manifest
 from qtool.quant.packed_linear import ACTIVATIONS_VERSION
 from qtool.system.errors import InputError, RunError
 
@@ -36,7 +35,6 @@ MIXED = QuantConfig.model_validate(
         },
     }
 )
-GRIDS = [(bits, symmetric, group) for bits in BITS for symmetric in (True, False) for group in (-1, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -152,39 +150,6 @@ def test_a_write_that_reads_back_differently_is_an_error(
     assert not list(tmp_path.iterdir())
 
 
-# size
-
-
-@pytest.mark.parametrize(("bits", "symmetric", "group"), GRIDS)
-def test_packed_tensors_on_disk_have_exactly_the_bits_per_weight_of_the_formula(
-    bits: int, symmetric: bool, group: int, folder: Path, tmp_path: Path
-) -> None:
-    quant = QuantConfig(num_bits=bits, symmetric=symmetric, group_size=group)
-    tiny.quantize(folder, tmp_path / "out", quant)
-    source = NativeCheckpoint(tmp_path / "out")
-    tensors = tiny.stored(tmp_path / "out")
-    shapes = {name: tuple(tensors[f"{name}.weight_shape"].tolist()) for name in source.specs}
-    payload = 0
-    for name, (rows, columns) in shapes.items():
-        parts = [f"{name}.{part}" for part in ("weight_packed", "weight_scale", "weight_zero_point")]
-        size = sum(tensors[part].nbytes for part in parts if part in tensors)
-        assert size * 8 == pytest.approx(quant.bits_per_weight(columns) * rows * columns, rel=1e-12), name
-        payload += size
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    assert payload * 8 == pytest.approx(sizes.bits_per_weight(source.specs, shapes) * weights, rel=1e-12)
-    # the rest of the file is the float tensors, 17 bytes for each linear, and the header
-    rest = sum(source.tensor(name).nbytes for name in source.float_names()) + 17 * len(shapes)
-    file = tmp_path / "out" / "model.safetensors"
-    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert file.stat().st_size == source.num_bytes() == header + payload + rest
-
-
-def test_three_bits_take_three_eighths_of_a_byte() -> None:
-    assert QuantSpec(num_bits=3, group_size=128).bits_per_weight(4096) == 3 + 16 / 128
-    assert QuantSpec(num_bits=3, group_size=128, symmetric=False).bits_per_weight(4096) == 3 + 19 / 128
-    assert QuantSpec(num_bits=8, group_size=-1, scale_dtype="float32").bits_per_weight(64) == 8.5
-
-
 # quantization_config in config.json
 
 specs = st.builds(
@@ -289,14 +254,6 @@ def test_a_truncated_file_is_named(mixed: Path, tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size - 100)
     with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged"):
         NativeCheckpoint(folder).quantized("model.layers.0.self_attn.q_proj")
-
-
-def test_a_folder_without_manifest_has_an_empty_one_and_a_damaged_one_is_refused(mixed: Path, tmp_path: Path) -> None:
-    assert read_manifest(mixed) is None
-    folder = tiny.copied(mixed, tmp_path / "damaged")
-    (folder / "qtool.json").write_text('{"recipe": ')
-    with pytest.raises(InputError, match=r"qtool\.json"):
-        read_manifest(folder)
 
 
 def test_a_grid_that_does_not_exist_cannot_be_described() -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import pytest
 
 import qtool
 from qtool import pipelines
-from qtool.cli import doctor, main, session
+from qtool.cli import main, session
 from qtool.config import catalog, plugins
 from qtool.config.files import packaged, tables
 from qtool.config.sections import MethodConfig
@@ -318,75 +317,3 @@ def test_a_reader_that_leaves_sees_no_traceback(unbuffered: str) -> None:
     done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
-
-
-# doctor
-
-
-def _distribution(monkeypatch: pytest.MonkeyPatch, requires: list[str], versions: dict[str, str]) -> None:
-    def version(name: str) -> str:
-        if name not in versions:
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(metadata, "requires", lambda _: requires)
-    monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(doctor, "_devices", lambda: (DEVICES, None))
-    monkeypatch.setattr(doctor, "_data", lambda: {"folder": None, "found": []})
-
-
-DEVICES: dict[str, Any] = {
-    "cpu": "A CPU",
-    "cores": 2,
-    "memory_bytes": 16 * 10**9,
-    "torch_threads": 2,
-    "cuda": "13.0",
-    "gpus": [{"name": "A GPU", "memory_bytes": 24 * 10**9, "free_bytes": 20 * 10**9}],
-}
-
-
-def test_doctor_finds_what_is_missing_or_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    requires = ["torch>=2.6,<3", "rich", "typer>=1", 'pytest; extra == "test"', 'gone; python_version < "3"']
-    _distribution(monkeypatch, requires, {"torch": "2.13.0+cpu", "typer": "0.29.2"})
-    assert main.main(["doctor", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["packages"]) == {"torch", "rich", "typer"}
-    assert found["packages"]["torch"] == {"version": "2.13.0+cpu", "needs": ">=2.6,<3", "ok": True}
-    assert found["problems"] == [
-        "rich is missing: pip install 'rich'",
-        "typer 0.29.2 does not fit, it must be >=1: pip install 'typer>=1'",
-    ]
-
-
-def test_doctor_is_content_where_all_is_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _distribution(monkeypatch, ["torch>=2.6"], {"torch": "2.13.0", "wandb": "1.0"})
-    assert main.main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    for each in ("A GPU, 24.0 GB, 20.0 GB free", "2 cores, 2 threads, 16.0 GB", "set QTOOL_DATA_DIR", "all is well"):
-        assert each in text
-    assert all(line == line.rstrip() for line in text.splitlines())
-
-
-def test_doctor_says_when_torch_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)  # makes its import fail
-    found, fault = doctor._devices()
-    assert fault is not None
-    assert fault.startswith("torch cannot be imported")
-    assert found["torch_threads"] is None
-
-
-def test_memory_is_limited_by_the_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit = tmp_path / "memory.max"
-
-    def path(name: str) -> Path:
-        return limit if name == "/sys/fs/cgroup/memory.max" else tmp_path / "none"
-
-    monkeypatch.setattr(doctor, "Path", path)
-    limit.write_text("max")
-    whole = doctor._memory_bytes()
-    limit.write_text("1000000")
-    assert doctor._memory_bytes() == 1_000_000 < whole

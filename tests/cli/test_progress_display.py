@@ -1,10 +1,8 @@
-"""Progress goes to standard error, is silent by default, short in logs, and reports how each stage ended."""
+"""The display of progress goes to standard error, is short in logs, and reports how each stage ended."""
 
 import io
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qtool.cli import live_display, progress_display
-from qtool.system import memory, progress, units
+from qtool.system import progress
 
 
 class Clock:
@@ -60,13 +58,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def busy(clock: Clock, seconds: list[float]) -> None:
     for each in progress.track(seconds, "blocks", len(seconds)):
         clock.now += each
-
-
-def test_the_library_is_silent_by_default(capfd: pytest.CaptureFixture[str]) -> None:
-    with progress.stage("loading"):
-        progress.note("hello")
-    assert list(progress.track([1, 2], "blocks", 2)) == [1, 2]
-    assert tuple(capfd.readouterr()) == ("", "")
 
 
 def test_lines_say_start_end_and_how_long(clock: Clock) -> None:
@@ -135,18 +126,6 @@ def test_a_failure_says_where_it_stopped_and_leaves_nothing_open(clock: Clock) -
     assert progress._current is None
 
 
-def test_items_are_taken_one_by_one(clock: Clock) -> None:
-    taken = []
-
-    def items() -> Iterator[int]:
-        for i in range(3):
-            taken.append(i)
-            yield i
-
-    for i in progress.track(items(), "blocks", 3):
-        assert taken == list(range(i + 1))
-
-
 def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(
         progress_display.for_terminal(quiet=False), progress_display.Lines
@@ -183,48 +162,3 @@ def test_the_live_display_shows_bar_count_time_to_go_and_memory(clock: Clock) ->
     assert "done  blocks  3/3  3:03" in text
     assert "done  quantizing  3:03" in text
     assert "done  solving" not in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1:00"), (185, "3:05"), (3725, "1:02:05")]
-)
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert units.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"), [(0, "0 MB"), (812e6, "812 MB"), (999.6e6, "1.0 GB"), (3.44e9, "3.4 GB")]
-)
-def test_sizes_read_well(num_bytes: float, text: str) -> None:
-    assert units.size(num_bytes) == text
-
-
-def test_peak_memory_counts_this_process() -> None:
-    before = memory.peak_memory_bytes()
-    block = bytearray(before)  # doubles the memory in use
-    block[::4096] = b"x" * len(block[::4096])
-    assert memory.peak_memory_bytes() >= 1.5 * before > 1e6
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts the parent on Linux")
-def test_peak_memory_does_not_count_the_parent() -> None:
-    ballast = bytearray(300_000_000)
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from qtool.system import memory; print(memory.peak_memory_bytes())"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 1e6 < int(child.stdout) < 200e6
-
-
-def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert memory.peak_gpu_bytes() == 0
-    cuda = SimpleNamespace(
-        is_available=lambda: True,
-        is_initialized=lambda: True,
-        device_count=lambda: 2,
-        max_memory_allocated=lambda i: (i + 1) * 10**9,
-    )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert memory.memory().endswith(", GPU 2.0 GB")
-    cuda.is_initialized = lambda: False
-    assert "GPU" not in memory.memory()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.records import locked
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -315,7 +316,7 @@ def test_the_hash_depends_on_the_labels() -> None:
 
 
 def test_a_run_goes_on_only_with_the_same_labels(tmp_path: Path) -> None:
-    state = RunState(tmp_path, {})
+    state = RunState(tmp_path, locked())
     state.folder.mkdir()
     tokens = torch.arange(12).view(3, 4)
     labels = tokens.clone()

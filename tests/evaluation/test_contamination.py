@@ -141,7 +141,7 @@ def recipe(folder: Path, out: Path, **changes: Any) -> Recipe:
 
 def report_of(asked: Recipe) -> Report:
     """Quantize as a single process, which always has an outcome, and return its report."""
-    outcome = quantize.quantize(asked, "ptq")
+    outcome = quantize.quantize(asked)
     assert outcome is not None
     return outcome.report
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
-from torch import Tensor
+from helpers.local_data import needs
 
 from qtool.config.sections import EvalConfig
-from qtool.data import hub, readers, sources
+from qtool.data import hub, readers
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation import harness, local_tasks, perplexity
 from qtool.evaluation.tasks import _own_tasks, check_tasks, evaluate
@@ -23,40 +21,9 @@ from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 
-def missing(*files: str) -> bool:
-    folder = sources.data_dir()
-    return folder is None or not all((folder / file).exists() for file in files)
-
-
-def needs(*files: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(missing(*files), reason=f"QTOOL_DATA_DIR has no {', '.join(files)}")
-
-
-def random_llama(seed: int) -> LoadedModel:
-    loaded = tiny.with_builtin_tokenizer(seed, 256)
-    with torch.no_grad():
-        loaded.model.get_parameter("lm_head.weight").mul_(10)  # spreads the logits
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return random_llama(0)
-
-
-@pytest.fixture(scope="module")
-def reference() -> LoadedModel:
-    return random_llama(1)
-
-
-@pytest.fixture(scope="module")
-def windows() -> Tensor:
-    return torch.randint(0, 4096, (7, 40), generator=torch.Generator().manual_seed(0))
-
-
 @pytest.fixture
 def nothing_local(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data on this machine, and a hub that does not answer."""
+    """Hide all local data, and let no hub answer."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
@@ -80,81 +47,6 @@ def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     rows = ["", " = A = \n", "", " One two . \n", " = B = \n", " Three . \n"] * 9
     write("wikitext2/test.jsonl", [{"text": row} for row in rows])
     return tmp_path
-
-
-# --------------------------------------------------------------------------------------- perplexity and kl
-
-
-def test_perplexity_equals_the_loss_of_transformers(loaded: LoadedModel, windows: Tensor) -> None:
-    with torch.no_grad():
-        losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in windows]).double()
-    measured = perplexity.perplexity(loaded.model, windows, 3)
-    assert measured.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-    assert measured.stderr == pytest.approx((losses.mean().exp() * losses.std() / math.sqrt(7)).item(), rel=1e-4)
-    assert measured.n == 7 * 39
-
-
-def test_perplexity_does_not_depend_on_batch_or_chunk(
-    loaded: LoadedModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = perplexity.perplexity(loaded.model, windows, 7).value
-    assert perplexity.perplexity(loaded.model, windows, 1).value == pytest.approx(expected, rel=1e-6)
-    assert perplexity.perplexity(loaded.model, windows, "auto").value == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
-    assert perplexity.perplexity(loaded.model, windows, 2).value == pytest.approx(expected, rel=1e-6)
-
-
-def test_one_window_has_no_standard_error(loaded: LoadedModel, windows: Tensor) -> None:
-    assert perplexity.perplexity(loaded.model, windows[:1], "auto").stderr is None
-
-
-def test_a_model_does_not_diverge_from_itself(loaded: LoadedModel, windows: Tensor) -> None:
-    kl, agreement = perplexity.divergence(loaded.model, loaded.model, windows, 3)
-    assert (kl.value, kl.stderr) == (0, 0)
-    assert (agreement.value, agreement.stderr) == (1, 0)
-
-
-def test_divergence_is_kl_from_the_float_model_in_float64(
-    loaded: LoadedModel, reference: LoadedModel, windows: Tensor
-) -> None:
-    kl, agreement = perplexity.divergence(loaded.model, reference.model, windows, 3)
-    with torch.no_grad():
-        mine, other = (m(windows).logits[:, :-1].double() for m in (loaded.model, reference.model))
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=other), torch.distributions.Categorical(logits=mine)
-    )
-    assert kl.value == pytest.approx(expected.mean().item(), rel=1e-5)
-    assert kl.stderr == pytest.approx((expected.mean(1).std() / math.sqrt(7)).item(), rel=1e-4)
-    assert agreement.value == pytest.approx((mine.argmax(-1) == other.argmax(-1)).double().mean().item())
-    assert kl.n == agreement.n == 7 * 39
-
-
-def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tensor) -> None:
-    broken = random_llama(0)
-    with torch.no_grad():
-        broken.model.get_parameter("lm_head.weight")[5] = torch.inf
-    assert not math.isfinite(perplexity.perplexity(broken.model, windows, "auto").value)
-
-
-@needs("wikitext2/test.jsonl")
-def test_the_built_in_model_on_the_first_windows_of_wikitext2() -> None:
-    """Two windows are enough to see a change; the slow test below has all 417."""
-    loaded = tiny.load(tiny.BUILTIN)
-    [row] = evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
-    with torch.no_grad():
-        chosen = perplexity_windows("wikitext2", loaded, 512, 2, seed=0)
-        losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in chosen])
-    assert row.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-    assert (row.limit, row.n) == (2, 2 * 511)
-
-
-@pytest.mark.slow
-@needs("wikitext2/test.jsonl")
-def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2() -> None:
-    loaded = tiny.load(tiny.BUILTIN)
-    [row] = evaluate(loaded, EvalConfig(), None, seed=0)
-    assert row.value == pytest.approx(34.07, abs=0.005)
-    assert row.n == 417 * 1023
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -191,12 +83,6 @@ def test_rows_come_in_the_order_of_the_tasks(loaded: LoadedModel, reference: Loa
     assert "of wikitext2" in rows[0].note
     assert "that the float model wrote" in rows[2].note
     assert rows[3].note == "2 windows of 16 tokens"
-
-
-def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded: LoadedModel, windows: Tensor) -> None:
-    same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
-    assert same.reference_nll is not None
-    assert perplexity.change_stderr(same.nll, same.reference_nll) == 0
 
 
 @pytest.mark.usefixtures("nothing_local")

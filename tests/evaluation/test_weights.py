@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qtool.blocks.job import Job, load_method
+from qtool.blocks.job import Job
 from qtool.checkpoints.files import file_hashes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig, QuantSpec
@@ -58,7 +58,7 @@ def make(models: Path, output: Path, method: str, family: str = "llama", **quant
 
 
 def quantized(recipe: Recipe) -> Report:
-    pipeline.quantize(recipe, load_method(recipe.method.name).command)
+    pipeline.quantize(recipe)
     return Report.model_validate_json((recipe.output.path / "report.json").read_text())
 
 

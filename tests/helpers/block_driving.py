@@ -1,9 +1,10 @@
-"""Models whose blocks differ, and what a method makes of a block, in stages or at once."""
+"""Models whose blocks differ, and methods that pack a block in stages or at once."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrained
 
 from helpers import tiny
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask, Stage
 from qtool.config.quant import QuantConfig
@@ -21,7 +23,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 
 W2 = QuantConfig(num_bits=2, group_size=16)  # coarse, so that what came before shows in every input
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -29,7 +31,7 @@ SIZES = {
     "initializer_range": 0.1,
 }
 GATED = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128}
-WINDOWS = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWS: dict[str, Any] = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**GATED),
     "gemma3": lambda: Gemma3TextConfig(**GATED, **WINDOWS),  # masks and rotary tables differ between blocks
@@ -60,7 +62,7 @@ def pack_in_stages(task: BlockTask) -> None:
 
 
 def run_copy(block: nn.Module, task: BlockTask, watched: nn.Module | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of ``block`` on the inputs of ``task``, and what ``watched`` reads meanwhile."""
+    """Return the outputs of ``block`` on the inputs of ``task``, and the inputs of ``watched`` meanwhile."""
     seen: list[Tensor] = []
     hook = watched.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2))) if watched else None
     outputs = [replace(task, block=block).forward(hidden) for hidden in task.inputs]
@@ -74,7 +76,7 @@ def local(task: BlockTask, target: Target) -> str:
 
 
 def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, Stage | None, list[Tensor]]]:
-    """Every stage with the float inputs that it should have; then ``None`` with the float outputs of the block."""
+    """Return every stage with its expected float inputs; then ``None`` with the float outputs of the block."""
     pristine = copy.deepcopy(loaded)
     results: list[tuple[BlockTask, Stage | None, list[Tensor]]] = []
     hidden: list[Tensor] = []
@@ -83,7 +85,7 @@ def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, S
         block = pristine.blocks()[task.index][1]
         if task.index == 0:
             hidden.extend(task.inputs)
-        floats = replace(task, inputs=list(hidden))
+        floats = replace(task, inputs=HiddenStates(None, hidden))
         for stage in task.stages():
             outputs, seen = run_copy(block, floats, block.get_submodule(local(task, stage.targets[0])))
             copied = Stage(stage.targets, list(stage.inputs), stage.float_inputs and list(stage.float_inputs))

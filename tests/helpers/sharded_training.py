@@ -1,6 +1,6 @@
-"""Trainings that ``test_sharding`` runs in one process, and in two that split the model: ``sharded.py FOLDER DEVICE``.
+"""Trainings that ``test_sharding`` runs in one process, and as ``sharded_training.py FOLDER DEVICE`` in two.
 
-Each process of the latter writes what it saw to ``FOLDER/<case>-<process>.pt``.
+The two split the model, and each of them writes what it saw to ``FOLDER/<case>-<process>.pt``.
 """
 
 import gc
@@ -26,9 +26,11 @@ from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed
 from qtool.training import end_to_end, linears, sharding
+from qtool.training.fit import fit as fit_groups
 
 W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False, scale_dtype="float32")
 LEVELS = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
@@ -78,13 +80,13 @@ def tokens() -> Tensor:
 
 
 def models(folder: Path) -> None:
-    """The float models of all cases: tied embeddings and biases in one, transposed linears in the other."""
+    """Write the float models of all cases: tied embeddings and biases in one, transposed linears in the other."""
     tiny.llama(folder / "llama", dtype=torch.float32, tied=True, bias=True)
     tiny.gpt2(folder / "gpt2")
 
 
 def live_bytes() -> int:
-    """Of all plain tensors that anything refers to."""
+    """Return the bytes of all plain tensors that anything refers to."""
     gc.collect()
     found = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}
@@ -92,7 +94,7 @@ def live_bytes() -> int:
 
 
 def held(model: nn.Module) -> dict[str, Any]:
-    """How many numbers of each matrix of ``model`` there are, and how many of them are here."""
+    """Return the size of each matrix of ``model``, and how many of its numbers this process holds."""
     parameters = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     here = {name: distributed.local_shard(p).numel() for name, p in parameters.items()}
     whole = [name for name, buffer in model.named_buffers() if buffer.dim() >= 2 and buffer.dtype != torch.bool]
@@ -102,14 +104,14 @@ def held(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
-    """Watches a training: what is held when it begins, its logits when it ends, the layers that are packed."""
-    train, run, gather = end_to_end.fit, sharding.train_by_block, sharding._Shards.gather
+    """Record the memory of a training when it begins, its logits when it ends, and the layers that are packed."""
+    run, gather = sharding.train_by_block, sharding._Shards.gather
     before = live_bytes()
 
     def fit(groups: Any, *args: Any, **kwargs: Any) -> Any:
         found["live"] = live_bytes() - before
         found["moved"] = [(p.numel(), distributed.local_shard(p).numel()) for group in groups for p in group.parameters]
-        return train(groups, *args, **kwargs)
+        return fit_groups(groups, *args, **kwargs)
 
     def by_block(loaded: LoadedModel, teacher: nn.Module | None, config: Any, make: Any, train: Any, pack: Any) -> Any:
         def watched(groups: Any) -> Any:
@@ -129,6 +131,14 @@ def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
         names = ("a", "b", "weight", "scale", "zero_point", "bias")
         found["masters"].append({name: p for name, p in masters.items() if name in names})
 
+    def frozen(layer: QuantLinear) -> PackedLinear:
+        kept(layer)
+        return freeze(layer)
+
+    def packed_scales(layer: ScaleLinear) -> PackedLinear:
+        kept(layer)
+        return packed(layer)
+
     found["masters"] = []
     freeze, packed = QuantLinear.freeze, ScaleLinear.packed
     with pytest.MonkeyPatch.context() as patch:
@@ -136,13 +146,13 @@ def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
         for module in (linears, e2e_qp):
             patch.setattr(module, "train_by_block", by_block)
         patch.setattr(sharding._Shards, "gather", gathered)
-        patch.setattr(QuantLinear, "freeze", lambda layer: (kept(layer), freeze(layer))[1])
-        patch.setattr(ScaleLinear, "packed", lambda layer: (kept(layer), packed(layer))[1])
+        patch.setattr(QuantLinear, "freeze", frozen)
+        patch.setattr(ScaleLinear, "packed", packed_scales)
         yield patch
 
 
 def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -> dict[str, Any]:
-    """Train, and return what was seen of it."""
+    """Train, and return what was recorded, the quantized weights and all other parameters."""
     found: dict[str, Any] = {}
     with recorded(found):
         config = ModelConfig(path=str(folder / case.family), dtype=case.dtype, device=device)
@@ -161,12 +171,12 @@ def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -
 
 
 class Stopped(Exception):
-    """A kill."""
+    """Ends a training where a kill would."""
 
 
 @contextmanager
 def stopping(after: int) -> Iterator[None]:
-    """Ends a training when so many steps are done."""
+    """End a training after ``after`` steps."""
 
     @contextmanager
     def tracking(*args: Any) -> Iterator[Any]:
@@ -185,7 +195,7 @@ def stopping(after: int) -> Iterator[None]:
 
 
 def main(folder: Path, device: str) -> None:
-    """Run every case in this process and its like."""
+    """Run every case in this process, one of several that split the model."""
     torch.set_num_threads(1)
     distributed.start(torch.device(device))
     state = folder / "states"

@@ -1,20 +1,27 @@
-"""Runs that are stopped: their recipes, and how one ends early."""
+"""Recipes of runs that are stopped, and functions that stop them."""
 
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
+from qtool.blocks.job import FinishedBlock
 from qtool.checkpoints.files import file_hashes
 from qtool.config import recipe
+from qtool.config.recipe import Recipe
 from qtool.pipelines import quantize as pipeline
 from qtool.pipelines import workspace
+from qtool.pipelines.outcome import Outcome
 
+Whole = Callable[[str], dict[str, str]]  # the hashes of an uninterrupted run, by method
 QUANT = {"num_bits": 4, "group_size": 32}
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},
     "gptq": {"name": "gptq"},
     "gptaq": {"name": "gptq", "gptaq": 0.25},
@@ -26,9 +33,9 @@ METHODS = {
 }
 
 
-def make(folder, output, method="gptq", **changes):
-    """The recipe of a run."""
-    raw = {
+def make(folder: Path, output: Path, method: str = "gptq", **changes: object) -> Recipe:
+    """Write and load the recipe of a run; ``section__key`` changes one of its keys."""
+    raw: dict[str, dict[str, Any]] = {
         "model": {"path": str(folder / "float")},
         "method": METHODS[method],
         "quant": QUANT,
@@ -43,20 +50,23 @@ def make(folder, output, method="gptq", **changes):
     return recipe.load(str(file))
 
 
-def quantize(checked, **options):
-    return pipeline.quantize(checked, **options)
+def quantize(checked: Recipe, *, fresh: bool = False) -> Outcome:
+    """Run a recipe in this process, which is the first one and so gets an outcome."""
+    outcome = pipeline.quantize(checked, fresh)
+    assert outcome is not None
+    return outcome
 
 
-def hashes(output):
+def hashes(output: Path) -> dict[str, str]:
     return file_hashes(output, "*.safetensors")
 
 
 class Killed(Exception):
-    """Raised instead of a signal where the process is to live."""
+    """Ends a run where a signal would also end the test."""
 
 
-def in_child(work):
-    """Run ``work`` in a forked child; returns its process id."""
+def in_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked child and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -72,16 +82,17 @@ def in_child(work):
     os._exit(0)
 
 
-def wait(child):
+def wait(child: int) -> int:
+    """Return the exit status of ``child``, negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at_rename(checked, number, after):
-    """Run, and die by SIGKILL at the given rename (a file or folder gets its name), before or after it."""
+def killed_at_rename(checked: Recipe, number: int, after: bool) -> int:
+    """Run a recipe in a child that SIGKILL ends before or after rename ``number`` (a file or folder gets its name)."""
     rename = Path.rename
     count = 0
 
-    def deadly(path, target):
+    def deadly(path: Path, target: Path) -> Path:
         nonlocal count
         if count == number and not after:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -91,18 +102,18 @@ def killed_at_rename(checked, number, after):
         count += 1
         return result
 
-    def work():
-        Path.rename = deadly
+    def work() -> None:
+        pytest.MonkeyPatch().setattr(Path, "rename", deadly)  # for as long as the child lives
         quantize(checked)
 
     return wait(in_child(work))
 
 
-def stop_after(monkeypatch, blocks):
-    """Let the run fail when it has kept so many blocks."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """Let a run fail when it has kept ``blocks`` blocks."""
     write = workspace.RunWorkspace.write
 
-    def limited(self, index, block):
+    def limited(self: workspace.RunWorkspace, index: int, block: FinishedBlock) -> None:
         write(self, index, block)
         if index + 1 == blocks:
             raise Killed

@@ -255,6 +255,14 @@ def with_builtin_tokenizer(seed: int, context: int) -> LoadedModel:
     return LoadedModel(model, AutoTokenizer.from_pretrained(BUILTIN), f"tiny-{seed}", BUILTIN, dtypes)
 
 
+def with_spread_logits(seed: int) -> LoadedModel:
+    """Return ``with_builtin_tokenizer(seed, 256)`` with logits ten times as large, so that predictions differ."""
+    loaded = with_builtin_tokenizer(seed, 256)
+    with torch.no_grad():
+        loaded.model.get_parameter("lm_head.weight").mul_(10)
+    return loaded
+
+
 class Kept:
     """A workspace that keeps finished blocks in memory."""
 

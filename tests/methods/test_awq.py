@@ -76,8 +76,8 @@ def test_awq_scales_loud_channels_up_and_moves_the_rest_into_the_norm(llama: Loa
     floats = copy.deepcopy(loaded)
     run(load_method("awq"), loaded, tokens, QuantConfig(num_bits=8, group_size=16, scale_dtype="float32"))
     for block in (0, 1):
-        name = f"model.layers.{block}.input_layernorm"
-        norms = [model.model.get_submodule(name).weight for model in (floats, loaded)]
+        name = f"model.layers.{block}.input_layernorm.weight"
+        norms = [model.model.get_parameter(name) for model in (floats, loaded)]
         s = norms[0] / norms[1]
         assert float(s[[3, 17, 40]].min()) > float(s.median()), "loud channels are not scaled up"
         linear = f"model.layers.{block}.self_attn.k_proj"

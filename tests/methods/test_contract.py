@@ -121,7 +121,7 @@ def test_overrides_are_respected(method: Method[Any], llama: LoadedModel, tokens
     }
     for name, module in llama.model.named_modules():
         if isinstance(module, nn.Linear):
-            assert torch.equal(module.weight, floats.model.get_submodule(name).weight), name
+            assert torch.equal(module.weight, floats.model.get_parameter(f"{name}.weight")), name
     assert bool(torch.isfinite(tiny.logits(llama.model)).all())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.efficientqat import STILL, W2A, W3, Make, captured, config, random_layer, run, same, weights
+from helpers.weights import gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -149,13 +150,13 @@ def test_every_trainable_parameter_moves(
             assert names == {"scale", "zero_point", *(("up", "down") if rank else ("weight",))}
     for index, training in enumerate(trainings):
         for name, layer in zip((t.name for t in training.task.targets), training.layers, strict=True):
-            scale, zero_point = minmax_qparams(floats.get_submodule(name).weight.detach(), layer.spec)
+            scale, zero_point = minmax_qparams(floats.get_parameter(f"{name}.weight").detach(), layer.spec)
             assert float((layer.scale != scale).float().mean()) > 0.9, name
             assert float((layer.zero_point != zero_point).float().mean()) > 0.2, name  # only where something clips
             if isinstance(layer, LowRankBlockLinear):
                 assert float((layer.up != 0).float().mean()) > 0.9
             else:
-                moved = (layer.weight - floats.get_submodule(name).weight).abs() > 1e-6
+                moved = (layer.weight - floats.get_parameter(f"{name}.weight")).abs() > 1e-6
                 assert float(moved.float().mean()) > 0.6, name  # clipped ones have no gradient
         prefix = f"model.layers.{index}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -234,7 +235,7 @@ def test_no_weight_goes_far_beyond_its_travel(
     run(llama, tokens, W2A, travel=0.2)
     for training in trainings:
         for target, layer in zip(training.task.targets, training.layers, strict=True):
-            weight = floats.get_submodule(target.name).weight
+            weight = floats.get_parameter(f"{target.name}.weight")
             step = float(minmax_qparams(weight.detach(), layer.spec)[0].mean())
             assert 0.05 < float((layer.weight.detach() - weight).abs().max()) / step < 0.3
 
@@ -254,16 +255,16 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
         training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
         with torch.enable_grad():
             training.loss([0, 1, 2]).backward()  # three parts of one window
-            pairs = [(layer.weight, layer.weight.grad) for layer in layers.values()]
-            pairs += [(norm.master, norm.master.grad) for norm in norms]
+            pairs = [(layer.weight, gradient(layer.weight)) for layer in layers.values()]
+            pairs += [(norm.master, gradient(norm.master)) for norm in norms]
             for layer in layers.values():
                 layer.weight.grad, layer.expanded = None, layer.quantized_weight()
             found = training.part_loss([0, 1, 2, 3][:1]) + training.part_loss([1]) + training.part_loss([2])
             (found / training.goal[[0, 1, 2]].numel()).backward()
         for parameter, grad in pairs[: len(layers)]:
-            assert torch.allclose(parameter.grad, grad, rtol=1e-3, atol=1e-6)
+            assert torch.allclose(gradient(parameter), grad, rtol=1e-3, atol=1e-6)
         for norm, (_, grad) in zip(norms, pairs[len(layers) :], strict=True):
-            assert torch.allclose(norm.parameter.grad, grad, rtol=1e-3, atol=1e-6)
+            assert torch.allclose(gradient(norm.parameter), grad, rtol=1e-3, atol=1e-6)
             norm.parameter.grad = None
         for target, layer in layers.items():
             task.pack(target, layer.quantized)
@@ -291,12 +292,12 @@ def test_gradients_of_scales_are_the_closed_forms(bits: int, symmetric: bool) ->
     scale, zero_point = scale.double().requires_grad_(), zero_point.double().requires_grad_()
     other = x.detach().requires_grad_()
     nn.functional.linear(other, affine.dequantize(codes, scale, zero_point, spec)).backward(grad)
-    assert torch.allclose(x.grad, other.grad, rtol=1e-12)
-    assert torch.allclose(layer.scale.grad, scale.grad, rtol=1e-10)
+    assert torch.allclose(gradient(x), gradient(other), rtol=1e-12)
+    assert torch.allclose(gradient(layer.scale), gradient(scale), rtol=1e-10)
     if symmetric:
         assert layer.zero_point.grad is None
     else:
-        assert torch.allclose(layer.zero_point.grad, zero_point.grad, rtol=1e-10)
+        assert torch.allclose(gradient(layer.zero_point), gradient(zero_point), rtol=1e-10)
 
 
 @given(st.sampled_from(BITS), st.booleans(), st.sampled_from(["float32", "float16", "bfloat16"]), st.integers(0, 99))
@@ -349,7 +350,7 @@ def test_ranks_of_the_term_leave_the_weight_alone(
     for training in trainings:
         for target, layer in zip(training.task.targets, training.layers, strict=True):
             assert isinstance(layer, LowRankBlockLinear)
-            assert torch.allclose(layer.weight, floats.get_submodule(target.name).weight, atol=1e-3)
+            assert torch.allclose(layer.weight, floats.get_parameter(f"{target.name}.weight"), atol=1e-3)
             term = (layer.up @ layer.down).detach()
             assert int(torch.linalg.matrix_rank(term)) <= 4
             assert float(term.abs().max()) > 0.05

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.efficientqat import STILL, W2A, W3, Make, captured, config, random_layer, run, same, weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
 ) -> None:
     """The best state of all that were measured, and not the last; norms as they are stored."""
     loaded = make_llama()
-    loaded.model.to(dtype)
+    tiny.moved(loaded.model, dtype)
     many = tokens.repeat(4, 1)
     seen: list[float] = []
     measure = BlockTraining.measure
@@ -93,7 +94,8 @@ def test_a_loss_that_is_not_finite_is_answered(
         {key: value * block_ap.RETRIES[failures] for key, value in travels().items()} if failures < 3 else {}
     )
     run(fine, tokens, W2A, **(lower or {"epochs": 0}))
-    rounds, notes, loss, original = [0], [], BlockTraining.part_loss, BlockTraining.run
+    notes: list[str] = []
+    rounds, loss, original = [0], BlockTraining.part_loss, BlockTraining.run
     monkeypatch.setattr(progress, "note", notes.append)
 
     def counted(self: BlockTraining, *args: Any) -> Any:

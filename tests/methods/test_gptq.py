@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.methods import W4, correlated_inputs, generator, random_weight, run, same
+from helpers.notes import Notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -158,6 +159,8 @@ def test_statistics_do_not_depend_on_how_tokens_are_batched() -> None:
     split = statistics(*x.split([64, 26]), floats=drifted.split([64, 26]))
     assert torch.allclose(whole.hessian, 2 / 90 * x.T @ x, rtol=1e-5, atol=1e-5)
     assert torch.allclose(split.hessian, whole.hessian, rtol=1e-5, atol=1e-5)
+    assert isinstance(whole.drift, Tensor)
+    assert isinstance(split.drift, Tensor)
     assert torch.allclose(whole.drift, 2 / 90 * (drifted - x).T @ x, rtol=1e-4, atol=1e-5)
     assert torch.allclose(split.drift, whole.drift, rtol=1e-4, atol=1e-5)
     assert statistics(x).drift is None
@@ -212,17 +215,9 @@ def test_a_weighted_range_knows_which_channel_is_which(order: str) -> None:
     assert not torch.equal(found.scale, search_qparams(weight, spec, 2.0)[0])
 
 
-class Notes(progress.Sink):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.texts.append(message)
-
-
 def indefinite(share: float, size: int = 32) -> Tensor:
     """A Hessian spoiled by rounding: its smallest eigenvalue is ``-share`` of its mean diagonal."""
-    basis = torch.linalg.qr(torch.randn(size, size, generator=generator(0), dtype=torch.float64))[0]
+    basis: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator(0), dtype=torch.float64))[0]
     values = torch.linspace(0.5, 1.5, size, dtype=torch.float64)
     values[0] = -share
     hessian = basis @ torch.diag(values) @ basis.T

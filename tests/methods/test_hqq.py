@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.notes import Notes
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -128,23 +129,18 @@ def test_the_second_step_is_least_squares(kind: str, beta: float) -> None:
 
 
 def test_integer_zero_points_are_said_to_cost_what_they_cost(make_llama: Callable[[], LoadedModel]) -> None:
-    notes: list[str] = []
-
-    class Notes(progress.Sink):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
+    notes = Notes()
     quant = FLOAT_ZERO.model_copy(update={"float_zero": False})
-    with progress.use(Notes()):
+    with progress.use(notes):
         snapped = hqq.run(Job.select(make_llama(), quant), hqq.Config())
         free = hqq.run(Job.select(make_llama(), FLOAT_ZERO), hqq.Config())
     assert snapped.values("float_zero_error") == pytest.approx(free.values("weight_error"))
     assert {each.name for each in free.series} == {"weight_error"}
     change = 100 * (sum(snapped.values("weight_error")) / sum(free.values("weight_error")) - 1)
     assert change > 1
-    assert len(notes) == 1
-    assert f"{change:+.1f} %" in notes[0]
-    assert "quant.float_zero" in notes[0]
+    assert len(notes.texts) == 1
+    assert f"{change:+.1f} %" in notes.texts[0]
+    assert "quant.float_zero" in notes.texts[0]
 
 
 # ------------------------------------------------------------------------------------------ zero points between codes

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny
+from helpers.weights import gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,7 +32,7 @@ W3 = QuantConfig(num_bits=3, group_size=16)
 W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
 
 
-def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> list[float]:
+def run(loaded: LoadedModel, tokens: Tensor, quant: QuantConfig, seed: int = 0, **settings: Any) -> tuple[float, ...]:
     config = signround.Config(**{"iterations": 24} | settings)
     return signround.run(Job.select(loaded, quant, tokens, seed=seed), config).values("block_error")
 
@@ -47,7 +49,7 @@ def same(one: LoadedModel, other: LoadedModel) -> bool:
 
 
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
-    """Every block's training of the runs that follow, with its layers as the last step left them."""
+    """Collect the training of every block that follows, with its layers as the last step left them."""
     found: list[Training] = []
     original = Training.run
 
@@ -60,7 +62,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
 
 
 def random_layer(spec: QuantSpec, seed: int = 0) -> SignRoundLinear:
-    """A layer in the middle of its training: offsets and factors anywhere they can be."""
+    """Return a layer in the middle of its training, with random offsets and factors."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(6, 32, generator=generator) * 0.05
     layer = SignRoundLinear(weight, None, spec, search_qparams(weight, spec))
@@ -101,12 +103,11 @@ def test_the_search_weighs_channels_by_the_mean_square_of_what_the_linear_reads(
     name = "model.layers.0.mlp.down_proj"
     run(ours, tokens, W3, iterations=0, range="search")
     found: list[Tensor] = []
-    linear = floats.model.get_submodule(name)
-    linear.register_forward_pre_hook(lambda module, args: found.append(args[0].flatten(0, 1)))
+    floats.model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0].flatten(0, 1)))
     floats.model(tokens)
-    spec = weights(ours)[name].spec
-    expected = search_qparams(linear.weight.detach(), spec, 3.0, found[0].square().mean(0))
-    plain = search_qparams(linear.weight.detach(), spec, 3.0)
+    spec, weight = weights(ours)[name].spec, floats.model.get_parameter(f"{name}.weight").detach()
+    expected = search_qparams(weight, spec, 3.0, found[0].square().mean(0))
+    plain = search_qparams(weight, spec, 3.0)
     assert torch.equal(weights(ours)[name].scale, expected[0])
     assert not torch.equal(expected[0], plain[0])
 
@@ -142,7 +143,7 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
 ) -> None:
     """So training and the packed file multiply by the same bits."""
     loaded = make_llama()
-    loaded.model.to(dtype)
+    tiny.moved(loaded.model, dtype)
     seen: list[float] = []
     measure = Training.measure
 
@@ -236,7 +237,7 @@ def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, scale_dtype:
     (layer.quantized_weight() * upstream).sum().backward()
 
     qmax, g = spec.qmax, upstream.view(6, 2, 16)
-    codes, scale, zero, _ = (x.view(6, 2, -1) if isinstance(x, Tensor) else x for x in layer.quantized)
+    codes, scale, zero = (part.view(6, 2, -1) for part in layer.quantized[:3])
     ratio = layer.weight.view(6, 2, 16) / scale
     grid = ratio + zero + layer.offset.detach()
     inside = (grid.round() >= 0) & (grid.round() <= qmax)
@@ -252,8 +253,8 @@ def test_gradients_are_the_closed_forms(bits: int, symmetric: bool, scale_dtype:
         unrounded = layer.factors[0].detach() * z0 * s0 / s
         ends = (z0 * s0 / s - unrounded / s * below, -unrounded / s * above)  # dz / dfactor
         expected = torch.stack([by_scale * below + by_zero * ends[0], by_scale * above + by_zero * ends[1]])
-    assert torch.allclose(layer.offset.grad, g * inside * scale, rtol=1e-4, atol=1e-7)
-    assert torch.allclose(layer.factors.grad, expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(gradient(layer.offset), g * inside * scale, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(gradient(layer.factors), expected, rtol=1e-3, atol=1e-5)
 
 
 @given(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.notes import Notes
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -122,14 +123,6 @@ def test_what_cannot_be_is_refused(folder: Path, llama_folder: Path) -> None:
         qtool.use_backend(tiny.moved(load(folder), "meta"))
 
 
-class Notes(progress.Sink):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-
 def test_a_backend_is_used_inside_a_block_only_and_said(folder: Path, llama_folder: Path) -> None:
     model, notes = load(folder), Notes()
 
@@ -145,7 +138,7 @@ def test_a_backend_is_used_inside_a_block_only_and_said(folder: Path, llama_fold
         with backend.using(tiny.load(llama_folder).model, "fast"):
             pass
     assert not any(layer.kernel for layer in packed_linears(model).values())
-    serving, none = notes.said
+    serving, none = notes.texts
     assert serving.startswith("backend fast: 10 linears by int4 (cpu), ")
     assert none == "backend fast: LlamaForCausalLM has no packed linears, so this changes nothing"
 

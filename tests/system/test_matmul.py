@@ -8,12 +8,12 @@ import torch
 
 from qtool.system import matmul
 
-MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch puts an object in this place
 
 
 @pytest.fixture(autouse=True)
 def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process as it was before anything was chosen, and afterwards as this test found it."""
+    """Restore torch's defaults for the test, and the settings that the test found after it."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "none"
     monkeypatch.setattr(matmul, "_last_set", "none")

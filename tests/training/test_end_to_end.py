@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.methods import W4, train
+from helpers.notes import Notes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.errors import InputError, RunError
 from qtool.training import end_to_end, linears
+from qtool.training.end_to_end import train_model
 from qtool.training.fit import windows_of_step
 
 W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False)
@@ -38,7 +40,7 @@ TRAINED = [name for name in catalog.methods() if load_method(name).command == "q
 
 
 @pytest.fixture(params=TRAINED)
-def method(request: pytest.FixtureRequest) -> Method:
+def method(request: pytest.FixtureRequest) -> Method[Any]:
     return load_method(request.param)
 
 
@@ -48,7 +50,7 @@ def same(ours: dict[str, QuantizedWeight], theirs: dict[str, QuantizedWeight]) -
     )
 
 
-def minmax(method: Method) -> dict[str, Any]:
+def minmax(method: Method[Any]) -> dict[str, Any]:
     return {"init": "minmax"} if "init" in method.config.model_fields else {}
 
 
@@ -77,15 +79,14 @@ def test_no_steps_or_no_rate_is_round_to_nearest(
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_trainable_parameter_moves(
-    method: Method, llama: LoadedModel, tokens: Tensor, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+    method: Method[Any], llama: LoadedModel, tokens: Tensor, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
-    training = linears.train_model
 
     def watched(job: Job, *args: Any, **kwargs: Any) -> Any:
         before.update({name: p.detach().clone() for name, p in job.loaded.model.named_parameters()})
-        found = training(job, *args, **kwargs)
+        found = train_model(job, *args, **kwargs)
         after.update({name: p.detach().clone() for name, p in job.loaded.model.named_parameters()})
         return found
 
@@ -128,21 +129,16 @@ def test_paretoq_has_levels_on_both_sides_of_zero_at_2_bits(llama: LoadedModel, 
 
 
 def test_paretoq_on_a_grid_of_integers_says_that_it_is_lsq(llama: LoadedModel, tokens: Tensor) -> None:
-    notes: list[str] = []
-
-    class Notes(progress.Sink):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
-    with progress.use(Notes()):
+    notes = Notes()
+    with progress.use(notes):
         found, _ = train(load_method("paretoq"), llama, tokens, QuantConfig(num_bits=2, group_size=16), steps=0)
     assert all(bool((weight.zero_point == 2).all()) for weight in found.values())
-    assert [note.split(";")[0] for note in notes] == [
+    assert [note.split(";")[0] for note in notes.texts] == [
         "14 linears of 2 bits are trained with integer zero points, as lsq does"
     ]
 
 
-def test_training_lowers_the_loss(method: Method, llama: LoadedModel, tokens: Tensor) -> None:
+def test_training_lowers_the_loss(method: Method[Any], llama: LoadedModel, tokens: Tensor) -> None:
     _, series = train(method, llama, tokens, W2, epochs=40, travel=2.0)
     losses = series["loss"]
     assert len(losses) == 100
@@ -161,7 +157,7 @@ def test_a_teacher_is_held_only_where_it_is_asked(
     llama: LoadedModel, tokens: Tensor, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[nn.Module] = []
-    monkeypatch.setattr(linears.LoadedModel, "float_copy", lambda loaded: made.append(copy.deepcopy(loaded.model)))
+    monkeypatch.setattr(LoadedModel, "float_copy", lambda loaded: made.append(copy.deepcopy(loaded.model)))
     with pytest.raises(AssertionError) if loss == "kl" else copy_nothing():
         train(load_method("lsq"), llama, tokens, steps=1, loss=loss)
     assert len(made) == (loss == "kl")
@@ -184,7 +180,7 @@ def test_the_teacher_shares_every_tensor_and_stays_as_it_is(llama: LoadedModel, 
 
 
 def test_what_is_packed_is_what_was_trained(
-    method: Method, llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    method: Method[Any], llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last: list[Tensor] = []
     pack = linears.pack_linears
@@ -232,7 +228,7 @@ def test_parts_of_a_step_add_up(make_llama: Callable[[], LoadedModel], tokens: T
 def test_the_best_state_on_windows_kept_out_is_what_is_packed(
     make_llama: Callable[[], LoadedModel], tokens: Tensor
 ) -> None:
-    """Steps far too long only harm, so the start is kept; and the windows kept out are not trained on."""
+    """Far too long steps only do harm, so the start is kept; the held-out windows are not trained on."""
     seen: set[int] = set()
     losses = end_to_end._Training._token_losses
 
@@ -272,11 +268,10 @@ def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, m
     folder = tiny.llama(tmp_path / "float")
     loaded = load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
     dtypes: set[torch.dtype] = set()
-    training = linears.train_model
 
     def watched(job: Job, teacher: Any, groups: Any, *args: Any, **kwargs: Any) -> Any:
         dtypes.update(p.dtype for group in groups for p in group.parameters)
-        return training(job, teacher, groups, *args, **kwargs)
+        return train_model(job, teacher, groups, *args, **kwargs)
 
     monkeypatch.setattr(linears, "train_model", watched)
     _, series = train(load_method("lsq"), loaded, tokens, W2, epochs=16)
@@ -289,7 +284,7 @@ def test_half_precision_trains_float32_masters(tmp_path: Path, tokens: Tensor, m
 
 
 def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantConfig, **settings: Any) -> LoadedModel:
-    """A native checkpoint made by another method."""
+    """Write a native checkpoint made by another method, and return its model."""
     loaded = tiny.load(folder)
     chosen = load_method(method)
     chosen.run(Job.select(loaded, quant, tokens), chosen.config(**settings))
@@ -304,7 +299,7 @@ def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantCo
 def test_it_starts_at_exactly_the_codes_of_another_method(
     llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor, other: str, symmetric: bool
 ) -> None:
-    """AWQ changes norms too, and they come along."""
+    """AWQ changes norms too, and training starts from them."""
     quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
     before = written(other, llama_folder, tmp_path / "start", tokens, quant)
     found, _ = train(load_method("lsq"), llama, tokens, quant, steps=0, init_from=str(tmp_path / "start"))
@@ -329,11 +324,10 @@ def test_the_teacher_is_the_float_model_wherever_training_starts(
 ) -> None:
     written("awq", llama_folder, tmp_path / "start", tokens, W4)
     expected = tiny.logits(llama.model)
-    training = linears.train_model
 
-    def watched(loaded: LoadedModel, teacher: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def watched(job: Job, teacher: nn.Module, *args: Any, **kwargs: Any) -> Any:
         assert torch.equal(tiny.logits(teacher), expected)
-        return training(loaded, teacher, *args, **kwargs)
+        return train_model(job, teacher, *args, **kwargs)
 
     monkeypatch.setattr(linears, "train_model", watched)
     train(load_method("lsq"), llama, tokens, W4, steps=1, init_from=str(tmp_path / "start"))
@@ -363,7 +357,7 @@ def test_a_start_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize("start", ["new", "again"])
 def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp_path: Path, start: str) -> None:
-    """After the block phase of the same process, and after one that ended before this process began."""
+    """The blocks were finished by this process, or by an earlier one."""
     folder = tiny.FAMILIES[family](tmp_path / "float")
     expected = tiny.packed(folder, W2)
     kept = tiny.Kept(tmp_path)

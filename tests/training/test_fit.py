@@ -23,7 +23,7 @@ def start() -> nn.Parameter:
 
 
 def losses(w: nn.Parameter) -> Callable[[int], Tensor]:
-    """Another batch in each step."""
+    """Return a loss that has another batch in each step."""
 
     def loss_of_step(step: int) -> Tensor:
         x = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
@@ -144,7 +144,7 @@ def test_parts_add_up_to_one_batch() -> None:
 def test_long_gradients_are_cut() -> None:
     w = start()
     seen: list[float] = []
-    w.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.norm())))  # type: ignore[union-attr]
+    w.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.norm())))
     config = OptimConfig(optimizer="adamw", schedule="constant", max_grad_norm=0.01, eps=1.0)
     before = w.detach().clone()
     fit([ParamGroup([w], 1.0)], 1, lambda i: 100 * losses(w)(i), config)
@@ -246,7 +246,7 @@ def test_a_section_given_half_keeps_its_methods_own_defaults() -> None:
         name: str = "some"
         optim: OptimConfig = OptimConfig(schedule="linear", max_grad_norm=1.0)
 
-    chosen = Config(optim={"betas": (0.9, 0.95)}).optim  # type: ignore[arg-type]
+    chosen = Config(optim={"betas": (0.9, 0.95)}).optim
     assert (chosen.schedule, chosen.max_grad_norm, chosen.betas) == ("linear", 1.0, (0.9, 0.95))
 
 

@@ -14,7 +14,7 @@ from helpers.methods import recorded
 from qtool.blocks.job import load_method
 from qtool.config import catalog
 from qtool.config.recipe import Recipe
-from qtool.config.sections import IGNORED
+from qtool.config.sections import IGNORED, DataConfig
 from qtool.config.training import EndToEndConfig
 from qtool.data import windows
 from qtool.pipelines import quantize
@@ -23,7 +23,7 @@ from qtool.training.end_to_end import _Training
 
 @pytest.fixture
 def labels(tokens: torch.Tensor) -> torch.Tensor:
-    """Of each of the five windows the last part, of different lengths."""
+    """Labels that learn the last part of each window, of another length in each."""
     learned = torch.arange(tokens.shape[1]) >= torch.tensor([3, 20, 9, 15, 7])[:, None]
     return tokens.where(learned, IGNORED)
 
@@ -41,7 +41,8 @@ def test_the_loss_is_transformers_own_over_the_learned_tokens(
         expected = llama.model(input_ids=tokens[3:], labels=labels[3:]).loss
         assert one.validate() == pytest.approx(expected.item(), rel=1e-5)
         expected = llama.model(input_ids=tokens[:3], labels=labels[:3]).loss
-        assert sum(one.losses(0)).item() == pytest.approx(expected.item(), rel=1e-5)  # all three windows, in some order
+        found = float(sum(one.losses(0)))
+        assert found == pytest.approx(expected.item(), rel=1e-5)  # all three windows, in some order
 
 
 def test_parts_of_a_step_weigh_by_their_learned_tokens(llama: Any, tokens: torch.Tensor, labels: torch.Tensor) -> None:
@@ -50,7 +51,7 @@ def test_parts_of_a_step_weigh_by_their_learned_tokens(llama: Any, tokens: torch
     with torch.no_grad():
         found = list(parts.losses(0))
         assert len(found) == 3
-        assert sum(found).item() == pytest.approx(sum(whole.losses(0)).item(), rel=1e-5)
+        assert float(sum(found)) == pytest.approx(float(sum(whole.losses(0))), rel=1e-5)
 
 
 def test_tokens_as_labels_are_no_labels(llama: Any, tokens: torch.Tensor) -> None:
@@ -79,14 +80,14 @@ def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: 
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = windows.calibration(
-        windows.DataConfig(source=str(tmp_path / "a.jsonl"), num_samples=4, seq_len=100), tiny.load(llama_folder), 0
+        DataConfig(source=str(tmp_path / "a.jsonl"), num_samples=4, seq_len=100), tiny.load(llama_folder), 0
     )
     assert text.labels is not None
     settings: dict[str, Any] = {"loss": "ce", "steps": 1, "batch_size": 4, "tracker": "none"}
     series = "loss"
     if name == "efficientqat":  # the labels are those of its second phase
         settings, series = {"epochs": 0, "e2e": settings}, "e2e_loss"
-    losses = []
+    losses: list[float] = []
     for path in (tmp_path / "a.jsonl", tmp_path / "all.npy"):
         if path.suffix == ".npy":
             np.save(path, text.tokens.numpy())
@@ -97,7 +98,7 @@ def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: 
             "quant": {"group_size": 32, "num_bits": 8},
             "output": {"path": str(tmp_path / f"q{len(losses)}")},
         }
-        quantize.quantize(Recipe.model_validate(raw), load_method(name).command)
+        quantize.quantize(Recipe.model_validate(raw))
         losses.append(recorded(tmp_path / f"q{len(losses)}" / "qtool.json")[series][0])
     with torch.no_grad():
         model = tiny.load(llama_folder).model

@@ -1,4 +1,4 @@
-"""What a training holds in memory is what its shapes say, and nothing that nobody needs."""
+"""The memory of a training is what its shapes say, and holds nothing that is not needed."""
 
 import gc
 import sys
@@ -35,7 +35,7 @@ CELLS = {
     "lsq": Cell("lsq"),
     "lsq-groups": Cell("lsq", num_bits=2, group_size=32, symmetric=False),
     "lsq-blocks-again": Cell("lsq", blocks_again=True),
-    "block-ap": Cell(**BLOCK_AP | {"group_size": 32}),
+    "block-ap": replace(BLOCK_AP, group_size=32),
     "block-ap-symmetric": Cell("efficientqat", num_bits=4, group_size=32),
 }
 
@@ -55,7 +55,7 @@ def test_what_is_held_and_saved_is_what_the_shapes_say_and_the_peak_within_two_p
 
 
 def test_a_larger_model_takes_more() -> None:
-    """Of every size that the accounting knows; the peak cannot fall."""
+    """The peak grows with every size that the accounting knows."""
     for name, cell in CELLS.items():
         for key in ("hidden", "mlp", "blocks", "batch", "length"):
             larger = replace(WIDE, **{key: 2 * getattr(WIDE, key)})
@@ -65,7 +65,7 @@ def test_a_larger_model_takes_more() -> None:
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many float weights are alive when a training of the whole model begins; those alive before do not count."""
+    """The number of float weights alive when a training of the whole model begins, without those of before the test."""
     gc.collect()
     before = {id(each) for each in gc.get_objects() if type(each) is nn.Linear}
     found: list[int] = []

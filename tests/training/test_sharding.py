@@ -1,4 +1,4 @@
-"""Training with the model split over processes is that of one process; what each holds is its part."""
+"""Training with the model sharded over processes equals that of one process; each process holds its shard."""
 
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qtool.blocks.job import Job, load_method
+from qtool.checkpoints.files import write_shard
 from qtool.config import recipe
 from qtool.config.sections import ModelConfig
 from qtool.config.training import EndToEndConfig
@@ -33,13 +34,14 @@ from qtool.system import distributed
 from qtool.system.errors import InputError, RunError
 from qtool.training import end_to_end
 from qtool.training.end_to_end import _Kept, _Training
+from qtool.training.fit import windows_of_step
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all cases, trained in two processes."""
+    """Train all cases in two processes, and return their folder."""
     folder = tmp_path_factory.mktemp("sharded")
     sharded.models(folder)
     (folder / "states").mkdir()
@@ -50,18 +52,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """How far they are apart at the most, as a share of the largest."""
+    """Return the largest difference of two tensors, as a share of the largest number."""
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
 
 
 def seen(folder: Path, case: str) -> list[dict[str, Any]]:
-    """What the two processes saw of a case."""
+    """Return the records of a case, one for each of the two processes."""
     return [torch.load(folder / f"{case}-{number}.pt") for number in (0, 1)]
 
 
 def alone(folder: Path, case: str) -> dict[str, Any]:
-    """The same training in this process."""
+    """Train a case in this process, and return its record."""
     return sharded.train_case(CASES[case], folder, folder / "states" / f"{case}-1", "none", "cpu")
 
 
@@ -88,7 +90,7 @@ def test_a_split_model_trains_as_a_whole_one_does(trained: Path, case: str) -> N
 
 
 def test_training_moved_what_is_compared(trained: Path) -> None:
-    """Or the equalities above would say nothing."""
+    """Without this, the equalities above would say nothing."""
     for case in set(CASES) - {"worse", "still"}:
         losses = seen(trained, case)[0]["series"]["e2e_loss" if case == "scales" else "loss"]
         assert len(losses) == STEPS
@@ -96,7 +98,7 @@ def test_training_moved_what_is_compared(trained: Path) -> None:
 
 
 def test_the_best_state_is_that_of_all_parts(trained: Path) -> None:
-    """Steps far too long only harm."""
+    """Far too long steps only do harm."""
     first, _ = seen(trained, "worse")
     still, _ = seen(trained, "still")
     assert first["series"]["validation"][0] == min(first["series"]["validation"])
@@ -168,7 +170,7 @@ def test_what_is_packed_is_what_was_trained(trained: Path, case: str) -> None:
 
 
 def written_recipe(folder: Path, name: str, sharding: str, device: str = "cpu") -> Path:
-    """A run on a tiny model in ``folder``."""
+    """Write the recipe of a run on the tiny model in ``folder``."""
     if not (folder / "float").exists():
         tiny.llama(folder / "float")
         tiny.text(folder)
@@ -186,7 +188,7 @@ def written_recipe(folder: Path, name: str, sharding: str, device: str = "cpu") 
 
 
 def compare_runs(folder: Path, device: str) -> None:
-    """Two processes by torchrun, and one."""
+    """Run a recipe in two processes of torchrun and in one, and compare the results."""
     file = written_recipe(folder, "two", "full", device)
     done = subprocess.run([*LAUNCH, "-m", "qtool", "qat", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -234,7 +236,7 @@ def test_one_process_does_not_ignore_sharding(tmp_path: Path, llama: LoadedModel
 
 def test_a_launcher_that_asks_for_it_is_told_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match=r"configure it without, and use the recipe's sharding: full"):
+    with pytest.raises(InputError, match="turn it off there, and set sharding: full in the recipe"):
         distributed.start(torch.device("cpu"))
 
 
@@ -269,7 +271,7 @@ def test_a_run_goes_on_only_in_as_many_processes_and_shards(tmp_path: Path, monk
 def test_processes_run_the_model_equally_often(
     num: int, held: int, batch: int, count: int, accumulation: int, step: int
 ) -> None:
-    """Or they would wait for each other forever; and each window counts once."""
+    """Otherwise they would wait for each other forever. Each window counts once."""
     batch = max(batch, count)
     config = EndToEndConfig(batch_size=batch, validation_samples=held, optim={"accumulation": accumulation}, loss="ce")
     loaded: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
@@ -291,7 +293,7 @@ def test_processes_run_the_model_equally_often(
             parts = list(training.losses(step))
             assert len(parts) == runs[-1] == min(accumulation, batch // count)
             losses.append(float(sum(parts)))
-        chosen = end_to_end.windows_of_step(step, batch, num, 0)
+        chosen = windows_of_step(step, batch, num, 0)
         rows.update(chosen)
         mean = sum((1 + row) * times for row, times in rows.items()) / batch
         assert sum(losses) / count == pytest.approx(mean, rel=1e-5)
@@ -315,7 +317,6 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = _Kept(tmp_path / "phase" / end_to_end.TRAINING, sharded=True)
-    write = end_to_end.write_shard
 
     def on(number: int, step: int, until: str = "") -> None:
         """Process ``number`` writes a step, and is killed when it comes to the file ``until``."""
@@ -323,7 +324,7 @@ def test_a_kill_between_the_parts_and_the_record_leaves_the_state_before(
         def killed(tensors: dict[str, Tensor], file: Path) -> None:
             if file.name == until:
                 raise sharded.Stopped
-            write(tensors, file)
+            write_shard(tensors, file)
 
         tiny.several(number, 2, monkeypatch)
         monkeypatch.setattr(end_to_end, "write_shard", killed)

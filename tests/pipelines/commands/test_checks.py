@@ -1,4 +1,4 @@
-"""What a run refuses before its work: recipes, damaged models, exports that cannot be."""
+"""A run refuses faults before its work: in recipes, models and exports."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from qtool.models.targets import select_targets
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantizing is an error: what is wrong has to be found before."""
+    """Let quantizing fail: a fault must be found before."""
     for name in ("rtn", "gptq"):
         module = import_module(f"qtool.methods.{name}")
 
@@ -44,8 +44,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "METHOD", replace(module.METHOD, run=run))
 
 
-MIXED = {"overrides": {"*.down_proj": {"num_bits": 8}}}
-SKIPPED = {"overrides": {"*.1.mlp.up_proj": {"skip": True}}}
+MIXED: dict[str, Any] = {"overrides": {"*.down_proj": {"num_bits": 8}}}
+SKIPPED: dict[str, Any] = {"overrides": {"*.1.mlp.up_proj": {"skip": True}}}
 
 
 @pytest.mark.usefixtures("no_work")
@@ -81,7 +81,7 @@ def test_an_export_that_cannot_be_is_refused_before_quantization(
 
 def test_what_is_planned_is_refused_for_the_same_reason_as_what_is_made(models: Path) -> None:
     config = ExportConfig(format="gptq", path=Path("x"))
-    for index, changes in enumerate([MIXED, SKIPPED, {"scale_dtype": "float32"}, {}]):
+    for index, changes in enumerate((MIXED, SKIPPED, {"scale_dtype": "float32"}, {})):
         quant = QuantConfig.model_validate({"num_bits": 4, "group_size": 32, **changes})
         loaded = tiny.load(models / "llama")
         targets = select_targets(loaded, quant)

@@ -1,12 +1,16 @@
-"""Fixtures of stopped runs: a model, what an uninterrupted run makes of it, and a run that is half done."""
+"""Fixtures of stopped runs: a model, the files that an uninterrupted run writes, and a run that is half done."""
+
+from pathlib import Path
 
 import pytest
 from helpers import tiny
-from helpers.stopped_runs import Killed, hashes, make, quantize, stop_after
+from helpers.stopped_runs import Killed, Whole, hashes, make, quantize, stop_after
+
+from qtool.config.recipe import Recipe
 
 
 @pytest.fixture(scope="package")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model of three blocks and text for it."""
     path = tmp_path_factory.mktemp("models")
     tiny.llama(path / "float", blocks=3, tied=True)
@@ -15,11 +19,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def whole(folder, tmp_path_factory):
-    """Hashes of an uninterrupted run, by method."""
-    made = {}
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A function that returns the hashes of an uninterrupted run of a method."""
+    made: dict[str, dict[str, str]] = {}
 
-    def of(method):
+    def of(method: str) -> dict[str, str]:
         if method not in made:
             output = tmp_path_factory.mktemp("whole") / method
             quantize(make(folder, output, method))
@@ -30,11 +34,18 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def half_done(folder, tmp_path, monkeypatch):
-    """A run of which two of three blocks are done."""
+def half_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe of a run that was stopped after two of its three blocks."""
     checked = make(folder, tmp_path / "out")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Killed):
             quantize(checked)
     return checked
+
+
+@pytest.fixture
+def written(folder: Path, tmp_path: Path) -> Path:
+    """The output folder of a finished run."""
+    quantize(make(folder, tmp_path / "out"))
+    return tmp_path / "out"

@@ -5,16 +5,20 @@ import random
 import signal
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
-from helpers.stopped_runs import METHODS, hashes, in_child, killed_at_rename, make, quantize, wait
+from helpers.stopped_runs import METHODS, Whole, hashes, in_child, killed_at_rename, make, quantize, wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
 
 @pytest.mark.parametrize("method", ["gptq", "lsq", "efficientqat"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(folder, tmp_path, whole, after, method):
+def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path, whole: Whole, after: bool, method: str
+) -> None:
     expected, number = whole(method), 0
     while True:
         output = tmp_path / f"out-{number}"
@@ -33,7 +37,9 @@ def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(fol
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(folder, tmp_path, whole, method):
+def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path, whole: Whole, method: str
+) -> None:
     expected = whole(method)
     start = time.monotonic()
     quantize(make(folder, tmp_path / "timed", method))
@@ -42,7 +48,7 @@ def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(folder, tmp_p
     for i in range(3):
         output = tmp_path / f"out-{i}"
         checked = make(folder, output, method)
-        child = in_child(lambda checked=checked: quantize(checked))
+        child = in_child(partial(quantize, checked))
         time.sleep(draw.uniform(0, 1.2 * lasts))
         os.kill(child, signal.SIGKILL)
         wait(child)
@@ -54,8 +60,8 @@ def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(folder, tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", [name for name in ("gptq", "awq", "signround") if name in METHODS])
-def test_ten_random_kills_each(folder, tmp_path, whole, method):
-    """Thirty with all three methods; a run may be killed again and again before it is let finish."""
+def test_ten_random_kills_each(folder: Path, tmp_path: Path, whole: Whole, method: str) -> None:
+    """With all three methods that is thirty kills; a run may be killed several times before it may finish."""
     expected = whole(method)
     start = time.monotonic()
     quantize(make(folder, tmp_path / "timed", method))
@@ -66,7 +72,7 @@ def test_ten_random_kills_each(folder, tmp_path, whole, method):
         output = tmp_path / f"out-{kills}"
         checked = make(folder, output, method)
         while not output.exists():
-            child = in_child(lambda checked=checked: quantize(checked))
+            child = in_child(partial(quantize, checked))
             time.sleep(draw.uniform(0, 1.1 * lasts))
             os.kill(child, signal.SIGKILL)
             kills += wait(child) == -signal.SIGKILL

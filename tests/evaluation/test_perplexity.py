@@ -1,0 +1,98 @@
+"""Perplexity and divergence: each number against an independent computation."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.local_data import needs
+from torch import Tensor
+
+from qtool.config.sections import EvalConfig
+from qtool.data.windows import perplexity_windows
+from qtool.evaluation import perplexity
+from qtool.evaluation.tasks import evaluate
+from qtool.models.loaded import LoadedModel
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    return torch.randint(0, 4096, (7, 40), generator=torch.Generator().manual_seed(0))
+
+
+def test_perplexity_equals_the_loss_of_transformers(loaded: LoadedModel, windows: Tensor) -> None:
+    with torch.no_grad():
+        losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in windows]).double()
+    measured = perplexity.perplexity(loaded.model, windows, 3)
+    assert measured.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert measured.stderr == pytest.approx((losses.mean().exp() * losses.std() / math.sqrt(7)).item(), rel=1e-4)
+    assert measured.n == 7 * 39
+
+
+def test_perplexity_does_not_depend_on_batch_or_chunk(
+    loaded: LoadedModel, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = perplexity.perplexity(loaded.model, windows, 7).value
+    assert perplexity.perplexity(loaded.model, windows, 1).value == pytest.approx(expected, rel=1e-6)
+    assert perplexity.perplexity(loaded.model, windows, "auto").value == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
+    assert perplexity.perplexity(loaded.model, windows, 2).value == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_window_has_no_standard_error(loaded: LoadedModel, windows: Tensor) -> None:
+    assert perplexity.perplexity(loaded.model, windows[:1], "auto").stderr is None
+
+
+def test_a_model_does_not_diverge_from_itself(loaded: LoadedModel, windows: Tensor) -> None:
+    kl, agreement = perplexity.divergence(loaded.model, loaded.model, windows, 3)
+    assert (kl.value, kl.stderr) == (0, 0)
+    assert (agreement.value, agreement.stderr) == (1, 0)
+
+
+def test_divergence_is_kl_from_the_float_model_in_float64(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor
+) -> None:
+    kl, agreement = perplexity.divergence(loaded.model, reference.model, windows, 3)
+    with torch.no_grad():
+        mine, other = (m(windows).logits[:, :-1].double() for m in (loaded.model, reference.model))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=other), torch.distributions.Categorical(logits=mine)
+    )
+    assert kl.value == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert kl.stderr == pytest.approx((expected.mean(1).std() / math.sqrt(7)).item(), rel=1e-4)
+    assert agreement.value == pytest.approx((mine.argmax(-1) == other.argmax(-1)).double().mean().item())
+    assert kl.n == agreement.n == 7 * 39
+
+
+def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tensor) -> None:
+    broken = tiny.with_spread_logits(0)
+    with torch.no_grad():
+        broken.model.get_parameter("lm_head.weight")[5] = torch.inf
+    assert not math.isfinite(perplexity.perplexity(broken.model, windows, "auto").value)
+
+
+@needs("wikitext2/test.jsonl")
+def test_the_built_in_model_on_the_first_windows_of_wikitext2() -> None:
+    """Two windows are enough to see a change; the slow test below has all 417."""
+    loaded = tiny.load(tiny.BUILTIN)
+    [row] = evaluate(loaded, EvalConfig(limit=2, context=512), None, seed=0)
+    with torch.no_grad():
+        chosen = perplexity_windows("wikitext2", loaded, 512, 2, seed=0)
+        losses = torch.stack([loaded.model(w[None], labels=w[None]).loss for w in chosen])
+    assert row.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
+    assert (row.limit, row.n) == (2, 2 * 511)
+
+
+@pytest.mark.slow
+@needs("wikitext2/test.jsonl")
+def test_the_built_in_model_has_a_perplexity_of_34_07_on_wikitext2() -> None:
+    loaded = tiny.load(tiny.BUILTIN)
+    [row] = evaluate(loaded, EvalConfig(), None, seed=0)
+    assert row.value == pytest.approx(34.07, abs=0.005)
+    assert row.n == 417 * 1023
+
+
+def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded: LoadedModel, windows: Tensor) -> None:
+    same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
+    assert same.reference_nll is not None
+    assert perplexity.change_stderr(same.nll, same.reference_nll) == 0

@@ -1,0 +1,13 @@
+"""A sink that collects notes."""
+
+from qtool.system import progress
+
+
+class Notes(progress.Sink):
+    """Collects the notes of whatever runs while it is in use."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.texts.append(message)
