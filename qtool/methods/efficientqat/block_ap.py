@@ -10,9 +10,9 @@ travels the rate times the sum of the schedule's factors; what a recipe gives is
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,16 @@ HELD_OUT = 8  # at most one window in so many is held out for validation
 NUM_CHECKS = 8  # states that are compared with the start
 RETRIES = (1.0, 0.25, 0.0625)  # shares of the rates: after a loss that is not finite, the next is tried
 SEARCH_NORM = 3.0  # exponent of the error that the range search lowers, as in gptq and signround
+RENAMED = {
+    "scale_travel": "scale_share, a share of the linear's mean scale (scale_travel of other methods is in quantization "
+    "steps)"
+}
 
 
 class BlockConfig(TrainedConfig):
     """The keys of Block-AP."""
+
+    renamed: ClassVar[Mapping[str, str]] = RENAMED
 
     init: Literal["minmax", "search", "gptq"] = Field(
         "search",
@@ -63,8 +69,11 @@ class BlockConfig(TrainedConfig):
     travel: float = Field(
         0.5, ge=0, description="How far a weight can move in all steps together, in its linear's mean scales."
     )
-    scale_travel: float = Field(
-        0.1, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
+    scale_share: float = Field(
+        0.1,
+        ge=0,
+        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear; sets "
+        "the learning rate of scales.",
     )
     zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
     norm_travel: float = Field(
@@ -326,7 +335,7 @@ def groups_of(layers: list[BlockLinear], norms: list[Norm], total: float, config
     for layer in layers:
         step = float(layer.scale.detach().mean())
         of_weight = config.travel * step / total if config.weight_lr is None else config.weight_lr
-        rates = {"weight": of_weight, "scale": config.scale_travel * step / total}
+        rates = {"weight": of_weight, "scale": config.scale_share * step / total}
         rates["zero_point"] = config.zero_travel / total
         if config.quant_lr is not None:
             rates |= {"scale": config.quant_lr, "zero_point": config.quant_lr}

@@ -6,7 +6,8 @@ gradient of a scale is ``sum G (q - z)`` over its group, that of a zero point ``
 rounded to what is stored before they are used, so packing at the end changes no bit.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from qtool.blocks.job import Job
 from qtool.config.training import EndToEndConfig
+from qtool.methods.efficientqat.block_ap import RENAMED
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
@@ -32,13 +34,18 @@ PHASE = "e2e-qp"  # names the folder of what it has reached
 class ScaleConfig(EndToEndConfig):
     """The keys of E2E-QP."""
 
+    renamed: ClassVar[Mapping[str, str]] = RENAMED
+
     steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says; 0: no second phase.")
     epochs: int = Field(3, ge=1, description="How often each calibration window is seen.")
     trains: tuple[Literal["scales", "zero_points"], ...] = Field(
         ("scales", "zero_points"), min_length=1, description="What trains; zero points on asymmetric grids only."
     )
-    scale_travel: float = Field(
-        0.2, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
+    scale_share: float = Field(
+        0.2,
+        ge=0,
+        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear; sets "
+        "the learning rate of scales.",
     )
     zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
     lr: float | None = Field(
@@ -114,7 +121,7 @@ def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[Par
     """What trains of a layer, and at which rate; ``total`` is the sum of the schedule's factors."""
     step = float(layer.scale.detach().mean())
     groups = []
-    for parameter, travel in ((layer.scale, config.scale_travel * step), (layer.zero_point, config.zero_travel)):
+    for parameter, travel in ((layer.scale, config.scale_share * step), (layer.zero_point, config.zero_travel)):
         if parameter.requires_grad:
             groups.append(ParamGroup([parameter], travel / max(total, 1e-9) if config.lr is None else config.lr))
     return groups
