@@ -43,6 +43,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import ParamGroup
 from qtool.training.linears import train_linears
+from qtool.training.rates import ends_to_scale, rate
 
 OBSERVED = 2**14  # tokens that say where inputs are large
 OVERSAMPLING, POWER_ITERATIONS = 8, 4  # of subspace iteration: directions more than are asked for, and products
@@ -223,10 +224,11 @@ def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[st
 def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[ParamGroup]:
     """What trains of a layer; ``total`` is the sum of the schedule's factors."""
     scale = float(layer.scale.detach().mean())
-    lr = config.travel / total if config.lr is None else config.lr
-    ends = config.scale_travel * scale * 2 / layer.spec.qmax / total
-    scale_lr = ends if config.scale_lr is None else config.scale_lr
-    return [ParamGroup([layer.a, layer.b], lr), ParamGroup([layer.scale], scale_lr)]
+    distance = ends_to_scale(config.scale_travel, scale, layer.spec.qmax)
+    return [
+        ParamGroup([layer.a, layer.b], rate(config.travel, total, config.lr)),
+        ParamGroup([layer.scale], rate(distance, total, config.scale_lr)),
+    ]
 
 
 def run(job: Job, config: Config) -> Result:

@@ -18,6 +18,7 @@ from qtool.system.errors import InputError
 from qtool.training.end_to_end import num_steps, train_model
 from qtool.training.fit import FitResult, ParamGroup, total_factor
 from qtool.training.losses import CE
+from qtool.training.rates import ends_to_scale, rate
 from qtool.training.sharding import train_by_block
 
 L = TypeVar("L", bound=QuantLinear)
@@ -89,20 +90,18 @@ C = TypeVar("C", bound=EndToEnd)
 
 def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> ParamGroup:
     """The weights of ``layer``; ``total`` is the sum of the schedule's factors."""
-    lr = config.travel * float(layer.qparams()[0].detach().mean()) / total if config.lr is None else config.lr
-    return ParamGroup([layer.weight], lr, config.weight_decay)
+    step = float(layer.qparams()[0].detach().mean())
+    return ParamGroup([layer.weight], rate(config.travel * step, total, config.lr), config.weight_decay)
 
 
 def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[ParamGroup]:
     """The weights, scales and, where they are learned, zero points of ``layer``."""
-    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
-    scale_lr = ends * float(layer.scale.detach().mean()) * 2 / layer.spec.qmax
-    groups = [
-        weight_group(layer, config, total),
-        ParamGroup([layer.scale], scale_lr if config.scale_lr is None else config.scale_lr),
-    ]
+    lr = ends = rate(config.scale_travel, total, config.scale_lr)  # quantization steps, the unit of zero points
+    if config.scale_lr is None:
+        lr = ends_to_scale(ends, float(layer.scale.detach().mean()), layer.spec.qmax)
+    groups = [weight_group(layer, config, total), ParamGroup([layer.scale], lr)]
     if layer.zero_point.requires_grad:
-        groups.append(ParamGroup([layer.zero_point], ends if config.scale_lr is None else config.scale_lr))
+        groups.append(ParamGroup([layer.zero_point], ends))
     return groups
 
 
@@ -124,7 +123,7 @@ def train_linears(
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    total = max(total_factor(num_steps(config, len(job.text)), config.optim), 1e-9)
+    total = total_factor(num_steps(config, len(job.text)), config.optim)
     layers: list[dict[str, L]] = []
 
     def put(index: int) -> list[ParamGroup]:

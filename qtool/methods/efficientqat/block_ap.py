@@ -35,6 +35,7 @@ from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, fit, total_factor, windows_of_step
 from qtool.training.linears import Start, put_linears
+from qtool.training.rates import rate
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -330,24 +331,24 @@ def norms_of(task: BlockTask, loaded: LoadedModel) -> list[Norm]:
 
 def groups_of(layers: list[BlockLinear], norms: list[Norm], total: float, config: BlockConfig) -> list[ParamGroup]:
     """What trains, and at which rate; ``total`` is the sum of the schedule's factors."""
-    total = max(total, 1e-9)
     groups = []
     for layer in layers:
         step = float(layer.scale.detach().mean())
-        of_weight = config.travel * step / total if config.weight_lr is None else config.weight_lr
-        rates = {"weight": of_weight, "scale": config.scale_share * step / total}
-        rates["zero_point"] = config.zero_travel / total
-        if config.quant_lr is not None:
-            rates |= {"scale": config.quant_lr, "zero_point": config.quant_lr}
+        of_weight = rate(config.travel * step, total, config.weight_lr)
+        rates = {
+            "weight": of_weight,
+            "scale": rate(config.scale_share * step, total, config.quant_lr),
+            "zero_point": rate(config.zero_travel, total, config.quant_lr),
+        }
         if isinstance(layer, LowRankBlockLinear):
             rates |= {"up": of_weight / step, "down": of_weight / step * float(layer.down.detach().abs().mean())}
-        for name, rate in rates.items():
+        for name, lr in rates.items():
             parameter = layer.get_parameter(name)
             if parameter.requires_grad:
-                groups.append(ParamGroup([parameter], rate))
+                groups.append(ParamGroup([parameter], lr))
     for _, master, _ in norms:
-        by_travel = config.norm_travel * float(master.detach().abs().mean()) / total
-        groups.append(ParamGroup([master], by_travel if config.weight_lr is None else config.weight_lr))
+        distance = config.norm_travel * float(master.detach().abs().mean())
+        groups.append(ParamGroup([master], rate(distance, total, config.weight_lr)))
     return groups
 
 

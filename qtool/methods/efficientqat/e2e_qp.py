@@ -26,6 +26,7 @@ from qtool.reports.records import Series
 from qtool.training.end_to_end import num_steps, train_model
 from qtool.training.fit import FitResult, ParamGroup, total_factor
 from qtool.training.losses import CE
+from qtool.training.rates import rate
 from qtool.training.sharding import train_by_block
 
 PHASE = "e2e-qp"  # names the folder of what it has reached
@@ -121,9 +122,9 @@ def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[Par
     """What trains of a layer, and at which rate; ``total`` is the sum of the schedule's factors."""
     step = float(layer.scale.detach().mean())
     groups = []
-    for parameter, travel in ((layer.scale, config.scale_share * step), (layer.zero_point, config.zero_travel)):
+    for parameter, distance in ((layer.scale, config.scale_share * step), (layer.zero_point, config.zero_travel)):
         if parameter.requires_grad:
-            groups.append(ParamGroup([parameter], travel / max(total, 1e-9) if config.lr is None else config.lr))
+            groups.append(ParamGroup([parameter], rate(distance, total, config.lr)))
     return groups
 
 
