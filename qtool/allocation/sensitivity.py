@@ -23,13 +23,13 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import TOKENS_PER_BATCH, group_inputs, walk
 from qtool.blocks.job import Job
-from qtool.blocks.task import Stage
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.methods import gptq
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, quantize
+from qtool.quant.hessian import gram
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.training.losses import kl
@@ -93,7 +93,7 @@ def compensated(job: Job, units: Sequence[Unit]) -> Weights:
     config = gptq.Config()
     for task in walk(job):
         for group, inputs in group_inputs(task):
-            statistics = gptq.collect(Stage(group, inputs, None), config)
+            statistics = gptq.Statistics(gram(inputs), None)
             for target in group:
                 factor = gptq.factorise(statistics, target.spec, config, target.name)
                 for bits in choices[target.name]:

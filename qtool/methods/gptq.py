@@ -19,7 +19,6 @@ every correction made so far; one factorisation serves all linears of a group.
 """
 
 from collections.abc import Callable
-from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
-from qtool.quant.hessian import PART, add_gram, mirror, parts
+from qtool.quant.hessian import PART, add_gram, gram, mirror, parts, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.system.errors import RunError
@@ -41,7 +40,6 @@ from qtool.system.matmul import exact_products
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)
 ONE_BY_ONE = 16  # columns; more of them are corrected by a product
-ROWS, NUMBERS = 512, 2**22  # of inputs in float32 at a time: at least so many rows, or as many as have so many numbers
 
 
 class Config(MethodConfig):
@@ -84,25 +82,27 @@ class Factor(NamedTuple):
     drift: Tensor | None  # P [in, in], of GPTAQ
 
 
-def collect(stage: Stage, config: Config) -> Statistics:
-    """The statistics of what the linears of ``stage`` read."""
+def collect(stage: Stage) -> Statistics:
+    """Return the statistics of the input that the linears of ``stage`` share."""
+    if stage.float_inputs is None:
+        return Statistics(gram(stage.inputs), None)
     hessian = drift = None
     count = 0
-    floats = stage.float_inputs if stage.float_inputs is not None else repeat(None)
-    for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
+    for batch, batch_float in zip(stage.inputs, stage.float_inputs, strict=True):
         count, size = count + len(batch), batch.shape[1]
-        hessian = batch.new_zeros(size, size, dtype=torch.float32) if hessian is None else hessian
-        for rows in parts(len(batch), max(ROWS, NUMBERS // size)):
+        if hessian is None or drift is None:
+            hessian = batch.new_zeros(size, size, dtype=torch.float32)
+            drift = torch.zeros_like(hessian)
+        for rows in row_chunks(batch):
             x = batch[rows].float()
             with exact_products(batch.dtype):
                 add_gram(hessian, x)
-            if batch_float is not None:
-                drift = torch.zeros_like(hessian) if drift is None else drift
-                drift.addmm_((batch_float[rows].float() - x).T, x)
-            del x  # before the next takes its place
-    assert hessian is not None
+            drift.addmm_((batch_float[rows].float() - x).T, x)
+            del x  # frees its memory before the next chunk is cast
+    assert hessian is not None, "statistics need a batch"
+    assert drift is not None
     mirror(hessian.mul_(2 / count))
-    return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
+    return Statistics(hessian, drift.mul_(2 / count))
 
 
 def _invert_lower(matrix: Tensor) -> None:
@@ -292,7 +292,7 @@ def run(job: Job, config: Config) -> Result:
 
     def quantize_block(task: BlockTask) -> None:
         for stage in task.stages():
-            quantize_group(task, stage.targets, collect(stage, config), config)
+            quantize_group(task, stage.targets, collect(stage), config)
 
     return run_blocks(job, quantize_block, float_stream=config.gptaq > 0)
 

@@ -31,13 +31,12 @@ from torch.utils.checkpoint import checkpoint
 
 from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job, Method, Result
-from qtool.blocks.task import Stage
 from qtool.config.quant import QuantSpec
 from qtool.config.training import EndToEnd, OptimConfig
-from qtool.methods import gptq
 from qtool.models.linears import Target, linear_bias
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
+from qtool.quant.hessian import gram
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
@@ -192,16 +191,16 @@ class LowRankLinear(QuantLinear):
         return super().forward(x)
 
 
-def principal(gram: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+def principal(products: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """The main directions ``[rank, in]`` of a sum of ``x^T x`` ``[in, in]``, the largest first, by subspace iteration.
 
     They are orthogonal. Their lengths grow with the fourth root of what each carries; the mean square is ``LENGTH**2``.
     """
-    width = min(rank + OVERSAMPLING, len(gram))
-    basis = torch.randn(len(gram), width, generator=generator).to(gram.device)
+    width = min(rank + OVERSAMPLING, len(products))
+    basis = torch.randn(len(products), width, generator=generator).to(products.device)
     for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(gram @ basis).Q
-    carried, vectors = torch.linalg.eigh(basis.T @ gram @ basis)
+        basis = torch.linalg.qr(products @ basis).Q
+    carried, vectors = torch.linalg.eigh(basis.T @ products @ basis)
     least = carried.max() * MIN_ENERGY + torch.finfo(torch.float32).tiny
     lengths = carried.flip(0)[:rank].clamp(min=least) ** 0.25
     lengths *= B_ROW_RMS / lengths.square().mean().sqrt()
@@ -216,8 +215,8 @@ def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[st
     observed = job.text[: max(1, OBSERVED // job.text.shape[1])]
     for task in walk(replace(job, tokens=observed)):
         for group, inputs in group_inputs(task):
-            gram = gptq.collect(Stage(group, inputs, None), gptq.Config()).hessian
-            found |= dict.fromkeys([target.name for target in group], principal(gram, rank, generator))
+            directions = principal(gram(inputs), rank, generator)
+            found |= dict.fromkeys([target.name for target in group], directions)
     return found
 
 

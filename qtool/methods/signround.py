@@ -37,6 +37,7 @@ from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
+from qtool.system.seeds import derived_seed
 
 PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
 BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
@@ -208,7 +209,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
                 grid = minmax_qparams(weight, spec)
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + task.index)
+    generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
     best = Training(task, task.float_outputs, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)

@@ -16,6 +16,7 @@ from qtool.config.training import OptimConfig
 from qtool.reports.records import Series
 from qtool.system import distributed
 from qtool.system.errors import InputError
+from qtool.system.seeds import derived_seed
 
 State = dict[str, Tensor]
 
@@ -89,7 +90,7 @@ def windows_of_step(step: int, size: int, num_windows: int, seed: int) -> list[i
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, num_windows)
         if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
             orders[epoch] = torch.randperm(num_windows, generator=generator).tolist()
         chosen.append(orders[epoch][place])
     return chosen

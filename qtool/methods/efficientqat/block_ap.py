@@ -28,11 +28,13 @@ from qtool.methods import gptq
 from qtool.models.linears import Target, linear_bias
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
+from qtool.quant.hessian import gram
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
+from qtool.system.seeds import derived_seed
 from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, fit, total_factor, windows_of_step
 from qtool.training.linears import Start, put_linears
 from qtool.training.rates import rate
@@ -106,9 +108,11 @@ class BlockLinear(QuantLinear):
 
 
 class LowRankBlockLinear(BlockLinear):
-    """A frozen weight with a trained term of low rank inside its rounding, as LR-QAT has it (arXiv 2406.06385).
+    """A linear with a frozen weight and a trained low-rank term inside its rounding, the idea of LR-QAT.
 
-    ``round(w / scale + zero_point + up @ down)``: the term is in codes, and zero at the start.
+    ``round(w / scale + zero_point + up @ down)`` (arXiv 2406.06385): the term is in codes, and zero at the start. It
+    is not the layer of ``methods/lrqat.py``, which keeps the weight at its first grid position in few bits: here the
+    weight is float32 and follows its scale and zero point, which Block-AP trains as well.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class LowRankBlockLinear(BlockLinear):
         super().__init__(weight, bias, spec, rounding)
         self.weight.requires_grad_(False)
         rows, columns = weight.shape
-        generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
+        generator = torch.Generator().manual_seed(derived_seed(rows, columns))
         down = torch.randn(rank, columns, generator=generator) / math.sqrt(rank)
         self.down = nn.Parameter(down.to(self.weight))
         self.up = nn.Parameter(self.weight.new_zeros(rows, rank))
@@ -287,7 +291,7 @@ def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
     """What GPTQ with its defaults makes of the block; the way there gives the float outputs too."""
     solver, found = gptq.Config(), {}
     for stage in task.stages():
-        statistics = gptq.collect(stage._replace(float_inputs=None), solver)
+        statistics = gptq.Statistics(gram(stage.inputs), None)
         gptq.quantize_group(task, stage.targets, statistics, solver)
         for target in stage.targets:
             layer = task.block.get_submodule(task.local_name(target))
@@ -376,7 +380,7 @@ def quantize_block(
         training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
         groups = [group._replace(lr=group.lr * share) for group in groups_of(training.layers, norms, total, config)]
         try:
-            fitted = training.run(groups, num_steps, windows, held, config, seed * 1_000_003 + task.index)
+            fitted = training.run(groups, num_steps, windows, held, config, derived_seed(seed, task.index))
         except NonFiniteError as error:
             progress.note(f"{task.name}: {error} at {share:g} times the rates")
             for parameter, value in first:
