@@ -212,7 +212,7 @@ def test_the_files_of_a_run_are_within_a_size(models, tmp_path, method) -> None:
 def test_formats_of_one_grid_refuse_a_budget_before_any_width_is_measured(models, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(ESTIMATORS, "loss", None)
     file = make(models, tmp_path / "out", export=[{"format": "gptq", "path": str(tmp_path / "gptq")}])
-    with pytest.raises(InputError, match="it has 2 different grids"):
+    with pytest.raises(InputError, match="its linears have 2 different grids"):
         quantize(recipe.load(file))
 
 
