@@ -22,6 +22,7 @@ from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
 from qtool.methods.efficientqat import block_ap, e2e_qp
 from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
+from qtool.methods.efficientqat.config import PARTS, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
@@ -166,7 +167,7 @@ def test_every_trainable_parameter_moves(
             assert float((before != after).float().mean()) > 0.9, norm
 
 
-@pytest.mark.parametrize("part", block_ap.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_only_what_is_asked_for_trains(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -221,7 +222,7 @@ def test_rates_are_travels_over_the_schedule() -> None:
 def test_rates_of_the_second_phase_are_travels_over_the_schedule() -> None:
     packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
     layer = ScaleLinear.of(packed, True, True)
-    settings = e2e_qp.ScaleConfig(scale_share=0.2, zero_travel=3)
+    settings = ScaleConfig(scale_share=0.2, zero_travel=3)
     step = float(packed.weight_scale.float().mean())
     assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, settings)] == pytest.approx([0.02 * step, 0.3])
     fixed = settings.model_copy(update={"lr": 2e-5})

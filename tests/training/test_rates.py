@@ -14,6 +14,7 @@ from qtool.config.quant import BITS, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import lrqat, lsq
 from qtool.methods.efficientqat import block_ap, e2e_qp
+from qtool.methods.efficientqat.config import ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import ParamGroup, fit, total_factor
@@ -91,6 +92,6 @@ def test_rates_of_block_ap_are_those_of_its_formula_bit_for_bit(rank: int) -> No
 
 def test_rates_of_e2e_qp_are_those_of_its_formula_bit_for_bit() -> None:
     packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
-    layer, settings = ScaleLinear.of(packed, True, True), e2e_qp.ScaleConfig(scale_share=0.2, zero_travel=3)
+    layer, settings = ScaleLinear.of(packed, True, True), ScaleConfig(scale_share=0.2, zero_travel=3)
     step = float(layer.scale.detach().mean())
     assert [group.lr for group in e2e_qp.groups_of(layer, TOTAL, settings)] == [0.2 * step / TOTAL, 3 / TOTAL]

@@ -22,8 +22,9 @@ from pydantic import Field
 
 from qtool.blocks.driver import gather, run_blocks
 from qtool.blocks.job import Job, Method, Result
-from qtool.methods.efficientqat.block_ap import BlockConfig, quantize_block
-from qtool.methods.efficientqat.e2e_qp import ScaleConfig, train_scales
+from qtool.methods.efficientqat.block_ap import quantize_block
+from qtool.methods.efficientqat.config import BlockConfig, ScaleConfig
+from qtool.methods.efficientqat.e2e_qp import train_scales
 from qtool.training.linears import Start
 
 

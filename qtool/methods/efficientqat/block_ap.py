@@ -10,21 +10,21 @@ parameters can move, each in the unit that the description of its key states.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Figures
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
-from qtool.config.training import OptimConfig, RoundingConfig, TrainedConfig
+from qtool.config.training import RoundingConfig
 from qtool.methods import gptq
+from qtool.methods.efficientqat.config import BlockConfig
 from qtool.models.linears import Target, linear_bias
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
@@ -39,84 +39,10 @@ from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, fit, total
 from qtool.training.linears import Start, put_linears
 from qtool.training.rates import rate
 
-Part = Literal["weights", "norms", "scales", "zero_points"]
-PARTS: tuple[Part, ...] = get_args(Part)
 HELD_OUT = 8  # at most one window in this many is held out for validation
 NUM_CHECKS = 8  # number of states that are compared with the start
 RETRIES = (1.0, 0.25, 0.0625)  # factors of the learning rates, each tried after a loss that is not finite
 SEARCH_NORM = 3.0  # exponent of the error that the range search lowers, as in gptq and signround
-RENAMED = {  # former keys of both phases, see Section.renamed
-    "scale_travel": "scale_share, a share of the linear's mean scale (scale_travel of other methods is in quantization "
-    "steps)"
-}
-
-
-class BlockConfig(TrainedConfig):
-    """The keys of Block-AP."""
-
-    renamed: ClassVar[Mapping[str, str]] = RENAMED
-
-    init: Literal["minmax", "search", "gptq"] = Field(
-        "search",
-        description="Start of each block. minmax: the grid of each group's extremes; search: the range with the "
-        "smallest error; gptq: the codes of gptq with its defaults.",
-    )
-    trains: tuple[Part, ...] = Field(
-        PARTS, min_length=1, description="Parameters that Block-AP trains; zero_points on asymmetric grids only."
-    )
-    low_rank: int = Field(
-        0,
-        ge=0,
-        description="Rank of a term inside the rounding that trains in place of the weights; 0: the weights train.",
-    )
-    epochs: float = Field(2.0, ge=0, description="Passes of Block-AP over the calibration windows; 0: no training.")
-    min_steps: int = Field(
-        100, ge=0, description="Least number of steps of Block-AP per block, where epochs would give fewer."
-    )
-    batch_size: int = Field(4, ge=1, description="Windows per step of Block-AP.")
-    travel: float = Field(
-        0.5,
-        ge=0,
-        description="Distance that a weight can move over all steps, in quantization steps (the mean scale of its "
-        "linear); sets the learning rate of weights.",
-    )
-    scale_share: float = Field(
-        0.1,
-        ge=0,
-        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear; sets "
-        "the learning rate of scales.",
-    )
-    zero_travel: float = Field(
-        0.5,
-        ge=0,
-        description="Distance that a zero point can move over all steps, in codes; sets the learning rate of zero "
-        "points.",
-    )
-    norm_travel: float = Field(
-        0.05,
-        ge=0,
-        description="Distance that a norm's weight can move over all steps, as a share of the mean absolute weight of "
-        "the norm; sets the learning rate of norms.",
-    )
-    weight_lr: float | None = Field(
-        None,
-        ge=0,
-        description="Learning rate of weights and norms, in place of travel and norm_travel; unset: these decide. The "
-        "paper has 2e-5 at 2 bits, else 1e-5.",
-    )
-    quant_lr: float | None = Field(
-        None,
-        ge=0,
-        description="Learning rate of scales and zero points, in place of scale_share and zero_travel; unset: these "
-        "decide. The paper has 1e-4.",
-    )
-    validation_samples: int = Field(
-        8,
-        ge=1,
-        description="Windows on which the best state of a block is chosen. They are not trained on, but at most one "
-        "window in eight is held out; of fewer than eight windows, all are trained on.",
-    )
-    optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
 
 
 class BlockLinear(QuantLinear):

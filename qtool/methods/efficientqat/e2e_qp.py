@@ -1,22 +1,19 @@
 """E2E-QP, the second phase of EfficientQAT: the codes stay, and the scales train on a loss of the whole model.
 
 A layer keeps its packed codes and float32 masters of its scales, but no float weight: the weight is expanded for each
-product, and again for its gradient. With ``W = (q - z) s`` and ``G`` the gradient of ``W``, the
-gradient of a scale is ``sum G (q - z)`` over its group, that of a zero point ``-s sum G``. Scales and zero points are
-rounded to what is stored before they are used, so packing at the end changes no bit.
+product, and again for its gradient. With ``W = (q - z) s`` and ``G`` the gradient of ``W``, the gradient of a scale is
+``sum G (q - z)`` over its group, and that of a zero point is ``-s sum G``. Scales and zero points are rounded to their
+stored values before they are used, so packing at the end changes no bit.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.blocks.job import Job
-from qtool.config.training import EndToEndConfig
-from qtool.methods.efficientqat.block_ap import RENAMED
+from qtool.methods.efficientqat.config import ScaleConfig
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
@@ -30,42 +27,6 @@ from qtool.training.rates import rate
 from qtool.training.sharding import train_by_block
 
 PHASE = "e2e-qp"  # name of the folder of the training state
-
-
-class ScaleConfig(EndToEndConfig):
-    """The keys of E2E-QP."""
-
-    renamed: ClassVar[Mapping[str, str]] = RENAMED
-
-    steps: int | None = Field(
-        None,
-        ge=0,
-        description="Number of training steps, in place of epochs; 0: no second phase; unset: epochs decides.",
-    )
-    epochs: int = Field(3, ge=1, description="Passes over the calibration windows.")
-    trains: tuple[Literal["scales", "zero_points"], ...] = Field(
-        ("scales", "zero_points"),
-        min_length=1,
-        description="Parameters that E2E-QP trains; zero_points on asymmetric grids only.",
-    )
-    scale_share: float = Field(
-        0.2,
-        ge=0,
-        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear; sets "
-        "the learning rate of scales.",
-    )
-    zero_travel: float = Field(
-        0.5,
-        ge=0,
-        description="Distance that a zero point can move over all steps, in codes; sets the learning rate of zero "
-        "points.",
-    )
-    lr: float | None = Field(
-        None,
-        ge=0,
-        description="Learning rate of scales and zero points, in place of scale_share and zero_travel; unset: these "
-        "decide. The paper has 2e-5 at 2 bits, else 1e-5.",
-    )
 
 
 class _Product(torch.autograd.Function):
