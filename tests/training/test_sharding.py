@@ -234,7 +234,7 @@ def test_one_process_does_not_ignore_sharding(tmp_path: Path, llama: LoadedModel
 
 def test_a_launcher_that_asks_for_it_is_told_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match=r"configure it without, and use the recipe's sharding: full"):
+    with pytest.raises(InputError, match="turn it off there, and set sharding: full in the recipe"):
         distributed.start(torch.device("cpu"))
 
 
