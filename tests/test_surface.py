@@ -120,12 +120,12 @@ def test_keys_of_efficientqat() -> None:
     """Pin the method's own keys; ``rounding``, ``optim`` and end-to-end training have tests of their own."""
     found = [key.name for key in describe.keys()["method efficientqat"][1]]
     phase_one = (
-        "init_from init trains low_rank epochs min_steps batch_size travel scale_travel zero_travel norm_travel "
+        "init_from init trains low_rank epochs min_steps batch_size travel scale_share zero_travel norm_travel "
         "weight_lr quant_lr validation_samples"
     )
     assert [name for name in found if "." not in name] == phase_one.split()
     assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "optim", "e2e"}
-    assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_travel", "e2e.zero_travel", "e2e.lr"} <= set(found)
+    assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_share", "e2e.zero_travel", "e2e.lr"} <= set(found)
 
 
 ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gradient forward"

@@ -1,11 +1,11 @@
-"""Mixed precision under a budget: which unit of the model gets how many bits.
+"""Mixed precision under a budget: choose the width of each unit of the model.
 
-``sensitivity`` says what each width of each unit costs, ``knapsack`` finds the widths that fit and cost least, and the
-result is a ``Plan``: data, that becomes ``quant.overrides`` of a run, or a file to be read, edited and given to a
-recipe.
+``sensitivity`` measures the cost of each width of each unit, ``solvers`` finds the widths that fit at the least cost,
+and the result is a ``BitPlan``: data that becomes ``quant.overrides`` of a run, or a file that a person can read, edit
+and give to a recipe.
 
-What a budget counts is what is stored: codes, scales and zero points of the quantized weights for ``average_bits``; the
-weight files, with embeddings and all else that stays in floating point, for ``size``.
+A budget counts stored sizes: for ``average_bits`` the codes, scales and zero points of the quantized weights; for
+``size`` the weight files, with embeddings and all other tensors that stay in floating point.
 """
 
 import json
@@ -29,17 +29,17 @@ from qtool.system.version import __version__
 
 
 class Allotment(Section):
-    """What one unit gets."""
+    """The width of one unit."""
 
     unit: str
     linears: tuple[str, ...]
     num_weights: int
     num_bits: int
-    costs: dict[int, float]  # of each width that it could have
+    costs: dict[int, float]  # cost of each width that was possible
 
     @property
     def cost(self) -> float:
-        """Of the width that it gets."""
+        """The cost of the chosen width."""
         return self.costs[self.num_bits]
 
 
@@ -49,22 +49,22 @@ class BitPlan(Section):
     model: str
     budget: BudgetConfig
     allotments: tuple[Allotment, ...]
-    bits_per_weight: float  # of quantized weights, scales and zero points counted
-    num_bytes: int  # of the weight files, at most
+    bits_per_weight: float  # average over quantized weights, including scales and zero points
+    num_bytes: int  # upper bound of the size of the weight files
 
     @property
     def cost(self) -> float:
-        """The sum over units: what the solver lowered."""
+        """The sum of the costs of all units, which the solver minimized."""
         return sum(each.cost for each in self.allotments)
 
     def applied(self, quant: QuantConfig) -> QuantConfig:
-        """``quant`` with these widths as overrides, and no budget."""
+        """Return ``quant`` with these widths as overrides, and no budget."""
         widths = {name: each.num_bits for each in self.allotments for name in each.linears}
         overrides = {name: QuantOverride.model_validate({"num_bits": bits}) for name, bits in widths.items()}
         return quant.model_copy(update={"overrides": quant.overrides | overrides, "budget": None})
 
     def table(self) -> str:
-        """A line for each unit and one for all, for people."""
+        """Return a text table with a line for each unit and one for the whole."""
         rows = [("unit", "weights", "bits", "cost")]
         rows += [(a.unit, f"{a.num_weights:,}", str(a.num_bits), f"{a.cost:.3g}") for a in self.allotments]
         weights = sum(each.num_weights for each in self.allotments)
@@ -74,14 +74,14 @@ class BitPlan(Section):
         return "\n".join([*lines, "", f"weight files: at most {self.num_bytes:,} bytes"])
 
     def yaml(self, quant: QuantConfig) -> str:
-        """A file for ``quant.overrides``: those of ``quant``, and then the widths."""
+        """Return a file for ``quant.overrides``: the overrides of ``quant``, then the widths."""
         budget = self.budget
         limit = f"{budget.average_bits:g} average bits" if budget.average_bits else f"{budget.size:,} bytes"
         lines = [
             f"# Widths for {self.model} within {limit}, by qtool {__version__}.",
             f"# Estimator {budget.estimator}, solver {budget.solver}: predicted cost {self.cost:.3g}, "
             f"{self.bits_per_weight:.4f} bits per weight, weight files of at most {self.num_bytes:,} bytes.",
-            "# Above each unit: what each of its widths costs. To use this, as it is or edited: give the recipe",
+            "# Above each unit: the cost of each of its widths. To use this, as it is or edited: give the recipe",
             "# quant.overrides: PATH_OF_THIS_FILE, or paste the section into it, and leave out quant.budget.",
             "quant:",
             "  overrides:",
@@ -99,26 +99,26 @@ class BitPlan(Section):
 
 
 def check(quant: QuantConfig) -> None:
-    """Whether a budget is asked for, and nothing that contradicts it.
+    """Refuse a recipe without a budget, or with overrides that contradict the budget.
 
     Raises:
-        InputError: it is not.
+        InputError: ``quant.budget`` is missing, or an override sets ``num_bits``.
     """
     if quant.budget is None:
         raise InputError("the recipe has no quant.budget; give it one, or pass --set quant.budget.average_bits=3")
     fixed = [pattern for pattern, override in quant.overrides.items() if "num_bits" in override.model_fields_set]
     if fixed:
         raise InputError(
-            f"quant.overrides gives num_bits to '{fixed[0]}', and quant.budget chooses the widths; give fixed ones as "
-            "quant.budget.pins, or leave the budget out (--set quant.budget=null) to use a plan"
+            f"quant.overrides gives num_bits to '{fixed[0]}', but quant.budget chooses the widths; give fixed widths "
+            "as quant.budget.pins, or leave the budget out (--set quant.budget=null) to use a plan"
         )
 
 
 def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quant: QuantConfig) -> BitPlan:
-    """Allot widths to the units of a job's model, which may be streamed; ``whole`` gives the model in memory.
+    """Choose widths for the units of a job's model, which may be streamed; ``whole`` loads the model into memory.
 
     Raises:
-        RunError: a cost that is not finite.
+        RunError: A cost is not finite.
     """
     budget = quant.budget
     assert budget is not None
@@ -157,11 +157,11 @@ def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quan
 
 
 def units_of(loaded: LoadedModel, quant: QuantConfig) -> list[Unit]:
-    """The units of a model and the widths that each may have.
+    """Return the units of a model, and the widths that each may have.
 
     Raises:
-        InputError: a pattern that matches nothing, pins and floors that contradict each other, or a budget below the
-            least that is possible; the message says what that is.
+        InputError: A pattern matches nothing, pins and floors contradict each other, or the budget is below the least
+            that is possible, which the message states.
     """
     budget = quant.budget
     assert budget is not None
@@ -192,7 +192,7 @@ def units_of(loaded: LoadedModel, quant: QuantConfig) -> list[Unit]:
 
 
 def _last(patterns: Mapping[str, int], name: str) -> int | None:
-    """The value of the last pattern that ``name`` matches."""
+    """Return the value of the last pattern that ``name`` matches, or ``None``."""
     return next((value for pattern, value in reversed([*patterns.items()]) if fnmatchcase(name, pattern)), None)
 
 
@@ -201,12 +201,12 @@ def _listed(values: Iterable[int]) -> str:
 
 
 def mixed(units: Sequence[Unit]) -> dict[str, QuantSpec]:
-    """Grids as different as a plan can make them, to ask an exporter before there is a plan."""
+    """Return grids as different as a plan can make them, to check exports before the plan is made."""
     return specs(units, [unit.choices[-(i % 2)] for i, unit in enumerate(units)])
 
 
 def specs(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, QuantSpec]:
-    """The grid of each linear when the units get these widths."""
+    """Return the grid of each linear if the units get these widths."""
     return {
         target.name: target.spec.model_copy(update={"num_bits": bits})
         for unit, bits in zip(units, widths, strict=True)
@@ -215,15 +215,15 @@ def specs(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, QuantSpec]:
 
 
 def shapes(units: Sequence[Unit]) -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of each linear."""
+    """Return ``(out, in)`` of each linear."""
     return {target.name: target.weight_shape for unit in units for target in unit.targets}
 
 
 def _sizes(loaded: LoadedModel, units: Sequence[Unit], budget: BudgetConfig) -> tuple[list[list[int]], int]:
-    """What each width of each unit takes, and how much all may take together: in bits, or in bytes for ``size``.
+    """Return the size of each width of each unit, and the capacity: in bits, or in bytes for ``size``.
 
     Raises:
-        InputError: the smallest widths do not fit.
+        InputError: The smallest widths do not fit.
     """
     if budget.size is None:
         assert budget.average_bits is not None
@@ -237,17 +237,18 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], budget: BudgetConfig) -> 
         packed = sum(each[-1] for each in sizes)
         rest = checkpoint_sizes.planned_bytes(loaded, specs(units, widest), shapes(units)) - packed
         capacity, smallest = budget.size - rest, sum(each[0] for each in sizes)
-        asked = f"size is {budget.size:,}", f"{smallest + rest:,} bytes, of which {rest:,} are not of packed weights"
+        least = f"{smallest + rest:,} bytes, of which {rest:,} are for all tensors but the packed weights"
+        asked = f"size is {budget.size:,}", least
     if smallest > capacity:
         raise InputError(
             f"quant.budget.{asked[0]}, and the least that is possible is {asked[1]}; raise the budget, allow smaller "
-            "choices, floors or pins, or take a larger quant.group_size"
+            "choices, floors or pins, or use a larger quant.group_size"
         )
     return sizes, capacity
 
 
 def _bits(unit: Unit, width: int) -> int:
-    """Codes, scales and zero points, as ``checkpoint.bits_per_weight`` counts them."""
+    """Return the bits of codes, scales and zero points, as ``checkpoints.sizes.bits_per_weight`` counts them."""
     return sum(
         round(spec.bits_per_weight(shape[1]) * math.prod(shape))
         for spec, shape in zip(specs([unit], [width]).values(), shapes([unit]).values(), strict=True)
@@ -255,7 +256,7 @@ def _bits(unit: Unit, width: int) -> int:
 
 
 def _bytes(unit: Unit, width: int) -> int:
-    """All tensors of the packed linears."""
+    """Return the bytes of all tensors of the packed linears."""
     found = shapes([unit])
     parts = (checkpoint_sizes.packed_parts(name, spec, found[name]) for name, spec in specs([unit], [width]).items())
     return sum(tensor.nbytes for each in parts for tensor in each.values())

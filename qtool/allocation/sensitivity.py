@@ -1,11 +1,12 @@
-"""What a model suffers when some of its linears get few bits: a cost for each unit and each width it may have.
+"""Sensitivity of a model to few bits: the cost of each unit at each width that it may have.
 
-A unit is what engines fuse into one matrix and therefore needs one width: linears that read the same tensor (q, k, v;
-gate, up), and all experts of a mixture. Costs of units add up, as if no unit's rounding changed what another's does.
+A unit is a set of linears that engines fuse into one matrix, which therefore need one width: linears that read the same
+tensor (q, k, v; gate, up), and all experts of a mixture. Costs of units are added, as if the rounding of one unit did
+not change the effect of another's.
 
-What a width costs depends on who rounds: to nearest, a unit with correlated inputs looks far worse than what a method
-makes of it that knows them. So the estimators that look at outputs measure weights that GPTQ has rounded; those that
-look at single weights, whose errors GPTQ lets grow where they cancel, measure what round-to-nearest leaves.
+The cost of a width depends on the rounding: by round-to-nearest, a unit with correlated inputs looks far worse than it
+is after a method that uses the correlations. So estimators that measure outputs use weights that GPTQ has rounded.
+Estimators that measure single weights use round-to-nearest, because GPTQ lets single errors grow where they cancel.
 """
 
 import math
@@ -23,30 +24,30 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import TOKENS_PER_BATCH, group_inputs, walk
 from qtool.blocks.job import Job
-from qtool.blocks.task import Stage
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.methods import gptq
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, quantize
+from qtool.quant.hessian import gram
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.training.losses import kl
 
-ROWS = 512  # of logits compared at once
+LOGIT_ROWS = 512  # number of tokens whose logits are compared at once
 EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 
 
 class Unit(NamedTuple):
-    """Linears that get the same width, in the order they run, and the widths that it may be."""
+    """Linears that get the same width, in the order they run, and the widths that are possible."""
 
     targets: tuple[Target, ...]
     choices: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """``model.layers.0.self_attn: q_proj, k_proj, v_proj``."""
+        """The common prefix and the linears, such as ``model.layers.0.self_attn: q_proj, k_proj, v_proj``."""
         names = [target.name for target in self.targets]
         columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
         shared = ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -54,23 +55,23 @@ class Unit(NamedTuple):
 
     @property
     def num_weights(self) -> int:
-        """Of all its linears."""
+        """The number of weights in all linears of the unit."""
         return sum(math.prod(target.weight_shape) for target in self.targets)
 
 
-Costs = list[dict[int, float]]  # of each unit, by width
-Weights = Callable[[Target, int], Tensor]  # float32 [out, in] of a linear rounded to a width
+Costs = list[dict[int, float]]  # costs of each unit, by width
+Weights = Callable[[Target, int], Tensor]  # returns the weight of a linear rounded to a width, float32 [out, in]
 
 
 def fused(loaded: LoadedModel, targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets by unit, in the order they run, as one forward of each block shows it."""
+    """Return the targets by unit, in the order they run, found by one forward of each block."""
     window = torch.zeros(1, 2, dtype=torch.int64)
     job = Job(loaded, tuple(targets), window)
     return merged([group for task in walk(job) if task.targets for group in task.groups])
 
 
 def merged(groups: Sequence[Sequence[Target]]) -> list[list[Target]]:
-    """``groups`` of linears that read the same tensor, those of a layer's experts as one."""
+    """Merge the groups of a layer's experts into one; ``groups`` are linears that read the same tensor."""
     units: dict[str, list[Target]] = {}
     for group in groups:
         expert = EXPERTS.match(group[0].name)
@@ -79,7 +80,7 @@ def merged(groups: Sequence[Sequence[Target]]) -> list[list[Target]]:
 
 
 def nearest(target: Target, num_bits: int) -> Tensor:
-    """The weight ``[out, in]`` of ``target`` at another width, in float32, each to the nearest in a searched range."""
+    """Return the weight ``[out, in]`` of ``target`` at another width, rounded to nearest in a searched range."""
     spec = target.spec.model_copy(update={"num_bits": num_bits})
     weight = target.weight
     grid = search_qparams(weight, spec)
@@ -87,13 +88,13 @@ def nearest(target: Target, num_bits: int) -> Tensor:
 
 
 def compensated(job: Job, units: Sequence[Unit]) -> Weights:
-    """The weights of each width rounded by GPTQ on the float model's inputs; a byte per code and width is held."""
+    """Return the weights of each width, rounded by GPTQ on the float model's inputs; it keeps all codes in memory."""
     found: dict[tuple[str, int], QuantizedWeight] = {}
     choices = {target.name: unit.choices for unit in units for target in unit.targets}
     config = gptq.Config()
     for task in walk(job):
         for group, inputs in group_inputs(task):
-            statistics = gptq.collect(Stage(group, inputs, None), config)
+            statistics = gptq.Statistics(gram(inputs), None)
             for target in group:
                 factor = gptq.factorise(statistics, target.spec, config, target.name)
                 for bits in choices[target.name]:
@@ -104,7 +105,7 @@ def compensated(job: Job, units: Sequence[Unit]) -> Weights:
 
 
 def input_energy(job: Job) -> dict[str, Tensor]:
-    """Mean square ``[in]`` of each channel that each linear reads: the diagonal of GPTQ's Hessian, halved."""
+    """Return the mean square ``[in]`` of each linear's input channels: half the diagonal of GPTQ's Hessian."""
     found: dict[str, Tensor] = {}
     for task in walk(job):
         names = {target.linear: target.name for target in task.targets}
@@ -121,10 +122,11 @@ def input_energy(job: Job) -> dict[str, Tensor]:
 
 
 def variance(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """``n alpha sigma**2 4**-b``: the weights' variance and their inputs' mean energy; nothing is rounded.
+    """Return ``n alpha sigma**2 4**-b`` of each unit, from the weights' variance and their inputs' mean energy.
 
-    The classical model of rate and distortion, from the two quantities that arXiv 2411.06084 allots bits by. Its
-    optimum in real numbers is ``b = log2(alpha sigma**2) / 2`` plus what all units have in common.
+    Nothing is rounded. This is the classical model of rate and distortion, with the two quantities by which arXiv
+    2411.06084 chooses bits. Its optimum in real numbers is ``b = log2(alpha sigma**2) / 2`` plus a constant for all
+    units.
     """
     energy = input_energy(job)
     costs: Costs = []
@@ -135,15 +137,15 @@ def variance(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
 
 
 def hessian(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """``tr(H) / in * |Q(W) - W|**2``: the squared error of the outputs, if all input channels had the same energy."""
+    """Return ``tr(H) / in * |Q(W) - W|**2``, the squared output error if all input channels had the same energy."""
     energy = input_energy(job)
     return _of_errors(job.loaded, units, weights, lambda t, error: error.square().sum() * energy[t.name].mean())
 
 
 def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, its residual stream included.
+    """Return ``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, residual stream included.
 
-    A share of what goes on to the next block, and therefore one measure for all units.
+    It is relative to the block's whole output, and therefore comparable between units.
     """
     costs: Costs = [{} for _ in units]
     for task in walk(job):
@@ -159,11 +161,11 @@ def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
 
 
 def fisher(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """``t / 2 sum E[g**2] (Q(W) - W)**2`` with ``g`` the gradient of a window's mean loss over its ``t`` tokens.
+    """Return ``t / 2 sum E[g**2] (Q(W) - W)**2`` with ``g`` the gradient of a window's mean loss over its ``t`` tokens.
 
-    The second-order growth of the loss in nats per token, with the diagonal of the empirical Fisher information for its
-    curvature: gradients of tokens are taken as independent, which makes those of their mean ``t`` times smaller in
-    square.
+    It is the second-order growth of the loss in nats per token, with the diagonal of the empirical Fisher information
+    as curvature. Gradients of tokens are taken as independent, so the squared gradient of their mean is ``t`` times
+    smaller.
     """
     targets = [target for unit in units for target in unit.targets]
     squares = {t.name: torch.zeros(t.weight_shape, device=job.loaded.device) for t in targets}
@@ -175,22 +177,22 @@ def fisher(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
 
 
 def loss(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """The divergence from the float model, in nats per token, when one unit alone is rounded."""
+    """Return the KL divergence from the float model, in nats per token, with one unit alone rounded."""
 
     def divergence(tokens: Tensor, labels: Tensor, teacher: Tensor, change: Changes) -> float:
         with torch.no_grad():
             student = _logits(job.loaded, tokens)
         learned = _learned(labels).to(job.loaded.device)
-        rows = zip(teacher[learned].split(ROWS), student[learned].split(ROWS), strict=True)
+        rows = zip(teacher[learned].split(LOGIT_ROWS), student[learned].split(LOGIT_ROWS), strict=True)
         return sum(float(kl(*pair).sum()) for pair in rows)
 
     return _one_at_a_time(job, units, weights, divergence)
 
 
 def delta_loss(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """``sum |g (Q(W) - W)|`` with ``g`` the gradient of the mean loss where the unit alone is rounded: AutoRound's.
+    """Return ``sum |g (Q(W) - W)|`` with ``g`` the gradient of the mean loss with the unit alone rounded (AutoRound).
 
-    To the first order, and as if no two errors ever made up for each other.
+    It is a first-order estimate in which no two errors cancel.
     """
 
     def first_order(tokens: Tensor, labels: Tensor, teacher: Tensor, change: Changes) -> float:
@@ -209,7 +211,7 @@ def delta_loss(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
 def _of_errors(
     loaded: LoadedModel, units: Sequence[Unit], weights: Weights, cost: Callable[[Target, Tensor], Tensor]
 ) -> Costs:
-    """The sum of ``cost`` over the linears of each unit, given the error of their weights at each width."""
+    """Return the sum of ``cost`` over the linears of each unit; ``cost`` gets the error of a weight at each width."""
     costs: Costs = []
     for unit in progress.track(units, "rounding weights", len(units)):
         errors = {
@@ -221,15 +223,15 @@ def _of_errors(
     return costs
 
 
-Changes = dict[Target, Tensor]  # float32 [out, in]: what rounding adds to each weight
+Changes = dict[Target, Tensor]  # rounded minus float weight of each linear, float32 [out, in]
 Measure = Callable[[Tensor, Tensor, Tensor, Changes], float]
 
 
 def _one_at_a_time(job: Job, units: Sequence[Unit], weights: Weights, measure: Measure) -> Costs:
-    """The mean over tokens of ``measure`` with each unit at each of its widths, all else in floating point.
+    """Return the mean over tokens of ``measure``, with one unit at a time at each width and the rest in floating point.
 
-    ``measure`` gets tokens, labels, the float model's logits that predict the next token, and the change of the
-    weights, and returns a sum over tokens.
+    ``measure`` gets tokens, labels, the float model's logits that predict the next token, and the changes of the
+    weights; it returns a sum over tokens.
     """
     costs: Costs = [dict.fromkeys(unit.choices, 0.0) for unit in units]
     jobs = [(index, bits) for index, unit in enumerate(units) for bits in unit.choices]
@@ -247,7 +249,7 @@ def _one_at_a_time(job: Job, units: Sequence[Unit], weights: Weights, measure: M
 
 @contextmanager
 def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int, weights: Weights = nearest) -> Iterator[Changes]:
-    """The linears of ``unit`` rounded, for as long as the context lasts."""
+    """Round the linears of ``unit`` while the context lasts; yields the changes of their weights."""
     kept: list[tuple[nn.Parameter, Tensor]] = []
     changes: Changes = {}
     try:
@@ -268,7 +270,7 @@ def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int, weights: Weight
 def _gradients(
     loaded: LoadedModel, targets: Sequence[Target], visit: Callable[[str, Tensor], object]
 ) -> Iterator[None]:
-    """Hand each gradient ``[out, in]`` of the weights of ``targets`` to ``visit``, by name, and drop it."""
+    """Call ``visit`` with the name and the gradient ``[out, in]`` of each weight of ``targets``, then free it."""
     handles = []
     parameters = []
     for target in targets:
@@ -292,34 +294,34 @@ def _gradients(
 
 
 def _batches(job: Job, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows and what is to be learned of them, ``size`` at a time."""
+    """Return windows and their labels, ``size`` windows at a time."""
     labels = job.text if job.labels is None else job.labels
     return zip(job.text.split(size), labels.split(size), strict=True)
 
 
 def _learned(labels: Tensor) -> Tensor:
-    """Which predictions of each window count, ``[b, t - 1]``."""
+    """Return a mask ``[b, t - 1]`` of the predictions whose token is learned."""
     return labels[:, 1:] != IGNORED
 
 
 def _logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
-    """``[b, t - 1, vocabulary]``, those that predict the tokens of the windows."""
+    """Return the logits ``[b, t - 1, vocabulary]`` that predict the tokens after the first."""
     logits: Tensor = loaded.model(tokens.to(loaded.device), use_cache=False).logits[:, :-1]
     return logits
 
 
 def _nll(loaded: LoadedModel, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the tokens that are learned of their negative log-likelihood."""
+    """Return the summed negative log-likelihood of the learned tokens."""
     logits = _logits(loaded, tokens).flatten(0, 1).float()
     return F.cross_entropy(logits, labels[:, 1:].flatten().to(loaded.device), reduction="sum", ignore_index=IGNORED)
 
 
 class Estimator(NamedTuple):
-    """How costs are found."""
+    """A way to measure costs, and its needs."""
 
     measure: Callable[[Job, Sequence[Unit], Weights], Costs]
-    whole: bool  # whether the whole model must be in memory
-    outputs: bool  # whether it measures what comes out, where errors of weights can make up for each other
+    whole: bool  # True if the whole model must be in memory
+    outputs: bool  # True if it measures outputs, in which errors of weights can cancel
 
 
 ESTIMATORS = {
@@ -333,7 +335,7 @@ ESTIMATORS = {
 
 
 def measure_costs(job: Job, units: Sequence[Unit], config: BudgetConfig) -> Costs:
-    """The costs that the estimator of ``config`` finds on the text of the job; ``units`` may be of another copy."""
+    """Measure costs on the text of the job by the estimator of ``config``; ``units`` may belong to another copy."""
     estimator = ESTIMATORS[config.estimator]
     units = [Unit(tuple(t.within(job.loaded.model) for t in unit.targets), unit.choices) for unit in units]
     job = replace(job, targets=tuple(target for unit in units for target in unit.targets))

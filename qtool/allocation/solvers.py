@@ -1,8 +1,8 @@
-"""One choice for each item, so that the sizes chosen fit and the sum of their costs is least.
+"""Solvers of the multiple-choice knapsack problem: one choice per item, within a total size and at the least cost.
 
 An item has a size (an integer: bits, bytes) and a cost for each of its choices. Sizes rise from choice to choice; costs
-usually fall, but need not: they are measured. Every solver returns the index of each item's choice, and what it
-chooses never exceeds ``capacity``, which the smallest choices must fit.
+are measured, so they usually fall, but need not. Every solver returns the index of each item's choice. The total size
+of the choices never exceeds ``capacity``, which must be enough for the smallest choices.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ import numpy as np
 
 Sizes = Sequence[Sequence[int]]
 Costs = Sequence[Sequence[float]]
-SLACK = 1e-9  # of all costs: two sums that differ by less may differ by the order of their terms only
+SLACK = 1e-9  # tolerance of sums of costs, as a share of the largest sum: their order of terms may differ
 
 
 def total(table: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
-    """The sum of what was chosen."""
+    """Return the sum of the chosen entries of ``table``."""
     return sum(row[index] for row, index in zip(table, chosen, strict=True))
 
 
 def hull_steps(sizes: Sequence[int], costs: Sequence[float]) -> list[tuple[float, int]]:
-    """The corners of the lower convex hull of one item after its smallest choice: fall of cost per size, and index."""
+    """Return the corners of an item's lower convex hull after its smallest choice: cost saved per size, and index."""
     steps: list[tuple[float, int]] = []
     here = 0
     while True:
         falls = [((costs[here] - costs[i]) / (sizes[i] - sizes[here]), i) for i in range(here + 1, len(sizes))]
-        fall, index = max(falls, default=(0.0, here))  # of equal ones the largest: no corner between them
+        fall, index = max(falls, default=(0.0, here))  # the largest index among equals: no corner lies between them
         if fall <= 0:
             return steps
         steps.append((fall, index))
@@ -33,9 +33,10 @@ def hull_steps(sizes: Sequence[int], costs: Sequence[float]) -> list[tuple[float
 
 
 def lagrangian(sizes: Sizes, costs: Costs, capacity: int) -> list[int]:
-    """The best for a price of size that is the same for all items, lowered until the next step does not fit.
+    """Return ``argmin cost + price * size`` of each item, with the lowest price of size whose choices fit.
 
-    That is ``argmin cost + price * size`` for each item: the corners of its convex hull, steepest first.
+    As the price falls, items step along the corners of their convex hulls, the steepest step first; the search ends at
+    the first step that does not fit.
     """
     steps = [
         (fall, item, index)
@@ -53,7 +54,7 @@ def lagrangian(sizes: Sizes, costs: Costs, capacity: int) -> list[int]:
 
 
 def greedy(sizes: Sizes, costs: Costs, capacity: int, start: Sequence[int] | None = None) -> list[int]:
-    """From the smallest choices (or ``start``), again and again the step up that fits and saves most cost per size."""
+    """Start from the smallest choices (or ``start``), and repeat the step that fits and saves most cost per size."""
     chosen = list(start) if start is not None else [0] * len(sizes)
     room = capacity - int(total(sizes, chosen))
     while True:
@@ -72,16 +73,17 @@ def greedy(sizes: Sizes, costs: Costs, capacity: int, start: Sequence[int] | Non
 
 
 def exact(sizes: Sizes, costs: Costs, capacity: int) -> list[int]:
-    """The optimum, by dynamic programming over the items.
+    """Return the optimum, by dynamic programming over the items.
 
-    After each item, of all partial sums only those are kept that no other one beats in both size and cost, and that can
-    still lead to less cost than a known solution: the price of size that gave that one bounds what the items to come
-    can save. Sizes share large factors, so the sums are few: no more than ``capacity`` over their common divisor.
+    After each item only those partial sums are kept that no other beats in both size and cost, and that can still lead
+    to a lower cost than a known solution: with the price of size of the Lagrangian, ``cost + price * size`` bounds the
+    cost of the remaining items from below. Sizes share large factors, so the sums are few: at most ``capacity`` divided
+    by their greatest common divisor.
     """
     known = greedy(sizes, costs, capacity, lagrangian(sizes, costs, capacity))
     most = total(costs, known) + SLACK * sum(max(map(abs, cost)) for cost in costs)
     price = _price(sizes, costs, capacity)
-    smallest_rest, bound_rest = [0], [0.0]  # of the items after each, from the last backwards
+    smallest_rest, bound_rest = [0], [0.0]  # sums over the items after each item, from the last backwards
     for size, cost in zip(reversed(sizes), reversed(costs), strict=True):
         smallest_rest.append(smallest_rest[-1] + size[0])
         bound_rest.append(bound_rest[-1] + min(c + price * s for s, c in zip(size, cost, strict=True)))
@@ -97,7 +99,7 @@ def exact(sizes: Sizes, costs: Costs, capacity: int) -> list[int]:
         index = index[np.concatenate(([True], spent[index][1:] < lowest[:-1]))]
         used, spent = used[index], spent[index]
         history.append(index)
-    chosen, at = [], len(spent) - 1  # costs fall from state to state
+    chosen, at = [], len(spent) - 1  # the last state has the lowest cost, since costs fall from state to state
     for size, index in zip(reversed(sizes), reversed(history), strict=True):
         at, choice = divmod(int(index[at]), len(size))
         chosen.append(choice)
@@ -105,7 +107,7 @@ def exact(sizes: Sizes, costs: Costs, capacity: int) -> list[int]:
 
 
 def _price(sizes: Sizes, costs: Costs, capacity: int) -> float:
-    """The price of size at which the choices that are best for it pass ``capacity``; 0 when none do."""
+    """Return the price of size at which the choices of ``lagrangian`` exceed ``capacity``; 0 if none exceed it."""
     steps = [
         (fall, size[index] - size[before])
         for size, cost in zip(sizes, costs, strict=True)
@@ -120,7 +122,7 @@ def _price(sizes: Sizes, costs: Costs, capacity: int) -> float:
 
 
 def _from(steps: list[tuple[float, int]]) -> list[tuple[int, tuple[float, int]]]:
-    """Each step after the index that it starts from."""
+    """Pair each step with the index that it starts from."""
     return list(zip([0, *(index for _, index in steps)], steps, strict=False))
 
 

@@ -201,7 +201,9 @@ class WeightsConfig(EndToEnd):
         ge=0,
         description="Distance that a weight can move over all steps, in quantization steps; sets its learning rate.",
     )
-    lr: float | None = Field(None, ge=0, description="Learning rate of weights, in place of travel.")
+    lr: float | None = Field(
+        None, ge=0, description="Learning rate of weights, in place of travel; unset: travel decides."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of weights, decoupled from the gradient.")
 
 
@@ -215,5 +217,7 @@ class GridConfig(WeightsConfig):
         "learning rate of scales and zero points.",
     )
     scale_lr: float | None = Field(
-        None, ge=0, description="Learning rate of scales and zero points, in place of scale_travel."
+        None,
+        ge=0,
+        description="Learning rate of scales and zero points, in place of scale_travel; unset: scale_travel decides.",
     )

@@ -53,7 +53,8 @@ def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationErr
                 lines.append(f"{'.'.join(path)}: {what}")
                 continue
             case "extra_forbidden":
-                what = f"unknown key; {_nearest(kind, raw, place)}"
+                new = place.owner.renamed.get(path[-1])
+                what = f"this key is now {new}" if new else f"unknown key; {_nearest(kind, raw, place)}"
             case "model_type" if issubclass(place.hint, Section):
                 what += f" with keys {', '.join(place.hint.model_fields)}"
         lines.append(f"{'.'.join(path)}: {what}; found {found(value)}")

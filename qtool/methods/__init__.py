@@ -1,8 +1,8 @@
-"""Quantization methods: ``method.name: gptq`` is ``gptq.py`` here, and nothing else lies in this room.
+"""Quantization methods: ``method.name: gptq`` is ``gptq.py`` here, and this room holds nothing else.
 
 A method turns the targets of a job into packed linears, one decoder block at a time or by training the whole model.
 May import ``training``, ``blocks``, ``checkpoints``, ``models``, ``quant`` and ``config``; knows no export format.
-Begin with ``rtn.py``, the smallest; the contract is ``Method`` in ``config/plugins.py``.
+Begin with ``rtn.py``, the smallest; the contract is ``Method`` in ``blocks/job.py``.
 """
 
 import sys

@@ -1,19 +1,19 @@
-"""AWQ: scale up the input channels that carry large activations, so that rounding hurts them less, and scale the
-activations down to match.
+"""AWQ: scale up the weights of input channels with large activations, so that rounding changes their products less,
+and scale the activations down to match.
 
-For a scale ``s`` per input channel, ``W x = (W diag(s)) (x / s)``. The division is folded into whatever makes ``x``: a
-norm's weight, or the rows of a linear (v before o, up before down). The scale is ``s = mean|x| ** ratio``, normalised
-by ``sqrt(max s * min s)``; the ratio is searched on a grid so that the output of the surrounding module (attention or
-MLP) changes least when the scaled weights are quantized (Lin et al., arXiv 2306.00978). Then the
-range of each group is clipped where that lowers ``sum (x w - x Q(clip w))**2``, not for queries and keys.
+For a scale ``s`` per input channel, ``W x = (W diag(s)) (x / s)``. The division is folded into the module that makes
+``x``: a norm's weight, or the rows of a linear (v before o, up before down). The scale is ``s = mean|x| ** ratio``,
+normalised by ``sqrt(max s * min s)``; the ratio is searched on a grid so that the output of the surrounding module
+(attention or MLP) changes least when the scaled weights are quantized (Lin et al., arXiv 2306.00978). Then the range of
+each group is clipped where that lowers ``sum (x w - x Q(clip w))**2``; queries and keys are not clipped.
 
-Which module can absorb a scale is not a table: a fold is accepted when scaling source and readers leaves the block's
-output as it was. That covers plain norms, norms that multiply by ``1 + weight``, gated and ReLU MLPs, and leaves out
-whatever does not commute.
+No table says which module can absorb a scale: a fold is accepted if scaling its source and its readers leaves the
+block's output unchanged. That covers plain norms, norms that multiply by ``1 + weight``, gated and ReLU MLPs, and
+leaves out modules that do not commute with a scale.
 
-Where we differ: the folded norm is rounded to its stored dtype first and the weights take the scale that this leaves,
-so nothing is lost on disk; the clip search uses the group's whole second moment and not 512 tokens; blocks are fed by
-the quantized blocks before them.
+Where we differ: the folded norm is rounded to its stored dtype first, and the weights are multiplied by the scale that
+the rounded norm implies, so storing changes nothing; the clip search uses the group's whole second moment and not 512
+tokens; the inputs of a block come from the quantized blocks before it.
 """
 
 from dataclasses import dataclass
@@ -43,28 +43,36 @@ from qtool.quant.affine import (
     to_grid,
 )
 
-NOT_CLIPPED = ("*q_proj", "*k_proj", "*query*", "*qkv*", "*Wqkv", "*c_attn")  # their product passes through softmax
-INVARIANT = 0.01  # of the change that the source's half of a fold makes alone
+NOT_CLIPPED = ("*q_proj", "*k_proj", "*query*", "*qkv*", "*Wqkv", "*c_attn")  # linears whose product enters a softmax
+INVARIANT = 0.01  # a fold is invariant if it changes the output by less than this share of scaling its source alone
 
 
 class Config(MethodConfig):
     """AWQ: activation-aware scales, then clipping."""
 
     name: Literal["awq"] = "awq"
-    num_ratios: int = Field(20, ge=1, description="Ratios tried: 0, 1/n, ... (n - 1)/n; 1 scales nothing.")
-    search_samples: int = Field(16, ge=1, description="Calibration windows that scales and clipping are judged on.")
-    clip: bool = Field(True, description="Search for a smaller range of each group after scaling.")
-    clip_steps: int = Field(10, ge=1, description="Ranges tried: 1, 0.95, 0.9, ... of the largest weight of a group.")
+    num_ratios: int = Field(
+        20, ge=1, description="Number n of exponents tried for each scale: 0, 1/n, ... (n - 1)/n; 1: no scaling."
+    )
+    search_samples: int = Field(
+        16, ge=1, description="Calibration windows on which scales and clipping are searched, in whole batches."
+    )
+    clip: bool = Field(
+        True, description="Search for a smaller range of each group after scaling, except in queries and keys."
+    )
+    clip_steps: int = Field(
+        10, ge=1, description="Number of ranges tried per group: 1, 0.95, 0.9, ... times its largest absolute weight."
+    )
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A source whose output can be divided by ``s`` per channel, and the linears whose columns are multiplied."""
+    """A module whose output is divided by ``s`` per channel, and the linears whose columns are multiplied by ``s``."""
 
-    source: nn.Module  # with a weight
-    offset: float  # 1 for a norm that multiplies by 1 + weight
+    source: nn.Module  # has a weight
+    offset: float  # 1 for a norm that multiplies by 1 + weight, else 0
     readers: tuple[Target, ...]
-    exact_source: bool  # its weight stays in floating point, so it must remain a value of the stored dtype
+    exact_source: bool  # True if the source stays in floating point: its weight must be a value of the stored dtype
 
     @torch.no_grad()
     def apply(self, s: Tensor, storage: torch.dtype) -> None:
@@ -74,7 +82,7 @@ class Fold:
             old = weight.float() + self.offset
             weight.copy_((old / s - self.offset).to(storage))
             new = weight.float() + self.offset
-            s = torch.where((old != 0) & (new != 0), old / new, s)  # what rounding the norm has left to do
+            s = torch.where((old != 0) & (new != 0), old / new, s)  # the scale that the rounded norm implies
         else:
             rows = s if isinstance(self.source, Conv1D) else s.unsqueeze(1)
             divided = weight.float() / rows
@@ -91,7 +99,7 @@ Found = dict[tuple[str, ...], list[tuple[str, float, tuple[str, ...]]]]
 
 
 def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
-    """The folds of this block; blocks of one class with equal linears have equal folds, found once."""
+    """Return the folds of this block; ``found`` keeps them by name for all blocks of one class with equal linears."""
     local = {target.name.removeprefix(f"{task.name}."): target for target in task.targets}
     kind = (type(task.block).__qualname__, *(f"{name} {tuple(t.weight.shape)}" for name, t in local.items()))
     if kind not in found:
@@ -107,7 +115,7 @@ def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
 
 
 def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
-    """Every fold of this block that leaves its output as it is, at most one for each group of linears."""
+    """Return the folds of this block that leave its output unchanged, at most one for each group of linears."""
     before = task.forward(probe)
     targets = {target.linear for target in task.targets}
     norms = [
@@ -136,7 +144,7 @@ def _out_channels(module: nn.Module) -> int:
 
 
 def _is_invariant(task: BlockTask, fold: Fold, channels: int, probe: Tensor, before: Tensor) -> bool:
-    """Whether scaling source and readers leaves the output of the block, where scaling the source alone does not."""
+    """Return whether scaling source and readers keeps the block's output, while scaling the source alone changes it."""
     device = probe.device
     s = torch.exp2(torch.linspace(-1, 1, channels, device=device)[torch.randperm(channels, generator=_generator())])
     touched = [fold.source, *(reader.linear for reader in fold.readers)]
@@ -156,17 +164,20 @@ def _generator() -> torch.Generator:
 
 
 def judged_module(block: nn.Module, fold: Fold) -> nn.Module:
-    """The module whose output decides: the smallest around all readers (attention, MLP), or a lone linear itself."""
+    """Return the module whose output a scale is judged on: the smallest that contains all readers (attention, MLP).
+
+    For a fold from one linear into one other, it is the reader itself.
+    """
     linears = [reader.linear for reader in fold.readers]
     if len(linears) == 1 and weight_of(fold.source).dim() == 2:
         return linears[0]
     around = [m for m in block.modules() if m not in linears and set(linears) <= set(m.modules())]
-    return around[-1]  # modules() walks outside in
+    return around[-1]  # modules() yields outer modules first
 
 
 @torch.no_grad()
 def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samples: list[Tensor]) -> Tensor:
-    """The scale ``[channels]`` with the smallest change of the judged module's output; ``mean`` is mean ``|x|``."""
+    """Return the scale ``[channels]`` that changes the judged module's output least; ``mean`` is the mean ``|x|``."""
     module = judged_module(task.block, fold)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     task.observe([module], lambda _, args, kwargs: calls.append((args, kwargs)), samples)
@@ -198,7 +209,10 @@ def _first(out: Any) -> Tensor:
 
 @torch.no_grad()
 def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Grid of each group with the range that changes the output least; ``moment`` ``[groups, g, g]``, sum ``x x^T``."""
+    """Return the grid of each group whose range changes the output least.
+
+    ``moment`` ``[groups, g, g]`` is the sum of ``x x^T``.
+    """
     spec = target.spec
     weight = grouped(target.weight, spec)
     largest = weight.abs().amax(-1)
@@ -220,7 +234,7 @@ def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Ten
 
 
 def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found: Found) -> None:
-    """Fold scales, then clip and round, all on the block's float weights."""
+    """Fold scales, then clip and round; all of it acts on the block's float weights."""
     samples = _first_windows(task, config.search_samples)
     for fold in folds_of(task, samples[0][:1], found):
         leader = fold.readers[0].linear
@@ -252,7 +266,7 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
 
 
 def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
-    """Whole batches that hold at least ``count`` windows, or all there are."""
+    """Return whole batches that hold at least ``count`` windows, or all batches if there are fewer windows."""
     chosen: list[Tensor] = []
     for hidden in task.inputs:
         if sum(x.shape[0] for x in chosen) >= count:
@@ -262,7 +276,7 @@ def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
 
 
 def run(job: Job, config: Config) -> Result:
-    """Quantize the blocks in order on the text of the job; its seed is not used."""
+    """Quantize the blocks in order on the text of the job; the seed is not used."""
     step = partial(quantize_block, config=config, storage=job.loaded.storage_dtype, found={})
     # float32: scaling a half-precision weight in place would round it
     return run_blocks(job, step, compute=torch.float32)

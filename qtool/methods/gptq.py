@@ -1,14 +1,15 @@
-"""GPTQ: quantize one input channel at a time, and let the channels still to come make up for the error.
+"""GPTQ: quantize one input channel at a time, and correct the later channels for the error.
 
 For a linear with inputs ``x`` the output error of a weight change ``d`` is ``d H d^T`` with ``H = 2/n sum x x^T``.
 Rounding column ``i`` by ``e`` leaves an optimal correction of the later columns, ``-e U_i,i: / U_ii`` with ``U`` the
-upper Cholesky factor of ``H^-1`` (Frantar et al., arXiv 2210.17323). Rows share ``H`` and do not touch
-each other, so linears that read the same input (q, k, v; gate, up) are stacked and solved at once.
+upper Cholesky factor of ``H^-1`` (Frantar et al., arXiv 2210.17323). Rows share ``H`` and do not affect each other, so
+linears that read the same input (q, k, v; gate, up) are stacked and solved at once.
 
-The blocks run in order on the quantized stream, and so do the linears inside a block ("true sequential"): each group
-sees inputs made by the quantized linears before it. Columns are taken in one of three orders: as they lie; ``group``
-(GPTQModel's group-aware order: groups by their largest ``diag H``, columns by ``diag H`` inside, so that groups stay
-whole and nothing is stored); or ``full`` (descending ``diag H``, which needs grids fixed beforehand).
+The blocks run in order on the hidden states of the quantized model, and so do the linears inside a block ("true
+sequential"): each group reads inputs made by the quantized linears before it. Columns are taken in one of three orders:
+as they lie; ``group`` (GPTQModel's group-aware order: groups by their largest ``diag H``, columns by ``diag H`` inside,
+so that groups stay whole and no order is stored); or ``full`` (descending ``diag H``, which needs grids fixed
+beforehand).
 
 GPTAQ (arXiv 2504.02692) also steers towards the float model's outputs: it adds the term
 ``w_i P_i`` with ``P = a [(D U^T) strictly upper] U`` and ``D = 2/n sum (x_float - x) x^T``.
@@ -19,7 +20,6 @@ every correction made so far; one factorisation serves all linears of a group.
 """
 
 from collections.abc import Callable
-from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,34 +33,48 @@ from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
-from qtool.quant.hessian import PART, add_gram, mirror, parts
+from qtool.quant.hessian import PART, add_gram, gram, mirror, parts, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.system.errors import RunError
 from qtool.system.matmul import exact_products
 
-DAMP_LADDER = (1, 2, 5, 10, 30, 100)
-ONE_BY_ONE = 16  # columns; more of them are corrected by a product
-ROWS, NUMBERS = 512, 2**22  # of inputs in float32 at a time: at least so many rows, or as many as have so many numbers
+DAMP_LADDER = (1, 2, 5, 10, 30, 100)  # multiples of damp, tried in turn until the Hessian can be factorised
+ONE_BY_ONE = 16  # number of columns up to which each corrects the next; larger ranges are corrected by a product
 
 
 class Config(MethodConfig):
     """GPTQ, with group-aware ordering."""
 
     name: Literal["gptq"] = "gptq"
-    damp: float = Field(0.05, gt=0, description="Added to the Hessian's diagonal, as a share of its mean.")
-    act_order: Literal["off", "group", "full"] = Field(
-        "group", description="Order of columns: as they lie, by activation inside whole groups, or fully by activation."
+    damp: float = Field(
+        0.05, gt=0, description="Damping added to the Hessian's diagonal, as a share of the diagonal's mean."
     )
-    static_groups: bool = Field(False, description="Fix all grids on the original weights before the first column.")
+    act_order: Literal["off", "group", "full"] = Field(
+        "group",
+        description="Order in which columns are quantized. off: as they lie; group: by activation energy, groups kept "
+        "whole; full: by activation energy alone, needs static_groups.",
+    )
+    static_groups: bool = Field(
+        False,
+        description="Fit the grids of all groups to the original weights, before the first column is quantized; false: "
+        "fit each to the corrected weights when its first column is reached.",
+    )
     range: Literal["minmax", "search", "weighted"] = Field(
         "weighted",
-        description="A group's range: its extremes, a search for the smallest error of its weights, or a search that "
-        "weighs each column by what its error costs the output.",
+        description="Range of each group. minmax: its extremes; search: the range with the smallest error of its "
+        "weights; weighted: the same, with the error of each column weighted by its effect on the output.",
     )
-    norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
-    block_size: int = Field(128, ge=1, description="Columns corrected one by one before the rest is corrected at once.")
-    gptaq: float = Field(0.0, ge=0, le=1, description="Strength a of GPTAQ's correction towards the float stream.")
+    norm: float = Field(3.0, gt=0, description="Exponent of the weight error that the range search lowers.")
+    block_size: int = Field(
+        128,
+        ge=1,
+        description="Columns that are quantized, at most, before all later columns are corrected at once; changes only "
+        "speed and rounding errors of sums.",
+    )
+    gptaq: float = Field(
+        0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."
+    )
 
     @model_validator(mode="after")
     def _full_order_needs_static_groups(self) -> "Config":
@@ -70,46 +84,48 @@ class Config(MethodConfig):
 
 
 class Statistics(NamedTuple):
-    """What calibration says about one shared input of ``in`` channels."""
+    """Second moments, over the calibration text, of an input of ``in`` channels that some linears share."""
 
     hessian: Tensor  # [in, in] float32, 2/n sum x x^T
     drift: Tensor | None  # [in, in] float32, 2/n sum (x_float - x) x^T
 
 
 class Factor(NamedTuple):
-    """The order of the columns, and what a column's error does to the later ones."""
+    """The order of the columns, and the correction of later columns for the error of each."""
 
     order: Tensor  # [in]
     upper: Tensor  # U [in, in]: upper Cholesky factor of the inverse of the damped, ordered Hessian
-    drift: Tensor | None  # P [in, in], of GPTAQ
+    drift: Tensor | None  # P [in, in], GPTAQ's correction
 
 
-def collect(stage: Stage, config: Config) -> Statistics:
-    """The statistics of what the linears of ``stage`` read."""
+def collect(stage: Stage) -> Statistics:
+    """Return the statistics of the input that the linears of ``stage`` share."""
+    if stage.float_inputs is None:
+        return Statistics(gram(stage.inputs), None)
     hessian = drift = None
     count = 0
-    floats = stage.float_inputs if stage.float_inputs is not None else repeat(None)
-    for batch, batch_float in zip(stage.inputs, floats, strict=False):  # one of them may be endless
+    for batch, batch_float in zip(stage.inputs, stage.float_inputs, strict=True):
         count, size = count + len(batch), batch.shape[1]
-        hessian = batch.new_zeros(size, size, dtype=torch.float32) if hessian is None else hessian
-        for rows in parts(len(batch), max(ROWS, NUMBERS // size)):
+        if hessian is None or drift is None:
+            hessian = batch.new_zeros(size, size, dtype=torch.float32)
+            drift = torch.zeros_like(hessian)
+        for rows in row_chunks(batch):
             x = batch[rows].float()
             with exact_products(batch.dtype):
                 add_gram(hessian, x)
-            if batch_float is not None:
-                drift = torch.zeros_like(hessian) if drift is None else drift
-                drift.addmm_((batch_float[rows].float() - x).T, x)
-            del x  # before the next takes its place
-    assert hessian is not None
+            drift.addmm_((batch_float[rows].float() - x).T, x)
+            del x  # frees its memory before the next chunk is cast
+    assert hessian is not None, "statistics need a batch"
+    assert drift is not None
     mirror(hessian.mul_(2 / count))
-    return Statistics(hessian, None if drift is None else drift.mul_(2 / count))
+    return Statistics(hessian, drift.mul_(2 / count))
 
 
 def _invert_lower(matrix: Tensor) -> None:
-    """Put the inverse of the lower triangular ``matrix`` ``[n, n]`` in its place, without a second matrix."""
+    """Replace the lower triangular ``matrix`` ``[n, n]`` by its inverse, without a second matrix."""
     for part in parts(len(matrix), PART):
         left = matrix[part, : part.start]
-        for column in parts(part.start, PART):  # those to the right of a column are what it is made of
+        for column in parts(part.start, PART):  # each is made from itself and the columns to its right, still unchanged
             left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
         identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
         own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
@@ -128,7 +144,7 @@ def _reverse(matrix: Tensor) -> None:
 
 
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
-    """The order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``."""
+    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``."""
     if kind == "off":
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if kind == "full":
@@ -141,13 +157,13 @@ def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
 
 
 def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str) -> Factor:
-    """Order, damp, factorise and invert the Hessian, with more damping each time that this fails.
+    """Order, damp, factorise and invert the Hessian, with more damping each time that the factorisation fails.
 
     With ``J`` the reversal and ``J H J = L L^T``, ``U = J L^-1 J`` is upper triangular and ``U^T U = H^-1``: one
     Cholesky factorisation and one triangular inverse, where inverting first takes two and a full inverse.
 
     Raises:
-        RunError: naming the linear, when the strongest damping does not help.
+        RunError: The strongest damping does not help; the message names the linear.
     """
     diagonal = statistics.hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1.0
@@ -157,7 +173,7 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
     info = torch.empty(0, dtype=torch.int32, device=diagonal.device)
     backwards = order.flip(0)
     for step in DAMP_LADDER:
-        # everything happens in one matrix: this is the largest tensor of a run
+        # every operation works in place: this matrix is the largest tensor of a run
         upper = statistics.hessian[backwards.unsqueeze(1), backwards]
         upper.diagonal().copy_(diagonal.flip(0) + step * config.damp * mean)
         failed = torch.linalg.cholesky_ex(upper.T, upper=True, out=(upper.T, info)).info
@@ -166,7 +182,7 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
             _reverse(upper)
             if bool(torch.isfinite(upper.sum())):
                 break
-        progress.note(f"{name}: the Hessian is not positive definite at damping {step * config.damp:g}; trying more")
+        progress.note(f"{name}: the Hessian is not positive definite with damping {step * config.damp:g}; trying more")
     else:
         raise RunError(
             f"{name}: the Hessian cannot be factorised even with damping {DAMP_LADDER[-1] * config.damp:g} "
@@ -179,10 +195,10 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
 
 
 def fit_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, config: Config) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of whole groups of ``weight``; ``importance`` ``[in]`` is ``1 / U_jj**2``.
+    """Return scale and zero point of whole groups of ``weight``; ``importance`` ``[in]`` is ``1 / U_jj**2``.
 
-    The squared error of column ``j`` times ``1 / U_jj**2`` is what its rounding costs after all later corrections.
-    An exponent above 2 was better at 2 bits and no worse above: docs/benchmarks.md.
+    The squared error of column ``j`` times ``1 / U_jj**2`` is the output error that all later corrections leave. An
+    exponent above 2 was better at 2 bits and no worse at more bits: docs/benchmarks.md.
     """
     if config.range == "minmax":
         return minmax_qparams(weight, spec)
@@ -190,21 +206,22 @@ def fit_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, config: Config
 
 
 class Work(NamedTuple):
-    """A weight on its way to the grid, transposed: one row for each input channel, in the order they are rounded."""
+    """A weight that is being quantized, transposed: one row for each input channel, in the order of rounding."""
 
-    weight: Tensor  # [in, rows] float32: rounded so far, corrected from there on
+    weight: Tensor  # [in, rows] float32: the channels done are rounded, the later ones corrected
     codes: Tensor  # [in, rows] uint8
-    first: int  # of the block of channels at work
-    errors: Tensor  # [block, rows] (w - Q(w)) / U_ii: what later channels have to make up for
-    before: Tensor | None  # [block, rows] the block before rounding, for GPTAQ
+    first: int  # index of the first channel of the current block
+    errors: Tensor  # [block, rows] (w - Q(w)) / U_ii, for the correction of later channels
+    before: Tensor | None  # [block, rows] the block's weights before rounding, for GPTAQ
 
 
 def compensate(
     work: Work, grid: Callable[[int], tuple[Tensor, Tensor]], factor: Factor, start: int, stop: int, spec: QuantSpec
 ) -> None:
-    """Round the channels ``start .. stop``, each correcting those after it in that range.
+    """Round the channels ``start .. stop``; each corrects the channels after it in that range.
 
-    By halves: a half that is done corrects the other in one product. ``grid(i)`` is scale and zero point ``[rows]``.
+    The range is halved recursively, and a finished half corrects the other in one product. ``grid(i)`` returns the
+    scale and zero point ``[rows]`` of channel ``i``.
     """
     weight, codes, first, errors, before = work
     if stop - start > ONE_BY_ONE:
@@ -231,11 +248,11 @@ def compensate(
 
 
 def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> QuantizedWeight:
-    """Quantize ``weight`` ``[out, in]`` column by column."""
+    """Quantize ``weight`` ``[out, in]`` column by column and return it on its grid."""
     rows, columns = weight.shape
     num_groups = spec.num_groups(columns)
     group_size = columns // num_groups
-    group_of = (factor.order // group_size).tolist()  # of each column in its new place
+    group_of = (factor.order // group_size).tolist()  # group of each column, in the order of rounding
     width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
     if config.static_groups:
@@ -266,13 +283,13 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
 
 
 def _stacked(targets: list[Target]) -> Tensor:
-    """The weights of linears that read one input, ``[out of all, in]``."""
+    """Return the weights of linears that share an input as one matrix ``[sum of out, in]``."""
     return torch.cat([target.weight for target in targets]) if len(targets) > 1 else targets[0].weight
 
 
 def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics, config: Config) -> None:
-    """Quantize linears that read one input: those with equal grids are stacked and solved together."""
-    memory.return_freed()  # here a run is at its largest
+    """Quantize linears that share an input; linears with equal grids are stacked and solved together."""
+    memory.return_freed()  # the peak of a run's memory is here
     specs = list(dict.fromkeys(target.spec for target in group))
     for spec in specs:
         same = [target for target in group if target.spec == spec]
@@ -288,11 +305,11 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
 
 
 def run(job: Job, config: Config) -> Result:
-    """Quantize the blocks in order on the text of the job; its seed is not used."""
+    """Quantize the blocks in order on the text of the job; the seed is not used."""
 
     def quantize_block(task: BlockTask) -> None:
         for stage in task.stages():
-            quantize_group(task, stage.targets, collect(stage, config), config)
+            quantize_group(task, stage.targets, collect(stage), config)
 
     return run_blocks(job, quantize_block, float_stream=config.gptaq > 0)
 

@@ -1,13 +1,14 @@
 """LLM-QAT: quantization-aware training without data, distilled from the float model (Liu et al., arXiv 2305.17888).
 
 The model writes the text that it is trained on (``data.source: generated``, the default: the first tokens are its most
-likely ones, the rest is drawn), and the loss is the divergence from its own float outputs. On symmetric grids the scale
-is the largest weight of a group over the highest level, ``max|w| / (2**(num_bits - 1) - 1)``, in every step anew: no
-weight is clipped, and the lowest code goes unused, so that 2 bits are three levels. Asymmetric grids span the extremes.
-The paper has one scale for each output channel: ``quant.group_size: -1``.
+likely ones, the others are sampled), and the loss is the divergence from the float model. On symmetric grids the scale
+is the largest weight of a group over the highest level, ``max|w| / (2**(num_bits - 1) - 1)``, computed anew in every
+step: no weight is clipped, and the lowest code is not used, so 2 bits give three levels. Asymmetric grids span the
+extremes. The paper has one scale for each output channel: ``quant.group_size: -1``.
 
-Where we differ: the divergence is a mean over tokens, where the paper's code divides by windows and so makes the rate
-depend on their length; and only the quantized linears train, at rates that follow the model and the budget.
+Where we differ: the divergence is a mean over tokens, where the paper's code divides by the number of windows, which
+makes the learning rate depend on their length; and only the quantized linears train, at learning rates that follow from
+the model and the number of steps.
 """
 
 from typing import Literal
@@ -29,10 +30,10 @@ class Config(WeightsConfig):
 
 
 class AbsMaxLinear(MinMaxLinear):
-    """A linear whose symmetric grid ends at its largest weight, on both sides."""
+    """A linear whose symmetric grid ends at its largest absolute weight, on both sides."""
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """The grid of the weights as they are, without gradients."""
+        """Return the grid of the current weights, without gradients."""
         if not self.spec.symmetric:
             return super().qparams()
         largest = grouped(self.weight.detach(), self.spec).abs().amax(-1)
@@ -41,7 +42,7 @@ class AbsMaxLinear(MinMaxLinear):
 
 
 def make_linear(target: Target, config: Config) -> AbsMaxLinear:
-    """The layer that trains in the place of a target."""
+    """Make the layer that trains in the place of a target."""
     return AbsMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
 
 

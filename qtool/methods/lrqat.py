@@ -1,23 +1,23 @@
-"""LR-QAT: train a low-rank term inside the rounding, on weights that stay frozen on a grid of few bits.
+"""LR-QAT: train a low-rank term inside the rounding, on frozen weights that are kept in few bits.
 
-Full quantization-aware training holds for every weight a master copy, a gradient and two moments. LR-QAT (arXiv
+Full quantization-aware training keeps a master copy, a gradient and two moments for every weight. LR-QAT (arXiv
 2406.06385) trains, for each linear, only two thin factors and the scales:
 
     W = scale * (clip(round(Phi + alpha / r * A B)) - zero_point),      A [out, r], B [r, in]
 
-``Phi = phi(W0 / scale0 + zero_point)`` is where the float weight lies on the grid at the start, kept in few bits (eqs.
-6 to 8): ``fixed``, one byte with ``8 - num_bits`` bits behind the point; ``codes``, the rounded weight; or bfloat16
-and float32. Since the product is inside the rounding, training ends with one matrix of integers: no adapter is left
-beside it, and the integers are those of the last forward, bit for bit. With ``checkpoint_weights`` nothing of the size
-of a weight lives from the forward to the backward.
+``Phi = phi(W0 / scale0 + zero_point)`` is the position of the float weight on the grid of the start, kept in few bits
+(eqs. 6 to 8): ``fixed``, one byte with ``8 - num_bits`` bits behind the point; ``codes``, the rounded weight; or
+bfloat16 and float32. Since the product is inside the rounding, training ends with one matrix of integers: no adapter is
+left beside it, and the integers are those of the last forward, bit for bit. With ``checkpoint_weights`` no tensor of
+the size of a weight is kept from the forward to the backward pass.
 
 Where we differ: Phi counts from the grid's middle, so that asymmetric grids fit the same byte, which the released code
-cannot run at 2 bits; ``factors: svd`` fits what Phi lost in grid units, which is exact for every kind of group;
-``factors: inputs``, the default, lets B start along the directions in which the linear's inputs are largest, where a
-change of the weight does most, instead of at random (the first steps move A alone, by ``G B^T``, so B says what they
-can do); and the rates follow the budget: an entry of A or B whose gradient never changes its sign moves by ``travel``
-in the whole training, the ends of a range by ``scale_travel`` quantization steps. ``lr`` and ``scale_lr`` take the
-paper's rates.
+cannot run at 2 bits; ``factors: svd`` fits the error of Phi in grid units, which is exact for every kind of group;
+``factors: inputs``, the default, starts B along the directions in which the linear's inputs are largest, where a
+change of the weight has most effect, instead of at random (the first steps move A alone, by ``G B^T``, so B limits the
+changes that they can make); and learning rates follow from the number of steps: an entry of A or B whose gradient never
+changes its sign moves by ``travel`` in the whole training, the ends of a range by ``scale_travel`` quantization steps.
+``lr`` and ``scale_lr`` take the paper's learning rates.
 """
 
 import math
@@ -31,23 +31,23 @@ from torch.utils.checkpoint import checkpoint
 
 from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job, Method, Result
-from qtool.blocks.task import Stage
 from qtool.config.quant import QuantSpec
 from qtool.config.training import EndToEnd, OptimConfig
-from qtool.methods import gptq
 from qtool.models.linears import Target, linear_bias
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
+from qtool.quant.hessian import gram
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import ParamGroup
 from qtool.training.linears import train_linears
+from qtool.training.rates import ends_to_scale, rate
 
-OBSERVED = 2**14  # tokens that say where inputs are large
-OVERSAMPLING, POWER_ITERATIONS = 8, 4  # of subspace iteration: directions more than are asked for, and products
-B_ROW_RMS = 4.6  # of the rows of B along the inputs
-MIN_ENERGY = 1e-8  # of what the first direction carries: a row of zeros could not learn while A has none but zeros
+OBSERVED = 2**14  # number of tokens on which the main directions of inputs are measured
+OVERSAMPLING, POWER_ITERATIONS = 8, 4  # subspace iteration: extra directions, and multiplications by the matrix
+B_ROW_RMS = 4.6  # root mean square of the lengths of the rows of B that lie along the inputs
+MIN_ENERGY = 1e-8  # relative floor of a direction's energy: a zero row of B gives A no gradient, and A starts at zero
 Form = Literal["fixed", "codes", "bfloat16", "float32"]
 
 
@@ -55,35 +55,57 @@ class Config(EndToEnd):
     """LR-QAT: a low-rank term inside the rounding, trained end to end on frozen weights of few bits."""
 
     name: Literal["lrqat"] = "lrqat"
-    rank: int = Field(32, ge=1, description="Columns of A and rows of B.")
-    alpha: float = Field(1.0, gt=0, description="The product A B counts alpha / rank times, in codes.")
+    rank: int = Field(
+        32, ge=1, description="Rank of the low-rank term A B; at most the smaller side of the linear's weight."
+    )
+    alpha: float = Field(
+        1.0, gt=0, description="Factor of the low-rank term: alpha / rank times A B is added to the weight, in codes."
+    )
     phi: Form = Field(
         "fixed",
-        description="How the frozen weight is held: one byte with 8 - num_bits bits behind the point, rounded codes, "
-        "or a float.",
+        description="Form of the frozen weight in memory. fixed: one byte with 8 - num_bits bits behind the point; "
+        "codes: rounded to num_bits bits; bfloat16, float32: a float.",
     )
     factors: Literal["inputs", "zero", "svd"] = Field(
         "inputs",
-        description="Start of A and B: A zero and B along the main directions of the inputs, A zero and B random, or "
-        "the best fit of what phi lost.",
+        description="Start of A and B. inputs: A zero, B along the main directions of the linear's inputs; zero: A "
+        "zero, B random; svd: the best fit of the rounding error of phi.",
     )
-    svd_steps: int = Field(1, ge=1, description="Rounds of splitting a weight into phi and factors, for svd.")
+    svd_steps: int = Field(
+        1, ge=1, description="Number of times that factors: svd splits a weight into phi and the low-rank term."
+    )
     range: Literal["minmax", "search"] = Field(
-        "search", description="Ranges at the start: the extremes, or the least error of weights."
+        "search",
+        description="Range of each group at the start. minmax: its extremes; search: the range with the smallest error "
+        "of its weights.",
     )
-    norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
-    travel: float = Field(1.0, ge=0, description="How far an entry of A or B can move in all steps.")
+    norm: float = Field(3.0, gt=0, description="Exponent of the weight error that the range search lowers.")
+    travel: float = Field(
+        1.0,
+        ge=0,
+        description="Distance that an entry of A or B can move over all steps, in its own unit; sets their learning "
+        "rate.",
+    )
     scale_travel: float = Field(
-        0.15, ge=0, description="How far the ends of a range can move in all steps, in quantization steps."
+        0.15,
+        ge=0,
+        description="Distance that the ends of a range can move over all steps, in quantization steps; sets the "
+        "learning rate of scales.",
     )
-    lr: float | None = Field(None, ge=0, description="Learning rate of A and B, in place of travel.")
-    scale_lr: float | None = Field(None, ge=0, description="Learning rate of scales, in place of scale_travel.")
+    lr: float | None = Field(
+        None, ge=0, description="Learning rate of A and B, in place of travel; unset: travel decides."
+    )
+    scale_lr: float | None = Field(
+        None, ge=0, description="Learning rate of scales, in place of scale_travel; unset: scale_travel decides."
+    )
     checkpoint_weights: bool = Field(
-        True, description="Expand each weight again for its gradient instead of holding it; same result."
+        True,
+        description="Compute each rounded weight again in the backward pass instead of keeping it: less memory, same "
+        "result.",
     )
     optim: OptimConfig = Field(
         OptimConfig(betas=(0.9, 0.95), schedule="linear", final_share=0.0, warmup_share=0.1, max_grad_norm=1.0),
-        description="How parameters follow their gradients.",
+        description="Optimizer and learning rate schedule.",
     )
 
 
@@ -93,10 +115,10 @@ class Phi(nn.Module):
     kept: Tensor
 
     def __init__(self, grid: Tensor, spec: QuantSpec, form: Form) -> None:
-        """Keep ``grid`` ``[out, in]``, in codes; ``fixed`` and ``codes`` clip it to the grid, the others do not."""
+        """Keep positions ``grid`` ``[out, in]``, in codes; ``fixed`` and ``codes`` clip them to the grid."""
         super().__init__()
         self.form, self.spec, self.num_columns = form, spec, grid.shape[1]
-        self.steps = 2.0 ** (8 - spec.num_bits)  # of fixed, in one code
+        self.steps = 2.0 ** (8 - spec.num_bits)  # number of steps of the form fixed in one code
         self.register_buffer("kept", self._keep(grid.float()))
 
     def _keep(self, grid: Tensor) -> Tensor:
@@ -111,7 +133,7 @@ class Phi(nn.Module):
                 return centred.to(getattr(torch, self.form))
 
     def forward(self) -> Tensor:
-        """The positions as float32 ``[out, in]``."""
+        """Return the positions as float32 ``[out, in]``."""
         match self.form:
             case "fixed":
                 return self.kept.float() / self.steps + self.spec.middle
@@ -138,7 +160,7 @@ class LowRankLinear(QuantLinear):
         if config.range == "search":
             self.scale.data, self.zero_point.data = search_qparams(weight, spec, config.norm)
         self.zero_point.requires_grad_(False)
-        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # Phi is all that is held of it
+        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # only Phi is kept
         self.config, self.factor = config, config.alpha / config.rank
         rows, columns = weight.shape
         rank = min(config.rank, rows, columns)
@@ -150,7 +172,7 @@ class LowRankLinear(QuantLinear):
 
     @torch.no_grad()
     def _split(self, grid: Tensor) -> None:
-        """Make Phi, and with ``svd`` the factors, of positions ``[out, in]``."""
+        """Make Phi, and with ``svd`` the factors, from positions ``[out, in]``."""
         form, rank = self.config.phi, self.a.shape[1]
         self.phi = Phi(grid, self.spec, form)
         for _ in range(self.config.svd_steps if self.config.factors == "svd" else 0):
@@ -162,10 +184,10 @@ class LowRankLinear(QuantLinear):
 
     @torch.no_grad()
     def start_from(self, quantized: QuantizedWeight) -> None:
-        """Start at exactly the codes of ``quantized``, on its grid, with nothing in the factors.
+        """Start at exactly the codes of ``quantized``, on its grid, with a low-rank term of zero.
 
         Raises:
-            InputError: another grid.
+            InputError: ``quantized`` has another grid.
         """
         weight = affine.from_codes(affine.grouped(self.phi(), self.spec), self.scale, self.zero_point)
         moved = QuantLinear(weight, None, self.spec)
@@ -175,32 +197,33 @@ class LowRankLinear(QuantLinear):
         self.a.zero_()
         grid = affine.to_grid(moved.weight, self.scale, self.zero_point, self.spec).flatten(1)
         self.phi = Phi(grid, self.spec, self.config.phi)
-        off = self.quantized.codes != quantized.codes  # where few bits round a position out of its cell
+        off = self.quantized.codes != quantized.codes  # True where the form of Phi rounds a position to another code
         self.phi = Phi(torch.where(off, quantized.codes.float(), self.phi()), self.spec, self.config.phi)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """``Phi + alpha / r * A B`` in codes, ``[out, groups, group_size]``; the scale of now plays no part (eq. 5)."""
-        with torch.autocast(self.a.device.type, enabled=False):  # or the integers would not be those that are packed
+        """Return ``Phi + alpha / r * A B`` in codes, ``[out, groups, group_size]``; it ignores the scale (eq. 5)."""
+        with torch.autocast(self.a.device.type, enabled=False):  # autocast would give other integers than packing does
             return affine.grouped(torch.addmm(self.phi(), self.a, self.b, alpha=self.factor), self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in the dtype of ``x``."""
+        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         if self.config.checkpoint_weights and torch.is_grad_enabled():
             result: Tensor = checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
             return result
         return super().forward(x)
 
 
-def principal(gram: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """The main directions ``[rank, in]`` of a sum of ``x^T x`` ``[in, in]``, the largest first, by subspace iteration.
+def principal(products: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Return the main directions ``[rank, in]`` of a sum of ``x^T x`` ``[in, in]``, the largest first.
 
-    They are orthogonal. Their lengths grow with the fourth root of what each carries; the mean square is ``LENGTH**2``.
+    They are found by subspace iteration, and are orthogonal. The length of each grows with the fourth root of its
+    energy (eigenvalue); the root mean square of the lengths is ``B_ROW_RMS``.
     """
-    width = min(rank + OVERSAMPLING, len(gram))
-    basis = torch.randn(len(gram), width, generator=generator).to(gram.device)
+    width = min(rank + OVERSAMPLING, len(products))
+    basis = torch.randn(len(products), width, generator=generator).to(products.device)
     for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(gram @ basis).Q
-    carried, vectors = torch.linalg.eigh(basis.T @ gram @ basis)
+        basis = torch.linalg.qr(products @ basis).Q
+    carried, vectors = torch.linalg.eigh(basis.T @ products @ basis)
     least = carried.max() * MIN_ENERGY + torch.finfo(torch.float32).tiny
     lengths = carried.flip(0)[:rank].clamp(min=least) ** 0.25
     lengths *= B_ROW_RMS / lengths.square().mean().sqrt()
@@ -210,27 +233,28 @@ def principal(gram: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """For each linear the main directions ``[rank, in]`` of what it reads in the float model, of the first tokens."""
+    """Return the main directions ``[rank, in]`` of each linear's inputs in the float model, on the first tokens."""
     found: dict[str, Tensor] = {}
     observed = job.text[: max(1, OBSERVED // job.text.shape[1])]
     for task in walk(replace(job, tokens=observed)):
         for group, inputs in group_inputs(task):
-            gram = gptq.collect(Stage(group, inputs, None), gptq.Config()).hessian
-            found |= dict.fromkeys([target.name for target in group], principal(gram, rank, generator))
+            directions = principal(gram(inputs), rank, generator)
+            found |= dict.fromkeys([target.name for target in group], directions)
     return found
 
 
 def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[ParamGroup]:
-    """What trains of a layer; ``total`` is the sum of the schedule's factors."""
+    """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
     scale = float(layer.scale.detach().mean())
-    lr = config.travel / total if config.lr is None else config.lr
-    ends = config.scale_travel * scale * 2 / layer.spec.qmax / total
-    scale_lr = ends if config.scale_lr is None else config.scale_lr
-    return [ParamGroup([layer.a, layer.b], lr), ParamGroup([layer.scale], scale_lr)]
+    distance = ends_to_scale(config.scale_travel, scale, layer.spec.qmax)
+    return [
+        ParamGroup([layer.a, layer.b], rate(config.travel, total, config.lr)),
+        ParamGroup([layer.scale], rate(distance, total, config.scale_lr)),
+    ]
 
 
 def run(job: Job, config: Config) -> Result:
-    """Train on the text of the job, absorb the factors and pack; the job's seed fixes B and the order of windows."""
+    """Train on the text of the job and pack; the seed determines a random B and the order of windows."""
     generator = torch.Generator().manual_seed(job.seed)
     directions: dict[str, Tensor] = {}
     if config.factors == "inputs":

@@ -1,12 +1,12 @@
-"""Plain quantization-aware training of the whole model: only weights train, the grid follows them.
+"""Plain quantization-aware training of the whole model: only weights train, and the grid follows them.
 
-In every step the range of a group is the extremes of its weights as they are now, so nothing is clipped and nothing but
-the weights is learned (the scheme of LLM-QAT, arXiv 2305.17888, for weights; the range passes no gradient). The
-gradient passes straight through the rounding unless ``rounding`` says otherwise. What there is to gain by learning the
-grid too is the difference to ``lsq``.
+In every step the range of a group is the current extremes of its weights, so nothing is clipped and only the weights
+are learned (the scheme of LLM-QAT, arXiv 2305.17888, for weights; the range passes no gradient). The gradient passes
+straight through the rounding unless ``rounding`` says otherwise. ``lsq`` learns the grid as well; the difference of the
+two is what that gains.
 
-``init_from`` starts from weights in the cells of the checkpoint's codes, whose own extremes then make the grid: the
-checkpoint's, up to the rounding of scales, where its ranges were the extremes, and something near it where not.
+With ``init_from`` the weights start in the cells of the checkpoint's codes, and their own extremes make the grid. That
+is the checkpoint's grid, up to the rounding of scales, where its ranges were the extremes, and a similar one elsewhere.
 """
 
 from typing import Literal
@@ -28,20 +28,20 @@ class Config(WeightsConfig):
 
 
 class MinMaxLinear(QuantLinear):
-    """A linear whose grid covers its weights, whatever they are."""
+    """A linear whose grid always spans the extremes of its weights."""
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """The grid of the weights' extremes, without gradients."""
+        """Return the grid of the weights' extremes, without gradients."""
         return minmax_qparams(self.weight.detach(), self.spec)
 
 
 def make_linear(target: Target, config: Config) -> QuantLinear:
-    """The layer that trains in the place of a target."""
+    """Make the layer that trains in the place of a target."""
     return MinMaxLinear(target.weight, linear_bias(target.linear), target.spec, config.rounding)
 
 
 def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[ParamGroup]:
-    """What trains of a layer: the weights; ``total`` is the sum of the schedule's factors."""
+    """Return the parameters of a layer that train, its weights; ``total`` is the sum of the schedule's factors."""
     return [weight_group(layer, config, total)]
 
 

@@ -1,8 +1,8 @@
 """Round-to-nearest (RTN): each weight goes to the nearest code of its group's grid. No data is needed.
 
-The range of a group is its minimum and maximum, or is searched: the min-max range is shrunk to whatever lowers
-``sum |w - Q(w)|**norm``, as LR-QAT (arXiv 2406.06385) and GPTQ's range search do.
-A norm above 2 cares more for the large weights. There is nothing to train and no order to keep.
+The range of a group is its minimum and maximum, or it is searched: the min-max range is shrunk where that lowers
+``sum |w - Q(w)|**norm``, as LR-QAT (arXiv 2406.06385) and GPTQ's range search do. A norm above 2 gives more weight to
+the errors of large weights. Nothing is trained, and the order of linears does not matter.
 """
 
 from typing import Literal
@@ -24,19 +24,21 @@ class Config(MethodConfig):
 
     name: Literal["rtn"] = "rtn"
     range: Literal["minmax", "search"] = Field(
-        "minmax", description="How a group's range is chosen: its extremes, or a search for the smallest error."
+        "minmax",
+        description="Range of each group. minmax: its extremes; search: the range with the smallest error of its "
+        "weights.",
     )
     norm: float = Field(2.4, gt=0, description="Exponent of the weight error that the range search lowers.")
 
 
 def round_to_nearest(weight: Tensor, spec: QuantSpec, config: Config) -> QuantizedWeight:
-    """``weight`` ``[out, in]`` on its own grid."""
+    """Round ``weight`` ``[out, in]`` to a grid that is fitted to it."""
     find = minmax_qparams(weight, spec) if config.range == "minmax" else search_qparams(weight, spec, config.norm)
     return QuantizedWeight(quantize(weight, *find, spec), *find, spec)
 
 
 def run(job: Job, config: Config) -> Result:
-    """Quantize every target; text and seed are not used.
+    """Quantize every target; the text and the seed of the job are not used.
 
     The series ``weight_error`` has ``|Q(w) - w|**2 / |w|**2`` over the linears of each block.
     """

@@ -1,19 +1,21 @@
-"""SignRound: learn for each weight whether it is rounded up or down, so that the block's output stays what it was.
+"""SignRound: learn for each weight whether it is rounded up or down, so that the block's output changes least.
 
-A weight goes to ``round(w / scale + V)`` with an offset ``V`` of its own, zero at first, and the ends of each group's
-range get factors, one at first. Both follow only the sign of their gradient, ``p -= rate * sign(dL/dp)``, at a rate
-that falls linearly to zero: how far they can move is known beforehand, whatever the size of the loss (Cheng et al.,
-arXiv 2309.05516). All linears of a block are trained at once. The loss is the squared difference between the quantized
-block on the quantized stream and the float block on the float stream, so a block also makes up for those before it.
+A weight goes to ``round(w / scale + V)`` with an offset ``V`` of its own, zero at the start, and the ends of each
+group's range get factors, one at the start. Both follow only the sign of their gradient, ``p -= lr * sign(dL/dp)``, at
+a learning rate that falls linearly to zero: the distance that they can move is known beforehand, whatever the size of
+the loss (Cheng et al., arXiv 2309.05516). All linears of a block are trained at once. The loss is the squared
+difference between the quantized block on the hidden states of the quantized model and the float block on those of the
+float model, so a block also corrects errors of the blocks before it.
 
-From SignRoundV2 (arXiv 2512.04746) come two options: symmetric ranges can be searched first, each input channel weighed
-by its mean square (``range: search``), and below 4 bits the loss can leave the largest differences out (``outliers``,
-0.001 there). Both are off: ranges that start at the extremes and shrink in training ended better at every width.
+From SignRoundV2 (arXiv 2512.04746) come two options: symmetric ranges can be searched first, with each input channel
+weighted by its mean square (``range: search``), and below 4 bits the loss can leave out the largest differences
+(``outliers``, 0.001 there). Both are off: ranges that start at the extremes and shrink in training gave better results
+at every width.
 
-Where we differ: what is kept is the best of several states on windows that stay the same, where the reference compares
+Where we differ: the best of several states is kept, judged on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; the search lowers the third power of errors, for squares clip so much that 2 bits get much worse; and scales are
-never negative, which several engines do not load: the symmetric grid's extra level is the lowest one.
+8; the search lowers the third power of errors, because squares clip so much that 2 bits get much worse; and scales are
+never negative, which several engines cannot load: the extra level of the symmetric grid is the lowest one.
 docs/benchmarks.md has the figures.
 """
 
@@ -37,12 +39,13 @@ from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
+from qtool.system.seeds import derived_seed
 
 PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
 BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
-FACTORS = (0.05, 2.0)  # bounds of what a range is multiplied by
-NUM_CHECKS = 8  # states that are compared with the start
-FEW_BITS = 3  # up to which outliers are left out of the loss
+FACTORS = (0.05, 2.0)  # bounds of the factor of a range
+NUM_CHECKS = 8  # number of states that are compared with the start
+FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
 class Config(MethodConfig):
@@ -51,20 +54,32 @@ class Config(MethodConfig):
     name: Literal["signround"] = "signround"
     preset: Literal["light", "default", "best"] = Field(
         "default",
-        description="What the other keys, and data.num_samples, are unless they are given: light, 50 iterations; "
-        f"default, 200; best, 1000 on {BEST_SAMPLES} windows.",
+        description="Defaults of iterations and data.num_samples, where these are not given. light: 50 iterations; "
+        f"default: 200; best: 1000, on {BEST_SAMPLES} calibration windows.",
     )
-    iterations: int = Field(200, ge=0, description="Steps of signed gradient descent for each block.")
-    batch_size: int = Field(4, ge=1, description="Calibration windows in a step.")
-    travel: float = Field(0.5, ge=0, description="How far an offset can move in all steps together, in codes.")
-    range_travel: float = Field(0.5, ge=0, description="How far the factor of a range can move in all steps together.")
+    iterations: int = Field(200, ge=0, description="Steps of signed gradient descent per block.")
+    batch_size: int = Field(4, ge=1, description="Calibration windows per step.")
+    travel: float = Field(
+        0.5, ge=0, description="Distance that a rounding offset can move over all steps, in quantization steps."
+    )
+    range_travel: float = Field(
+        0.5,
+        ge=0,
+        description="Distance that the factor of a range can move over all steps; a factor is 1 at the start and stays "
+        f"within {FACTORS[0]:g} and {FACTORS[1]:g}.",
+    )
     range: Literal["minmax", "search"] = Field(
         "minmax",
-        description="Symmetric ranges at the start: the extremes, or searched with each input channel's importance.",
+        description="Range of each group at the start. minmax: its extremes; search, on symmetric grids: the range "
+        "with the smallest error of its weights, each input channel weighted by its mean square.",
     )
-    norm: float = Field(3.0, gt=0, description="Exponent of the error that the range search lowers.")
+    norm: float = Field(3.0, gt=0, description="Exponent of the weight error that the range search lowers.")
     outliers: float = Field(
-        0.0, ge=0, lt=1, description="Share of the largest differences that the loss leaves out at 2 and 3 bits."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the output differences, the largest ones, that the loss leaves out in blocks with 2-bit "
+        "or 3-bit linears; 0: none.",
     )
     check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
 
@@ -81,9 +96,9 @@ class Config(MethodConfig):
 
 
 class SignRoundLinear(QuantLinear):
-    """A linear whose rounding offsets and range factors train, and nothing else.
+    """A linear of which only the rounding offsets and the range factors train.
 
-    ``forward`` multiplies by ``expanded``, which is set for many calls at once.
+    ``forward`` multiplies by ``expanded``, which the caller sets once for many calls.
     """
 
     expanded: Tensor  # quantized_weight() in the dtype of computation
@@ -94,11 +109,11 @@ class SignRoundLinear(QuantLinear):
         self.requires_grad_(False)
         self.scale.data, self.zero_point.data = grid
         self.offset = nn.Parameter(torch.zeros_like(grouped(self.weight, spec)))
-        # [1, out, groups], or of the lower and the upper end
+        # [1, out, groups]; asymmetric [2, out, groups]: of the lower and the upper end
         self.factors = nn.Parameter(self.scale.new_ones(1 if spec.symmetric else 2, *self.scale.shape))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """The grid with its range multiplied by the factors, as stored; factors of one change no bit of it."""
+        """Return the grid with its range multiplied by the factors, as it is stored; factors of one change no bit."""
         if self.spec.symmetric:
             return stored_scale(self.scale * self.factors[0], self.spec), self.zero_point
         below, above = self.factors[0] * self.zero_point, self.factors[1] * (self.spec.qmax - self.zero_point)
@@ -106,16 +121,16 @@ class SignRoundLinear(QuantLinear):
         return scale, stored_zero_point(below * self.scale / scale, self.spec)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Weight in grid units plus its offset, ``[out, groups, group_size]``."""
+        """Return the weight in grid units plus its offset, ``[out, groups, group_size]``."""
         return super().grid_weight(scale, zero_point) + self.offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]``."""
+        """Map ``x [..., in]`` to ``[..., out]``."""
         return F.linear(x, self.expanded, self.bias)
 
     @torch.no_grad()
     def move(self, by: float, factors_by: float) -> None:
-        """Move each offset and each factor by so much against the sign of its gradient, which is spent."""
+        """Move offsets by ``by`` and factors by ``factors_by`` against the signs of their gradients; clear these."""
         for parameter, rate in ((self.offset, by), (self.factors, factors_by)):
             assert parameter.grad is not None
             parameter.sub_(parameter.grad.sign_(), alpha=rate)
@@ -124,7 +139,7 @@ class SignRoundLinear(QuantLinear):
 
 
 def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Indices of ``size`` batches, without end; each batch comes once before any comes again."""
+    """Yield the indices of ``size`` batches, without end; every batch is used once before any is used again."""
 
     def indices() -> Iterator[int]:
         while True:
@@ -136,16 +151,19 @@ def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iter
 
 
 class Training:
-    """The layers of one block, and how far its output is from the float block's."""
+    """The training of one block: its layers, and the distance of its output from the float block's."""
 
     def __init__(self, task: BlockTask, goal: Sequence[Tensor], layers: list[SignRoundLinear], config: Config) -> None:
-        """``goal`` has the float block's output for each batch of ``task.inputs``."""
+        """Train towards ``goal``, the float block's output for each batch of ``task.inputs``."""
         self.task, self.goal, self.layers, self.config = task, goal, layers, config
         few_bits = min(layer.spec.num_bits for layer in layers) <= FEW_BITS
         self.outliers = config.outliers if few_bits else 0.0
 
     def loss(self, index: int) -> Tensor:
-        """Summed squared differences of one batch, in float32. A sum, so that half-precision gradients stay normal."""
+        """Return the summed squared differences of one batch, in float32.
+
+        It is a sum and not a mean, so that half-precision gradients do not underflow.
+        """
         difference = self.task.forward(self.task.inputs[index]).float() - self.goal[index].float()
         dropped = round(self.outliers * difference.numel())
         if dropped:
@@ -155,17 +173,16 @@ class Training:
 
     @torch.no_grad()
     def measure(self, indices: list[int]) -> float:
-        """The loss of some batches."""
+        """Return the summed loss of some batches."""
         for layer in self.layers:
             layer.expanded = layer.quantized_weight().to(self.task.compute)
         return sum(float(self.loss(index)) for index in indices)
 
     @torch.enable_grad()
     def step(self, indices: list[int], share: float) -> None:
-        """Move every parameter by ``share`` of its travel, by the gradient of some batches."""
-        weights = [
-            layer.quantized_weight() for layer in self.layers
-        ]  # rounded once for all batches, then differentiated
+        """Move every parameter by ``share`` of its travel, against the gradient of some batches."""
+        # each weight is rounded once for all batches, and differentiated once after them
+        weights = [layer.quantized_weight() for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             layer.expanded = weight.detach().to(self.task.compute).requires_grad_()
         for index in indices:
@@ -187,14 +204,14 @@ class Training:
         marks = {total * (i + 1) // NUM_CHECKS for i in range(NUM_CHECKS)}
         steps = islice(minibatches(num_batches, size, generator), total)
         for done, indices in enumerate(progress.track(steps, "training", total), start=1):
-            self.step(indices, 2 * (total - done + 1) / (total * (total + 1)))  # falls linearly, adds up to one
+            self.step(indices, 2 * (total - done + 1) / (total * (total + 1)))  # the shares fall linearly and sum to 1
             if done in marks and (found := self.measure(checked)) < lowest:
                 lowest, best = found, [layer.quantized for layer in self.layers]
         return best
 
 
 def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
-    """Compute the float outputs, replace the targets by layers that train, train them, and pack the best state."""
+    """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
     importance = task.pass_floats(leaders)
     assert task.float_outputs is not None
@@ -208,14 +225,14 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
                 grid = minmax_qparams(weight, spec)
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + task.index)
+    generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
     best = Training(task, task.float_outputs, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 
 
 def run(job: Job, config: Config) -> Result:
-    """Quantize the blocks in order on the text of the job; its seed and a block's index fix the minibatches."""
+    """Quantize the blocks in order on the text of the job; the seed and a block's index determine the minibatches."""
     step = partial(quantize_block, config=config, seed=job.seed)
     return run_blocks(job, step, float_stream=True)
 

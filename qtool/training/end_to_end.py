@@ -1,12 +1,12 @@
-"""Training of the whole model on text: what surrounds ``train.fit`` when all blocks learn together.
+"""Training of the whole model on text: windows, losses, saved state and logs around ``fit.fit``.
 
-A step's windows are a function of the seed and the step's number. Several processes share them, and average their
-gradients: the result is that of one process on the same windows, up to the order of sums. What training has reached is
-kept beside the run, so that a run killed at any moment goes on to the same bytes.
+A step's windows are a function of the seed and the step's number. Several processes share them and average their
+gradients: the result is that of one process on the same windows, up to the order of sums. The training state is saved
+beside the run, so that a run killed at any moment goes on to the same bytes.
 
-The model runs in evaluation mode and, where its dtype is a half one, under autocast: what trains is float32, and the
-product is the one that evaluation takes. Blocks are run again for their gradient by torch's own checkpointing around
-each block's forward and not by the model's switch, which acts in training mode only, where dropout does too.
+The model runs in evaluation mode, and under autocast if its dtype is bfloat16: parameters that train are float32, and
+products are those of evaluation. Gradient checkpointing is torch's own, around each block's forward. The model's switch
+for it is not used, because it acts in training mode only, in which dropout is active too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,12 +33,12 @@ from qtool.system.errors import InputError, RunError
 from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, State, fit, windows_of_step
 from qtool.training.losses import CE, confidence, token_losses
 
-TRAINING = "training.safetensors"  # what a phase has reached
-CONFIDENCE_WINDOWS = 16  # that the teacher's confidence is measured on
+TRAINING = "training.safetensors"  # file with the training state of a phase
+CONFIDENCE_WINDOWS = 16  # number of windows, about, on which the teacher's confidence is measured
 
 
 def num_steps(config: EndToEndConfig, num_windows: int) -> int:
-    """Steps of a training with so many calibration windows."""
+    """Return the number of steps of a training with ``num_windows`` calibration windows."""
     if config.steps is not None:
         return config.steps
     return ceil(config.epochs * (num_windows - config.validation_samples) / config.batch_size)
@@ -52,14 +52,14 @@ def train_model(
     *,
     phase: str,
 ) -> FitResult:
-    """Train the parameters of ``groups`` in the model of the job, which is whole, on its text.
+    """Train the parameters of ``groups`` on the text of the job, whose model must be whole in memory.
 
-    ``teacher`` is the float model, for every loss but cross entropy. ``phase`` names the folder of what is kept. Each
-    window has some tokens that are learned.
+    ``teacher`` is the float model, or ``None`` for cross entropy. ``phase`` names the folder of the training state.
+    Every window must have tokens that are learned.
 
     Raises:
-        InputError: fewer windows than are to be kept out, or a dtype that cannot train.
-        RunError: the loss is not finite.
+        InputError: Validation leaves no window to train on, the dtype cannot train, or processes outnumber a batch.
+        RunError: The loss or its gradient is not finite.
     """
     loaded, tokens, workspace = job.loaded, job.text, job.workspace
     training = _Training(loaded, teacher, tokens, tokens if job.labels is None else job.labels, config, job.seed)
@@ -100,7 +100,7 @@ def train_model(
 
 @dataclass
 class _Training:
-    """A student, its teacher, and the windows that they read."""
+    """A student, its teacher, and the windows that both read."""
 
     loaded: LoadedModel
     teacher: nn.Module | None
@@ -121,7 +121,7 @@ class _Training:
         if distributed.world_size() > self.config.batch_size:
             raise InputError(
                 f"batch_size {self.config.batch_size} is less than the {distributed.world_size()} processes "
-                "that share a step"
+                "that share a step; raise it, or start fewer processes"
             )
         assert (self.teacher is None) == (self.config.loss == CE)
         if self.config.loss == "cakld":
@@ -129,22 +129,21 @@ class _Training:
 
     @property
     def num_trained(self) -> int:
-        """Windows to train on: all but the last ones, which are for validation."""
+        """The number of windows to train on: all but the last ``validation_samples``."""
         return len(self.tokens) - self.config.validation_samples
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """This process's parts of the loss of a step; over all processes their mean is that of all tokens."""
+        """Yield this process's parts of the loss of a step; their mean over the processes is the mean over tokens."""
         chosen = windows_of_step(step, self.config.batch_size, self.num_trained, self.seed)
         mine = torch.tensor(chosen[distributed.rank() :: distributed.world_size()])
         share = distributed.world_size() / self._num_learned(torch.tensor(chosen))
-        fewest = (
-            self.config.batch_size // distributed.world_size()
-        )  # of any process: all split a step into equally many parts
+        fewest = self.config.batch_size // distributed.world_size()  # least windows of a process in a step
+        # all processes must split a step into the same number of parts
         for rows in mine.tensor_split(min(self.config.optim.accumulation, fewest)):
             yield self._token_losses(rows).sum() * share
 
     def validate(self) -> float:
-        """Mean loss of the tokens of the windows that are kept out."""
+        """Return the mean loss of the tokens of the validation windows."""
         held = torch.arange(self.num_trained, len(self.tokens))
         total = torch.zeros((), device=self.loaded.device)
         for rows in held.split(max(1, self.config.batch_size // distributed.world_size()) * distributed.world_size()):
@@ -155,11 +154,11 @@ class _Training:
         return float(total) * distributed.world_size() / self._num_learned(held)
 
     def _num_learned(self, rows: Tensor) -> int:
-        """How many tokens of windows ``rows`` ``[b]`` are learned; nothing predicts the first of a window."""
+        """Return the number of learned tokens in windows ``rows`` ``[b]``; the first of a window is not predicted."""
         return int((self.labels[rows, 1:] != IGNORED).sum())
 
     def _token_losses(self, rows: Tensor) -> Tensor:
-        """The loss of each learned token of windows ``rows`` ``[b]``, flat."""
+        """Return the loss of each learned token of windows ``rows`` ``[b]``, flat."""
         tokens, labels = (each[rows].to(self.loaded.device) for each in (self.tokens, self.labels))
         learned = (labels[:, 1:] != IGNORED).flatten()
         target = None
@@ -170,7 +169,7 @@ class _Training:
         return token_losses(self.config, student, target, labels[:, 1:].flatten()[learned], self.gamma)
 
     def _logits(self, model: nn.Module, tokens: Tensor, learned: Tensor) -> Tensor:
-        """Logits that predict the ``learned`` ones of the tokens after the first, ``[tokens, vocabulary]``."""
+        """Return the logits ``[n, vocabulary]`` that predict the ``learned`` tokens; the first token has none."""
         device, dtype = self.loaded.device.type, self.loaded.dtype
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits
@@ -179,7 +178,7 @@ class _Training:
 
     @torch.no_grad()
     def _confidence(self) -> float:
-        """The teacher's mean probability of the true tokens, on a few windows."""
+        """Return the teacher's mean probability of the true tokens, on a few windows."""
         assert self.teacher is not None
         found = []
         for index in range(0, self.num_trained, max(1, self.num_trained // CONFIDENCE_WINDOWS)):
@@ -192,20 +191,20 @@ class _Training:
 
 @dataclass
 class _Kept:
-    """What a training has reached, in one file that is replaced as a whole; the first process writes it.
+    """The saved state of a training, in one file that is replaced as a whole; the first process writes it.
 
-    Of a model that is split every process keeps its part in a file of its own, named by step and process. The first
-    one's file, which then holds the rest, is written when all of those are there, and says which step counts.
+    If the model is sharded, each process also writes its shard to a file of its own, named by step and rank. The first
+    process's file then holds the rest of the state; it is written once all shards exist, and says which step counts.
     """
 
     file: Path
     sharded: bool = False
 
     def read(self) -> State | None:
-        """The state last written.
+        """Return the state last written, or ``None`` if there is none.
 
         Raises:
-            RunError: this process does not find its part.
+            RunError: The shard of this process is missing.
         """
         if not self.file.exists():
             return None
@@ -218,9 +217,9 @@ class _Kept:
         return state
 
     def write(self, state: State) -> None:
-        """Put ``state`` in the place of the one before."""
+        """Replace the saved state by ``state``."""
         self.file.parent.mkdir(exist_ok=True)
-        own = [name for name in state if self.sharded and "." in name]  # what belongs to some parameter
+        own = [name for name in state if self.sharded and "." in name]  # tensors that belong to a parameter
         part = self._part(state)
         if own:
             self._write({name: state[name] for name in own}, part)
@@ -232,7 +231,7 @@ class _Kept:
             old.unlink()
 
     def _part(self, state: State) -> Path:
-        """The file of what this process holds of ``state``."""
+        """Return the file of this process's shard of ``state``."""
         return self.file.with_name(f"step-{int(state['steps'][0])}-{distributed.rank()}.safetensors")
 
     @staticmethod
@@ -242,13 +241,13 @@ class _Kept:
     @staticmethod
     def _read(file: Path) -> State:
         files = SafetensorsFolder(file.parent, file.name)
-        # copies: the file's own pages may be dropped at any time, and training changes these
+        # copied, because training changes the tensors, and the file's pages may be dropped at any time
         return {name: files.tensor(name).clone() for name in files.names}
 
 
 @contextmanager
 def _rerun_blocks(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
-    """Keep of each block only its input, and run it again when its gradient is taken."""
+    """Apply gradient checkpointing if ``wanted``: keep only each block's input, and run it again for its gradient."""
     blocks = [block for _, block in loaded.blocks()] if wanted else []
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -263,7 +262,7 @@ def _rerun_blocks(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
 def _tracking(
     workspace: Workspace | None, device: torch.device, config: EndToEndConfig, phase: str
 ) -> Iterator[Callable[[float], None]]:
-    """Send each step's loss to the tracker that ``config`` names, if any; only in a run that has a workspace."""
+    """Yield a function that logs a step's loss to the tracker of ``config``; it does nothing without a workspace."""
     name, available = config.tracker, [str(each.value) for each in get_available_trackers()]
     if name == "auto":
         name = "tensorboard" if "tensorboard" in available else "none"

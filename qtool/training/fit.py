@@ -1,8 +1,8 @@
 """The one training loop: ``fit`` moves parameters by the gradients of a loss, and knows no model and no method.
 
-What a step sees is the caller's choice and may depend on the step's number only, never on what was done before it: so
-a run that is killed goes on from any step to the same bytes. A loss or gradient that is not finite stops the loop
-before it reaches a parameter. With ``validate`` the state that did best is kept, and the parameters end as that state.
+The data of a step is the caller's choice and may depend on the step's number only, never on earlier steps: so a run
+that is killed goes on from any step to the same bytes. A loss or gradient that is not finite stops the loop before it
+changes a parameter. With ``validate`` the parameters end in the state with the lowest validation loss.
 """
 
 import math
@@ -16,12 +16,13 @@ from qtool.config.training import OptimConfig
 from qtool.reports.records import Series
 from qtool.system import distributed
 from qtool.system.errors import InputError
+from qtool.system.seeds import derived_seed
 
 State = dict[str, Tensor]
 
 
 class ParamGroup(NamedTuple):
-    """Parameters that move at the same rate."""
+    """Parameters with one learning rate."""
 
     parameters: list[nn.Parameter]
     lr: float  # at the top of the schedule
@@ -29,15 +30,15 @@ class ParamGroup(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What a training was."""
+    """The losses of a finished training."""
 
-    losses: list[float]  # of every step
-    validation: list[float]  # before the first step, and each time after; empty without ``validate``
-    best_step: int  # steps after which the parameters were what they are now
-    validated_at: list[int]  # steps done before each validation
+    losses: list[float]  # loss of every step
+    validation: list[float]  # validation losses, the first before the first step; empty without ``validate``
+    best_step: int  # number of steps after which the parameters had the state that was kept
+    validated_at: list[int]  # number of steps done before each validation
 
     def series(self, name: str) -> tuple[Series, ...]:
-        """The losses as series called ``name``: of each step, and of each validation where there were any."""
+        """Return the losses as series called ``name``: one of steps, and one of validations if there were any."""
         steps = tuple(range(1, len(self.losses) + 1))
         losses = Series(name=name, per="step", at=steps, values=tuple(self.losses))
         if not self.validation:
@@ -47,20 +48,20 @@ class FitResult(NamedTuple):
 
 
 class Keeper(Protocol):
-    """Where the state of a training is kept, so that a killed run goes on."""
+    """The place where the state of a training is saved, so that a killed run goes on."""
 
     def read(self) -> State | None:
-        """The state last written."""
+        """Return the state last written, or ``None`` if there is none."""
 
     def write(self, state: State) -> None:
-        """Put ``state`` in the place of the one before."""
+        """Replace the saved state by ``state``."""
 
 
 class NonFiniteError(Exception):
-    """A loss or its gradient is NaN or infinite; the parameters are those of the step before. For callers to answer."""
+    """A loss or its gradient is NaN or infinite; the parameters are those of the step before. Callers handle it."""
 
     def __init__(self, step: int, what: str) -> None:
-        """``what`` was found in the zero-based ``step``."""
+        """Report ``what``, the loss or the gradient, of the zero-based ``step``."""
         super().__init__(f"{what} is not finite in step {step + 1}")
         self.step = step
 
@@ -69,7 +70,7 @@ class SignSGD(torch.optim.Optimizer):
     """``p -= lr * sign(gradient)``, after decoupled weight decay."""
 
     def __init__(self, groups: list[dict[str, object]]) -> None:
-        """Each group has ``params``, ``lr`` and ``weight_decay``."""
+        """Take groups that each have ``params``, ``lr`` and ``weight_decay``."""
         super().__init__(groups, {})
 
     @torch.no_grad()
@@ -83,20 +84,20 @@ class SignSGD(torch.optim.Optimizer):
 
 
 def windows_of_step(step: int, size: int, num_windows: int, seed: int) -> list[int]:
-    """Which windows the zero-based ``step`` sees; every window comes once before any comes again."""
+    """Return the windows of the zero-based ``step``; every window is used once before any is used again."""
     orders: dict[int, list[int]] = {}
     chosen = []
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, num_windows)
         if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
             orders[epoch] = torch.randperm(num_windows, generator=generator).tolist()
         chosen.append(orders[epoch][place])
     return chosen
 
 
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
-    """What the learning rates are multiplied by in the zero-based ``step``: up in the warm-up, then down."""
+    """Return the factor of the learning rates in the zero-based ``step``: rising in the warm-up, then falling."""
     warmup = round(config.warmup_share * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -106,15 +107,15 @@ def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def total_factor(num_steps: int, config: OptimConfig) -> float:
-    """Sum of the factors of all steps: an Adam step moves a parameter by about the rate, so this is its travel."""
+    """Return the sum of the factors of all steps; times the learning rate it is the travel of a parameter."""
     return sum(lr_factor(step, num_steps, config) for step in range(num_steps))
 
 
 def make_optimizer(groups: Sequence[ParamGroup], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` names.
+    """Make the optimizer that ``config`` names.
 
     Raises:
-        InputError: it needs a package that is not installed.
+        InputError: The optimizer needs a package that is not installed.
     """
     rows: list[dict[str, object]] = [
         {"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups
@@ -147,17 +148,16 @@ def fit(
 ) -> FitResult:
     """Train the parameters of ``groups`` in place for ``num_steps``.
 
-    ``loss_of_step(i)`` gives the loss of step ``i``, or the parts that it is the sum of, one by one: each part's
-    gradient is taken before the next is asked for. Of several processes each gives its share, and losses and gradients
-    are averaged; of a parameter that is split over them each moves, and keeps, its part. ``validate`` is called without
-    gradients before the first step, after every ``validate_every`` steps and after the last; the parameters end as they
-    were when it was lowest.
-    ``on_step`` gets each loss. ``keeper`` gets the whole state every ``save_every`` steps and at the end, and training
-    goes on from what it holds.
+    ``loss_of_step(i)`` returns the loss of step ``i``, or yields the parts of its sum: the gradient of each part is
+    taken before the next part is requested. With several processes each returns its share, and losses and gradients are
+    averaged; of a sharded parameter each process moves its own shard. ``validate`` is called without gradients before
+    the first step, after every ``validate_every`` steps and after the last; the parameters end in the state in which it
+    was lowest. ``on_step`` gets each loss. ``keeper`` gets the whole state every ``save_every`` steps and at the end;
+    if it holds a state at the start, training goes on from there.
 
     Raises:
-        NonFiniteError: a loss or gradient is NaN or infinite.
-        InputError: the optimizer needs a package that is not installed.
+        NonFiniteError: A loss or gradient is NaN or infinite.
+        InputError: The optimizer needs a package that is not installed.
     """
     run = _Run(groups, num_steps, config)
     found = keeper.read() if keeper else None
@@ -183,19 +183,19 @@ def fit(
 
 
 def validation_steps(num_steps: int, every: int) -> list[int]:
-    """The numbers of steps after which ``fit`` validates: 0, multiples of ``every`` if it is set, and the last."""
+    """Return the step counts at which ``fit`` validates: 0, multiples of ``every`` if it is set, and the last."""
     between = range(every, num_steps, every) if every else ()
     return [0, *between, num_steps] if num_steps else [0]
 
 
 def _held(parameter: nn.Parameter) -> nn.Parameter:
-    """What moves in this process: the parameter, or the part of it that is here, in the same memory."""
+    """Return the parameter that this process moves: the given one, or the local shard of it (shares memory)."""
     ours = distributed.local_shard(parameter)
     return parameter if ours is parameter else nn.Parameter(ours, requires_grad=parameter.requires_grad)
 
 
 class _Run:
-    """Everything that changes while ``fit`` is at work."""
+    """The state that changes while ``fit`` runs."""
 
     def __init__(self, groups: Sequence[ParamGroup], num_steps: int, config: OptimConfig) -> None:
         self.num_steps, self.config = num_steps, config
@@ -207,12 +207,12 @@ class _Run:
         self.step = 0
         self.losses: list[float] = []
         self.validation: list[float] = []
-        self.best: list[Tensor] = []  # copies of the parameters, on the CPU
+        self.best: list[Tensor] = []  # copies of the parameters in the best state so far, on the CPU
         self.best_step = num_steps
 
     @torch.enable_grad()
     def advance(self, loss_of_step: Callable[[int], Tensor | Iterable[Tensor]]) -> float:
-        """Do one step; returns its loss."""
+        """Do one step and return its loss."""
         parts = loss_of_step(self.step)
         total: Tensor | None = None
         for part in [parts] if isinstance(parts, Tensor) else parts:
@@ -223,7 +223,7 @@ class _Run:
             if ours is not given and given.grad is not None:
                 ours.grad, given.grad = distributed.local_shard(given.grad), None
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        distributed.all_reduce_mean(total, *([] if self.sharded else gradients))  # those of parts are averages already
+        distributed.all_reduce_mean(total, *([] if self.sharded else gradients))  # FSDP has averaged shards already
         loss, norm = float(total), torch.nn.utils.get_total_norm(gradients)
         if self.sharded:
             norm = distributed.all_reduce_sum(norm.square()).sqrt()
@@ -244,7 +244,7 @@ class _Run:
 
     @torch.no_grad()
     def judge(self, validate: Callable[[], float]) -> None:
-        """Measure, and keep the parameters when they are better than all before; NaN is worse than anything."""
+        """Validate, and copy the parameters if the loss is the lowest so far; NaN is worse than any number."""
         found = validate()
         if not self.validation or found < min((value for value in self.validation if value == value), default=math.inf):
             self.best, self.best_step = [p.detach().to("cpu", copy=True) for p in self.parameters], self.step
@@ -252,26 +252,26 @@ class _Run:
 
     @torch.no_grad()
     def end(self) -> None:
-        """Leave the best state behind."""
+        """Put the parameters into the best state."""
         for parameter, value in zip(self.parameters, self.best, strict=bool(self.best)):
             parameter.copy_(value)
         self.best = []
 
     def state(self) -> State:
-        """All of it as tensors."""
+        """Return the whole state as tensors."""
         state = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
         state |= {f"best.{i}": value for i, value in enumerate(self.best)}
         for i, entries in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in entries.items()}
         state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        bits = torch.tensor(self.validation, dtype=torch.float64).view(torch.int64)  # a NaN is not equal to itself
+        bits = torch.tensor(self.validation, dtype=torch.float64).view(torch.int64)  # bits, as NaN is not equal to NaN
         state["validation"] = bits
         state["steps"] = torch.tensor([self.step, self.best_step])
         return state
 
     @torch.no_grad()
     def load(self, state: State) -> None:
-        """Be what ``state`` says."""
+        """Take over ``state``."""
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(state[f"parameter.{i}"])
         self.best = [state[f"best.{i}"] for i in range(len(self.parameters)) if f"best.{i}" in state]

@@ -1,4 +1,4 @@
-"""What methods share that train linears in place: putting them in, where they start, how fast they move, packing."""
+"""Shared parts of methods that train linears in place: replacing them, their start, learning rates, and packing."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,13 +18,14 @@ from qtool.system.errors import InputError
 from qtool.training.end_to_end import num_steps, train_model
 from qtool.training.fit import FitResult, ParamGroup, total_factor
 from qtool.training.losses import CE
+from qtool.training.rates import ends_to_scale, rate
 from qtool.training.sharding import train_by_block
 
 L = TypeVar("L", bound=QuantLinear)
 
 
 def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Target], L]) -> dict[str, L]:
-    """Put ``make(target)`` in the place of each target of ``model``; returns those layers by name."""
+    """Put ``make(target)`` in the place of each target of ``model``; return these layers by name."""
     layers = {}
     for target in targets:
         layers[target.name] = make(target)
@@ -33,19 +34,19 @@ def put_linears(model: nn.Module, targets: Iterable[Target], make: Callable[[Tar
 
 
 def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
-    """Put packed layers, the same bit for bit, in the places of ``layers``."""
+    """Replace ``layers`` by packed layers with the same weights, bit for bit."""
     for name, layer in layers.items():
         replace_linear(model, name, layer.freeze())
 
 
 class Start:
-    """A native checkpoint that a training starts from instead of the float model, opened and checked."""
+    """A native checkpoint from which a training starts instead of the float weights, opened and checked."""
 
     def __init__(self, folder: str, targets: Iterable[Target]) -> None:
-        """Compare its linears, grids and shapes with what the recipe asks for.
+        """Open the checkpoint and compare its linears, grids and shapes with ``targets``.
 
         Raises:
-            InputError: they differ, or it is no checkpoint of ours.
+            InputError: They differ, or ``folder`` is not a native checkpoint.
         """
         self.source = NativeCheckpoint(resolve(folder, key="method.init_from"))
         asked, found = {target.name: target for target in targets}, self.source.specs
@@ -65,9 +66,10 @@ class Start:
                 )
 
     def take_floats(self, loaded: LoadedModel, within: str = "") -> None:
-        """Give ``loaded`` all that is not quantized, norms and biases; below the module ``within`` only.
+        """Copy the checkpoint's tensors that are not quantized (norms, biases) into ``loaded``.
 
-        For a model whose linears are still in their places. The parameters are new ones: a teacher may hold the old.
+        Only names that start with ``within`` are copied. The linears of ``loaded`` must not be replaced yet. Parameters
+        are replaced and not changed in place, because a teacher may share them.
         """
         for name in self.source.float_names():
             if name.startswith(within):
@@ -79,7 +81,7 @@ class Start:
                     setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
     def take_codes(self, layers: dict[str, L]) -> None:
-        """Let each of ``layers`` start at the checkpoint's codes."""
+        """Start each of ``layers`` at the checkpoint's codes."""
         for name, layer in layers.items():
             layer.start_from(self.source.quantized(name))
 
@@ -88,21 +90,19 @@ C = TypeVar("C", bound=EndToEnd)
 
 
 def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> ParamGroup:
-    """The weights of ``layer``; ``total`` is the sum of the schedule's factors."""
-    lr = config.travel * float(layer.qparams()[0].detach().mean()) / total if config.lr is None else config.lr
-    return ParamGroup([layer.weight], lr, config.weight_decay)
+    """Return the weights of ``layer`` with their learning rate; ``total`` is the sum of the schedule's factors."""
+    step = float(layer.qparams()[0].detach().mean())
+    return ParamGroup([layer.weight], rate(config.travel * step, total, config.lr), config.weight_decay)
 
 
 def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[ParamGroup]:
-    """The weights, scales and, where they are learned, zero points of ``layer``."""
-    ends = config.scale_travel / total  # in quantization steps: a zero point's own unit, qmax / 2 times a scale's
-    scale_lr = ends * float(layer.scale.detach().mean()) * 2 / layer.spec.qmax
-    groups = [
-        weight_group(layer, config, total),
-        ParamGroup([layer.scale], scale_lr if config.scale_lr is None else config.scale_lr),
-    ]
+    """Return the weights, scales and, if they train, zero points of ``layer`` with their learning rates."""
+    lr = ends = rate(config.scale_travel, total, config.scale_lr)  # per step, in codes: also the unit of zero points
+    if config.scale_lr is None:
+        lr = ends_to_scale(ends, float(layer.scale.detach().mean()), layer.spec.qmax)
+    groups = [weight_group(layer, config, total), ParamGroup([layer.scale], lr)]
     if layer.zero_point.requires_grad:
-        groups.append(ParamGroup([layer.zero_point], ends if config.scale_lr is None else config.scale_lr))
+        groups.append(ParamGroup([layer.zero_point], ends))
     return groups
 
 
@@ -112,11 +112,10 @@ def train_linears(
     make: Callable[[Target, C], L],
     groups_of: Callable[[L, C, float], list[ParamGroup]],
 ) -> Result:
-    """Train a layer in the place of each target on the text of the job, all at once, and pack.
+    """Train a layer in the place of each target on the text of the job, all layers at once, and pack them.
 
-    ``groups_of(layer, config, total)`` gives the parameters of a layer with their learning rates; ``total`` is the sum
-    of the schedule's factors, so a parameter with the rate ``distance / total`` goes no further than ``distance`` under
-    Adam.
+    ``groups_of(layer, config, total)`` returns the parameters of a layer with their learning rates; ``total`` is the
+    sum of the schedule's factors, see ``rates.rate``.
     """
     loaded = job.loaded
     loaded.gather(on_device=config.sharding == "none")
@@ -124,7 +123,7 @@ def train_linears(
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    total = max(total_factor(num_steps(config, len(job.text)), config.optim), 1e-9)
+    total = total_factor(num_steps(config, len(job.text)), config.optim)
     layers: list[dict[str, L]] = []
 
     def put(index: int) -> list[ParamGroup]:
@@ -150,6 +149,6 @@ def trained_method(
     make: Callable[[Target, C], L],
     groups_of: Callable[[L, C, float], list[ParamGroup]],
 ) -> Method[C]:
-    """The method that trains ``make(target, config)`` in the place of each target, end to end."""
+    """Return the method that trains ``make(target, config)`` in the place of each target, end to end."""
     run = partial(train_linears, make=make, groups_of=groups_of)
     return Method(command, summary, config, run, end_to_end=lambda config: True)

@@ -1,8 +1,8 @@
-"""What training on text lowers: next-token cross entropy, and divergences from the float model.
+"""Losses of training on text: next-token cross entropy, and divergences from the float model.
 
-Each function gives one number for each token from logits ``[n, vocabulary]``, in float32. With ``p`` the teacher's and
-``q`` the student's distribution at temperature ``T``, forward KL is ``T**2 sum p log(p / q)``: the square keeps the
-size of gradients. Means are over tokens, never over batches, so that a rate suits every window length.
+Each function returns one float32 number per token, from logits ``[n, vocabulary]``. With ``p`` the teacher's and ``q``
+the student's distribution at temperature ``T``, forward KL is ``T**2 sum p log(p / q)``: the square keeps the size of
+gradients. Means are over tokens, never over batches, so that a learning rate suits every window length.
 """
 
 import torch
@@ -15,23 +15,23 @@ CE = "ce"
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
-    """``-log q`` of each true token; ``labels`` ``[n]``."""
+    """Return ``-log q`` of each true token; ``labels`` ``[n]``."""
     return F.cross_entropy(student.float(), labels, reduction="none")
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """Forward KL; with the arguments exchanged, reverse KL."""
+    """Return the forward KL divergence; with the arguments exchanged, it is the reverse KL divergence."""
     log_p, log_q = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2
 
 
 def top_k_kl(teacher: Tensor, student: Tensor, k: int, temperature: float = 1.0) -> Tensor:
-    """Forward KL between the teacher's ``k`` most likely tokens and all others taken as one."""
+    """Return the forward KL divergence over the teacher's ``k`` most likely tokens and all others taken as one."""
     k = min(k, teacher.shape[-1] - 1)
     index = teacher.topk(k, dim=-1).indices
 
     def buckets(logits: Tensor) -> Tensor:
-        """Log probabilities ``[n, k + 1]``. The rest is summed, for one minus the others would lose small sums."""
+        """Return log probabilities ``[n, k + 1]``; the rest is summed, as one minus the others would lose digits."""
         scaled = logits.float() / temperature
         rest = scaled.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([scaled.gather(-1, index), rest], -1) - scaled.logsumexp(-1, keepdim=True)
@@ -40,14 +40,14 @@ def top_k_kl(teacher: Tensor, student: Tensor, k: int, temperature: float = 1.0)
 
 
 def confidence(teacher: Tensor, labels: Tensor) -> Tensor:
-    """The teacher's probability of each true token."""
+    """Return the teacher's probability of each true token."""
     return cross_entropy(teacher, labels).neg().exp()
 
 
 def token_losses(
     config: EndToEndConfig, student: Tensor, teacher: Tensor | None, labels: Tensor, gamma: float = 0.0
 ) -> Tensor:
-    """The loss of each token that ``config.loss`` names; ``gamma`` is CAKLD's share of reverse KL."""
+    """Return the loss ``config.loss`` of each token; ``gamma`` is the share of reverse KL in CAKLD."""
     if config.loss == CE:
         return cross_entropy(student, labels)
     assert teacher is not None, "every loss but cross entropy compares with a teacher"

@@ -1,11 +1,11 @@
-"""Training with the model split over the processes that share it: torch's own ``fully_shard`` (FSDP2).
+"""Sharded training: torch's own ``fully_shard`` (FSDP2) splits the model over the processes.
 
-Each decoder block is a unit, and so is the rest of the model. Every process holds a part of each tensor of a unit, and
-the whole unit only while it computes with it: forward, and again when gradients are taken. What is frozen is split as
-well: weights of few bits, which are buffers elsewhere, and the float model that the loss compares with. ``train.fit``
-moves the parts that its process holds, so gradients, moments and the best state are parts too.
+Each decoder block is a unit, and so is the rest of the model. Every process holds a shard of each tensor of a unit, and
+gathers the whole unit only while it computes with it: in the forward and in the backward pass. Frozen tensors are
+sharded as well: weights of few bits, which are buffers otherwise, and the float model that the loss compares with.
+``fit.fit`` moves the local shards, so gradients, optimizer states and the best state are sharded too.
 
-Blocks are made, split and at last packed one by one. No process ever holds all float32 weights.
+Blocks are made, sharded and at last packed one by one. No process ever holds all float32 weights.
 """
 
 import copy
@@ -26,15 +26,15 @@ from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.training.fit import FitResult, ParamGroup
 
-if TYPE_CHECKING:  # some builds of torch are for one process only
+if TYPE_CHECKING:  # builds of torch without torch.distributed lack it
     from torch.distributed.fsdp import FSDPModule
 
 
 def check(config: EndToEndConfig) -> None:
-    """Whether there is anything to split the model over.
+    """Refuse ``sharding: full`` in a single process.
 
     Raises:
-        InputError: this process is alone.
+        InputError: The model is to be sharded, and there is only one process.
     """
     if config.sharding == "full" and distributed.world_size() == 1:
         raise InputError(
@@ -51,14 +51,14 @@ def train_by_block(
     train: Callable[[list[ParamGroup]], FitResult],
     pack: Callable[[int], None],
 ) -> FitResult:
-    """Make what trains in each block, train all of it, and pack each block.
+    """Make the layers that train in each block, train all of them, and pack each block.
 
-    ``make(index)`` puts layers into a block of ``loaded.model`` and says what trains of them; ``pack(index)`` puts
-    packed ones into their places. With ``sharding: full`` the parameters that ``train`` is given are split, and
-    ``pack`` finds ``loaded.model`` with nothing in the places of what was trained.
+    ``make(index)`` puts layers into a block of ``loaded.model`` and returns their parameters that train, and
+    ``pack(index)`` replaces these layers by packed ones. With ``sharding: full`` the parameters given to ``train`` are
+    sharded, and ``pack`` finds a ``loaded.model`` with empty parameters: only the layers of ``make`` have weights.
 
     Raises:
-        InputError: the model is to be split, and this process is alone.
+        InputError: The model is to be sharded, and there is only one process.
     """
     check(config)
     num_blocks = len(loaded.blocks())
@@ -74,7 +74,7 @@ def train_by_block(
 
 
 class _Shards:
-    """This process's parts of a student and its teacher."""
+    """This process's shards of a student and its teacher."""
 
     def __init__(self, loaded: LoadedModel, teacher: nn.Module | None) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -88,7 +88,7 @@ class _Shards:
         self.hollow = _hollow(loaded.model)
 
     def split(self, make: Callable[[int], list[ParamGroup]]) -> list[ParamGroup]:
-        """Make and split one block after the other, of both models, then the rest; returns what trains."""
+        """Make and shard one block after the other, of both models, then the rest; return the parameters that train."""
         groups = []
         for index, unit in enumerate(self.units):
             for block in unit:
@@ -106,9 +106,9 @@ class _Shards:
         return groups
 
     def _split(self, modules: list[nn.Module] | tuple[nn.Module, ...], before: list[nn.Parameter]) -> None:
-        """Split what is whole in ``modules``, and let go of the whole tensors and those that were there ``before``.
+        """Shard the whole tensors of ``modules``, and free their memory and that of the parameters ``before``.
 
-        The two models share tensors, and others still hold the modules that were replaced.
+        Memory is freed by emptying the tensors: the two models share some, and callers still hold replaced modules.
         """
         from torch.distributed.fsdp import fully_shard
 
@@ -116,7 +116,7 @@ class _Shards:
         for parameter in whole:
             parameter.data = parameter.data.contiguous()
         for module in modules:
-            single = {parameter for parameter in module.parameters() if not parameter.dim()}  # cannot be split
+            single = {parameter for parameter in module.parameters() if not parameter.dim()}  # cannot be sharded
             for parameter in single:
                 parameter.data = parameter.data.to(self.loaded.device)
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=single)
@@ -125,14 +125,14 @@ class _Shards:
 
     @torch.no_grad()
     def gather(self, pack: Callable[[int], None]) -> None:
-        """Put the model together again, packed: block by block, then the rest."""
+        """Gather the packed model: block by block, then the rest."""
         self.loaded.model = self.hollow
         for index, (unit, name) in enumerate(zip(self.units, self.names, strict=True)):
             self._fill(self.hollow.get_submodule(name), unit[0], partial(pack, index))
         self._fill(self.hollow, self.student, lambda: None)
 
     def _fill(self, hollow: nn.Module, unit: nn.Module, pack: Callable[[], None]) -> None:
-        """Fill ``hollow`` from ``unit``, but for what ``pack`` puts into it while the unit is whole."""
+        """Fill the empty parameters of ``hollow`` from ``unit``; ``pack`` is called while the unit is gathered."""
         whole = cast("FSDPModule", unit)
         whole.unshard()
         pack()
@@ -143,7 +143,7 @@ class _Shards:
 
 
 def _hollow(model: PreTrainedModel) -> PreTrainedModel:
-    """The modules of ``model`` with nothing in its parameters and packed weights; what was tied stays so."""
+    """Return a copy of ``model`` with empty parameters and packed weights; tied tensors stay tied."""
     packed = [buffer for layer in packed_linears(model).values() for buffer in layer.buffers()]
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(buffer): buffer.new_empty(0) for buffer in packed}
@@ -152,7 +152,7 @@ def _hollow(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _freeze_buffers(block: nn.Module) -> None:
-    """Make the frozen matrices of linears parameters, for only those are split: packed codes, positions, scales."""
+    """Turn the buffers of linears that are matrices (packed codes, scales) into parameters, which FSDP2 can shard."""
     for layer in block.modules():
         if isinstance(layer, QuantLinear | PackedLinear):
             for module in layer.modules():

@@ -2,10 +2,10 @@
 
 import datetime
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from qtool.config import catalog, describe, files, plugins, recipe
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
-from qtool.config.sections import MethodConfig
+from qtool.config.sections import MethodConfig, Section
 from qtool.config.yaml_loader import dump, parse
 from qtool.system.errors import InputError
 
@@ -31,6 +31,18 @@ class Demo(MethodConfig):
         if self.order == "full" and not self.static:
             raise ValueError("order: full needs static: true")
         return self
+
+
+class Part(Section):
+    renamed: ClassVar[Mapping[str, str]] = {"speed": "rate, in steps"}
+
+    rate: float = 0.1
+
+
+class Renamed(Demo):
+    renamed: ClassVar[Mapping[str, str]] = {"damping": "damp, a share of the mean"}
+
+    part: Part = Part()
 
 
 METHODS = {"demo": SimpleNamespace(command="ptq", summary="a demonstration", config=Demo)}
@@ -134,6 +146,17 @@ group_size: 4
 )
 def test_a_method_section_is_checked_by_its_own_method(write: Write, method: str, fault: str) -> None:
     assert faults_of(write(f"model: {{path: x}}\nmethod: {method}\noutput: {{path: y}}")) == [fault]
+
+
+def test_a_renamed_key_names_its_successor_wherever_it_is_given(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "demo", SimpleNamespace(command="ptq", summary="a demonstration", config=Renamed))
+    faults = [
+        "method.part.speed: this key is now rate, in steps; found 3",
+        "method.damping: this key is now damp, a share of the mean; found 0.1",
+    ]
+    path = write("model: {path: x}\nmethod: {name: demo, damping: 0.1, part: {speed: 3}}\noutput: {path: y}")
+    assert faults_of(path) == faults
+    assert faults_of(write(GOOD), "method.damping=0.1", "method.part.speed=3") == faults
 
 
 def test_an_export_format_may_be_written_like_its_file(write: Write) -> None:

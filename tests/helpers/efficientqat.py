@@ -20,7 +20,7 @@ from qtool.quant.rounding import PLAIN
 Make = Callable[[], LoadedModel]
 W3 = QuantConfig(num_bits=3, group_size=16)
 W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
-STILL: dict[str, Any] = {"travel": 0, "scale_travel": 0, "zero_travel": 0, "norm_travel": 0}
+STILL: dict[str, Any] = {"travel": 0, "scale_share": 0, "zero_travel": 0, "norm_travel": 0}
 ONE_PHASE: dict[str, Any] = {"e2e": {"steps": 0}}
 
 
@@ -28,7 +28,7 @@ def config(**settings: Any) -> efficientqat.Config:
     """Quick, from the extremes of each group, and Block-AP alone unless ``e2e`` is given."""
     return efficientqat.Config(
         **{"init": "minmax", "min_steps": 24, "batch_size": 2}
-        | {"travel": 1.0, "scale_travel": 0.3, "zero_travel": 1.0, "norm_travel": 0.05}
+        | {"travel": 1.0, "scale_share": 0.3, "zero_travel": 1.0, "norm_travel": 0.05}
         | ONE_PHASE
         | settings
     )

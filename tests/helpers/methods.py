@@ -27,7 +27,7 @@ QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best r
         "epochs": 0.1,
         "min_steps": 16,
         "batch_size": 2,
-        "e2e": {"steps": 4, "batch_size": 2, "scale_travel": 0.01},
+        "e2e": {"steps": 4, "batch_size": 2, "scale_share": 0.01},
     },
     "signround": {"iterations": 20},
     "lrqat": {"batch_size": 2, "rank": 4, "travel": 0.1, "scale_travel": 0.02},

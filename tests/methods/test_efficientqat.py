@@ -17,16 +17,19 @@ from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
+from qtool.config import recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
 from qtool.methods.efficientqat import block_ap, e2e_qp
 from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
+from qtool.methods.efficientqat.config import PARTS, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.packed_linear import PackedLinear
+from qtool.system.errors import InputError
 from qtool.training.fit import total_factor
 
 
@@ -59,7 +62,7 @@ def test_what_cannot_travel_changes_nothing(make_llama: Make, tokens: Tensor, qu
     assert same(still, untrained)
 
 
-@pytest.mark.parametrize("settings", [{"scale_travel": 0, "zero_travel": 0}, {"lr": 0}, {"steps": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{"scale_share": 0, "zero_travel": 0}, {"lr": 0}, {"steps": 0}], ids=str)
 def test_scales_that_cannot_travel_change_nothing(make_llama: Make, tokens: Tensor, settings: dict[str, Any]) -> None:
     both, first = make_llama(), make_llama()
     run(both, tokens, W2A, e2e=settings)
@@ -165,7 +168,7 @@ def test_every_trainable_parameter_moves(
             assert float((before != after).float().mean()) > 0.9, norm
 
 
-@pytest.mark.parametrize("part", block_ap.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_only_what_is_asked_for_trains(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -204,7 +207,7 @@ def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
 
 def test_rates_are_travels_over_the_schedule() -> None:
     optim = OptimConfig(schedule="linear", final_share=0.0)
-    settings = config(travel=0.5, scale_travel=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
+    settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
     layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
     norm = block_ap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     step = float(layer.scale.detach().mean())
@@ -220,11 +223,21 @@ def test_rates_are_travels_over_the_schedule() -> None:
 def test_rates_of_the_second_phase_are_travels_over_the_schedule() -> None:
     packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
     layer = ScaleLinear.of(packed, True, True)
-    settings = e2e_qp.ScaleConfig(scale_travel=0.2, zero_travel=3)
+    settings = ScaleConfig(scale_share=0.2, zero_travel=3)
     step = float(packed.weight_scale.float().mean())
     assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, settings)] == pytest.approx([0.02 * step, 0.3])
     fixed = settings.model_copy(update={"lr": 2e-5})
     assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, fixed)] == [2e-5, 2e-5]
+
+
+@pytest.mark.parametrize("key", ["scale_travel", "e2e.scale_travel"])
+def test_the_former_name_of_a_share_is_refused_with_the_new_one(key: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        recipe.load("efficientqat-w2g64-asym", [f"method.{key}=0.15"])
+    assert str(refusal.value).splitlines()[1:] == [
+        f"  method.{key}: this key is now scale_share, a share of the linear's mean scale (scale_travel of other "
+        "methods is in quantization steps); found 0.15"
+    ]
 
 
 def test_no_weight_goes_far_beyond_its_travel(

@@ -38,7 +38,7 @@ ORDERS: tuple[dict[str, Any], ...] = (
 
 
 def statistics(*inputs: Tensor, floats: tuple[Tensor, ...] | None = None) -> Statistics:
-    return collect(Stage([], list(inputs), None if floats is None else list(floats)), gptq.Config())
+    return collect(Stage([], list(inputs), None if floats is None else list(floats)))
 
 
 def gptq_weight(weight: Tensor, stats: Statistics, spec: QuantSpec, **settings: Any) -> QuantizedWeight:
@@ -311,7 +311,7 @@ def test_linears_that_share_an_input_are_solved_together_as_each_alone(
     def one_by_one(task: BlockTask) -> None:
         for stage in task.stages():
             for target in stage.targets:
-                gptq.quantize_group(task, [target], collect(stage, config), config)
+                gptq.quantize_group(task, [target], collect(stage), config)
 
     run_blocks(Job(alone, tuple(targets), tokens), one_by_one)
     first, second = packed_linears(together.model), packed_linears(alone.model)

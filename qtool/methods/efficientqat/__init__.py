@@ -1,16 +1,17 @@
-"""EfficientQAT: train everything in one block at a time, then only the scales, end to end.
+"""EfficientQAT: train all parameters of one block at a time, then only the scales, end to end.
 
-Block-AP (``_blockap``) trains all weights, norms, scales and zero points of a block so that the quantized block on the
-quantized stream gives what the float block gives on the float stream: weights make up for what the rounding of others
-lost, and a block for those before it. E2E-QP (``_e2eqp``) keeps the codes and trains the scales on a loss of the whole
-model (Chen et al., arXiv 2407.11062).
+Block-AP (``block_ap.py``) trains all weights, norms, scales and zero points of a block, so that the quantized block on
+the hidden states of the quantized model gives the output of the float block on those of the float model: weights
+correct the rounding errors of other weights, and a block corrects the blocks before it. E2E-QP (``e2e_qp.py``) keeps
+the codes and trains the scales on a loss of the whole model (Chen et al., arXiv 2407.11062).
 
-Where we differ: rates follow the model and the budget (the paper's belong to models of 7B and 4096 windows of 2048
-tokens; ``weight_lr``, ``quant_lr`` and ``e2e.lr`` take them); zero points are clamped where they are used and where
-they are packed; windows are shuffled; a block ends in the state that did best on windows that are held out; a loss that
-is not finite is answered by lower rates, and at last by the block as it started; and E2E-QP follows the float model's
-distribution rather than the text, of which there may be little. Where a block starts decides: from searched ranges
-Block-AP helps, from GPTQ's codes it lowers each block's error and raises the model's. ``init: minmax`` is the paper's.
+Where we differ: learning rates follow from the model and the number of steps (the paper's belong to models of 7B and
+4096 windows of 2048 tokens; ``weight_lr``, ``quant_lr`` and ``e2e.lr`` take them); zero points are clamped where they
+are used and where they are packed; windows are shuffled; a block ends in its best state on windows that are held out;
+after a loss that is not finite a block is trained again at lower learning rates, and at last left at its start; and
+E2E-QP follows the float model's distribution rather than the text, of which there may be little. The start of a block
+is decisive: from searched ranges Block-AP helps, from GPTQ's codes it lowers each block's error and raises the model's.
+``init: minmax`` is the paper's.
 docs/benchmarks.md has the figures.
 """
 
@@ -21,8 +22,9 @@ from pydantic import Field
 
 from qtool.blocks.driver import gather, run_blocks
 from qtool.blocks.job import Job, Method, Result
-from qtool.methods.efficientqat.block_ap import BlockConfig, quantize_block
-from qtool.methods.efficientqat.e2e_qp import ScaleConfig, train_scales
+from qtool.methods.efficientqat.block_ap import quantize_block
+from qtool.methods.efficientqat.config import BlockConfig, ScaleConfig
+from qtool.methods.efficientqat.e2e_qp import train_scales
 from qtool.training.linears import Start
 
 
@@ -30,11 +32,11 @@ class Config(BlockConfig):
     """EfficientQAT: Block-AP, then E2E-QP."""
 
     name: Literal["efficientqat"] = "efficientqat"
-    e2e: ScaleConfig = Field(ScaleConfig(), description="The second phase, E2E-QP.")
+    e2e: ScaleConfig = Field(ScaleConfig(), description="The second phase, E2E-QP: end-to-end training of the scales.")
 
 
 def run(job: Job, config: Config) -> Result:
-    """Run both phases on the text of the job, the second on its labels; the seed fixes the windows of each step."""
+    """Run both phases on the text of the job, the second on its labels; the seed determines the windows of a step."""
     start = None if config.init_from is None else Start(config.init_from, job.targets)
     step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed)
     result = run_blocks(job, step, float_stream=True)
@@ -45,13 +47,13 @@ def run(job: Job, config: Config) -> Result:
 
 
 def trains_scales(config: Config) -> bool:
-    """Whether there is a second phase."""
+    """Return whether there is a second phase."""
     return config.e2e.steps != 0
 
 
 METHOD = Method(
     "efficientqat",
-    "all of a block trained at once, then the scales end to end",
+    "all parameters of a block trained at once, then the scales end to end",
     Config,
     run,
     end_to_end=trains_scales,

@@ -1,20 +1,19 @@
-"""E2E-QP, the second phase of EfficientQAT: the codes stay, the scales train on the whole model's own loss.
+"""E2E-QP, the second phase of EfficientQAT: the codes stay, and the scales train on a loss of the whole model.
 
-A layer holds its packed codes and float32 masters of its scales, and nothing of the size of a float weight: the weight
-is expanded for each product, and again for its gradient. With ``W = (q - z) s`` and ``G`` the gradient of ``W``, the
-gradient of a scale is ``sum G (q - z)`` over its group, that of a zero point ``-s sum G``. Scales and zero points are
-rounded to what is stored before they are used, so packing at the end changes no bit.
+A layer keeps its packed codes and float32 masters of its scales, but no float weight: the weight is expanded for each
+product, and again for its gradient. With ``W = (q - z) s`` and ``G`` the gradient of ``W``, the gradient of a scale is
+``sum G (q - z)`` over its group, and that of a zero point is ``-s sum G``. Scales and zero points are rounded to their
+stored values before they are used, so packing at the end changes no bit.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.blocks.job import Job
-from qtool.config.training import EndToEndConfig
+from qtool.methods.efficientqat.config import ScaleConfig
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
@@ -24,30 +23,14 @@ from qtool.reports.records import Series
 from qtool.training.end_to_end import num_steps, train_model
 from qtool.training.fit import FitResult, ParamGroup, total_factor
 from qtool.training.losses import CE
+from qtool.training.rates import rate
 from qtool.training.sharding import train_by_block
 
-PHASE = "e2e-qp"  # names the folder of what it has reached
-
-
-class ScaleConfig(EndToEndConfig):
-    """The keys of E2E-QP."""
-
-    steps: int | None = Field(None, ge=0, description="Steps of training, whatever epochs says; 0: no second phase.")
-    epochs: int = Field(3, ge=1, description="How often each calibration window is seen.")
-    trains: tuple[Literal["scales", "zero_points"], ...] = Field(
-        ("scales", "zero_points"), min_length=1, description="What trains; zero points on asymmetric grids only."
-    )
-    scale_travel: float = Field(
-        0.2, ge=0, description="How far a scale can move in all steps, as a share of its linear's mean scale."
-    )
-    zero_travel: float = Field(0.5, ge=0, description="How far a zero point can move in all steps, in codes.")
-    lr: float | None = Field(
-        None, ge=0, description="Rate in place of both travels; papers: 2e-5 at 2 bits, else 1e-5."
-    )
+PHASE = "e2e-qp"  # name of the folder of the training state
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T + bias`` with gradients of ``x``, the scale and the zero point."""
+    """The product ``x W^T + bias``, with gradients of ``x``, the scale and the zero point."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, layer: "ScaleLinear") -> Tensor:
@@ -77,14 +60,14 @@ class _Product(torch.autograd.Function):
 
 
 class ScaleLinear(PackedLinear):
-    """A packed linear whose scales, and zero points where asked to, train."""
+    """A packed linear whose scales, zero points or both train."""
 
     scale: nn.Parameter  # float32 [out, groups]
     zero_point: nn.Parameter
 
     @classmethod
     def of(cls, packed: PackedLinear, scales: bool, zero_points: bool) -> "ScaleLinear":
-        """Take over ``packed``, with the float32 masters that are to train."""
+        """Make a layer that shares the buffers of ``packed``; ``scales`` and ``zero_points`` say what trains."""
         with torch.device(packed.weight_packed.device):
             layer = cls(packed.in_features, packed.out_features, packed.spec)
         for name, buffer in packed.named_buffers():
@@ -96,35 +79,32 @@ class ScaleLinear(PackedLinear):
         return layer
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point as stored, float32 ``[out, groups]``, with gradients to the masters."""
+        """Return scale and zero point as they are stored, float32 ``[out, groups]``, with gradients to the masters."""
         return affine.stored_scale(self.scale, self.spec), affine.stored_zero_point(self.zero_point, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]``."""
+        """Map ``x [..., in]`` to ``[..., out]``."""
         result: Tensor = _Product.apply(x, *self.qparams(), self)  # type: ignore[no-untyped-call]
         return result
 
     @torch.no_grad()
     def packed(self) -> PackedLinear:
-        """The layer as it is shipped, the same bit for bit."""
+        """Return the packed layer of this weight; its output is the same, bit for bit."""
         return PackedLinear.from_quantized(QuantizedWeight(*self.quantized), self.bias)
 
 
 def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[ParamGroup]:
-    """What trains of a layer, and at which rate; ``total`` is the sum of the schedule's factors."""
+    """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
     step = float(layer.scale.detach().mean())
     groups = []
-    for parameter, travel in ((layer.scale, config.scale_travel * step), (layer.zero_point, config.zero_travel)):
+    for parameter, distance in ((layer.scale, config.scale_share * step), (layer.zero_point, config.zero_travel)):
         if parameter.requires_grad:
-            groups.append(ParamGroup([parameter], travel / max(total, 1e-9) if config.lr is None else config.lr))
+            groups.append(ParamGroup([parameter], rate(distance, total, config.lr)))
     return groups
 
 
 def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
-    """Train the scales of all packed linears on the text of the job.
-
-    Returns the loss of each step, and that of each validation.
-    """
+    """Train the scales of all packed linears on the text of the job; return the losses of steps and validations."""
     loaded = job.loaded
     teacher = None if config.loss == CE else loaded.float_copy()
     total = total_factor(num_steps(config, len(job.text)), config.optim)
