@@ -24,6 +24,7 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.system import memory
 from qtool.system.errors import InputError, RunError
+from qtool.system.tensors import dtype_name
 
 MANIFEST = "qtool.json"
 
@@ -144,7 +145,7 @@ class PlannedCheckpoint(NativeCheckpoint):
     def __init__(self, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> None:
         """Describe what ``loaded`` becomes with these grids."""
         self.folder = loaded.folder
-        self.config = {"dtype": str(loaded.storage_dtype).removeprefix("torch.")}
+        self.config = {"dtype": dtype_name(loaded.storage_dtype)}
         self.specs = specs
         self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}
         # not known yet: a value that needs every bit of its dtype stands for all scales

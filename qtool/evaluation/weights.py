@@ -13,6 +13,7 @@ from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.records import Linear
 from qtool.system import memory
+from qtool.system.tensors import dtype_name
 
 
 def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
@@ -52,7 +53,7 @@ def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) 
     For methods that train all blocks together. One linear at a time: the float weights lie in mapped files, and the
     pages of each are let go.
     """
-    dtype = str(loaded.storage_dtype).removeprefix("torch.")  # what the files have, so that nothing is copied
+    dtype = dtype_name(loaded.storage_dtype)  # what the files have, so that nothing is copied
     floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}))
     packed, pages, errors = packed_linears(loaded.model), memory.Pages(), {}
     for target in select_targets(floats, quant):

@@ -15,7 +15,7 @@ from qtool.models.linears import Target, stored_weight, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import check_weight
 from qtool.system import memory
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 
 
 def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...]:
@@ -54,7 +54,7 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
     if not targets and not faults:
         faults.append("quant.overrides skip every linear; there is nothing to quantize")
     if faults:
-        raise InputError("\n  ".join([f"{loaded.path} cannot be quantized with this recipe:", *_shortened(faults)]))
+        raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", _shortened(faults)))
     return tuple(targets)
 
 

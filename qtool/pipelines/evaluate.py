@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-
 from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.quantization_config import grids_label
@@ -17,16 +15,19 @@ from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.manifest import Manifest, read_manifest
-from qtool.pipelines.outcome import Outcome, described, dtype_name
+from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
 from qtool.reports.records import beside_published
 from qtool.reports.report import Report
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.tensors import dtype_name
 
 
+@without_progress_bars()
 def evaluate(
     model: ModelConfig,
     config: EvalConfig,
@@ -45,7 +46,6 @@ def evaluate(
     Raises:
         InputError: a task, model or output folder that cannot be used.
     """
-    transformers.logging.disable_progress_bar()
     clock = PhaseTimer()
     tasks.check_tasks(config)
     folder = resolve(model.path, key="TARGET")

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from qtool.config.sections import DataConfig
 from qtool.reports.records import CalibrationText
 from qtool.reports.report import Report
@@ -23,8 +21,3 @@ class Outcome:
 def described(config: DataConfig) -> CalibrationText:
     """A data section as reports have it."""
     return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

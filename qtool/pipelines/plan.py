@@ -1,7 +1,5 @@
 """``qtool plan``: the bit widths that a budget comes to; and the plan that a run keeps."""
 
-import transformers
-
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.plan import BitPlan
 from qtool.allocation.sensitivity import Unit
@@ -10,17 +8,18 @@ from qtool.checkpoints.files import write_durably
 from qtool.config.recipe import Recipe
 from qtool.data import sources, windows
 from qtool.models.loading import load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.run_state import PLAN, RunState
 from qtool.system import distributed
 
 
+@without_progress_bars()
 def plan(recipe: Recipe) -> BitPlan:
     """The widths that the budget of a recipe comes to, as a run of it would choose them. Nothing is written.
 
     Raises:
         InputError: the recipe has no budget, or one that cannot be met.
     """
-    transformers.logging.disable_progress_bar()
     bit_plan.check(recipe.quant)
     sources.check_source(recipe.data)
     loaded = load_model(recipe.model)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import transformers
-
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.checkpoints import files, native, output_folder, sizes
@@ -27,13 +25,14 @@ from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.lock import lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest
-from qtool.pipelines.outcome import Outcome, described, dtype_name
+from qtool.pipelines.outcome import Outcome, described
 from qtool.pipelines.plan import kept_plan
 from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
@@ -43,6 +42,7 @@ from qtool.reports.records import Exported, beside_published
 from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
+from qtool.system.tensors import dtype_name
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Prepared:
     float_bytes: int
 
 
+@without_progress_bars()
 def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     """Run a recipe, or go on where an earlier start of it was stopped.
 
@@ -78,7 +79,6 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
         RunError: the run could not be finished.
     """
-    transformers.logging.disable_progress_bar()
     clock = PhaseTimer()
     check_early(recipe)
     with open_run(recipe, fresh, clock) as run:

@@ -11,7 +11,7 @@ from qtool.pipelines.lock import differences, lock_of
 from qtool.pipelines.quantize import quantize
 from qtool.pipelines.verify import open_checkpoint
 from qtool.system import progress
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 
 
 def reproduce(folder: Path) -> list[str]:
@@ -27,7 +27,7 @@ def reproduce(folder: Path) -> list[str]:
     recipe = manifest.recipe_again()
     changes = differences(manifest.lock, lock_of(recipe, resolve(recipe.model.path)))
     if any(change.startswith(("model_files", "model:")) for change in changes):
-        raise InputError("\n  ".join([f"{folder} was made from another model:", *changes]))
+        raise InputError(listing(f"{folder} was made from another model:", changes))
     for change in changes:
         progress.note(f"not as it was: {change}")
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as temporary:

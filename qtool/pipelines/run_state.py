@@ -28,7 +28,7 @@ from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
 from qtool.reports.records import Lock, Number
 from qtool.system import distributed, progress
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 from qtool.system.locks import hold
 from qtool.training.end_to_end import TRAINING
 
@@ -164,9 +164,7 @@ def _begin(state: RunState, fresh: bool) -> None:
     if before is not None:
         changes = differences(before, state.lock)
         if changes:
-            raise InputError(
-                "\n  ".join([f"{state.partial} was begun by another run; pass --fresh to start over:", *changes])
-            )
+            raise InputError(listing(f"{state.partial} was begun by another run; pass --fresh to start over:", changes))
         count = len(list(state.folder.glob("block-*.json")))
         trained = "".join(f", {file.parent.name} has begun" for file in sorted(state.folder.glob(f"*/{TRAINING}")))
         progress.note(f"going on with {state.partial}: {count} block(s) are done{trained}")

@@ -7,7 +7,7 @@ from qtool.checkpoints.files import file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.pipelines.manifest import Manifest, read_manifest
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 
 
 class Verified(NamedTuple):
@@ -40,7 +40,7 @@ def verify(folder: Path) -> Verified:
         if bits != manifest.bits_per_weight:
             faults.append(f"it has {bits} bits per weight, and the manifest says {manifest.bits_per_weight}")
     if faults:
-        raise RunError("\n  ".join([f"{folder} is not as it was written:", *faults]))
+        raise RunError(listing(f"{folder} is not as it was written:", faults))
     return Verified(len(found), len(source.specs), manifest.bits_per_weight)
 
 

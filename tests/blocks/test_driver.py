@@ -21,7 +21,8 @@ from helpers.block_driving import (
 from torch import Tensor
 
 from qtool.blocks import driver
-from qtool.blocks.driver import PROBED_WINDOWS, Call, run_blocks
+from qtool.blocks.calls import BlockCall
+from qtool.blocks.driver import PROBED_WINDOWS, run_blocks
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
@@ -207,7 +208,7 @@ def test_the_size_of_batches_does_not_matter(
 
 
 def test_a_block_is_called_with_what_was_recorded_for_that_size_of_batch(llama: LoadedModel, tokens: Tensor) -> None:
-    calls = {size: Call((float(size),), {"shift": torch.tensor(size)}) for size in (1, 2, 3)}
+    calls = {size: BlockCall((float(size),), {"shift": torch.tensor(size)}) for size in (1, 2, 3)}
 
     def visit(task: BlockTask) -> None:
         scaled = replace(task, block=lambda x, scale, shift: (x * scale + shift,), calls=calls)

@@ -1,40 +1,26 @@
 """The whole pipeline through the command line: what it leaves on disk, what it prints, and what it does not lose."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers import tiny
-from helpers.whole_runs import NATIVE_FILES, Result, digest, left, own, weights_digest
+from helpers.whole_runs import NATIVE_FILES, Result, digest, own, weights_digest
 from transformers import AutoModelForCausalLM
 
 import qtool
 from qtool.blocks.job import load_method
-from qtool.checkpoints import native as checkpoint
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.config.recipe import Recipe
-from qtool.config.sections import ModelConfig
-from qtool.data import windows
-from qtool.data.windows import calibration_tokens, token_hash
-from qtool.evaluation import tasks as evaluation
+from qtool.data.windows import calibration, token_hash
 from qtool.models.linears import packed_linears
-from qtool.models.loading import load_model
-from qtool.pipelines import export as exporting
-from qtool.pipelines import quantize as pipeline
 from qtool.quant.packed_linear import FORMAT_VERSION
-from qtool.reports import model_card
 from qtool.reports.report import Report
-from qtool.system.errors import RunError
 
 
 def test_a_run_leaves_the_checkpoint_and_the_exports_and_nothing_else(whole: Result) -> None:
@@ -89,7 +75,7 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
     assert set(resolved["method"]) == set(load_method("gptq").config.model_fields)  # defaults are filled in
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
     floats = tiny.load(models / "llama")
-    tokens = calibration_tokens(Recipe.model_validate(resolved).data, floats, 3)
+    tokens = calibration(Recipe.model_validate(resolved).data, floats, 3).tokens
     assert manifest["data"] == {"tokens": [8, 32], "sha256": token_hash(tokens)}
     assert [each["name"] for each in manifest["series"]] == ["block_error"]
     assert len(manifest["series"][0]["values"]) == 2
@@ -255,173 +241,3 @@ def test_other_families_go_through_as_well(
     native = AutoModelForCausalLM.from_pretrained("out/q", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained("out/dense", dtype=torch.float32)
     assert torch.equal(tiny.logits(native), tiny.logits(dense))
-
-
-# what comes after the checkpoint cannot lose it
-
-
-def complete(folder: str) -> bool:
-    loaded = load_model(ModelConfig(path=folder, device="cpu"), quantized=True)
-    return bool(packed_linears(loaded.model)) and Path(folder, MANIFEST).exists() and Path(folder, "README.md").exists()
-
-
-def test_a_failed_evaluation_keeps_the_checkpoint(
-    qtool_: Callable[..., Result],
-    recipe: Callable[..., str],
-    gptq: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(*args: object) -> None:
-        raise RunError("the evaluation broke")
-
-    monkeypatch.setattr(evaluation, "evaluate", fail)
-    result = qtool_("ptq", recipe(**gptq))
-    assert result.code == 1
-    assert "the evaluation broke" in result.message
-    assert complete("out/q")
-    assert {path.name for path in Path("out").iterdir()} == {"q"}
-
-
-def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
-    qtool_: Callable[..., Result],
-    recipe: Callable[..., str],
-    gptq: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise RunError("it differs after export")
-
-    monkeypatch.setattr(exporting, "verify", fail)
-    result = qtool_("ptq", recipe(**gptq))
-    assert result.code == 1
-    assert "it differs after export" in result.message
-    assert complete("out/q")
-    assert {path.name for path in Path("out").iterdir()} == {"q"}
-    assert Report.model_validate_json(Path("out/q/report.json").read_text()).results
-
-
-class Stage(NamedTuple):
-    """A place in the run, and what is there after it fails: nothing, finished blocks to go on with, or all."""
-
-    owner: object
-    name: str
-    kept: Literal["nothing", "blocks", "all"]
-
-
-STAGES = {
-    "loading": Stage(pipeline, "load_model", "nothing"),
-    "reading data": Stage(windows, "calibration", "nothing"),
-    "saving": Stage(checkpoint, "save", "blocks"),
-    "writing the card": Stage(model_card, "write", "blocks"),
-    "evaluating": Stage(evaluation, "evaluate", "all"),
-    "exporting": Stage(exporting, "verify", "all"),
-}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_ctrl_c_leaves_the_whole_checkpoint_or_nothing_and_says_which(
-    stage: str,
-    qtool_: Callable[..., Result],
-    recipe: Callable[..., str],
-    gptq: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(STAGES[stage].owner, STAGES[stage].name, interrupt)
-        result = qtool_("ptq", recipe(**gptq))
-    assert result.code == 130
-    last = result.err.splitlines()[-1]
-    kept = STAGES[stage].kept
-    if kept == "all":
-        assert last == "interrupted; out/q is complete, but the steps after it were not finished"
-        assert complete("out/q")
-        assert left()[0] == "out/q"
-        assert not [path for path in left() if "partial" in path]
-    elif kept == "blocks":
-        expected = "interrupted; nothing was written under out/q; the same command goes on from out/q.partial"
-        assert last == expected
-        assert not Path("out/q").exists()
-        assert qtool_("ptq", "r.yaml").code == 0
-        assert not Path("out/q.partial").exists()
-    else:
-        assert last == "interrupted; nothing was written under out/q"
-        assert left() == []
-
-
-@pytest.mark.parametrize("stage", ["saving", "writing the card"])
-def test_an_error_while_writing_keeps_what_overwrite_was_to_replace(
-    stage: str, qtool_: Callable[..., Result], recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert qtool_("ptq", recipe()).code == 0
-    before = digest(Path("out/q"))
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device", "out/q.partial/x")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(STAGES[stage].owner, STAGES[stage].name, full)
-        result = qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8")
-    assert result.code == 1
-    assert "writing out/q failed: the disk is full" in result.message
-    assert "out/q.partial holds what is done, and the same command goes on" in result.message
-    assert digest(Path("out/q")) == before
-    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
-    assert {path.name for path in Path("out").iterdir()} == {"q"}
-    assert digest(Path("out/q")) != before
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_a_disk_that_fills_up_while_writing_leaves_nothing_new(
-    there: bool, qtool_: Callable[..., Result], recipe: Callable[..., str]
-) -> None:
-    if there:
-        assert qtool_("ptq", recipe()).code == 0
-    before = digest(Path("out/q")) if there else {}
-    with tiny.files_up_to(25_000):
-        result = qtool_("ptq", recipe(), "--json", "--overwrite", "--set", "quant.num_bits=8")
-    assert result.code == 1
-    assert "Traceback" not in result.err
-    printed = json.loads(result.out)
-    assert printed["kind"] == "run"
-    assert printed["error"].startswith("writing out/q failed: ")
-    assert ("; nothing was left under that name;" in printed["error"]) == (not there)
-    assert Path("out/q").exists() == there
-    if there:
-        assert digest(Path("out/q")) == before
-    assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
-    assert {path.name for path in Path("out").iterdir()} == {"q"}
-
-
-def start(*args: str, **options: Any) -> subprocess.Popen[str]:
-    python_path = [str(Path(qtool.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, "-m", "qtool", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, python_path))},
-        **options,
-    )
-
-
-def test_ctrl_c_in_the_middle_of_quantizing_is_clean(recipe: Callable[..., str], work: Path) -> None:
-    data = {"source": str(tiny.text(work, 9000)), "num_samples": 1500, "seq_len": 128}
-    process = start("ptq", recipe(method={"name": "gptq"}, data=data))
-    assert process.stderr is not None
-    said = ""
-    while "quantizing blocks" not in said:
-        line = process.stderr.readline()
-        assert line, f"it ended before: {said}"
-        said += line
-    assert Path("out/q.partial").is_dir()
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=200)
-    assert process.returncode == 130, said + rest
-    assert "Traceback" not in said + rest
-    assert rest.splitlines()[-1] == "interrupted; nothing was written under out/q"
-    assert out == ""
-    assert left() == []
