@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import TOKENS_PER_BATCH, group_inputs, walk
 from qtool.blocks.job import Job
-from qtool.blocks.task import Stage
+from qtool.blocks.stages import Stage
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.methods import gptq

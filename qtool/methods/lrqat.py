@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job, Method, Result
-from qtool.blocks.task import Stage
+from qtool.blocks.stages import Stage
 from qtool.config.quant import QuantSpec
 from qtool.config.training import EndToEnd, OptimConfig
 from qtool.methods import gptq

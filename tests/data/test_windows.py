@@ -131,7 +131,9 @@ def test_the_three_kinds_of_files_give_the_same_windows(loaded: LoadedModel, tmp
     write_jsonl(tmp_path / "a.jsonl", [{"text": text, "id": 1} for text in documents])
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
     hashes = {
-        calibration_windows.token_hash(calibration_windows.calibration(config(tmp_path / f"a{suffix}"), loaded, seed=3))
+        calibration_windows.token_hash(
+            calibration_windows.calibration(config(tmp_path / f"a{suffix}"), loaded, seed=3).tokens
+        )
         for suffix in (".txt", ".jsonl", ".parquet")
     }
     assert len(hashes) == 1

@@ -13,7 +13,8 @@ from transformers import FalconConfig, Gemma3TextConfig, LlamaConfig, PreTrained
 from helpers import tiny
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job
-from qtool.blocks.task import BlockTask, Stage
+from qtool.blocks.stages import Stage
+from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.methods import rtn
 from qtool.models.linears import Target
