@@ -1,4 +1,4 @@
-"""What a pipeline returns: the result's folder, the report, the exports, and the time taken."""
+"""The outcome that ``quantize`` and ``evaluate`` return, and the calibration text as reports describe it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ from qtool.reports.report import Report
 
 @dataclass
 class Outcome:
-    """What a command made: the folder of its result, the report, the exports, and how long it took."""
+    """The folder of a result, its report, its exports, and the time taken."""
 
-    path: Path | None
+    path: Path | None  # ``None``: nothing was written
     report: Report
     exports: list[Path]
     seconds: float
 
 
 def described(config: DataConfig) -> CalibrationText:
-    """A data section as reports have it."""
+    """Return the record of a report for the section ``data`` of a recipe."""
     return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)

@@ -135,7 +135,7 @@ def test_an_error_while_writing_keeps_what_overwrite_was_to_replace(
         result = qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8")
     assert result.code == 1
     assert "writing out/q failed: the disk is full" in result.message
-    assert "out/q.partial holds what is done, and the same command goes on" in result.message
+    assert "out/q.partial holds what is done; run the same command again to continue" in result.message
     assert digest(Path("out/q")) == before
     assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
     assert {path.name for path in Path("out").iterdir()} == {"q"}
