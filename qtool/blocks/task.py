@@ -28,8 +28,8 @@ class BlockTask:
     index: int
     name: str
     block: nn.Module
-    inputs: HiddenStates  # each [b, t, d]: from the quantized blocks before
-    float_inputs: HiddenStates | None  # the same from the float model, for methods that ask for it
+    inputs: HiddenStates  # batches [b, t, d] from the quantized blocks before this one
+    float_inputs: HiddenStates | None  # batches from the float model, for methods that ask for them
     targets: list[Target]
     calls: dict[int, BlockCall]  # by batch size; 1 is among them
     compute: torch.dtype  # dtype of the block while the method has it
@@ -37,7 +37,7 @@ class BlockTask:
     streamed: bool = False  # True if float weights may be freed as soon as they are packed
     outputs: HiddenStates | None = None  # hidden states after the quantized block; ``None``: the driver makes them
     float_outputs: HiddenStates | None = None  # hidden states after the float block
-    weight_errors: dict[str, float] = field(default_factory=dict)  # relative error of each packed linear
+    weight_errors: dict[str, float] = field(default_factory=dict)  # relative error of each packed linear, by name
     _groups: list[list[Target]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -126,7 +126,7 @@ def prepare(run: Run) -> Prepared:
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
     shapes = {target.name: target.weight_shape for target in targets}
     specs = _specs(targets) if units is None else mixed(units)
-    float_bytes = _refuse_late_faults(recipe, loaded, specs, shapes)
+    float_bytes = _check_space_and_exports(recipe, loaded, specs, shapes)
     text = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
@@ -149,7 +149,7 @@ def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
     return {target.name: target.spec for target in targets}
 
 
-def _refuse_late_faults(
+def _check_space_and_exports(
     recipe: Recipe, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]
 ) -> int:
     """Check the space on disk and the exports; return the bytes of the float weights."""
