@@ -84,7 +84,7 @@ def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Return the lowest and the highest value of each parameter; refuse values that are not finite."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
-        low, high = (float(end) for end in parameter.aminmax())
+        low, high = (float(end) for end in parameter.detach().aminmax())
         pages.drop(parameter)
         extremes[name] = low, high
         if not (math.isfinite(low) and math.isfinite(high)):
