@@ -1,4 +1,8 @@
-"""How a model calls its decoder blocks, recorded from the model's own forward, so that no architecture is copied."""
+"""The calls of decoder blocks, recorded from the model's own forward, so that no architecture is copied.
+
+For one forward of the model, the ``forward`` of each block is replaced on the instance by a function that records its
+arguments and passes the hidden states on; no block is computed but the first, once, to see what a block returns.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,18 +17,18 @@ from qtool.models.loaded import LoadedModel
 
 
 class Stop(Exception):
-    """Ends a forward early; whoever raises it also catches it."""
+    """Raised inside a forward to end it early; the function that started the forward catches it."""
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is called with besides the hidden states."""
+    """The arguments of a block's forward besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "BlockCall":
-        """The same on ``device``, with floating-point tensors (masks, rotary tables) in ``dtype``."""
+        """Return the call on ``device``, with floating-point tensors (masks, rotary tables) in ``dtype``."""
         args, kwargs = tree_map_only(
             Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), (self.args, self.kwargs)
         )
@@ -33,7 +37,7 @@ class BlockCall:
 
 @contextmanager
 def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, BlockCall], Any]) -> Iterator[None]:
-    """Replace each block's forward by ``record(index, hidden, call)`` for one forward of the model."""
+    """Replace the forward of each block by ``record(index, hidden, call)`` inside the ``with`` block."""
 
     def recorder(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -56,9 +60,9 @@ def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, BlockCall
 def record_calls(
     loaded: LoadedModel, batches: dict[int, Tensor], blocks: list[tuple[str, nn.Module]], dtype: torch.dtype
 ) -> dict[int, list[BlockCall]]:
-    """How the model calls each block, by batch size: windows are full, so nothing else varies between batches.
+    """Return the call of each block by batch size. Windows are full, so calls depend on nothing else of a batch.
 
-    Floating-point tensors of the calls are given in ``dtype``, where the blocks are worked on.
+    Calls are on the device that computes, their floating-point tensors in ``dtype``.
     """
     calls: dict[int, list[BlockCall]] = {}
     modules = [block for _, block in blocks]
@@ -66,7 +70,7 @@ def record_calls(
 
     def record(index: int, hidden: Tensor, call: BlockCall) -> Any:
         calls.setdefault(hidden.shape[0], []).append(call)
-        if index == 0 and not kind:  # one real call shows whether blocks return a tensor or a tuple
+        if index == 0 and not kind:  # one real call shows if blocks return a tensor or a tuple
             like = next(p for p in modules[0].parameters() if p.is_floating_point())
             fitting = call.to(like.device, like.dtype)
             out = type(modules[0]).forward(modules[0], hidden.to(like), *fitting.args, **fitting.kwargs)
@@ -83,7 +87,7 @@ def record_calls(
 
 
 def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: list[tuple[str, nn.Module]]) -> Tensor:
-    """Hidden states ``[b, t, d]`` that enter the first block."""
+    """Return the hidden states ``[b, t, d]`` that enter the first block."""
     found: list[Tensor] = []
 
     def record(index: int, hidden: Tensor, call: BlockCall) -> Any:
@@ -98,10 +102,10 @@ def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: list[tuple[str, nn.
 
 @contextmanager
 def _around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None]:
-    """Let what lies before the blocks compute in ``loaded.dtype`` when the model is stored in another.
+    """Let the modules before the blocks compute in ``loaded.dtype`` where a streamed model has another dtype.
 
-    Tables of embeddings stay as they are, and what is looked up in them is cast; the rest is small, and the head is
-    not reached.
+    Embedding tables stay as they are, and the rows that are looked up are cast. The other modules are small and are
+    cast as a whole; the output head is not reached.
     """
     if loaded.streaming is None or loaded.dtype == loaded.storage_dtype:
         yield

@@ -1,13 +1,12 @@
-"""The block driver: one decoder block after another, each fed by the blocks already quantized.
+"""The loop over the decoder blocks: each is quantized on the hidden states of the quantized blocks before it.
 
-How the model calls its blocks (masks, rotary tables, anything else, which may differ from block to block) is recorded
-from the model's own forward, so no architecture is copied. Which linears share an input, and in what order they run,
-is seen by watching one forward of the block.
+``run_blocks`` brings a block into memory, lets the method quantize it, sends the hidden states through it, keeps it in
+the workspace, and frees it. So one block of a large model is in memory at a time, and a run that was killed goes on
+after its last finished block. ``walk`` is the same loop over the float model, for code that only measures.
 
-``BlockTask.stages`` serves methods that quantize a block's linears in that order, each on inputs that already show the
-linears before it quantized. Every batch's forward runs once, in a greenlet that pauses where a group of linears is
-about to read its input; when the group is packed, all batches go on from there. So a block costs one forward however
-many groups it has, where recomputing costs one for each.
+No architecture is copied: how the model calls its blocks (masks, rotary tables, anything else, which may differ from
+block to block) is recorded from the model's own forward (``calls.py``), and which linears share an input is seen by
+watching one forward of the block (``task.py``).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +24,8 @@ from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory, progress, units
 
-TOKENS_PER_BATCH = 2048  # more are no faster on a processor, and need more memory
-PROBED_WINDOWS = 4  # that measure a block's error
+TOKENS_PER_BATCH = 2048  # tokens of a batch of windows; more are no faster on a CPU, and need more memory
+PROBED_WINDOWS = 4  # windows on which the error of a block is measured
 
 
 @torch.no_grad()
@@ -37,36 +36,38 @@ def run_blocks(
     float_stream: bool = False,
     compute: torch.dtype | None = None,
 ) -> Result:
-    """Call ``quantize_block`` for each block in order, and carry its new outputs to the next.
+    """Call ``quantize_block`` for each block in order; the outputs of the quantized block are the inputs of the next.
 
-    A method that reads no text gets empty streams. The hidden states between blocks have the model's dtype; a block
-    computes in that too, or in ``compute`` for a method that changes float weights. With a workspace each block is kept
-    there when it is done, and freed here; those that were kept before are only passed through.
+    Without text, tasks have no hidden states. With ``float_stream`` they also have those of the float model. Hidden
+    states between blocks have the model's dtype; a block computes in that dtype too, or in ``compute`` for a method
+    that changes float weights. With a workspace, each block is kept there when it is done and then freed; for blocks
+    that an earlier start of the run finished, ``quantize_block`` is not called.
 
-    The result has the figures of every block: those that ``quantize_block`` gave, and with text ``block_error`` on the
-    first windows, ``|q(x) - f(x)|**2 / |f(x)|**2`` with ``f`` the float block and ``x`` the quantized stream.
+    The result has the figures of every block: those that ``quantize_block`` returned and, with text, ``block_error`` on
+    the first windows: ``|q(x) - f(x)|**2 / |f(x)|**2``, with ``f`` the float block, ``q`` the quantized block and ``x``
+    the hidden states that the quantized blocks before it made.
     """
     loaded, workspace = job.loaded, job.workspace
-    assert loaded.streaming is None or workspace is not None, "a streamed model needs somewhere to keep its blocks"
+    assert loaded.streaming is None or workspace is not None, "a streamed model needs a workspace for its blocks"
     blocks = loaded.blocks()
     kept = _kept(workspace, len(blocks))
     compute = compute or loaded.dtype
-    flow = None if job.tokens is None or all(kept) else BlockStates(job, compute, float_stream)
+    states = None if job.tokens is None or all(kept) else BlockStates(job, compute, float_stream)
     figures: list[Figures] = []
     weight_errors: dict[str, float] = {}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         done = kept[index]
-        if done is None or flow:
+        if done is None or states:
             if workspace and index + 1 < len(blocks):
                 memory.Pages().read_ahead(blocks[index + 1][1].parameters())
             stored_dtypes = bring_in(block, loaded, compute)
-            task = _task(job, index, name, block, flow, compute)
+            task = _task(job, index, name, block, states, compute)
             if done is None:
-                done = _quantize(task, quantize_block, flow)
+                done = _quantize(task, quantize_block, states)
                 if workspace:
                     workspace.write(index, done)
-            elif flow:
-                _pass_through(task, done, flow)
+            elif states:
+                _pass_through(task, done, states)
             if workspace is None:
                 _cast_back(block, stored_dtypes)
             else:
@@ -79,7 +80,10 @@ def run_blocks(
 
 
 def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | None]:
-    """The blocks of an earlier start; one that is done after one that is not was made from other inputs."""
+    """Return the blocks that an earlier start finished, ``None`` for the others.
+
+    Blocks after the first unfinished one do not count: the hidden states that they were made from may be different.
+    """
     kept: list[FinishedBlock | None] = []
     for index in range(num_blocks):
         kept.append(workspace.read(index) if workspace and all(kept) else None)
@@ -87,71 +91,75 @@ def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | 
 
 
 def _task(
-    job: Job, index: int, name: str, block: nn.Module, flow: "BlockStates | None", compute: torch.dtype
+    job: Job, index: int, name: str, block: nn.Module, states: "BlockStates | None", compute: torch.dtype
 ) -> BlockTask:
-    """The task of one block, which holds its float linears."""
-    inputs, float_inputs, calls, pausing = flow.at(index) if flow else (HiddenStates(None), None, {}, True)
+    """Return the task of one block. It holds the block's float linears."""
+    inputs, float_inputs, calls, pausing = states.at(index) if states else (HiddenStates(None), None, {}, True)
     streamed = job.loaded.streaming is not None
     return BlockTask(index, name, block, inputs, float_inputs, job.of_block(index), calls, compute, pausing, streamed)
 
 
 def _quantize(
-    task: BlockTask, quantize_block: Callable[[BlockTask], Figures | None], flow: "BlockStates | None"
+    task: BlockTask, quantize_block: Callable[[BlockTask], Figures | None], states: "BlockStates | None"
 ) -> FinishedBlock:
-    """Let the method quantize a block, and carry its outputs on."""
-    before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if flow else None
+    """Let the method quantize a block, and send the hidden states through it."""
+    before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if states else None
     figures = dict(quantize_block(task) or {})
     left = {target.name for target in task.targets} - {f"{task.name}.{part}" for part in packed_linears(task.block)}
-    assert not left, f"the method left these as they were: {sorted(left)}"
-    if flow and before is not None:
-        flow.advance(task)
-        figures["block_error"] = relative_change(flow.inputs[0][: len(before)], before)
+    assert not left, f"the method left these targets unquantized: {sorted(left)}"
+    if states and before is not None:
+        states.advance(task)
+        figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
     tensors = {f"{task.name}.{part}": value for part, value in task.block.state_dict().items()}
     return FinishedBlock(tensors, figures, task.weight_errors)
 
 
-def _pass_through(task: BlockTask, done: FinishedBlock, flow: "BlockStates") -> None:
-    """Carry the hidden states through a block that an earlier start has finished."""
+def _pass_through(task: BlockTask, done: FinishedBlock, states: "BlockStates") -> None:
+    """Send the hidden states through a block that an earlier start finished."""
     if task.float_inputs is not None:
         task.float_outputs = task.through(task.float_inputs)
     _restore(task, done.tensors)
-    flow.advance(task)
+    states.advance(task)
 
 
 def _free(modules: Iterable[nn.Module]) -> None:
-    """Let go of the tensors of ``modules``, which lie elsewhere."""
+    """Free the tensors of ``modules``, which are kept elsewhere."""
     for module in modules:
         module.to_empty(device=torch.device("meta"))
     memory.return_freed()
 
 
 def gather(job: Job, *, on_device: bool = True) -> None:
-    """Bring the whole model of a job into memory, with the blocks that its workspace keeps in their places."""
+    """Bring the whole model of a job into memory; blocks that its workspace keeps are in their places."""
     workspace = job.workspace
     finished = [workspace.read(index) for index in range(len(job.loaded.blocks()))] if workspace else []
     job.loaded.gather([each and each.tensors for each in finished], job.targets, on_device=on_device)
 
 
 class BlockStates:
-    """The hidden states on their way through the blocks, and how the model calls each block."""
+    """The hidden states that enter the next block, and the recorded calls of every block."""
 
     def __init__(self, job: Job, compute: torch.dtype, float_stream: bool) -> None:
-        """Bring every batch to the first block, and choose what is held in memory."""
+        """Compute the hidden states that enter the first block, and choose whether they are held in memory.
+
+        With ``float_stream``, the hidden states of the float model are kept beside those of the quantized model.
+        """
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
         batches = list(tokens.to(loaded.model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
         sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
         self._calls = record_calls(loaded, {len(batch): batch for batch in sizes.values()}, blocks, compute)
         first = first_hidden(loaded, batches[0], blocks)
-        stream_bytes = 2 * first[0].nbytes * len(tokens) * (2 if float_stream else 1)  # what enters, and what leaves
+        state_bytes = 2 * first[0].nbytes * len(tokens) * (2 if float_stream else 1)  # entering and leaving the block
         widest = max((target.weight_shape[1] for target in job.targets), default=0)
-        # a paused forward holds what the next linear reads, its residual, and about as much again in callers
+        # a paused forward holds the next linear's input, the residual, and about as much again in its callers
         paused_bytes = (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if float_stream else 1)
         budget = workspace.memory_budget if workspace else None
-        on_disk = budget is not None and stream_bytes > budget
-        self._pausing = budget is None or stream_bytes + paused_bytes <= budget
+        on_disk = budget is not None and state_bytes > budget
+        self._pausing = budget is None or state_bytes + paused_bytes <= budget
         if on_disk:
-            progress.note(f"hidden states take {units.size(stream_bytes)}, above data.memory_budget: kept on disk")
+            size = units.size(state_bytes)
+            progress.note(f"hidden states take {size}, more than data.memory_budget; they are kept on disk")
         folder = workspace.scratch if workspace and on_disk else None
         self.inputs = HiddenStates(folder, [first])
         for batch in batches[1:]:
@@ -159,22 +167,22 @@ class BlockStates:
         self.float_inputs = self.inputs if float_stream else None
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
-        """What block ``index`` gets: both streams, its calls by batch size, and whether forwards may be paused."""
+        """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
         return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
 
     def advance(self, task: BlockTask) -> None:
-        """Go on to what the quantized block made."""
+        """Replace the hidden states by those after the block of ``task``, which is quantized by now."""
         if self.float_inputs is not None:
-            assert task.float_outputs is not None, "a method that asks for the float stream hands its outputs over"
+            assert task.float_outputs is not None, "a method with float inputs sets the float outputs of each task"
             self.float_inputs = task.float_outputs
         self.inputs = task.outputs or task.through(self.inputs)
 
 
 def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dict[str, torch.dtype]:
-    """Bring the tensors of ``block`` that have the model's dtype to ``compute``; returns their dtypes by name.
+    """Cast the tensors of ``block`` that have the model's dtype to ``compute``; return their dtypes by name.
 
-    What has another dtype keeps it: tables and norms that an architecture holds in float32. A streamed block is copied
-    out of its file.
+    Tensors of another dtype keep it: tables and norms that an architecture holds in float32. A streamed block is copied
+    from its file into memory, on the device that computes.
     """
     own = loaded.storage_dtype if loaded.streaming else loaded.dtype
     dtypes, pages = {}, memory.Pages()
@@ -190,13 +198,14 @@ def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dic
 
 
 def _cast_back(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Cast the tensors of ``block`` that ``bring_in`` cast to the dtypes they had."""
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if name in dtypes and tensor.is_floating_point():  # a packed layer has a marker where the weight was
             tensor.data = tensor.data.to(dtypes[name])
 
 
 def _restore(task: BlockTask, tensors: dict[str, Tensor]) -> None:
-    """Make a block what it was when its tensors were kept."""
+    """Put packed layers and the tensors that were kept in their places in a block."""
     for target in task.targets:
         rows, columns = target.weight_shape
         bias = target.linear.bias
@@ -208,34 +217,34 @@ def _restore(task: BlockTask, tensors: dict[str, Tensor]) -> None:
 
 
 def relative_change(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected|**2 / |expected|**2``, in float32."""
+    """Return ``|found - expected|**2 / |expected|**2``, computed in float32."""
     return float((found.float() - expected.float()).square().sum() / expected.float().square().sum())
 
 
 @torch.no_grad()
 def walk(job: Job) -> Iterator[BlockTask]:
-    """Each block of the float model with what enters it, one block of a streamed model in memory at a time.
+    """Yield a task for each block of the float model; one block of a streamed model is in memory at a time.
 
-    Nothing is quantized or kept, and the model is afterwards what it was.
+    Nothing is quantized or kept, and the model is unchanged afterwards.
     """
     loaded = job.loaded
-    flow = BlockStates(job, loaded.dtype, False)
+    states = BlockStates(job, loaded.dtype, False)
     blocks = loaded.blocks()
     for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
         stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
         bring_in(block, loaded, loaded.dtype)
-        inputs, _, calls, _ = flow.at(index)
+        inputs, _, calls, _ = states.at(index)
         task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
         yield task
-        flow.advance(task)
+        states.advance(task)
         for tensor, data in stored:
             tensor.data = data
 
 
 def group_inputs(task: BlockTask) -> Iterator[tuple[list[Target], list[Tensor]]]:
-    """Linears of a block that read the same tensor, and what they read, ``[tokens, in]`` for each batch.
+    """Yield each group of linears that read the same tensor, with that input: ``[tokens, in]`` for each batch.
 
-    The block is run once. A group's inputs go when the next is asked for, unless the caller holds them.
+    The block runs once. The inputs of a group are freed when the next group is asked for, unless the caller holds them.
     """
     read: dict[nn.Module, list[Tensor]] = {group[0].linear: [] for group in task.groups}
 

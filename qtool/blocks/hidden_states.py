@@ -1,4 +1,4 @@
-"""The hidden states between blocks: one tensor for each batch, in memory or in a file each."""
+"""The hidden states between two blocks: one tensor for each batch, in memory or each in a file."""
 
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 class HiddenStates(Sequence[Tensor]):
-    """Batches ``[b, t, d]`` in order. With a folder they lie there and are mapped when read, each time anew."""
+    """A sequence of batches ``[b, t, d]``; with a folder, each is kept in a file there and mapped when it is read."""
 
     def __init__(self, folder: Path | None, batches: Iterable[Tensor] = ()) -> None:
-        """Keep ``batches`` in memory, or in files of their own below ``folder``."""
+        """Begin with ``batches``; keep them in memory, or in files of a temporary folder below ``folder``."""
         self._folder = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="stream-")
-        self._batches: list[Tensor] = []  # on disk: empty ones on the meta device, which know shape and dtype
+            self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="hidden-states-")
+        self._batches: list[Tensor] = []  # if on disk: tensors on the meta device, which only have shape and dtype
         self._device = torch.device("cpu")
         for batch in batches:
             self.append(batch)
 
     def append(self, batch: Tensor) -> None:
-        """Add a batch."""
+        """Add a batch at the end."""
         if self._folder is not None:
             self._device = batch.device
             batch.detach().cpu().contiguous().view(torch.uint8).numpy().tofile(self._file(len(self)))
@@ -55,5 +55,5 @@ class HiddenStates(Sequence[Tensor]):
         return data.view(batch.shape).to(self._device)
 
     def like(self) -> "HiddenStates":
-        """An empty stream that keeps its batches where this one does."""
+        """Return an empty sequence that keeps its batches in the same folder, or in memory too."""
         return HiddenStates(None if self._folder is None else Path(self._folder.name).parent)

@@ -1,8 +1,8 @@
-"""The seam between a run, a model and a method: a ``Job`` goes in, a ``Result`` comes out.
+"""The interface between pipelines and methods: a ``Job`` goes in, a ``Result`` comes out.
 
-A method's file exports ``METHOD = Method(...)``. Its ``run(job, config)`` leaves every target of the job a
-``PackedLinear`` and no other linear, and its result depends on the job and the config only. The pipeline selects and
-checks the targets, reads the calibration text and keeps what is finished; a method sees none of that.
+A method's file exports ``METHOD = Method(...)``. Its ``run(job, config)`` replaces every target of the job, and no
+other linear, by a ``PackedLinear``; its result depends on the job and the config only. The pipeline selects and checks
+the targets, reads the calibration text and provides the workspace; a method never sees the recipe or the output folder.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,19 +24,19 @@ Figures = dict[str, float]
 
 
 class FinishedBlock(NamedTuple):
-    """A quantized block as a run keeps it."""
+    """A quantized block as a workspace keeps it."""
 
     tensors: dict[str, Tensor]  # state dict, by full name
-    figures: Figures  # one number per name, for the series of the result
+    figures: Figures  # one number for each series of the result, by its name
     weight_errors: dict[str, float]  # relative error of each packed linear, by full name
 
 
 class Workspace(Protocol):
-    """Where a run keeps what it must not lose, and what does not fit into memory."""
+    """The place where a run keeps finished blocks, training states, and hidden states that do not fit into memory."""
 
     @property
     def memory_budget(self) -> int:
-        """Bytes of RAM for hidden states and paused forwards."""
+        """Bytes of memory for hidden states and paused forwards."""
 
     @property
     def scratch(self) -> Path:
@@ -47,22 +47,22 @@ class Workspace(Protocol):
         """Folder for the logs of a training tracker, beside the output folder."""
 
     def phase(self, name: str) -> Path:
-        """The folder where the training phase ``name`` keeps its state."""
+        """Return the folder of the state of the training phase ``name``."""
 
     def read(self, index: int) -> FinishedBlock | None:
-        """Return the finished block ``index``, or ``None`` when it is not done yet."""
+        """Return the finished block ``index``, or ``None`` if it is not finished."""
 
     def write(self, index: int, block: FinishedBlock) -> None:
-        """Keep a finished block durably; a later start of the run goes on from it."""
+        """Keep a finished block on disk; a later start of the run continues after it."""
 
 
 @dataclass(frozen=True)
 class Job:
     """The input of a method.
 
-    ``tokens`` is ``[n, t]`` int64, or ``None`` for a method that reads no text. ``labels`` has its shape: the token
-    itself where it is learned, -100 elsewhere; ``None``: every token is learned. Without a ``workspace`` all stays in
-    memory and nothing is resumed.
+    ``tokens`` is the calibration text, ``[n, t]`` int64, or ``None`` for a method that reads no text. ``labels``
+    ``[n, t]`` has the token itself where it is learned and -100 elsewhere; ``None``: every token is learned. Without a
+    ``workspace`` everything stays in memory, and nothing is resumed.
     """
 
     loaded: LoadedModel
@@ -82,7 +82,7 @@ class Job:
         labels: Tensor | None = None,
         seed: int = 0,
     ) -> "Job":
-        """Make the job of quantizing ``loaded`` in memory, with the targets that ``quant`` selects.
+        """Return the job of quantizing ``loaded`` in memory, with the targets that ``quant`` selects.
 
         Raises:
             InputError: a target cannot be quantized with its grid.
@@ -91,24 +91,24 @@ class Job:
 
     @property
     def text(self) -> Tensor:
-        """The tokens ``[n, t]`` of a method that needs text."""
+        """The calibration text ``[n, t]`` of a method that needs one."""
         assert self.tokens is not None, "the method was given no calibration text"
         return self.tokens
 
     def of_block(self, index: int) -> list[Target]:
-        """The targets of one block, in module order."""
+        """Return the targets of one block, in module order."""
         return [target for target in self.targets if target.block == index]
 
 
 class Result(NamedTuple):
-    """The output of a method, which has changed the model of its job in place."""
+    """The output of a method; the model of its job was changed in place."""
 
     series: tuple[Series, ...]
     weight_errors: dict[str, float]
-    """``|Q(w) - w|**2 / |w|**2`` of each packed linear; empty when the float weights are gone by then."""
+    """``|Q(w) - w|**2 / |w|**2`` of each packed linear; empty if the method no longer had the float weights."""
 
     def values(self, name: str, per: str | None = None) -> tuple[float, ...]:
-        """The values of the series called ``name``; ``per`` tells series of one name apart."""
+        """Return the values of the series called ``name``; ``per`` chooses among series of the same name."""
         return next(each.values for each in self.series if each.name == name and per in (None, each.per))
 
 
@@ -117,7 +117,7 @@ C = TypeVar("C", bound=MethodConfig)
 
 @dataclass(frozen=True)
 class Method(Generic[C]):
-    """The contract of a method: what its file exports as ``METHOD``.
+    """The description of a method, which its file exports as ``METHOD``.
 
     ``command`` is the ``qtool`` command that runs it, and must be the first argument, a plain string:
     ``config.plugins`` reads it from the file's text.
@@ -129,17 +129,17 @@ class Method(Generic[C]):
     run: Callable[[Job, C], Result]
     needs_data: Callable[[C], bool] = lambda config: True
     end_to_end: Callable[[C], bool] = lambda config: False
-    """True if the method trains the whole model, after all blocks; then finished blocks are only an intermediate."""
+    """True if the method trains the whole model; finished blocks are then only the start of that training."""
 
 
 def load_method(name: str) -> Method[Any]:  # Any: each method has a config class of its own
-    """The method called ``name``, one of ``config.catalog.methods()``; imports its file."""
+    """Return the method called ``name``, one of ``config.catalog.methods()``; imports its file."""
     method: Method[Any] = import_module(f"qtool.methods.{name}").METHOD
     return method
 
 
 def block_series(figures: Iterable[Figures]) -> tuple[Series, ...]:
-    """The figures of the blocks, in order, as one series for each name."""
+    """Return the figures of the blocks as one series for each name; ``figures`` are in the order of the blocks."""
     found: dict[str, list[tuple[int, float]]] = {}
     for index, each in enumerate(figures):
         for name, value in each.items():

@@ -1,10 +1,11 @@
-"""The native checkpoint: how a model is saved as one, and read from one tensor by tensor.
+"""The native checkpoint: writing a model as one, and reading it tensor by tensor.
 
-A folder as Hugging Face writes it: ``config.json`` with ``quantization_config``, safetensors shards, tokenizer files,
-and last ``qtool.json``, whose presence means that the write finished. A quantized linear ``p`` is ``p.weight_packed``
-int32 ``[out, ceil(in b / 32)]``, ``p.weight_scale`` ``[out, groups]``, ``p.weight_shape`` int64 ``[2]``, and
-``p.weight_zero_point`` int32 ``[ceil(out b / 32), groups]`` (packed along rows) when the grid is asymmetric: the names
-and layout of compressed-tensors' ``pack-quantized``. ``p.weight`` is one byte that makes other loaders stop.
+The folder is a Hugging Face model folder: ``config.json`` with ``quantization_config``, safetensors shards, tokenizer
+files. ``qtool.json`` is written last, so its presence means that the folder is complete. A quantized linear ``p`` of
+``b`` bits is ``p.weight_packed`` int32 ``[out, ceil(in b / 32)]``, ``p.weight_scale`` ``[out, groups]``,
+``p.weight_shape`` int64 ``[2]``, and, if the grid is asymmetric, ``p.weight_zero_point`` int32
+``[ceil(out b / 32), groups]`` (packed along rows): the names and layout of ``pack-quantized`` in compressed-tensors.
+``p.weight`` is one byte that makes other loaders stop.
 """
 
 import copy
@@ -24,15 +25,19 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.system import memory
 from qtool.system.errors import InputError, RunError
+from qtool.system.tensors import dtype_name
 
-MANIFEST = "qtool.json"
+MANIFEST = "qtool.json"  # name of the manifest's file
 
 
 def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: LoadedModel) -> dict[str, Tensor]:
-    """Tensors of a model as its checkpoint holds them: on CPU, and what stays float in its file's dtype.
+    """Return tensors of a model as its checkpoint stores them: on the CPU, float tensors in the dtype of their file.
 
-    ``packed``: names of quantized linears, whose parts stay as they are. Of tied tensors the first is kept:
-    transformers ties them again when it loads.
+    ``packed`` are the names of quantized linears, whose parts stay unchanged. Of tied tensors the first is kept:
+    transformers ties them again when it loads the checkpoint.
+
+    Raises:
+        RunError: a file of the float model was removed since the model was loaded.
     """
     parts = {f"{name}.{part}" for name in packed for part in PARTS}
     originals = SafetensorsFolder(loaded.folder)
@@ -47,27 +52,27 @@ def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: Loade
         if name not in parts and tensor.is_floating_point():
             if name in loaded.file_dtypes and name not in originals.names:
                 raise RunError(f"{name} is no longer in {loaded.folder}; put its file back and run the command again")
-            # the file's own tensor, unless a method changed it; the model may compute in less than the file holds
+            # the file's own tensor, unless a method changed it: the model may compute in a less exact dtype
             own = originals.tensor(name) if name in originals.names else tensor.to(loaded.storage_dtype)
             if not torch.equal(own.to(tensor), tensor):
                 own = tensor.to(own.dtype)
-            if torch.equal(own.to(tensor), tensor):  # else the changed value needs more
-                pages.drop(own, tensor)  # the file holds them
+            if torch.equal(own.to(tensor), tensor):  # otherwise the changed value needs a more exact dtype
+                pages.drop(own, tensor)  # they can be read from the file again
                 tensor = own
         stored[name] = tensor.detach().cpu().contiguous()
     return stored
 
 
 def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None:
-    """Write everything but the manifest and the model card into ``folder``; ``specs`` are the quantized linears.
+    """Write a checkpoint without its manifest and model card into ``folder``; ``specs`` are the quantized linears.
 
-    What a streamed run has written there, one shard for each block, stays; the rest is added.
+    Shards of blocks that a run has written there already are kept; the other tensors are added.
 
     Raises:
-        RunError: what was read back is not what was written.
+        RunError: a shard that was read back differs from what was written.
     """
     rest = folder / shard_name(0, len(loaded.blocks()))
-    rest.unlink(missing_ok=True)  # of a run that was killed after it
+    rest.unlink(missing_ok=True)  # an earlier start was killed after it wrote this shard
     written = SafetensorsFolder(folder)
     tensors = {k: v for k, v in loaded.model.state_dict().items() if k not in written.names and v.device.type != "meta"}
     tensors = as_stored(tensors, specs, loaded)
@@ -86,10 +91,10 @@ def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None
 
 
 class NativeCheckpoint:
-    """A native checkpoint, read tensor by tensor: where exporters and verification start. No model is built."""
+    """A native checkpoint, read tensor by tensor by exporters and by ``qtool verify``. No model is built."""
 
     def __init__(self, folder: Path) -> None:
-        """Open ``folder``; reads only its config and the shards' headers."""
+        """Open ``folder``, and read its config; shards are opened when a tensor is asked for."""
         self.folder = folder
         self.config = read_config(folder)
         if "quantization_config" not in self.config:
@@ -105,7 +110,7 @@ class NativeCheckpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Shape ``(out, in)`` of each quantized linear."""
+        """The shape ``(out, in)`` of each quantized linear."""
         found = {}
         for name in self.specs:
             rows, columns = self.tensor(f"{name}.weight_shape").tolist()
@@ -113,13 +118,13 @@ class NativeCheckpoint:
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as stored."""
+        """Return one tensor as it is stored."""
         if name not in self._files.names:
             raise InputError(f"{self.folder} lacks the tensor {name}; the checkpoint is incomplete")
         return self._files.tensor(name)
 
     def quantized(self, name: str) -> QuantizedWeight:
-        """Codes, scale and zero point of the linear ``name``."""
+        """Return codes, scale and zero point of the linear ``name``."""
         spec = self.specs[name]
         out_features, in_features = self.tensor(f"{name}.weight_shape").tolist()
         layer = PackedLinear(in_features, out_features, spec)
@@ -129,25 +134,25 @@ class NativeCheckpoint:
         return layer.quantized
 
     def float_names(self) -> list[str]:
-        """Tensors that are not part of a quantized weight, biases of quantized linears included."""
+        """Return the names of all tensors outside quantized weights, among them the biases of quantized linears."""
         packed = {f"{name}.{part}" for name in self.specs for part in PARTS}
         return [name for name in self._files.names if name not in packed]
 
     def num_bytes(self) -> int:
-        """Size of the safetensors files."""
+        """Return the size of the safetensors files, in bytes."""
         return folder_bytes(self.folder)
 
 
 class PlannedCheckpoint(NativeCheckpoint):
-    """The checkpoint that a run is about to make, for asking an exporter early; its scales are not known yet."""
+    """The checkpoint that a run is going to make, for the checks of exporters; its scales are not known yet."""
 
     def __init__(self, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> None:
-        """Describe what ``loaded`` becomes with these grids."""
+        """Describe the checkpoint of ``loaded`` with the grids ``specs`` for linears of the shapes ``(out, in)``."""
         self.folder = loaded.folder
-        self.config = {"dtype": str(loaded.storage_dtype).removeprefix("torch.")}
+        self.config = {"dtype": dtype_name(loaded.storage_dtype)}
         self.specs = specs
         self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}
-        # not known yet: a value that needs every bit of its dtype stands for all scales
+        # all scales: a value that needs every bit of its dtype, because a real scale may need them too
         worst = {dtype: 1 + torch.finfo(getattr(torch, dtype)).eps for dtype in SCALE_BITS}
         self._tensors |= {
             f"{name}.weight_scale": torch.tensor([worst[spec.scale_dtype]]) for name, spec in specs.items()
@@ -156,9 +161,9 @@ class PlannedCheckpoint(NativeCheckpoint):
         self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is known before the run."""
+        """Return one tensor that is known before the run."""
         return self._tensors[name]
 
     def float_names(self) -> list[str]:
-        """Tensors that stay in floating point."""
+        """Return the names of the tensors that stay in floating point."""
         return [name for name in self._tensors if not name.endswith((".weight_shape", ".weight_scale"))]

@@ -39,11 +39,6 @@ class Calibration(NamedTuple):
     labels: Tensor | None = None
 
 
-def calibration_tokens(data: DataConfig, loaded: LoadedModel, seed: int) -> Tensor:
-    """Return the tokens of :func:`calibration` alone: ``[num_samples, seq_len]`` int64, on the CPU."""
-    return calibration(data, loaded, seed).tokens
-
-
 def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
     """Return calibration windows ``[num_samples, seq_len]``.
 

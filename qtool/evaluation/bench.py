@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +28,7 @@ from qtool.models.backend import held_bytes, use_backend
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
 from qtool.system import energy, memory, progress, units
 from qtool.system.errors import InputError
@@ -65,13 +65,13 @@ class _Subject:
         )
 
 
+@without_progress_bars()
 def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
     """Measure the native checkpoint at ``path``, as much and in the precision that ``plan`` says.
 
     Raises:
         InputError: the folder is no native checkpoint, or sequences would be longer than the model's context.
     """
-    transformers.logging.disable_progress_bar()
     started = time.perf_counter()
     config = ModelConfig(path=path, dtype=plan.dtype, device=device)
     source = NativeCheckpoint(Path(path))

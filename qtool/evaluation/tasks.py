@@ -1,7 +1,7 @@
-"""How good a model is: token perplexity, divergence from the float model, and lm-eval's tasks.
+"""The tasks of an evaluation: perplexity per token, KL divergence from the float model, and the tasks of lm-eval.
 
-``wikitext2``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of lm-eval. The
-quantized and the float model go through the same code on the same windows, in one pass where both are at hand.
+``wikitext2``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of lm-eval
+(``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
 """
 
 from difflib import get_close_matches
@@ -21,24 +21,25 @@ from qtool.system.errors import InputError
 
 WIKITEXT = "wikitext2"
 DIVERGENCE = "kl"
-OWN_TASKS = tuple(METRICS)
+OWN_TASKS = tuple(METRICS)  # tasks that are measured here
 
 
 def check_tasks(config: EvalConfig) -> None:
-    """Whether every task can be measured, before any long work; fetches the data of lm-eval's tasks.
+    """Check that every task can be measured, before any long work; downloads the data of lm-eval's tasks.
 
     Raises:
-        InputError: an unknown or repeated task, ``num_fewshot`` for one that is not asked for, data that cannot be had.
+        InputError: a task is unknown or repeated, its data is not available, or ``num_fewshot`` names a task that is
+            not in ``tasks``.
     """
     repeated = {task for task in config.tasks if config.tasks.count(task) > 1}
     if repeated:
-        raise InputError(f"eval.tasks: {', '.join(sorted(repeated))} named more than once")
+        raise InputError(f"eval.tasks: {', '.join(sorted(repeated))} is named more than once")
     if isinstance(config.num_fewshot, dict):
         for task in config.num_fewshot:
             if task not in config.tasks or task in OWN_TASKS:
                 near = get_close_matches(task, config.tasks, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise InputError(f"eval.num_fewshot: {task!r} is not one of eval.tasks that have examples{hint}")
+                raise InputError(f"eval.num_fewshot: {task!r} is not one of eval.tasks that take examples{hint}")
     theirs = [task for task in config.tasks if task not in OWN_TASKS]
     if theirs:
         from qtool.evaluation import harness
@@ -53,15 +54,14 @@ def evaluate(
     seed: int,
     seen: CalibrationSeen | None = None,
 ) -> list[TaskResult]:
-    """Measure ``config.tasks``, for ``loaded`` and, beside it, for the float model ``reference`` it was made from.
+    """Measure ``config.tasks`` for ``loaded`` and, beside it, for its float model ``reference``.
 
-    Of windows of text it is measured, too, how much of them the calibration text ``seen`` holds.
-
-    ``kl`` is measured on WikiText-2 windows, or on generated text where WikiText-2 cannot be had. What cannot be
-    measured (WikiText-2 out of reach, ``kl`` without a reference) has a row that says so.
+    ``kl`` is measured on windows of WikiText-2, or of generated text if WikiText-2 is not available. The row of a task
+    that cannot be measured (WikiText-2 is not available, ``kl`` without a reference) says why. Rows on windows of text
+    also have the share of the windows that occurs in the calibration text ``seen``.
 
     Raises:
-        InputError: a task of lm-eval that is unknown or without data.
+        InputError: a task of lm-eval is unknown or has no data.
     """
     with backend.using(loaded.model, config.backend):
         own = _own_tasks(loaded, config, reference, seed, seen)
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def _with_relation(row: TaskResult, source: str) -> TaskResult:
-    """``row`` with what a reader must know of its text and the calibration text."""
+    """Return ``row``; if its text is related to the calibration text ``source``, a note says how."""
     known = relation(source, row.task) if row.value is not None else ""
     return row.model_copy(update={"note": "; ".join(filter(None, (row.note, known)))})
 
@@ -84,7 +84,7 @@ def _own_tasks(
     seed: int,
     seen: CalibrationSeen | None = None,
 ) -> dict[str, list[TaskResult]]:
-    """Rows by task. Each set of windows is read once, by both models, whatever is measured on it."""
+    """Return rows by task. Both models read each set of windows once, although two tasks may use it."""
     wanted = [task for task in config.tasks if task in OWN_TASKS]
     rows: dict[str, list[TaskResult]] = {}
     windows: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What a report says of a model's linears: where they are, how wide their codes are, and how far these are off."""
+"""The linears of a report: their names, shapes and grids, and the error of each quantized weight."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,10 +13,11 @@ from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.records import Linear
 from qtool.system import memory
+from qtool.system.tensors import dtype_name
 
 
 def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
-    """Shape ``(out, in)`` of every linear inside the decoder blocks by full name, in module order."""
+    """Return the shape ``(out, in)`` of every linear in the decoder blocks by full name, in module order."""
     found = {}
     for block_name, block in loaded.blocks():
         for name, module in block.named_modules():
@@ -31,7 +32,7 @@ def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
 def linear_records(
     shapes: dict[str, tuple[int, int]], specs: dict[str, QuantSpec], errors: dict[str, float]
 ) -> tuple[Linear, ...]:
-    """The linears ``shapes`` of a report; those that ``specs`` lacks stay in floating point."""
+    """Return the records of the linears ``shapes``; a linear without a grid in ``specs`` stays in floating point."""
     return tuple(
         Linear(name=name, shape=shape)
         if name not in specs
@@ -47,12 +48,12 @@ def linear_records(
 
 
 def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) -> dict[str, float]:
-    """``relative_error`` of each packed linear of ``loaded`` against the float model's own files.
+    """Return ``relative_error`` of each packed linear of ``loaded`` against the weights in the float model's files.
 
-    For methods that train all blocks together. One linear at a time: the float weights lie in mapped files, and the
-    pages of each are let go.
+    For methods that train the whole model. The float weights are mapped, and the pages of each are freed after use, so
+    one weight is in memory at a time.
     """
-    dtype = str(loaded.storage_dtype).removeprefix("torch.")  # what the files have, so that nothing is copied
+    dtype = dtype_name(loaded.storage_dtype)  # the dtype of the files, so that nothing is copied
     floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}))
     packed, pages, errors = packed_linears(loaded.model), memory.Pages(), {}
     for target in select_targets(floats, quant):

@@ -1,4 +1,4 @@
-"""The parts that exports share: the written folder and its config, tensors that stay float, reasons to refuse."""
+"""The parts that export formats share: writing and reading folders, float tensors, and reasons to refuse."""
 
 import shutil
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ class WrittenFolder:
     """A written folder of safetensors files, opened once; a format with other files has a subclass."""
 
     def __init__(self, folder: Path, marker: str = "") -> None:
-        """Open ``folder``; each packed linear ``p`` has a tensor ``p.<marker>``. ``""``: the format packs no linear."""
+        """Open ``folder``. Each packed linear ``p`` has a tensor ``p.<marker>``; ``""``: the format packs no linear."""
         self.folder, self._marker = folder, marker
         self._files = SafetensorsFolder(folder)
 
@@ -34,7 +34,7 @@ class WrittenFolder:
         return list(self._files.names)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor that is no quantized weight, with its values in the float model."""
+        """Return a tensor outside quantized weights, with the values of the float model."""
         return self._files.tensor(name)
 
     def packed(self) -> set[str]:
@@ -43,7 +43,7 @@ class WrittenFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config that a reader builds the model from: ``config.json``, or that and the file's own metadata."""
+        """The model's config: the content of ``config.json``; a format with metadata of its own adds that."""
         return read_config(self.folder)
 
 
@@ -54,7 +54,7 @@ def quantization_section(folder: Path) -> dict[str, Any]:
 
 
 def names_method(method: str, folder: Path) -> bool:
-    """Return whether the quantization config of a folder names ``method`` as its ``quant_method``."""
+    """Return whether the ``quant_method`` of a folder's quantization config is ``method``."""
     return quantization_section(folder).get("quant_method") == method
 
 
@@ -76,9 +76,10 @@ def write_folder(
 
 
 def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors that are no quantized weight, in ``config.dtype`` (``auto``: ``default``), and its name.
+    """Return the tensors outside quantized weights in ``config.dtype``, and the name of that dtype.
 
-    With ``auto``, a tensor that ``default`` does not hold exactly keeps its dtype: a norm that a method changed, say.
+    ``auto`` is ``default``; then a tensor that ``default`` does not hold exactly keeps its dtype: for example a norm
+    that a method changed.
     """
     name = default if config.dtype == "auto" else config.dtype
     tensors = {key: source.tensor(key) for key in source.float_names()}
@@ -89,7 +90,7 @@ def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) 
 
 
 def unfit(source: NativeCheckpoint, config: ExportConfig) -> str | None:
-    """Return the reason why ``config.dtype`` cannot be used: a tensor that it does not hold exactly."""
+    """Return the reason why ``config.dtype`` cannot be used, a tensor that it does not hold exactly, or ``None``."""
     if config.dtype == "auto":
         return None
     for name in source.float_names():
@@ -100,7 +101,7 @@ def unfit(source: NativeCheckpoint, config: ExportConfig) -> str | None:
 
 
 def float_zeros(source: NativeCheckpoint, format: str) -> str | None:
-    """Return the reason why ``format`` cannot hold ``source``: a linear whose zero points lie between codes."""
+    """Return the reason why ``format`` cannot hold ``source``, zero points between codes, or ``None``."""
     name = next((name for name, spec in source.specs.items() if spec.float_zero), None)
     if name is None:
         return None
@@ -116,7 +117,7 @@ def stored_dtype(source: NativeCheckpoint) -> str:
 
 
 def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
-    """Return the largest change by rounding to ``dtype``, relative to each tensor's largest value; 0 if exact."""
+    """Return the largest change by rounding to ``dtype``, relative to the largest value of its tensor; 0 if exact."""
     worst = 0.0
     for tensor in tensors:
         change = (tensor.to(getattr(torch, dtype)).float() - tensor.float()).abs()
@@ -146,13 +147,13 @@ def transposed(source: NativeCheckpoint) -> set[str]:
 
 
 def conv1d(source: NativeCheckpoint, why: str) -> str | None:
-    """Return the reason to refuse ``source`` if a linear is a ``Conv1D``; ``why`` a format does not hold one."""
+    """Return the reason to refuse ``source`` if a linear is a ``Conv1D``, or ``None``; ``why`` completes the reason."""
     flipped = transposed(source)
     return f"{min(flipped)} is a Conv1D, {why}; export dense instead" if flipped else None
 
 
 def float_linears(source: NativeCheckpoint) -> list[str]:
-    """Return the linears of the model that the checkpoint leaves in floating point, the head among them."""
+    """Return the names of the linears that the checkpoint leaves in floating point, among them the output head."""
     return [
         name
         for name, module in skeleton(source.folder).named_modules()
@@ -161,7 +162,7 @@ def float_linears(source: NativeCheckpoint) -> list[str]:
 
 
 def shared_block_prefix(source: NativeCheckpoint) -> str:
-    """Return the prefix of the names of all decoder blocks, e.g. ``model.layers.``."""
+    """Return the prefix that the names of all decoder blocks share, for example ``model.layers.``."""
     first = next(iter(source.specs))
     parts = first.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."

@@ -30,12 +30,13 @@ TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit:
 
 @torch.no_grad()
 def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounded: bool) -> dict[str, float]:
-    """Compare every tensor, the config and the logits of a fixed probe; return the largest differences.
+    """Compare every tensor, the config and the logits of fixed random tokens; return the largest differences.
 
-    With ``rounded`` differences are returned, not refused: the user asked for a dtype that does not hold the weights.
+    With ``rounded``, differences of tensors and logits are only returned: the user asked for a dtype that does not hold
+    the weights exactly.
 
     Raises:
-        RunError: the first tensor or config key that differs, or the difference of the logits.
+        RunError: a tensor, a key of the config or the logits differ; the message names the first difference.
     """
     loaded = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True)
     probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
@@ -47,7 +48,7 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounde
         expected = dequantize(*source.quantized(name))
         if weight.shape != expected.shape:
             raise RunError(
-                f"{name} has shape {list(weight.shape)} after export, and {list(expected.shape)} was expected; "
+                f"{name} has shape {list(weight.shape)} after export, but {list(expected.shape)} was expected; "
                 "the export was not kept"
             )
         worst = max(worst, float((weight - expected).abs().max()))
@@ -67,7 +68,7 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounde
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not rounded and not logits <= TOLERANCE:
         raise RunError(
-            f"logits differ after export by {logits:.3g} of the largest logit, and {TOLERANCE:g} is allowed; "
+            f"logits differ after export by {logits:.3g} of the largest logit, but at most {TOLERANCE:g} is allowed; "
             "the export was not kept"
         )
     return {"weight_difference": worst, "logit_difference": logits}
@@ -100,6 +101,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear with ``weight`` ``[out, in]`` and ``bias`` ``[out]`` in the dtype of the weight."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
-from qtool.blocks.task import BlockTask, Stage
+from qtool.blocks.stages import Stage
+from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target

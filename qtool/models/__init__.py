@@ -1,5 +1,6 @@
 """Models: folders, loading, finding decoder blocks and linears, KV-cache rounding, decoding backends.
 
 May import ``quant``, ``config`` and ``system``.
-Begin with ``loading.py``; ``linears.py`` finds blocks and linears in the module tree. ``builtin/`` holds ours.
+Begin with ``loading.py``; ``linears.py`` finds blocks and linears in the module tree, ``targets.py`` selects those to
+quantize. ``builtin/`` holds the built-in model.
 """

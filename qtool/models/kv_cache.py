@@ -17,7 +17,7 @@ from qtool.config.quant import QuantSpec
 from qtool.system.errors import InputError
 
 NUM_TOKENS = 3  # length of the text that the model is run on
-_known: dict[str, dict[str, int]] = {}  # results by config: a run needs one more than once, and it takes seconds
+_known: dict[str, dict[str, int]] = {}  # results by config: a run needs a result several times, and each takes seconds
 
 
 class _Seen(DynamicCache):
@@ -41,7 +41,9 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
     cannot = "kv_cache: keys and values cannot be rounded in this model: "
     outputs: dict[str, Tensor] = {}
     config = copy.deepcopy(config)
-    config.get_text_config().pad_token_id = None  # models search the tokens for it, which have no values here
+    config.get_text_config().pad_token_id = (
+        None  # models compare tokens with it, and tokens on the meta device have no values
+    )
     try:
         with warnings.catch_warnings(), torch.device("meta"), torch.enable_grad():
             warnings.simplefilter("ignore")
@@ -51,7 +53,7 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
                     module.register_forward_hook(_leaf(outputs, name))
             cache = _Seen(model.config)
             model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
-    except Exception as error:  # models fail without weights in many ways
+    except Exception as error:  # models that cannot run without weights raise errors of many kinds
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise InputError(f"{cannot}it does not run without weights ({reason}); leave kv_cache out") from error
     found: dict[str, int] = {}

@@ -1,4 +1,9 @@
-"""Decoder blocks and linears in a module tree: finding, reading and replacing them."""
+"""Decoder blocks and linears in a module tree: finding, reading and replacing them.
+
+Nothing is known of any architecture. The decoder blocks are the ``ModuleList`` of modules of one class that holds the
+most parameters; the linears are all ``nn.Linear`` and ``Conv1D`` inside. ``Conv1D`` is the linear of GPT-2, which
+stores its weight as ``[in, out]``; here a weight is always ``[out, in]``.
+"""
 
 from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
@@ -16,7 +21,8 @@ from qtool.system.errors import InputError
 class Target:
     """A linear to quantize: its full name, its grid, the index of its block, and its weight's shape ``(out, in)``.
 
-    The module is only referred to weakly: once it is replaced, its float weight is freed, whoever holds the target.
+    A target refers to its module weakly: once the module is replaced, its float weight is freed, although the target
+    still exists.
     """
 
     name: str
@@ -27,24 +33,24 @@ class Target:
 
     @classmethod
     def of(cls, name: str, linear: nn.Module, spec: QuantSpec, block: int) -> "Target":
-        """The target ``linear``, an ``nn.Linear`` or a ``Conv1D``."""
+        """Return the target ``linear``, an ``nn.Linear`` or a ``Conv1D``."""
         rows, columns = stored_weight(linear).shape
         return cls(name, spec, block, (rows, columns), ref(linear))
 
     def within(self, model: nn.Module) -> "Target":
-        """The same linear of another copy of the model."""
+        """Return the same linear of ``model``, another copy of the model."""
         return replace(self, reference=ref(model.get_submodule(self.name)))
 
     @property
     def linear(self) -> nn.Module:
-        """The float module, which must not have been freed."""
+        """The float module, which must still exist."""
         linear = self.reference()
-        assert linear is not None, f"{self.name} was replaced, and its float module is gone"
+        assert linear is not None, f"{self.name} was replaced, and its float module was freed"
         return linear
 
     @property
     def weight(self) -> Tensor:
-        """Float32 weight ``[out, in]``, a copy where the module stores another dtype or the transpose."""
+        """The weight ``[out, in]`` in float32; a copy if the module stores another dtype."""
         return dense_weight(self.linear)
 
     @property
@@ -54,34 +60,34 @@ class Target:
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """The parameter ``weight`` of a linear or a norm, as it is stored."""
+    """Return the parameter ``weight`` of a linear or a norm, as it is stored."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 
 
 def stored_weight(linear: nn.Module) -> Tensor:
-    """Weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` (it stores the transpose) in its own dtype, a view."""
+    """Return the weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` in its stored dtype, a view."""
     weight = weight_of(linear).detach()
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """``stored_weight`` in float32."""
+    """Return ``stored_weight`` in float32."""
     return stored_weight(linear).float()
 
 
 def linear_bias(linear: nn.Module) -> Tensor | None:
-    """The bias ``[out]`` of a linear, if it has one."""
+    """Return the bias ``[out]`` of a linear, or ``None`` if it has none."""
     bias = linear.bias
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks.
+    """Return the name of the list of decoder blocks, and the list.
 
     Raises:
-        InputError: when there are none, or when they hold fused experts (3-D parameters).
+        InputError: there are no decoder blocks, or they have fused experts (3-D parameters).
     """
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
@@ -105,10 +111,10 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` in the place of the module called ``name``."""
+    """Replace the module called ``name`` by ``layer``."""
     model.set_submodule(name, layer)
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Every packed linear by name."""
+    """Return all packed linears of ``model`` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -1,4 +1,9 @@
-"""A loaded model: its tokenizer, where it came from, its blocks, and the linears to quantize."""
+"""A loaded model: the transformers model with its tokenizer, its folder, its dtypes and its decoder blocks.
+
+A model is loaded in one of two ways. Normally its weights are in memory, on the device and in the dtype that compute. A
+streamed model (``LoadedModel.streaming``) may be larger than memory: its weights stay in mapped files, in the dtype of
+the files, until the block driver brings a block in, or ``gather`` brings in the whole model.
+"""
 
 import copy
 from collections import Counter
@@ -17,55 +22,55 @@ from qtool.quant.trained_linear import QuantLinear
 
 
 class Streaming(NamedTuple):
-    """How a model is worked on that is never whole in memory."""
+    """The dtype and the device that compute, for a model whose weights are in mapped files."""
 
-    dtype: torch.dtype  # the precision of computation
-    device: torch.device  # where the block at work is
+    dtype: torch.dtype
+    device: torch.device  # of the block that is being quantized
 
 
 @dataclass
 class LoadedModel:
-    """A causal language model in evaluation mode, its tokenizer, and where it came from.
+    """A causal language model in evaluation mode, its tokenizer, and its folder.
 
-    When it is streamed its tensors lie in mapped files, on the CPU and in their stored dtype: ``blocks.run_blocks``
-    brings in one block at a time, and lets it go when it is kept elsewhere.
+    The tensors of a streamed model are on the CPU, in mapped files: ``blocks.driver.run_blocks`` brings in one block at
+    a time, and frees it when it is kept elsewhere.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    path: str  # as the recipe gives it
-    folder: Path  # where its files are
-    file_dtypes: dict[str, torch.dtype]  # of each floating-point tensor in the files
+    path: str  # the name of the model in the recipe
+    folder: Path  # the folder of its files
+    file_dtypes: dict[str, torch.dtype]  # dtype of each floating-point tensor in the files
     streaming: Streaming | None = None
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
-    """Lowest and highest value of each parameter, found when its values were checked; empty: not checked yet."""
+    """Lowest and highest value of each parameter, found when values were checked; empty: they were not."""
     pristine: PreTrainedModel | None = field(default=None, repr=False)
     """The float model as it was, of a model that has no files to be read from again."""
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """The dtype that most tensors are stored in."""
+        """The dtype of most tensors in the files."""
         return most_common(self.file_dtypes)
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device that computes."""
         return self.streaming.device if self.streaming else self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision the model computes in."""
+        """The dtype of computation."""
         return self.streaming.dtype if self.streaming else self.model.dtype
 
     @property
     def max_length(self) -> int:
-        """The longest context in tokens that the model was made for."""
+        """The model's context length in tokens."""
         config = self.model.config.get_text_config()
         length: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2048
         return length
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """Name and module of each decoder block, in order."""
+        """Return the name and the module of each decoder block, in order."""
         prefix, blocks = decoder_blocks(self.model)
         return [(f"{prefix}.{i}", block) for i, block in enumerate(blocks)]
 
@@ -76,14 +81,15 @@ class LoadedModel:
         *,
         on_device: bool = True,
     ) -> None:
-        """Bring the whole of a streamed model into memory, to compute with.
+        """Bring the whole of a streamed model into memory, in the dtype that computes.
 
-        ``done`` has the state dict of each finished block, ``None`` for another; their ``targets`` become packed
-        linears. Without ``on_device`` the model stays on the CPU, for a caller that moves it block by block.
+        ``done`` has the state dict of each finished block, and ``None`` for the others; the ``targets`` of finished
+        blocks become packed linears. Without ``on_device`` the model stays on the CPU, for a caller that moves it to
+        the device block by block.
         """
         if self.streaming is None:
             return
-        if any(done):  # what is left of the model in memory lacks these blocks, and what no file has of them
+        if any(done):  # the driver has freed these blocks, with the buffers that are in no file
             self.model = from_files(self.folder, self.storage_dtype)[0].eval().requires_grad_(False)
             for target in targets:
                 if done[target.block] is not None:
@@ -117,9 +123,9 @@ class LoadedModel:
         return teacher
 
 
-def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:  # Any: of no fixed class
-    """The model of ``folder`` on the CPU, and what transformers says about its tensors."""
-    loading: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its annotation does not say
+def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:  # Any: models have no common class
+    """Return the model of ``folder`` on the CPU, and transformers' loading info: missing and unexpected tensors."""
+    loading: Any = AutoModelForCausalLM.from_pretrained(  # its annotation does not say that this is a pair
         folder,
         dtype=dtype,
         use_safetensors=True,
@@ -132,7 +138,7 @@ def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]: 
 
 
 def most_common(dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """Of all tensors but the scales of packed linears."""
+    """Return the most common dtype of all tensors but the scales of packed linears."""
     counted = [
         dtype for name, dtype in dtypes.items() if name.rpartition(".")[2] not in (*PARTS[1:], "scales", "biases")
     ]

@@ -1,7 +1,8 @@
-"""The model: loading it, walking to its decoder blocks, and saying which linears to quantize and how.
+"""Loading a model from its folder, and refusing one that cannot be used.
 
-Blocks and linears are found in the module tree: the blocks are the ``ModuleList`` of equal modules that holds the most
-parameters, the linears are every ``nn.Linear`` or ``Conv1D`` inside. Nothing is copied from an architecture.
+The folder is checked before transformers reads it (``folders.py``), and the model afterwards: transformers fills
+missing tensors with random numbers, drops tensors that it does not know, and accepts NaN. Code from a model's folder
+never runs.
 """
 
 import math
@@ -17,11 +18,12 @@ from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.system import matmul, memory, progress
 from qtool.system.errors import InputError, first_line
 
+# config keys that a mixture of experts has
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe names; ``auto`` is the first GPU when there is one."""
+    """Return the device that a recipe names; ``auto`` is the first GPU, or the CPU without one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,18 +31,18 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device: {name} was asked for, and this torch sees no GPU; use cpu or auto")
+        raise InputError(f"model.device: {name} was asked for, but torch finds no GPU; use cpu or auto")
     return device
 
 
 def load_model(config: ModelConfig, *, quantized: bool = False, streamed: bool = False) -> LoadedModel:
-    """Load a model for quantization, or, with ``quantized``, any folder for evaluation.
+    """Load a float model; with ``quantized``, load any model, for evaluation.
 
-    With ``streamed`` its tensors stay in mapped files: see ``LoadedModel``.
+    With ``streamed`` its tensors stay in mapped files (``loaded.py``).
 
     Raises:
-        InputError: missing, damaged, pickled, incomplete, already quantized, with values that are not finite, or
-            needing code from the checkpoint.
+        InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
+            values that are not finite, or needs code from its folder.
     """
     device = choose_device(config.device)
     folder = resolve(config.path)
@@ -65,7 +67,7 @@ def load_model(config: ModelConfig, *, quantized: bool = False, streamed: bool =
         model, info = from_files(folder, storage if streamed else dtype)
     except InputError:
         raise
-    except Exception as error:  # whatever transformers finds wrong with a folder, the folder is what is wrong
+    except Exception as error:  # transformers raises errors of many kinds for a folder that it cannot load
         found = (folder / "tokenizer.json").exists() or any(folder.glob("*.model")) or (folder / "vocab.json").exists()
         hint = "" if found else " (the folder has no tokenizer.json)"
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':')}{hint}") from error
@@ -79,7 +81,7 @@ def load_model(config: ModelConfig, *, quantized: bool = False, streamed: bool =
 
 
 def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """The lowest and the highest value of each parameter, which must be finite."""
+    """Return the lowest and the highest value of each parameter; refuse values that are not finite."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
         low, high = (float(end) for end in parameter.detach().aminmax())
@@ -94,7 +96,7 @@ def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torch.dtype:
-    """``auto`` is the checkpoint's own where the device multiplies it natively, else float32, which holds it."""
+    """Return the dtype called ``name``; ``auto``: ``storage`` if the device multiplies it natively, or else float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -106,7 +108,7 @@ def compute_dtype(name: str, storage: torch.dtype, device: torch.device) -> torc
 
 
 def _check_complete(path: str, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and drops what it does not know; we say so."""
+    """Refuse a model that lacks tensors or has some of another shape; a note names tensors that are not used."""
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise InputError(

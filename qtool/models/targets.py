@@ -1,4 +1,7 @@
-"""Which linears of a model are quantized, and on which grid: selected once per run, and checked."""
+"""The linears of a model that a recipe quantizes, each with its grid: selected and checked once per run.
+
+All faults are reported together, and faults that differ only in the numbers of blocks are reported once.
+"""
 
 import re
 from collections.abc import Iterator
@@ -15,17 +18,17 @@ from qtool.models.linears import Target, stored_weight, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import check_weight
 from qtool.system import memory
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 
 
 def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...]:
-    """Every linear of the decoder blocks that ``quant`` does not skip, in module order, with its grid.
+    """Return the linears of the decoder blocks that ``quant`` does not skip, in module order, with their grids.
 
     A weight whose extremes are known from loading is not read again.
 
     Raises:
-        InputError: all faults at once: an override that matches nothing, a group size that does not divide, values that
-            are not finite, a scale that its dtype cannot hold.
+        InputError: with all faults: an override that matches no linear, a group size that does not divide the channels,
+            values that are not finite, a scale that its dtype cannot hold, keys or values that cannot be rounded.
     """
     linears = [
         (f"{block_name}.{name}", module, index)
@@ -52,14 +55,14 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
         targets = [replace(target, spec=specs[target.name]) for target in targets]
         faults += wrong
     if not targets and not faults:
-        faults.append("quant.overrides skip every linear; there is nothing to quantize")
+        faults.append("quant.overrides skip every linear; nothing is left to quantize")
     if faults:
-        raise InputError("\n  ".join([f"{loaded.path} cannot be quantized with this recipe:", *_shortened(faults)]))
+        raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", _shortened(faults)))
     return tuple(targets)
 
 
 def _shortened(faults: list[str]) -> Iterator[str]:
-    """Faults that differ only in block numbers and counts become one, with the number of others like it."""
+    """Yield one of the faults that differ only in numbers, with the count of the others."""
     kinds: dict[str, list[str]] = {}
     for fault in faults:
         kinds.setdefault(re.sub(r"\d+", "0", fault), []).append(fault)
@@ -68,7 +71,7 @@ def _shortened(faults: list[str]) -> Iterator[str]:
 
 
 def _unmatched(quant: QuantConfig, names: list[str]) -> Iterator[str]:
-    """A fault for each override whose pattern matches no linear."""
+    """Yield a fault for each override whose pattern matches no linear."""
     for pattern in quant.overrides:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = get_close_matches(pattern, names, n=1, cutoff=0.0)

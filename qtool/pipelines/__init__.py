@@ -2,5 +2,5 @@
 
 A pipeline reads a recipe, calls the rooms below in order, and writes the output folder; it computes nothing itself.
 May import everything but ``cli`` and ``sweeps``.
-Begin with ``quantize.py``, the main job; ``run_state.py`` is what lets a killed run go on.
+Begin with ``quantize.py``, the main job; ``run_state.py`` describes the folder from which a killed run continues.
 """

@@ -1,4 +1,7 @@
-"""Checks of a run before its long work: what is refused without the model, and exports that cannot be."""
+"""Checks before the long work of a run: those that need no model, and those of the exports that a recipe asks for.
+
+A fault of the recipe is reported before the model is quantized, not after hours of work.
+"""
 
 from collections import Counter
 
@@ -19,13 +22,14 @@ from qtool.training import sharding
 
 
 def check_early(recipe: Recipe) -> None:
-    """Refuse what can be refused without the model.
+    """Check everything in a recipe that can be checked without the model.
 
     Raises:
-        InputError: processes, data, tasks or folders that cannot be used.
+        InputError: the number of processes, the data, a task or a folder cannot be used.
     """
     if distributed.world_size() > 1 and not load_method(recipe.method.name).end_to_end(recipe.method):
-        raise InputError(f"method {recipe.method.name} runs in one process, and there are {distributed.world_size()}")
+        count = distributed.world_size()
+        raise InputError(f"method {recipe.method.name} runs in one process, but {count} were started")
     if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
         NativeCheckpoint(resolve(recipe.method.init_from, key="method.init_from"))
     for section in (recipe.method, *dict(recipe.method).values()):
@@ -40,31 +44,31 @@ def check_early(recipe: Recipe) -> None:
     paths = [recipe.output.path, *(entry.path for entry in recipe.export)]
     for path, count in Counter(path.absolute() for path in paths).items():
         if count > 1:
-            raise InputError(f"{path} is named {count} times as an output folder; give each its own")
+            raise InputError(f"{path} is named {count} times as an output folder; give each output a folder of its own")
     for entry in recipe.export:
         output_folder.check_folder(entry.path, overwrite=recipe.output.overwrite, source=recipe.output.path)
 
 
 def needs_text(recipe: Recipe) -> bool:
-    """Return whether calibration text is read: by the method, or to choose widths."""
+    """Return whether a run reads calibration text, for its method or to choose bit widths."""
     return load_method(recipe.method.name).needs_data(recipe.method) or recipe.quant.budget is not None
 
 
 def check_exports(recipe: Recipe, planned: NativeCheckpoint) -> None:
-    """Refuse an export of the recipe that cannot hold the checkpoint that it is about to make.
+    """Check that every export of a recipe can hold the checkpoint ``planned``.
 
     Raises:
-        InputError: with the reason.
+        InputError: an export cannot hold it, with the reason.
     """
     for entry in recipe.export:
         check_export(planned, entry, recipe.model.path)
 
 
 def check_export(source: NativeCheckpoint, entry: ExportConfig, what: str) -> None:
-    """Refuse an export of ``source``, called ``what``, that cannot be.
+    """Check that an export can hold the checkpoint ``source``; ``what`` names the checkpoint in the message.
 
     Raises:
-        InputError: with the reason.
+        InputError: the export cannot hold it, with the reason.
     """
     reason = _base.refusal(entry.format, source, entry)
     if reason is not None:

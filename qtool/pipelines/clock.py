@@ -1,4 +1,8 @@
-"""How long each phase of a run took, and the most memory that the process had held by its end."""
+"""The time of each phase of a run, and the peak memory of the process at the end of each phase.
+
+Peaks are of the process since its start, not of the phase alone: to reset them would hide the earlier peaks from anyone
+who measures the process from outside.
+"""
 
 import time
 from collections.abc import Iterator
@@ -11,11 +15,7 @@ from qtool.system import memory, progress
 
 @dataclass
 class PhaseTimer:
-    """Wall time by phase, and peaks of memory.
-
-    A peak is that of the process so far and not of the phase: forgetting the earlier ones would hide them from whoever
-    measures the process from outside.
-    """
+    """The wall time of each phase, and the peak memory at its end."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -24,18 +24,18 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str, title: str) -> Iterator[None]:
-        """Run the block as the phase ``name``, shown as ``title``."""
+        """Time the ``with`` block as the phase ``name``, and show it as ``title``."""
         start = time.perf_counter()
         with progress.stage(title):
             yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
         peaks = (self.peak_bytes, memory.peak_memory_bytes()), (self.peak_gpu_bytes, memory.peak_gpu_bytes())
         for found, peak in peaks:
-            if peak:  # 0: there is none, or the system does not tell
-                found[name] = max([peak, *found.values()])  # Linux counts pages a little late
+            if peak:  # 0: no GPU, or the system does not report a peak
+                found[name] = max([peak, *found.values()])  # Linux counts pages late: a later reading may be lower
 
     def measured(self) -> dict[str, Any]:
-        """The fields of a report."""
+        """Return the fields of a report that this timer fills."""
         return {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "peak_gpu_bytes": self.peak_gpu_bytes}
 
     @property

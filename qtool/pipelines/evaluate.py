@@ -1,9 +1,7 @@
-"""``qtool eval``: a model of any kind measured, beside the float model that it was made from."""
+"""``qtool eval``: measure a native, exported or plain model, and beside it the float model that it was made from."""
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import transformers
 
 from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import NativeCheckpoint
@@ -17,16 +15,19 @@ from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.manifest import Manifest, read_manifest
-from qtool.pipelines.outcome import Outcome, described, dtype_name
+from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
 from qtool.reports.records import beside_published
 from qtool.reports.report import Report
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.tensors import dtype_name
 
 
+@without_progress_bars()
 def evaluate(
     model: ModelConfig,
     config: EvalConfig,
@@ -37,16 +38,15 @@ def evaluate(
     expected: Sequence[ExpectedConfig] = (),
     plots: bool = False,
 ) -> Outcome:
-    """Measure a native, exported or plain model; beside it its float model, where that is known and there.
+    """Measure a native, exported or plain model, and beside it its float model, if that is known and available.
 
-    Published numbers are those ``expected``, or else those that the recipe of a native checkpoint names.
-    With ``plots`` the figures of the report are also written as files.
+    ``expected`` are published numbers to compare with; by default those in the recipe of a native checkpoint. With
+    ``plots`` the figures of the report are also written as files.
 
     Raises:
-        InputError: a task, model or output folder that cannot be used.
+        InputError: a task, the model or the output folder cannot be used.
     """
-    transformers.logging.disable_progress_bar()
-    clock = PhaseTimer()
+    timer = PhaseTimer()
     tasks.check_tasks(config)
     folder = resolve(model.path, key="TARGET")
     if output is not None:
@@ -56,10 +56,10 @@ def evaluate(
             raise InputError(f"{output} cannot be the folder of the report: {error.strerror}") from None
     manifest = read_manifest(folder)
     origin = float_model or (manifest.recorded.model.path if manifest else None)
-    with clock.phase("load", f"loading {model.path}"):
+    with timer.phase("load", f"loading {model.path}"):
         loaded = load_exported(model) or load_model(model, quantized=True)
         reference = _reference(origin, model, required=float_model is not None)
-    with clock.phase("eval", "evaluating"):
+    with timer.phase("eval", "evaluating"):
         results = tasks.evaluate(loaded, config, reference, seed, _seen(manifest, loaded, config))
     report = _report(model.path, folder, origin, manifest, loaded)
     published = expected or (manifest.recorded.expected if manifest else ())
@@ -70,15 +70,15 @@ def evaluate(
         "backend": config.backend if packed_linears(loaded.model) else None,
         "seed": seed,
     }
-    report = report.model_copy(update=measured | clock.measured())
+    report = report.model_copy(update=measured | timer.measured())
     if output is not None:
         report.write(output)
         html.write(output, report, plots)
-    return Outcome(output, report, [], clock.total)
+    return Outcome(output, report, [], timer.total)
 
 
 def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | None, loaded: LoadedModel) -> Report:
-    """A report of the model at ``path`` before it is measured; ``origin`` is the float model that it was made from."""
+    """Return the report of the model at ``path``, before it is measured; ``origin`` is its float model."""
     dtype, device = dtype_name(loaded.dtype), str(loaded.device)
     if manifest is None:
         known = {} if origin is None else {"quantized": path, "quantized_bytes": files.folder_bytes(folder)}
@@ -101,7 +101,7 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
 
 
 def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) -> CalibrationSeen | None:
-    """The text that a checkpoint was calibrated on, read again where that is cheap and gives the same tokens."""
+    """Return the calibration text of a checkpoint; without tokens, if reading it again is costly or gives others."""
     if manifest is None or manifest.data is None or not set(config.tasks) & set(tasks.OWN_TASKS):
         return None
     recorded = manifest.recorded.data
@@ -110,7 +110,7 @@ def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) ->
     try:
         text = windows.calibration(recorded, loaded, manifest.seed)
         if windows.token_hash(*text) != manifest.data.sha256:
-            raise InputError(f"{recorded.source} has changed since")
+            raise InputError(f"{recorded.source} has changed since the checkpoint was made")
     except InputError as error:
         progress.note(f"the overlap with the calibration text is not measured: {error}")
         return CalibrationSeen(recorded.source, None)
@@ -118,7 +118,7 @@ def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) ->
 
 
 def _reference(path: str | None, model: ModelConfig, *, required: bool) -> LoadedModel | None:
-    """The float model, or ``None`` and a note when a manifest names one that is not there any more."""
+    """Return the float model; ``None`` and a note if it is not ``required`` and cannot be loaded."""
     if path is None:
         return None
     try:

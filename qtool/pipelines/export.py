@@ -1,4 +1,4 @@
-"""``qtool export``: one checkpoint in the format of another engine, read back before it gets its name."""
+"""``qtool export``: write a checkpoint in the format of another engine, and read it back before it gets its name."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ from qtool.system import progress
 
 
 def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
-    """Write one export of a native checkpoint, read back and compared before it gets its name.
+    """Export the native checkpoint in ``folder``; return the folder of the export.
 
     Raises:
-        InputError: not a native checkpoint, or one that the format cannot hold exactly.
-        RunError: what was read back differs.
+        InputError: ``folder`` is no native checkpoint, or the format cannot hold it exactly.
+        RunError: the export, read back, differs from the checkpoint.
     """
     return Path(write_export(folder, config, overwrite).path)
 
 
 def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
-    """Write one export; returns what a report says of it."""
+    """Like ``export``; return the record of a report."""
     source, manifest = NativeCheckpoint(folder), read_manifest(folder)
     exporter = _base.get(config.format)
     check_export(source, config, str(folder))

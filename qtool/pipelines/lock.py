@@ -1,4 +1,9 @@
-"""The lock of a run: everything that the bytes of its result depend on."""
+"""The lock of a run: everything that the bytes of its result depend on.
+
+These are the recipe's keys that change a bit, the hashes of the model's files, the versions of the software, the CPU,
+and the numbers of threads and processes. A run continues only under the lock that it was begun with, and ``qtool
+reproduce`` compares two locks to explain why bytes differ.
+"""
 
 import json
 from collections.abc import Collection, Iterator
@@ -15,13 +20,14 @@ from qtool.reports.records import Lock
 from qtool.system import distributed
 from qtool.system.environment import environment, processor
 
+# files of a float model whose hashes are in the lock
 LOCKED_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.model", "vocab*", "merges*")
-LOCKED_PACKAGES = ("qtool", "torch", "transformers", "tokenizers")
-LOCKED_SECTIONS = ("model", "method", "quant", "data", "seed")
+LOCKED_PACKAGES = ("qtool", "torch", "transformers", "tokenizers")  # packages whose versions are in the lock
+LOCKED_SECTIONS = ("model", "method", "quant", "data", "seed")  # sections of a recipe that are in the lock
 
 
 def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = None) -> Lock:
-    """The lock of a run of ``recipe`` on the float model in ``folder``; ``model_files`` are its hashes, if known."""
+    """Return the lock of a run of ``recipe`` on the model in ``folder``; ``model_files``: its hashes, if known."""
     if model_files is None:
         check_files(folder)
     keys = _without(resolved(recipe), KEYS_WITHOUT_EFFECT)
@@ -38,7 +44,7 @@ def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = N
 
 
 def differences(before: Lock, now: Lock, without: Collection[str] = ()) -> list[str]:
-    """``dotted.key: before -> now`` for every value that differs, but for the keys ``without``."""
+    """Return ``dotted.key: before -> now`` for every value that differs, except for the keys ``without``."""
     old, new = (each.model_dump(mode="json", exclude=set(without)) for each in (before, now))
     return list(_differences(old, new))
 
@@ -57,5 +63,5 @@ def _short(value: JsonValue) -> str:
 
 
 def _without(keys: dict[str, JsonValue], names: Collection[str]) -> dict[str, JsonValue]:
-    """``keys`` without those called so, in sections inside it too."""
+    """Return ``keys`` without the keys called ``names``, in nested sections too."""
     return {k: _without(v, names) if isinstance(v, dict) else v for k, v in keys.items() if k not in names}

@@ -1,4 +1,9 @@
-"""The manifest of a checkpoint, ``qtool.json``: how it was made. Its presence means that the write finished."""
+"""The manifest of a checkpoint, ``qtool.json``: the recipe, the lock, the sizes and the hashes of its files.
+
+It is written last, so its presence means that the checkpoint is complete. ``qtool eval``, ``export``, ``verify`` and
+``reproduce`` read it. Recipes in manifests may name methods of other versions of qtool: ``recorded`` reads only the
+keys that every recipe has, ``recipe_again`` checks the whole recipe.
+"""
 
 import json
 from functools import cached_property
@@ -16,7 +21,7 @@ from qtool.system.errors import InputError
 
 
 class _Recorded(BaseModel):
-    """A part of a recorded recipe; keys that are not asked for here are kept as they are."""
+    """A part of a recorded recipe; keys without a field here are kept unchecked."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -34,7 +39,7 @@ class RecordedMethod(_Recorded):
 
 
 class RecordedRecipe(_Recorded):
-    """The keys of a recorded recipe that an evaluation or an export asks for, whatever method it names."""
+    """The keys of a recorded recipe that evaluations and exports read, the same for all methods."""
 
     model: RecordedModel
     method: RecordedMethod
@@ -45,17 +50,17 @@ class RecordedRecipe(_Recorded):
 class CalibrationTokens(_Recorded):
     """The calibration windows that a run used."""
 
-    tokens: tuple[int, int]  # their shape
-    sha256: str
+    tokens: tuple[int, int]  # their shape [n, t]
+    sha256: str  # of the tokens and labels
 
 
 class Manifest(BaseModel):
-    """How a checkpoint was made."""
+    """The content of ``qtool.json``."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", ignored_types=(cached_property,))
 
     format_version: int
-    recipe: dict[str, JsonValue]  # every key, with defaults filled in
+    recipe: dict[str, JsonValue]  # all keys, with defaults filled in
     seed: int
     data: CalibrationTokens | None
     label: str
@@ -67,34 +72,34 @@ class Manifest(BaseModel):
     seconds: dict[str, float]
     versions: dict[str, str]
     date: str
-    plan: BitPlan | None = None  # of a recipe with a budget
+    plan: BitPlan | None = None  # bit widths chosen for a budget, if the recipe has one
     command: str
     lock: Lock
     files: dict[str, str]  # SHA-256 of each safetensors file
 
     @cached_property
     def recorded(self) -> RecordedRecipe:
-        """The recorded recipe, read without the method that it names."""
+        """The recorded recipe, without the keys of its method."""
         return RecordedRecipe.model_validate(self.recipe)
 
     def recipe_again(self) -> Recipe:
-        """The recorded recipe, checked as a new one.
+        """Return the recorded recipe, checked like a new one.
 
         Raises:
-            InputError: this version of qtool does not take it.
+            InputError: this version of qtool does not accept it.
         """
         try:
             return Recipe.model_validate(self.recipe)
         except ValidationError as error:
-            raise InputError(f"the recipe in {MANIFEST} is not one of this version of qtool: {error}") from None
+            raise InputError(f"this version of qtool does not accept the recipe in {MANIFEST}: {error}") from None
 
     def write(self, folder: Path) -> None:
-        """Write ``qtool.json``."""
+        """Write ``qtool.json`` into ``folder``."""
         write_json(folder / MANIFEST, self.model_dump(mode="json", exclude=None if self.plan else {"plan"}))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; ``None`` where there is none, as in what ``save_pretrained`` wrote.
+    """Return the manifest of a folder; ``None`` if it has none, like a folder that ``save_pretrained`` wrote.
 
     Raises:
         InputError: the file is damaged.
@@ -106,6 +111,6 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
         _ = manifest.recorded
     except (OSError, ValueError) as error:
-        reason = f"{error.error_count()} faults in its keys" if isinstance(error, ValidationError) else repr(error)
+        reason = f"{error.error_count()} fault(s) in its keys" if isinstance(error, ValidationError) else repr(error)
         raise InputError(f"{file} is damaged ({reason}); remove it to use the folder without it") from None
     return manifest

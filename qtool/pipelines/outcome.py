@@ -1,9 +1,7 @@
-"""What a pipeline returns: the result's folder, the report, the exports, and the time taken."""
+"""The outcome that ``quantize`` and ``evaluate`` return, and the calibration text as reports describe it."""
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from qtool.config.sections import DataConfig
 from qtool.reports.records import CalibrationText
@@ -12,9 +10,9 @@ from qtool.reports.report import Report
 
 @dataclass
 class Outcome:
-    """What a command made: the folder of its result, the report, the exports, and how long it took."""
+    """The folder of a result, its report, its exports, and the time taken."""
 
-    path: Path | None
+    path: Path | None  # ``None``: nothing was written
     report: Report
     exports: list[Path]
     seconds: float
@@ -25,10 +23,5 @@ class Outcome:
 
 
 def described(config: DataConfig) -> CalibrationText:
-    """A data section as reports have it."""
+    """Return the record of a report for the section ``data`` of a recipe."""
     return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

@@ -1,6 +1,7 @@
-"""``qtool plan``: the bit widths that a budget comes to; and the plan that a run keeps."""
+"""``qtool plan``: the bit width of each group of linears, chosen for a budget; and the plan that a run keeps.
 
-import transformers
+A run keeps its plan in its folder, because a later start must use the same widths and need not measure again.
+"""
 
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.plan import BitPlan
@@ -10,17 +11,18 @@ from qtool.checkpoints.files import write_durably
 from qtool.config.recipe import Recipe
 from qtool.data import sources, windows
 from qtool.models.loading import load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.run_state import PLAN, RunState
 from qtool.system import distributed
 
 
+@without_progress_bars()
 def plan(recipe: Recipe) -> BitPlan:
-    """The widths that the budget of a recipe comes to, as a run of it would choose them. Nothing is written.
+    """Return the bit widths that a run of the recipe would choose for its budget. Nothing is written.
 
     Raises:
-        InputError: the recipe has no budget, or one that cannot be met.
+        InputError: the recipe has no budget, or the budget cannot be met.
     """
-    transformers.logging.disable_progress_bar()
     bit_plan.check(recipe.quant)
     sources.check_source(recipe.data)
     loaded = load_model(recipe.model)
@@ -31,7 +33,7 @@ def plan(recipe: Recipe) -> BitPlan:
 
 
 def kept_plan(recipe: Recipe, state: RunState, job: Job, units: list[Unit]) -> BitPlan:
-    """The plan of the earlier start of this run, or a new one, made by the first process and read by all."""
+    """Return the plan of an earlier start of this run, or a new one; the first process makes it, and all read it."""
     file = state.folder / PLAN
     if distributed.is_first() and not file.exists():
         made = bit_plan.plan(job, lambda: load_model(recipe.model), units, recipe.quant)

@@ -1,15 +1,14 @@
 """``qtool ptq|qat|efficientqat|lrqat``: recipe -> model -> text -> method -> checkpoint -> evaluation -> exports.
 
-Everything that can be refused is refused before the model is quantized. The checkpoint gets its name when it is whole;
-evaluation and exports come after, and a failure there loses nothing of it.
+``quantize`` is the table of contents; the functions after it are its steps, in order. Faults of the recipe are reported
+before the model is quantized, where that is possible. The checkpoint gets its name when it is complete; evaluation and
+exports come after that, so a failure there does not lose it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import transformers
 
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
@@ -27,13 +26,14 @@ from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.lock import lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest
-from qtool.pipelines.outcome import Outcome, described, dtype_name
+from qtool.pipelines.outcome import Outcome, described
 from qtool.pipelines.plan import kept_plan
 from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
@@ -43,61 +43,63 @@ from qtool.reports.records import Exported, beside_published
 from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
+from qtool.system.tensors import dtype_name
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run under way: its recipe and method, its folder, and how long it has taken."""
+    """The recipe of a run, its method, its folder, and its timer."""
 
     recipe: Recipe
     method: Method[MethodConfig]
     state: RunState
-    clock: PhaseTimer
+    timer: PhaseTimer
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the first block is quantized."""
+    """The job of a run, and the other facts that are known before the first block is quantized."""
 
     job: Job
-    quant: QuantConfig  # with the widths that a budget came to
+    quant: QuantConfig  # with the bit widths that were chosen for a budget
     text: Calibration | None
-    plan: BitPlan | None
+    plan: BitPlan | None  # bit widths chosen for a budget, if there is one
     specs: dict[str, QuantSpec]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each target
     linears: dict[str, tuple[int, int]]  # (out, in) of each linear of the blocks
     float_bytes: int
 
 
+@without_progress_bars()
 def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
-    """Run a recipe, or go on where an earlier start of it was stopped.
+    """Run a recipe, or continue an earlier start of it that was stopped.
 
-    ``fresh`` forgets an unfinished run. Of several processes the first one writes and evaluates; others get ``None``.
+    ``fresh`` removes an unfinished run first. Of several processes, the first writes and evaluates; the others return
+    ``None``.
 
     Raises:
-        InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
+        InputError: the recipe, the model or the data cannot be used; nothing was written.
         RunError: the run could not be finished.
     """
-    transformers.logging.disable_progress_bar()
-    clock = PhaseTimer()
+    timer = PhaseTimer()
     check_early(recipe)
-    with open_run(recipe, fresh, clock) as run:
+    with open_run(recipe, fresh, timer) as run:
         prepared = prepare(run)
         result = run_method(run, prepared)
         if not distributed.is_first():
             return None
         report = save(run, prepared, result)
         text = prepared.text
-        del prepared, result  # the model
-    report = evaluate(recipe, report, text, clock)
+        del prepared, result  # frees the model
+    report = evaluate(recipe, report, text, timer)
     _publish(recipe.output, report)
-    report = export_all(recipe, report, clock)
-    return Outcome(recipe.output.path, report, [Path(each.path) for each in report.exports], clock.total)
+    report = export_all(recipe, report, timer)
+    return Outcome(recipe.output.path, report, [Path(each.path) for each in report.exports], timer.total)
 
 
 @contextmanager
-def open_run(recipe: Recipe, fresh: bool, clock: PhaseTimer) -> Iterator[Run]:
-    """Take the folder of the run, begun anew or where an earlier start was stopped; its result gets its name last."""
+def open_run(recipe: Recipe, fresh: bool, timer: PhaseTimer) -> Iterator[Run]:
+    """Open the folder of a new or an unfinished run; after the ``with`` block the checkpoint gets its name."""
     method: Method[MethodConfig] = load_method(recipe.method.name)
     folder = resolve(recipe.model.path)
     distributed.start(choose_device(recipe.model.device))
@@ -111,28 +113,28 @@ def open_run(recipe: Recipe, fresh: bool, clock: PhaseTimer) -> Iterator[Run]:
         source=folder,
         end_to_end=method.end_to_end(recipe.method),
     ) as state:
-        yield Run(recipe, method, state, clock)
+        yield Run(recipe, method, state, timer)
 
 
 def prepare(run: Run) -> Prepared:
-    """Load the model, select and check its targets, refuse exports, read text and choose widths."""
-    recipe, quant, clock = run.recipe, run.recipe.quant, run.clock
-    with clock.phase("load", f"loading {recipe.model.path}"):
+    """Load the model, select its targets, check disk and exports, read calibration text and choose bit widths."""
+    recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
+    with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
         units = None if quant.budget is None else units_of(loaded, quant)
         targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
     shapes = {target.name: target.weight_shape for target in targets}
     specs = _specs(targets) if units is None else mixed(units)
-    float_bytes = _refuse_late_faults(recipe, loaded, specs, shapes)
+    float_bytes = _check_space_and_exports(recipe, loaded, specs, shapes)
     text = plan = None
     if needs_text(recipe):
-        with clock.phase("data", f"reading calibration text: {recipe.data.source}"):
+        with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
     tokens, labels = text or (None, None)
     job = Job(loaded, targets, tokens, labels, recipe.seed, workspace)
     if units is not None:
-        with clock.phase("allocate", "choosing widths"):
+        with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
         quant = plan.applied(quant)
         job = replace(job, targets=select_targets(loaded, quant))
@@ -143,26 +145,27 @@ def prepare(run: Run) -> Prepared:
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
+    """Return the grid of each target by name."""
     return {target.name: target.spec for target in targets}
 
 
-def _refuse_late_faults(
+def _check_space_and_exports(
     recipe: Recipe, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]
 ) -> int:
-    """Refuse a disk that is too full and exports that cannot be; returns the bytes of the float weights."""
+    """Check the space on disk and the exports; return the bytes of the float weights."""
     float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
-    output_folder.check_space(recipe.output.path, float_bytes)  # never more than the float model
+    output_folder.check_space(recipe.output.path, float_bytes)  # an upper bound of the checkpoint
     check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes))
     return float_bytes
 
 
 def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
-    """The calibration windows, made by the first process and read by all."""
+    """Return the calibration windows; the first process makes and keeps them, and all read them."""
     if distributed.is_first():
         if recipe.data.source != "generated":
             state.keep_tokens(*windows.calibration(recipe.data, loaded, recipe.seed))
         elif state.calibration() is None:
-            # to write text a model must be whole
+            # a streamed model cannot generate text
             state.keep_tokens(*windows.calibration(recipe.data, load_model(recipe.model), recipe.seed))
     distributed.barrier()
     text = state.calibration()
@@ -171,9 +174,9 @@ def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Ca
 
 
 def run_method(run: Run, prepared: Prepared) -> Result:
-    """Quantize the model of the job in place."""
+    """Let the method quantize the model of the job in place."""
     recipe, job = run.recipe, prepared.job
-    with run.clock.phase("quantize", f"{recipe.method.name}, {grids_label(prepared.specs)}"):
+    with run.timer.phase("quantize", f"quantizing with {recipe.method.name}, {grids_label(prepared.specs)}"):
         result = run.method.run(job, recipe.method)
     distributed.finish()
     if distributed.is_first():
@@ -184,13 +187,13 @@ def run_method(run: Run, prepared: Prepared) -> Result:
 
 
 def save(run: Run, prepared: Prepared, result: Result) -> Report:
-    """Write the checkpoint with its manifest and model card."""
+    """Write the checkpoint, its manifest and its model card; return the report without an evaluation."""
     recipe, state, loaded = run.recipe, run.state, prepared.job.loaded
-    with run.clock.phase("save", f"writing {recipe.output.path}"):
+    with run.timer.phase("save", f"writing {recipe.output.path}"):
         errors = result.weight_errors
         if state.end_to_end:
             errors = weights.weight_errors(loaded, recipe.model, prepared.quant)
-            output_folder.clear(state.model)  # all is in memory; what is there is of a run that was killed here
+            output_folder.clear(state.model)  # files of an earlier start, which was killed while it wrote them
         native.save(state.model, loaded, prepared.specs)
         report = _report(run, prepared, result, errors)
         _manifest(run, prepared, report, errors).write(state.model)
@@ -199,7 +202,7 @@ def save(run: Run, prepared: Prepared, result: Result) -> Report:
 
 
 def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
-    """The report before anything is evaluated."""
+    """Return the report before anything is evaluated."""
     recipe, loaded = run.recipe, prepared.job.loaded
     return Report(
         model=recipe.model.path,
@@ -217,11 +220,12 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
         series=result.series,
         lock=run.state.lock,
-        **run.clock.measured(),
+        **run.timer.measured(),
     )
 
 
 def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[str, float]) -> Manifest:
+    """Return the manifest of the checkpoint, whose files have been written."""
     text = prepared.text
     tokens = None if text is None else CalibrationTokens(tokens=text.tokens.shape, sha256=windows.token_hash(*text))
     assert report.label is not None
@@ -247,34 +251,34 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
     )
 
 
-def evaluate(recipe: Recipe, report: Report, text: Calibration | None, clock: PhaseTimer) -> Report:
-    """The report with what the recipe has measured, on the checkpoint as it was written."""
+def evaluate(recipe: Recipe, report: Report, text: Calibration | None, timer: PhaseTimer) -> Report:
+    """Measure the written checkpoint with the tasks of the recipe, if any; return the report with the results."""
     if recipe.eval is not None:
-        progress.note(f"{recipe.output.path} is complete; what follows reads it")
-        with clock.phase("eval", "evaluating"):
+        progress.note(f"{recipe.output.path} is complete; it is evaluated next")
+        with timer.phase("eval", "evaluating"):
             written = load_model(recipe.model.model_copy(update={"path": str(recipe.output.path)}), quantized=True)
             reference = load_model(recipe.model)
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen)
         found = {"results": tuple(results), "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
-    return report.model_copy(update=clock.measured())
+    return report.model_copy(update=timer.measured())
 
 
-def export_all(recipe: Recipe, report: Report, clock: PhaseTimer) -> Report:
-    """Write every export of the recipe; the report that names them takes the place of the one before."""
+def export_all(recipe: Recipe, report: Report, timer: PhaseTimer) -> Report:
+    """Write every export of the recipe; return the report with the exports, which replaces the earlier one on disk."""
     exports: list[Exported] = []
     for entry in recipe.export:
-        with clock.phase(f"export {entry.format}", f"exporting {entry.format}"):
+        with timer.phase(f"export {entry.format}", f"exporting {entry.format}"):
             exports.append(write_export(recipe.output.path, entry, recipe.output.overwrite))
     if exports:
-        report = report.model_copy(update={"exports": tuple(exports), **clock.measured()})
+        report = report.model_copy(update={"exports": tuple(exports), **timer.measured()})
         _publish(recipe.output, report)
     return report
 
 
 def _publish(output: OutputConfig, report: Report) -> None:
-    """Write the report in all its forms into the folder of a checkpoint."""
+    """Write the report, the model card and the HTML page into the folder of the checkpoint."""
     report.write(output.path)
     model_card.write(output.path, report, MANIFEST)
     html.write(output.path, report, output.plots)

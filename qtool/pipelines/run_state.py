@@ -1,15 +1,16 @@
-"""A run that can be killed at any moment: ``<output>.partial`` holds what is done, and the same command goes on.
+"""The folder of a run, ``<output>.partial``: a run may be killed at any moment, and the same command continues it.
 
+    <output>.partial/busy                    lock file: held by the process that writes the folder
     <output>.partial/state/lock.json         what the result depends on: recipe, model files, versions, threads
-    <output>.partial/state/block-00003.json  figures of a finished block and the SHA-256 of its shard
-    <output>.partial/state/tokens.safetensors
-    <output>.partial/state/plan.json         the widths that a budget came to
-    <output>.partial/state/blocks/           shards of finished blocks that a later phase of the run goes on with
-    <output>.partial/state/<phase>/          what a training of the whole model has reached, of a split one by process
-    <output>.partial/model/                  becomes <output>: one shard for each finished block, and at last the rest
+    <output>.partial/state/tokens.safetensors  calibration windows, and which of their tokens are learned
+    <output>.partial/state/plan.json         bit widths chosen for a budget
+    <output>.partial/state/block-00003.json  figures and weight errors of a finished block, SHA-256 of its shard
+    <output>.partial/state/blocks/           shards of finished blocks, if the method then trains the whole model
+    <output>.partial/state/<phase>/          state of such a training, one file per process if the model is sharded
+    <output>.partial/model/                  becomes <output>: one shard for each finished block, the other tensors last
 
-A block counts as done when its ``.json`` is there, which is written after its shard is on the disk. A run with another
-lock is refused with the difference. ``model`` is renamed last, so nothing unfinished ever has the final name.
+A block is finished when its ``.json`` exists, which is written after its shard is on disk. A run with another lock is
+refused, and the message lists the differences. ``model`` is renamed last, so nothing unfinished has the final name.
 """
 
 import shutil
@@ -28,15 +29,15 @@ from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
 from qtool.reports.records import Lock, Number
 from qtool.system import distributed, progress
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 from qtool.system.locks import hold
 from qtool.training.end_to_end import TRAINING
 
-PLAN = "plan.json"
+PLAN = "plan.json"  # name of the file with the bit widths
 
 
 class BlockRecord(BaseModel):
-    """``block-00003.json``: a finished block."""
+    """The content of ``block-00003.json``, the record of a finished block."""
 
     sha256: str  # of its shard
     figures: dict[str, Number]
@@ -45,45 +46,45 @@ class BlockRecord(BaseModel):
 
 @dataclass
 class RunState:
-    """The folder of a run and what lies in it."""
+    """The folder of a run and its files."""
 
     partial: Path
     lock: Lock
-    end_to_end: bool = False  # if set, finished blocks are an intermediate that a later phase goes on with
+    end_to_end: bool = False  # True if the method trains the whole model after its blocks are finished
 
     @property
     def folder(self) -> Path:
-        """Where the run puts its own files."""
+        """The folder of the run's own files."""
         return self.partial / "state"
 
     @property
     def model(self) -> Path:
-        """What becomes the checkpoint."""
+        """The folder that becomes the checkpoint."""
         return self.partial / "model"
 
     @property
     def blocks(self) -> Path:
-        """Where finished blocks are."""
+        """The folder of the shards of finished blocks."""
         return self.folder / "blocks" if self.end_to_end else self.model
 
     @property
     def begun(self) -> bool:
-        """True if anything is done that another start can go on from."""
+        """True if a later start would find anything to continue from."""
         return any(any(self.folder.glob(made)) for made in ("block-*.json", f"*/{TRAINING}", PLAN))
 
     def record_file(self, index: int) -> Path:
-        """The file whose presence says that a block is done."""
+        """Return the path of the record of a block; the block is finished if the file exists."""
         return self.folder / f"block-{index:05d}.json"
 
     def record(self, index: int) -> BlockRecord | None:
-        """The record of a block; ``None`` when it is not done."""
+        """Return the record of a block; ``None`` if the block is not finished."""
         try:
             return BlockRecord.model_validate_json(self.record_file(index).read_bytes())
         except (OSError, ValueError):
             return None
 
     def calibration(self) -> Calibration | None:
-        """The calibration windows of the earlier start of this run."""
+        """Return the calibration windows that an earlier start of this run kept, or ``None``."""
         file = self.folder / "tokens.safetensors"
         if not file.exists():
             return None
@@ -91,10 +92,10 @@ class RunState:
         return Calibration(kept.tensor("tokens"), kept.tensor("labels") if "labels" in kept.names else None)
 
     def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:
-        """Keep the calibration windows, and which of their tokens are learned.
+        """Keep the calibration windows and their labels.
 
         Raises:
-            InputError: they are not those of the earlier start: its text has changed since.
+            InputError: an earlier start kept other windows: the calibration text has changed since.
         """
         before = self.calibration()
         if before is None:
@@ -111,14 +112,14 @@ class RunState:
 def run_state(
     path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: Path, end_to_end: bool = False
 ) -> Iterator[RunState]:
-    """Begin or go on with the run that writes ``path``; at the end its checkpoint gets that name.
+    """Begin the run that writes ``path``, or continue it; after the ``with`` block the checkpoint gets that name.
 
-    Of several processes only the first one does so; the others get a state to read.
+    Of several processes only the first writes; the others get a state to read.
 
     Raises:
-        InputError: ``path`` may not be written, an unfinished run there has another lock (``fresh`` removes it), or
-            another process works on it.
-        RunError: the disk is full or fails; what is done stays.
+        InputError: ``path`` may not be written, an unfinished run there has another lock (``fresh`` removes that run),
+            or another process writes there.
+        RunError: the disk is full or fails; finished blocks are kept.
     """
     check_folder(path, overwrite=overwrite, source=source)
     partial = path.with_name(f"{path.name}.partial")
@@ -146,31 +147,25 @@ def run_state(
         raise _stopped(path, partial, error) from error
     except BaseException:
         if begun and not state.begun:
-            shutil.rmtree(partial, ignore_errors=True)  # nothing is lost
+            shutil.rmtree(partial, ignore_errors=True)  # there is nothing to continue from
         raise
     finally:
         busy.release()
 
 
 def _stopped(path: Path, partial: Path, error: Exception) -> RunError:
-    return RunError(f"{failed(path, error)}; {partial} holds what is done, and the same command goes on")
+    return RunError(f"{failed(path, error)}; {partial} holds what is done; run the same command again to continue")
 
 
 def _begin(state: RunState, fresh: bool) -> None:
+    """Make the folders of a new run, or check that an unfinished run has the same lock."""
     file = state.folder / "lock.json"
     before = None if fresh else read_lock(state.partial)
-    if before is None and file.exists() and not fresh:
-        progress.note(f"{file} is damaged; starting over")
     if before is not None:
-        changes = differences(before, state.lock)
-        if changes:
-            raise InputError(
-                "\n  ".join([f"{state.partial} was begun by another run; pass --fresh to start over:", *changes])
-            )
-        count = len(list(state.folder.glob("block-*.json")))
-        trained = "".join(f", {file.parent.name} has begun" for file in sorted(state.folder.glob(f"*/{TRAINING}")))
-        progress.note(f"going on with {state.partial}: {count} block(s) are done{trained}")
+        _continue(state, before)
         return
+    if file.exists() and not fresh:
+        progress.note(f"{file} is damaged; the run starts over")
     shutil.rmtree(state.folder, ignore_errors=True)
     shutil.rmtree(state.model, ignore_errors=True)
     state.folder.mkdir()
@@ -179,8 +174,19 @@ def _begin(state: RunState, fresh: bool) -> None:
     write_durably(file, state.lock.model_dump(mode="json"))
 
 
+def _continue(state: RunState, before: Lock) -> None:
+    """Check that the lock ``before`` of an unfinished run is the lock of this run, and say what is finished."""
+    if changes := differences(before, state.lock):
+        head = f"{state.partial} holds an unfinished run that differs from this one; pass --fresh to start over:"
+        raise InputError(listing(head, changes))
+    count = len(list(state.folder.glob("block-*.json")))
+    trainings = sorted(state.folder.glob(f"*/{TRAINING}"))
+    begun = "".join(f", and training phase {file.parent.name} has begun" for file in trainings)
+    progress.note(f"continuing the run in {state.partial}: {count} block(s) are finished{begun}")
+
+
 def read_lock(partial: Path) -> Lock | None:
-    """The lock that an unfinished run was begun with; ``None`` where there is none, or it is damaged."""
+    """Return the lock that an unfinished run was begun with; ``None`` if there is none, or it is damaged."""
     try:
         return Lock.model_validate_json((partial / "state" / "lock.json").read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""``qtool verify``: whether a checkpoint's files are what its manifest says."""
+"""``qtool verify``: compare the files of a checkpoint with its manifest."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from qtool.checkpoints.files import file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.pipelines.manifest import Manifest, read_manifest
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 
 
 class Verified(NamedTuple):
-    """The counts of what was checked."""
+    """The counts of verified files and linears, and the bits per weight."""
 
     files: int
     linears: int
@@ -19,11 +19,11 @@ class Verified(NamedTuple):
 
 
 def verify(folder: Path) -> Verified:
-    """Hash every safetensors file again and compare what the manifest says with what the tensors are.
+    """Compare the hash of every safetensors file, the codes and the bits per weight with the manifest.
 
     Raises:
-        InputError: no checkpoint of ours with a manifest that names its files.
-        RunError: naming everything that differs.
+        InputError: the folder has no checkpoint of qtool, or no manifest.
+        RunError: something differs; the message names all differences.
     """
     source, manifest = open_checkpoint(folder)
     found = file_hashes(folder, "*.safetensors")
@@ -35,25 +35,27 @@ def verify(folder: Path) -> Verified:
     faults += [f"{name} is not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
     if not faults:
         for name in source.specs:
-            source.quantized(name)  # refuses what does not fit its grid
+            source.quantized(name)  # refuses codes that do not fit their grid
         bits = bits_per_weight(source.specs, source.shapes)
         if bits != manifest.bits_per_weight:
-            faults.append(f"it has {bits} bits per weight, and the manifest says {manifest.bits_per_weight}")
+            faults.append(f"it has {bits} bits per weight, but the manifest says {manifest.bits_per_weight}")
     if faults:
-        raise RunError("\n  ".join([f"{folder} is not as it was written:", *faults]))
+        raise RunError(listing(f"{folder} has changed since it was written:", faults))
     return Verified(len(found), len(source.specs), manifest.bits_per_weight)
 
 
 def open_checkpoint(folder: Path) -> tuple[NativeCheckpoint, Manifest]:
-    """A native checkpoint and its manifest.
+    """Open a native checkpoint, and read its manifest.
 
     Raises:
         InputError: there is no such folder, or it has no manifest.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one that qtool wrote")
+        raise InputError(f"{folder} is not a folder; give a folder that qtool wrote")
     source = NativeCheckpoint(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise InputError(f"{folder} has no {MANIFEST} that lists its files; only what qtool wrote itself has one")
+        raise InputError(
+            f"{folder} has no {MANIFEST}, which lists its files; a run of qtool writes one, save_pretrained does not"
+        )
     return source, manifest

@@ -1,4 +1,7 @@
-"""The workspace of a run: finished blocks, the state of training phases, and scratch space, below its folder."""
+"""The workspace of a run: finished blocks, training states and hidden states, in the folder of the run.
+
+This is the ``Workspace`` that a method sees (``blocks/job.py``); ``run_state.py`` has the layout of the folder.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,26 +34,26 @@ class RunWorkspace:
         return self.state.partial.with_name(f"{self.state.partial.name.removesuffix('.partial')}.logs")
 
     def phase(self, name: str) -> Path:
-        """The folder of a training phase."""
+        """Return the folder of the state of the training phase ``name``."""
         return self.state.folder / name
 
     def _shard(self, index: int) -> Path:
         return self.state.blocks / shard_name(index + 1, len(self.loaded.blocks()))
 
     def read(self, index: int) -> FinishedBlock | None:
-        """Return a finished block; ``None`` when it is not done, or its shard is damaged."""
+        """Return a finished block; ``None`` if it is not finished, or its shard is damaged."""
         record = self.state.record(index)
         if record is None:
             return None
         shard = self._shard(index)
         if file_hashes(shard.parent, shard.name) != {shard.name: record.sha256}:
-            progress.note(f"{shard} is not what was written; block {index} is done again")
+            progress.note(f"{shard} has changed since it was written; block {index} is quantized again")
             return None
         files = SafetensorsFolder(shard.parent, shard.name)
         return FinishedBlock({name: files.tensor(name) for name in files.names}, record.figures, record.weight_errors)
 
     def write(self, index: int, block: FinishedBlock) -> None:
-        """Keep a finished block. Of several processes the first one does, and all go on when it has."""
+        """Keep a finished block. Of several processes the first one writes, and the others wait for it."""
         if distributed.is_first():
             shard = self._shard(index)
             write_shard(as_stored(block.tensors, packed_linears(self.loaded.model), self.loaded), shard)

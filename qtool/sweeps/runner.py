@@ -17,14 +17,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
-
 from qtool.checkpoints.output_folder import check_folder
 from qtool.config.sections import ModelConfig
 from qtool.config.sweep import BenchConfig
 from qtool.models.folders import resolve
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early
 from qtool.pipelines.lock import lock_of
@@ -64,13 +63,13 @@ class SweepOutcome:
     seconds: float
 
 
+@without_progress_bars()
 def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> SweepOutcome:
     """Run the cells that are not done yet, ``jobs`` at once, and write the table; ``fresh`` runs all cells anew.
 
     Raises:
         InputError: A model, data, a task, a folder or the launcher of any cell cannot be used; nothing was run.
     """
-    transformers.logging.disable_progress_bar()
     started = time.perf_counter()
     sweep.config.launcher.check()
     with _alone(sweep.output):

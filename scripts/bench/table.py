@@ -25,7 +25,7 @@ from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import DataConfig, MethodConfig, ModelConfig
 from qtool.config.yaml_loader import parse
-from qtool.data.windows import calibration_tokens, perplexity_windows
+from qtool.data.windows import calibration, perplexity_windows
 from qtool.evaluation.perplexity import score_windows
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
@@ -114,7 +114,7 @@ def main() -> None:
     cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
     grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
     text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)
-    tokens = calibration_tokens(text, float_model(), 0)
+    tokens = calibration(text, float_model(), 0).tokens
     for method in names:
         section(method)  # find faults before hours of work
     for grid in ["-", *grids]:

@@ -160,7 +160,7 @@ def test_the_quantized_stream_is_the_same_beside_a_float_stream(loaded: LoadedMo
 
 
 def test_a_float_stream_without_stages_is_our_mistake(llama: LoadedModel, tokens: Tensor) -> None:
-    with pytest.raises(AssertionError, match="hands its outputs over"):
+    with pytest.raises(AssertionError, match="sets the float outputs of each task"):
         run_blocks(Job.select(llama, W2, tokens), pack_all, float_stream=True)
 
 
@@ -258,7 +258,7 @@ def test_a_method_that_leaves_a_target_is_caught(llama: LoadedModel, tokens: Ten
         for target in task.targets[:-1]:
             task.pack(target, nearest(target))
 
-    with pytest.raises(AssertionError, match=r"left these as they were: \['model\.layers\.0\.mlp\.down_proj'\]"):
+    with pytest.raises(AssertionError, match=r"left these targets unquantized: \['model\.layers\.0\.mlp\.down_proj'\]"):
         run_blocks(Job.select(llama, W2, tokens), leave_the_last)
 
 

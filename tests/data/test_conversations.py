@@ -250,7 +250,7 @@ def test_a_local_file_of_conversations_is_packed_and_its_order_fixed_by_the_seed
     order = [first.tokens.tolist().index(row) for row in other.tokens.tolist()]
     assert other.labels is not None
     assert torch.equal(first.labels[order], other.labels)
-    assert torch.equal(windows.calibration_tokens(config(path), loaded, 0), first.tokens)
+    assert torch.equal(windows.calibration(config(path), loaded, 0).tokens, first.tokens)
 
 
 def test_parquet_gives_the_same_conversations(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_redpajama_is_a_fair_sample_from_its_beginning(
     for name in ("arxiv", "wikipedia"):
         rows = [{"text": f"{name} {i}. {TEXT}", "meta": {name: i}} for i in range(20)]
         write(hub / f"togethercomputer/RedPajama-Data-1T-Sample/{name}_sample.jsonl", rows)
-    tokens = windows.calibration_tokens(DataConfig(source="redpajama", num_samples=10, seq_len=32), loaded, 0)
+    tokens = windows.calibration(DataConfig(source="redpajama", num_samples=10, seq_len=32), loaded, 0).tokens
     text = loaded.tokenizer.decode(tokens.flatten())
     assert "arxiv" in text
     assert "wikipedia" in text
@@ -90,7 +90,7 @@ def test_text_in_the_data_folder_comes_first(
     assert not sources.is_local(config)
     write(tmp_path / name / "train.jsonl", [{"text": TEXT}] * 20)
     assert sources.is_local(config)
-    assert windows.calibration_tokens(config, loaded, 0).shape == (4, 16)
+    assert windows.calibration(config, loaded, 0).tokens.shape == (4, 16)
 
 
 @pytest.mark.parametrize("name", sorted(sources.SOURCES))

@@ -45,7 +45,7 @@ def test_an_array_is_used_exactly_and_in_its_order_whatever_the_seed(
 @pytest.mark.parametrize("name", ["tokens", "anything"])
 def test_safetensors_hold_tokens_under_their_name_or_alone(loaded: LoadedModel, tmp_path: Path, name: str) -> None:
     save_file({name: TOKENS.int()}, tmp_path / "a.safetensors")
-    assert torch.equal(windows.calibration_tokens(config(tmp_path / "a.safetensors"), loaded, 0), TOKENS)
+    assert torch.equal(windows.calibration(config(tmp_path / "a.safetensors"), loaded, 0).tokens, TOKENS)
 
 
 def test_safetensors_may_hold_labels(loaded: LoadedModel, tmp_path: Path) -> None:

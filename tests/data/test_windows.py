@@ -64,13 +64,13 @@ def flat(loaded: LoadedModel, *documents: str) -> list[int]:
 def test_windows_are_consecutive_disjoint_and_shuffled_only_in_order(loaded: LoadedModel, tmp_path: Path) -> None:
     documents = [ENGLISH * (i + 1) + str(i) for i in range(8)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents])
-    windows = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=0)
+    windows = calibration_windows.calibration(config(path, 6, 32), loaded, seed=0).tokens
     assert windows.dtype == torch.int64
     expected = torch.tensor(flat(loaded, *documents)[: 6 * 32]).view(6, 32)
     assert sorted(windows.tolist()) == sorted(expected.tolist())
     assert windows.tolist() != expected.tolist()
-    again = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=0)
-    other = calibration_windows.calibration_tokens(config(path, 6, 32), loaded, seed=1)
+    again = calibration_windows.calibration(config(path, 6, 32), loaded, seed=0).tokens
+    other = calibration_windows.calibration(config(path, 6, 32), loaded, seed=1).tokens
     assert torch.equal(windows, again)
     assert not torch.equal(windows, other)
     assert sorted(windows.tolist()) == sorted(other.tolist())
@@ -86,7 +86,7 @@ def beginning(loaded: LoadedModel) -> LoadedModel:
 
 def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginning: LoadedModel, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three four"}] * 8)
-    tokens = calibration_windows.calibration_tokens(config(path, 1, 16), beginning, seed=0)[0].tolist()
+    tokens = calibration_windows.calibration(config(path, 1, 16), beginning, seed=0).tokens[0].tolist()
     assert tokens[0] == 1
     assert tokens.count(1) > 1
     assert beginning.tokenizer.eos_token_id not in tokens
@@ -97,7 +97,7 @@ def test_joined_rows_begin_once(beginning: LoadedModel, tmp_path: Path, monkeypa
     monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)
     (tmp_path / "wikitext2").mkdir()
     write_jsonl(tmp_path / "wikitext2/train.jsonl", [{"text": ENGLISH}] * 20)
-    tokens = calibration_windows.calibration_tokens(config("wikitext2", 4, 32), beginning, seed=0)
+    tokens = calibration_windows.calibration(config("wikitext2", 4, 32), beginning, seed=0).tokens
     assert (tokens == 1).sum() == 1
 
 
@@ -109,7 +109,7 @@ def test_generated_text_begins_as_the_tokenizer_begins_texts(beginning: LoadedMo
 def test_no_more_of_a_file_is_read_than_is_needed(loaded: LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps({"text": ENGLISH}) + "\n") * 50 + "not json\n")
-    assert calibration_windows.calibration_tokens(config(path, 2, 8), loaded, seed=0).shape == (2, 8)
+    assert calibration_windows.calibration(config(path, 2, 8), loaded, seed=0).tokens.shape == (2, 8)
 
 
 def test_text_files_hold_documents_parted_by_three_newlines(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_three_kinds_of_files_give_the_same_windows(loaded: LoadedModel, tmp
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
     hashes = {
         calibration_windows.token_hash(
-            calibration_windows.calibration_tokens(config(tmp_path / f"a{suffix}"), loaded, seed=3)
+            calibration_windows.calibration(config(tmp_path / f"a{suffix}"), loaded, seed=3).tokens
         )
         for suffix in (".txt", ".jsonl", ".parquet")
     }
@@ -155,7 +155,7 @@ def test_rows_of_wikitext2_are_one_text_joined_by_two_newlines(
     with pytest.raises(InputError, match=r"less than one window of 32; lower eval\.context"):
         calibration_windows.perplexity_windows("wikitext2", loaded, 32, None, seed=0)
     monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)  # the text is tokenized in many pieces
-    train = calibration_windows.calibration_tokens(config("wikitext2", 4, 32), loaded, seed=0)
+    train = calibration_windows.calibration(config("wikitext2", 4, 32), loaded, seed=0).tokens
     assert sorted(train.tolist()) == sorted(test[:4].tolist())
 
 
@@ -170,7 +170,7 @@ def test_the_hash_depends_on_shape_and_values() -> None:
 @pytest.mark.usefixtures("data_dir")
 def test_shared_sources_give_windows_of_english(loaded: LoadedModel) -> None:
     for source in ("enwiki", "wikitext2"):
-        windows = calibration_windows.calibration_tokens(config(source, 8, 64), loaded, seed=0)
+        windows = calibration_windows.calibration(config(source, 8, 64), loaded, seed=0).tokens
         assert windows.shape == (8, 64)
         assert " the " in loaded.tokenizer.decode(windows.flatten())
 
@@ -237,7 +237,7 @@ def test_generated_text_has_no_special_tokens(loaded: LoadedModel) -> None:
 
 
 def test_generated_text_for_evaluation_is_other_text(loaded: LoadedModel) -> None:
-    calibration = calibration_windows.calibration_tokens(config("generated", 4, 16), loaded, seed=0)
+    calibration = calibration_windows.calibration(config("generated", 4, 16), loaded, seed=0).tokens
     for seed in (0, 1):
         windows = calibration_windows.perplexity_windows("generated", loaded, 16, 4, seed=seed)
         assert windows.shape == (4, 16)
@@ -252,7 +252,7 @@ def test_generated_text_for_evaluation_is_other_text(loaded: LoadedModel) -> Non
 
 def fault(source: str | Path, loaded: LoadedModel, num_samples: int = 4, seq_len: int = 32) -> str:
     with pytest.raises(InputError) as caught:
-        calibration_windows.calibration_tokens(config(source, num_samples, seq_len), loaded, seed=0)
+        calibration_windows.calibration(config(source, num_samples, seq_len), loaded, seed=0)
     return str(caught.value)
 
 
@@ -356,7 +356,7 @@ def test_a_damaged_xz_file_is_told(loaded: LoadedModel, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_local_data", "no_hub")
 def test_an_unreachable_hub_is_told_with_the_ways_around_it(loaded: LoadedModel, source: str) -> None:
     with pytest.raises(UnreachableError, match=r"hub.*\$QTOOL_DATA_DIR/" + source + ".*file of your own"):
-        calibration_windows.calibration_tokens(config(source), loaded, seed=0)
+        calibration_windows.calibration(config(source), loaded, seed=0)
 
 
 @pytest.mark.usefixtures("no_hub")

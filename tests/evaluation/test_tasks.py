@@ -259,7 +259,7 @@ def test_an_unknown_task_is_told_the_nearest_names(monkeypatch: pytest.MonkeyPat
 
 
 def test_faults_of_the_section_are_told() -> None:
-    with pytest.raises(InputError, match="kl named more than once"):
+    with pytest.raises(InputError, match="kl is named more than once"):
         check_tasks(EvalConfig(tasks=("kl", "kl")))
     with pytest.raises(InputError, match=r"'bolq' is not one of eval\.tasks.*did you mean boolq\?"):
         check_tasks(EvalConfig(tasks=("boolq",), num_fewshot={"bolq": 5}))

@@ -168,9 +168,9 @@ def test_a_whole_model_and_a_streamed_one_have_the_same_errors(models: Path, tmp
 
 
 def load_tokens(models: Path, recipe: Recipe, loaded: LoadedModel) -> torch.Tensor:
-    from qtool.data.windows import calibration_tokens
+    from qtool.data.windows import calibration
 
-    return calibration_tokens(recipe.data, loaded, 0)
+    return calibration(recipe.data, loaded, 0).tokens
 
 
 def test_every_linear_of_the_blocks_is_listed_packed_or_not(models: Path) -> None:

@@ -15,7 +15,8 @@ from helpers import tiny
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job
-from qtool.blocks.task import BlockTask, Stage
+from qtool.blocks.stages import Stage
+from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.methods import rtn
 from qtool.models.linears import Target

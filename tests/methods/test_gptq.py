@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
-from qtool.blocks.task import BlockTask, Stage
+from qtool.blocks.stages import Stage
+from qtool.blocks.task import BlockTask
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
 from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve

@@ -255,5 +255,5 @@ def test_a_device_that_is_none_is_refused(folder: Path, device: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.device: cuda was asked for, and this torch sees no GPU"):
+    with pytest.raises(InputError, match=r"model\.device: cuda was asked for, but torch finds no GPU"):
         load_model(ModelConfig(path=str(folder), device="cuda"))

@@ -9,7 +9,7 @@ from helpers.methods import correlated_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.blocks.task import Stage
+from qtool.blocks.stages import Stage
 from qtool.methods.gptq import collect
 from qtool.quant import hessian as hessian_module
 from qtool.quant.hessian import add_gram, gram, mirror

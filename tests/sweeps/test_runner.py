@@ -175,7 +175,7 @@ def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
         "is not a model folder, so it will not be replaced",
         "group_size 48",
         "did you mean enwiki",
-        "kl named",
+        "kl is named",
     ):
         assert part in str(caught.value)
     assert "[size, size-too] " in str(caught.value)

@@ -15,7 +15,7 @@ import qtool
 from qtool.blocks.job import load_method
 from qtool.checkpoints.native import MANIFEST
 from qtool.config.recipe import Recipe
-from qtool.data.windows import calibration_tokens, token_hash
+from qtool.data.windows import calibration, token_hash
 from qtool.models.linears import packed_linears
 from qtool.quant.packed_linear import FORMAT_VERSION
 from qtool.reports.report import Report
@@ -73,7 +73,7 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
     assert set(resolved["method"]) == set(load_method("gptq").config.model_fields)  # defaults are filled in
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
     floats = tiny.load(models / "llama")
-    tokens = calibration_tokens(Recipe.model_validate(resolved).data, floats, 3)
+    tokens = calibration(Recipe.model_validate(resolved).data, floats, 3).tokens
     assert manifest["data"] == {"tokens": [8, 32], "sha256": token_hash(tokens)}
     assert [each["name"] for each in manifest["series"]] == ["block_error"]
     assert len(manifest["series"][0]["values"]) == 2

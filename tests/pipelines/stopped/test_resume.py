@@ -249,7 +249,7 @@ def test_a_streamed_run_gives_what_a_whole_model_gives(
     checked = make(models, tmp_path / "out", model__dtype=compute)
     quantize(checked)
     loaded = load_model(checked.model)
-    tokens = windows.calibration_tokens(checked.data, loaded, checked.seed)
+    tokens = windows.calibration(checked.data, loaded, checked.seed).tokens
     load_method("gptq").run(Job.select(loaded, checked.quant, tokens, seed=checked.seed), checked.method)
     (tmp_path / "library").mkdir()
     native.save(tmp_path / "library", loaded, tiny.specs(loaded))
