@@ -108,8 +108,17 @@ class Result(NamedTuple):
     """``|Q(w) - w|**2 / |w|**2`` of each packed linear; empty if the method no longer had the float weights."""
 
     def values(self, name: str, per: str | None = None) -> tuple[float, ...]:
-        """Return the values of the series called ``name``; ``per`` chooses among series of the same name."""
-        return next(each.values for each in self.series if each.name == name and per in (None, each.per))
+        """Return the values of the series called ``name``; ``per`` chooses among series of the same name.
+
+        Raises:
+            KeyError: there is no such series.
+        """
+        for each in self.series:
+            if each.name == name and per in (None, each.per):
+                return each.values
+        raise KeyError(
+            f"there is no series {name!r}; there are {', '.join(each.name for each in self.series) or 'none'}"
+        )
 
 
 C = TypeVar("C", bound=MethodConfig)

@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 
     targets: list[Target]
     inputs: Iterable[Tensor]  # may be computed again each time it is iterated over
-    float_inputs: Iterable[Tensor] | None  # of the float model, for methods that ask for it
+    float_inputs: Iterable[Tensor] | None  # inputs in the float model, for methods that ask for them
 
 
 def paused_stages(task: "BlockTask") -> Iterator[Stage]:

@@ -122,7 +122,7 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
 
 def _prompts(loaded: LoadedModel, plan: BenchConfig) -> Tensor:
     """Return random tokens ``[largest batch, prompt_tokens]``, the same on every call."""
-    length = plan.prompt_tokens + WARM_STEPS + plan.repeats * plan.new_tokens  # of a sequence after all repeats
+    length = plan.prompt_tokens + WARM_STEPS + plan.repeats * plan.new_tokens  # tokens of a sequence after all repeats
     if length > loaded.max_length:
         raise InputError(
             f"a prompt of {plan.prompt_tokens} tokens and {plan.repeats} x {plan.new_tokens} more do not fit the "

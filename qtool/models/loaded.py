@@ -25,7 +25,7 @@ class Streaming(NamedTuple):
     """The dtype and the device that compute, for a model whose weights are in mapped files."""
 
     dtype: torch.dtype
-    device: torch.device  # of the block that is being quantized
+    device: torch.device  # the device of the block that is being quantized
 
 
 @dataclass

@@ -35,10 +35,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(config: ModelConfig, *, quantized: bool = False, streamed: bool = False) -> LoadedModel:
+def load_model(
+    config: ModelConfig, *, quantized: bool = False, streamed: bool = False, checked: LoadedModel | None = None
+) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
-    With ``streamed`` its tensors stay in mapped files (``loaded.py``).
+    With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
+    before: its values are not checked again.
 
     Raises:
         InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
@@ -72,12 +75,20 @@ def load_model(config: ModelConfig, *, quantized: bool = False, streamed: bool =
         hint = "" if found else " (the folder has no tokenizer.json)"
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':')}{hint}") from error
     _check_complete(config.path, info)
-    extremes = {} if quantized else _check_finite(model)
+    if checked is not None and _holds(dtype, checked.extremes):
+        extremes = checked.extremes
+    else:
+        extremes = {} if quantized else _check_finite(model)
     model.eval().requires_grad_(False)
     streaming = Streaming(dtype, device) if streamed else None
     return LoadedModel(
         model if streamed else model.to(device), tokenizer, config.path, folder, file_dtypes, streaming, extremes
     )
+
+
+def _holds(dtype: torch.dtype, extremes: dict[str, tuple[float, float]]) -> bool:
+    """Return whether values between these extremes stay finite in ``dtype``."""
+    return all(max(-low, high) <= torch.finfo(dtype).max for low, high in extremes.values())
 
 
 def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:

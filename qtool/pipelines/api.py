@@ -46,7 +46,7 @@ Keys = Mapping[str, object]
 
 
 class Divergence(NamedTuple):
-    """How far a model is from a reference, over the same predictions."""
+    """The divergence of a model from a reference, over the same predictions."""
 
     kl: Metric  # mean KL(reference || model), in nats per token
     agreement: Metric  # share of tokens whose most likely successor is the same in both

@@ -51,7 +51,7 @@ class CalibrationTokens(_Recorded):
     """The calibration windows that a run used."""
 
     tokens: tuple[int, int]  # their shape [n, t]
-    sha256: str  # of the tokens and labels
+    sha256: str  # SHA-256 of tokens and labels
 
 
 class Manifest(BaseModel):
@@ -111,6 +111,12 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
         _ = manifest.recorded
     except (OSError, ValueError) as error:
-        reason = f"{error.error_count()} fault(s) in its keys" if isinstance(error, ValidationError) else repr(error)
-        raise InputError(f"{file} is damaged ({reason}); remove it to use the folder without it") from None
+        if isinstance(error, ValidationError):
+            fault = error.errors()[0]
+            reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        else:
+            reason = str(error)
+        raise InputError(
+            f"{file} is damaged, or of another version of qtool ({reason}); remove it to use the folder without it"
+        ) from None
     return manifest

@@ -166,7 +166,7 @@ def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Ca
             state.keep_tokens(*windows.calibration(recipe.data, loaded, recipe.seed))
         elif state.calibration() is None:
             # a streamed model cannot generate text
-            state.keep_tokens(*windows.calibration(recipe.data, load_model(recipe.model), recipe.seed))
+            state.keep_tokens(*windows.calibration(recipe.data, load_model(recipe.model, checked=loaded), recipe.seed))
     distributed.barrier()
     text = state.calibration()
     assert text is not None

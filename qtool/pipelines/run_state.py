@@ -39,7 +39,7 @@ PLAN = "plan.json"  # name of the file with the bit widths
 class BlockRecord(BaseModel):
     """The content of ``block-00003.json``, the record of a finished block."""
 
-    sha256: str  # of its shard
+    sha256: str  # SHA-256 of the block's shard
     figures: dict[str, Number]
     weight_errors: dict[str, Number]
 
