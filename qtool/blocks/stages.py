@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,10 @@ from torch import Tensor, nn
 
 from qtool.blocks.calls import Stop
 from qtool.blocks.hidden_states import HiddenStates
+from qtool.blocks.task import BlockTask
 from qtool.models.linears import Target
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory
-
-if TYPE_CHECKING:
-    from qtool.blocks.task import BlockTask
 
 
 class Stage(NamedTuple):
@@ -55,7 +53,15 @@ class Stage(NamedTuple):
     float_inputs: Iterable[Tensor] | None  # inputs in the float model, for methods that ask for them
 
 
-def paused_stages(task: "BlockTask") -> Iterator[Stage]:
+def stages(task: BlockTask) -> Iterator[Stage]:
+    """Yield each group of linears in the order they run; the caller packs a group before it asks for the next.
+
+    All batches go through the block together, and pause at each group, if memory allows that.
+    """
+    return paused_stages(task) if task.pausing else repeated_stages(task)
+
+
+def paused_stages(task: BlockTask) -> Iterator[Stage]:
     """Yield the stages of a block, with every batch's forward paused between them; sets the outputs of ``task``."""
     groups = task.groups
     runs = [greenlet(task.forward) for _ in task.inputs]
@@ -83,7 +89,7 @@ def paused_stages(task: "BlockTask") -> Iterator[Stage]:
 
 
 @contextmanager
-def _pausing(task: "BlockTask", leaders: set[nn.Module], float_runs: set[greenlet]) -> Iterator[None]:
+def _pausing(task: BlockTask, leaders: set[nn.Module], float_runs: set[greenlet]) -> Iterator[None]:
     """Let each forward of the block pause before the linears ``leaders``, the first of each group, read their input."""
     for target in task.targets:
         target.linear.forward = _paused_forward(task, target, target.linear in leaders, float_runs)
@@ -96,7 +102,7 @@ def _pausing(task: "BlockTask", leaders: set[nn.Module], float_runs: set[greenle
 
 
 def _paused_forward(
-    task: "BlockTask", target: Target, leads: bool, float_runs: set[greenlet]
+    task: BlockTask, target: Target, leads: bool, float_runs: set[greenlet]
 ) -> Callable[[Tensor], Tensor]:
     """Return the forward of a float linear that pauses first if it ``leads`` its group.
 
@@ -117,7 +123,7 @@ def _paused_forward(
     return paused_forward
 
 
-def _expand(task: "BlockTask", group: list[Target]) -> None:
+def _expand(task: BlockTask, group: list[Target]) -> None:
     """Let the packed layers of ``group`` expand their weight once, instead of once for each batch; same bits."""
     for target in group:
         layer = task.block.get_submodule(task.local_name(target))
@@ -126,13 +132,13 @@ def _expand(task: "BlockTask", group: list[Target]) -> None:
             layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
 
 
-def _contract(task: "BlockTask", group: list[Target]) -> None:
+def _contract(task: BlockTask, group: list[Target]) -> None:
     """Drop the expanded weights of ``group``."""
     for target in group:
         vars(task.block.get_submodule(task.local_name(target))).pop("forward", None)
 
 
-def repeated_stages(task: "BlockTask") -> Iterator[Stage]:
+def repeated_stages(task: BlockTask) -> Iterator[Stage]:
     """Yield the stages of a block, and run it again for each; sets the float outputs of ``task``."""
     for group in task.groups:
         read = partial(_Inputs, task, group[0])
@@ -146,7 +152,7 @@ def repeated_stages(task: "BlockTask") -> Iterator[Stage]:
 class _Inputs:
     """The inputs of a linear, ``[tokens, in]`` for each batch, computed again by each iteration."""
 
-    task: "BlockTask"
+    task: BlockTask
     target: Target
     states: HiddenStates
     unpacked: bool = False

@@ -2,7 +2,7 @@
 
 A method may run the block (``forward``, ``through``), ask which linears read the same tensor (``groups``), watch what
 they read (``observe``), or take them group by group, each on inputs that show the groups before it quantized
-(``stages``). It ends by packing every target.
+(``stages.stages``). It ends by packing every target.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall
 from qtool.blocks.hidden_states import HiddenStates
-from qtool.blocks.stages import Stage, paused_stages, repeated_stages
 from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
@@ -112,13 +111,6 @@ class BlockTask:
             outputs.append(self.observe(leaders, visit, [hidden])[0])
         self.float_outputs = outputs
         return squares
-
-    def stages(self) -> Iterator[Stage]:
-        """Yield each group of linears in the order they run; the caller packs a group before it asks for the next.
-
-        All batches go through the block together, and pause at each group (``stages.py`` has a drawing).
-        """
-        return paused_stages(self) if self.pausing else repeated_stages(self)
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
-from qtool.blocks.stages import Stage
+from qtool.blocks.stages import Stage, stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
@@ -309,7 +309,7 @@ def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed is not used."""
 
     def quantize_block(task: BlockTask) -> None:
-        for stage in task.stages():
+        for stage in stages(task):
             quantize_group(task, stage.targets, collect(stage), config)
 
     return run_blocks(job, quantize_block, float_stream=config.gptaq > 0)

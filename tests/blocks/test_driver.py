@@ -25,6 +25,7 @@ from qtool.blocks import driver
 from qtool.blocks.calls import BlockCall
 from qtool.blocks.driver import PROBED_WINDOWS, run_blocks
 from qtool.blocks.job import Job
+from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.models.linears import linear_bias, replace_linear
@@ -58,7 +59,7 @@ def test_stages_give_what_running_the_block_again_would_give(loaded: LoadedModel
     def quantize_block(task: BlockTask) -> None:
         again = copy.deepcopy(task.block)
         assert [x.shape[0] for x in task.inputs] == [2, 2, 1]
-        for stage in task.stages():
+        for stage in stages(task):
             _, expected = run_copy(again, task, again.get_submodule(local(task, stage.targets[0])))
             assert equal(stage.inputs, expected)
             assert stage.float_inputs is None
@@ -96,7 +97,7 @@ def test_later_groups_see_the_groups_before_them_quantized(llama: LoadedModel, t
 
     def quantize_block(task: BlockTask) -> None:
         fresh = copy.deepcopy(task.block)
-        for stage in task.stages():
+        for stage in stages(task):
             _, plain = run_copy(fresh, task, fresh.get_submodule(local(task, stage.targets[0])))
             changes[stage.targets[0].name] = float((next(iter(stage.inputs)) - plain[0]).norm() / plain[0].norm())
             for target in stage.targets:

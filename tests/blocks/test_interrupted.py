@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job
+from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
@@ -33,7 +34,7 @@ def test_an_exception_between_stages_leaves_no_patched_forward(
     targets = select_targets(llama, W2)
 
     def quantize_block(task: BlockTask) -> None:
-        for number, stage in enumerate(task.stages()):
+        for number, stage in enumerate(stages(task)):
             assert not untouched(llama)
             if number == stop_at:
                 raise Interrupted
@@ -51,7 +52,7 @@ def test_a_run_after_an_interrupted_one_is_like_any_other(
     make_llama: Callable[[], LoadedModel], tokens: Tensor
 ) -> None:
     def interrupted(task: BlockTask) -> None:
-        for _ in task.stages():
+        for _ in stages(task):
             raise KeyboardInterrupt
 
     first, second = make_llama(), make_llama()
@@ -69,7 +70,7 @@ def test_an_exception_inside_the_block_comes_out_and_leaves_no_patched_forward(
         raise Interrupted
 
     def quantize_block(task: BlockTask) -> None:
-        for stage in task.stages():
+        for stage in stages(task):
             for target in stage.targets:
                 task.pack(target, nearest(target))
             task.block.get_submodule("mlp.act_fn").register_forward_hook(explode)

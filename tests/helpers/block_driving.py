@@ -15,7 +15,7 @@ from helpers import tiny
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job
-from qtool.blocks.stages import Stage
+from qtool.blocks.stages import Stage, stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.methods import rtn
@@ -57,7 +57,7 @@ def pack_all(task: BlockTask) -> None:
 
 
 def pack_in_stages(task: BlockTask) -> None:
-    for stage in task.stages():
+    for stage in stages(task):
         for target in stage.targets:
             task.pack(target, nearest(target))
 
@@ -87,7 +87,7 @@ def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, S
         if task.index == 0:
             hidden.extend(task.inputs)
         floats = replace(task, inputs=HiddenStates(None, hidden))
-        for stage in task.stages():
+        for stage in stages(task):
             outputs, seen = run_copy(block, floats, block.get_submodule(local(task, stage.targets[0])))
             copied = Stage(stage.targets, list(stage.inputs), stage.float_inputs and list(stage.float_inputs))
             results.append((task, copied, seen))

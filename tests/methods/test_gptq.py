@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
-from qtool.blocks.stages import Stage
+from qtool.blocks.stages import Stage, stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
@@ -310,7 +310,7 @@ def test_linears_that_share_an_input_are_solved_together_as_each_alone(
     gptq.run(Job.select(together, W4, tokens), config)
 
     def one_by_one(task: BlockTask) -> None:
-        for stage in task.stages():
+        for stage in stages(task):
             for target in stage.targets:
                 gptq.quantize_group(task, [target], collect(stage), config)
 

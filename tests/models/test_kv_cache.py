@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
+from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
 from qtool.checkpoints.native import NativeCheckpoint, PlannedCheckpoint
@@ -94,7 +95,7 @@ def test_the_driver_goes_on_from_rounded_blocks(llama: LoadedModel, tokens: Tens
     """A paused forward, on weights that are expanded meanwhile, equals that of the packed block."""
 
     def quantize_block(task: BlockTask) -> None:
-        for stage in task.stages():
+        for stage in stages(task):
             for target in stage.targets:
                 task.pack(target, QuantLinear(target.weight, None, target.spec).quantized)
         assert task.outputs is not None

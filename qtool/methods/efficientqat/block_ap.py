@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Figures
+from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
@@ -238,7 +239,7 @@ def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -
 def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
     """Quantize the block by GPTQ with its defaults, and return the result; this sets the float outputs as well."""
     solver, found = gptq.Config(), {}
-    for stage in task.stages():
+    for stage in stages(task):
         statistics = gptq.Statistics(gram(stage.inputs), None)
         gptq.quantize_group(task, stage.targets, statistics, solver)
         for target in stage.targets:
