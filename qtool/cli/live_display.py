@@ -12,7 +12,7 @@ from rich import progress as rich_progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from qtool.system.memory import memory
+from qtool.system.peaks import peaks_in_words
 from qtool.system.progress import Sink, Task
 from qtool.system.units import duration
 
@@ -34,7 +34,7 @@ class _Display(rich_progress.Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.tasks:
-            yield Text(f"  {memory()}", style="dim")
+            yield Text(f"  {peaks_in_words()}", style="dim")
 
 
 class Live(Sink):

@@ -5,7 +5,7 @@ import sys
 import time
 from contextlib import suppress
 
-from qtool.system.memory import memory
+from qtool.system.peaks import peaks_in_words
 from qtool.system.progress import Sink, Task
 from qtool.system.units import duration
 
@@ -28,14 +28,14 @@ class Lines(Sink):
         if task.minor or task.done == task.total or time.monotonic() - self._last < self.every:
             return
         times = f"{duration(task.elapsed())}, {duration(task.remaining() or 0)} to go"
-        self._say(task, f"{task.title}: {task.done}/{task.total}, {times}, {memory()}")
+        self._say(task, f"{task.title}: {task.done}/{task.total}, {times}, {peaks_in_words()}")
 
     def end(self, task: Task) -> None:
         if task.minor:
             return
         how = "stopped after" if task.failed else "done in"
         count = "" if task.total is None else f"{task.done}/{task.total} "
-        self._say(task, f"{task.title}: {count}{how} {duration(task.seconds)}, {memory()}")
+        self._say(task, f"{task.title}: {count}{how} {duration(task.seconds)}, {peaks_in_words()}")
 
     def note(self, message: str) -> None:
         self._write(f"note: {message}")

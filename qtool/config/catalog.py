@@ -7,10 +7,9 @@ this module needs only the standard library.
 
 import re
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pkgutil import iter_modules
+from pathlib import Path
 
+ROOMS = Path(__file__).parents[1]  # the package; importlib.resources would take a hundredth of the start of --help
 COMMAND = re.compile(r"^METHOD\b[^(]*\(\s*\"([a-z]+)\"", re.MULTILINE)  # first argument of what a method exports
 
 
@@ -39,11 +38,11 @@ def commands() -> dict[str, tuple[str, ...]]:
 
 def _modules(room: str) -> tuple[str, ...]:
     """The files and packages of a room whose names have no underscore in front."""
-    folder = str(files("qtool") / room)
-    return tuple(sorted(found.name for found in iter_modules([folder]) if not found.name.startswith("_")))
+    packages = [file.parent.name for file in (ROOMS / room).glob("[a-z]*/__init__.py")]
+    return tuple(sorted([*packages, *(file.stem for file in (ROOMS / room).glob("[a-z]*.py"))]))
 
 
-def _file(room: str, name: str) -> Traversable:
+def _file(room: str, name: str) -> Path:
     """The file of a module, or the ``__init__`` of a package."""
-    file = files("qtool") / room / f"{name}.py"
-    return file if file.is_file() else files("qtool") / room / name / "__init__.py"
+    file = ROOMS / room / f"{name}.py"
+    return file if file.is_file() else ROOMS / room / name / "__init__.py"

@@ -30,7 +30,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
-from qtool.system import energy, memory, progress, units
+from qtool.system import energy, memory, peaks, progress, units
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
@@ -285,4 +285,4 @@ class _Memory:
         if self.device.type == "cuda":
             peak = field == "VmHWM"
             return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)
-        return memory.status_bytes(field)
+        return peaks.status_bytes(field)

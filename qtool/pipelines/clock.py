@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtool.system import memory, progress
+from qtool.system import peaks, progress
 
 
 @dataclass
@@ -29,8 +29,8 @@ class PhaseTimer:
         with progress.stage(title):
             yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
-        peaks = (self.peak_bytes, memory.peak_memory_bytes()), (self.peak_gpu_bytes, memory.peak_gpu_bytes())
-        for found, peak in peaks:
+        measured = (self.peak_bytes, peaks.peak_memory_bytes()), (self.peak_gpu_bytes, peaks.peak_gpu_bytes())
+        for found, peak in measured:
             if peak:  # 0: no GPU, or the system does not report a peak
                 found[name] = max([peak, *found.values()])  # Linux counts pages late: a later reading may be lower
 

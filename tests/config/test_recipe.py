@@ -169,7 +169,7 @@ def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch:
     for name in ("__init__", "_private", "compressed_tensors", "dense"):
         (tmp_path / "exporters").mkdir(exist_ok=True)
         (tmp_path / "exporters" / f"{name}.py").touch()
-    monkeypatch.setattr(catalog, "files", lambda package: tmp_path)
+    monkeypatch.setattr(catalog, "ROOMS", tmp_path)
     catalog.export_formats.cache_clear()
     assert catalog.export_formats() == ("compressed-tensors", "dense")
     catalog.export_formats.cache_clear()

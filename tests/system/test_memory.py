@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from qtool.system import memory
+from qtool.system import peaks
 
 
 def test_peak_memory_counts_this_process() -> None:
-    before = memory.peak_memory_bytes()
+    before = peaks.peak_memory_bytes()
     block = bytearray(before)  # doubles the memory in use
     block[::4096] = b"x" * len(block[::4096])
-    assert memory.peak_memory_bytes() >= 1.5 * before > 1e6
+    assert peaks.peak_memory_bytes() >= 1.5 * before > 1e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts the parent on Linux")
@@ -27,7 +27,7 @@ def test_peak_memory_does_not_count_the_parent() -> None:
 
 def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert memory.peak_gpu_bytes() == 0
+    assert peaks.peak_gpu_bytes() == 0
     cuda = SimpleNamespace(
         is_available=lambda: True,
         is_initialized=lambda: True,
@@ -35,6 +35,6 @@ def test_gpu_memory_is_shown_only_where_a_gpu_is_in_use(monkeypatch: pytest.Monk
         max_memory_allocated=lambda i: (i + 1) * 10**9,
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert memory.memory().endswith(", GPU 2.0 GB")
+    assert peaks.peaks_in_words().endswith(", GPU 2.0 GB")
     cuda.is_initialized = lambda: False
-    assert "GPU" not in memory.memory()
+    assert "GPU" not in peaks.peaks_in_words()
