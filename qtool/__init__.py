@@ -8,9 +8,8 @@ used. docs/python.md shows them at work.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import wrapt
-
 from qtool.system.errors import InputError, QtoolError, RunError
+from qtool.system.post_import import when_imported
 from qtool.system.version import __version__
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-@wrapt.when_imported("transformers.modeling_utils")
-def _register(_: object) -> None:
+def _register() -> None:
     import qtool.checkpoints.transformers_hook  # noqa: F401  # registers by decorators
+
+
+when_imported("transformers.modeling_utils", _register)

@@ -32,7 +32,7 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
             raise Interrupted("interrupted") from error
         if _identity(output) == before:
             begun = output.with_name(f"{output.name}.partial") / "state"
-            then = f"; the same command goes on from {begun.parent}" if begun.exists() else ""
+            then = f"; run the same command again to continue from {begun.parent}" if begun.exists() else ""
             raise Interrupted(f"interrupted; nothing was written under {output}{then}") from error
         raise Interrupted(f"interrupted; {output} is complete, but the steps after it were not finished") from error
 

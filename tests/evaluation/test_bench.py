@@ -1,5 +1,6 @@
 """``qtool bench``: which steps are timed, their summary, and the advice when low bits do not help."""
 
+import gc
 import itertools
 import json
 import sys
@@ -242,13 +243,14 @@ def test_a_system_that_cannot_reset_its_peak_has_no_peak(
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot reset the peak of memory")
 def test_peaks_are_those_of_the_work_alone() -> None:
+    gc.collect()  # what earlier tests left would be freed while the work runs
     held = bench_module._Memory(torch.device("cpu"))
-    size = 64 << 20
+    size = 256 << 20
     torch.ones(2 * size, dtype=torch.uint8).max()  # an earlier, higher peak
     kept = torch.ones(size, dtype=torch.uint8)
     peak = held.peak(lambda: torch.ones(size // 2, dtype=torch.uint8).max())
     assert peak is not None
-    assert 1.45 * size < peak < 1.7 * size
+    assert 1.3 * size < peak < 1.7 * size
     del kept
 
 

@@ -342,7 +342,7 @@ def test_seq_starts_from_its_own_grid_only() -> None:
     other = SeqLinear(randn(3, 32, seed=1), None, seq_spec(2)).quantized
     layer.start_from(other)
     assert torch.equal(layer.quantized.codes, other.codes)
-    with pytest.raises(InputError, match=r"zero points other than 1\.5, which this method holds; start from"):
+    with pytest.raises(InputError, match=r"zero points other than 1\.5, the value that this method fixes; start from"):
         layer.start_from(other._replace(zero_point=other.zero_point + 0.25))
 
 

@@ -180,7 +180,9 @@ def test_ctrl_c_leaves_the_whole_checkpoint_or_nothing_and_says_which(
         assert left()[0] == "out/q"
         assert not [path for path in left() if "partial" in path]
     elif kept == "blocks":
-        expected = "interrupted; nothing was written under out/q; the same command goes on from out/q.partial"
+        expected = (
+            "interrupted; nothing was written under out/q; run the same command again to continue from out/q.partial"
+        )
         assert last == expected
         assert not Path("out/q").exists()
         assert qtool_("ptq", "r.yaml").code == 0
@@ -205,7 +207,7 @@ def test_an_error_while_writing_keeps_what_overwrite_was_to_replace(
         result = qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8")
     assert result.code == 1
     assert "writing out/q failed: the disk is full" in result.message
-    assert "out/q.partial holds what is done, and the same command goes on" in result.message
+    assert "out/q.partial holds what is done; run the same command again to continue" in result.message
     assert digest(Path("out/q")) == before
     assert qtool_("ptq", "r.yaml", "--overwrite", "--set", "quant.num_bits=8").code == 0
     assert {path.name for path in Path("out").iterdir()} == {"q"}
