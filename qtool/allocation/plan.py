@@ -24,7 +24,7 @@ from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec
 from qtool.config.section import Section
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 from qtool.system.version import __version__
 
 
@@ -186,7 +186,7 @@ def units_of(loaded: LoadedModel, quant: QuantConfig) -> list[Unit]:
             faults.append(f"{unit.name} have a floor of {floor} bits, and quant.budget {widths}")
         units.append(unit)
     if faults:
-        raise InputError("\n  ".join([f"{loaded.path} cannot be allotted bits with this recipe:", *faults]))
+        raise InputError(listing(f"{loaded.path} cannot be allotted bits with this recipe:", faults))
     _sizes(loaded, units, budget)
     return units
 

@@ -25,7 +25,7 @@ from qtool.evaluation.local_tasks import local_data
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric
 from qtool.system import progress
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 
 # Any in this file: lm-eval and datasets carry no types, and lm-eval's results are nested dicts of its own making.
 
@@ -64,7 +64,7 @@ def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
     """
     unknown = [task for task in tasks if task not in _manager(task).all_tasks]
     if unknown:
-        raise InputError("\n  ".join(["eval.tasks:", *map(_unknown, unknown)]))
+        raise InputError(listing("eval.tasks:", map(_unknown, unknown)))
     for task in tasks:
         shots = num_fewshot if isinstance(num_fewshot, int) else num_fewshot.get(task)
         with _harness():

@@ -100,7 +100,7 @@ Found = dict[tuple[str, ...], list[tuple[str, float, tuple[str, ...]]]]
 
 def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
     """Return the folds of this block; ``found`` keeps them by name for all blocks of one class with equal linears."""
-    local = {target.name.removeprefix(f"{task.name}."): target for target in task.targets}
+    local = {task.local_name(target): target for target in task.targets}
     kind = (type(task.block).__qualname__, *(f"{name} {tuple(t.weight.shape)}" for name, t in local.items()))
     if kind not in found:
         names = {module: name for name, module in task.block.named_modules()}

@@ -32,7 +32,7 @@ from qtool.reports.measures import (
 from qtool.reports.report import JSON_NAME, Report
 from qtool.reports.text import metric_name, number
 from qtool.reports.verdict import SIGMAS
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 from qtool.system.units import duration, size
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def compare(paths: Iterable[Path]) -> Comparison:
     if not paths:
         faults.append("no run was given; name folders with a report.json")
     if faults:
-        raise InputError("\n  ".join(["these runs cannot be compared:", *faults]))
+        raise InputError(listing("these runs cannot be compared:", faults))
     return comparison(dict(zip(_names(list(reports)), reports.values(), strict=True)))
 
 

@@ -21,7 +21,7 @@ from qtool.config.files import read_yaml, tables
 from qtool.config.overrides import assignment, changed
 from qtool.config.recipe import Recipe, examine
 from qtool.config.sweep import SweepConfig
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 
 Change = tuple[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
@@ -109,7 +109,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
             if any(f"{other}.".startswith(f"{key}.") for other in varied)
         ]
     if wrong or config is None:
-        raise InputError("\n  ".join([f"{path} has {len(wrong)} fault(s):", *wrong]))
+        raise InputError(listing(f"{path} has {len(wrong)} fault(s):", wrong))
     name = str(path) if str(path) in tables() and not Path(path).is_file() else Path(path).stem
     folder = output or config.output or Path("out", "sweeps", *Path(name).parts)
     return Sweep(name, _title(path), config, folder, check(cells, given, folder, path))
@@ -176,7 +176,7 @@ def check(
     if wrong:
         bad = len({name for names in wrong.values() for name in names})
         head = f"{source}: {bad} of {len(cells)} cell(s) have faults:"
-        raise InputError("\n  ".join([head, *fault_lines(wrong, len(cells))]))
+        raise InputError(listing(head, fault_lines(wrong, len(cells))))
     return tuple(planned)
 
 

@@ -45,7 +45,7 @@ from qtool.sweeps.launchers import Command, Ended
 from qtool.sweeps.results import groups
 from qtool.sweeps.table import SweepReport
 from qtool.system import progress
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 from qtool.system.locks import hold
 
 WAITING = "not started yet"
@@ -152,7 +152,7 @@ def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bo
             wrong.setdefault(str(error), []).append(cell.definition.name)
     _check([cell for cell in cells if cell.todo != "nothing"], wrong)
     if wrong:
-        raise InputError("\n  ".join([f"{sweep.name} cannot be run:", *fault_lines(wrong, len(cells))]))
+        raise InputError(listing(f"{sweep.name} cannot be run:", fault_lines(wrong, len(cells))))
 
 
 def _at_hand(path: str, skip: bool) -> Path | None:
