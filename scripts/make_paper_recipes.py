@@ -120,30 +120,7 @@ def expected(entries: list[str]) -> str:
     return "\nexpected:\n" + "".join(entries) if entries else ""
 
 
-def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
-    """Return EfficientQAT's recipe for a model and a grid, by the settings of its paper."""
-    found = EFFICIENTQAT[num_bits, group_size].get(model.name)
-    rate = "2e-5" if num_bits == 2 else "1e-5"
-    name = f"{model.name}-{label(num_bits, group_size)}"
-    known = "as in its paper, and what it reports" if found else "by the settings of its paper"
-    entries = []
-    if found is not None:
-        perplexity, c4, accuracy = found
-        paper = "arXiv 2407.11062" if num_bits < 4 else "README of EfficientQAT"
-        entries = [entry(("wikitext2",), "perplexity", perplexity, f"{paper}, perplexity at 2048 tokens")]
-        if c4 is not None:
-            entries.append(entry(("c4",), "perplexity", c4, f"{paper}, perplexity at 2048 tokens"))
-        entries.append(entry(FIVE, "acc", accuracy, f"{paper}, mean zero-shot accuracy"))
-    return f"""\
-# EfficientQAT on {model.title} at {label(num_bits, group_size)}, {known}.
-#   qtool efficientqat papers/efficientqat/{name}
-# arXiv 2407.11062. Other than there: both phases read the same windows, of 2048 tokens (the paper's second phase reads
-# 4096 windows of 4096 tokens of the same corpus), a block's best state is kept, not its last, and zero points stay on
-# the grid.{"" if found else " The paper has no numbers for this model."}
-
-model:
-  path: {model.path}
-
+EFFICIENTQAT_METHOD = """\
 method:
   name: efficientqat
   init: minmax
@@ -170,7 +147,59 @@ method:
       warmup_share: 0.03
       max_grad_norm: 0.3
       accumulation: 8
+"""
+LRQAT_METHOD = """\
+method:
+  name: lrqat
+  rank: 32
+  alpha: 1.0
+  phi: fixed
+  factors: zero
+  range: search
+  norm: 4.0
+  lr: 1e-3
+  scale_lr: 1e-5
+  loss: ce
+  steps: 10000
+  batch_size: 32
+  checkpoint_weights: true
+  gradient_checkpointing: true
+  optim:
+    optimizer: adamw
+    betas: [0.9, 0.95]
+    schedule: linear
+    final_share: 0.0
+    warmup_share: 0.1
+    max_grad_norm: 1.0
+    accumulation: 8
+"""
 
+
+def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
+    """Return EfficientQAT's recipe for a model and a grid, by the settings of its paper."""
+    found = EFFICIENTQAT[num_bits, group_size].get(model.name)
+    rate = "2e-5" if num_bits == 2 else "1e-5"
+    name = f"{model.name}-{label(num_bits, group_size)}"
+    known = "as in its paper, and what it reports" if found else "by the settings of its paper"
+    entries = []
+    if found is not None:
+        perplexity, c4, accuracy = found
+        paper = "arXiv 2407.11062" if num_bits < 4 else "README of EfficientQAT"
+        entries = [entry(("wikitext2",), "perplexity", perplexity, f"{paper}, perplexity at 2048 tokens")]
+        if c4 is not None:
+            entries.append(entry(("c4",), "perplexity", c4, f"{paper}, perplexity at 2048 tokens"))
+        entries.append(entry(FIVE, "acc", accuracy, f"{paper}, mean zero-shot accuracy"))
+    return f"""\
+# EfficientQAT on {model.title} at {label(num_bits, group_size)}, {known}.
+#   qtool efficientqat papers/efficientqat/{name}
+# arXiv 2407.11062. Other than there: both phases read the same windows, of 2048 tokens (the paper's second phase reads
+# 4096 windows of 4096 tokens of the same corpus), a block's best state is kept, not its last, and zero points stay on
+# the grid.{"" if found else " The paper has no numbers for this model."}
+
+model:
+  path: {model.path}
+
+{EFFICIENTQAT_METHOD.format(rate=rate)}
 quant:
   num_bits: {num_bits}
   group_size: {group_size}
@@ -213,30 +242,7 @@ model:
   path: {model.path}
   dtype: bfloat16
 
-method:
-  name: lrqat
-  rank: 32
-  alpha: 1.0
-  phi: fixed
-  factors: zero
-  range: search
-  norm: 4.0
-  lr: 1e-3
-  scale_lr: 1e-5
-  loss: ce
-  steps: 10000
-  batch_size: 32
-  checkpoint_weights: true
-  gradient_checkpointing: true
-  optim:
-    optimizer: adamw
-    betas: [0.9, 0.95]
-    schedule: linear
-    final_share: 0.0
-    warmup_share: 0.1
-    max_grad_norm: 1.0
-    accumulation: 8
-
+{LRQAT_METHOD}
 quant:
   num_bits: {num_bits}
   group_size: {group_size}

@@ -126,7 +126,6 @@ def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
     return hashes
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the size of a model folder's safetensors files, or of its GGUF files if it has no others."""
-    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
-    return sum(os.path.getsize(file) for file in files)
+def folder_bytes(folder: Path, weight_files: str = "*.safetensors") -> int:
+    """Return the size of a model folder's files with weights, those whose names match ``weight_files``."""
+    return sum(os.path.getsize(file) for file in folder.glob(weight_files))

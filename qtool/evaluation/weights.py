@@ -54,7 +54,7 @@ def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) 
     one weight is in memory at a time.
     """
     dtype = dtype_name(loaded.storage_dtype)  # the dtype of the files, so that nothing is copied
-    floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}))
+    floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}), checked=loaded)
     packed, pages, errors = packed_linears(loaded.model), memory.Pages(), {}
     for target in select_targets(floats, quant):
         codes, scale, zero_point, spec = packed[target.name].quantized

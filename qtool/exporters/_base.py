@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config import catalog
 from qtool.config.sections import ExportConfig
 from qtool.exporters._folder import WrittenFolder
 
@@ -35,6 +36,12 @@ class Exporter(NamedTuple):
     """Returns whether ``read`` can read a folder, written by qtool or by another tool."""
     library: str = "transformers"
     """The library that the hub names on the model's page."""
+    weight_files: str = "*.safetensors"
+    """Pattern of the names of the files with weights, for the size of an export."""
+    config_keys: tuple[str, ...] = ()
+    """Keys that the format adds to ``config.json``, besides ``quantization_config``."""
+    dtype_may_round: bool = False
+    """Whether a dtype that the user names may round weights; the differences are then reported instead of refused."""
 
 
 def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | None:
@@ -46,6 +53,11 @@ def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | 
             "its readers would not do it; use the native checkpoint, or quantize without these keys"
         )
     return get(name).refuses(source, config)
+
+
+def recognised(folder: Path) -> Exporter | None:
+    """Return the format that can read ``folder``, written by qtool or by another tool; ``None`` if none can."""
+    return next((each for each in map(get, catalog.export_formats()) if each.recognises(folder)), None)
 
 
 def get(name: str) -> Exporter:

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
-from qtool.models.folders import read_config
+from qtool.models.folders import check_files, read_config
+from qtool.models.loaded import most_common
 
 # files of a checkpoint that are not copied: an export writes its own, or has none
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
@@ -40,6 +41,10 @@ class WrittenFolder:
     def packed(self) -> set[str]:
         """Return the names of the quantized linears."""
         return {name.rpartition(".")[0] for name in self.names() if self._marker and name.endswith(f".{self._marker}")}
+
+    def dtype(self) -> torch.dtype:
+        """Return the most common dtype of the float tensors, in which the model computes by default."""
+        return most_common(check_files(self.folder))
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qtool.checkpoints.native import NativeCheckpoint
-from qtool.config import catalog
 from qtool.config.sections import ModelConfig
-from qtool.exporters import _base as formats
-from qtool.exporters._base import Exporter
+from qtool.exporters._base import Exporter, recognised
 from qtool.exporters._folder import write_folder
-from qtool.models.folders import check_files, read_config, resolve
+from qtool.models.folders import read_config, resolve
 from qtool.models.linears import packed_linears, replace_linear
-from qtool.models.loaded import LoadedModel, most_common
+from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
 from qtool.system.errors import RunError
@@ -29,11 +27,11 @@ TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit:
 
 
 @torch.no_grad()
-def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounded: bool) -> dict[str, float]:
+def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_round: bool) -> dict[str, float]:
     """Compare every tensor, the config and the logits of fixed random tokens; return the largest differences.
 
-    With ``rounded``, differences of tensors and logits are only returned: the user asked for a dtype that does not hold
-    the weights exactly.
+    With ``may_round``, differences of tensors and logits are only returned: the user asked for a dtype that does not
+    hold the weights exactly.
 
     Raises:
         RunError: a tensor, a key of the config or the logits differ; the message names the first difference.
@@ -52,21 +50,21 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounde
                 "the export was not kept"
             )
         worst = max(worst, float((weight - expected).abs().max()))
-        if not rounded and not torch.equal(weight, expected):
+        if not may_round and not torch.equal(weight, expected):
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
         replace_linear(loaded.model, name, _linear(weight, layer.bias))
     for name in source.float_names():
         stored, read = source.tensor(name), opened.tensor(name)
-        if not rounded and not torch.equal(stored.float(), read.float()):
+        if not may_round and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
-    ignored = ("quantization_config", "quantization", "dtype", "torch_dtype")
+    ignored = ("quantization_config", "dtype", "torch_dtype", *exporter.config_keys)
     described = opened.config, read_config(source.folder)
     theirs, mine = ({k: v for k, v in config.items() if k not in ignored} for config in described)
     if theirs != mine:
         changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
         raise RunError(f"config.json differs after export, in {changed}; the export was not kept")
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
-    if not rounded and not logits <= TOLERANCE:
+    if not may_round and not logits <= TOLERANCE:
         raise RunError(
             f"logits differ after export by {logits:.3g} of the largest logit, but at most {TOLERANCE:g} is allowed; "
             "the export was not kept"
@@ -77,15 +75,12 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, rounde
 def load_exported(config: ModelConfig) -> LoadedModel | None:
     """Load an exported folder as a float model with expanded weights; return ``None`` if no format recognises it."""
     folder = resolve(config.path)
-    exporter = next((each for each in map(formats.get, catalog.export_formats()) if each.recognises(folder)), None)
+    exporter = recognised(folder)
     if exporter is None:
         return None
-    # the model computes in the dtype of the export's float tensors; expanded weights would be float32
-    stored = any(folder.glob("*.safetensors"))
-    own = most_common(check_files(folder)) if stored else getattr(torch, read_config(folder)["dtype"])
-    dtype = compute_dtype(config.dtype, own, choose_device(config.device))
-    config = config.model_copy(update={"dtype": dtype_name(dtype)})
     opened = exporter.open(folder)
+    dtype = compute_dtype(config.dtype, opened.dtype(), choose_device(config.device))
+    config = config.model_copy(update={"dtype": dtype_name(dtype)})
     packed = opened.packed()
     with TemporaryDirectory() as temporary:
         dense = Path(temporary)

@@ -58,4 +58,5 @@ EXPORTER = Exporter(
     write,
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
+    dtype_may_round=True,
 )

@@ -168,4 +168,5 @@ EXPORTER = Exporter(
     partial(WrittenFolder, marker="scales"),
     recognises,
     library="mlx",
+    config_keys=("quantization",),
 )

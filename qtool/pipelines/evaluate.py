@@ -10,6 +10,7 @@ from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
 from qtool.data import sources, windows
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.exporters._base import recognised
 from qtool.exporters._readback import load_exported
 from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears
@@ -81,7 +82,9 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
     """Return the report of the model at ``path``, before it is measured; ``origin`` is its float model."""
     dtype, device = dtype_name(loaded.dtype), str(loaded.device)
     if manifest is None:
-        known = {} if origin is None else {"quantized": path, "quantized_bytes": files.folder_bytes(folder)}
+        exporter = recognised(folder)
+        size = files.folder_bytes(folder, exporter.weight_files) if exporter else files.folder_bytes(folder)
+        known = {} if origin is None else {"quantized": path, "quantized_bytes": size}
         return Report(model=origin or path, dtype=dtype, device=device).model_copy(update=known)
     source = NativeCheckpoint(folder)
     return Report(

@@ -32,7 +32,8 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exporte
     check_export(source, config, str(folder))
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
-        differences = read_back(source, partial, exporter, rounded=config.dtype != "auto" and config.format == "dense")
+        may_round = exporter.dtype_may_round and config.dtype != "auto"
+        differences = read_back(source, partial, exporter, may_round=may_round)
         model_card.write_export(
             partial,
             base=manifest.recorded.model.path if manifest else folder.name,
@@ -48,7 +49,7 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exporte
     return Exported(
         format=config.format,
         path=str(config.path),
-        num_bytes=folder_bytes(config.path),
+        num_bytes=folder_bytes(config.path, exporter.weight_files),
         notes=tuple(notes),
         loading=exporter.loading,
         **differences,

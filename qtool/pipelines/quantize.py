@@ -197,7 +197,7 @@ def save(run: Run, prepared: Prepared, result: Result) -> Report:
         native.save(state.model, loaded, prepared.specs)
         report = _report(run, prepared, result, errors)
         _manifest(run, prepared, report, errors).write(state.model)
-        model_card.write(state.model, report, MANIFEST)
+        model_card.write(state.model, report, MANIFEST, recipe.output.path.name)
     return report
 
 
@@ -280,5 +280,5 @@ def export_all(recipe: Recipe, report: Report, timer: PhaseTimer) -> Report:
 def _publish(output: OutputConfig, report: Report) -> None:
     """Write the report, the model card and the HTML page into the folder of the checkpoint."""
     report.write(output.path)
-    model_card.write(output.path, report, MANIFEST)
+    model_card.write(output.path, report, MANIFEST, output.path.name)
     html.write(output.path, report, output.plots)

@@ -21,8 +21,11 @@ def loading_code(name: str) -> str:
     )
 
 
-def write(folder: Path, report: Report, manifest: str) -> None:
-    """Write ``README.md`` of a native checkpoint; ``manifest`` is the name of the file with its recipe."""
+def write(folder: Path, report: Report, manifest: str, name: str) -> None:
+    """Write ``README.md`` of a native checkpoint in ``folder``, which is or will be named ``name``.
+
+    ``manifest`` is the name of the file with its recipe.
+    """
     _write(
         folder,
         report.model,
@@ -33,7 +36,7 @@ def write(folder: Path, report: Report, manifest: str) -> None:
             "## How to load it",
             "",
             "```python",
-            loading_code(folder.name.removesuffix(".partial")),
+            loading_code(name),
             "```",
             "",
             "The weights stay packed in memory. `qtool export` converts the checkpoint for other engines; "

@@ -20,7 +20,7 @@ def test_peak_memory_counts_this_process() -> None:
 def test_peak_memory_does_not_count_the_parent() -> None:
     ballast = bytearray(300_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from qtool.system import memory; print(memory.peak_memory_bytes())"
+    code = "from qtool.system import peaks; print(peaks.peak_memory_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e6 < int(child.stdout) < 200e6
 

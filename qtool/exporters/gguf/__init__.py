@@ -300,6 +300,11 @@ class GGUFFolder(WrittenFolder):
         heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
         return torch.flatten(values.unflatten(0, (heads, -1, 2)).transpose(1, 2), 0, 2)
 
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that ``config.json`` names: dequantized tensors are float32, whatever the file holds."""
+        found: torch.dtype = getattr(torch, read_config(self.folder)["dtype"])
+        return found
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``, and each figure of the file that differs from it, under the file's key."""
@@ -329,4 +334,5 @@ EXPORTER = Exporter(
     GGUFFolder,
     recognises,
     library="gguf",
+    weight_files="*.gguf",
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -101,7 +102,9 @@ def test_other_families_go_through_as_well(
 
 def complete(folder: str) -> bool:
     loaded = load_model(ModelConfig(path=folder, device="cpu"), quantized=True)
-    return bool(packed_linears(loaded.model)) and Path(folder, MANIFEST).exists() and Path(folder, "README.md").exists()
+    card = Path(folder, "README.md").read_text(encoding="utf-8")
+    assert f'AutoModelForCausalLM.from_pretrained("{Path(folder).name}")' in card
+    return bool(packed_linears(loaded.model)) and Path(folder, MANIFEST).exists()
 
 
 def test_a_failed_evaluation_keeps_the_checkpoint(
@@ -244,6 +247,7 @@ def start(*args: str, **options: Any) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, python_path))},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
         **options,
     )
 
