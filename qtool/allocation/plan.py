@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from qtool.allocation.sensitivity import ESTIMATORS, Unit, fused, measure_costs
+from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit, fused, measure_costs
 from qtool.allocation.solvers import SOLVERS
 from qtool.blocks.job import Job
 from qtool.checkpoints import sizes as checkpoint_sizes
@@ -125,7 +125,7 @@ def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quan
     loaded, count = job.loaded, budget.num_samples
     sizes, capacity = _sizes(loaded, units, budget)
     some = replace(job, tokens=job.text[:count], labels=None if job.labels is None else job.labels[:count])
-    if ESTIMATORS[budget.estimator].whole:
+    if COST_ESTIMATORS[budget.estimator].whole:
         some = replace(some, loaded=whole(), workspace=None)
     costs = measure_costs(some, units, budget)
     for unit, cost in zip(units, costs, strict=True):

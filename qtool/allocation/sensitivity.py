@@ -316,7 +316,7 @@ def _nll(loaded: LoadedModel, tokens: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels[:, 1:].flatten().to(loaded.device), reduction="sum", ignore_index=IGNORED)
 
 
-class Estimator(NamedTuple):
+class CostEstimator(NamedTuple):
     """A way to measure costs, and its needs."""
 
     measure: Callable[[Job, Sequence[Unit], Weights], Costs]
@@ -324,19 +324,19 @@ class Estimator(NamedTuple):
     outputs: bool  # True if it measures outputs, in which errors of weights can cancel
 
 
-ESTIMATORS = {
-    "variance": Estimator(variance, whole=False, outputs=False),
-    "hessian": Estimator(hessian, whole=False, outputs=False),
-    "block": Estimator(block, whole=False, outputs=True),
-    "fisher": Estimator(fisher, whole=True, outputs=False),
-    "loss": Estimator(loss, whole=True, outputs=True),
-    "delta-loss": Estimator(delta_loss, whole=True, outputs=False),
+COST_ESTIMATORS = {
+    "variance": CostEstimator(variance, whole=False, outputs=False),
+    "hessian": CostEstimator(hessian, whole=False, outputs=False),
+    "block": CostEstimator(block, whole=False, outputs=True),
+    "fisher": CostEstimator(fisher, whole=True, outputs=False),
+    "loss": CostEstimator(loss, whole=True, outputs=True),
+    "delta-loss": CostEstimator(delta_loss, whole=True, outputs=False),
 }
 
 
 def measure_costs(job: Job, units: Sequence[Unit], config: BudgetConfig) -> Costs:
     """Measure costs on the text of the job by the estimator of ``config``; ``units`` may belong to another copy."""
-    estimator = ESTIMATORS[config.estimator]
+    estimator = COST_ESTIMATORS[config.estimator]
     units = [Unit(tuple(t.within(job.loaded.model) for t in unit.targets), unit.choices) for unit in units]
     job = replace(job, targets=tuple(target for unit in units for target in unit.targets))
     by_gptq = estimator.outputs and config.rounding == "gptq"

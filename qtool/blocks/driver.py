@@ -33,15 +33,15 @@ def run_blocks(
     job: Job,
     quantize_block: Callable[[BlockTask], Figures | None],
     *,
-    float_stream: bool = False,
+    with_float_states: bool = False,
     compute: torch.dtype | None = None,
 ) -> Result:
     """Call ``quantize_block`` for each block in order; the outputs of the quantized block are the inputs of the next.
 
-    Without text, tasks have no hidden states. With ``float_stream`` they also have those of the float model. Hidden
-    states between blocks have the model's dtype; a block computes in that dtype too, or in ``compute`` for a method
-    that changes float weights. With a workspace, each block is kept there when it is done and then freed; for blocks
-    that an earlier start of the run finished, ``quantize_block`` is not called.
+    Without text, tasks have no hidden states. With ``with_float_states`` they also have those of the float model.
+    Hidden states between blocks have the model's dtype; a block computes in that dtype too, or in ``compute`` for a
+    method that changes float weights. With a workspace, each block is kept there when it is done and then freed; for
+    blocks that an earlier start of the run finished, ``quantize_block`` is not called.
 
     The result has the figures of every block: those that ``quantize_block`` returned and, with text, ``block_error`` on
     the first windows: ``|q(x) - f(x)|**2 / |f(x)|**2``, with ``f`` the float block, ``q`` the quantized block and ``x``
@@ -52,7 +52,7 @@ def run_blocks(
     blocks = loaded.blocks()
     kept = _kept(workspace, len(blocks))
     compute = compute or loaded.dtype
-    states = None if job.tokens is None or all(kept) else BlockStates(job, compute, float_stream)
+    states = None if job.tokens is None or all(kept) else BlockStates(job, compute, with_float_states)
     figures: list[Figures] = []
     weight_errors: dict[str, float] = {}
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
@@ -139,10 +139,10 @@ def gather(job: Job, *, on_device: bool = True) -> None:
 class BlockStates:
     """The hidden states that enter the next block, and the recorded calls of every block."""
 
-    def __init__(self, job: Job, compute: torch.dtype, float_stream: bool) -> None:
+    def __init__(self, job: Job, compute: torch.dtype, with_float_states: bool) -> None:
         """Compute the hidden states that enter the first block, and choose whether they are held in memory.
 
-        With ``float_stream``, the hidden states of the float model are kept beside those of the quantized model.
+        With ``with_float_states``, the hidden states of the float model are kept beside those of the quantized model.
         """
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
@@ -150,10 +150,14 @@ class BlockStates:
         sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
         self._calls = record_calls(loaded, {len(batch): batch for batch in sizes.values()}, blocks, compute)
         first = first_hidden(loaded, batches[0], blocks)
-        state_bytes = 2 * first[0].nbytes * len(tokens) * (2 if float_stream else 1)  # entering and leaving the block
+        state_bytes = (
+            2 * first[0].nbytes * len(tokens) * (2 if with_float_states else 1)
+        )  # entering and leaving the block
         widest = max((target.weight_shape[1] for target in job.targets), default=0)
         # a paused forward holds the next linear's input, the residual, and about as much again in its callers
-        paused_bytes = (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if float_stream else 1)
+        paused_bytes = (
+            (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if with_float_states else 1)
+        )
         budget = workspace.memory_budget if workspace else None
         on_disk = budget is not None and state_bytes > budget
         self._pausing = budget is None or state_bytes + paused_bytes <= budget
@@ -164,7 +168,7 @@ class BlockStates:
         self.inputs = HiddenStates(folder, [first])
         for batch in batches[1:]:
             self.inputs.append(first_hidden(loaded, batch, blocks))
-        self.float_inputs = self.inputs if float_stream else None
+        self.float_inputs = self.inputs if with_float_states else None
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""

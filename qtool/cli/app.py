@@ -230,9 +230,9 @@ def export(
 @app.command("bench", cls=DescribedCommand)
 def bench(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
-    prompt_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in the prompt.")] = 256,
-    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens decoded in each repeat.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Repeats; the median is shown.")] = 5,
+    prompt_tokens: Annotated[int | None, typer.Option(min=2, metavar="N")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
     quiet: Quiet = False,
@@ -244,12 +244,13 @@ def bench(
     from qtool.config.recipe import check
     from qtool.config.sweep import BenchConfig
 
-    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
-    plan = check(BenchConfig, options, "the command line")
+    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
+    given = {name: value for name, value in asked.items() if value is not None}
+    options = check(BenchConfig, given, "the command line")
     with running(quiet, None):
-        from qtool.evaluation import bench as measuring
+        from qtool.evaluation.bench import bench as run_bench
 
-        report = measuring.bench(str(folder), device, plan)
+        report = run_bench(str(folder), device, options)
     show(report, as_json, seconds=report.seconds)
 
 
@@ -285,11 +286,11 @@ def sweep(
     """Run a recipe over a grid of keys, into one table."""
     from qtool.sweeps import grid
 
-    plan = grid.load(file, set_, output)
+    checked = grid.load(file, set_, output)
     with running(quiet, None):
-        from qtool.sweeps import runner as sweeping
+        from qtool.sweeps import runner
 
-        outcome = sweeping.sweep(plan, fresh=fresh, jobs=jobs)
+        outcome = runner.sweep(checked, fresh=fresh, jobs=jobs)
     cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
     show(outcome.report, as_json, outcome.path, seconds=outcome.seconds, more=cells)
     if outcome.failed:

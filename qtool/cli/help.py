@@ -15,16 +15,21 @@ class DescribedCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
         """Fill in the descriptions, then write the options as typer does."""
         from qtool.config import catalog, describe
+        from qtool.config.section import Section
         from qtool.config.sections import EvalConfig, ExportConfig, ModelConfig, OutputConfig
+        from qtool.config.sweep import BenchConfig
 
-        sections = {"eval": (EvalConfig, ModelConfig), "bench": (ModelConfig,)}.get(
-            str(self.name), (ExportConfig, OutputConfig)
-        )
-        fields = {name: field for section in sections for name, field in section.model_fields.items()}
+        sections: dict[str, tuple[type[Section], ...]] = {
+            "eval": (EvalConfig, ModelConfig),
+            "bench": (BenchConfig, ModelConfig),
+        }
+        of_command = sections.get(str(self.name), (ExportConfig, OutputConfig))
+        fields = {name: field for section in of_command for name, field in section.model_fields.items()}
         for param in self.params:
             field = fields.get(str(param.name).rstrip("_"))
             if field is not None and not getattr(param, "help", None):
-                param.help = describe.describe(field)  # type: ignore[attr-defined] # both kinds of parameter have it
+                given = f" Default: {field.default}." if param.default is None and self.name == "bench" else ""
+                param.help = describe.describe(field) + given  # type: ignore[attr-defined] # both kinds have it
                 if param.name == "format_":
                     param.help = f"One of: {', '.join(catalog.export_formats())}."  # type: ignore[attr-defined]
         super().format_options(ctx, formatter)

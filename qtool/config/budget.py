@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, model_validator
 from qtool.config.section import Section
 
 Width = Literal[2, 3, 4, 8]
-Estimator = Literal["variance", "hessian", "block", "fisher", "loss", "delta-loss"]
+CostEstimatorName = Literal["variance", "hessian", "block", "fisher", "loss", "delta-loss"]
 Solver = Literal["dp", "lagrangian", "greedy"]
 
 
@@ -27,7 +27,7 @@ class BudgetConfig(Section):
         description="Limit: bytes of the weight files, e.g. 2.1GB, including tensors that stay in floating point. "
         "Give this or average_bits.",
     )
-    estimator: Estimator = Field(
+    estimator: CostEstimatorName = Field(
         "loss",
         description="Measure of the cost of b bits. variance: 4**-b times weight variance times input energy; "
         "hessian: squared weight error times input energy; block: error of the block's output; fisher: squared weight "

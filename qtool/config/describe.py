@@ -6,7 +6,8 @@ from pydantic.fields import FieldInfo
 
 from qtool.config import catalog, plugins, validation
 from qtool.config.recipe import Recipe
-from qtool.config.sections import MethodConfig, Section
+from qtool.config.section import Section
+from qtool.config.sections import MethodConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

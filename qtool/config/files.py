@@ -1,12 +1,11 @@
 """Recipe files: list the packaged ones by name, and read a YAML file."""
 
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from qtool.config import validation
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, nearest
 
 TABLES = "tables/"  # prefix of the names of packaged sweeps
 
@@ -40,8 +39,10 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     if path.is_dir() and str(path) not in names:
         raise InputError(f"{path} is a folder; a {what} is a YAML file")
     if not path.is_file() and str(path) not in names:
-        nearest = get_close_matches(path.stem if what == "recipe" else str(path), names, n=1)
-        hint = f"did you mean the packaged {what} {nearest[0]}?" if nearest else "qtool recipes lists those that exist"
+        asked = path.stem if what == "recipe" else str(path)
+        hint = (
+            nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
+        )
         raise InputError(f"{path} does not exist; {hint}")
     try:
         text = (path if path.is_file() else names[str(path)]).read_bytes().decode("utf-8-sig")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from qtool.config.budget import BudgetConfig
-from qtool.config.section import Section as Section
+from qtool.config.section import Section
 from qtool.system.errors import InputError
 
 ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")

@@ -5,7 +5,6 @@ there; importing this module imports no method.
 """
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +15,7 @@ from qtool.config import catalog, plugins, validation
 from qtool.config.files import read_yaml
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
+from qtool.config.section import Section
 from qtool.config.sections import (
     DataConfig,
     EvalConfig,
@@ -24,16 +24,14 @@ from qtool.config.sections import (
     MethodConfig,
     ModelConfig,
     OutputConfig,
-    Section,
 )
-from qtool.system.errors import InputError, listing
+from qtool.system.errors import InputError, listing, nearest
 
 S = TypeVar("S", bound=Section)
 
 
 def _unknown(key: str, found: str, what: str, known: Sequence[str]) -> InitErrorDetails:
-    nearest = get_close_matches(found, known, n=1)
-    hint = f"the nearest is {nearest[0]}; " if nearest else ""
+    hint = nearest(found, known, "the nearest is {}; ")
     message = f"no such {what}; {hint}known: {', '.join(known) or 'none'}"
     kind = PydanticCustomError("unknown_name", "{message}", {"message": message})
     return InitErrorDetails(type=kind, loc=(key,), input=found)

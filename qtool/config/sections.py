@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from qtool.config.section import Section as Section  # re-exported, so that readers of recipes import one module
+from qtool.config.section import Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 IGNORED = -100  # label of a token that is not learned; the default of torch's cross entropy

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qtool.config.sections import Dtype, Section
+from qtool.config.section import Section
+from qtool.config.sections import Dtype
 from qtool.system.errors import InputError
 
 
@@ -56,7 +57,7 @@ class LauncherConfig(Section):
 class BenchConfig(Section):
     """The options of ``qtool bench``, which measures speed."""
 
-    prompt_tokens: int = Field(256, ge=2, description="Tokens of the prompt.")
+    prompt_tokens: int = Field(256, ge=2, description="Tokens in the prompt.")
     new_tokens: int = Field(32, ge=1, description="Tokens decoded in each repeat.")
     repeats: int = Field(5, ge=1, description="Measurements of each number; the median is shown.")
     dtype: Dtype = Field("bfloat16", description="Precision of computation.")

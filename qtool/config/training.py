@@ -4,7 +4,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qtool.config.sections import MethodConfig, Section
+from qtool.config.section import Section
+from qtool.config.sections import MethodConfig
 
 OVERSHOOT = {"logistic": 0.2785, "gaussian": 0.1700}  # overshoot of a soft clamp beyond its end, times its sharpness
 

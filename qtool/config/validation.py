@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from qtool.config import catalog, plugins
-from qtool.config.sections import MethodConfig, Section
+from qtool.config.section import Section
+from qtool.config.sections import MethodConfig
 
 _KINDS = {
     "int": "a whole number",

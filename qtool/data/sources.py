@@ -6,7 +6,6 @@ A data source is one row of ``SOURCES``. Its file below :func:`data_dir` comes f
 
 import os
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -14,7 +13,7 @@ from qtool.config.sections import DataConfig
 from qtool.data.hub import Hub, UnreachableError, load_hub
 from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, nearest
 
 GENERATED = "generated"  # name of the source that the model writes itself
 T = TypeVar("T")
@@ -74,8 +73,7 @@ def check_source(data: DataConfig) -> None:
     if Path(data.source).name.endswith(FILES) or Path(data.source).exists():
         check_file(Path(data.source).expanduser(), FILES)
         return
-    near = get_close_matches(data.source, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = nearest(data.source, known, "; did you mean {}?")
     raise InputError(
         f"data.source: {data.source!r} is neither a known name ({', '.join(known)}) "
         f"nor a file that ends in {', '.join(FILES)}{hint}"

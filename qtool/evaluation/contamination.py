@@ -1,12 +1,12 @@
 """Contamination: the share of an evaluated text that a model has already seen in calibration, measured on tokens.
 
-A run is ``RUN`` consecutive tokens inside a window. The overlap is the share of the evaluated text's runs that occur
-anywhere in the calibration windows, in any window and at any position. Thirteen tokens are the length that GPT-3's
-authors took for their own check (arXiv 2005.14165, appendix C): long enough that idioms and markup seldom reach it,
-short enough that a copied sentence always does. The overlap with the test split of WikiText-2 (tokens of the built-in
-model) is 0.16 % for its whole training split, and 0.007 % for 4096 windows of 512 tokens of Wikipedia without its
-articles; one of its sixty articles would be 1.7 %. From ``ALARM`` (``reports/records.py``) on, a copy is the likelier
-cause.
+A run is ``OVERLAP_TOKENS`` consecutive tokens inside a window. The overlap is the share of the evaluated text's runs
+that occur anywhere in the calibration windows, in any window and at any position. Thirteen tokens are the length that
+GPT-3's authors took for their own check (arXiv 2005.14165, appendix C): long enough that idioms and markup seldom reach
+it, short enough that a copied sentence always does. The overlap with the test split of WikiText-2 (tokens of the
+built-in model) is 0.16 % for its whole training split, and 0.007 % for 4096 windows of 512 tokens of Wikipedia without
+its articles; one of its sixty articles would be 1.7 %. From ``OVERLAP_WARNING`` (``reports/records.py``) on, a copy is the
+likelier cause.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.reports.records import RUN
+from qtool.reports.records import OVERLAP_TOKENS
 
 CHUNK = 1 << 20  # number of calibration tokens looked up at once
 FACTORS = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))  # odd multipliers of the hash, as int64
@@ -54,13 +54,13 @@ def overlap(calibration: Tensor, evaluation: Tensor) -> float | None:
 
 def _fingerprints(windows: Tensor) -> Tensor:
     """Return the hashes of all runs in ``windows`` ``[n, t]`` as one row of int64; arithmetic wraps around."""
-    num = windows.shape[1] - RUN + 1
+    num = windows.shape[1] - OVERLAP_TOKENS + 1
     if num < 1:
         return torch.empty(0, dtype=torch.int64)
     mixed = (windows.cpu().long() + 1) * FACTORS[0]
     mixed = (mixed ^ (mixed >> 29)) * FACTORS[1]  # mixed, so that sums of neighbouring ids differ
     total = mixed[:, :num].clone()
-    for offset in range(1, RUN):
+    for offset in range(1, OVERLAP_TOKENS):
         total.mul_(FACTORS[0]).add_(mixed[:, offset : offset + num])
     return total.flatten()
 

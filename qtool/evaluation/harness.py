@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from qtool.evaluation.local_tasks import local_data
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric
 from qtool.system import progress
-from qtool.system.errors import InputError, listing
+from qtool.system.errors import InputError, listing, nearest
 
 # Any in this file: lm-eval and datasets carry no types, and lm-eval's results are nested dicts of its own making.
 
@@ -79,8 +78,7 @@ def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
 
 
 def _unknown(task: str) -> str:
-    near = get_close_matches(task, [*_full_manager().all_tasks, "wikitext2", "generated"], n=3)
-    hint = f"; the nearest names are {', '.join(near)}" if near else ""
+    hint = nearest(task, [*_full_manager().all_tasks, "wikitext2", "generated"], "; the nearest names are {}", 3)
     return f"lm-eval has no task {task!r}{hint}"
 
 

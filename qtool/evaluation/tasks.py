@@ -4,8 +4,6 @@
 (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
 """
 
-from difflib import get_close_matches
-
 from torch import Tensor
 
 from qtool.config.sections import METRICS, EvalConfig
@@ -17,7 +15,7 @@ from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric
 from qtool.models import backend
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric, TaskResult, task_result
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, nearest
 
 WIKITEXT = "wikitext2"
 DIVERGENCE = "kl"
@@ -37,8 +35,7 @@ def check_tasks(config: EvalConfig) -> None:
     if isinstance(config.num_fewshot, dict):
         for task in config.num_fewshot:
             if task not in config.tasks or task in OWN_TASKS:
-                near = get_close_matches(task, config.tasks, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = nearest(task, config.tasks, "; did you mean {}?")
                 raise InputError(f"eval.num_fewshot: {task!r} is not one of eval.tasks that take examples{hint}")
     theirs = [task for task in config.tasks if task not in OWN_TASKS]
     if theirs:

@@ -15,7 +15,7 @@ class _Room(ModuleType):
     """This package as a callable: importing it puts it in the place of the API's function ``qtool.methods``."""
 
     def __call__(self) -> tuple[str, ...]:
-        """The names of the methods."""
+        """Return the names of the methods."""
         return catalog.methods()
 
 

@@ -312,7 +312,7 @@ def run(job: Job, config: Config) -> Result:
         for stage in stages(task):
             quantize_group(task, stage.targets, collect(stage), config)
 
-    return run_blocks(job, quantize_block, float_stream=config.gptaq > 0)
+    return run_blocks(job, quantize_block, with_float_states=config.gptaq > 0)
 
 
 METHOD = Method("ptq", "second-order error compensation, column by column", Config, run)

@@ -150,7 +150,7 @@ def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iter
         yield list(islice(every, size))
 
 
-class Training:
+class RoundingTraining:
     """The training of one block: its layers, and the distance of its output from the float block's."""
 
     def __init__(self, task: BlockTask, goal: Sequence[Tensor], layers: list[SignRoundLinear], config: Config) -> None:
@@ -226,7 +226,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    best = Training(task, task.float_outputs, list(layers.values()), config).run(generator)
+    best = RoundingTraining(task, task.float_outputs, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 
@@ -234,7 +234,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed and a block's index determine the minibatches."""
     step = partial(quantize_block, config=config, seed=job.seed)
-    return run_blocks(job, step, float_stream=True)
+    return run_blocks(job, step, with_float_states=True)
 
 
 METHOD = Method("ptq", "rounding and ranges learned by signed gradients, block by block", Config, run)

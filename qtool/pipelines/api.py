@@ -7,6 +7,7 @@ reports and results are the same objects that the command line prints.
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +30,6 @@ from qtool.models import backend
 from qtool.models.backend import Backends
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
-from qtool.models.targets import select_targets
 from qtool.pipelines import evaluate as evaluation
 from qtool.pipelines import export as exporting
 from qtool.pipelines import plan as planning
@@ -40,6 +40,7 @@ from qtool.reports.bench_report import BenchReport
 from qtool.reports.comparison import Comparison
 from qtool.reports.records import Metric
 from qtool.reports.report import Report
+from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
 Keys = Mapping[str, object]
@@ -75,26 +76,26 @@ def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe
 
 
 def recipes() -> tuple[str, ...]:
-    """The names of the packaged recipes."""
+    """Return the names of the packaged recipes, e.g. ``quickstart``."""
     return tuple(files.packaged())
 
 
 def methods() -> tuple[str, ...]:
-    """The names of the quantization methods, for ``method.name``."""
+    """Return the names of the quantization methods, the values of ``method.name``."""
     return catalog.methods()
 
 
 def formats() -> tuple[str, ...]:
-    """The names of the export formats."""
+    """Return the names of the export formats."""
     return catalog.export_formats()
 
 
 def quantize(recipe: str | Path | Keys | Recipe, *, fresh: bool = False, **changes: object) -> Outcome | None:
     """Run a recipe as ``qtool ptq|qat|efficientqat|lrqat`` does: quantize, save, evaluate and export.
 
-    ``recipe`` and ``changes`` are as in :func:`load_recipe`; ``fresh`` starts over where an unfinished run was left.
-    A run that was stopped goes on when it is called again. Of several processes that ``torchrun`` started, the first
-    gets the outcome and the others ``None``.
+    ``recipe`` and ``changes`` are as in :func:`load_recipe`. A run that was stopped continues when the same call is
+    repeated; ``fresh`` deletes the unfinished run and starts again. Returns the folder, the report, the exports and the
+    seconds; of several processes that ``torchrun`` started, the first gets them and the others ``None``.
 
     Raises:
         InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
@@ -160,10 +161,10 @@ def quantize_model(
 
 
 def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
-    """The job of a recipe on a model in memory, which is not changed; ``tokens``, if given, are its text."""
+    """Return the job of a recipe on a model in memory; ``tokens``, if given, are the calibration text."""
     method = load_method(recipe.method.name)
     loaded.model.eval()
-    targets = select_targets(loaded, recipe.quant)
+    job = Job.select(loaded, recipe.quant, seed=recipe.seed)
     text: tuple[Tensor | None, Tensor | None] = (tokens, None)
     if not method.needs_data(recipe.method):
         text = (None, None)
@@ -171,11 +172,11 @@ def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
         text = windows.calibration(recipe.data, loaded, recipe.seed)
     if method.end_to_end(recipe.method):
         loaded.pristine = copy.deepcopy(loaded.model)
-    return Job(loaded, targets, *text, recipe.seed)
+    return replace(job, tokens=text[0], labels=text[1])
 
 
 def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """A model that was loaded elsewhere, as qtool's own functions take it."""
+    """Return a model that was loaded elsewhere as qtool's own functions take it."""
     floats = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     return LoadedModel(model, tokenizer, type(model).__name__, Path(), floats)
 
@@ -198,16 +199,16 @@ def evaluate(
         model: a native, exported or plain folder, a hub name, or a model in memory with its ``tokenizer``.
         tasks: ``wikitext2`` and ``generated`` (token perplexity), ``kl``, or any task of lm-eval.
         reference: the float model to compare with; left out: the one that a checkpoint was made from.
-        tokenizer: of a model in memory.
+        tokenizer: the tokenizer of a model in memory; a folder has its own.
         output: folder for ``report.json``, ``report.md`` and ``report.html``.
-        seed: of generated text.
+        seed: fixes the text of ``generated``.
         dtype: precision of computation of models that are loaded from folders.
         device: where models that are loaded from folders compute.
         keys: other keys of the recipe's section ``eval``: ``limit``, ``num_fewshot``, ``batch_size``, ``context``,
             ``backend``.
 
     Raises:
-        InputError: a task, a model or a folder that cannot be used.
+        InputError: a task, a model or a folder cannot be used, or the arguments do not fit each other.
     """
     in_folder = isinstance(model, str | Path)
     section = {"path": str(model) if in_folder else "the model", "dtype": dtype, "device": device}
@@ -215,7 +216,9 @@ def evaluate(
     checked = check(EvalRecipe, asked, "qtool.evaluate")
     if isinstance(model, str | Path):
         if isinstance(reference, PreTrainedModel):
-            raise TypeError("a model in a folder is compared with a reference in a folder: give its path")
+            raise InputError("reference: found a model in memory, but the model is in a folder; give a folder as well")
+        if tokenizer is not None:
+            raise InputError("tokenizer: the model is in a folder, whose own tokenizer is used; leave tokenizer out")
         return evaluation.evaluate(
             checked.model,
             checked.eval,
@@ -223,8 +226,12 @@ def evaluate(
             output=None if output is None else Path(output),
             seed=seed,
         ).report
-    if tokenizer is None or isinstance(reference, str | Path):
-        raise TypeError("a model in memory is measured with its tokenizer, beside a reference that is in memory too")
+    if tokenizer is None:
+        raise InputError("tokenizer: a model in memory is measured with its tokenizer, and none was given")
+    if isinstance(reference, str | Path):
+        raise InputError(
+            "reference: found a folder, but the model is in memory; load the reference and give that model"
+        )
     other = None if reference is None else in_memory(reference, tokenizer)
     report = _measured(in_memory(model, tokenizer), other, checked)
     if output is not None:
@@ -235,7 +242,7 @@ def evaluate(
 
 
 def _measured(loaded: LoadedModel, reference: LoadedModel | None, recipe: EvalRecipe) -> Report:
-    """The report of a model in memory."""
+    """Return the report of a model in memory."""
     evaluation_tasks.check_tasks(recipe.eval)
     results = evaluation_tasks.evaluate(loaded, recipe.eval, reference, recipe.seed)
     return Report(
@@ -249,7 +256,7 @@ def _measured(loaded: LoadedModel, reference: LoadedModel | None, recipe: EvalRe
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int | Literal["auto"] = "auto") -> Metric:
-    """Token perplexity on windows ``tokens`` ``[n, t]`` int64: exp of the mean negative log-likelihood.
+    """Measure token perplexity on windows ``tokens`` ``[n, t]`` int64: exp of the mean negative log-likelihood.
 
     Each window gives ``t - 1`` predictions; the standard error is over windows, by the delta method.
     """
@@ -263,14 +270,21 @@ def kl(
     *,
     batch_size: int | Literal["auto"] = "auto",
 ) -> Divergence:
-    """Mean KL(reference || model) in nats per token on windows ``tokens`` ``[n, t]`` int64, and top-1 agreement."""
+    """Measure KL(reference || model) on windows ``tokens`` ``[n, t]`` int64, and the top-1 agreement.
+
+    The divergence is the mean over ``n (t - 1)`` predictions, in nats per token.
+    """
     return Divergence(*scores.divergence(model, reference, tokens, batch_size))
 
 
 def export(
     folder: str | Path, format: str, output: str | Path, *, dtype: str = "auto", overwrite: bool = False
 ) -> Path:
-    """Write a native checkpoint for another engine, read back and compared before it gets its name.
+    """Write the native checkpoint in ``folder`` for another engine; return the folder of the export.
+
+    The export is read back and compared before it gets its name. ``dtype`` is that of the tensors which stay float;
+    ``auto`` is the checkpoint's own, or float32 where that does not hold the weights exactly. ``overwrite`` replaces an
+    existing folder.
 
     Raises:
         InputError: not a native checkpoint, or one that the format cannot hold exactly; the message says why.
@@ -281,7 +295,7 @@ def export(
 
 
 def plan(recipe: str | Path | Keys | Recipe, **changes: object) -> BitPlan:
-    """The bit widths that the budget of a recipe comes to; nothing is written.
+    """Return the bit widths that the budget of a recipe comes to; nothing is written.
 
     Raises:
         InputError: the recipe has no budget, or one that cannot be met.
@@ -292,7 +306,8 @@ def plan(recipe: str | Path | Keys | Recipe, **changes: object) -> BitPlan:
 def bench(folder: str | Path, *, dtype: str = "bfloat16", device: str = "auto", **keys: object) -> BenchReport:
     """Measure speed, memory and energy of a checkpoint beside the same weights held densely.
 
-    ``keys``: ``prompt_tokens``, ``new_tokens`` and ``repeats``.
+    ``dtype`` is the precision of computation and ``device`` where it takes place (``auto``: the first GPU, or the CPU).
+    ``keys`` are ``prompt_tokens`` (256), ``new_tokens`` (32) and ``repeats`` (5).
 
     Raises:
         InputError: no checkpoint of qtool, or a prompt that its context does not hold.
@@ -302,7 +317,7 @@ def bench(folder: str | Path, *, dtype: str = "bfloat16", device: str = "auto", 
 
 
 def compare(runs: Sequence[str | Path]) -> Comparison:
-    """Runs side by side, from the ``report.json`` in their folders, and which are best for their size.
+    """Return runs side by side, from the ``report.json`` in their folders, and which are best for their size.
 
     Raises:
         InputError: a folder without a report.
@@ -314,6 +329,9 @@ def use_backend(model: nn.Module, name: str = "fast") -> Backends:
     """Let a loaded model decode with this machine's packed kernels (``fast``), or exactly again (``exact``).
 
     Returns which kernels serve which linears; a linear without a kernel stays exact, and a warning says so.
+
+    Raises:
+        InputError: ``name`` is unknown, or ``model`` has no packed linears or weights that are not in memory.
     """
     found = backend.use_backend(model, name)
     if name == "fast" and found.exact:

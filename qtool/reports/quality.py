@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qtool.reports.records import ALARM, RUN, TaskResult, change_error
+from qtool.reports.records import OVERLAP_TOKENS, OVERLAP_WARNING, TaskResult, change_error
 from qtool.reports.text import number, percent
 from qtool.reports.verdict import relative_loss, words
 
@@ -37,7 +37,7 @@ def judge(rows: Sequence[TaskResult]) -> Judgement | None:
     else the mean accuracy over tasks.
     """
     rows = [row for row in rows if loss(row) is not None]
-    rows.sort(key=lambda row: ((row.overlap or 0) >= ALARM, row.task == "generated"))
+    rows.sort(key=lambda row: ((row.overlap or 0) >= OVERLAP_WARNING, row.task == "generated"))
     for metric in ("perplexity", "kl"):
         for row in rows:
             if row.metric == metric and (found := loss(row)):
@@ -87,8 +87,9 @@ def overlaps(rows: Sequence[TaskResult]) -> dict[str, float]:
 def warnings(rows: Sequence[TaskResult], source: str) -> list[str]:
     """Return a warning for each evaluated text of which too much occurs in the calibration text ``source``."""
     return [
-        f"{share:.1%} of the text of {task} (in sequences of {RUN} tokens) also occurs in the calibration text"
+        f"{share:.1%} of the text of {task} (in sequences of {OVERLAP_TOKENS} tokens) also occurs in the calibration "
+        "text"
         f"{f', {source}' if source else ''}: results on it partly measure memorization."
         for task, share in overlaps(rows).items()
-        if share >= ALARM
+        if share >= OVERLAP_WARNING
     ]

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
 
 from qtool.config.sections import ExpectedConfig
 
-RUN = 13  # tokens of a run of text that counts as known
-ALARM = 0.01  # share of known runs from which a report warns
+OVERLAP_TOKENS = 13  # tokens of a run of text that counts as known
+OVERLAP_WARNING = 0.01  # share of known runs from which a report warns
 
 
 def _strict(value: float) -> float | str:
@@ -52,7 +52,8 @@ class TaskResult(Record):
     detail: bool = Field(False, description="Summed up in the row of its group; left out of tables.")
     overlap: Number | None = Field(
         None,
-        description=f"Share of the text's runs of {RUN} tokens that the calibration text holds; null: not measured.",
+        description=f"Share of the text's sequences of {OVERLAP_TOKENS} tokens that the calibration text contains; "
+        "null: not measured.",
     )
     note: str = Field("", description="What a reader must know to compare this number with others.")
 

@@ -7,7 +7,17 @@ from pydantic import Field
 
 from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
-from qtool.reports.records import RUN, CalibrationText, Exported, Linear, Lock, Published, Record, Series, TaskResult
+from qtool.reports.records import (
+    OVERLAP_TOKENS,
+    CalibrationText,
+    Exported,
+    Linear,
+    Lock,
+    Published,
+    Record,
+    Series,
+    TaskResult,
+)
 from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
 from qtool.system.environment import environment
 from qtool.system.units import size
@@ -126,7 +136,9 @@ class Report(Record, Printable):
             facts.append(("calibrated on", f"{text.source}, {shape}"))
         if shares := quality.overlaps(self.results):
             parts = ", ".join(f"{share:.2g} of {task}" for task, share in shares.items())
-            facts.append(("already in the calibration text", f"{parts} (fraction of its sequences of {RUN} tokens)"))
+            facts.append(
+                ("already in the calibration text", f"{parts} (fraction of its sequences of {OVERLAP_TOKENS} tokens)")
+            )
         return [*facts, ("date", self.date)]
 
     def warnings(self) -> list[str]:

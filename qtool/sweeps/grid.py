@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from qtool.config.files import read_yaml, tables
 from qtool.config.overrides import assignment, changed
 from qtool.config.recipe import Recipe, examine
 from qtool.config.sweep import SweepConfig
-from qtool.system.errors import InputError, listing
+from qtool.system.errors import InputError, listing, nearest
 
 Change = tuple[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
@@ -231,8 +230,7 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
                 yield f"grid.{axis}: {count} values are called {label}; give them labels: {{label: value, ...}}"
         if isinstance(values, list):
             if not _is_key(axis):
-                near = get_close_matches(axis.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
-                hint = f"; the nearest section is {near[0]}" if near else ""
+                hint = nearest(axis.partition(".")[0], (*Recipe.model_fields, BASE), "; the nearest section is {}")
                 yield f"grid.{axis}: not a key of a recipe, so it needs {{label: {{key: value}}}}{hint}"
             for value in values:
                 if isinstance(value, dict | list):
@@ -251,8 +249,8 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
             if key.partition(".")[0] == "output":
                 yield f"{where}: {key}: each cell writes into a folder of its own; remove this key"
             elif not _is_key(key):
-                near = get_close_matches(key.partition(".")[0], (*Recipe.model_fields, BASE), n=1)
-                yield f"{where}: {key}: not a section of a recipe{f'; the nearest is {near[0]}' if near else ''}"
+                hint = nearest(key.partition(".")[0], (*Recipe.model_fields, BASE), "; the nearest is {}")
+                yield f"{where}: {key}: not a section of a recipe{hint}"
     for name, entry in config.cells.items():
         if not isinstance(entry.get("columns", {}), dict):
             yield f"cells.{name}.columns: should be a mapping; found {validation.found(entry['columns'])}"

@@ -24,6 +24,14 @@ def listing(head: str, faults: Iterable[str]) -> str:
     return "\n  ".join([head, *faults])
 
 
+def nearest(found: str, known: Iterable[str], words: str, count: int = 1) -> str:
+    """Return ``words`` with the ``count`` nearest known names in place of ``{}``; ``""`` if none is near ``found``."""
+    from difflib import get_close_matches  # only where something is wrong
+
+    near = get_close_matches(found, list(known), n=count)
+    return words.format(", ".join(near)) if near else ""
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, which may have many, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

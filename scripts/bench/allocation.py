@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from qtool.allocation import plan as bit_plan
-from qtool.allocation.sensitivity import ESTIMATORS, Unit
+from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit
 from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config.budget import BudgetConfig
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench-allocation.json"))
     parser.add_argument("--method", default="gptq", help="method, used with its defaults")
     parser.add_argument("--bits", default="2.5,3.0,3.5")
-    parser.add_argument("--estimators", default=",".join([*ESTIMATORS, "loss:nearest"]))
+    parser.add_argument("--estimators", default=",".join([*COST_ESTIMATORS, "loss:nearest"]))
     parser.add_argument("--limit", type=int, default=16, help="windows of 1024 tokens to measure on")
     parser.add_argument("--samples", type=int, default=128, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--random", type=int, default=4, help="random allocations for each budget")

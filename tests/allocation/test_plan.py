@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.allocation.plan import BitPlan, check, units_of
-from qtool.allocation.sensitivity import ESTIMATORS, merged
+from qtool.allocation.sensitivity import COST_ESTIMATORS, merged
 from qtool.allocation.solvers import SOLVERS
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import NativeCheckpoint
@@ -225,7 +225,7 @@ def test_the_files_of_a_run_are_within_a_size(models: Path, tmp_path: Path, meth
 def test_formats_of_one_grid_refuse_a_budget_before_any_width_is_measured(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ESTIMATORS, "loss", None)
+    monkeypatch.setitem(COST_ESTIMATORS, "loss", None)
     file = make(models, tmp_path / "out", export=[{"format": "gptq", "path": str(tmp_path / "gptq")}])
     with pytest.raises(InputError, match="its linears have 2 different grids"):
         quantize(recipe.load(file))
@@ -320,7 +320,7 @@ def test_a_run_that_goes_on_measures_nothing_again(
         stop_after(patch, 1)
         with pytest.raises(Killed):
             quantize(checked)
-    monkeypatch.setitem(ESTIMATORS, "loss", None)
+    monkeypatch.setitem(COST_ESTIMATORS, "loss", None)
     quantize(checked)
     assert hashes(tmp_path / "out") == whole[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.allocation import sensitivity
 from qtool.allocation.plan import units_of
-from qtool.allocation.sensitivity import ESTIMATORS, Unit, compensated, nearest, rounded_unit
+from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit, compensated, nearest, rounded_unit
 from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig
 from qtool.evaluation import perplexity
@@ -37,7 +37,7 @@ def units_with(loaded: LoadedModel) -> list[Unit]:
     return units_of(loaded, budgeted(average_bits=8.5))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", COST_ESTIMATORS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_estimators_rank_a_planted_unit_above_a_harmless_one(
     estimator: str, family: str, tmp_path: Path, tokens: Tensor
@@ -51,18 +51,18 @@ def test_estimators_rank_a_planted_unit_above_a_harmless_one(
         weight = weight_of(loaded.model.get_submodule(name))
         weight.data = weight.data * factor  # not in place: it lies in a mapped file, whose pages may be dropped
     units = units_with(loaded)
-    costs = ESTIMATORS[estimator].measure(job(loaded, units, tokens), units, nearest)
+    costs = COST_ESTIMATORS[estimator].measure(job(loaded, units, tokens), units, nearest)
     by_name = {unit.targets[0].name: cost for unit, cost in zip(units, costs, strict=True)}
     for bits in (2, 3, 4):
         assert by_name[loud][bits] > 100 * by_name[quiet][bits]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", COST_ESTIMATORS)
 def test_more_bits_cost_less_and_the_model_stays_what_it_was(
     estimator: str, llama: LoadedModel, tokens: Tensor
 ) -> None:
     before = copy.deepcopy(llama.model.state_dict())
-    costs = ESTIMATORS[estimator].measure(job(llama, units_with(llama), tokens), units_with(llama), nearest)
+    costs = COST_ESTIMATORS[estimator].measure(job(llama, units_with(llama), tokens), units_with(llama), nearest)
     assert all(c[2] > c[3] > c[4] > c[8] > 0 for c in costs)
     after = llama.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -80,7 +80,7 @@ def test_hessian_is_the_trace_times_the_error(llama: LoadedModel, tokens: Tensor
     read: dict[str, torch.Tensor] = {}
     for target in select_targets(llama, QuantConfig(group_size=32)):
         target.linear.register_forward_pre_hook(lambda _, args, name=target.name: read.__setitem__(name, args[0]))
-    costs = ESTIMATORS["hessian"].measure(job(llama, units, tokens), units, nearest)
+    costs = COST_ESTIMATORS["hessian"].measure(job(llama, units, tokens), units, nearest)
     llama.model(tokens)
     for unit, cost in zip(units, costs, strict=True):
         expected = sum(float(read[t.name].square().mean() * error_of(t, 3).square().sum()) for t in unit.targets)
@@ -89,7 +89,7 @@ def test_hessian_is_the_trace_times_the_error(llama: LoadedModel, tokens: Tensor
 
 def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:
     units = units_with(llama)
-    costs = ESTIMATORS["fisher"].measure(job(llama, units, tokens), units, nearest)
+    costs = COST_ESTIMATORS["fisher"].measure(job(llama, units, tokens), units, nearest)
     target = units[3].targets[0]
     weight = weight_of(llama.model.get_submodule(target.name)).requires_grad_(True)
     squares = torch.zeros_like(weight)
@@ -102,7 +102,7 @@ def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama: LoadedMod
 
 def test_loss_is_the_divergence_when_one_unit_is_rounded(llama: LoadedModel, tokens: Tensor) -> None:
     units, reference = units_with(llama)[:2], copy.deepcopy(llama.model)
-    costs = ESTIMATORS["loss"].measure(job(llama, units, tokens), units, nearest)
+    costs = COST_ESTIMATORS["loss"].measure(job(llama, units, tokens), units, nearest)
     for unit, cost in zip(units, costs, strict=True):
         with rounded_unit(llama, unit, 2):
             for target in unit.targets:
@@ -124,14 +124,14 @@ def test_compensated_weights_are_those_of_gptq(make_llama: Callable[[], LoadedMo
         same = weights(target, 3) == dequantize(*layers[target.name].quantized)
         assert same.float().mean() > 0.99  # there q, k and v are solved in one product, whose sums have another order
     work = job(loaded, units, tokens)
-    nearer = ESTIMATORS["block"].measure(work, units, weights)
-    for cost, plain in zip(nearer, ESTIMATORS["block"].measure(work, units, nearest), strict=True):
+    nearer = COST_ESTIMATORS["block"].measure(work, units, weights)
+    for cost, plain in zip(nearer, COST_ESTIMATORS["block"].measure(work, units, nearest), strict=True):
         assert cost[3] < plain[3]
 
 
 def test_delta_loss_is_the_gradient_at_the_rounded_weight_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:
     unit = units_with(llama)[3]
-    cost = ESTIMATORS["delta-loss"].measure(job(llama, [unit], tokens), [unit], nearest)[0][3]
+    cost = COST_ESTIMATORS["delta-loss"].measure(job(llama, [unit], tokens), [unit], nearest)[0][3]
     target = unit.targets[0]
     error, weight = error_of(target, 3), weight_of(llama.model.get_submodule(target.name))
     weight.data += error
@@ -147,17 +147,17 @@ def test_only_learned_tokens_count(llama: LoadedModel, tokens: Tensor) -> None:
     labels[2:] = -100
     units = units_with(llama)[:1]
     for name in ("loss", "delta-loss"):
-        masked = ESTIMATORS[name].measure(job(llama, units, tokens, labels), units, nearest)
-        alone = ESTIMATORS[name].measure(job(llama, units, tokens[:2]), units, nearest)
+        masked = COST_ESTIMATORS[name].measure(job(llama, units, tokens, labels), units, nearest)
+        alone = COST_ESTIMATORS[name].measure(job(llama, units, tokens[:2]), units, nearest)
         assert masked[0][2] == pytest.approx(alone[0][2], rel=1e-4)
 
 
 def test_a_cost_that_is_no_number_ends_the_run(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = sensitivity.Estimator(
+    broken = sensitivity.CostEstimator(
         lambda _, units, *rest: [dict.fromkeys(u.choices, math.nan) for u in units], False, False
     )
-    monkeypatch.setitem(ESTIMATORS, "variance", broken)
+    monkeypatch.setitem(COST_ESTIMATORS, "variance", broken)
     with pytest.raises(RunError, match=r"layers\.0\.self_attn: q_proj, k_proj, v_proj: estimator variance found"):
         planned(llama, budgeted(average_bits=3, estimator="variance"), tokens)

@@ -10,7 +10,7 @@ from helpers import tiny
 from helpers.block_driving import (
     CONFIGS,
     W2,
-    float_stream,
+    float_states,
     local,
     make,
     nearest,
@@ -146,7 +146,7 @@ def test_linears_that_stay_in_floating_point_are_in_no_group(llama: LoadedModel,
 def test_the_float_stream_is_the_float_model(loaded: LoadedModel, tokens: Tensor) -> None:
     """This holds in every stage and after every block, whatever was packed meanwhile."""
     count = 0
-    for task, stage, expected in float_stream(loaded, tokens):
+    for task, stage, expected in float_states(loaded, tokens):
         where = f"block {task.index}, " + ("its output" if stage is None else stage.targets[0].name)
         assert equal(task.float_outputs if stage is None else stage.float_inputs, expected), where
         count += 1
@@ -157,12 +157,12 @@ def test_the_float_stream_is_the_float_model(loaded: LoadedModel, tokens: Tensor
 def test_the_quantized_stream_is_the_same_beside_a_float_stream(loaded: LoadedModel, tokens: Tensor) -> None:
     other = copy.deepcopy(loaded)
     errors = run_blocks(Job.select(loaded, W2, tokens), pack_in_stages)
-    assert run_blocks(Job.select(other, W2, tokens), pack_in_stages, float_stream=True) == errors
+    assert run_blocks(Job.select(other, W2, tokens), pack_in_stages, with_float_states=True) == errors
 
 
 def test_a_float_stream_without_stages_is_our_mistake(llama: LoadedModel, tokens: Tensor) -> None:
     with pytest.raises(AssertionError, match="sets the float outputs of each task"):
-        run_blocks(Job.select(llama, W2, tokens), pack_all, float_stream=True)
+        run_blocks(Job.select(llama, W2, tokens), pack_all, with_float_states=True)
 
 
 # -------------------------------------------------------------------------------------------------- the driver

@@ -26,10 +26,10 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("float_stream", [False, True])
+@pytest.mark.parametrize("with_float_states", [False, True])
 @pytest.mark.parametrize("stop_at", range(4))
 def test_an_exception_between_stages_leaves_no_patched_forward(
-    llama: LoadedModel, tokens: Tensor, stop_at: int, float_stream: bool
+    llama: LoadedModel, tokens: Tensor, stop_at: int, with_float_states: bool
 ) -> None:
     targets = select_targets(llama, W2)
 
@@ -42,7 +42,7 @@ def test_an_exception_between_stages_leaves_no_patched_forward(
                 task.pack(target, nearest(target))
 
     with pytest.raises(Interrupted):
-        run_blocks(Job(llama, tuple(targets), tokens), quantize_block, float_stream=float_stream)
+        run_blocks(Job(llama, tuple(targets), tokens), quantize_block, with_float_states=with_float_states)
     assert untouched(llama)
     assert not any("forward" in vars(target.linear) for target in targets)
     assert len(packed_linears(llama.model)) == (0, 3, 4, 6)[stop_at]

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from qtool.config import catalog, describe, files, plugins, recipe
 from qtool.config.quant import QuantConfig
-from qtool.config.sections import MethodConfig, Section
+from qtool.config.section import Section
+from qtool.config.sections import MethodConfig
 from qtool.config.yaml_loader import dump, parse
 from qtool.system.errors import InputError
 

@@ -19,7 +19,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation import contamination
 from qtool.evaluation.contamination import relation
 from qtool.pipelines import evaluate, quantize
-from qtool.reports.records import ALARM, RUN, CalibrationText, Metric, TaskResult, task_result
+from qtool.reports.records import OVERLAP_TOKENS, OVERLAP_WARNING, CalibrationText, Metric, TaskResult, task_result
 from qtool.reports.report import Report
 
 
@@ -31,7 +31,9 @@ def plainly(calibration: torch.Tensor, evaluation: torch.Tensor) -> float:
     """Compute the overlap directly from its definition."""
 
     def runs(tokens: torch.Tensor) -> list[tuple[int, ...]]:
-        return [tuple(row[i : i + RUN]) for row in tokens.tolist() for i in range(len(row) - RUN + 1)]
+        return [
+            tuple(row[i : i + OVERLAP_TOKENS]) for row in tokens.tolist() for i in range(len(row) - OVERLAP_TOKENS + 1)
+        ]
 
     known = set(runs(calibration))
     wanted = runs(evaluation)
@@ -39,7 +41,7 @@ def plainly(calibration: torch.Tensor, evaluation: torch.Tensor) -> float:
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 4), st.integers(RUN, 40)),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 4), st.integers(OVERLAP_TOKENS, 40)),
     vocabulary=st.sampled_from([1, 2, 4096]),
     copied=st.integers(0, 40),
     chunk=st.sampled_from([1, 30, 1 << 20]),
@@ -62,8 +64,8 @@ def test_limits() -> None:
     assert contamination.overlap(tokens[:1], tokens) == 0.25
     assert contamination.overlap(tokens, windows(4, 64, 1)) == 0
     assert contamination.overlap(tokens, tokens.flip(1)) == 0
-    assert contamination.overlap(tokens, tokens[:, : RUN - 1]) is None
-    assert contamination.overlap(tokens[:, : RUN - 1], tokens) == 0
+    assert contamination.overlap(tokens, tokens[:, : OVERLAP_TOKENS - 1]) is None
+    assert contamination.overlap(tokens[:, : OVERLAP_TOKENS - 1], tokens) == 0
 
 
 def test_runs_end_with_their_window() -> None:
@@ -118,7 +120,7 @@ def test_an_overlap_above_the_alarm_is_a_warning_in_every_form() -> None:
 
 
 def test_below_the_alarm_there_is_a_number_and_no_warning() -> None:
-    fair = report(row("wikitext2", "perplexity", 0.99 * ALARM))
+    fair = report(row("wikitext2", "perplexity", 0.99 * OVERLAP_WARNING))
     assert not fair.warnings()
     assert "arning" not in fair.markdown() + rendered(fair)
     assert "already in the calibration text: 0.0099 of wikitext2" in fair.markdown()
@@ -182,7 +184,7 @@ def test_text_that_the_model_wrote_twice_is_the_same_distribution_and_hardly_the
 ) -> None:
     found = report_of(recipe(llama_folder, tmp_path / "q", data={"num_samples": 4, "seq_len": 48}))
     assert found.results[0].overlap is not None
-    assert found.results[0].overlap < ALARM
+    assert found.results[0].overlap < OVERLAP_WARNING
     assert found.results[0].note.endswith("same distribution, other text")
     assert "same distribution" not in found.results[1].note
     config = EvalConfig(tasks=("generated",), limit=4, context=48)

@@ -76,7 +76,7 @@ def local(task: BlockTask, target: Target) -> str:
     return target.name.removeprefix(f"{task.name}.")
 
 
-def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, Stage | None, list[Tensor]]]:
+def float_states(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, Stage | None, list[Tensor]]]:
     """Return every stage with its expected float inputs; then ``None`` with the float outputs of the block."""
     pristine = copy.deepcopy(loaded)
     results: list[tuple[BlockTask, Stage | None, list[Tensor]]] = []
@@ -96,7 +96,7 @@ def float_stream(loaded: LoadedModel, tokens: Tensor) -> list[tuple[BlockTask, S
         results.append((task, None, outputs))
         hidden[:] = outputs
 
-    run_blocks(Job.select(loaded, W2, tokens), quantize_block, float_stream=True)
+    run_blocks(Job.select(loaded, W2, tokens), quantize_block, with_float_states=True)
     return results
 
 

@@ -283,7 +283,7 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
             task.pack(target, layer.quantized)
 
     quant = QuantConfig(num_bits=bits, group_size=16, symmetric=False)
-    run_blocks(Job.select(llama, quant, tokens), step, float_stream=True)
+    run_blocks(Job.select(llama, quant, tokens), step, with_float_states=True)
 
 
 # ------------------------------------------------------------------------------------------- the layer of the scales

@@ -74,7 +74,7 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
         assert len(seen) == 1 + block_ap.NUM_CHECKS
         assert training[0].measure([5, 15]) == min(seen)  # with the packed layers in their places
 
-    run_blocks(Job.select(loaded, W2A, many), step, float_stream=True)
+    run_blocks(Job.select(loaded, W2A, many), step, with_float_states=True)
 
 
 def test_when_every_step_does_harm_the_start_is_kept(make_llama: Make, tokens: Tensor) -> None:

@@ -21,7 +21,7 @@ from qtool.blocks.task import BlockTask
 from qtool.config import recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.methods import rtn, signround
-from qtool.methods.signround import SignRoundLinear, Training, minibatches
+from qtool.methods.signround import RoundingTraining, SignRoundLinear, minibatches
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams
@@ -48,16 +48,16 @@ def same(one: LoadedModel, other: LoadedModel) -> bool:
     )
 
 
-def captured(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[RoundingTraining]:
     """Collect the training of every block that follows, with its layers as the last step left them."""
-    found: list[Training] = []
-    original = Training.run
+    found: list[RoundingTraining] = []
+    original = RoundingTraining.run
 
-    def keep(self: Training, generator: torch.Generator) -> list[QuantizedWeight]:
+    def keep(self: RoundingTraining, generator: torch.Generator) -> list[QuantizedWeight]:
         found.append(self)
         return original(self, generator)
 
-    monkeypatch.setattr(Training, "run", keep)
+    monkeypatch.setattr(RoundingTraining, "run", keep)
     return found
 
 
@@ -145,23 +145,23 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
     loaded = make_llama()
     tiny.moved(loaded.model, dtype)
     seen: list[float] = []
-    measure = Training.measure
+    measure = RoundingTraining.measure
 
-    def recorded(self: Training, indices: list[int]) -> float:
+    def recorded(self: RoundingTraining, indices: list[int]) -> float:
         seen.append(measure(self, indices))
         return seen[-1]
 
     def step(task: BlockTask) -> None:
         seen.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Training, "measure", recorded)
+            patch.setattr(RoundingTraining, "measure", recorded)
             signround.quantize_block(task, signround.Config(iterations=24, outliers=0), 0)
         assert task.float_outputs is not None
         packed = task.forward(task.inputs[0]).float()
         assert float((packed - task.float_outputs[0].float()).square().sum()) == min(seen)
         assert min(seen) < seen[0]
 
-    run_blocks(Job.select(loaded, quant, tokens), step, float_stream=True)
+    run_blocks(Job.select(loaded, quant, tokens), step, with_float_states=True)
 
 
 def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
@@ -195,11 +195,11 @@ def test_every_trainable_parameter_moves_and_none_beyond_its_travel(
 
 def test_the_rate_falls_linearly_and_adds_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[float] = []
-    monkeypatch.setattr(Training, "step", lambda self, indices, share: shares.append(share))
-    monkeypatch.setattr(Training, "measure", lambda self, indices: 0.0)
+    monkeypatch.setattr(RoundingTraining, "step", lambda self, indices, share: shares.append(share))
+    monkeypatch.setattr(RoundingTraining, "measure", lambda self, indices: 0.0)
     task: Any = SimpleNamespace(inputs=[torch.zeros(1, 2, 4)] * 3)
     layer = random_layer(QuantSpec(group_size=16))
-    Training(task, [], [layer], signround.Config(iterations=10)).run(torch.Generator())
+    RoundingTraining(task, [], [layer], signround.Config(iterations=10)).run(torch.Generator())
     assert sum(shares) == pytest.approx(1)
     assert shares == pytest.approx([shares[-1] * n for n in range(10, 0, -1)])
 
@@ -218,7 +218,7 @@ def test_the_largest_differences_are_left_out_below_four_bits(bits: int, kept: i
     x = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(0))
     task: Any = SimpleNamespace(inputs=[x], forward=lambda hidden: hidden)
     layer = random_layer(QuantSpec(num_bits=bits, group_size=16))
-    training = Training(task, [torch.zeros_like(x)], [layer], signround.Config(outliers=0.1))
+    training = RoundingTraining(task, [torch.zeros_like(x)], [layer], signround.Config(outliers=0.1))
     expected = x.flatten().square().sort().values[:kept].sum()
     assert float(training.loss(0)) == pytest.approx(float(expected), rel=1e-5)
 
@@ -336,7 +336,7 @@ def test_a_block_does_not_depend_on_how_those_before_it_were_made(
             task.pack(target, finished[target.name])
         return None
 
-    run_blocks(Job.select(resumed, W3, tokens), step, float_stream=True)
+    run_blocks(Job.select(resumed, W3, tokens), step, with_float_states=True)
     assert same(whole, resumed)
 
 

@@ -131,8 +131,14 @@ def test_wrong_keys_of_an_evaluation_or_a_bench_are_input_errors(loaded: Model, 
         qtool.evaluate(model, ["kl"], tokenizer=tokenizer, limits=3)
     with pytest.raises(qtool.InputError, match="repeat: unknown key"):
         qtool.bench(tmp_path, repeat=3)
-    with pytest.raises(TypeError, match="with its tokenizer"):
+    with pytest.raises(qtool.InputError, match="with its tokenizer, and none was given"):
         qtool.evaluate(model, ["kl"])
+    with pytest.raises(qtool.InputError, match="reference: found a folder, but the model is in memory"):
+        qtool.evaluate(model, ["kl"], tokenizer=tokenizer, reference=tmp_path)
+    with pytest.raises(qtool.InputError, match="reference: found a model in memory, but the model is in a folder"):
+        qtool.evaluate(tmp_path, ["kl"], reference=model)
+    with pytest.raises(qtool.InputError, match="leave tokenizer out"):
+        qtool.evaluate(tmp_path, ["kl"], tokenizer=tokenizer)
 
 
 def test_the_names_are_there_in_every_order_of_imports() -> None:

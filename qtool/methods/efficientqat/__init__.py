@@ -39,7 +39,7 @@ def run(job: Job, config: Config) -> Result:
     """Run both phases on the text of the job, the second on its labels; the seed determines the windows of a step."""
     start = None if config.init_from is None else Start(config.init_from, job.targets)
     step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed)
-    result = run_blocks(job, step, float_stream=True)
+    result = run_blocks(job, step, with_float_states=True)
     if not trains_scales(config):
         return result
     gather(job, on_device=config.e2e.sharding == "none")
