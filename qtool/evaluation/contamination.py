@@ -5,8 +5,8 @@ that occur anywhere in the calibration windows, in any window and at any positio
 GPT-3's authors took for their own check (arXiv 2005.14165, appendix C): long enough that idioms and markup seldom reach
 it, short enough that a copied sentence always does. The overlap with the test split of WikiText-2 (tokens of the
 built-in model) is 0.16 % for its whole training split, and 0.007 % for 4096 windows of 512 tokens of Wikipedia without
-its articles; one of its sixty articles would be 1.7 %. From ``OVERLAP_WARNING`` (``reports/records.py``) on, a copy is the
-likelier cause.
+its articles; one of its sixty articles would be 1.7 %. From ``OVERLAP_WARNING`` (``reports/records.py``) on, a copy is
+the likelier cause.
 """
 
 from typing import NamedTuple
