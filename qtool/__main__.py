@@ -6,16 +6,16 @@ import sys
 
 from qtool.cli import main as command_line
 
-SPINS = "10000"  # looks for work that a waiting thread of GNU OpenMP takes before it sleeps; it would take 300,000
+SPINS = "10000"  # spin iterations of a waiting thread of GNU OpenMP before it sleeps (default 300,000)
 
 
 def main() -> None:
     """Run the command line and end the process at once.
 
-    Importing torch and transformers makes many objects and no garbage; looking for it as often as usual takes a fifth
-    of the time. Taking them apart again takes a second or two at exit; nothing of ours is left to be closed. And
-    torch's threads wait by looking again and again, which on a machine that others use too takes the time that they
-    wait for: docs/benchmarks.md.
+    Importing torch and transformers makes many objects and no garbage; garbage collection at its usual thresholds takes
+    a fifth of the import time. Skip interpreter teardown, which takes one to two seconds; nothing of ours is left to be
+    closed. Threads of torch wait by spinning, which on a shared machine takes time from the threads that they wait for
+    (docs/benchmarks.md), so let them spin less.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported

@@ -294,7 +294,7 @@ def _gradients(
 
 
 def _batches(job: Job, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return windows and their labels, ``size`` windows at a time."""
+    """Yield pairs of windows and their labels, ``size`` windows at a time."""
     labels = job.text if job.labels is None else job.labels
     return zip(job.text.split(size), labels.split(size), strict=True)
 

@@ -45,7 +45,8 @@ def lagrangian(sizes: Sizes, costs: Costs, capacity: int) -> list[int]:
     ]
     chosen = [0] * len(sizes)
     used = int(total(sizes, chosen))
-    for _, item, index in sorted(steps, key=lambda step: -step[0]):  # an item's own steps stay in order: they flatten
+    # an item's own steps stay in order, because slopes on a hull decrease
+    for _, item, index in sorted(steps, key=lambda step: -step[0]):
         used += sizes[item][index] - sizes[item][chosen[item]]
         if used > capacity:
             break

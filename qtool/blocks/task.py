@@ -30,7 +30,7 @@ class BlockTask:
     inputs: HiddenStates  # batches [b, t, d] from the quantized blocks before this one
     float_inputs: HiddenStates | None  # batches from the float model, for methods that ask for them
     targets: list[Target]
-    calls: dict[int, BlockCall]  # by batch size; 1 is among them
+    calls: dict[int, BlockCall]  # recorded call for each batch size, always including 1
     compute: torch.dtype  # dtype of the block while the method has it
     pausing: bool = True  # True if memory allows every batch's forward to pause in the middle of the block
     streamed: bool = False  # True if float weights may be freed as soon as they are packed

@@ -42,14 +42,15 @@ class BudgetConfig(Section):
     solver: Solver = Field(
         "dp",
         description="Search for the widths. dp: the exact optimum; lagrangian: the optimum on the convex hull; "
-        "greedy: the best next step, again and again.",
+        "greedy: repeat the step that saves the most cost per size.",
     )
     choices: tuple[Width, ...] = Field(
         (2, 3, 4, 8), min_length=1, description="Bit widths to choose from, in rising order."
     )
     floors: dict[str, Width] = Field(
         default_factory=dict,
-        description="Pattern of full linear names -> least bits, also for the linears that are fused with a match.",
+        description="Pattern of full linear names -> minimum number of bits, also for the linears that are fused with "
+        "a match.",
     )
     pins: dict[str, Width] = Field(
         default_factory=dict,

@@ -73,16 +73,16 @@ class Recipe(Section):
 
     model: ModelConfig = Field(description="The model, the precision of computation, and the device.")
     method: Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_method_section)] = Field(
-        description="How to quantize: the method's name, and keys of its own.",
+        description="The quantization method: its name, and keys of its own.",
     )
     quant: QuantConfig = Field(default_factory=QuantConfig, description="The grid of the quantized weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration text.")
-    eval: EvalConfig | None = Field(None, description="What to evaluate after quantization; left out: nothing.")
+    eval: EvalConfig | None = Field(None, description="Evaluation after quantization; left out: none.")
     export: tuple[Export, ...] = Field((), description="A list of exports to write after quantization.")
     expected: tuple[ExpectedConfig, ...] = Field(
         (), description="Published numbers, which the report shows beside the measured ones."
     )
-    output: OutputConfig = Field(description="Where the checkpoint is written.")
+    output: OutputConfig = Field(description="The folder of the checkpoint, and options.")
     seed: int = Field(
         0, ge=0, description="Seed of all random numbers: the same recipe on the same machine gives the same bits."
     )
@@ -98,11 +98,11 @@ class EvalRecipe(Section):
     """The recipe of ``qtool eval`` alone, without a ``method`` section."""
 
     model: ModelConfig = Field(description="The model, the precision of computation, and the device.")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="What to evaluate.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="The tasks to evaluate, and their options.")
     expected: tuple[ExpectedConfig, ...] = Field(
         (), description="Published numbers, which the report shows beside the measured ones."
     )
-    output: OutputConfig | None = Field(None, description="Where the report is written; left out: it is only printed.")
+    output: OutputConfig | None = Field(None, description="The folder of the report; left out: it is only printed.")
     seed: int = Field(0, ge=0, description="Seed of all random numbers.")
 
 

@@ -101,7 +101,7 @@ class ExpectedConfig(Section):
     value: float = Field(
         allow_inf_nan=False, description="The published number; an accuracy as a fraction, not in per cent: 0.6014."
     )
-    source: str = Field(min_length=1, description="Where it was published, e.g. arXiv 2406.06385, Table 4.")
+    source: str = Field(min_length=1, description="Publication of the number, e.g. arXiv 2406.06385, Table 4.")
 
     @model_validator(mode="after")
     def _one_of_ours(self) -> Self:

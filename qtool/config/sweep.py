@@ -18,7 +18,7 @@ class LauncherConfig(Section):
         "local", description="local: processes on this machine; submitit: Slurm jobs; ray: Ray tasks."
     )
     cluster: Literal["slurm", "local", "debug"] | None = Field(
-        None, description="Where submitit submits jobs; unset: Slurm if it is available, else this machine."
+        None, description="Cluster for the jobs of submitit; unset: Slurm if it is available, else this machine."
     )
     address: str | None = Field(None, description="Address of a running Ray cluster; unset: start Ray on this machine.")
     parameters: dict[str, Any] = Field(
@@ -103,7 +103,7 @@ class SweepConfig(Section):
         description="Also measure speed, memory and energy, one cell after another: true, or a mapping with keys of "
         "qtool bench (repeats, ...).",
     )
-    launcher: LauncherConfig = Field(LauncherConfig(), description="Where cells run.")
+    launcher: LauncherConfig = Field(LauncherConfig(), description="Launcher that runs the cells.")
     output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
 
     def bench_options(self) -> BenchConfig | None:

@@ -142,13 +142,15 @@ class EndToEndConfig(Section):
     loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld"] = Field(
         "kl",
         description="Training loss. ce: next-token cross entropy. The others compare with the float model, which is "
-        "then in memory as well: kl: KL divergence; reverse-kl; mixed: kl and ce; topk-kl: kl of the likeliest "
-        "tokens; cakld: kl and reverse-kl, weighted by the float model's confidence.",
+        "then in memory as well: kl: KL divergence; reverse-kl; mixed: kl and ce; topk-kl: kl of the most "
+        "probable tokens; cakld: kl and reverse-kl, weighted by the float model's confidence.",
     )
     temperature: float = Field(1.0, gt=0, description="Divisor of both models' logits before a divergence.")
     ce_share: float = Field(0.5, ge=0, le=1, description="Weight of ce in the loss mixed; kl has the rest.")
     top_k: int = Field(
-        64, ge=1, description="Likeliest tokens that the loss topk-kl compares; the other tokens count as one."
+        64,
+        ge=1,
+        description="Number of most probable tokens that the loss topk-kl compares; all others count as one class.",
     )
     epochs: int = Field(1, ge=1, description="Passes over the calibration windows.")
     steps: int | None = Field(
@@ -176,7 +178,7 @@ class EndToEndConfig(Section):
         description="Steps between saved training states, from which a killed run goes on; 0: save only at the end.",
     )
     tracker: Literal["auto", "tensorboard", "wandb", "mlflow", "none"] = Field(
-        "auto", description="Where training losses are logged; auto: tensorboard, in OUT.logs, if it is installed."
+        "auto", description="Logger of training losses; auto: tensorboard, in OUT.logs, if it is installed."
     )
 
     @model_validator(mode="after")

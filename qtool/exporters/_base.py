@@ -1,8 +1,8 @@
 """The contract of an export format, and how a format is found: ``--format gptq`` is the ``EXPORTER`` of ``gptq.py``.
 
 An exporter starts from the integer codes of a native checkpoint and never quantizes again. A checkpoint that the format
-cannot hold exactly is refused with the reason. An export is read back (``_readback.verify``) before its folder gets its
-name.
+cannot hold exactly is refused with the reason. An export is read back (``_readback.read_back``) before its folder gets
+its name.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Quantization methods: ``method.name: gptq`` is ``gptq.py`` here, and this room holds nothing else.
 
 A method turns the targets of a job into packed linears, one decoder block at a time or by training the whole model.
-May import ``training``, ``blocks``, ``checkpoints``, ``models``, ``quant`` and ``config``; knows no export format.
+May import ``training``, ``blocks``, ``checkpoints``, ``models``, ``quant``, ``reports``, ``config`` and ``system``;
+knows no export format.
 Begin with ``rtn.py``, the smallest; the contract is ``Method`` in ``blocks/job.py``.
 """
 

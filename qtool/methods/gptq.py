@@ -70,8 +70,8 @@ class Config(MethodConfig):
     block_size: int = Field(
         128,
         ge=1,
-        description="Columns that are quantized, at most, before all later columns are corrected at once; changes only "
-        "speed and rounding errors of sums.",
+        description="Largest number of columns per block: errors are propagated to later columns once per block. "
+        "Affects speed and summation order only.",
     )
     gptaq: float = Field(
         0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."

@@ -48,7 +48,10 @@ class Config(MethodConfig):
 
     name: Literal["hqq"] = "hqq"
     iterations: int = Field(
-        20, ge=0, description="Alternations of shrinkage and least squares; 0: keep the grid of the start."
+        20,
+        ge=0,
+        description="Number of iterations (one shrinkage and one least-squares step each); 0: keep the grid of the "
+        "start.",
     )
     norm: float = Field(
         0.7, gt=0, le=1, description="Exponent of the weight error that is lowered; below 1 favours sparse errors."

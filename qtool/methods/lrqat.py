@@ -63,7 +63,7 @@ class Config(EndToEnd):
     )
     phi: Form = Field(
         "fixed",
-        description="Form of the frozen weight in memory. fixed: one byte with 8 - num_bits bits behind the point; "
+        description="Form of the frozen weight in memory. fixed: 8-bit fixed point with 8 - num_bits fractional bits; "
         "codes: rounded to num_bits bits; bfloat16, float32: a float.",
     )
     factors: Literal["inputs", "zero", "svd"] = Field(
@@ -72,7 +72,7 @@ class Config(EndToEnd):
         "zero, B random; svd: the best fit of the rounding error of phi.",
     )
     svd_steps: int = Field(
-        1, ge=1, description="Number of times that factors: svd splits a weight into phi and the low-rank term."
+        1, ge=1, description="For factors: svd: number of alternating refinements of phi and the low-rank term."
     )
     range: Literal["minmax", "search"] = Field(
         "search",

@@ -36,7 +36,7 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
     """Return the linears that make the keys or the values of a block and nothing else, with the channels of a head.
 
     Raises:
-        InputError: a linear makes keys or values together with something else, or the model gives none to a cache.
+        InputError: keys or values do not come from one linear of their own, or the model gives none to a cache.
     """
     cannot = "kv_cache: keys and values cannot be rounded in this model: "
     outputs: dict[str, Tensor] = {}
@@ -63,7 +63,10 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
         _, heads, _, channels = tensor.shape
         if len(makers) != 1 or outputs[makers[0]].shape[-1] != heads * channels:
             by = " and ".join(makers) or "no linear"
-            raise InputError(f"{cannot}{by} makes its {what} together with other things; leave kv_cache out")
+            raise InputError(
+                f"{cannot}{what} come from {by}, not from one linear of their own, so qtool cannot round them "
+                "separately; leave kv_cache out"
+            )
         found[makers[0]] = channels
     if not found:
         raise InputError(f"{cannot}it gives no keys or values to a cache; leave kv_cache out")

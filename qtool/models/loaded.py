@@ -110,7 +110,7 @@ class LoadedModel:
     def float_copy(self) -> PreTrainedModel:
         """The float model as it is before any linear is replaced: a teacher. It shares all tensors with this one.
 
-        Where linears have been replaced, it is read from its files, to where this one is.
+        If linears were replaced, return ``pristine``, or else read the model from its files again, on the same device.
         """
         if any(isinstance(module, PackedLinear | QuantLinear) for module in self.model.modules()):
             if self.pristine is not None:

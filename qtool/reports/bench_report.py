@@ -48,7 +48,7 @@ def speed(num_tokens: int, seconds: list[float], joules: list[float | None]) -> 
 class Variant(Record):
     """One way to store and multiply the same weights."""
 
-    name: str = Field(description="dense, fast or exact.")
+    name: str = Field(description="Name of the variant: dense, fast or exact.")
     title: str
     linears: str = Field(description="How many linears each kernel computes, and why the others have no kernel.")
     file_bytes: int = Field(description="Size of the weights on disk; for the dense variant, the size they would have.")
@@ -56,7 +56,7 @@ class Variant(Record):
     peak_bytes: int | None = Field(
         None, description="Peak memory while processing the prompt, minus memory before loading; null: unknown."
     )
-    speeds: dict[str, Speed] = Field(description="By measure: prefill, and decode for each batch size.")
+    speeds: dict[str, Speed] = Field(description="Measure (prefill, and decode for each batch size) -> speed.")
 
 
 class BenchReport(Record, Printable):

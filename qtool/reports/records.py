@@ -31,7 +31,7 @@ class Metric(Record):
 
     value: Number
     stderr: Number | None = Field(None, description="Standard error; null where it cannot be estimated.")
-    n: int = Field(description="Observations behind it: tokens predicted, or examples.")
+    n: int = Field(description="Number of observations: predicted tokens, or examples.")
 
 
 class TaskResult(Record):
@@ -39,23 +39,25 @@ class TaskResult(Record):
 
     task: str
     metric: str
-    value: Number | None = Field(description="Of the model that was evaluated; null: not measured, and note says why.")
+    value: Number | None = Field(description="Value of the evaluated model; null: not measured, and note says why.")
     stderr: Number | None = None
-    float_value: Number | None = Field(None, description="Of the float model, by the same code and data.")
+    float_value: Number | None = Field(None, description="Value of the float model, by the same code and data.")
     float_stderr: Number | None = None
     delta: Number | None = Field(None, description="value - float_value.")
-    delta_stderr: Number | None = Field(None, description="Of the difference on the same windows; perplexity only.")
+    delta_stderr: Number | None = Field(
+        None, description="Standard error of delta, from the differences on the same windows; perplexity only."
+    )
     higher_is_better: bool | None = None
     num_fewshot: int | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
-    limit: int | None = Field(None, description="Only the first N windows, or examples of each subtask.")
-    n: int | None = Field(None, description="Tokens predicted, or examples.")
-    detail: bool = Field(False, description="Summed up in the row of its group; left out of tables.")
+    limit: int | None = Field(None, description="Limit of windows, or of examples of each subtask; null: none.")
+    n: int | None = Field(None, description="Number of predicted tokens, or of examples.")
+    detail: bool = Field(False, description="Whether its group has a row for all; then tables leave it out.")
     overlap: Number | None = Field(
         None,
         description=f"Share of the text's sequences of {OVERLAP_TOKENS} tokens that the calibration text contains; "
         "null: not measured.",
     )
-    note: str = Field("", description="What a reader must know to compare this number with others.")
+    note: str = Field("", description="Facts needed to compare this number with others.")
 
 
 def task_result(
@@ -94,9 +96,9 @@ class Published(Record):
 
     task: str
     metric: str
-    value: Number = Field(description="As published.")
+    value: Number = Field(description="Published value.")
     source: str
-    measured: Number | None = Field(None, description="Ours; null: not measured, and note says why.")
+    measured: Number | None = Field(None, description="Value measured here; null: not measured, and note says why.")
     stderr: Number | None = None
     difference: Number | None = Field(None, description="measured - value.")
     note: str = ""
@@ -107,14 +109,22 @@ class Lock(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    model: dict[str, JsonValue] = Field(description="The recipe's section, but for keys that change no bit.")
-    method: dict[str, JsonValue]
-    quant: dict[str, JsonValue]
-    data: dict[str, JsonValue]
+    model: dict[str, JsonValue] = Field(
+        description="Section model of the recipe, without keys that do not change the result."
+    )
+    method: dict[str, JsonValue] = Field(
+        description="Section method of the recipe, without keys that do not change the result."
+    )
+    quant: dict[str, JsonValue] = Field(
+        description="Section quant of the recipe, without keys that do not change the result."
+    )
+    data: dict[str, JsonValue] = Field(
+        description="Section data of the recipe, without keys that do not change the result."
+    )
     seed: int
     model_files: dict[str, str] = Field(description="SHA-256 of the float model's files.")
-    versions: dict[str, str] = Field(description="Of the packages that compute.")
-    processor: str = Field(description="The CPU's name: on another one sums run in another order, to other bits.")
+    versions: dict[str, str] = Field(description="Versions of the packages that affect the result.")
+    processor: str = Field(description="CPU model name: CPUs differ in the order of sums, and so in bits.")
     threads: int
     processes: int
 
@@ -123,8 +133,10 @@ class Series(Record):
     """Numbers that a method recorded, one for each block, training step or validation."""
 
     name: str
-    per: Literal["block", "step", "validation"] = Field(description="What there is one number of.")
-    at: tuple[int, ...] = Field(description="The block's index, or the number of steps done, of each value.")
+    per: Literal["block", "step", "validation"] = Field(
+        description="Whether there is one value per block, step or validation."
+    )
+    at: tuple[int, ...] = Field(description="Index of the block, or number of steps done, for each value.")
     values: tuple[Number, ...]
 
 
@@ -134,7 +146,7 @@ class Linear(Record):
     name: str
     shape: tuple[int, int] = Field(description="Output and input channels.")
     num_bits: int | None = Field(None, description="Width of its codes; null: it stays in floating point.")
-    grid: str = Field("", description="In short, e.g. w4g128.")
+    grid: str = Field("", description="Short name of the grid, e.g. w4g128.")
     weight_error: Number | None = Field(
         None,
         description="|Q(w) - w|**2 / |w|**2 with w the float weight, or what a method made of it before it was rounded "
@@ -147,11 +159,13 @@ class Exported(Record):
 
     format: str
     path: str
-    num_bytes: int = Field(description="Weights on disk.")
-    weight_difference: Number = Field(description="Largest difference of a weight read back.")
-    logit_difference: Number = Field(description="Of the largest logit, on a fixed probe.")
+    num_bytes: int = Field(description="Size of the weights on disk, in bytes.")
+    weight_difference: Number = Field(description="Largest absolute difference of a weight after reading back.")
+    logit_difference: Number = Field(
+        description="Largest difference of logits on fixed tokens, relative to the largest logit."
+    )
     notes: tuple[str, ...] = ()
-    loading: str = Field("", description="Which software loads it.")
+    loading: str = Field("", description="Software that loads the export.")
 
 
 def beside_published(expected: Iterable[ExpectedConfig], results: Sequence[TaskResult]) -> tuple[Published, ...]:

@@ -137,7 +137,9 @@ class _Training:
         chosen = windows_of_step(step, self.config.batch_size, self.num_trained, self.seed)
         mine = torch.tensor(chosen[distributed.rank() :: distributed.world_size()])
         share = distributed.world_size() / self._num_learned(torch.tensor(chosen))
-        fewest = self.config.batch_size // distributed.world_size()  # least windows of a process in a step
+        fewest = (
+            self.config.batch_size // distributed.world_size()
+        )  # smallest number of windows that one process has in a step
         # all processes must split a step into the same number of parts
         for rows in mine.tensor_split(min(self.config.optim.accumulation, fewest)):
             yield self._token_losses(rows).sum() * share

@@ -1,11 +1,9 @@
 """docs/python.md: its snippets run as they stand, in their order, and print what they say."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +18,6 @@ def test_the_snippets_run_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny.BUILTIN, "out/float")
     names: dict[str, object] = {}
     blocks = snippets("python.md")
     assert len(blocks) == 6
@@ -29,4 +26,4 @@ def test_the_snippets_run_as_they_stand(
     printed = capsys.readouterr().out
     assert printed.startswith("out/w3 3.25\n")
     assert "quant.num_bit: unknown key; the nearest is quant.num_bits; found 3" in printed
-    assert sorted(path.name for path in Path("out").iterdir()) == ["float", "gptq", "saved", "w3"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["gptq", "saved", "w3"]

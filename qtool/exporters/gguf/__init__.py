@@ -75,7 +75,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-# metadata of a file by key (without the architecture's name): True if it is an integer, and its value by the config
+# metadata key (without the architecture prefix) -> (is it an integer, function of the config that gives its value)
 METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
     "context_length": (True, lambda config: config.max_position_embeddings),
     "embedding_length": (True, lambda config: config.hidden_size),

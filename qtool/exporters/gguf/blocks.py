@@ -100,7 +100,7 @@ def _q2_k(grid: Grid) -> Tensor:
 def _q3_k(grid: Grid) -> Tensor:
     high = (grid.codes >> 2).unflatten(-1, (8, 32))
     bits = (high << torch.arange(8).unsqueeze(-1)).sum(-2).to(torch.uint8)  # bit i of byte m: value 32 i + m
-    # sixteen scales of 33, which stands for 1: the low 4 bits of all first, then the upper 2 bits
+    # all 16 sub-block scales are 1, stored with offset 32 as 33: low 4 bits first, then the upper 2
     scales = torch.tensor([0x11] * 8 + [0xAA] * 4, dtype=torch.uint8).expand(*grid.scale.shape, 12)
     return torch.cat([bits, _quarters(grid.codes & 3), scales, _float16(grid.scale)], -1)
 

@@ -19,8 +19,8 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = WORDS + r"|\p{N}{1,3}" + REST
 QWEN_2 = WORDS + r"|\p{N}" + REST
-BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # True: the step also splits, as in GPT-2
-# name in llama.cpp by steps of splitting, and True if there a word of the vocabulary is taken whole, without merges
+BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # True: also splits with GPT-2's regular expression
+# pre-tokenizer steps -> (llama.cpp's name, whether llama.cpp looks up whole words before merging)
 SPLITS: dict[tuple[tuple[str, Any], ...], tuple[str, bool]] = {
     (BYTES_OF_WORDS,): ("gpt-2", False),
     (("Digits", True), BYTES_OF_WORDS): ("smollm", False),

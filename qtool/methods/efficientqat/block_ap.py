@@ -143,7 +143,7 @@ class BlockTraining:
         return difference.square().sum() / self.mean_square
 
     def expand(self) -> list[tuple[Tensor, Tensor]]:
-        """Set the weights that the block multiplies by, and return each as computed and as the leaf made from it."""
+        """Set the weights of the block; return pairs (weight with its graph, detached leaf that the block uses)."""
         pairs = []
         for layer in self.layers:
             weight = layer.quantized_weight()

@@ -36,7 +36,7 @@ class BlockConfig(TrainedConfig):
     )
     epochs: float = Field(2.0, ge=0, description="Passes of Block-AP over the calibration windows; 0: no training.")
     min_steps: int = Field(
-        100, ge=0, description="Least number of steps of Block-AP per block, where epochs would give fewer."
+        100, ge=0, description="Minimum number of steps of Block-AP per block, if epochs gives fewer."
     )
     batch_size: int = Field(4, ge=1, description="Windows per step of Block-AP.")
     travel: float = Field(
