@@ -35,9 +35,12 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     from qtool.config.yaml_loader import parse  # here, so that listing recipes loads no YAML library
 
     path = Path(path)
-    names = packaged() if what == "recipe" else tables()
+    names, others = (packaged(), tables()) if what == "recipe" else (tables(), packaged())
     if path.is_dir() and str(path) not in names:
         raise InputError(f"{path} is a folder; a {what} is a YAML file")
+    if not path.is_file() and str(path) in others:
+        hint = "a packaged sweep; run it with qtool sweep" if what == "recipe" else "a packaged recipe, not a sweep"
+        raise InputError(f"{path} is {hint}")
     if not path.is_file() and str(path) not in names:
         asked = path.stem if what == "recipe" else str(path)
         hint = (

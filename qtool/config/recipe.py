@@ -178,13 +178,13 @@ class _OneExport(Section):
     export: Export
 
 
-def check_export(values: Mapping[str, object]) -> ExportConfig:
-    """Check the options of ``qtool export`` and return them as an export.
+def check_export(values: Mapping[str, object], source: str = "the command line") -> ExportConfig:
+    """Check the options of an export, which ``source`` gave, and return them.
 
     Raises:
         InputError: The message has one line for each fault.
     """
-    return check(_OneExport, {"export": values}, "the command line").export
+    return check(_OneExport, {"export": values}, source).export
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ This module needs pydantic only. A method's own section derives from :class:`Met
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from qtool.config.section import Section
 
@@ -26,11 +26,17 @@ class ModelConfig(Section):
         "auto", description="Device: cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU if there is none."
     )
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        """Take a ``Path``, as ``output.path`` does."""
+        return str(value) if isinstance(value, Path) else value
+
 
 class MethodConfig(Section):
     """The base of every method's own section."""
 
-    name: str = Field(description="The method: the name of its file in qtool/methods.")
+    name: str = Field(description="Name of the quantization method, e.g. gptq.")
 
     @property
     def data_defaults(self) -> dict[str, int]:
@@ -116,7 +122,7 @@ class ExpectedConfig(Section):
 class ExportConfig(Section):
     """One export written after quantization."""
 
-    format: str = Field(description="The export format: the name of its file in qtool/exporters.")
+    format: str = Field(description="Name of the export format, e.g. dense.")
     path: Path = Field(description="Folder to write; must not exist unless output.overwrite is set.")
     dtype: Dtype = Field(
         "auto",

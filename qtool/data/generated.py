@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from qtool.models.cache_argument import with_cache
 from qtool.models.loaded import LoadedModel
 from qtool.system import progress
 from qtool.system.errors import InputError
@@ -70,7 +71,7 @@ def _continued(loaded: LoadedModel, tokens: Tensor, given: int, draw: Callable[[
     cache.layers = [_Preallocated(tokens.shape[1]) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     seen = 0
     for position in range(given, tokens.shape[1]):
-        logits = loaded.model(tokens[:, seen:position], past_key_values=cache, use_cache=True).logits
+        logits = loaded.model(tokens[:, seen:position], **with_cache(loaded.model, cache)).logits
         tokens[:, position] = draw(logits[:, -1], position, position - given)
         seen = position
     return tokens.cpu()

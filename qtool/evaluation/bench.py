@@ -25,6 +25,7 @@ from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import ModelConfig
 from qtool.config.sweep import BenchConfig
 from qtool.models.backend import held_bytes, use_backend
+from qtool.models.cache_argument import cache_of, with_cache
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
@@ -178,8 +179,8 @@ class _Decoder:
     def _read(self, tokens: Tensor, cache: Any) -> None:  # Any: the cache is of a class of the model's choice
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         last = {"logits_to_keep": 1} if keeps else {}  # as transformers' generate does
-        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **last)
-        self.logits, self.cache = out.logits[:, -1], out.past_key_values
+        out = self.model(input_ids=tokens, **with_cache(self.model, cache), **last)
+        self.logits, self.cache = out.logits[:, -1], cache_of(out)
         self.token = self.logits.argmax(-1, keepdim=True)
 
 

@@ -1,11 +1,13 @@
 """The linears of a report: their names, shapes and grids, and the error of each quantized weight."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ModelConfig
-from qtool.models.linears import packed_linears, stored_weight
+from qtool.models.linears import Target, packed_linears, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.models.targets import select_targets
@@ -55,8 +57,13 @@ def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) 
     """
     dtype = dtype_name(loaded.storage_dtype)  # the dtype of the files, so that nothing is copied
     floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}), checked=loaded)
-    packed, pages, errors = packed_linears(loaded.model), memory.Pages(), {}
-    for target in select_targets(floats, quant):
+    return errors_against(loaded.model, select_targets(floats, quant))
+
+
+def errors_against(model: nn.Module, targets: Iterable[Target]) -> dict[str, float]:
+    """Return ``relative_error`` of each packed linear of ``model`` against the float weight of its target."""
+    packed, pages, errors = packed_linears(model), memory.Pages(), {}
+    for target in targets:
         codes, scale, zero_point, spec = packed[target.name].quantized
         quantized = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
         errors[target.name] = relative_error(target.stored_weight, quantized)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantSpec
+from qtool.models.cache_argument import with_cache
 from qtool.system.errors import InputError
 
 NUM_TOKENS = 3  # length of the text that the model is run on
@@ -52,7 +53,7 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
                 if isinstance(module, nn.Linear | Conv1D):
                     module.register_forward_hook(_leaf(outputs, name))
             cache = _Seen(model.config)
-            model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), **with_cache(model, cache))
     except Exception as error:  # models that cannot run without weights raise errors of many kinds
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise InputError(f"{cannot}it does not run without weights ({reason}); leave kv_cache out") from error

@@ -4,25 +4,20 @@ Every function takes and gives plain things: a recipe's name, a dict, a path, a 
 reports and results are the same objects that the command line prints.
 """
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtool.allocation.plan import BitPlan
-from qtool.blocks.job import Job, Result, load_method
-from qtool.checkpoints.quantization_config import section_of
-from qtool.checkpoints.transformers_hook import QtoolConfig, QtoolQuantizer
+from qtool.blocks.job import Result
 from qtool.config import catalog, files
 from qtool.config.overrides import changed
 from qtool.config.recipe import EvalRecipe, Recipe, check, check_export, resolved, with_plan
 from qtool.config.sweep import BenchConfig
-from qtool.data import windows
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
 from qtool.evaluation import tasks as evaluation_tasks
@@ -32,8 +27,10 @@ from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.pipelines import evaluate as evaluation
 from qtool.pipelines import export as exporting
+from qtool.pipelines import in_memory as pipeline_in_memory
 from qtool.pipelines import plan as planning
 from qtool.pipelines import quantize as pipeline
+from qtool.pipelines.in_memory import check_tokens, check_vocabularies, in_memory
 from qtool.pipelines.outcome import Outcome
 from qtool.reports import comparison, html
 from qtool.reports.bench_report import BenchReport
@@ -64,7 +61,9 @@ def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe
     if isinstance(recipe, Recipe):
         raw = resolved(recipe)
     else:
-        raw = files.read_yaml(recipe) if isinstance(recipe, str | Path) else dict(recipe)
+        raw = (
+            files.read_yaml(recipe) if isinstance(recipe, str | Path) else _section("recipe", recipe, "a name or path")
+        )
     wrong = []
     for key, value in changes.items():
         try:
@@ -106,7 +105,7 @@ def quantize(recipe: str | Path | Keys | Recipe, *, fresh: bool = False, **chang
 
 def quantize_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     method: str | Keys = "gptq",
     *,
     num_bits: int = 4,
@@ -120,16 +119,18 @@ def quantize_model(
 ) -> Result:
     """Quantize a model in memory and in place: its linears become ``PackedLinear``, and nothing is written.
 
-    ``model.save_pretrained(folder)`` then writes a native checkpoint, which :func:`export` takes.
+    ``model.save_pretrained(folder)`` and ``tokenizer.save_pretrained(folder)`` then write a native checkpoint, which
+    :func:`export` takes. Afterwards the model is in evaluation mode, and none of its parameters needs a gradient. A
+    call that failed or was interrupted after it had begun leaves the model quantized in part: load it again.
 
     Args:
         model: a causal language model of transformers, float, on the device where it is to be quantized.
-        tokenizer: its tokenizer, for calibration text.
+        tokenizer: its tokenizer, for calibration text; ``None`` where ``data`` has tokens or the method needs no text.
         method: the name of a method, or its section: ``{"name": "gptq", "damp": 0.1}``.
         num_bits: bits per weight: 2, 3, 4 or 8.
         group_size: input channels that share a scale; -1: one group per row.
         symmetric: hold the zero point at the middle of the grid.
-        quant: other keys of the section ``quant``, such as ``overrides``.
+        quant: other keys of the section ``quant``, such as ``overrides``; no ``budget``.
         data: calibration text: a source as in the recipe's ``data.source``, its section, or tokens ``[n, t]`` int64.
         num_samples: windows of text.
         seq_len: tokens in a window.
@@ -142,48 +143,35 @@ def quantize_model(
         InputError: keys, a model or text that cannot be used; the model is as it was.
         RunError: the method failed; the model may be quantized in part.
     """
-    windows_of: Keys = {"source": data} if isinstance(data, str) else {} if isinstance(data, Tensor) else data
+    windows_of = {} if isinstance(data, Tensor) else _section("data", data, "source")
+    if not isinstance(data, Tensor):
+        windows_of = {"num_samples": num_samples, "seq_len": seq_len, **windows_of}
     sections: dict[str, object] = {
         "model": {"path": "the model"},
-        "method": {"name": method} if isinstance(method, str) else dict(method),
-        "quant": {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric} | dict(quant or {}),
-        "data": {"num_samples": num_samples, "seq_len": seq_len, **windows_of},
+        "method": _section("method", method, "name"),
+        "quant": {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric}
+        | _section("quant", quant or {}),
+        "data": windows_of,
         "output": {"path": "memory"},  # nothing is written
+        "seed": seed,
     }
-    checked = load_recipe(sections, seed=seed)
-    job = _job(in_memory(model, tokenizer), checked, data if isinstance(data, Tensor) else None)
-    model.requires_grad_(False)
-    result: Result = load_method(checked.method.name).run(job, checked.method)
-    config = QtoolConfig(**section_of({target.name: target.spec for target in job.targets}))
-    whole: Any = model  # Any: transformers sets both without declaring them
-    whole.config.quantization_config, whole.hf_quantizer = config, QtoolQuantizer(config)
-    return result
+    checked = check(Recipe, with_plan(sections), "qtool.quantize_model")
+    return pipeline_in_memory.quantize(model, tokenizer, checked, data if isinstance(data, Tensor) else None)
 
 
-def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
-    """Return the job of a recipe on a model in memory; ``tokens``, if given, are the calibration text."""
-    method = load_method(recipe.method.name)
-    loaded.model.eval()
-    job = Job.select(loaded, recipe.quant, seed=recipe.seed)
-    text: tuple[Tensor | None, Tensor | None] = (tokens, None)
-    if not method.needs_data(recipe.method):
-        text = (None, None)
-    elif tokens is None:
-        text = windows.calibration(recipe.data, loaded, recipe.seed)
-    if method.end_to_end(recipe.method):
-        loaded.pristine = copy.deepcopy(loaded.model)
-    return replace(job, tokens=text[0], labels=text[1])
-
-
-def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """Return a model that was loaded elsewhere as qtool's own functions take it."""
-    floats = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    return LoadedModel(model, tokenizer, type(model).__name__, Path(), floats)
+def _section(key: str, value: object, name: str | None = None) -> dict[str, object]:
+    """Return the section ``key`` as a dict; a text is the value of its key ``name``."""
+    if isinstance(value, str) and name is not None:
+        return {name: value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    text = f"a text ({name}) or " if name is not None else ""
+    raise InputError(f"{key}: found {type(value).__name__}; give {text}a dict of its keys")
 
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    tasks: Sequence[str] = ("wikitext2", "kl"),
+    tasks: str | Sequence[str] = ("wikitext2", "kl"),
     *,
     reference: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -212,7 +200,11 @@ def evaluate(
     """
     in_folder = isinstance(model, str | Path)
     section = {"path": str(model) if in_folder else "the model", "dtype": dtype, "device": device}
-    asked = {"model": section, "eval": {"tasks": tuple(tasks), **keys}, "seed": seed}
+    asked = {
+        "model": section,
+        "eval": {"tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks), **keys},
+        "seed": seed,
+    }
     checked = check(EvalRecipe, asked, "qtool.evaluate")
     if isinstance(model, str | Path):
         if isinstance(reference, PreTrainedModel):
@@ -232,10 +224,12 @@ def evaluate(
         raise InputError(
             "reference: found a folder, but the model is in memory; load the reference and give that model"
         )
-    other = None if reference is None else in_memory(reference, tokenizer)
-    report = _measured(in_memory(model, tokenizer), other, checked)
+    loaded = in_memory(model, tokenizer)
+    other = None if reference is None else in_memory(reference, tokenizer, "reference")
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
+        evaluation.make_folder(Path(output))
+    report = _measured(loaded, other, checked)
+    if output is not None:
         report.write(Path(output))
         html.write(Path(output), report)
     return report
@@ -244,6 +238,8 @@ def evaluate(
 def _measured(loaded: LoadedModel, reference: LoadedModel | None, recipe: EvalRecipe) -> Report:
     """Return the report of a model in memory."""
     evaluation_tasks.check_tasks(recipe.eval)
+    if reference is not None:
+        check_vocabularies(loaded.model, reference.model)
     results = evaluation_tasks.evaluate(loaded, recipe.eval, reference, recipe.seed)
     return Report(
         model=loaded.path,
@@ -259,7 +255,11 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int | Lite
     """Measure token perplexity on windows ``tokens`` ``[n, t]`` int64: exp of the mean negative log-likelihood.
 
     Each window gives ``t - 1`` predictions; the standard error is over windows, by the delta method.
+
+    Raises:
+        InputError: not a causal language model, or not windows of its tokens.
     """
+    check_tokens("tokens", tokens, in_memory(model, None))
     return scores.perplexity(model, tokens, batch_size)
 
 
@@ -273,7 +273,13 @@ def kl(
     """Measure KL(reference || model) on windows ``tokens`` ``[n, t]`` int64, and the top-1 agreement.
 
     The divergence is the mean over ``n (t - 1)`` predictions, in nats per token.
+
+    Raises:
+        InputError: one is not a causal language model, or the tokens are not windows for both.
     """
+    check_tokens("tokens", tokens, in_memory(model, None))
+    check_tokens("tokens", tokens, in_memory(reference, None, "reference"))
+    check_vocabularies(model, reference)
     return Divergence(*scores.divergence(model, reference, tokens, batch_size))
 
 
@@ -290,7 +296,7 @@ def export(
         InputError: not a native checkpoint, or one that the format cannot hold exactly; the message says why.
         RunError: what was read back differs; nothing was kept.
     """
-    entry = check_export({"format": format, "path": Path(output), "dtype": dtype})
+    entry = check_export({"format": format, "path": Path(output), "dtype": dtype}, "qtool.export")
     return exporting.export(Path(folder), entry, overwrite)
 
 
@@ -316,13 +322,13 @@ def bench(folder: str | Path, *, dtype: str = "bfloat16", device: str = "auto", 
     return speed.bench(str(folder), device, options)
 
 
-def compare(runs: Sequence[str | Path]) -> Comparison:
+def compare(runs: str | Path | Sequence[str | Path]) -> Comparison:
     """Return runs side by side, from the ``report.json`` in their folders, and which are best for their size.
 
     Raises:
         InputError: a folder without a report.
     """
-    return comparison.compare([Path(run) for run in runs])
+    return comparison.compare([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)])
 
 
 def use_backend(model: nn.Module, name: str = "fast") -> Backends:
@@ -333,6 +339,8 @@ def use_backend(model: nn.Module, name: str = "fast") -> Backends:
     Raises:
         InputError: ``name`` is unknown, or ``model`` has no packed linears or weights that are not in memory.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: found {type(model).__name__}; give a loaded model")
     found = backend.use_backend(model, name)
     if name == "fast" and found.exact:
         warnings.warn(f"qtool.use_backend: {found}", stacklevel=2)

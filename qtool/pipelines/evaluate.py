@@ -51,10 +51,7 @@ def evaluate(
     tasks.check_tasks(config)
     folder = resolve(model.path, key="TARGET")
     if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{output} cannot be the folder of the report: {error.strerror}") from None
+        make_folder(output)
     manifest = read_manifest(folder)
     origin = float_model or (manifest.recorded.model.path if manifest else None)
     with timer.phase("load", f"loading {model.path}"):
@@ -76,6 +73,18 @@ def evaluate(
         report.write(output)
         html.write(output, report, plots)
     return Outcome(output, report, [], timer.total)
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of a report, before anything is measured.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output} cannot be the folder of the report: {error.strerror}") from None
 
 
 def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | None, loaded: LoadedModel) -> Report:

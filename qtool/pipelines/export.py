@@ -8,6 +8,7 @@ from qtool.checkpoints.output_folder import atomic_folder
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters._readback import read_back
+from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.checks import check_export
 from qtool.pipelines.manifest import read_manifest
 from qtool.reports import model_card
@@ -25,6 +26,7 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
     return Path(write_export(folder, config, overwrite).path)
 
 
+@without_progress_bars()
 def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
     """Like ``export``; return the record of a report."""
     source, manifest = NativeCheckpoint(folder), read_manifest(folder)

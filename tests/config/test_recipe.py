@@ -136,7 +136,7 @@ group_size: 4
     [
         ("{name: deom}", 'method.name: no such method; the nearest is demo; known: demo; found "deom"'),
         ("{name: zzzz, damp: -1}", 'method.name: no such method; known: demo; found "zzzz"'),
-        ("{damp: -1}", "method.name: missing; The method: the name of its file in qtool/methods."),
+        ("{damp: -1}", "method.name: missing; Name of the quantization method, e.g. gptq."),
         ("{name: 3}", "method.name: should be text; found 3"),
         ("demo", 'method: should be a mapping with keys name; found "demo"'),
         ("{name: demo, order: full}", "method: order: full needs static: true"),

@@ -19,6 +19,7 @@ from qtool.cli import main
 from qtool.config.quant import QuantConfig
 from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench as bench_module
+from qtool.models.cache_argument import cache_of
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.reports import bench_report
@@ -128,9 +129,7 @@ def test_a_step_is_one_forward_of_one_token_with_the_cache(llama: LoadedModel) -
         decoder = bench_module._Decoder(llama.model, prompt)
         written = [prompt, decoder.token]
         llama.model.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append(
-                (kwargs["input_ids"].shape, kwargs["past_key_values"].get_seq_length())
-            ),
+            lambda _, args, kwargs: calls.append((kwargs["input_ids"].shape, cache_of(kwargs).get_seq_length())),
             with_kwargs=True,
         )
         for _ in range(3):

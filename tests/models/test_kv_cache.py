@@ -26,6 +26,7 @@ from qtool.config.quant import QuantConfig
 from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _base
+from qtool.models.cache_argument import with_cache
 from qtool.models.kv_cache import key_value_linears
 from qtool.models.linears import linear_bias, packed_linears
 from qtool.models.loaded import LoadedModel
@@ -112,7 +113,7 @@ def test_decoding_rounds_what_reading_at_once_does(llama_folder: Path) -> None:
     probe = tiny.probe()[:, :12]
     whole = model(probe).logits
     cache = DynamicCache(config=model.config)
-    steps = [model(probe[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(12)]
+    steps = [model(probe[:, i : i + 1], **with_cache(model, cache)).logits for i in range(12)]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-8)
     first = cache.layers[0]
     assert isinstance(first, DynamicLayer)

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,32 @@ import torch
 from helpers import tiny
 from helpers.methods import QUICK
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import qtool
 from qtool.config import catalog
 from qtool.models.linears import packed_linears
 from qtool.quant.packed_linear import PackedLinear
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -55,6 +75,12 @@ def test_a_model_in_memory_gets_the_bits_that_a_run_writes(
         model, tokenizer, method, num_bits=3, group_size=16, data=windows, num_samples=4, seq_len=24, seed=1
     )
     assert result.series == outcome.report.series
+    assert result.weight_errors == {
+        linear.name: pytest.approx(linear.weight_error)
+        for linear in outcome.report.linears
+        if linear.weight_error is not None
+    }
+    assert result.weight_errors.keys() == packed_linears(model).keys()
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert torch.equal(tiny.logits(model), tiny.logits(written))
     model.save_pretrained(tmp_path / "saved")
@@ -113,16 +139,100 @@ def test_faults_of_a_recipe_are_one_error(changes: dict[str, Any], message: str)
         ({"method": "nope"}, "no such method"),
         ({"data": "nowhere.txt"}, "there is no file nowhere.txt"),
         ({"seq_len": 4096}, "seq_len"),
+        (
+            {"quant": {"budget": {"average_bits": 3.0}}},
+            "quant.budget: a model in memory is quantized with",
+        ),
+        ({"quant": "w4"}, "quant: found str; give a dict of its keys"),
+        ({"method": None}, r"method: found NoneType; give a text \(name\) or a dict of its keys"),
+        ({"data": [[1, 2]]}, r"data: found list; give a text \(source\) or a dict"),
+        ({"data": torch.ones(3, dtype=torch.int64)}, r"data: found a tensor \[3\] of torch.int64; expected windows"),
+        ({"data": torch.ones(3, 8)}, r"data: found a tensor \[3, 8\] of torch.float32; expected windows"),
+        ({"data": torch.ones(0, 8, dtype=torch.int64)}, r"data: found a tensor \[0, 8\]"),
+        ({"data": torch.ones(2, 1, dtype=torch.int64)}, r"data: found a tensor \[2, 1\]"),
+        ({"data": torch.full((2, 8), 10**6)}, "found tokens from 1000000 to 1000000, and the vocabulary"),
+        ({"data": torch.full((2, 8), -1)}, "found tokens from -1 to -1, and the vocabulary"),
+        ({"data": torch.ones(2, 4096, dtype=torch.int64)}, "tokens in a window of data is 4096"),
     ],
 )
 def test_a_model_that_cannot_be_quantized_stays_as_it_was(loaded: Model, keys: dict[str, Any], message: str) -> None:
     model, tokenizer = loaded
+    model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(qtool.InputError, match=message):
         qtool.quantize_model(model, tokenizer, **{"group_size": 16, **keys})
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_is_quantized_once(loaded: Model) -> None:
+    """A second call would leave a config that names only its own linears."""
+    model, tokenizer = loaded
+    quant = {"overrides": {"*.self_attn.*": {"skip": True}}}
+    qtool.quantize_model(model, tokenizer, "rtn", group_size=16, quant=quant)
+    with pytest.raises(qtool.InputError, match="is a PackedLinear already, so this model was quantized before"):
+        qtool.quantize_model(model, tokenizer, "rtn", group_size=16, num_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("out/float", "found str; give a model that AutoModelForCausalLM.from_pretrained returned"),
+        (None, "found NoneType"),
+        (BertForMaskedLM(BertConfig(**SMALL)), "BertForMaskedLM is not a causal language model"),
+        (
+            T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2, d_kv=16, d_ff=32)),
+            "is not a causal",
+        ),
+        (LlamaModel(LlamaConfig(**SMALL)), "LlamaModel is not a causal language model"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_name(loaded: Model, model: Any, message: str) -> None:
+    other, tokenizer = loaded
+    windows = torch.ones(2, 8, dtype=torch.int64)
+    calls: list[Callable[[], object]] = [
+        lambda: qtool.quantize_model(model, tokenizer, "rtn", group_size=16),
+        lambda: qtool.perplexity(model, windows),
+        lambda: qtool.kl(model, other, windows),
+    ]
+    for call in calls:
+        with pytest.raises(qtool.InputError, match=f"^model: .*{message}"):
+            call()
+    with pytest.raises(qtool.InputError, match=f"^reference: .*{message}"):
+        qtool.kl(other, model, windows)
+
+
+def test_text_needs_a_tokenizer_and_tokens_do_not(loaded: Model) -> None:
+    model, _ = loaded
+    with pytest.raises(qtool.InputError, match="tokenizer: found NoneType, and gptq needs one for its"):
+        qtool.quantize_model(model, None, "gptq", group_size=16)
+    result = qtool.quantize_model(model, None, "gptq", group_size=16, data=torch.ones(2, 8, dtype=torch.int64))
+    assert result.weight_errors
+
+
+def test_a_reference_with_another_vocabulary_is_refused(loaded: Model) -> None:
+    model, tokenizer = loaded
+    other = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": tiny.VOCABULARY + 8}))
+    with pytest.raises(qtool.InputError, match="reference: its vocabulary has"):
+        qtool.kl(model, other, torch.ones(2, 8, dtype=torch.int64))
+    with pytest.raises(qtool.InputError, match="reference: its vocabulary has"):
+        qtool.evaluate(model, "kl", reference=other, tokenizer=tokenizer, limit=1, context=16)
+
+
+def test_one_name_stands_for_a_list_of_one(loaded: Model) -> None:
+    model, tokenizer = loaded
+    report = qtool.evaluate(model, "generated", tokenizer=tokenizer, limit=1, context=16)
+    assert [result.task for result in report.results] == ["generated"]
+    with pytest.raises(qtool.InputError, match="nowhere cannot be read"):
+        qtool.compare("nowhere")
+
+
+@pytest.mark.parametrize("recipe", [None, 3, [1, 2]])
+def test_what_is_no_recipe_is_refused(recipe: Any) -> None:
+    with pytest.raises(qtool.InputError, match=r"recipe: found .*; give a text"):
+        qtool.quantize(recipe)
 
 
 def test_wrong_keys_of_an_evaluation_or_a_bench_are_input_errors(loaded: Model, tmp_path: Path) -> None:
