@@ -24,7 +24,6 @@ from qtool.evaluation import tasks as evaluation_tasks
 from qtool.models import backend
 from qtool.models.backend import Backends
 from qtool.models.linears import packed_linears
-from qtool.models.loaded import LoadedModel
 from qtool.pipelines import evaluate as evaluation
 from qtool.pipelines import export as exporting
 from qtool.pipelines import in_memory as pipeline_in_memory
@@ -218,30 +217,32 @@ def evaluate(
             output=None if output is None else Path(output),
             seed=seed,
         ).report
-    if tokenizer is None:
-        raise InputError("tokenizer: a model in memory is measured with its tokenizer, and none was given")
     if isinstance(reference, str | Path):
         raise InputError(
             "reference: found a folder, but the model is in memory; load the reference and give that model"
         )
+    return _measured(model, reference, tokenizer, checked, None if output is None else Path(output))
+
+
+def _measured(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: EvalRecipe,
+    output: Path | None,
+) -> Report:
+    """Return the report of a model in memory, and write it into the folder ``output``."""
+    if tokenizer is None:
+        raise InputError("tokenizer: a model in memory is measured with its tokenizer, and none was given")
     loaded = in_memory(model, tokenizer)
     other = None if reference is None else in_memory(reference, tokenizer, "reference")
-    if output is not None:
-        evaluation.make_folder(Path(output))
-    report = _measured(loaded, other, checked)
-    if output is not None:
-        report.write(Path(output))
-        html.write(Path(output), report)
-    return report
-
-
-def _measured(loaded: LoadedModel, reference: LoadedModel | None, recipe: EvalRecipe) -> Report:
-    """Return the report of a model in memory."""
+    if other is not None:
+        check_vocabularies(loaded.model, other.model)
     evaluation_tasks.check_tasks(recipe.eval)
-    if reference is not None:
-        check_vocabularies(loaded.model, reference.model)
-    results = evaluation_tasks.evaluate(loaded, recipe.eval, reference, recipe.seed)
-    return Report(
+    if output is not None:
+        evaluation.make_folder(output)
+    results = evaluation_tasks.evaluate(loaded, recipe.eval, other, recipe.seed)
+    report = Report(
         model=loaded.path,
         results=tuple(results),
         dtype=dtype_name(loaded.dtype),
@@ -249,6 +250,10 @@ def _measured(loaded: LoadedModel, reference: LoadedModel | None, recipe: EvalRe
         backend=recipe.eval.backend if packed_linears(loaded.model) else None,
         seed=recipe.seed,
     )
+    if output is not None:
+        report.write(output)
+        html.write(output, report)
+    return report
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int | Literal["auto"] = "auto") -> Metric:
