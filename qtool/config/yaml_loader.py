@@ -64,7 +64,12 @@ def parse(text: str) -> Any:
         raise ValueError("nested too deeply") from error
     except (ReusedAnchorWarning, AssertionError) as error:  # the latter: %YAML 1.3
         raise ValueError(first_line(error)) from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # from ruamel: !!bool maybe, 0b_
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # ruamel raises them for `!!bool maybe` and `0b_`
         raise ValueError("a value does not fit its tag") from error
 
 

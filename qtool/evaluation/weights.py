@@ -1,16 +1,13 @@
 """The linears of a report: their names, shapes and grids, and the error of each quantized weight."""
 
-from collections.abc import Iterable
-
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import ModelConfig
-from qtool.models.linears import Target, packed_linears, stored_weight
+from qtool.models.linears import packed_linears, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
-from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.records import Linear
@@ -49,7 +46,7 @@ def linear_records(
     )
 
 
-def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) -> dict[str, float]:
+def weight_errors(loaded: LoadedModel, config: ModelConfig) -> dict[str, float]:
     """Return ``relative_error`` of each packed linear of ``loaded`` against the weights in the float model's files.
 
     For methods that train the whole model. The float weights are mapped, and the pages of each are freed after use, so
@@ -57,15 +54,15 @@ def weight_errors(loaded: LoadedModel, config: ModelConfig, quant: QuantConfig) 
     """
     dtype = dtype_name(loaded.storage_dtype)  # the dtype of the files, so that nothing is copied
     floats = load_model(config.model_copy(update={"dtype": dtype, "device": "cpu"}), checked=loaded)
-    return errors_against(loaded.model, select_targets(floats, quant))
+    return errors_against(loaded.model, floats.model)
 
 
-def errors_against(model: nn.Module, targets: Iterable[Target]) -> dict[str, float]:
-    """Return ``relative_error`` of each packed linear of ``model`` against the float weight of its target."""
-    packed, pages, errors = packed_linears(model), memory.Pages(), {}
-    for target in targets:
-        codes, scale, zero_point, spec = packed[target.name].quantized
-        quantized = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
-        errors[target.name] = relative_error(target.stored_weight, quantized)
-        pages.drop(target.stored_weight)
+def errors_against(model: nn.Module, floats: nn.Module) -> dict[str, float]:
+    """Return ``relative_error`` of each packed linear of ``model`` against the weight of that name in ``floats``."""
+    pages, errors = memory.Pages(), {}
+    for name, layer in packed_linears(model).items():
+        weight = stored_weight(floats.get_submodule(name))
+        codes, scale, zero_point, spec = layer.quantized
+        errors[name] = relative_error(weight, QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec))
+        pages.drop(weight)
     return errors

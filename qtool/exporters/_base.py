@@ -41,7 +41,7 @@ class Exporter(NamedTuple):
     config_keys: tuple[str, ...] = ()
     """Keys that the format adds to ``config.json``, besides ``quantization_config``."""
     dtype_may_round: bool = False
-    """Whether a dtype that the user names may round weights; the differences are then reported instead of refused."""
+    """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 
 
 def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | None:

@@ -91,10 +91,11 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
     """Return the report of the model at ``path``, before it is measured; ``origin`` is its float model."""
     dtype, device = dtype_name(loaded.dtype), str(loaded.device)
     if manifest is None:
+        if origin is None:
+            return Report(model=path, dtype=dtype, device=device)
         exporter = recognised(folder)
         size = files.folder_bytes(folder, exporter.weight_files) if exporter else files.folder_bytes(folder)
-        known = {} if origin is None else {"quantized": path, "quantized_bytes": size}
-        return Report(model=origin or path, dtype=dtype, device=device).model_copy(update=known)
+        return Report(model=origin, dtype=dtype, device=device, quantized=path, quantized_bytes=size)
     source = NativeCheckpoint(folder)
     return Report(
         model=origin or path,

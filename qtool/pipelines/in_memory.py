@@ -17,7 +17,6 @@ from qtool.data import windows
 from qtool.data.generated import check_length
 from qtool.evaluation.weights import errors_against
 from qtool.models.loaded import LoadedModel
-from qtool.models.targets import select_targets
 from qtool.system.errors import InputError
 
 
@@ -32,9 +31,10 @@ def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
         raise InputError(f"{key}: found {kind}; give a model that AutoModelForCausalLM.from_pretrained returned")
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise InputError(f"{key}: {kind} is not a causal language model; load it with AutoModelForCausalLM")
-    if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+    tensors = model.state_dict()
+    if any(tensor.device.type == "meta" for tensor in tensors.values()):
         raise InputError(f"{key}: its weights are on the device meta, so not in memory; load it without offloading")
-    floats = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    floats = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
     # None where no text is read
     return LoadedModel(model, cast("PreTrainedTokenizerBase", tokenizer), kind, Path(), floats)
 
@@ -105,8 +105,7 @@ def quantize(
     whole: Any = model  # Any: transformers sets both without declaring them
     whole.config.quantization_config, whole.hf_quantizer = config, QtoolQuantizer(config)
     if loaded.pristine is not None:
-        before = select_targets(replace(loaded, model=loaded.pristine), recipe.quant)
-        result = result._replace(weight_errors=errors_against(model, before))
+        result = result._replace(weight_errors=errors_against(model, loaded.pristine))
     return result
 
 

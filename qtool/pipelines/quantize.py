@@ -15,7 +15,7 @@ from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.checkpoints import files, native, output_folder, sizes
 from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
 from qtool.checkpoints.quantization_config import grids_label
-from qtool.config.quant import QuantConfig, QuantSpec
+from qtool.config.quant import QuantSpec
 from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import MethodConfig, OutputConfig
 from qtool.data import windows
@@ -61,7 +61,6 @@ class Prepared:
     """The job of a run, and the other facts that are known before the first block is quantized."""
 
     job: Job
-    quant: QuantConfig  # with the bit widths that were chosen for a budget
     text: Calibration | None
     plan: BitPlan | None  # bit widths chosen for a budget, if there is one
     specs: dict[str, QuantSpec]
@@ -136,12 +135,11 @@ def prepare(run: Run) -> Prepared:
     if units is not None:
         with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
-        quant = plan.applied(quant)
-        job = replace(job, targets=select_targets(loaded, quant))
+        job = replace(job, targets=select_targets(loaded, plan.applied(quant)))
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None)
     linears = weights.block_linears(loaded)
-    return Prepared(job, quant, text, plan, _specs(job.targets), shapes, linears, float_bytes)
+    return Prepared(job, text, plan, _specs(job.targets), shapes, linears, float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
@@ -192,7 +190,7 @@ def save(run: Run, prepared: Prepared, result: Result) -> Report:
     with run.timer.phase("save", f"writing {recipe.output.path}"):
         errors = result.weight_errors
         if state.end_to_end:
-            errors = weights.weight_errors(loaded, recipe.model, prepared.quant)
+            errors = weights.weight_errors(loaded, recipe.model)
             output_folder.clear(state.model)  # files of an earlier start, which was killed while it wrote them
         native.save(state.model, loaded, prepared.specs)
         report = _report(run, prepared, result, errors)

@@ -13,7 +13,7 @@ def snippets(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of use_backend: what has no kernel on this machine
+@pytest.mark.filterwarnings("ignore::UserWarning")  # use_backend warns of linears without a kernel
 def test_the_snippets_run_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best r
     "llmqat": {"batch_size": 2, "travel": 0.1},
 }
 
-TRAINED = {"batch_size": 2, "travel": 0.3}  # of methods that train the whole model
+TRAINED = {"batch_size": 2, "travel": 0.3}  # keys of methods that train the whole model
 
 
 def by_name(series: Iterable[Series]) -> dict[str, list[float]]:

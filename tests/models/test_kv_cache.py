@@ -148,7 +148,12 @@ def test_keys_and_values_are_found_and_get_the_channels_of_a_head(llama: LoadedM
 @pytest.mark.parametrize(
     ("family", "keys", "linear", "channels"),
     [
-        ("llama", {"num_key_value_heads": 4}, ATTENTION.format(0, "k_proj"), 16),  # of equal shapes
+        (
+            "llama",
+            {"num_key_value_heads": 4},
+            ATTENTION.format(0, "k_proj"),
+            16,
+        ),  # q, k and v have equal shapes
         ("opt", {}, "model.decoder.layers.1.self_attn.v_proj", 16),
         ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}, ATTENTION.format(1, "k_proj"), 8),  # then a norm
         ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, "transformer.h.0.attn.attention.k_proj", 16),
