@@ -29,10 +29,11 @@ def read_bytes(file: Path, limit: int = LIMIT) -> bytes:
         raise FileNotFoundError(*error.args) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise InputError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise InputError(f"{file} is {kind_of(mode)}; a regular file is needed")
     with os.fdopen(descriptor, "rb") as opened:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{file} is {kind_of(status.st_mode)}; a regular file is needed")
         try:
             content = opened.read(limit + 1)
         except OSError as error:

@@ -1,6 +1,7 @@
 """Small files of others: regular ones only, bounded, and JSON of any content is a value or an input error."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,5 @@ def test_deep_nesting_and_long_integers_are_input_errors(tmp_path: Path, text: s
 def test_bytes_of_any_content_are_a_value_or_an_input_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "any.json"
     file.write_bytes(content)
-    try:
+    with suppress(InputError):
         reading.read_object(file)
-    except InputError as error:
-        assert "any.json" in str(error)
