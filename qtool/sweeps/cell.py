@@ -27,6 +27,7 @@ from qtool.sweeps.grid import CellRecipe
 from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.paths import written
 
 BENCH = "bench.json"
 MACHINE = ("processor", "threads", "processes")  # keys of a lock that describe the machine
@@ -63,9 +64,9 @@ class Cell:
     def command(self) -> list[str]:
         """Return the command that does the remaining work."""
         if self.todo == "evaluate":
-            return [*QTOOL, "eval", str(self.file), "--output", str(self.folder), "--json"]
+            return [*QTOOL, "eval", written(self.file), "--output", written(self.folder), "--json"]
         options = [*(["--overwrite"] if self.folder.exists() else []), *(["--fresh"] if self.starts_over else [])]
-        return [*QTOOL, self.definition.command, str(self.file), "--json", *options]
+        return [*QTOOL, self.definition.command, written(self.file), "--json", *options]
 
 
 def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:

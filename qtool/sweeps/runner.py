@@ -47,6 +47,7 @@ from qtool.sweeps.table import SweepReport
 from qtool.system import progress
 from qtool.system.errors import InputError, listing
 from qtool.system.locks import hold
+from qtool.system.paths import written
 
 WAITING = "not started yet"
 
@@ -214,7 +215,15 @@ def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
     arguments = [text for key, value in options for text in (f"--{key.replace('_', '-')}", str(value))]
     commands = [
         Command(
-            [*QTOOL, "bench", str(cell.folder), *arguments, "--device", cell.definition.recipe.model.device, "--json"],
+            [
+                *QTOOL,
+                "bench",
+                written(cell.folder),
+                *arguments,
+                "--device",
+                cell.definition.recipe.model.device,
+                "--json",
+            ],
             cell.log.with_suffix(".bench.log"),
             {},
         )
