@@ -70,8 +70,9 @@ def check_source(data: DataConfig) -> None:
     known = [GENERATED, *SOURCES]
     if data.source in known:
         return
-    if Path(data.source).name.endswith(FILES) or Path(data.source).exists():
-        check_file(Path(data.source).expanduser(), FILES)
+    path = source_path(data)
+    if path.name.endswith(FILES) or path.exists():
+        check_file(path, FILES)
         return
     hint = nearest(data.source, known, "; did you mean {}?")
     raise InputError(
@@ -80,12 +81,21 @@ def check_source(data: DataConfig) -> None:
     )
 
 
+def source_path(data: DataConfig) -> Path:
+    """Return the path that ``data.source`` means if it is no known name, with ``~`` and variables expanded.
+
+    Raises:
+        InputError: it means no path.
+    """
+    return paths.expand(data.source, "data.source")
+
+
 def is_local(data: DataConfig) -> bool:
     """Return whether the text of ``data.source`` is a file on this machine."""
     folder = data_dir()
     named = SOURCES.get(data.source)
     if named is None:
-        return data.source != GENERATED and Path(data.source).expanduser().is_file()
+        return data.source != GENERATED and source_path(data).is_file()
     return folder is not None and (folder / named.file.format(split="train")).exists()
 
 

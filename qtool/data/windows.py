@@ -54,7 +54,7 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
     check_length("data.seq_len", data.seq_len, loaded)
     if data.source == GENERATED:
         return Calibration(generated_tokens(loaded, data.num_samples, data.seq_len, calibration_seed(seed)))
-    source, path = SOURCES.get(data.source), Path(data.source).expanduser()
+    source, path = SOURCES.get(data.source), source_path(data)
     if source is None and path.suffix in SUFFIXES:
         vocabulary: int = loaded.model.config.get_text_config().vocab_size
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), vocabulary))
