@@ -20,6 +20,7 @@ from torch import Tensor
 from qtool.models.folders import open_safetensors
 from qtool.system import memory
 from qtool.system.errors import RunError
+from qtool.system.writing import write_text
 
 MAX_SHARD_SIZE = "4GB"  # largest safetensors file, if a model is saved as a whole
 
@@ -94,7 +95,7 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write indented JSON that ends in a newline."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def shard_name(index: int, num_blocks: int) -> str:

@@ -128,7 +128,9 @@ def plan(
 
         found = pipeline.plan(checked)
     if output is not None:
-        output.write_text(found.yaml(checked.quant), encoding="utf-8")
+        from qtool.system.writing import write_text
+
+        write_text(output, found.yaml(checked.quant))
     print(found.model_dump_json(indent=2) if as_json else found.table())
     if output is not None and not as_json:
         print(f"\n{output}")

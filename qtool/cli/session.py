@@ -31,10 +31,13 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
         if output is None:
             raise Interrupted("interrupted") from error
         if _identity(output) == before:
-            begun = output.with_name(f"{output.name}.partial") / "state"
+            begun = _partial(output) / "state"
             then = f"; run the same command again to continue from {begun.parent}" if begun.exists() else ""
             raise Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        raise Interrupted(f"interrupted; {output} is complete, but the steps after it were not finished") from error
+        again = "; run the same command again to continue" if _partial(output).exists() else ""
+        raise Interrupted(
+            f"interrupted; {output} is complete, but the steps after it were not finished{again}"
+        ) from error
 
 
 QUIET = {  # environment variables that silence the progress bars and logs of libraries
@@ -44,6 +47,12 @@ QUIET = {  # environment variables that silence the progress bars and logs of li
     "DATASETS_VERBOSITY": "error",
     "LMEVAL_LOG_LEVEL": "ERROR",
 }
+
+
+def _partial(path: Path) -> Path:
+    """Return the folder of an unfinished run that writes ``path``."""
+    real = path.resolve() if path.is_symlink() else path
+    return real.with_name(f"{real.name}.partial")
 
 
 def _identity(path: Path | None) -> tuple[int, int] | None:

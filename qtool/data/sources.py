@@ -13,6 +13,7 @@ from qtool.config.sections import DataConfig
 from qtool.data.hub import Hub, UnreachableError, load_hub
 from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
+from qtool.system import paths
 from qtool.system.errors import InputError, nearest
 
 GENERATED = "generated"  # name of the source that the model writes itself

@@ -19,7 +19,7 @@ from qtool.config.sections import DataConfig
 from qtool.data.conversations import is_conversation, pack
 from qtool.data.generated import check_length, generated_tokens
 from qtool.data.readers import read_file, read_records
-from qtool.data.sources import GENERATED, SOURCES, check_source, source_records, source_texts
+from qtool.data.sources import GENERATED, SOURCES, check_source, source_path, source_records, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError

@@ -105,7 +105,10 @@ def _check_size(config: Any, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        num_weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        num_weights = sum(
+            parameter.numel()
+            for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+        )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if num_weights > size * WEIGHTS_PER_BYTE:
         raise InputError(

@@ -3,7 +3,7 @@
 A fault of the recipe is reported before the model is quantized, not after hours of work.
 """
 
-from collections import Counter
+from pathlib import Path
 
 from qtool.allocation import plan as bit_plan
 from qtool.blocks.job import load_method
@@ -16,6 +16,7 @@ from qtool.data import sources
 from qtool.evaluation import tasks
 from qtool.exporters import _base
 from qtool.models.folders import resolve
+from qtool.pipelines.export_manifest import exported_already
 from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.training import sharding
@@ -41,12 +42,34 @@ def check_early(recipe: Recipe) -> None:
         sources.check_source(recipe.data)
     if recipe.eval is not None:
         tasks.check_tasks(recipe.eval)
-    paths = [recipe.output.path, *(entry.path for entry in recipe.export)]
-    for path, count in Counter(path.absolute() for path in paths).items():
-        if count > 1:
-            raise InputError(f"{path} is named {count} times as an output folder; give each output a folder of its own")
+    check_paths(recipe)
     for entry in recipe.export:
-        output_folder.check_folder(entry.path, overwrite=recipe.output.overwrite, source=recipe.output.path)
+        if exported_already(recipe.output.path, entry) is None:
+            output_folder.check_folder(entry.path, overwrite=recipe.output.overwrite, source=recipe.output.path)
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Check every path that a run writes against every path that it reads or writes; links are followed.
+
+    Raises:
+        InputError: two of them are the same, or one lies in the other.
+    """
+    output = recipe.output.path
+    writes = {"output.path": output, "output.path (unfinished)": output_folder.partial_of(output)}
+    for index, entry in enumerate(recipe.export):
+        writes[f"export.{index}.path"] = entry.path
+        writes[f"export.{index}.path (unfinished)"] = output_folder.partial_of(entry.path)
+    reads = {"model.path": recipe.model.path, "data.source": recipe.data.source}
+    if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
+        reads["method.init_from"] = recipe.method.init_from
+    there = {key: found for key, path in reads.items() if (found := Path(path).expanduser()).exists()}
+    for index, (key, path) in enumerate(writes.items()):
+        if not path.name:
+            raise InputError(f"{key}: {path} cannot be an output folder; give it a name")
+        for other, second in [*there.items(), *list(writes.items())[:index]]:
+            if output_folder.overlap(path, second):
+                what = "is read" if other in there else "is written"
+                raise InputError(f"{key}: {path} overlaps {other}: {second}, which {what}; choose another folder")
 
 
 def needs_text(recipe: Recipe) -> bool:

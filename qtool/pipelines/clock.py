@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from qtool.reports.report import Report
 from qtool.system import peaks, progress
 
 
@@ -37,6 +38,11 @@ class PhaseTimer:
     def measured(self) -> dict[str, Any]:
         """Return the fields of a report that this timer fills."""
         return {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "peak_gpu_bytes": self.peak_gpu_bytes}
+
+    def added_to(self, report: Report) -> Report:
+        """Return ``report`` with the phases of this process added to those of earlier starts of the run."""
+        measured = {name: getattr(report, name) | found for name, found in self.measured().items()}
+        return report.model_copy(update=measured)
 
     @property
     def total(self) -> float:

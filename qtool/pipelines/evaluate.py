@@ -1,6 +1,7 @@
 """``qtool eval``: measure a native, exported or plain model, and beside it the float model that it was made from."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qtool.checkpoints import files, sizes
@@ -22,8 +23,8 @@ from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
 from qtool.reports.records import beside_published
-from qtool.reports.report import Report
-from qtool.system import progress
+from qtool.reports.report import JSON_NAME, MARKDOWN_NAME, PLOTS_FOLDER, Report, read_report
+from qtool.system import progress, writing
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
@@ -79,12 +80,12 @@ def make_folder(output: Path) -> None:
     """Make the folder of a report, before anything is measured.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be made, or holds such files that qtool did not write.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output} cannot be the folder of the report: {error.strerror}") from None
+    ours = False
+    with suppress(InputError):
+        ours = read_report(output) is not None
+    writing.make_folder(output, (JSON_NAME, MARKDOWN_NAME, html.HTML_NAME, PLOTS_FOLDER), ours=ours)
 
 
 def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | None, loaded: LoadedModel) -> Report:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qtool.checkpoints import output_folder
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import atomic_folder
@@ -10,6 +11,7 @@ from qtool.exporters import _base
 from qtool.exporters._readback import read_back
 from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.checks import check_export
+from qtool.pipelines.export_manifest import exported_already, write_manifest
 from qtool.pipelines.manifest import read_manifest
 from qtool.reports import model_card
 from qtool.reports.records import Exported
@@ -28,10 +30,17 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
 
 @without_progress_bars()
 def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
-    """Like ``export``; return the record of a report."""
+    """Like ``export``; return the record of a report.
+
+    The same export of the same checkpoint is not made again: a command that was killed after it is continued so.
+    """
     source, manifest = NativeCheckpoint(folder), read_manifest(folder)
     exporter = _base.get(config.format)
     check_export(source, config, str(folder))
+    if (exported := exported_already(folder, config)) is not None:
+        progress.note(f"{config.path} is this export already, complete and unchanged")
+        output_folder.OutputFolder(config.path).clear_abandoned()
+        return exported
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
         notes = exporter.write(source, partial, config)
         may_round = exporter.dtype_may_round and config.dtype != "auto"
@@ -46,13 +55,15 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exporte
             notes=notes,
             differences=differences,
         )
+        exported = Exported(
+            format=config.format,
+            path=str(config.path),
+            num_bytes=folder_bytes(partial, exporter.weight_files),
+            notes=tuple(notes),
+            loading=exporter.loading,
+            **differences,
+        )
+        write_manifest(partial, source, config, exported)
     for note in notes:
         progress.note(f"{config.format}: {note}")
-    return Exported(
-        format=config.format,
-        path=str(config.path),
-        num_bytes=folder_bytes(config.path, exporter.weight_files),
-        notes=tuple(notes),
-        loading=exporter.loading,
-        **differences,
-    )
+    return exported

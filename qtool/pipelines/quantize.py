@@ -2,7 +2,7 @@
 
 ``quantize`` is the table of contents; the functions after it are its steps, in order. Faults of the recipe are reported
 before the model is quantized, where that is possible. The checkpoint gets its name when it is complete; evaluation and
-exports come after that, so a failure there does not lose it.
+exports come after that, so a failure there does not lose it, and the same command goes on with them.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.checkpoints import files, native, output_folder, sizes
 from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
+from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantSpec
 from qtool.config.recipe import Recipe, resolved
@@ -31,18 +34,21 @@ from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
-from qtool.pipelines.lock import lock_of
-from qtool.pipelines.manifest import CalibrationTokens, Manifest
+from qtool.pipelines.export_manifest import exported_already
+from qtool.pipelines.lock import LOCKED_SECTIONS, differences, lock_of
+from qtool.pipelines.manifest import CalibrationTokens, Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.pipelines.plan import kept_plan
-from qtool.pipelines.run_state import RunState, run_state
+from qtool.pipelines.run_state import RunState, read_lock, run_state
+from qtool.pipelines.verify import verify
 from qtool.pipelines.workspace import RunWorkspace
 from qtool.quant.packed_linear import FORMAT_VERSION
 from qtool.reports import html, model_card
-from qtool.reports.records import Exported, beside_published
-from qtool.reports.report import Report
+from qtool.reports.records import Exported, Lock, beside_published
+from qtool.reports.report import Report, read_report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
+from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
 
@@ -82,27 +88,38 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     """
     timer = PhaseTimer()
     check_early(recipe)
-    with open_run(recipe, fresh, timer) as run:
-        prepared = prepare(run)
-        result = run_method(run, prepared)
+    folder = resolve(recipe.model.path)
+    lock = lock_of(recipe, folder)
+    if not fresh and (report := complete_already(recipe, lock)) is not None:
+        progress.note(
+            f"{recipe.output.path} is complete already, made by this recipe; pass --overwrite to make it again"
+        )
+        return _outcome(recipe, report, timer) if distributed.is_first() else None
+    with open_run(recipe, folder, lock, fresh, timer) as run:
+        if run.state.written is None:
+            prepared = prepare(run)
+            result = run_method(run, prepared)
+            if not distributed.is_first():
+                return None
+            save(run, prepared, result)
+            del prepared, result  # frees the model
         if not distributed.is_first():
             return None
-        report = save(run, prepared, result)
-        text = prepared.text
-        del prepared, result  # frees the model
-    report = evaluate(recipe, report, text, timer)
-    _publish(recipe.output, report)
-    report = export_all(recipe, report, timer)
+        run.state.publish()
+        evaluate(run)
+        report = export_all(run)
+    return _outcome(recipe, report, timer)
+
+
+def _outcome(recipe: Recipe, report: Report, timer: PhaseTimer) -> Outcome:
     return Outcome(recipe.output.path, report, [Path(each.path) for each in report.exports], timer.total)
 
 
 @contextmanager
-def open_run(recipe: Recipe, fresh: bool, timer: PhaseTimer) -> Iterator[Run]:
-    """Open the folder of a new or an unfinished run; after the ``with`` block the checkpoint gets its name."""
+def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: PhaseTimer) -> Iterator[Run]:
+    """Open the folder of a new or an unfinished run; it is removed after the ``with`` block."""
     method: Method[MethodConfig] = load_method(recipe.method.name)
-    folder = resolve(recipe.model.path)
     distributed.start(choose_device(recipe.model.device))
-    lock = lock_of(recipe, folder)
     output = recipe.output
     with run_state(
         output.path,
@@ -184,8 +201,8 @@ def run_method(run: Run, prepared: Prepared) -> Result:
     return result
 
 
-def save(run: Run, prepared: Prepared, result: Result) -> Report:
-    """Write the checkpoint, its manifest and its model card; return the report without an evaluation."""
+def save(run: Run, prepared: Prepared, result: Result) -> None:
+    """Write the checkpoint, its manifest and its model card; keep the report, without an evaluation."""
     recipe, state, loaded = run.recipe, run.state, prepared.job.loaded
     with run.timer.phase("save", f"writing {recipe.output.path}"):
         errors = result.weight_errors
@@ -196,7 +213,7 @@ def save(run: Run, prepared: Prepared, result: Result) -> Report:
         report = _report(run, prepared, result, errors)
         _manifest(run, prepared, report, errors).write(state.model)
         model_card.write(state.model, report, MANIFEST, recipe.output.path.name)
-    return report
+        state.keep_written(report)
 
 
 def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
@@ -249,29 +266,39 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
     )
 
 
-def evaluate(recipe: Recipe, report: Report, text: Calibration | None, timer: PhaseTimer) -> Report:
-    """Measure the written checkpoint with the tasks of the recipe, if any; return the report with the results."""
-    if recipe.eval is not None:
+def evaluate(run: Run) -> None:
+    """Measure the checkpoint with the tasks of the recipe, unless an earlier start did; write the report."""
+    recipe, state = run.recipe, run.state
+    assert state.written is not None
+    report = state.written.report
+    asked = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
+    if recipe.eval is not None and state.written.evaluated != asked:
         progress.note(f"{recipe.output.path} is complete; it is evaluated next")
-        with timer.phase("eval", "evaluating"):
+        with run.timer.phase("eval", "evaluating"):
             written = load_model(recipe.model.model_copy(update={"path": str(recipe.output.path)}), quantized=True)
             reference = load_model(recipe.model)
+            text = state.calibration()
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen)
         found = {"results": tuple(results), "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
-    return report.model_copy(update=timer.measured())
+    report = run.timer.added_to(report)
+    state.keep_written(report, asked)
+    _publish(recipe.output, report)
 
 
-def export_all(recipe: Recipe, report: Report, timer: PhaseTimer) -> Report:
-    """Write every export of the recipe; return the report with the exports, which replaces the earlier one on disk."""
+def export_all(run: Run) -> Report:
+    """Write the exports of the recipe that earlier starts did not; return the report with them, and write it again."""
+    recipe, state = run.recipe, run.state
+    assert state.written is not None
     exports: list[Exported] = []
     for entry in recipe.export:
-        with timer.phase(f"export {entry.format}", f"exporting {entry.format}"):
+        with run.timer.phase(f"export {entry.format}", f"exporting {entry.format}"):
             exports.append(write_export(recipe.output.path, entry, recipe.output.overwrite))
-    if exports:
-        report = report.model_copy(update={"exports": tuple(exports), **timer.measured()})
-        _publish(recipe.output, report)
+    if not exports:
+        return state.written.report
+    report = run.timer.added_to(state.written.report.model_copy(update={"exports": tuple(exports)}))
+    _publish(recipe.output, report)
     return report
 
 
@@ -280,3 +307,33 @@ def _publish(output: OutputConfig, report: Report) -> None:
     report.write(output.path)
     model_card.write(output.path, report, MANIFEST, output.path.name)
     html.write(output.path, report, output.plots)
+
+
+def complete_already(recipe: Recipe, lock: Lock) -> Report | None:
+    """Return the report of an earlier run of the same recipe that ended; ``None`` if there is something left to do."""
+    output = recipe.output
+    if output.overwrite or not output.path.is_dir() or read_lock(partial_of(output.path)) is not None:
+        return None
+    try:
+        manifest, report = read_manifest(output.path), read_report(output.path)
+    except InputError:
+        return None
+    if manifest is None or report is None or differences(manifest.lock, lock):
+        return None
+    if _unlocked(manifest.recipe) != _unlocked(resolved(recipe)):
+        return None
+    if (recipe.eval is not None and not report.results) or len(report.exports) != len(recipe.export):
+        return None
+    if not all(exported_already(output.path, entry) for entry in recipe.export):
+        return None
+    verify(output.path)
+    OutputFolder(output.path).clear_abandoned()
+    return report
+
+
+def _unlocked(recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return the sections of a recipe that are in no lock: the evaluation, the exports and the output."""
+    output = recipe["output"]
+    assert isinstance(output, dict)
+    kept = {key: value for key, value in recipe.items() if key not in LOCKED_SECTIONS}
+    return kept | {"output": {key: value for key, value in output.items() if key != "overwrite"}}

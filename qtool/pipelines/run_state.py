@@ -1,16 +1,19 @@
 """The folder of a run, ``<output>.partial``: a run may be killed at any moment, and the same command continues it.
 
-    <output>.partial/busy                    lock file: held by the process that writes the folder
+    <output>.partial/qtool.lock              lock file: held by the process that writes the folder
     <output>.partial/state/lock.json         what the result depends on: recipe, model files, versions, threads
     <output>.partial/state/tokens.safetensors  calibration windows, and which of their tokens are learned
     <output>.partial/state/plan.json         bit widths chosen for a budget
     <output>.partial/state/block-00003.json  figures and weight errors of a finished block, SHA-256 of its shard
     <output>.partial/state/blocks/           shards of finished blocks, if the method then trains the whole model
     <output>.partial/state/<phase>/          state of such a training, one file per process if the model is sharded
+    <output>.partial/state/written.json      the checkpoint is complete: hash of its manifest, report, evaluation so far
     <output>.partial/model/                  becomes <output>: one shard for each finished block, the other tensors last
+    <output>.partial/replaced/               the folder that had the name before, until the run is over
 
 A block is finished when its ``.json`` exists, which is written after its shard is on disk. A run with another lock is
-refused, and the message lists the differences. ``model`` is renamed last, so nothing unfinished has the final name.
+refused, and the message lists the differences. ``model`` gets its name when the checkpoint is complete. The folder
+stays until evaluation, reports and exports are done too, so that the same command goes on with those.
 """
 
 import shutil
@@ -19,21 +22,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qtool.checkpoints.files import SafetensorsFolder, write_durably, write_shard
-from qtool.checkpoints.output_folder import check_folder, failed, swap
+from qtool.checkpoints.files import SafetensorsFolder, file_hashes, write_durably, write_shard
+from qtool.checkpoints.native import MANIFEST
+from qtool.checkpoints.output_folder import OutputFolder, check_folder, failed, partial_of, reason
 from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
 from qtool.reports.records import Lock, Number
-from qtool.system import distributed, progress
+from qtool.reports.report import Report
+from qtool.system import distributed, progress, reading
 from qtool.system.errors import InputError, RunError, listing
-from qtool.system.locks import hold
 from qtool.training.end_to_end import TRAINING
 
 PLAN = "plan.json"  # name of the file with the bit widths
+WRITTEN = "written.json"  # name of the file that says that the checkpoint is complete
 
 
 class BlockRecord(BaseModel):
@@ -44,13 +49,27 @@ class BlockRecord(BaseModel):
     weight_errors: dict[str, Number]
 
 
+class Written(BaseModel):
+    """The content of ``written.json``: the checkpoint is complete, and its evaluation so far."""
+
+    manifest: str  # SHA-256 of the checkpoint's manifest, by which its folder is known
+    report: Report
+    evaluated: JsonValue = None  # the section ``eval`` of the recipe that the report has results of
+
+
 @dataclass
 class RunState:
     """The folder of a run and its files."""
 
-    partial: Path
+    output: OutputFolder
     lock: Lock
     end_to_end: bool = False  # True if the method trains the whole model after its blocks are finished
+    written: Written | None = None  # of an earlier start of this run, or set by ``keep_written``
+
+    @property
+    def partial(self) -> Path:
+        """The folder of the run."""
+        return self.output.partial
 
     @property
     def folder(self) -> Path:
@@ -60,7 +79,7 @@ class RunState:
     @property
     def model(self) -> Path:
         """The folder that becomes the checkpoint."""
-        return self.partial / "model"
+        return self.output.model
 
     @property
     def blocks(self) -> Path:
@@ -70,7 +89,7 @@ class RunState:
     @property
     def begun(self) -> bool:
         """True if a later start would find anything to continue from."""
-        return any(any(self.folder.glob(made)) for made in ("block-*.json", f"*/{TRAINING}", PLAN))
+        return any(any(self.folder.glob(made)) for made in ("block-*.json", f"*/{TRAINING}", PLAN, WRITTEN))
 
     def record_file(self, index: int) -> Path:
         """Return the path of the record of a block; the block is finished if the file exists."""
@@ -107,12 +126,28 @@ class RunState:
                 "start over"
             )
 
+    def keep_written(self, report: Report, evaluated: JsonValue = None) -> None:
+        """Keep that the checkpoint is complete, with its report and the evaluation in it."""
+        folder = self.model if self.model.exists() else self.output.path
+        manifest = file_hashes(folder, MANIFEST)[MANIFEST]
+        self.written = Written(manifest=manifest, report=report, evaluated=evaluated)
+        write_durably(self.folder / WRITTEN, self.written.model_dump(mode="json"))
+
+    def publish(self) -> None:
+        """Give the complete checkpoint its name, if it has not got it yet."""
+        if not self.is_published():
+            self.output.publish()
+
+    def is_published(self) -> bool:
+        """Return whether the folder under the output's name is the checkpoint of this run."""
+        return self.written is not None and _manifest_hash(self.output.path) == self.written.manifest
+
 
 @contextmanager
 def run_state(
     path: Path, lock: Lock, *, overwrite: bool, fresh: bool, source: Path, end_to_end: bool = False
 ) -> Iterator[RunState]:
-    """Begin the run that writes ``path``, or continue it; after the ``with`` block the checkpoint gets that name.
+    """Begin the run that writes ``path``, or continue it; after the ``with`` block its folder is removed.
 
     Of several processes only the first writes; the others get a state to read.
 
@@ -121,39 +156,70 @@ def run_state(
             or another process writes there.
         RunError: the disk is full or fails; finished blocks are kept.
     """
-    check_folder(path, overwrite=overwrite, source=source)
-    partial = path.with_name(f"{path.name}.partial")
-    state = RunState(partial, lock, end_to_end)
+    state = RunState(OutputFolder(path), lock, end_to_end)
     if not distributed.is_first():
+        distributed.barrier()
+        state.written = _read_written(state)
         distributed.barrier()
         try:
             yield state
         except (OSError, SafetensorError) as error:
-            raise _stopped(path, partial, error) from error
+            raise _stopped(state, error) from error
         return
-    busy = hold(partial / "busy", path, f"another run is writing {path}; wait for it, or choose another output.path")
+    if fresh or _published_by(path, partial_of(path)) is None:
+        check_folder(path, overwrite=overwrite, source=source)
     begun = False
+    with state.output.claim(f"another run is writing {path}; wait for it, or choose another output.path"):
+        try:
+            if fresh or _published_by(path, state.partial) is None:
+                check_folder(path, overwrite=overwrite, source=source)  # again, now that nobody else writes
+            _begin(state, fresh)
+            begun = True
+            distributed.barrier()
+            distributed.barrier()  # the others have read the state, which may be removed from now on
+            yield state
+            (state.folder / "lock.json").unlink()  # from here on there is nothing to continue from
+            state.output.remove()
+        except (OSError, SafetensorError) as error:
+            raise _stopped(state, error) from error
+        except BaseException:
+            if not state.begun and (begun or not state.folder.exists()):
+                state.output.remove()  # there is nothing to continue from
+            raise
+
+
+def _published_by(path: Path, partial: Path) -> Written | None:
+    """Return what the unfinished run in ``partial`` kept of the checkpoint in ``path``; ``None`` if not made by it."""
+    written = _written(partial / "state")
+    return written if written is not None and _manifest_hash(path) == written.manifest else None
+
+
+def _manifest_hash(folder: Path) -> str | None:
+    return file_hashes(folder, MANIFEST).get(MANIFEST)
+
+
+def _written(folder: Path) -> Written | None:
     try:
-        _begin(state, fresh)
-        begun = True
-        distributed.barrier()
-        yield state
-        if path.exists():
-            shutil.rmtree(swap(path, state.model), ignore_errors=True)
-        else:
-            state.model.rename(path)
-        shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise _stopped(path, partial, error) from error
-    except BaseException:
-        if begun and not state.begun:
-            shutil.rmtree(partial, ignore_errors=True)  # there is nothing to continue from
-        raise
-    finally:
-        busy.release()
+        return Written.model_validate(reading.read_object(folder / WRITTEN))
+    except (FileNotFoundError, InputError, ValueError):
+        return None
 
 
-def _stopped(path: Path, partial: Path, error: Exception) -> RunError:
+def _read_written(state: RunState) -> Written | None:
+    """Return what an earlier start kept of a complete checkpoint, if that is there: under its name or not yet."""
+    written = _written(state.folder)
+    if written is None or written.manifest not in (_manifest_hash(state.output.path), _manifest_hash(state.model)):
+        return None
+    return written
+
+
+def _stopped(state: RunState, error: Exception) -> RunError:
+    path, partial = state.output.path, state.partial
+    if state.is_published():
+        return RunError(
+            f"{path} is complete, but what follows it was not finished: {reason(error)}; run the same command again to "
+            "continue"
+        )
     return RunError(f"{failed(path, error)}; {partial} holds what is done; run the same command again to continue")
 
 
@@ -166,8 +232,8 @@ def _begin(state: RunState, fresh: bool) -> None:
         return
     if file.exists() and not fresh:
         progress.note(f"{file} is damaged; the run starts over")
-    shutil.rmtree(state.folder, ignore_errors=True)
-    shutil.rmtree(state.model, ignore_errors=True)
+    for folder in (state.folder, state.model):
+        shutil.rmtree(folder, ignore_errors=True)
     state.folder.mkdir()
     state.model.mkdir()
     state.blocks.mkdir(exist_ok=True)
@@ -179,6 +245,11 @@ def _continue(state: RunState, before: Lock) -> None:
     if changes := differences(before, state.lock):
         head = f"{state.partial} holds an unfinished run that differs from this one; pass --fresh to start over:"
         raise InputError(listing(head, changes))
+    state.written = _read_written(state)
+    if state.written is not None:
+        progress.note(f"continuing the run in {state.partial}: the checkpoint is complete")
+        return
+    state.model.mkdir(exist_ok=True)
     count = len(list(state.folder.glob("block-*.json")))
     trainings = sorted(state.folder.glob(f"*/{TRAINING}"))
     begun = "".join(f", and training phase {file.parent.name} has begun" for file in trainings)
@@ -188,6 +259,6 @@ def _continue(state: RunState, before: Lock) -> None:
 def read_lock(partial: Path) -> Lock | None:
     """Return the lock that an unfinished run was begun with; ``None`` if there is none, or it is damaged."""
     try:
-        return Lock.model_validate_json((partial / "state" / "lock.json").read_bytes())
-    except (OSError, ValueError):
+        return Lock.model_validate(reading.read_object(partial / "state" / "lock.json"))
+    except (FileNotFoundError, InputError, ValueError):
         return None

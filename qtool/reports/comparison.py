@@ -12,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +30,18 @@ from qtool.reports.measures import (
     notes,
     weight_bytes,
 )
-from qtool.reports.report import JSON_NAME, Report
+from qtool.reports.report import JSON_NAME, PLOTS_FOLDER, Report
 from qtool.reports.text import metric_name, number
 from qtool.reports.verdict import SIGMAS
+from qtool.system import reading
 from qtool.system.errors import InputError, listing
 from qtool.system.units import duration, size
+from qtool.system.writing import make_folder, write_text
 
 if TYPE_CHECKING:
     from qtool.reports.drawing import Plot
 
-HTML_NAME, MARKDOWN_NAME = "compare.html", "compare.md"
+HTML_NAME, MARKDOWN_NAME, COMPARE_NAME = "compare.html", "compare.md", "compare.json"
 LEGEND = f"* best in its column; ~ as good as the best, within {SIGMAS} standard errors of the difference"
 
 
@@ -120,18 +123,16 @@ class Comparison(Printable):
         """Write ``compare.html``, ``compare.md``, ``compare.json`` and the figures into ``folder``.
 
         Raises:
-            InputError: The folder cannot be created.
+            InputError: The folder cannot be created, or holds such files that qtool did not write.
         """
         from qtool.reports import drawing
 
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create the folder {folder}: {error.strerror}") from None
+        own = (COMPARE_NAME, HTML_NAME, MARKDOWN_NAME)
+        make_folder(folder, (*own, PLOTS_FOLDER), ours=_is_comparison(folder / COMPARE_NAME))
         plots = self.plots()
-        (folder / HTML_NAME).write_text(self._page(plots), encoding="utf-8")
-        (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
-        (folder / "compare.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(folder / HTML_NAME, self._page(plots))
+        write_text(folder / MARKDOWN_NAME, self.markdown())
+        write_text(folder / COMPARE_NAME, json.dumps(self.as_dict(), indent=2) + "\n")
         if plots:
             drawing.save(plots, folder)
 
@@ -180,6 +181,13 @@ class Comparison(Printable):
 
     def _model_name(self, identity: str) -> str:
         return next((run.report.model for run in self.runs if run.model == identity), identity)
+
+
+def _is_comparison(file: Path) -> bool:
+    """Return whether a file is a comparison that qtool wrote."""
+    with suppress(FileNotFoundError, InputError):
+        return {"runs", "measures"} <= reading.read_object(file).keys()
+    return False
 
 
 def comparison(reports: dict[str, Report]) -> Comparison:

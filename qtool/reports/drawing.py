@@ -18,9 +18,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qtool.reports.report import PLOTS_FOLDER
+from qtool.system.writing import write_bytes, write_text
+
 WIDTH = 4.6  # inches of 72 units; narrow, so that a phone shows text in its drawn size
 PNG_DPI = 200
-PLOTS_FOLDER = "plots"
 MAX_TICKS = 6  # ticks per axis; fixed, because a number computed from the layout would change the layout
 COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "page": ("#fdfdfe", "#13161b"),
@@ -163,5 +165,5 @@ def save(plots: list[Plot], folder: Path) -> None:
     """Write each plot as ``plots/<name>.png`` and ``.svg`` below ``folder``."""
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     for plot in plots:
-        (folder / PLOTS_FOLDER / f"{plot.name}.png").write_bytes(png(plot))
-        (folder / PLOTS_FOLDER / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
+        write_bytes(folder / PLOTS_FOLDER / f"{plot.name}.png", png(plot))
+        write_text(folder / PLOTS_FOLDER / f"{plot.name}.svg", svg(plot))

@@ -21,6 +21,7 @@ from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
 from qtool.reports.verdict import RULE, words
 from qtool.system.units import duration, size
 from qtool.system.version import __version__
+from qtool.system.writing import write_text
 
 if TYPE_CHECKING:
     from qtool.reports.drawing import Plot
@@ -34,7 +35,7 @@ def write(folder: Path, report: Report, files: bool = False) -> None:
     from qtool.reports import drawing, figures  # imported here because matplotlib takes a while
 
     plots = figures.draw(report)
-    (folder / HTML_NAME).write_text(page(report, plots), encoding="utf-8")
+    write_text(folder / HTML_NAME, page(report, plots))
     if files and plots:
         drawing.save(plots, folder)
 

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCardData
 
 from qtool.reports.report import Report
 from qtool.system.version import __version__
+from qtool.system.writing import write_text
 
 
 def loading_code(name: str) -> str:
@@ -83,4 +84,4 @@ def _write(folder: Path, base: str, library: str, lines: list[str]) -> None:
     """Write the card: the YAML header for the Hugging Face hub, then ``lines``."""
     is_hub_name = not base.startswith((".", "/", "~", "builtin:")) and not Path(base).exists()
     header = ModelCardData(base_model=base if is_hub_name else None, library_name=library, tags=["qtool"]).to_yaml()
-    (folder / "README.md").write_text("\n".join(["---", header, "---", *lines]) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(["---", header, "---", *lines]) + "\n")

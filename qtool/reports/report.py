@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
@@ -19,11 +19,15 @@ from qtool.reports.records import (
     TaskResult,
 )
 from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
+from qtool.system import reading
 from qtool.system.environment import environment
+from qtool.system.errors import InputError
 from qtool.system.units import size
+from qtool.system.writing import write_text
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
+PLOTS_FOLDER = "plots"  # folder of the figures as files, beside the report
 
 
 class Report(Record, Printable):
@@ -79,8 +83,8 @@ class Report(Record, Printable):
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
-        (folder / JSON_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
+        write_text(folder / JSON_NAME, self.model_dump_json(indent=2) + "\n")
+        write_text(folder / MARKDOWN_NAME, self.markdown())
 
     def title(self) -> str:
         """Return one line: the model, the method and the quantization grid."""
@@ -170,6 +174,23 @@ class Report(Record, Printable):
     def notes(self) -> list[str]:
         """Return the notes of the rows that are shown, each once."""
         return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))
+
+
+def read_report(folder: Path) -> Report | None:
+    """Return the report in a folder; ``None`` if it has none.
+
+    Raises:
+        InputError: its file is damaged, or is no report of qtool.
+    """
+    file = folder / JSON_NAME
+    try:
+        return Report.model_validate(reading.read_object(file))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise InputError(f"{file} is not a report of a qtool run ({reason})") from None
 
 
 def _results(report: Report) -> Table:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.checkpoints.files import write_json
+from qtool.checkpoints.output_folder import partial_of
 from qtool.config import recipe
 from qtool.config.sweep import BenchConfig
 from qtool.config.yaml_loader import dump
@@ -28,6 +29,7 @@ from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.paths import written
+from qtool.system.writing import write_text
 
 BENCH = "bench.json"
 MACHINE = ("processor", "threads", "processes")  # keys of a lock that describe the machine
@@ -77,6 +79,8 @@ def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:
     has_weights = any(cell.folder.glob("*.safetensors"))
     if bench is not None and not has_weights and benched(cell, bench) is None:
         return "run"
+    if read_lock(partial_of(cell.folder)) is not None:
+        return "run"  # the checkpoint is complete, but its run is not: its command goes on
     if _report(cell) is not None and _evaluation(cell) == cell.definition.recipe.eval:
         return "nothing"
     return "evaluate" if has_weights and cell.definition.recipe.eval is not None else "run"
@@ -92,7 +96,7 @@ def _manifest(cell: Cell) -> Manifest | None:
 
 def begun_by_another(cell: Cell, lock: Lock, launcher: str) -> bool:
     """Return whether an interrupted run of the cell had another lock, so that the cell starts over."""
-    before = read_lock(cell.out / f"{cell.definition.name}.partial")
+    before = read_lock(partial_of(cell.folder))
     if before is None:
         return False
     changes = differences(before, lock, () if launcher == "local" else MACHINE)
@@ -106,7 +110,7 @@ def write_recipe(cell: Cell) -> None:
     if _evaluation(cell) != cell.definition.recipe.eval:
         (cell.folder / REPORT).unlink(missing_ok=True)
     head = f"# Cell {cell.definition.name} of a sweep.\n#   qtool {cell.definition.command} {cell.file}\n\n"
-    cell.file.write_text(head + dump(cell.definition.raw), encoding="utf-8")
+    write_text(cell.file, head + dump(cell.definition.raw))
 
 
 def _evaluation(cell: Cell) -> Any:

@@ -28,7 +28,7 @@ from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early
 from qtool.pipelines.lock import lock_of
 from qtool.reports import comparison
-from qtool.sweeps import launchers
+from qtool.sweeps import launchers, table
 from qtool.sweeps.cell import (
     QTOOL,
     Cell,
@@ -44,12 +44,13 @@ from qtool.sweeps.grid import Sweep, fault_lines
 from qtool.sweeps.launchers import Command, Ended
 from qtool.sweeps.results import groups
 from qtool.sweeps.table import SweepReport
-from qtool.system import progress
+from qtool.system import progress, writing
 from qtool.system.errors import InputError, listing
 from qtool.system.locks import hold
 from qtool.system.paths import written
 
 WAITING = "not started yet"
+BUSY = ".busy"  # lock file of a sweep's folder; it stays there, and marks the folder as that of a sweep
 
 
 @dataclass
@@ -103,8 +104,10 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Swee
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
+    ours = (folder / BUSY).exists()
+    writing.make_folder(folder, (table.JSON_NAME, table.MARKDOWN_NAME, comparison.HTML_NAME), ours=ours)
     taken = f"another sweep is running in {folder}; wait for it, or choose another --output"
-    busy = hold(folder / ".busy", folder, taken)
+    busy = hold(folder / BUSY, folder, taken)
     try:
         yield
     finally:
@@ -282,7 +285,7 @@ def _compare(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Write the page that compares the cells that are done."""
     done = [cell.folder for cell in cells if not cell.reason]
     if done:
-        (sweep.output / comparison.HTML_NAME).write_text(comparison.compare(done).html(), encoding="utf-8")
+        writing.write_text(sweep.output / comparison.HTML_NAME, comparison.compare(done).html())
 
 
 def _summary(sweep: Sweep, cells: Sequence[Cell]) -> SweepReport:

@@ -13,6 +13,7 @@ from qtool.reports.records import Record, TaskResult
 from qtool.reports.text import note_of, number
 from qtool.sweeps.results import CellGroup, CellResult
 from qtool.system.environment import environment
+from qtool.system.writing import write_text
 
 JSON_NAME = "sweep.json"
 MARKDOWN_NAME = "sweep.md"
@@ -166,11 +167,9 @@ class SweepReport(Record, Printable):
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each completely or not at all."""
+        """Write ``sweep.json`` and ``sweep.md`` into ``folder``."""
         for name, text in ((JSON_NAME, self.model_dump_json(indent=2) + "\n"), (MARKDOWN_NAME, self.markdown())):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_text(folder / name, text)
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

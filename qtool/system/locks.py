@@ -13,12 +13,15 @@ def hold(lock: Path, path: Path, taken: str) -> FileLock:
     Raises:
         InputError: Another process holds the lock, with the message ``taken``; or ``path`` cannot be written.
     """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        busy = FileLock(lock, mode=0o666)
-        busy.acquire(blocking=False)
-    except Timeout:
-        raise InputError(taken) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
-    return busy
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            busy = FileLock(lock, mode=0o666)
+            busy.acquire(blocking=False)
+        except Timeout:
+            raise InputError(taken) from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+        if lock.exists():
+            return busy
+        busy.release()  # its last owner removed the file between our opening it and our locking it

@@ -35,8 +35,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(partial: Path) -> None:
-    (partial / "config.json").write_text("{}")
+    mark(partial)
     (partial / "data").write_text("new")
+
+
+def mark(folder: Path) -> Path:
+    """Make a folder that looks like one that qtool wrote."""
+    folder.mkdir(exist_ok=True)
+    (folder / "qtool.json").write_text('{"format_version": 1}')
+    return folder
 
 
 def fail(partial: Path, error: BaseException) -> None:
@@ -48,7 +55,7 @@ def test_a_folder_has_its_name_only_after_the_block_and_parents_are_made(tmp_pat
     path = tmp_path / "a" / "b"
     with atomic_folder(path, overwrite=False) as partial:
         fill(partial)
-        assert partial.parent == path.parent
+        assert partial.parent.parent == path.parent
         assert not path.exists()
     assert (path / "data").read_text() == "new"
     assert [each.name for each in path.parent.iterdir()] == ["b"]
@@ -59,8 +66,7 @@ def test_a_folder_has_its_name_only_after_the_block_and_parents_are_made(tmp_pat
 def test_nothing_new_is_left_when_the_block_ends_badly(tmp_path: Path, error: BaseException, there: bool) -> None:
     path = tmp_path / "out"
     if there:
-        path.mkdir()
-        (path / "config.json").write_text("{}")
+        mark(path)
     with pytest.raises(type(error)), atomic_folder(path, overwrite=there) as partial:
         fail(partial, error)
     assert [each.name for each in tmp_path.iterdir()] == (["out"] if there else [])
@@ -83,7 +89,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_and_keeps_what_was_there(
 ) -> None:
     loaded = tiny.packed(folder, QuantConfig(group_size=32))
     if there:
-        tiny.copied(folder, tmp_path / "out")
+        mark(tiny.copied(folder, tmp_path / "out"))
     before = sorted(file.name for file in tmp_path.rglob("*"))
     with (
         pytest.raises(RunError, match=r"writing .*out failed: .*; (nothing was left|the old folder)"),
@@ -97,14 +103,13 @@ def test_a_file_that_may_not_grow_leaves_nothing_and_keeps_what_was_there(
 @ONLY_ROOT
 def test_a_disk_that_is_really_full_leaves_nothing_and_keeps_what_was_there(folder: Path, small_disk: Path) -> None:
     loaded = tiny.packed(folder, QuantConfig(group_size=32))
-    (small_disk / "out").mkdir()
-    (small_disk / "out" / "config.json").write_text("{}")
+    mark(small_disk / "out")
     with (
         pytest.raises(RunError, match=r"writing .*out failed: the disk is full; (nothing was left|the old folder)"),
         atomic_folder(small_disk / "out", overwrite=True) as partial,
     ):
         native.save(partial, loaded, tiny.specs(loaded))
-    assert [str(each.relative_to(small_disk)) for each in small_disk.rglob("*")] == ["out", "out/config.json"]
+    assert [str(each.relative_to(small_disk)) for each in small_disk.rglob("*")] == ["out", "out/qtool.json"]
 
 
 @ONLY_ROOT
@@ -129,13 +134,12 @@ def test_an_existing_folder_is_refused_and_not_touched(tmp_path: Path) -> None:
 
 def test_overwrite_replaces_a_model_folder_with_all_that_is_in_it(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    path.mkdir()
-    (path / "config.json").write_text("{}")
+    mark(path)
     (path / "old").write_text("")
     with atomic_folder(path, overwrite=True) as partial:
         fill(partial)
         assert (path / "old").exists(), "the old folder must stay until the new one is whole"
-    assert sorted(each.name for each in path.iterdir()) == ["config.json", "data"]
+    assert sorted(each.name for each in path.iterdir()) == ["data", "qtool.json"]
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
@@ -146,7 +150,7 @@ def test_overwrite_replaces_nothing_but_model_folders(tmp_path: Path, kind: str)
         path.mkdir()
     precious = path / "thesis.tex" if kind == "folder" else path
     precious.write_text("years of work")
-    with pytest.raises(InputError, match="is not a model folder"), atomic_folder(path, overwrite=True):
+    with pytest.raises(InputError, match="was not written by qtool"), atomic_folder(path, overwrite=True):
         pytest.fail("the block must not run")
     assert precious.read_text() == "years of work"
 
@@ -161,17 +165,18 @@ def test_a_parent_that_is_a_file_is_refused_before_the_work(tmp_path: Path) -> N
 
 
 def test_what_a_killed_run_left_does_not_stop_the_next(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "half").write_text("")
+    (tmp_path / "out.partial" / "model").mkdir(parents=True)
+    (tmp_path / "out.partial" / "qtool.lock").write_text("")
+    (tmp_path / "out.partial" / "model" / "half").write_text("")
     with atomic_folder(tmp_path / "out", overwrite=False) as partial:
         fill(partial)
-    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["config.json", "data"]
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["data", "qtool.json"]
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwrite_leaves_a_neighbour_called_old_alone(tmp_path: Path) -> None:
     for name in ("out", "out.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        mark(tmp_path / name)
     (tmp_path / "out.old" / "mine").write_text("a backup that a person made")
     with atomic_folder(tmp_path / "out", overwrite=True) as partial:
         fill(partial)
@@ -182,13 +187,12 @@ def test_overwrite_leaves_a_neighbour_called_old_alone(tmp_path: Path) -> None:
 def test_the_old_folder_comes_back_when_the_new_one_cannot_get_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "out"
-    path.mkdir()
+    path = mark(tmp_path / "out")
     (path / "config.json").write_text('{"old": true}')
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name == "out.partial":
+        if self.name == "model":
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, target)
 
@@ -199,9 +203,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_get_its_name(
 
 
 def test_overwrite_works_through_a_link_to_a_folder(tmp_path: Path) -> None:
-    real = tmp_path / "large-disk"
-    real.mkdir()
-    (real / "config.json").write_text("{}")
+    real = mark(tmp_path / "large-disk")
     (tmp_path / "out").symlink_to(real)
     with atomic_folder(tmp_path / "out", overwrite=True) as partial:
         fill(partial)

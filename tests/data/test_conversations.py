@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from qtool.blocks.job import Job, Method, Result
+from qtool.checkpoints.output_folder import OutputFolder
 from qtool.config.recipe import Recipe
 from qtool.config.sections import IGNORED, DataConfig
 from qtool.data import conversations, sources, windows
@@ -316,8 +317,8 @@ def test_the_hash_depends_on_the_labels() -> None:
 
 
 def test_a_run_goes_on_only_with_the_same_labels(tmp_path: Path) -> None:
-    state = RunState(tmp_path, locked())
-    state.folder.mkdir()
+    state = RunState(OutputFolder(tmp_path / "out"), locked())
+    state.folder.mkdir(parents=True)
     tokens = torch.arange(12).view(3, 4)
     labels = tokens.clone()
     labels[0, 0] = IGNORED

@@ -17,12 +17,12 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from qtool.cli import main
-from qtool.reports import drawing, pareto
+from qtool.reports import pareto
 from qtool.reports.comparison import Comparison, compare, comparison
 from qtool.reports.measures import difference_error
 from qtool.reports.pareto import Plane, Point, front
 from qtool.reports.records import Metric, TaskResult, task_result
-from qtool.reports.report import Report
+from qtool.reports.report import PLOTS_FOLDER, Report
 from qtool.reports.verdict import SIGMAS
 from qtool.system.errors import InputError
 
@@ -290,4 +290,4 @@ def test_a_terminal_shows_the_same_numbers(tmp_path: Path) -> None:
     shown = (tmp_path / "shown").read_text(encoding="utf-8")
     for text in itertools.chain(found.columns(), *found.rows()):
         assert text in shown
-    assert drawing.PLOTS_FOLDER not in shown
+    assert PLOTS_FOLDER not in shown

@@ -26,7 +26,8 @@ def test_a_run_leaves_the_checkpoint_and_the_exports_and_nothing_else(whole: Res
     assert {path.name for path in Path("out/q").iterdir()} == NATIVE_FILES
     sharded = {name for name in NATIVE_FILES if name.startswith("model")}
     exported = NATIVE_FILES - {"qtool.json", "report.html", "report.json", "report.md"} - sharded | {
-        "model.safetensors"
+        "model.safetensors",
+        "qtool_export.json",
     }
     assert {path.name for path in Path("out/dense").iterdir()} == exported
     assert {path.name for path in Path("out/gptq").iterdir()} == exported | {"quantize_config.json"}

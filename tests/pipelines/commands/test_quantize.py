@@ -68,9 +68,17 @@ def test_export_writes_beside_the_checkpoint_and_says_where(
     assert json.loads(result.out) == {"path": "out/ct", "format": "compressed-tensors"}
     assert "base_model" not in Path("out/ct/README.md").read_text()
     assert digest(Path("out/q")) == before
+    exported = digest(Path("out/ct"))
     again = qtool_("export", "out/q", "--format", "compressed-tensors", "-o", "out/ct")
-    assert again.code == 2
-    assert "out/ct exists; choose another folder, or pass --overwrite" in again.message
+    assert again.code == 0
+    assert "note: out/ct is this export already, complete and unchanged" in again.err
+    assert digest(Path("out/ct")) == exported
+    other = qtool_("export", "out/q", "--format", "dense", "-o", "out/ct")
+    assert other.code == 2
+    assert "out/ct exists; choose another folder, or pass --overwrite" in other.message
+    assert digest(Path("out/ct")) == exported
+    Path("out/ct/config.json").write_text("{}")
+    assert qtool_("export", "out/q", "--format", "compressed-tensors", "-o", "out/ct").code == 2
     assert qtool_("export", "out/q", "-f", "compressed-tensors", "-o", "out/ct", "--overwrite").code == 0
 
 
@@ -116,12 +124,34 @@ def test_a_failed_evaluation_keeps_the_checkpoint(
     def fail(*args: object) -> None:
         raise RunError("the evaluation broke")
 
-    monkeypatch.setattr(evaluation, "evaluate", fail)
-    result = qtool_("ptq", recipe(**gptq))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", fail)
+        result = qtool_("ptq", recipe(**gptq))
     assert result.code == 1
     assert "the evaluation broke" in result.message
     assert complete("out/q")
-    assert {path.name for path in Path("out").iterdir()} == {"q"}
+    assert {path.name for path in Path("out").iterdir()} == {"q", "q.partial"}
+    goes_on_without_quantizing(qtool_, monkeypatch)
+
+
+def goes_on_without_quantizing(qtool_: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command does what is left, and nothing is left beside the results."""
+
+    def fail(*args: object) -> None:
+        pytest.fail("the model was quantized again")
+
+    before = weights_digest()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prepare", fail)
+        result = qtool_("ptq", "r.yaml")
+    assert result.code == 0, result.err
+    assert "continuing the run in out/q.partial: the checkpoint is complete" in result.err
+    assert weights_digest() == before
+    assert {path.name for path in Path("out").iterdir()} == {"q", "gptq", "dense"}
+    report = Report.model_validate_json(Path("out/q/report.json").read_text())
+    assert report.results
+    assert {"quantize", "eval", "export gptq", "export dense"} <= set(report.seconds)
+    assert [export.path for export in report.exports] == ["out/gptq", "out/dense"]
 
 
 def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
@@ -133,13 +163,16 @@ def test_a_failed_export_keeps_the_checkpoint_and_the_report_of_its_evaluation(
     def fail(*args: object, **kwargs: object) -> None:
         raise RunError("it differs after export")
 
-    monkeypatch.setattr(exporting, "read_back", fail)
-    result = qtool_("ptq", recipe(**gptq))
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "read_back", fail)
+        result = qtool_("ptq", recipe(**gptq))
     assert result.code == 1
     assert "it differs after export" in result.message
     assert complete("out/q")
-    assert {path.name for path in Path("out").iterdir()} == {"q"}
+    assert {path.name for path in Path("out").iterdir()} == {"q", "q.partial"}
     assert Report.model_validate_json(Path("out/q/report.json").read_text()).results
+    monkeypatch.setattr(evaluation, "evaluate", fail)  # it is not evaluated again
+    goes_on_without_quantizing(qtool_, monkeypatch)
 
 
 class Stage(NamedTuple):
@@ -178,10 +211,11 @@ def test_ctrl_c_leaves_the_whole_checkpoint_or_nothing_and_says_which(
     last = result.err.splitlines()[-1]
     kept = STAGES[stage].kept
     if kept == "all":
-        assert last == "interrupted; out/q is complete, but the steps after it were not finished"
+        expected = "interrupted; out/q is complete, but the steps after it were not finished"
+        assert last == f"{expected}; run the same command again to continue"
         assert complete("out/q")
-        assert left()[0] == "out/q"
-        assert not [path for path in left() if "partial" in path]
+        assert {path.name for path in Path("out").iterdir()} == {"q", "q.partial"}
+        goes_on_without_quantizing(qtool_, monkeypatch)
     elif kept == "blocks":
         expected = (
             "interrupted; nothing was written under out/q; run the same command again to continue from out/q.partial"

@@ -204,7 +204,7 @@ def test_a_full_disk_ends_the_run_and_what_is_done_stays(
 def test_two_runs_do_not_write_one_folder(half_done: Recipe, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    with FileLock(tmp_path / "out.partial" / "busy"), pytest.raises(InputError, match="another run is writing"):
+    with FileLock(tmp_path / "out.partial" / "qtool.lock"), pytest.raises(InputError, match="another run is writing"):
         quantize(half_done)
 
 

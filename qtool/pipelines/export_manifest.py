@@ -1,0 +1,100 @@
+"""The manifest of an export, ``qtool_export.json``: the checkpoint it was made from, and the hashes of its files.
+
+It is written last. It marks the folder as written by qtool, so that ``--overwrite`` may replace it, and lets a run that
+was killed after an export know that the export is complete.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qtool.checkpoints.files import file_hashes, write_json
+from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
+from qtool.config.sections import ExportConfig
+from qtool.reports.records import Exported
+from qtool.system import reading
+from qtool.system.errors import InputError
+from qtool.system.version import __version__
+
+EXPORT_MANIFEST = "qtool_export.json"
+FORMAT_VERSION = 1
+
+
+class ExportManifest(BaseModel):
+    """The content of ``qtool_export.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format_version: int
+    qtool: str  # version of qtool that wrote the export
+    dtype: str  # the dtype that was asked for, or auto
+    source: dict[str, str]  # SHA-256 of the files of the checkpoint with weights and config
+    exported: Exported  # the record of the report
+    files: dict[str, str]  # SHA-256 of the files of the export, but for this one
+
+
+def write_manifest(folder: Path, source: NativeCheckpoint, config: ExportConfig, exported: Exported) -> None:
+    """Write the manifest of the complete export in ``folder``."""
+    manifest = ExportManifest(
+        format_version=FORMAT_VERSION,
+        qtool=__version__,
+        dtype=config.dtype,
+        source=_source_files(source.folder),
+        exported=exported,
+        files=_files(folder),
+    )
+    write_json(folder / EXPORT_MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_export_manifest(folder: Path) -> ExportManifest | None:
+    """Return the manifest of an export; ``None`` if the folder has none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / EXPORT_MANIFEST
+    try:
+        return ExportManifest.model_validate(reading.read_object(file))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise InputError(
+            f"{file} is damaged, or of another version of qtool ({reason}); remove it, or export again"
+        ) from None
+
+
+def exported_already(source: Path, config: ExportConfig) -> Exported | None:
+    """Return the record of the export ``config`` of the checkpoint ``source``, if it is there and unchanged."""
+    try:
+        manifest = read_export_manifest(config.path)
+    except InputError:
+        return None
+    if manifest is None or (manifest.exported.format, manifest.dtype) != (config.format, config.dtype):
+        return None
+    if manifest.source != _source_files(source) or changed_files(config.path, manifest):
+        return None
+    return manifest.exported.model_copy(update={"path": str(config.path)})
+
+
+def changed_files(folder: Path, manifest: ExportManifest) -> list[str]:
+    """Return a line for each file of an export that is missing, was changed, or was added since."""
+    found = _files(folder)
+    faults = [
+        f"{name} is missing" if name not in found else f"{name} was changed after it was written"
+        for name, expected in manifest.files.items()
+        if found.get(name) != expected
+    ]
+    return [*faults, *(f"{name} is not in the manifest" for name in sorted(found.keys() - manifest.files.keys()))]
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Return the hashes of the files of an export, without its manifest and its model card, which a user may edit."""
+    hashes = file_hashes(folder, "*")
+    return {name: sha256 for name, sha256 in hashes.items() if name not in (EXPORT_MANIFEST, "README.md")}
+
+
+def _source_files(folder: Path) -> dict[str, str]:
+    """Return the hash of a checkpoint's manifest, which has those of its files; without one, those of weights."""
+    return file_hashes(folder, MANIFEST) or file_hashes(folder, "*.safetensors", "config.json")
