@@ -76,5 +76,5 @@ OutputPath = Annotated[
     Path,
     BeforeValidator(_expanded),
     AfterValidator(_short_name),
-    PlainSerializer(paths.written, return_type=str, when_used="json"),
+    PlainSerializer(paths.path_text, return_type=str, when_used="json"),
 ]

@@ -28,7 +28,7 @@ from qtool.sweeps.grid import CellRecipe
 from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
-from qtool.system.paths import written
+from qtool.system.paths import path_text
 from qtool.system.writing import write_text
 
 BENCH = "bench.json"
@@ -66,9 +66,9 @@ class Cell:
     def command(self) -> list[str]:
         """Return the command that does the remaining work."""
         if self.todo == "evaluate":
-            return [*QTOOL, "eval", written(self.file), "--output", written(self.folder), "--json"]
+            return [*QTOOL, "eval", path_text(self.file), "--output", path_text(self.folder), "--json"]
         options = [*(["--overwrite"] if self.folder.exists() else []), *(["--fresh"] if self.starts_over else [])]
-        return [*QTOOL, self.definition.command, written(self.file), "--json", *options]
+        return [*QTOOL, self.definition.command, path_text(self.file), "--json", *options]
 
 
 def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:

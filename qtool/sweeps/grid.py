@@ -182,7 +182,7 @@ def check(
     for cell in cells:
         try:
             raw = _raw(cell.base if isinstance(cell.base, dict) else read(cell.base), (*cell.changes, *given)) | {
-                "output": {"path": paths.written(folder / cell.name)}
+                "output": {"path": paths.path_text(folder / cell.name)}
             }
             checked, found = examine(Recipe, raw)
         except (InputError, ValueError) as error:

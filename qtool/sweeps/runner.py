@@ -47,7 +47,7 @@ from qtool.sweeps.table import SweepReport
 from qtool.system import progress, writing
 from qtool.system.errors import InputError, listing
 from qtool.system.locks import hold
-from qtool.system.paths import written
+from qtool.system.paths import path_text
 
 WAITING = "not started yet"
 BUSY = ".busy"  # lock file of a sweep's folder; it stays there, and marks the folder as that of a sweep
@@ -221,7 +221,7 @@ def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
             [
                 *QTOOL,
                 "bench",
-                written(cell.folder),
+                path_text(cell.folder),
                 *arguments,
                 "--device",
                 cell.definition.recipe.model.device,

@@ -73,7 +73,7 @@ def expand(text: str | Path, key: str) -> Path:
         raise InputError(f"{key}: {str(text)!r}: {error}") from None
 
 
-def written(path: Path) -> str:
+def path_text(path: Path) -> str:
     """Return the text that means ``path``, for a file or command that expands it again."""
     text = str(path).replace("$", "$$")
     return f"./{text}" if text.startswith("~") else text
