@@ -172,7 +172,7 @@ def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
         run({"recipe": base, "cells": cells})
     assert str(caught.value).startswith("s cannot be run:\n  [")
     for part in (
-        "is not a model folder, so it will not be replaced",
+        "was not written by qtool (qtool.json or qtool_export.json would say so), so it will not be replaced",
         "group_size 48",
         "did you mean enwiki",
         "kl is named",
