@@ -85,17 +85,18 @@ class Manifest(BaseModel):
         """The recorded recipe, without the keys of its method."""
         return RecordedRecipe.model_validate(self.recipe)
 
-    def recipe_again(self) -> Recipe:
-        """Return the recorded recipe, checked like a new one.
+    def recipe_again(self, folder: Path) -> Recipe:
+        """Return the recorded recipe, checked like a new one; ``folder`` is the checkpoint's, for messages.
 
         Raises:
             InputError: this version of qtool does not accept it.
         """
-        recipe = check(Recipe, self.recipe, f"the recipe in {MANIFEST}")
+        recipe = check(Recipe, self.recipe, f"the recipe in {folder / MANIFEST}")
         command = plugins.get(recipe.method.name).command
         if command != self.command:
             raise InputError(
-                f"{MANIFEST} says qtool {self.command}, but method {recipe.method.name} runs as: {command}"
+                f"{folder / MANIFEST} is damaged: command is {self.command}, but method {recipe.method.name} runs as "
+                f"qtool {command}"
             )
         return recipe
 

@@ -206,12 +206,12 @@ def compare(paths: Iterable[Path]) -> Comparison:
     for path in paths:
         file = path / JSON_NAME if path.is_dir() else path
         try:
-            reports[path] = reading.read_typed(file, Report, "name a report of a qtool run")
-        except FileNotFoundError:
+            reports[path] = reading.read_typed(file, Report, "name another one")
+        except FileNotFoundError as error:
             what = f"no {JSON_NAME}; a run (qtool ptq, qat, ...) or qtool eval -o writes one"
-            faults.append(f"{path} has {what}" if path.is_dir() else f"{path} cannot be read: there is no such file")
+            faults.append(f"{path} has {what}" if path.is_dir() else f"{path} cannot be read: {error.strerror}")
         except InputError as error:
-            faults.append(str(error))
+            faults.append(f"{file} is not a report of a qtool run: it {str(error).removeprefix(f'{file} ')}")
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
             faults.append(f"{path} is given {count} times")

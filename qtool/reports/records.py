@@ -4,9 +4,19 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
 
 from qtool.config.sections import ExpectedConfig
+from qtool.system import paths
 
 OVERLAP_TOKENS = 13  # tokens of a run of text that counts as known
 OVERLAP_WARNING = 0.01  # share of known runs from which a report warns
@@ -20,6 +30,12 @@ def _number(value: object) -> object:
     return float(str(value)) if value in ("inf", "-inf", "nan") else value
 
 
+def _file_name(name: str) -> str:
+    if not name.strip(".") or "/" in name or "\\" in name or paths.text_fault(name):
+        raise ValueError("should be the name of a file, not a path")
+    return name
+
+
 # JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
 Number = Annotated[
     float, BeforeValidator(_number), PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")
@@ -27,9 +43,7 @@ Number = Annotated[
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # a number of things or bytes
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-FileName = Annotated[
-    str, Field(pattern=r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$")
-]  # of a file in a folder, never .. or a path
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class Record(BaseModel):
@@ -134,7 +148,7 @@ class Lock(BaseModel):
         description="Section data of the recipe, without keys that do not change the result."
     )
     seed: Count
-    model_files: dict[FileName, Sha256] = Field(description="SHA-256 of the float model's files.")
+    model_files: dict[str, str] = Field(description="SHA-256 of the float model's files.")
     versions: dict[str, str] = Field(description="Versions of the packages that affect the result.")
     processor: str = Field(description="CPU model name: CPUs differ in the order of sums, and so in bits.")
     threads: Count
