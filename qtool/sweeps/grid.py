@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -181,7 +181,7 @@ def check(
     read = cache(read_yaml)
     for cell in cells:
         try:
-            raw = _raw(cell.base if isinstance(cell.base, dict) else read(cell.base), (*cell.changes, *given)) | {
+            raw = _raw(_base(cell.base, read), (*cell.changes, *given)) | {
                 "output": {"path": paths.path_text(folder / cell.name)}
             }
             checked, found = examine(Recipe, raw)
@@ -210,6 +210,15 @@ def which(names: Sequence[str], total: int) -> str:
     if len(names) == total > 1:
         return "all cells"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _base(value: object, read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the sections of a base recipe, which are written in the sweep, or which ``read`` reads."""
+    if isinstance(value, str):
+        return read(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"recipe: should be a name, a path or sections; found {validation.found(value)}")
+    return value
 
 
 def _raw(raw: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
