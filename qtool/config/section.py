@@ -65,7 +65,9 @@ def _expanded(value: object) -> object:
     return paths.expanded(value) if isinstance(value, str | Path) else value
 
 
-def _short_name(path: Path) -> Path:
+def _named(path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise ValueError("should be a folder with a name of its own")
     if len(os.fsencode(path.name)) > paths.LONGEST_NAME:
         raise ValueError(f"should have a name of at most {paths.LONGEST_NAME} bytes")
     return path
@@ -75,6 +77,6 @@ def _short_name(path: Path) -> Path:
 OutputPath = Annotated[
     Path,
     BeforeValidator(_expanded),
-    AfterValidator(_short_name),
+    AfterValidator(_named),
     PlainSerializer(paths.path_text, return_type=str, when_used="json"),
 ]

@@ -34,7 +34,20 @@ TEXTS = (
     "../../x",
 )
 NUMBERS = (0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**63, 10**30, -(10**20), 10**400, 0.5, -0.5, 1e-300, 1e308)
-ODD = (None, True, False, math.inf, -math.inf, math.nan, [], {}, [[]], [None], {"a": 1}, {"x": [1, {"y": 2}]})
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    math.inf,
+    -math.inf,
+    math.nan,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    {"x": [1, {"y": 2}]},
+)
 VALUES: tuple[Any, ...] = (*TEXTS, *NUMBERS, *ODD)
 PIECES = (
     *(

@@ -30,9 +30,9 @@ Try = Callable[[int], str]  # runs the input of an index; returns RIGHT, REFUSED
 
 
 class Ended(NamedTuple):
-    """The end of one input: its index, one of the words above, and for a fault what was seen."""
+    """The end of one input: its number, one of the words above, and for a fault what was seen."""
 
-    index: int
+    number: int
     how: str
     seen: str = ""
 
@@ -78,11 +78,12 @@ def _part(prepare: Callable[[Path], Try], indices: range) -> Iterator[Ended]:
             worker.start()
             there.close()
             try:
+                here.recv()  # the worker is ready
                 while left:
                     if not here.poll(WALL_SECONDS):
                         raise EOFError
                     ended: Ended = here.recv()
-                    left.remove(ended.index)
+                    left.remove(ended.number)
                     yield _shown(ended)
             except EOFError:
                 yield _shown(Ended(left.pop(0), SLOW, "the worker waits, or has died"))
@@ -92,7 +93,7 @@ def _part(prepare: Callable[[Path], Try], indices: range) -> Iterator[Ended]:
 
 def _shown(ended: Ended) -> Ended:
     if ended.how in FAULTS:
-        print(f"--- input {ended.index}: {ended.how}\n{ended.seen}", flush=True)
+        print(f"--- input {ended.number}: {ended.how}\n{ended.seen}", flush=True)
     return ended
 
 
@@ -101,6 +102,7 @@ def _work(prepare: Callable[[Path], Try], indices: list[int], folder: Path, pipe
     signal.signal(signal.SIGPROF, _too_slow)
     os.chdir(folder)
     attempt = prepare(folder)
+    pipe.send(None)
     for index in indices:
         pipe.send(_one(attempt, index))
 
