@@ -35,6 +35,17 @@ class _Constructor(SafeConstructor):
         _count(node, {}, 0)
         return super().construct_document(node)
 
+    def flatten_mapping(self, node: Any) -> None:
+        """Put merged keys into ``node``; ruamel checks for doubled keys only where nothing is merged."""
+        if getattr(node, "merge", None) is None:  # it is not flattened yet, so its keys are those that are written
+            written: dict[Any, None] = {}
+            for key_node, _ in node.value:
+                if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key_node, ScalarNode):
+                    key = self.construct_object(key_node, deep=True)
+                    self.check_mapping_key(node, key_node, written, key, None)
+                    written[key] = None
+        super().flatten_mapping(node)
+
     def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
         if isinstance(key, tuple):
             raise ConstructorError(None, None, "found unhashable key", key_node.start_mark)
