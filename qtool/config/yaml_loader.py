@@ -18,7 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from qtool.system.errors import first_line
 
-MAX_CHARACTERS = 2**18  # largest YAML text; the overrides of a model of 1000 linears have 60,000 characters
+MAX_CHARACTERS = 2**17  # largest YAML text; a plan for a model of 1000 linears has 100,000 characters
 MAX_DIGITS = 400  # most characters of a number; 309 digits hold the largest float
 MAX_VALUES = 100_000  # most values of a text, where each alias counts as all that it stands for
 MAX_DEPTH = 60  # deepest nesting of lists and mappings

@@ -83,7 +83,7 @@ TOO_LARGE = {
     "a value in itself": ("a: &a [*a]", "a value contains itself"),
     "a merge of itself": ("a: &a {<<: *a}", "a value contains itself"),
     "depth": ("a: " + "[" * 80 + "]" * 80, "nested more than 60 deep"),
-    "length": ("#" * 2**18 + "\na: 1", "262,149 characters; at most 262,144 are taken"),
+    "length": ("#" * 2**17 + "\na: 1", "131,077 characters; at most 131,072 are taken"),
     "digits": ("a: " + "9" * 5000, "a number of 5000 characters"),
     "hexadecimal digits": ("a: 0x" + "f" * 5000, "a number of 5002 characters"),
 }
