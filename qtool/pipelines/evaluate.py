@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.output_folder import is_marked
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
 from qtool.data import sources, windows
@@ -82,9 +83,9 @@ def make_folder(output: Path) -> None:
     Raises:
         InputError: it cannot be made, or holds such files that qtool did not write.
     """
-    ours = False
+    ours = is_marked(output)
     with suppress(InputError):
-        ours = read_report(output) is not None
+        ours = ours or read_report(output) is not None
     writing.make_folder(output, (JSON_NAME, MARKDOWN_NAME, html.HTML_NAME, PLOTS_FOLDER), ours=ours)
 
 

@@ -91,9 +91,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
-        progress.note(
-            f"{recipe.output.path} is complete already, made by this recipe; pass --overwrite to make it again"
-        )
+        progress.note(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, report, timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None:
