@@ -4,6 +4,8 @@
 (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
 from torch import Tensor
 
 from qtool.config.sections import METRICS, EvalConfig
@@ -50,8 +52,13 @@ def evaluate(
     reference: LoadedModel | None,
     seed: int,
     seen: CalibrationSeen | None = None,
+    done: Mapping[str, Sequence[TaskResult]] | None = None,
+    keep: Callable[[str, Sequence[TaskResult]], None] | None = None,
 ) -> list[TaskResult]:
     """Measure ``config.tasks`` for ``loaded`` and, beside it, for its float model ``reference``.
+
+    ``done`` are the rows of tasks that an earlier start of the same evaluation measured, which are not measured again;
+    ``keep`` is called with each task and its rows as they become known.
 
     ``kl`` is measured on windows of WikiText-2, or of generated text if WikiText-2 is not available. The row of a task
     that cannot be measured (WikiText-2 is not available, ``kl`` without a reference) says why. Rows on windows of text
@@ -60,12 +67,17 @@ def evaluate(
     Raises:
         InputError: a task of lm-eval is unknown or has no data.
     """
+    rows = {task: list(found) for task, found in (done or {}).items()}
     with backend.using(loaded.model, config.backend):
-        own = _own_tasks(loaded, config, reference, seed, seen)
-        rows: list[TaskResult] = []
+        if any(task in OWN_TASKS and task not in rows for task in config.tasks):
+            rows |= _own_tasks(loaded, config, reference, seed, seen)
         for task in config.tasks:
-            rows += own[task] if task in OWN_TASKS else _lm_eval_task(task, loaded, config, reference)
-    return [row if seen is None else _with_relation(row, seen.source) for row in rows]
+            if task not in rows:
+                rows[task] = _lm_eval_task(task, loaded, config, reference)
+            if keep is not None and task not in (done or {}):
+                keep(task, rows[task])
+    found = [row for task in config.tasks for row in rows[task]]
+    return [row if seen is None else _with_relation(row, seen.source) for row in found]
 
 
 def _with_relation(row: TaskResult, source: str) -> TaskResult:

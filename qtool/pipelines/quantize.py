@@ -8,6 +8,7 @@ exports come after that, so a failure there does not lose it, and the same comma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -265,23 +266,24 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
 
 
 def evaluate(run: Run) -> None:
-    """Measure the checkpoint with the tasks of the recipe, unless an earlier start did; write the report."""
+    """Measure the checkpoint with the tasks that no earlier start measured, and write the report."""
     recipe, state = run.recipe, run.state
     assert state.written is not None
     report = state.written.report
     asked = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
-    if recipe.eval is not None and state.written.evaluated != asked:
+    if recipe.eval is not None and not (state.written.evaluated and state.written.evaluation == asked):
         progress.note(f"{recipe.output.path} is complete; it is evaluated next")
         with run.timer.phase("eval", "evaluating"):
             written = load_model(recipe.model.model_copy(update={"path": str(recipe.output.path)}), quantized=True)
             reference = load_model(recipe.model)
             text = state.calibration()
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
-            results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen)
+            done, keep = state.measured(asked), partial(state.keep_task, asked)
+            results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen, done, keep)
         found = {"results": tuple(results), "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
     report = run.timer.added_to(report)
-    state.keep_written(report, asked)
+    state.keep_evaluated(asked, report)
     _publish(recipe.output, report)
 
 
