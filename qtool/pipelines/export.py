@@ -25,19 +25,20 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
         InputError: ``folder`` is no native checkpoint, or the format cannot hold it exactly.
         RunError: the export, read back, differs from the checkpoint.
     """
-    return Path(write_export(folder, config, overwrite).path)
+    return Path(write_export(folder, config, overwrite, anew=overwrite).path)
 
 
 @without_progress_bars()
-def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
+def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool = False) -> Exported:
     """Like ``export``; return the record of a report.
 
-    The same export of the same checkpoint is not made again: a command that was killed after it is continued so.
+    Unless ``anew`` is set, an export of the same checkpoint that is there already, unchanged, is not made again: so a
+    command that was killed after it goes on.
     """
     source, manifest = NativeCheckpoint(folder), read_manifest(folder)
     exporter = _base.get(config.format)
     check_export(source, config, str(folder))
-    if (exported := exported_already(folder, config)) is not None:
+    if not anew and (exported := exported_already(folder, config)) is not None:
         progress.note(f"{config.path} is this export already, complete and unchanged")
         output_folder.OutputFolder(config.path).clear_abandoned()
         return exported

@@ -96,7 +96,9 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
     files = {file.name for file in out.iterdir()}
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     weights = "model.gguf" if name == "gguf" else "model.safetensors"
-    assert files == kept | {weights, "README.md"} | ({"quantize_config.json"} if "gptq" in name else set())
+    assert files == kept | {weights, "README.md", "qtool_export.json"} | (
+        {"quantize_config.json"} if "gptq" in name else set()
+    )
     config, ours = read_config(out), read_config(folder)
     section = config.pop("quantization_config", None)
     assert (section is None) == (name in ("dense", "gguf"))
