@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from contextlib import suppress
 
 from qtool.system.peaks import peaks_in_words
 from qtool.system.progress import Sink, Task
@@ -45,8 +44,7 @@ class Lines(Sink):
         self._write("  " * task.depth + text)
 
     def _write(self, text: str) -> None:
-        with suppress(BrokenPipeError):
-            print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def for_terminal(quiet: bool) -> Sink:
