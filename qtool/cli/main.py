@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from qtool.cli.app import app
-from qtool.cli.output import explain_error, print_json
+from qtool.cli.output import explain_error, json_text
 from qtool.cli.streams import Guarded, guarded
 from qtool.system import distributed, interrupts
 
@@ -49,7 +49,7 @@ def _fail(error: BaseException, args: Sequence[str], out: Guarded) -> int:
     if context := getattr(error, "ctx", None):  # only a usage error has one
         print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)
     if "--json" in args and not out.written:
-        print_json({"error": message, "kind": kind, "exit_code": code})
+        print(json_text({"error": message, "kind": kind, "exit_code": code}))
     return code
 
 

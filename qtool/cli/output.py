@@ -56,7 +56,7 @@ def show(
 
 def show_table(report: Any) -> None:
     """Print a report, or a comparison, as a table for a terminal or as Markdown."""
-    interrupts.finish()
+    _begin()
     if sys.stdout.isatty() and hasattr(report, "render"):
         from rich.console import Console
 
@@ -65,9 +65,14 @@ def show_table(report: Any) -> None:
         print(report.markdown())
 
 
+def _begin() -> None:
+    interrupts.check()  # for a signal that code of others swallowed
+    interrupts.finish()
+
+
 def print_text(text: str, end: str = "\n") -> None:
     """Print a result."""
-    interrupts.finish()
+    _begin()
     print(text, end=end)
 
 
@@ -80,9 +85,14 @@ def print_either(value: Any, text: str, as_json: bool, indent: int | None = None
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
-    """Print a result as one JSON value in ASCII, without secrets; a number that is not finite becomes null."""
-    interrupts.finish()
-    print(json.dumps(_finite(without_secrets(value)), indent=indent))
+    """Print a result as ``json_text`` makes it."""
+    _begin()
+    print(json_text(value, indent))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return plain data as one JSON value in ASCII, without secrets; a number that is not finite becomes null."""
+    return json.dumps(_finite(without_secrets(value)), indent=indent)
 
 
 def _finite(value: Any) -> Any:  # Any: plain data, as JSON has it

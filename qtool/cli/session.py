@@ -25,6 +25,7 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
             os.environ.setdefault(name, value)
     before = _identity(output)
     try:
+        interrupts.check()
         with progress.use(progress_display.for_terminal(quiet)), redirect_stdout(sys.stderr):
             yield
             interrupts.check()

@@ -6,7 +6,6 @@ an export without its engine being installed.
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
 from qtool.system.errors import RunError
+from qtool.system.interrupts import temporary_folder
 from qtool.system.tensors import dtype_name
 
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit: equal weights, sums in another order
@@ -82,8 +82,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     dtype = compute_dtype(config.dtype, opened.dtype(), choose_device(config.device))
     config = config.model_copy(update={"dtype": dtype_name(dtype)})
     packed = opened.packed()
-    with TemporaryDirectory() as temporary:
-        dense = Path(temporary)
+    with temporary_folder() as dense:
         tensors = {
             name: opened.tensor(name)
             for name in opened.names()

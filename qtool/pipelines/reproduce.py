@@ -1,6 +1,5 @@
 """``qtool reproduce``: make a checkpoint again from the recipe in its manifest, and compare tensor by tensor."""
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from qtool.pipelines.quantize import quantize
 from qtool.pipelines.verify import open_checkpoint
 from qtool.system import progress
 from qtool.system.errors import InputError, RunError, listing
+from qtool.system.interrupts import temporary_folder
 
 
 def reproduce(folder: Path) -> list[str]:
@@ -30,8 +30,8 @@ def reproduce(folder: Path) -> list[str]:
         raise InputError(listing(f"{folder} was made from another model:", changes))
     for change in changes:
         progress.note(f"changed since the checkpoint was made: {change}")
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as temporary:
-        again = Path(temporary) / "again"
+    with temporary_folder(f".{folder.name}.", folder.absolute().parent) as temporary:
+        again = temporary / "again"
         output = recipe.output.model_copy(update={"path": again, "overwrite": False})
         quantize(recipe.model_copy(update={"output": output, "eval": None, "export": ()}))
         if (place := _first_difference(folder, again)) is not None:

@@ -33,6 +33,7 @@ from qtool.reports.report import JSON_NAME, Report
 from qtool.reports.text import metric_name, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system.errors import InputError, listing
+from qtool.system.printable import printable, without_secrets
 from qtool.system.units import duration, size
 
 if TYPE_CHECKING:
@@ -131,7 +132,9 @@ class Comparison(Printable):
         plots = self.plots()
         (folder / HTML_NAME).write_text(self._page(plots), encoding="utf-8")
         (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
-        (folder / "compare.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / "compare.json").write_text(
+            json.dumps(without_secrets(self.as_dict()), indent=2) + "\n", encoding="utf-8"
+        )
         if plots:
             drawing.save(plots, folder)
 
@@ -222,4 +225,6 @@ def _names(paths: list[Path]) -> list[str]:
     depth = next(
         (depth for depth in range(1, max(map(len, parts))) if len({p[-depth:] for p in parts}) == len(parts)), None
     )
-    return [str(path) if depth is None else "/".join(p[-depth:]) for path, p in zip(paths, parts, strict=True)]
+    return [
+        printable(str(path) if depth is None else "/".join(p[-depth:])) for path, p in zip(paths, parts, strict=True)
+    ]

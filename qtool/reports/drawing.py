@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qtool.system.printable import shown
+
 WIDTH = 4.6  # inches of 72 units; narrow, so that a phone shows text in its drawn size
 PNG_DPI = 200
 PLOTS_FOLDER = "plots"
@@ -128,7 +130,7 @@ def svg(plot: Plot) -> str:
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with style():
         plot.figure.savefig(file, format="svg", metadata=nothing, transparent=True)
-    text = file.getvalue()
+    text = shown(file.getvalue())
     # matplotlib makes some ids from memory addresses; and the ids of all figures of a page must differ
     ids = {name: f"{plot.name}-{i}" for i, name in enumerate(re.findall(r'\sid="([^"]*)"', text))}
     return re.sub(r'(\sid="|#)([^"#()]+)(?=["\)])', lambda found: found[1] + ids.get(found[2], found[2]), text)
@@ -141,7 +143,7 @@ def inline_svg(plot: Plot) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # these ids would occur once per figure of a page
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    label = html.escape(f"{plot.title}: {plot.text}")
+    label = html.escape(shown(f"{plot.title}: {plot.text}"))
     text = re.sub(
         r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{label}">', text
     )

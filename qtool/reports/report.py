@@ -79,7 +79,7 @@ class Report(Record, Printable):
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
-        (folder / JSON_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / JSON_NAME).write_text(self.json_text(), encoding="utf-8")
         (folder / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
 
     def title(self) -> str:

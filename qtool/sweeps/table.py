@@ -167,7 +167,7 @@ class SweepReport(Record, Printable):
 
     def write(self, folder: Path) -> None:
         """Write ``sweep.json`` and ``sweep.md`` into ``folder``, each completely or not at all."""
-        for name, text in ((JSON_NAME, self.model_dump_json(indent=2) + "\n"), (MARKDOWN_NAME, self.markdown())):
+        for name, text in ((JSON_NAME, self.json_text()), (MARKDOWN_NAME, self.markdown())):
             partial = folder / f"{name}.partial"
             partial.write_text(text, encoding="utf-8")
             partial.replace(folder / name)

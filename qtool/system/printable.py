@@ -20,18 +20,21 @@ _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_K
 _SECRETS = (  # patterns, each with what replaces it
     (re.compile(r"(://)[^\s/@]*:(?!\d+(?:[/\s?#]|$))[^\s@]*@"), rf"\1{HIDDEN}@"),  # a slash in the password too
     (re.compile(r"(://)[^\s/]+@"), rf"\1{HIDDEN}@"),
-    (
-        re.compile(r"""(?i)([?&;][^\s=&;"'<>]*(?:token|key|secret|sig|credential|password|passwd|policy)[^\s=&;]*=)"""
-                   r"""[^\s&;"'<>#]+"""),
+    (  # parameters of a URL
+        re.compile(
+            r"""(?i)([?&;][^\s=&;"'<>]*(?:token|key|secret|sig|credential|password|passwd|policy)[^\s=&;]*=)"""
+            r"""[^\s&;"'<>#]+"""
+        ),
         rf"\1{HIDDEN}",
     ),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), rf"\1 {HIDDEN}"),
+    (re.compile(r"(?i)(authorization\W{1,6}(?:basic\s+)?|bearer\s+)(?!bearer\b)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
     (
-        re.compile(r"\b(?:hf_(?=[a-zA-Z]*[A-Z0-9])[a-zA-Z0-9]{10,}|hf_[a-z]{16,}|api_org_[a-zA-Z]{16,}"
-                   r"|gh[opsur]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})\b"),
+        re.compile(
+            r"\b(?:hf_[a-zA-Z0-9]{20,}|api_org_[a-zA-Z]{20,}|gh[opsur]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})\b"
+        ),
         HIDDEN,
     ),
-)  # fmt: skip
+)
 
 
 def printable(text: str) -> str:
