@@ -86,7 +86,7 @@ def _shown(value: Any) -> Any:  # Any: a document or a part of one
 def as_markdown(text: str) -> str:
     """Return Markdown that shows ``text`` as it is: no code, emphasis, links, HTML or entities."""
     text = re.sub(r"\\(?=[!-/:-@\[-`{-~]|$)", r"\\\\", text)
-    text = re.sub(r"[`<*]|\((?<=\]\()", r"\\\g<0>", text)
+    text = re.sub(r"[`<*]|\((?<=\]\()|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
     return re.sub(r"&(?=#?\w+;)", "&amp;", text)
 
 

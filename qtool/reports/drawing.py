@@ -6,6 +6,7 @@ follows the reader's theme; in a file of its own the figure keeps them, on white
 
 import html
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
@@ -77,8 +78,12 @@ class Plot(NamedTuple):
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Use the style of all figures; needed while a figure is made and while it is written."""
-    with matplotlib.rc_context(STYLE):
+    """Use the style of all figures; needed while a figure is made and while it is written.
+
+    A character that the font lacks is drawn as a box in PNG files, and by the reader's own fonts elsewhere: no warning.
+    """
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
         yield
 
 
@@ -96,7 +101,8 @@ def freeze_layout(figure: Figure) -> None:
     """Fix the layout of ``figure``, rounded, because the last digits of matplotlib's solver vary from run to run."""
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.execute(figure)  # drawing begins with this, but no drawing is needed
+    with style():
+        engine.execute(figure)  # drawing begins with this, but no drawing is needed
     for axes in figure.axes:
         left, bottom, width, height = (round(float(each), 4) for each in axes.get_position(original=True).bounds)
         axes.set_position((left, bottom, width, height))

@@ -8,13 +8,13 @@ from huggingface_hub import ModelCardData
 
 from qtool.reports.document import as_markdown
 from qtool.reports.report import Report
-from qtool.system.printable import one_line, shown
+from qtool.system.printable import one_line, printable, redacted, shown
 from qtool.system.version import __version__
 
 
 def loading_code(name: str) -> str:
     """Return Python code that loads the native checkpoint in the folder ``name``."""
-    text = json.dumps(shown(name), ensure_ascii=False)  # a string of Python too, whatever is in the name
+    text = printable(json.dumps(redacted(name), ensure_ascii=False))  # a string of Python too, whatever is in the name
     return "\n".join(
         [
             "import qtool  # lets transformers read this folder; without it, loading fails with a size mismatch",
