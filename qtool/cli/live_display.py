@@ -10,10 +10,9 @@ rich's own refreshing thread may write between the moment at which a print measu
 at which it writes, so that rows of finished tasks stay. Here one lock surrounds each write, and the thread is our own.
 """
 
-import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from threading import Event, RLock, Thread
 from types import TracebackType
 from typing import Self
@@ -23,7 +22,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column
 from rich.text import Text
 
-from qtool.cli.streams import unescaped
+from qtool.cli.streams import Guarded, unescaped
 from qtool.system import interrupts
 from qtool.system.peaks import peaks_in_words
 from qtool.system.printable import one_line, shown
@@ -109,8 +108,9 @@ class Live(Sink):
     def __enter__(self) -> Self:
         with self._writing():
             self._display.start()
-            above = self._redirected.enter_context(closing(_Above(self._print)))
-            self._redirected.enter_context(redirect_stderr(above))
+            errors = sys.stderr if isinstance(sys.stderr, Guarded) else Guarded(sys.stderr)
+            self._redirected.enter_context(redirect_stderr(errors))
+            self._redirected.enter_context(errors.lines_to(self._print))
             self._refreshing.start()
         return self
 
@@ -135,25 +135,3 @@ def _done(task: Task, width: int) -> Text:
     title = Text(f"  {one_line(task.title)}")
     title.truncate(max(width - head.cell_len - tail.cell_len, 12), overflow="ellipsis")
     return Text.assemble(head, title, tail)
-
-
-class _Above(io.TextIOBase):
-    """Standard error of others while the display is shown: each full line is printed above the running tasks."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self._begun = ""
-
-    def write(self, text: str) -> int:
-        *lines, self._begun = (self._begun + text).split("\n")
-        for line in lines:
-            self._show(line)
-        return len(text)
-
-    def close(self) -> None:
-        """Print what is left, a line without an end."""
-        if self._begun:
-            self.write("\n")
-
-    def writable(self) -> bool:
-        return True

@@ -9,7 +9,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, cast
 
@@ -24,6 +24,8 @@ class Guarded(io.TextIOBase):
         self.escaped = escaped
         self.fault: OSError | None = None  # the first
         self.written = False
+        self._show: Callable[[str], None] | None = None  # shows each line instead of ``inner``
+        self._begun = ""  # the line that has no end yet, for ``_show``
 
     @property
     def encoding(self) -> str:  # type: ignore[override] # an attribute there
@@ -33,6 +35,11 @@ class Guarded(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write ``text``, with what the encoding lacks replaced."""
         self.written = True
+        if self._show is not None:
+            *lines, self._begun = (self._begun + text).split("\n")
+            for line in lines:
+                self._show(line)
+            return len(text)
         safe = shown(text) if self.escaped else text
         try:
             safe.encode(self.encoding)
@@ -45,6 +52,18 @@ class Guarded(io.TextIOBase):
         except OSError as error:
             self.fault = self.fault or error
         return len(text)
+
+    @contextmanager
+    def lines_to(self, show: Callable[[str], None]) -> Iterator[None]:
+        """Give each line written inside the ``with`` block to ``show``, also if the writer knew this stream before."""
+        self._show = show
+        try:
+            yield
+        finally:
+            self._show = None
+            if self._begun:
+                show(self._begun)
+            self._begun = ""
 
     def flush(self) -> None:
         """Write what is buffered."""

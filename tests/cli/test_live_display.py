@@ -1,16 +1,20 @@
 """On a terminal each finished task has one line, in order, and nothing of the running tasks stays."""
 
 import io
+import logging
 import re
 import sys
 import threading
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 from helpers.terminals import Program, Terminal
 from rich.console import Console
 
 from qtool.cli import live_display
+from qtool.cli.streams import Guarded
 from qtool.system import progress
 
 SIZES = [(80, 24), (120, 40)]
@@ -59,7 +63,7 @@ def test_titles_wider_than_the_terminal_stay_in_their_line() -> None:
     assert all(len(line) <= 80 and line.endswith("…") for line in lines)
 
 
-def test_texts_of_others_reach_the_terminal_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_others_reach_the_terminal_escaped() -> None:
     screen = io.StringIO()
     with progress.use(live_display.Live(console(screen))), progress.stage("loading \x1b[2J\nx"):
         progress.note("[red]\x9b31m http://u:secret@h")
@@ -71,6 +75,17 @@ def test_texts_of_others_reach_the_terminal_escaped(monkeypatch: pytest.MonkeyPa
         r"done  loading \x1b[2J\nx",
         "no end",
     ]
+
+
+def test_a_logger_that_knew_standard_error_before_prints_above_the_running_tasks() -> None:
+    screen, errors = io.StringIO(), io.StringIO()
+    with redirect_stderr(cast(TextIO, Guarded(errors))):
+        handler = logging.StreamHandler()
+        with progress.use(live_display.Live(console(screen))), progress.stage("loading"):
+            handler.emit(logging.makeLogRecord({"msg": "a library warns"}))
+        handler.emit(logging.makeLogRecord({"msg": "afterwards"}))
+    assert shown(screen.getvalue()) == ["a library warns", "done  loading"]
+    assert errors.getvalue() == "afterwards\n"
 
 
 def test_the_display_ends_with_its_thread_and_gives_standard_error_back() -> None:
