@@ -5,6 +5,7 @@ import sys
 import time
 
 from qtool.system.peaks import peaks_in_words
+from qtool.system.printable import one_line
 from qtool.system.progress import Sink, Task
 from qtool.system.units import duration
 
@@ -41,7 +42,7 @@ class Lines(Sink):
 
     def _say(self, task: Task, text: str) -> None:
         self._last = time.monotonic()
-        self._write("  " * task.depth + text)
+        self._write("  " * task.depth + one_line(text))
 
     def _write(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
