@@ -61,7 +61,8 @@ def redacted(text: str) -> str:
 
 def _secret_values() -> Iterator[str]:
     """Yield the values of variables whose names say that they are secret, and passwords of URLs in any variable."""
-    for name, value in os.environ.items():
+    for name in list(os.environ):
+        value = os.environ.get(name, "")  # another thread may have removed it
         if len(value) >= MIN_SECRET and _SECRET_NAME.search(name):
             yield value
         elif "://" in value and "@" in value:

@@ -1,5 +1,9 @@
 """Text of others is shown without control characters and without secrets, and otherwise as it is."""
 
+import os
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,3 +91,15 @@ def test_secrets_of_the_environment_are_known_by_their_values(monkeypatch: pytes
 def test_plain_data_is_redacted_at_any_depth() -> None:
     value = {"a": [1, "x://u:p@h", {"x://u:p@h": None}], "b": 0.5, "c": ("x://u:p@h",)}
     assert without_secrets(value) == {"a": [1, "x://***@h", {"x://***@h": None}], "b": 0.5, "c": ["x://***@h"]}
+
+
+def test_a_variable_that_another_thread_removes_meanwhile_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Removing(dict[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            yield from ("GONE_TOKEN", "HERE_TOKEN")
+
+        def items(self) -> Any:
+            return ((name, self[name]) for name in self)
+
+    monkeypatch.setattr(os, "environ", Removing(HERE_TOKEN="0123456789"))
+    assert redacted("0123456789") == "***"
