@@ -198,6 +198,7 @@ def _harness() -> Iterator[_HarnessLog]:
     """Surround a call into lm-eval: local data, qtool's progress, no output, the same random state afterwards."""
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
 
     seen = _HarnessLog()
@@ -210,6 +211,8 @@ def _harness() -> Iterator[_HarnessLog]:
         stack.enter_context(patch.object(lm_eval.models.huggingface, "tqdm", _Bar))
         stack.enter_context(patch.object(lm_eval.api.model, "tqdm", _plain))
         stack.enter_context(patch.object(lm_eval.api.task, "tqdm", _plain))
+        # lm-eval runs git, whose error goes to the terminal by itself and breaks the live display
+        stack.enter_context(patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
         stack.enter_context(patch.object(logger, "handlers", [seen]))
         stack.enter_context(patch.object(logger, "propagate", False))
         level = logger.level

@@ -18,6 +18,7 @@ from qtool.config.recipe import Recipe
 from qtool.config.sections import DataConfig, ExpectedConfig
 from qtool.reports.records import Lock, Number, Series
 from qtool.system.errors import InputError
+from qtool.system.printable import without_secrets
 
 
 class _Recorded(BaseModel):
@@ -95,7 +96,8 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write ``qtool.json`` into ``folder``."""
-        write_json(folder / MANIFEST, self.model_dump(mode="json", exclude=None if self.plan else {"plan"}))
+        content = self.model_dump(mode="json", exclude=None if self.plan else {"plan"})
+        write_json(folder / MANIFEST, without_secrets(content))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
