@@ -142,7 +142,7 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 
