@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from qtool.blocks.calls import Stop
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.task import BlockTask
+from qtool.models.block_calls import Stop
 from qtool.models.linears import Target
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory

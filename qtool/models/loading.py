@@ -79,6 +79,11 @@ def load_model(
         found = (folder / "tokenizer.json").exists() or any(folder.glob("*.model")) or (folder / "vocab.json").exists()
         hint = "" if found else " (the folder has no tokenizer.json)"
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':')}{hint}") from error
+    if info["unexpected_keys"] and type(model.config) is not type(model_config):
+        raise InputError(
+            f"{config.path} is a multimodal model of which transformers loads the text part only, so that "
+            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported yet"
+        )
     _check_complete(config.path, info)
     if checked is not None and _holds(dtype, checked.extremes):
         extremes = checked.extremes
