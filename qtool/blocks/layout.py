@@ -119,12 +119,19 @@ def _real(loaded: LoadedModel, block: nn.Module, hidden: Tensor, call: BlockCall
     Raises:
         InputError: it writes into an argument that is no mapping that blocks share.
     """
-    like = next(p for p in block.parameters() if p.is_floating_point())
-    fitting = call.to(like.device, like.dtype)
+    stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
+    own = loaded.storage_dtype if loaded.streaming else loaded.dtype
+    fitting = call.to(loaded.device, loaded.dtype)
     shared = {place: copy.copy(leaf) for place, leaf in enumerate(fitting.leaves()) if is_shared(leaf)}
     fitting = fitting.replaced(shared)
     before = state_of(fitting.leaves())
-    out = type(block).forward(block, hidden.to(like), *fitting.args, **fitting.kwargs)
+    try:
+        for tensor, data in stored:  # as the driver brings it in
+            tensor.data = data.to(loaded.device, loaded.dtype if data.dtype == own else data.dtype)
+        out = type(block).forward(block, hidden.to(loaded.device, loaded.dtype), *fitting.args, **fitting.kwargs)
+    finally:
+        for tensor, data in stored:
+            tensor.data = data
     if state_of(fitting.leaves()) != before:
         raise _refusal(loaded, "a block writes into an argument that other blocks read")
     return out

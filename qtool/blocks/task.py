@@ -59,17 +59,20 @@ class BlockTask:
     def groups(self) -> list[list[Target]]:
         """The targets in the order they run, those that read the same tensor together (q, k, v; gate, up).
 
-        Found by watching one forward of the block.
+        Found by watching one forward of the block. A linear that is called twice is in its first group.
         """
         if not self._groups:
             seen: dict[tuple[Any, ...], list[Target]] = {}
+            called: set[nn.Module] = set()
             kept: list[Tensor] = []  # holds the tensors, so that no address is used twice
             by_module = {target.linear: target for target in self.targets}
 
             def visit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = args[0]
                 kept.append(x)
-                seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(by_module[module])
+                if module not in called:
+                    seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(by_module[module])
+                called.add(module)
 
             self.observe(by_module, visit, [self.inputs[0][:1]])
             unused = {target.name for target in self.targets} - {t.name for group in seen.values() for t in group}
