@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtool.config.sections import IGNORED
 from qtool.data.readers import check_text
-from qtool.data.vocabulary import tokenized
+from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError
 

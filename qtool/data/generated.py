@@ -8,10 +8,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qtool.data.vocabulary import check_ids, tokenized
+from qtool.data.vocabulary import check_ids
 from qtool.models.cache_argument import with_cache
 from qtool.models.config_values import config_value
 from qtool.models.loaded import LoadedModel
+from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.tensors import size_for

@@ -69,7 +69,9 @@ def source_path(source: str) -> Path:
     """
     try:
         path = Path(source).expanduser()
-        path.exists()  # raises for a NUL, half a character, a loop of links, a name that is too long
+        path.stat()  # raises for a NUL, half a character, a loop of links, a name that is too long
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home folder of an unknown user
         raise InputError(f"data.source: {source!r} is no path that a file can have: {first_line(error)}") from None
     return path

@@ -1,4 +1,4 @@
-"""Tokenizing text, and comparing token ids with the rows of a model's embedding table.
+"""Comparing token ids with the rows of a model's embedding table.
 
 A tokenizer may know more tokens than its model: special tokens are added to it without resizing the embeddings.
 """
@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qtool.models.loaded import LoadedModel
-from qtool.system.errors import InputError, first_line
+from qtool.system.errors import InputError
 
 
 def check_ids(tokens: Tensor, loaded: LoadedModel, place: str) -> None:
@@ -41,19 +40,6 @@ def _text(token: int, loaded: LoadedModel) -> str:
     except Exception:  # no tokenizer, or one that cannot say; each raises errors of its own kind
         return ""
     return f" ({text!r:.60})" if isinstance(text, str) else ""
-
-
-def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], place: str, **options: Any) -> BatchEncoding:
-    """Return what ``tokenizer`` makes of ``text``, called with ``options``; ``place`` says where the text is from.
-
-    Raises:
-        InputError: the tokenizer cannot encode the text.
-    """
-    try:
-        encoded: BatchEncoding = tokenizer(text, verbose=False, **options)
-    except Exception as error:  # tokenizers are programs of many kinds, each with errors of its own
-        raise InputError(f"{place}: the tokenizer of this model cannot encode the text: {first_line(error)}") from error
-    return encoded
 
 
 @contextmanager

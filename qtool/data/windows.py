@@ -21,8 +21,9 @@ from qtool.data.generated import check_length, generated_tokens
 from qtool.data.readers import read_file, read_records
 from qtool.data.sources import GENERATED, SOURCES, check_source, source_path, source_records, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
-from qtool.data.vocabulary import check_ids, tokenized
+from qtool.data.vocabulary import check_ids
 from qtool.models.loaded import LoadedModel
+from qtool.models.tokenizer import tokenized
 from qtool.system.errors import InputError
 
 GENERATED_WINDOWS = 32  # windows of generated text for perplexity, if no limit is given

@@ -12,13 +12,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
 from qtool.models.config_values import config_value
 from qtool.models.folders import check_files, read_config, resolve
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
+from qtool.models.tokenizer import load_tokenizer
 from qtool.system import matmul, memory, progress
 from qtool.system.errors import InputError, first_line
 
@@ -68,7 +73,7 @@ def load_model(
         experts = [key for key in EXPERT_COUNTS if config_value(model_config.get_text_config(), key)]
         if experts and not quantized:
             raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(config.path, folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
@@ -76,9 +81,7 @@ def load_model(
     except InputError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for a folder that it cannot load
-        found = (folder / "tokenizer.json").exists() or any(folder.glob("*.model")) or (folder / "vocab.json").exists()
-        hint = "" if found else " (the folder has no tokenizer.json)"
-        raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':')}{hint}") from error
+        raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':'):.300}") from error
     if info["unexpected_keys"] and type(model.config) is not type(model_config):
         raise InputError(
             f"{config.path} is a multimodal model of which transformers loads the text part only, so that "

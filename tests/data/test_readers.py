@@ -126,5 +126,5 @@ def test_text_that_the_tokenizer_cannot_encode_is_refused(
 
     monkeypatch.setattr(type(loaded.tokenizer), "__call__", fail)
     (tmp_path / "a.txt").write_text("river " * 99)
-    refuse(tmp_path / "a.txt", loaded, "the tokenizer of this model cannot encode the text: WordPiece error")
-    refuse("generated", loaded, "the tokenizer of this model cannot encode the text: WordPiece error")
+    refuse(tmp_path / "a.txt", loaded, "the tokenizer of this model cannot encode it: WordPiece error")
+    refuse("generated", loaded, "the tokenizer of this model cannot encode it: WordPiece error")

@@ -293,6 +293,29 @@ def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:
     refuse(folder, "cannot be loaded: ")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": "1.0", "model": {"type": "BPE"}}', "\0"])
+def test_a_damaged_tokenizer_is_refused(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    refuse(folder, "model: its tokenizer cannot be loaded: ")
+
+
+@pytest.mark.parametrize("kind", ["PanicException", "KeyboardInterrupt"])
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_input_and_an_interruption_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    error = type(kind, (BaseException,), {})
+
+    def panic(*args: object, **kwargs: object) -> None:
+        raise error("range end index 9 out of range")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
+    if kind == "PanicException":
+        refuse(folder, "its tokenizer cannot be loaded: range end index 9 out of range")
+    else:
+        with pytest.raises(error):
+            tiny.load(folder)
+
+
 @pytest.mark.parametrize("device", ["cuda:99x", "gpu"])
 def test_a_device_that_is_none_is_refused(folder: Path, device: str) -> None:
     with pytest.raises(InputError, match=f"model.device: '{device}' is no device"):
