@@ -84,8 +84,8 @@ class BlockCall:
         out = hidden_of(block(plain.movedim(0, self.dim) if self.dim else plain, *call.args, **call.kwargs))
         if state_of(call.leaves()) != before:
             raise InputError(
-                f"{type(block).__name__}, a decoder block, writes into an argument that others read; such models are "
-                "not supported with calibration text: use rtn or hqq"
+                f"{type(block).__name__}, a decoder block, writes into an argument that other blocks read; such models "
+                "are not supported with calibration text: use rtn or hqq, which read no text"
             )
         out = (out.movedim(self.dim, 0) if self.dim else out).to(hidden.dtype)
         written = {name: x for number, each in enumerate(shared) for name, x in _content(each, number, len(out))}

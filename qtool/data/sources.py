@@ -61,19 +61,19 @@ def data_dir() -> Path | None:
     return Path(chosen)
 
 
-def source_path(source: str) -> Path:
-    """Return the path of a ``data.source`` that is no known name.
+def source_path(data: DataConfig) -> Path:
+    """Return the path that ``data.source`` means if it is no known name.
 
     Raises:
         InputError: it is no path that a file can have.
     """
     try:
-        path = Path(source).expanduser()
+        path = Path(data.source).expanduser()
         path.stat()  # raises for a NUL, half a character, a loop of links, a name that is too long
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home folder of an unknown user
-        raise InputError(f"data.source: {source!r} is no path that a file can have: {first_line(error)}") from None
+        raise InputError(f"data.source: {data.source!r} is no path that a file can have: {first_line(error)}") from None
     return path
 
 
@@ -86,7 +86,7 @@ def check_source(data: DataConfig) -> None:
     known = [GENERATED, *SOURCES]
     if data.source in known:
         return
-    path = source_path(data.source)
+    path = source_path(data)
     if path.name.endswith(FILES) or path.exists():
         check_file(path, FILES)
         return
@@ -102,7 +102,7 @@ def is_local(data: DataConfig) -> bool:
     folder = data_dir()
     named = SOURCES.get(data.source)
     if named is None:
-        return data.source != GENERATED and source_path(data.source).is_file()
+        return data.source != GENERATED and source_path(data).is_file()
     return folder is not None and (folder / named.file.format(split="train")).exists()
 
 

@@ -40,7 +40,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], place: 
 
 @contextmanager
 def _refused(words: str, hint: str = "") -> Iterator[None]:
-    """Turn any error inside the ``with`` block, a panic included, into an ``InputError`` between ``words`` and ``hint``."""
+    """Turn any error inside the ``with`` block, a panic included, into an ``InputError``."""
     try:
         yield
     except BaseException as error:
