@@ -13,7 +13,7 @@ from qtool.config.sections import DataConfig
 from qtool.data.hub import Hub, UnreachableError, load_hub
 from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
-from qtool.system.errors import InputError, nearest
+from qtool.system.errors import InputError, first_line, nearest
 
 GENERATED = "generated"  # name of the source that the model writes itself
 T = TypeVar("T")
@@ -61,6 +61,22 @@ def data_dir() -> Path | None:
     return Path(chosen)
 
 
+def source_path(data: DataConfig) -> Path:
+    """Return the path that ``data.source`` means if it is no known name.
+
+    Raises:
+        InputError: it is no path that a file can have.
+    """
+    try:
+        path = Path(data.source).expanduser()
+        path.stat()  # raises for a NUL, half a character, a loop of links, a name that is too long
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home folder of an unknown user
+        raise InputError(f"data.source: {data.source!r} is no path that a file can have: {first_line(error)}") from None
+    return path
+
+
 def check_source(data: DataConfig) -> None:
     """Refuse a ``data.source`` that is neither a known name nor a file that exists and has a known suffix.
 
@@ -70,8 +86,9 @@ def check_source(data: DataConfig) -> None:
     known = [GENERATED, *SOURCES]
     if data.source in known:
         return
-    if Path(data.source).name.endswith(FILES) or Path(data.source).exists():
-        check_file(Path(data.source).expanduser(), FILES)
+    path = source_path(data)
+    if path.name.endswith(FILES) or path.exists():
+        check_file(path, FILES)
         return
     hint = nearest(data.source, known, "; did you mean {}?")
     raise InputError(
@@ -85,7 +102,7 @@ def is_local(data: DataConfig) -> bool:
     folder = data_dir()
     named = SOURCES.get(data.source)
     if named is None:
-        return data.source != GENERATED and Path(data.source).expanduser().is_file()
+        return data.source != GENERATED and source_path(data).is_file()
     return folder is not None and (folder / named.file.format(split="train")).exists()
 
 

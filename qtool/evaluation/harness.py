@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qtool.data.sources import data_dir
+from qtool.data.vocabulary import checked_ids
 from qtool.evaluation.local_tasks import local_data
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric
@@ -113,7 +114,7 @@ def run(
 
     tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
     tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
-    with progress.stage(title), _harness() as seen:
+    with progress.stage(title), _harness() as seen, checked_ids(loaded, f"the text of {task}"):
         model = HFLM(
             pretrained=loaded.model,
             tokenizer=tokenizer,

@@ -11,6 +11,7 @@ from torch import Tensor
 from qtool.config.sections import METRICS, EvalConfig
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
+from qtool.data.vocabulary import check_ids
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
 from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric, perplexity_metric, score_windows
@@ -108,6 +109,11 @@ def _own_tasks(
     if GENERATED in wanted or kl_on == GENERATED:
         writer = reference or loaded
         windows[GENERATED] = perplexity_windows(GENERATED, writer, config.context, config.limit, seed)
+    for each in filter(None, (loaded, reference)):
+        for name, tokens in windows.items():
+            check_ids(tokens, each, f"the text of {name}")
+    if reference is not None and kl_on is not None:
+        _check_same_vocabulary(loaded, reference)
     for name in [name for name in windows if name in wanted or name == kl_on]:
         scores = score_windows(
             loaded.model,
@@ -125,6 +131,15 @@ def _own_tasks(
             for task in {name, DIVERGENCE} if name == kl_on else {name}:
                 rows[task] = [row.model_copy(update={"overlap": share}) for row in rows[task]]
     return rows
+
+
+def _check_same_vocabulary(loaded: LoadedModel, reference: LoadedModel) -> None:
+    """Refuse to compare predictions of models with embedding tables of different sizes."""
+    if loaded.num_embeddings != reference.num_embeddings:
+        raise InputError(
+            f"kl: {loaded.path} has {loaded.num_embeddings} tokens, and its float model {reference.path} has "
+            f"{reference.num_embeddings}; compare with the float model that it was made from, or leave kl out"
+        )
 
 
 def _not_measured(task: str, metric: str, reason: str, config: EvalConfig) -> TaskResult:

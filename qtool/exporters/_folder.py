@@ -17,6 +17,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import check_files, read_config
 from qtool.models.loaded import most_common
+from qtool.system.errors import InputError, first_line
 
 # files of a checkpoint that are not copied: an export writes its own, or has none
 NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
@@ -138,11 +139,16 @@ def skeleton(folder: Path) -> nn.Module:
 
 @lru_cache(maxsize=2)  # called once per linear; with the text as key, a folder that was written anew is read anew
 def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
+        raise InputError(
+            f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"
+        ) from error
     return model
 
 
