@@ -1,6 +1,5 @@
 """The parts that export formats share: writing and reading folders, float tensors, and reasons to refuse."""
 
-import shutil
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,14 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import check_files, read_config
 from qtool.models.loaded import most_common
-
-# files of a checkpoint that are not copied: an export writes its own, or has none
-NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
 
 
 class WrittenFolder:
@@ -64,20 +61,33 @@ def names_method(method: str, folder: Path) -> bool:
 
 
 def write_folder(
-    folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
+    folder: Path,
+    out: Path,
+    tensors: dict[str, Tensor],
+    section: dict[str, Any] | None,
+    dtype: str,
+    *,
+    any_link: bool = False,
 ) -> None:
-    """Write shards of ``tensors``, the config of ``folder`` with ``section`` and ``dtype``, and its tokenizer's files.
+    """Write shards of ``tensors``, the config of ``folder`` with ``section`` and ``dtype``, and its other files.
 
-    ``section`` becomes the ``quantization_config``.
+    ``section`` becomes the ``quantization_config``. Without ``tensors``, only what is beside them is written.
+    ``any_link`` is as in ``side_files.copy``.
     """
+    side_files.copy(folder, out, any_link=any_link)
+    config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
+    own_head = f"{head_name(folder)}.weight" in tensors
+    config = written_config.written(config, None, dtype, False if own_head else None)
+    write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
     if tensors:
         write_shards(tensors, out)
-    config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
-    config["dtype"] = dtype
-    write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name not in NOT_COPIED and ".safetensors" not in file.name:
-            shutil.copy(file, out / file.name)
+
+
+def head_name(folder: Path) -> str | None:
+    """Return the name of the output head of the model in ``folder``; ``None`` if it has none beside its embedding."""
+    model: Any = skeleton(folder)
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:

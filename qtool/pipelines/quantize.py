@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
-from qtool.checkpoints import files, native, output_folder, sizes
+from qtool.checkpoints import files, native, output_folder, side_files, sizes
 from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantSpec
@@ -245,7 +245,7 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
         plan=prepared.plan,
         command=run.method.command,
         lock=run.state.lock,
-        files=files.file_hashes(run.state.model, "*.safetensors"),
+        files=files.file_hashes(run.state.model, *side_files.HASHED),
     )
 
 
