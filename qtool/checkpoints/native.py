@@ -31,7 +31,7 @@ from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import SCALE_BITS, QuantSpec
 from qtool.models.folders import read_config
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight
+from qtool.quant.affine import QuantizedWeight, dequantize
 from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.system import memory
 from qtool.system.errors import InputError, RunError
@@ -166,6 +166,20 @@ class NativeCheckpoint:
         layer.check(f"{self.folder}: {name}")
         return layer.quantized
 
+    def largest(self, name: str) -> float:
+        """Return the largest absolute value of a tensor, or of the dequantized weight of a linear; of integers 0.
+
+        Of linears all of whose values fit into every dtype it is an upper bound.
+        """
+        if name in self.specs:
+            # twice the range of codes is more than any code is away from its zero point
+            bound = float(self.tensor(f"{name}.weight_scale").double().abs().max()) * 2 * self.specs[name].qmax
+            if bound <= torch.finfo(torch.float16).max:
+                return bound
+            return float(dequantize(*self.quantized(name)).abs().max())
+        tensor = self.tensor(name)
+        return float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+
     def float_names(self) -> list[str]:
         """Return the names of all tensors outside quantized weights, among them the biases of quantized linears."""
         packed = {f"{name}.{part}" for name in self.specs for part in PARTS}
@@ -192,6 +206,14 @@ class PlannedCheckpoint(NativeCheckpoint):
         }
         quantized = {f"{name}.weight" for name in specs}
         self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
+        self._extremes = loaded.extremes
+
+    def largest(self, name: str) -> float:
+        """Return the largest absolute value of a tensor, or of the float weight of a linear; 0 if it is not known."""
+        if name in self.specs:
+            low, high = self._extremes.get(f"{name}.weight", (0.0, 0.0))
+            return max(-low, high)
+        return super().largest(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor that is known before the run."""

@@ -115,12 +115,18 @@ def misread(config: Config) -> str | None:
 
 
 def difference(theirs: Config, mine: Config, ignored: Collection[str]) -> str | None:
-    """Return the dotted name of a key by which two configs differ, except for older keys; ``None`` if none does."""
+    """Return the dotted name of a key by which ``theirs``, made from ``mine``, differs from it; ``None`` if none does.
+
+    Older keys, dtypes and the tie of the head may be added or have other values, but not be lost.
+    """
     for key in sorted(theirs.keys() | mine.keys()):
         ours, found = mine.get(key), theirs.get(key)
-        if key in ignored or key in OLDER or key in ("dtype", "torch_dtype", TIED):
+        if key in ignored:
             continue
-        if isinstance(ours, dict) and isinstance(found, dict):
+        if key in OLDER or key in ("dtype", "torch_dtype", TIED):
+            if key not in theirs:
+                return key
+        elif isinstance(ours, dict) and isinstance(found, dict):
             if (inner := difference(found, ours, ())) is not None:
                 return f"{key}.{inner}"
         elif ours != found or (key in theirs) != (key in mine):

@@ -108,10 +108,27 @@ def unfit(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Return the reason why ``config.dtype`` cannot be used, a tensor that it does not hold exactly, or ``None``."""
     if config.dtype == "auto":
         return None
+    if refusal := overflows(source, config, source.float_names()):
+        return refusal
     for name in source.float_names():
         tensor = source.tensor(name)
         if tensor.is_floating_point() and inexact([tensor], config.dtype):
             return f"{config.dtype} does not hold {name} exactly; use dtype: auto"
+    return None
+
+
+def overflows(source: NativeCheckpoint, config: ExportConfig, names: Iterable[str]) -> str | None:
+    """Return the reason why ``config.dtype`` cannot be used, a tensor or linear that it makes infinite, or ``None``."""
+    if config.dtype == "auto":
+        return None
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    for name in names:
+        largest = source.largest(name)
+        if torch.tensor(largest, dtype=torch.float64).to(dtype).isinf():
+            return (
+                f"{name} has values of up to {largest:.6g}, and {config.dtype} holds none above "
+                f"{torch.finfo(dtype).max:g}; use dtype: auto"
+            )
     return None
 
 
@@ -135,9 +152,10 @@ def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
     """Return the largest change by rounding to ``dtype``, relative to the largest value of its tensor; 0 if exact."""
     worst = 0.0
     for tensor in tensors:
-        change = (tensor.to(getattr(torch, dtype)).float() - tensor.float()).abs()
+        exact = tensor if tensor.dtype == torch.float64 else tensor.float()
+        change = (tensor.to(getattr(torch, dtype)).to(exact) - exact).abs()
         if change.any():
-            worst = max(worst, float(change.amax() / tensor.float().abs().amax()))
+            worst = max(worst, float(change.amax() / exact.abs().amax()))
     return worst
 
 

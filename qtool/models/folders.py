@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from qtool.system.errors import InputError, first_line
 
@@ -88,6 +89,16 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
         except SafetensorError as error:
             raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
     return dtypes
+
+
+def stored_tensor(folder: Path, name: str) -> Tensor | None:
+    """Return a tensor of a model folder as its file holds it; ``None`` if no file has one of that name."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            if name in reader.keys():  # noqa: SIM118  (not a dict)
+                tensor: Tensor = reader.get_tensor(name)
+                return tensor
+    return None
 
 
 def _check_index(index: Path, files: set[str]) -> None:
