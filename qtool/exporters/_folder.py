@@ -1,6 +1,6 @@
 """The parts that export formats share: writing and reading folders, float tensors, and reasons to refuse."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import check_files, read_config
 from qtool.models.loaded import most_common
+
+NONE: Mapping[str, Tensor] = {}  # no tensors: a folder is written without its weights
 
 
 class WrittenFolder:
@@ -63,7 +65,7 @@ def names_method(method: str, folder: Path) -> bool:
 def write_folder(
     folder: Path,
     out: Path,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     section: dict[str, Any] | None,
     dtype: str,
     *,
@@ -80,7 +82,7 @@ def write_folder(
     config = written_config.written(config, None, dtype, False if own_head else None)
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
     if tensors:
-        write_shards(tensors, out)
+        write_shards(dict(tensors), out)
 
 
 def head_name(folder: Path) -> str | None:

@@ -62,6 +62,7 @@ EXPORTER = Exporter(
     "plain float weights, for any software",
     refuses,
     write,
+    lambda source, out, dtype: write_folder(source.folder, out, {}, None, dtype),
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
     dtype_may_round=True,

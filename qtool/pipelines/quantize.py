@@ -28,6 +28,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
+from qtool.pipelines import trial
 from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -126,6 +127,8 @@ def prepare(run: Run) -> Prepared:
     shapes = {target.name: target.weight_shape for target in targets}
     specs = _specs(targets) if units is None else mixed(units)
     float_bytes = _check_space_and_exports(recipe, loaded, specs, shapes)
+    if distributed.is_first():
+        trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes)
     text = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
