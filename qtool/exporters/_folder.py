@@ -18,6 +18,9 @@ from qtool.config.sections import ExportConfig
 from qtool.models.folders import check_files, read_config
 from qtool.models.loaded import most_common
 
+# names of tensors in published files, by model_type and by the name that transformers 5 gives them when it reads them;
+# transformers 4 and mlx-lm know the published name only, and the first fills a head that it misses with random numbers
+PUBLISHED = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 NONE: Mapping[str, Tensor] = {}  # no tensors: a folder is written without its weights
 
 
@@ -31,11 +34,17 @@ class WrittenFolder:
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
-        return list(self._files.names)
+        names = {published: name for name, published in self._published.items()}
+        return [names.get(name, name) for name in self._files.names]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor outside quantized weights, with the values of the float model."""
-        return self._files.tensor(name)
+        published = self._published.get(name, name)
+        return self._files.tensor(published if published in self._files.names else name)
+
+    @cached_property
+    def _published(self) -> Mapping[str, str]:
+        return PUBLISHED.get(str(self.config.get("model_type")), {})
 
     def packed(self) -> set[str]:
         """Return the names of the quantized linears."""
@@ -82,7 +91,8 @@ def write_folder(
     config = written_config.written(config, None, dtype, False if own_head else None)
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
     if tensors:
-        write_shards(dict(tensors), out)
+        names = PUBLISHED.get(str(config.get("model_type")), {})
+        write_shards({names.get(name, name): tensor for name, tensor in tensors.items()}, out)
 
 
 def head_name(folder: Path) -> str | None:

@@ -111,7 +111,7 @@ def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def describe(source: NativeCheckpoint, out: Path, dtype: str, tensors: Mapping[str, Tensor] = NONE) -> None:
-    """Write the folder with ``tensors``, by default without weights. The config states the grids twice, as mlx-lm does."""
+    """Write the folder with ``tensors``, by default none. The config states the grids twice, as mlx-lm does."""
     described = section(source)
     write_folder(source.folder, out, tensors, described, dtype)
     write_json(out / "config.json", read_config(out) | {"quantization": described})

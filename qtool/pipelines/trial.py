@@ -14,7 +14,7 @@ from qtool.config.recipe import Recipe
 from qtool.exporters import _base
 from qtool.exporters._folder import stored_dtype
 from qtool.models.loaded import LoadedModel
-from qtool.reports import model_card
+from qtool.reports.model_card import write as write_card
 from qtool.reports.report import Report
 from qtool.system.errors import InputError, first_line
 
@@ -34,7 +34,7 @@ def try_out(
         native.describe(made, loaded, specs)
         _check_tokenizer(made, loaded)
         report = Report(model=recipe.model.path, quantized=str(recipe.output.path), label=grids_label(specs))
-        model_card.write(made, report, MANIFEST, recipe.output.path.name)
+        write_card(made, report, MANIFEST, recipe.output.path.name)
         planned = PlannedCheckpoint(replace(loaded, folder=made), specs, shapes)
         for index, entry in enumerate(recipe.export):
             exporter, out = _base.get(entry.format), folder / f"export {index}"
