@@ -47,6 +47,8 @@ NAMES = {
 # keys that are never taken from the float model's config: what they say is about its own folder
 NOT_KEPT = ("_name_or_path", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 TIED = "tie_word_embeddings"
+# keys that an export may add or change: the tie of the head can be wrong in the checkpoints of earlier versions
+FREE = (*OLDER, "dtype", "torch_dtype", TIED)
 
 
 def written(config: Config, source: Config | None, dtype: str, tied: bool | None) -> Config:
@@ -114,20 +116,20 @@ def misread(config: Config) -> str | None:
     return None
 
 
-def difference(theirs: Config, mine: Config, ignored: Collection[str]) -> str | None:
+def difference(theirs: Config, mine: Config, ignored: Collection[str] = (), free: Collection[str] = FREE) -> str | None:
     """Return the dotted name of a key by which ``theirs``, made from ``mine``, differs from it; ``None`` if none does.
 
-    Older keys, dtypes and the tie of the head may be added or have other values, but not be lost.
+    Keys that are ``free`` may be added or have other values, but not be lost.
     """
     for key in sorted(theirs.keys() | mine.keys()):
         ours, found = mine.get(key), theirs.get(key)
         if key in ignored:
             continue
-        if key in OLDER or key in ("dtype", "torch_dtype", TIED):
+        if key in free:
             if key not in theirs:
                 return key
         elif isinstance(ours, dict) and isinstance(found, dict):
-            if (inner := difference(found, ours, ())) is not None:
+            if (inner := difference(found, ours, (), free)) is not None:
                 return f"{key}.{inner}"
         elif ours != found or (key in theirs) != (key in mine):
             return key

@@ -79,6 +79,9 @@ def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collecti
     theirs, mine = opened.config, source.config
     if (key := written_config.difference(theirs, mine, ("quantization_config", *own))) is not None:
         return key
+    readings = written_config.reading(theirs) or {}, written_config.reading(mine) or {}
+    if (key := written_config.difference(*readings, own, ("dtype", "tie_word_embeddings"))) is not None:
+        return key
     added = written_config.misread(theirs)
     if added is not None and written_config.misread(mine) is None:
         return added
