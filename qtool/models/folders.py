@@ -14,7 +14,8 @@ from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # files of a model that are downloaded
+# files of a model that are downloaded
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.txt", "*.jinja"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # files of weights that can run code when they are read
 # floating-point dtypes by their names in safetensors files
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

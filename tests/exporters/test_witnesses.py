@@ -34,7 +34,7 @@ def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) 
         pytest.skip(f"set {variable} to the Python of an environment with {needs}")
     file = out.with_name(f"{out.name}.witness.safetensors")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # it has its own packages
-    command = [python, SCRIPTS / script, out, file, *options]
+    command = [python, str(SCRIPTS / script), str(out), str(file), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return load_file(file)
