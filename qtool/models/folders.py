@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # files of a model that are downloaded
+# files of a model that are downloaded
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.txt", "*.jinja"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # files of weights that can run code when they are read
 # floating-point dtypes by their names in safetensors files
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -88,6 +90,16 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
         except SafetensorError as error:
             raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
     return dtypes
+
+
+def stored_tensor(folder: Path, name: str) -> Tensor | None:
+    """Return a tensor of a model folder as its file holds it; ``None`` if no file has one of that name."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            if name in reader.keys():  # noqa: SIM118  (not a dict)
+                tensor: Tensor = reader.get_tensor(name)
+                return tensor
+    return None
 
 
 def _check_index(index: Path, files: set[str]) -> None:

@@ -21,11 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
 from qtool.models.config_values import config_value
-from qtool.models.folders import check_files, read_config, resolve
+from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
 from qtool.system import matmul, memory, progress
 from qtool.system.errors import InputError, first_line
+from qtool.system.tensors import dtype_name
 
 # config keys that a mixture of experts has
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -91,7 +92,8 @@ def load_model(
     if checked is not None and _holds(dtype, checked.extremes):
         extremes = checked.extremes
     else:
-        extremes = {} if quantized else _check_finite(model)
+        narrow = any(torch.finfo(stored).max > torch.finfo(dtype).max for stored in file_dtypes.values())
+        extremes = {} if quantized and not narrow else _check_finite(model, folder, dtype)
     model.eval().requires_grad_(False)
     streaming = Streaming(dtype, device) if streamed else None
     return LoadedModel(
@@ -138,17 +140,26 @@ def _holds(dtype: torch.dtype, extremes: dict[str, tuple[float, float]]) -> bool
     return all(max(-low, high) <= torch.finfo(dtype).max for low, high in extremes.values())
 
 
-def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Return the lowest and the highest value of each parameter; refuse values that are not finite."""
+def _check_finite(model: nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Return the lowest and the highest value of each parameter; refuse values that are not finite in ``dtype``."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
         low, high = (float(end) for end in parameter.detach().aminmax())
         pages.drop(parameter)
         extremes[name] = low, high
+        largest = max(-low, high)
         if not (math.isfinite(low) and math.isfinite(high)):
-            found = int((~torch.isfinite(parameter)).sum())
+            stored = stored_tensor(folder, name)
+            if stored is None or not stored.isfinite().all():
+                found = int((~torch.isfinite(parameter)).sum())
+                raise InputError(
+                    f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
+                )
+            largest = float(stored.abs().max())
+        if largest > torch.finfo(dtype).max:
             raise InputError(
-                f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
+                f"{name} has values of up to {largest:.6g}, and {dtype_name(dtype)}, in which the model would compute, "
+                f"holds none above {torch.finfo(dtype).max:g}; set model.dtype to bfloat16 or float32"
             )
     return extremes
 

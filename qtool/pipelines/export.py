@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from qtool.checkpoints import output_folder
+from qtool.checkpoints import output_folder, written_config
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import atomic_folder
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters._readback import read_back
+from qtool.models.folders import read_config
 from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.checks import check_export
 from qtool.pipelines.export_manifest import exported_already, write_manifest
@@ -43,7 +44,7 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
         output_folder.OutputFolder(config.path).clear_abandoned()
         return exported
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
-        notes = exporter.write(source, partial, config)
+        notes = exporter.write(source, partial, config) + written_config.notes(read_config(partial))
         may_round = exporter.dtype_may_round and config.dtype != "auto"
         differences = read_back(source, partial, exporter, may_round=may_round)
         model_card.write_export(

@@ -76,7 +76,7 @@ class Manifest(BaseModel):
     plan: BitPlan | None = None  # bit widths chosen for a budget, if the recipe has one
     command: str
     lock: Lock
-    files: dict[str, str]  # SHA-256 of each safetensors file
+    files: dict[str, str]  # SHA-256 of each file that a reader computes with (of earlier versions: safetensors files)
 
     @cached_property
     def recorded(self) -> RecordedRecipe:

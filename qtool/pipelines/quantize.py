@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
-from qtool.checkpoints import files, native, output_folder, sizes
+from qtool.checkpoints import files, native, output_folder, side_files, sizes
 from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
@@ -32,6 +32,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
+from qtool.pipelines import trial
 from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -142,6 +143,8 @@ def prepare(run: Run) -> Prepared:
     shapes = {target.name: target.weight_shape for target in targets}
     specs = _specs(targets) if units is None else mixed(units)
     float_bytes = _check_space_and_exports(recipe, loaded, specs, shapes)
+    if distributed.is_first():
+        trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes)
     text = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
@@ -261,7 +264,7 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
         plan=prepared.plan,
         command=run.method.command,
         lock=run.state.lock,
-        files=files.file_hashes(run.state.model, "*.safetensors"),
+        files=files.file_hashes(run.state.model, *side_files.HASHED),
     )
 
 
