@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from pydantic import Field
+
 from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit, fused, measure_costs
 from qtool.allocation.solvers import SOLVERS
 from qtool.blocks.job import Job
@@ -33,7 +35,7 @@ class Allotment(Section):
 
     unit: str
     linears: tuple[str, ...]
-    num_weights: int
+    num_weights: int = Field(ge=1, lt=2**63)
     num_bits: int
     costs: dict[int, float]  # cost of each width that was possible
 
@@ -50,7 +52,7 @@ class BitPlan(Section):
     budget: BudgetConfig
     allotments: tuple[Allotment, ...]
     bits_per_weight: float  # average over quantized weights, including scales and zero points
-    num_bytes: int  # upper bound of the size of the weight files
+    num_bytes: int = Field(ge=1, lt=2**63)  # upper bound of the size of the weight files
 
     @property
     def cost(self) -> float:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qtool.models.folders import open_safetensors
 from qtool.system import memory
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import RunError
 from qtool.system.writing import write_text
 
 MAX_SHARD_SIZE = "4GB"  # largest safetensors file, if a model is saved as a whole
@@ -31,11 +32,8 @@ class SafetensorsFolder:
         """Open every file that matches; only headers are read."""
         self._readers: dict[str, Any] = {}
         for file in sorted(folder.glob(pattern)):
-            try:
-                reader = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
-            self._readers |= dict.fromkeys(reader.keys(), reader)  # type: ignore[no-untyped-call]
+            reader = open_safetensors(file)
+            self._readers |= dict.fromkeys(reader.keys(), reader)
 
     @property
     def names(self) -> Collection[str]:

@@ -29,7 +29,7 @@ from qtool.checkpoints.files import (
 )
 from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import SCALE_BITS, QuantSpec
-from qtool.models.folders import read_config
+from qtool.models.folders import check_readable, read_config
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize
 from qtool.quant.packed_linear import PARTS, PackedLinear
@@ -129,6 +129,7 @@ class NativeCheckpoint:
     def __init__(self, folder: Path) -> None:
         """Open ``folder``, and read its config; shards are opened when a tensor is asked for."""
         self.folder = folder
+        check_readable(folder)
         self.config = read_config(folder)
         if "quantization_config" not in self.config:
             raise InputError(f"{folder} is a float model; a qtool checkpoint is needed (qtool ptq makes one)")

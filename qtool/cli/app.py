@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.session import running
 from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
+from qtool.system.paths import expand, path_text
 from qtool.system.version import __version__
 
 if TYPE_CHECKING:
@@ -39,20 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=recipe_names
-    ),
-]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an unfinished run left, and start over.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, also for errors.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
 
 
 def _print_version(value: bool) -> None:
@@ -108,7 +96,8 @@ def plan(
     recipe: RecipeArgument,
     set_: Set = [],  # noqa: B006 (typer copies it)
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="YAML file to write, for quant.overrides.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="YAML file to write, for quant.overrides.", parser=path),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
@@ -158,7 +147,9 @@ def evaluate(
             "--float-model", metavar="PATH", help="The float model to compare with. Default: the one it was made from."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the report.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the report.", parser=path)
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -168,7 +159,7 @@ def evaluate(
         "eval": {
             "tasks": [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None,
             "limit": limit,
-            "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
+            "batch_size": batch_size,
             "num_fewshot": num_fewshot,
             "context": context,
             "backend": backend,
@@ -197,7 +188,7 @@ def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe"
     from qtool.config.recipe import EvalRecipe, check, load_eval
 
     given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
-    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file() or target in files.packaged():
+    if Path(target).suffix in (".yaml", ".yml") or expand(target, "TARGET").is_file() or target in files.packaged():
         return load_eval(target, given)
     given["model"]["path"] = target
     return check(EvalRecipe, given, "the command line")
@@ -205,9 +196,9 @@ def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe"
 
 @app.command("export", cls=DescribedCommand)
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    folder: Folder,
     format_: Annotated[str, typer.Option("--format", "-f", metavar="NAME", autocompletion=format_names)],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", parser=path)],
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -229,7 +220,7 @@ def export(
 
 @app.command("bench", cls=DescribedCommand)
 def bench(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    folder: Folder,
     prompt_tokens: Annotated[int | None, typer.Option(min=2, metavar="N")] = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
@@ -250,7 +241,7 @@ def bench(
     with running(quiet, None):
         from qtool.evaluation.bench import bench as run_bench
 
-        report = run_bench(str(folder), device, options)
+        report = run_bench(path_text(folder), device, options)
     show(report, as_json, seconds=report.seconds)
 
 
@@ -279,14 +270,29 @@ def sweep(
             help="Cells at the same time. Default: one; on a cluster, all.",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sweep.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder of the sweep.", parser=path)
+    ] = None,
+    max_cells: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Refuse a sweep of more cells. Default: 1000.")
+    ] = None,
+    allow_launcher_commands: Annotated[
+        bool,
+        typer.Option("--allow-launcher-commands", help="Let launcher.parameters be any, also those that run commands."),
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe over a grid of keys, into one table."""
     from qtool.sweeps import grid
 
-    checked = grid.load(file, set_, output)
+    checked = grid.load(
+        file,
+        set_,
+        output,
+        max_cells=max_cells or grid.MAX_CELLS,
+        allow_launcher_commands=allow_launcher_commands,
+    )
     with running(quiet, None):
         from qtool.sweeps import runner
 
@@ -304,9 +310,12 @@ def sweep(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.", parser=path)
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.", parser=path),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -326,7 +335,7 @@ def compare(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    folder: Folder,
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint's files against its manifest."""
@@ -339,7 +348,7 @@ def verify(
 
 @app.command()
 def reproduce(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.")],
+    folder: Folder,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

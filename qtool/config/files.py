@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from qtool.config import validation
+from qtool.system import paths, reading
 from qtool.system.errors import InputError, nearest
 
+YAML_BYTES = 2**20  # largest file that is read as YAML
 TABLES = "tables/"  # prefix of the names of packaged sweeps
 
 
@@ -30,31 +32,14 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """Read the sections of a recipe (or sweep), a file or the name of a packaged one, without checking them.
 
     Raises:
-        InputError: The file is missing, a folder, not UTF-8, not YAML, empty, or no mapping.
+        InputError: The file is missing, no regular file, too large, not UTF-8, not YAML, empty, or no mapping.
     """
     from qtool.config.yaml_loader import parse  # here, so that listing recipes loads no YAML library
 
-    path = Path(path)
-    names, others = (packaged(), tables()) if what == "recipe" else (tables(), packaged())
-    if path.is_dir() and str(path) not in names:
-        raise InputError(f"{path} is a folder; a {what} is a YAML file")
-    if not path.is_file() and str(path) in others:
-        hint = "a packaged sweep; run it with qtool sweep" if what == "recipe" else "a packaged recipe, not a sweep"
-        raise InputError(f"{path} is {hint}")
-    if not path.is_file() and str(path) not in names:
-        asked = path.stem if what == "recipe" else str(path)
-        hint = (
-            nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
-        )
-        raise InputError(f"{path} does not exist; {hint}")
     try:
-        text = (path if path.is_file() else names[str(path)]).read_bytes().decode("utf-8-sig")
-        raw = parse(text)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {line}") from error
+        raw = parse(reading.read_text(find(path, what), YAML_BYTES))
+    except FileNotFoundError:  # removed since it was found
+        raise InputError(f"{path} does not exist") from None
     except ValueError as error:
         raise InputError(f"{path} is not YAML: {error}") from error
     if raw is None:
@@ -62,3 +47,25 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds {validation.found(raw)}, not sections (model:, method:, ...)")
     return raw
+
+
+def find(name: str | Path, what: str = "recipe") -> Path:
+    """Return the file that ``name`` means: a path, in which ``~`` and variables are expanded, or a packaged name.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    path = paths.expand(name, f"the path of the {what}")
+    names, others = (packaged(), tables()) if what == "recipe" else (tables(), packaged())
+    if path.exists() and not path.is_dir():
+        return path
+    if str(path) in names:
+        return names[str(path)]
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a {what} is a YAML file")
+    if str(path) in others:
+        hint = "a packaged sweep; run it with qtool sweep" if what == "recipe" else "a packaged recipe, not a sweep"
+        raise InputError(f"{path} is {hint}")
+    asked = path.stem if what == "recipe" else str(path)
+    hint = nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
+    raise InputError(f"{path} does not exist; {hint}")

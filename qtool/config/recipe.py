@@ -15,7 +15,7 @@ from qtool.config import catalog, plugins, validation
 from qtool.config.files import read_yaml
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
-from qtool.config.section import Section
+from qtool.config.section import SEED_LIMIT, Section
 from qtool.config.sections import (
     DataConfig,
     EvalConfig,
@@ -25,6 +25,7 @@ from qtool.config.sections import (
     ModelConfig,
     OutputConfig,
 )
+from qtool.system import paths
 from qtool.system.errors import InputError, listing, nearest
 
 S = TypeVar("S", bound=Section)
@@ -84,7 +85,10 @@ class Recipe(Section):
     )
     output: OutputConfig = Field(description="The folder of the checkpoint, and options.")
     seed: int = Field(
-        0, ge=0, description="Seed of all random numbers: the same recipe on the same machine gives the same bits."
+        0,
+        ge=0,
+        lt=SEED_LIMIT,
+        description="Seed of all random numbers: the same recipe on the same machine gives the same bits.",
     )
 
     @model_validator(mode="after")
@@ -103,7 +107,7 @@ class EvalRecipe(Section):
         (), description="Published numbers, which the report shows beside the measured ones."
     )
     output: OutputConfig | None = Field(None, description="The folder of the report; left out: it is only printed.")
-    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="Seed of all random numbers.")
 
 
 def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: Sequence[str] = ()) -> S:
@@ -156,7 +160,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
     if not recipe.output.path.is_dir():
         command = plugins.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which does not exist yet; run: qtool {command} {path}")
-    model = recipe.model.model_copy(update={"path": str(recipe.output.path)})
+    model = recipe.model.model_copy(update={"path": paths.path_text(recipe.output.path)})
     return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
 
 

@@ -8,9 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from qtool.config.section import Section
+from qtool.config.section import OutputPath, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+MAX_TOKENS = 2**31  # most calibration tokens; they are held in memory as int64
 IGNORED = -100  # label of a token that is not learned; the default of torch's cross entropy
 
 
@@ -62,6 +63,14 @@ class DataConfig(Section):
         "forwards fit, each block runs once; if only the states fit, a block runs again for each group of linears; "
         "otherwise the states go to disk. The result is the same.",
     )
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> Self:
+        if self.num_samples * self.seq_len > MAX_TOKENS:
+            raise ValueError(
+                f"num_samples times seq_len is {self.num_samples * self.seq_len:,} tokens; at most {MAX_TOKENS:,} fit"
+            )
+        return self
 
 
 class EvalConfig(Section):
@@ -123,7 +132,7 @@ class ExportConfig(Section):
     """One export written after quantization."""
 
     format: str = Field(description="Name of the export format, e.g. dense.")
-    path: Path = Field(description="Folder to write; must not exist unless output.overwrite is set.")
+    path: OutputPath = Field(description="Folder to write; must not exist unless output.overwrite is set.")
     dtype: Dtype = Field(
         "auto",
         description="Dtype of the tensors that are stored in floating point. auto: the checkpoint's dtype, or a "
@@ -134,7 +143,7 @@ class ExportConfig(Section):
 class OutputConfig(Section):
     """The folder of the checkpoint."""
 
-    path: Path = Field(description="Folder to write; it appears under this name only when complete.")
+    path: OutputPath = Field(description="Folder to write; it appears under this name only when complete.")
     overwrite: bool = Field(False, description="Replace an existing folder.")
     plots: bool = Field(False, description="Write the figures of report.html also as PNG and SVG files, in plots/.")
 

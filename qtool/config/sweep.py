@@ -1,14 +1,26 @@
 """The sections of a sweep: its base recipe, axes, launcher and speed measurement."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qtool.config.section import Section
+from qtool.config.section import OutputPath, Section
 from qtool.config.sections import Dtype
 from qtool.system.errors import InputError
+
+# parameters of launchers that ask for resources and names and run no command; slurm_ may stand before those of submitit
+SAFE_PARAMETERS = {
+    "submitit": (
+        *("timeout_min", "time", "mem", "mem_gb", "mem_per_cpu", "mem_per_gpu", "cpus_per_task", "cpus_per_gpu"),
+        *("gpus_per_node", "gpus_per_task", "gres", "nodes", "ntasks_per_node", "tasks_per_node", "ntasks_per_gpu"),
+        *("partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "exclusive"),
+        *("array_parallelism", "max_num_timeout", "signal_delay_s", "dependency"),
+        *("name", "job_name", "comment", "mail_type", "mail_user", "stderr_to_stdout"),
+    ),
+    "ray": ("num_cpus", "num_gpus", "memory", "accelerator_type", "max_retries", "name"),
+}
+LOCAL_ADDRESSES = (None, "auto", "local")  # addresses of a Ray cluster that is on this machine
 
 
 class LauncherConfig(Section):
@@ -24,7 +36,8 @@ class LauncherConfig(Section):
     parameters: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of submitit's update_parameters (timeout_min, slurm_partition, gpus_per_node, ...), or "
-        "options of a Ray task (num_cpus, num_gpus, ...).",
+        "options of a Ray task (num_cpus, num_gpus, ...). Arguments that can run commands need "
+        "--allow-launcher-commands.",
     )
 
     @model_validator(mode="after")
@@ -39,6 +52,28 @@ class LauncherConfig(Section):
         if idle:
             raise ValueError("; ".join(idle))
         return self
+
+    def commands(self) -> list[str]:
+        """Return a line for each key that could run a command of the sweep's author, or send work to another machine.
+
+        Texts go into a shell script as comments, so one of several lines could run what follows its first line.
+        """
+        safe = SAFE_PARAMETERS.get(self.name, ())
+        found = []
+        for key, value in self.parameters.items():
+            if key.removeprefix("slurm_" if self.name == "submitit" else "") not in safe:
+                found.append(f"launcher.parameters.{key}: this may run commands; known to be safe: {', '.join(safe)}")
+            elif not isinstance(value, str | int | float | None):
+                found.append(f"launcher.parameters.{key}: should be one text or number")
+            elif not str(value).isprintable():
+                found.append(
+                    f"launcher.parameters.{key}: holds characters that cannot be printed, such as a line break"
+                )
+        if self.address not in LOCAL_ADDRESSES:
+            found.append(f"launcher.address: {self.address} may be another machine, which then runs the cells")
+        return [
+            f"{line}; if you wrote this sweep or trust its author, pass --allow-launcher-commands" for line in found
+        ]
 
     def check(self) -> None:
         """Check that the package of the launcher is installed.
@@ -104,7 +139,7 @@ class SweepConfig(Section):
         "qtool bench (repeats, ...).",
     )
     launcher: LauncherConfig = Field(LauncherConfig(), description="Launcher that runs the cells.")
-    output: Path | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
+    output: OutputPath | None = Field(None, description="Folder of the sweep; unset: out/sweeps/<name of the file>.")
 
     def bench_options(self) -> BenchConfig | None:
         """The options of ``qtool bench``; the defaults if ``bench`` is only ``true``, ``None`` if it is ``false``."""

@@ -40,8 +40,9 @@ def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationErr
     for row in error.errors(include_url=False):
         faults.setdefault(_place(kind, raw, row["loc"]).path, []).append(row)
     lines = []
+    inner = {path[:end] for path in faults for end in range(len(path))}
     for path, rows in faults.items():
-        if any(other[: len(path)] == path != other for other in faults):
+        if path in inner:
             continue  # another branch of the union got further, so the user meant that one
         place = _place(kind, raw, rows[0]["loc"])
         value = rows[0]["input"]

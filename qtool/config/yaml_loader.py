@@ -1,6 +1,8 @@
 """Recipes as YAML 1.2: text to data, with faults as one ``ValueError`` that says where, and data to text.
 
-YAML 1.2 reads ``on``, ``off``, ``yes`` and ``no`` as text and ``1e-4`` as a number. Dates stay text, too.
+YAML 1.2 reads ``on``, ``off``, ``yes`` and ``no`` as text and ``1e-4`` as a number. Dates stay text, too. Anchors,
+aliases and merge keys (``<<: *anchor``) work. A text of a kilobyte can stand for more values than memory holds, because
+aliases repeat aliases: the values are counted before any is made.
 """
 
 import warnings
@@ -10,15 +12,28 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
 from qtool.system.errors import first_line
 
+MAX_CHARACTERS = 2**18  # largest YAML text; the overrides of a model of 1000 linears have 60,000 characters
+MAX_DIGITS = 400  # most characters of a number; 309 digits hold the largest float
+MAX_VALUES = 100_000  # most values of a text, where each alias counts as all that it stands for
+MAX_DEPTH = 60  # deepest nesting of lists and mappings
+PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map", "merge", "value")
+}
+
 
 class _Constructor(SafeConstructor):
     """Build plain data; refuse a key that is written twice, and a list as a key, which ruamel makes a tuple."""
+
+    def construct_document(self, node: Any) -> Any:
+        _count(node, {}, 0)
+        return super().construct_document(node)
 
     def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
         if isinstance(key, tuple):
@@ -29,6 +44,37 @@ class _Constructor(SafeConstructor):
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+def _count(node: Node, known: dict[int, int | None], depth: int) -> int:
+    """Return the number of values that ``node`` stands for; ``known`` has those of other nodes, or ``None`` meanwhile.
+
+    Raises:
+        ConstructorError: The number or the depth is too large, a value contains itself, or a tag is not plain.
+    """
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise ConstructorError(None, None, "a value contains itself", node.start_mark)
+        return size
+    if str(node.tag) not in PLAIN_TAGS:
+        short = str(node.tag).replace("tag:yaml.org,2002:", "!!")
+        raise ConstructorError(None, None, f"the tag {short} is not taken; write plain values", node.start_mark)
+    if depth > MAX_DEPTH:
+        raise ConstructorError(None, None, f"nested more than {MAX_DEPTH} deep", node.start_mark)
+    known[id(node)] = None
+    size = 1
+    if isinstance(node, ScalarNode):
+        if str(node.tag).endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise ConstructorError(None, None, f"a number of {len(node.value)} characters", node.start_mark)
+    elif isinstance(node, SequenceNode | MappingNode):
+        inner = node.value if isinstance(node, SequenceNode) else [part for pair in node.value for part in pair]
+        size += sum(_count(each, known, depth + 1) for each in inner)
+    if size > MAX_VALUES:
+        what = f"stands for {size:.3g} values with its aliases; at most {MAX_VALUES:,} are taken"
+        raise ConstructorError(None, None, what, node.start_mark)
+    known[id(node)] = size
+    return size
 
 
 class _Representer(SafeRepresenter):
@@ -46,8 +92,11 @@ def parse(text: str) -> Any:
     """Read YAML as plain data.
 
     Raises:
-        ValueError: The text is not YAML, or names an anchor twice; the message is one line with the place.
+        ValueError: The text is not YAML of plain values, names an anchor twice, or is too large; the message is one
+            line with the place.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters; at most {MAX_CHARACTERS:,} are taken")
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     try:

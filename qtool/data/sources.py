@@ -13,7 +13,8 @@ from qtool.config.sections import DataConfig
 from qtool.data.hub import Hub, UnreachableError, load_hub
 from qtool.data.readers import READERS, check_file, read_file, read_records
 from qtool.data.token_files import SUFFIXES
-from qtool.system.errors import InputError, first_line, nearest
+from qtool.system import paths
+from qtool.system.errors import InputError, nearest
 
 GENERATED = "generated"  # name of the source that the model writes itself
 T = TypeVar("T")
@@ -61,22 +62,6 @@ def data_dir() -> Path | None:
     return Path(chosen)
 
 
-def source_path(data: DataConfig) -> Path:
-    """Return the path that ``data.source`` means if it is no known name.
-
-    Raises:
-        InputError: it is no path that a file can have.
-    """
-    try:
-        path = Path(data.source).expanduser()
-        path.stat()  # raises for a NUL, half a character, a loop of links, a name that is too long
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home folder of an unknown user
-        raise InputError(f"data.source: {data.source!r} is no path that a file can have: {first_line(error)}") from None
-    return path
-
-
 def check_source(data: DataConfig) -> None:
     """Refuse a ``data.source`` that is neither a known name nor a file that exists and has a known suffix.
 
@@ -95,6 +80,15 @@ def check_source(data: DataConfig) -> None:
         f"data.source: {data.source!r} is neither a known name ({', '.join(known)}) "
         f"nor a file that ends in {', '.join(FILES)}{hint}"
     )
+
+
+def source_path(data: DataConfig) -> Path:
+    """Return the path that ``data.source`` means if it is no known name, with ``~`` and variables expanded.
+
+    Raises:
+        InputError: it means no path.
+    """
+    return paths.expand(data.source, "data.source")
 
 
 def is_local(data: DataConfig) -> bool:

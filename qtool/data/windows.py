@@ -65,8 +65,7 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
 
 def _from_text(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
     """Return the windows of a named source or a file, their tokens not yet compared with the embedding table."""
-    source = SOURCES.get(data.source)
-    path = Path() if source else source_path(data)
+    source, path = SOURCES.get(data.source), source_path(data)
     if source is None and path.suffix in SUFFIXES:
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), loaded.num_embeddings))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))

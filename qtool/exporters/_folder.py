@@ -15,7 +15,7 @@ from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
-from qtool.models.folders import check_files, read_config
+from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.system.errors import InputError, first_line
 
@@ -31,6 +31,7 @@ class WrittenFolder:
     def __init__(self, folder: Path, marker: str = "") -> None:
         """Open ``folder``. Each packed linear ``p`` has a tensor ``p.<marker>``; ``""``: the format packs no linear."""
         self.folder, self._marker = folder, marker
+        check_readable(folder)
         self._files = SafetensorsFolder(folder)
 
     def names(self) -> list[str]:

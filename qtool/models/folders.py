@@ -1,7 +1,14 @@
-"""Model folders: find them, read their config, and refuse files that are damaged or unsafe to read."""
+"""Model folders: find them, read their config, and refuse files that are damaged or unsafe to read.
 
-import json
+A folder of somebody else is checked here before any library opens a file of it: libraries wait for a FIFO, read a
+device until memory is full, and raise errors of many kinds.
+"""
+
+import os
 import re
+import stat
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +17,31 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qtool.system import paths, reading
 from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
 # files of a model that are downloaded
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.txt", "*.jinja"]
+# files of a model folder that are read whole: config, tokenizer, chat templates, index of shards, our manifest
+SMALL = (
+    *("*config.json", "*index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *(
+        "chat_template.json",
+        "qtool.json",
+        "*.jinja",
+        "merges.txt",
+        "vocab.txt",
+        "*.model",
+        "*.model.v*",
+        "*.spm",
+        "*.tiktoken",
+    ),
+)
+LAYER_COUNTS = re.compile(r"num_(\w+_)?(layers|blocks|experts)|n_(\w+_)?(layers?|experts)|depth")  # keys of a config
+MAX_LAYERS = 2000  # most layers, blocks or experts that a config may ask for; building more takes minutes
+TEMPLATES = "additional_chat_templates"  # folder of chat templates in a model folder
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # files of weights that can run code when they are read
 # floating-point dtypes by their names in safetensors files
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,17 +56,16 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
         InputError: there is no such built-in model, folder or model of the hub, or the hub cannot be reached.
     """
     if path.startswith("builtin:"):
-        folder = BUILTIN / path.removeprefix("builtin:")
-        if not folder.is_dir():
-            known = sorted(f"builtin:{p.name}" for p in BUILTIN.iterdir() if p.is_dir())
-            raise InputError(f"there is no model {path}; built in: {', '.join(known)}")
-        return folder
-    folder = Path(path).expanduser()
+        known = {f"builtin:{each.name}": each for each in sorted(BUILTIN.iterdir()) if each.is_dir()}
+        if path not in known:
+            raise InputError(f"{key}: there is no model {path}; built in: {', '.join(known)}")
+        return known[path]
+    folder = paths.expand(path, key)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise InputError(f"{key}: {path} is a file; a folder with config.json and safetensors is needed")
-    if path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
+    if path.startswith((".", "/", "~", "$")) or not HUB_NAME.fullmatch(path):
         raise InputError(f"{key}: there is no folder {path}")
     try:
         return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=not fetch))
@@ -51,24 +76,88 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``config.json`` of a model folder."""
-    file = folder / "config.json"
+    """Return the content of ``config.json`` of a model folder.
+
+    Raises:
+        InputError: the file is missing, no regular file, or no JSON object, or it asks for too many layers.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = reading.read_object(folder / "config.json")
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json; is it a Hugging Face model folder?") from None
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds a {type(config).__name__}; a JSON object was expected")
+    if not isinstance(section := config.get("quantization_config"), dict | None):
+        raise InputError(f"{folder / 'config.json'}: quantization_config is a {type(section).__name__}, not an object")
+    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
+        for key, value in part.items():
+            if LAYER_COUNTS.fullmatch(key) and isinstance(value, int) and value > MAX_LAYERS:
+                raise InputError(f"{folder / 'config.json'}: {key} is {value:.3g}; at most {MAX_LAYERS} are taken")
     return config
 
 
+def check_readable(folder: Path) -> None:
+    """Refuse a folder with a file that a library would open and cannot read, before one does.
+
+    Each file must be regular, links followed; all but weights must be of a bounded size, and JSON must be JSON.
+
+    Raises:
+        InputError: the message names the file and says what it is.
+    """
+    try:
+        found = [*folder.iterdir(), *((folder / TEMPLATES).iterdir() if (folder / TEMPLATES).is_dir() else ())]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from None
+    for file in sorted(found):
+        small = any(fnmatchcase(file.name, pattern) for pattern in SMALL)
+        if not small and not file.name.endswith((".safetensors", ".gguf")):
+            continue
+        status = _regular(file)
+        if small and status.st_size > reading.LIMIT:
+            limit = f"{reading.LIMIT / 2**20:.0f} MiB"
+            raise InputError(f"{file} has {status.st_size / 2**20:.0f} MiB; such a file has at most {limit}")
+        if small and file.suffix == ".json":
+            _check_json(file, status.st_mtime_ns, status.st_size)
+
+
+def _regular(file: Path) -> os.stat_result:
+    """Return the status of a file that can be read; raise an ``InputError`` for anything else."""
+    try:
+        status = file.stat()
+    except OSError as error:  # a link to nothing or to itself
+        raise InputError(f"{file} cannot be read: {error.strerror}; copy or download it again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{file} is {reading.kind_of(status.st_mode)}; a regular file is needed")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file} cannot be read: you lack the permission")
+    return status
+
+
+@lru_cache(maxsize=256)  # a tokenizer.json of 30 MB takes half a second, and a run opens a folder several times
+def _check_json(file: Path, modified: int, size: int) -> None:
+    """Refuse a file that is not JSON; ``modified`` and ``size`` tell a file from what it was before."""
+    reading.read_json(file)
+
+
+def open_safetensors(file: Path) -> Any:  # Any: safe_open is not typed
+    """Open a safetensors file; only its header is read.
+
+    Raises:
+        InputError: it is no regular file, cannot be read, or is truncated or damaged.
+    """
+    _regular(file)
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}; copy or download it again") from None
+
+
 def check_files(folder: Path) -> dict[str, torch.dtype]:
-    """Refuse pickled weights and safetensors files that are not complete, before anything is loaded.
+    """Refuse files that cannot be read, pickled weights, and safetensors files that are not complete.
 
     Return the dtype of every floating-point tensor, by its name in the files.
     """
+    check_readable(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
@@ -81,14 +170,11 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
     _check_index(folder / "model.safetensors.index.json", {file.name for file in files})
     dtypes: dict[str, torch.dtype] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118  (not a dict)
-                    dtype = FLOATS.get(reader.get_slice(name).get_dtype())
-                    if dtype is not None:
-                        dtypes[name] = dtype
-        except SafetensorError as error:
-            raise InputError(f"{file} is truncated or damaged ({error}); copy or download it again") from None
+        with open_safetensors(file) as reader:
+            for name in reader.keys():  # noqa: SIM118  (not a dict)
+                dtype = FLOATS.get(reader.get_slice(name).get_dtype())
+                if dtype is not None:
+                    dtypes[name] = dtype
     return dtypes
 
 
@@ -103,12 +189,16 @@ def stored_tensor(folder: Path, name: str) -> Tensor | None:
 
 
 def _check_index(index: Path, files: set[str]) -> None:
-    if not index.exists():
-        return
     try:
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of shards ({error!r}); copy or download it again") from None
+        weight_map = reading.read_object(index).get("weight_map")
+    except FileNotFoundError:
+        return
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(
+            f"{index} is not an index of shards: weight_map should be a mapping of tensors to file names; copy or "
+            "download it again"
+        )
+    listed = set(weight_map.values())
     if missing := sorted(listed - files):
         raise InputError(
             f"{index} lists {missing[0]}, which is not there ({len(missing)} file(s) missing); copy or download the "

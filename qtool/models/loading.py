@@ -5,6 +5,7 @@ missing tensors with random numbers, drops tensors that it does not know, and ac
 never runs.
 """
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,6 +30,7 @@ from qtool.system import matmul, memory, progress
 from qtool.system.errors import InputError, first_line
 from qtool.system.tensors import dtype_name
 
+WEIGHTS_PER_BYTE = 8  # most weights that a byte of a file can hold, at one bit each
 # config keys that a mixture of experts has
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -42,7 +45,16 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"model.device: {name} was asked for, but torch finds no GPU; use cpu or auto")
+    count = 1 if device.type == "cpu" else torch.get_device_module(device).device_count() if offered(device) else 0
+    if (device.index or 0) >= count:
+        raise InputError(f"model.device: {name} was asked for, but torch offers no such device here; use cpu or auto")
     return device
+
+
+def offered(device: torch.device) -> bool:
+    """Return whether this machine has an accelerator of the type of ``device``, and torch can compute on it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and accelerator.type == device.type
 
 
 def load_model(
@@ -78,6 +90,7 @@ def load_model(
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
+        _check_size(model_config, folder)
         model, info = from_files(folder, storage if streamed else dtype)
     except InputError:
         raise
@@ -132,6 +145,24 @@ def _check_adapter(path: str, folder: Path) -> None:
             f"{path} holds an adapter (adapter_config.json) that is not merged into the model; merge it first, with "
             "peft: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder); or, to "
             "quantize the model without it, move the files adapter_* elsewhere"
+        )
+
+
+def _check_size(config: Any, folder: Path) -> None:
+    """Refuse a config that asks for far more weights than the files hold: transformers would make them at random."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        num_weights = sum(
+            parameter.numel()
+            for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+        )
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if num_weights > size * WEIGHTS_PER_BYTE:
+        raise InputError(
+            f"{folder / 'config.json'} asks for {num_weights:.3g} weights, and the files hold {size:,} bytes; the "
+            "config is of another model, or files are missing"
         )
 
 

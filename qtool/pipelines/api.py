@@ -37,6 +37,7 @@ from qtool.reports.comparison import Comparison
 from qtool.reports.records import Metric
 from qtool.reports.report import Report
 from qtool.system.errors import InputError
+from qtool.system.paths import expand
 from qtool.system.tensors import dtype_name
 
 Keys = Mapping[str, object]
@@ -214,14 +215,18 @@ def evaluate(
             checked.model,
             checked.eval,
             float_model=None if reference is None else str(reference),
-            output=None if output is None else Path(output),
+            output=_output(output),
             seed=seed,
         ).report
     if isinstance(reference, str | Path):
         raise InputError(
             "reference: found a folder, but the model is in memory; load the reference and give that model"
         )
-    return _measured(model, reference, tokenizer, checked, None if output is None else Path(output))
+    return _measured(model, reference, tokenizer, checked, _output(output))
+
+
+def _output(path: str | Path | None) -> Path | None:
+    return None if path is None else expand(path, "output")
 
 
 def _measured(
@@ -301,8 +306,8 @@ def export(
         InputError: not a native checkpoint, or one that the format cannot hold exactly; the message says why.
         RunError: what was read back differs; nothing was kept.
     """
-    entry = check_export({"format": format, "path": Path(output), "dtype": dtype}, "qtool.export")
-    return exporting.export(Path(folder), entry, overwrite)
+    entry = check_export({"format": format, "path": output, "dtype": dtype}, "qtool.export")
+    return exporting.export(expand(folder, "folder"), entry, overwrite)
 
 
 def plan(recipe: str | Path | Keys | Recipe, **changes: object) -> BitPlan:
@@ -333,7 +338,7 @@ def compare(runs: str | Path | Sequence[str | Path]) -> Comparison:
     Raises:
         InputError: a folder without a report.
     """
-    return comparison.compare([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)])
+    return comparison.compare([expand(run, "runs") for run in ([runs] if isinstance(runs, str | Path) else runs)])
 
 
 def use_backend(model: nn.Module, name: str = "fast") -> Backends:

@@ -3,8 +3,6 @@
 A fault of the recipe is reported before the model is quantized, not after hours of work.
 """
 
-from pathlib import Path
-
 from qtool.allocation import plan as bit_plan
 from qtool.blocks.job import load_method
 from qtool.checkpoints import output_folder
@@ -19,6 +17,7 @@ from qtool.models.folders import resolve
 from qtool.pipelines.export_manifest import exported_already
 from qtool.system import distributed
 from qtool.system.errors import InputError
+from qtool.system.paths import expand
 from qtool.training import sharding
 from qtool.training.plan import plan_of
 
@@ -64,7 +63,7 @@ def check_paths(recipe: Recipe) -> None:
     reads = {"model.path": recipe.model.path, "data.source": recipe.data.source}
     if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
         reads["method.init_from"] = recipe.method.init_from
-    there = {key: found for key, path in reads.items() if (found := Path(path).expanduser()).exists()}
+    there = {key: found for key, path in reads.items() if (found := expand(path, key)).exists()}
     for index, (key, path) in enumerate(writes.items()):
         if not path.name:
             raise InputError(f"{key}: {path} cannot be an output folder; give it a name")

@@ -120,9 +120,9 @@ def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) ->
     if manifest is None or manifest.data is None or not set(config.tasks) & set(tasks.OWN_TASKS):
         return None
     recorded = manifest.recorded.data
-    if not sources.is_local(recorded):
-        return CalibrationSeen(recorded.source, None)
     try:
+        if not sources.is_local(recorded):
+            return CalibrationSeen(recorded.source, None)
         text = windows.calibration(recorded, loaded, manifest.seed)
         if windows.token_hash(*text) != manifest.data.sha256:
             raise InputError(f"{recorded.source} has changed since the checkpoint was made")

@@ -6,12 +6,12 @@ was killed after an export know that the export is complete.
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from qtool.checkpoints.files import file_hashes, write_json
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.config.sections import ExportConfig
-from qtool.reports.records import Exported
+from qtool.reports.records import Exported, FileName, Sha256
 from qtool.system import reading
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
@@ -28,9 +28,9 @@ class ExportManifest(BaseModel):
     format_version: int
     qtool: str  # version of qtool that wrote the export
     dtype: str  # the dtype that was asked for, or auto
-    source: dict[str, str]  # SHA-256 of the files of the checkpoint with weights and config
+    source: dict[FileName, Sha256]  # SHA-256 of the files of the checkpoint with weights and config
     exported: Exported  # the record of the report
-    files: dict[str, str]  # SHA-256 of the files of the export, but for this one
+    files: dict[FileName, Sha256]  # SHA-256 of the files of the export, but for this one
 
 
 def write_manifest(folder: Path, source: NativeCheckpoint, config: ExportConfig, exported: Exported) -> None:
@@ -52,17 +52,10 @@ def read_export_manifest(folder: Path) -> ExportManifest | None:
     Raises:
         InputError: the file is damaged.
     """
-    file = folder / EXPORT_MANIFEST
     try:
-        return ExportManifest.model_validate(reading.read_object(file))
+        return reading.read_typed(folder / EXPORT_MANIFEST, ExportManifest, "remove it, or export again")
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-        raise InputError(
-            f"{file} is damaged, or of another version of qtool ({reason}); remove it, or export again"
-        ) from None
 
 
 def exported_already(source: Path, config: ExportConfig) -> Exported | None:

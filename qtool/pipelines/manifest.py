@@ -5,18 +5,21 @@ It is written last, so its presence means that the checkpoint is complete. ``qto
 keys that every recipe has, ``recipe_again`` checks the whole recipe.
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from qtool.allocation.plan import BitPlan
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import MANIFEST
-from qtool.config.recipe import Recipe
+from qtool.config import plugins
+from qtool.config.recipe import Recipe, check
+from qtool.config.section import SEED_LIMIT
 from qtool.config.sections import DataConfig, ExpectedConfig
-from qtool.reports.records import Lock, Number, Series
+from qtool.reports.records import Count, FileName, Lock, Number, Seconds, Series, Sha256
+from qtool.system import reading
 from qtool.system.errors import InputError
 from qtool.system.printable import without_secrets
 
@@ -51,8 +54,8 @@ class RecordedRecipe(_Recorded):
 class CalibrationTokens(_Recorded):
     """The calibration windows that a run used."""
 
-    tokens: tuple[int, int]  # their shape [n, t]
-    sha256: str  # SHA-256 of tokens and labels
+    tokens: tuple[Count, Count]  # their shape [n, t]
+    sha256: Sha256  # SHA-256 of tokens and labels
 
 
 class Manifest(BaseModel):
@@ -62,37 +65,42 @@ class Manifest(BaseModel):
 
     format_version: int
     recipe: dict[str, JsonValue]  # all keys, with defaults filled in
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
     data: CalibrationTokens | None
     label: str
-    bits_per_weight: float
-    float_bytes: int
-    quantized_bytes: int
+    bits_per_weight: Annotated[float, Field(gt=0, le=64)]
+    float_bytes: Count
+    quantized_bytes: Count
     series: tuple[Series, ...]
     weight_errors: dict[str, Number]
-    seconds: dict[str, float]
+    seconds: dict[str, Seconds]
     versions: dict[str, str]
     date: str
     plan: BitPlan | None = None  # bit widths chosen for a budget, if the recipe has one
     command: str
     lock: Lock
-    files: dict[str, str]  # SHA-256 of each file that a reader computes with (of earlier versions: safetensors files)
+    # SHA-256 of each file that a reader computes with (of earlier versions: safetensors files)
+    files: dict[FileName, Sha256]
 
     @cached_property
     def recorded(self) -> RecordedRecipe:
         """The recorded recipe, without the keys of its method."""
         return RecordedRecipe.model_validate(self.recipe)
 
-    def recipe_again(self) -> Recipe:
-        """Return the recorded recipe, checked like a new one.
+    def recipe_again(self, folder: Path) -> Recipe:
+        """Return the recorded recipe, checked like a new one; ``folder`` is the checkpoint's, for messages.
 
         Raises:
             InputError: this version of qtool does not accept it.
         """
-        try:
-            return Recipe.model_validate(self.recipe)
-        except ValidationError as error:
-            raise InputError(f"this version of qtool does not accept the recipe in {MANIFEST}: {error}") from None
+        recipe = check(Recipe, self.recipe, f"the recipe in {folder / MANIFEST}")
+        command = plugins.get(recipe.method.name).command
+        if command != self.command:
+            raise InputError(
+                f"{folder / MANIFEST} is damaged: command is {self.command}, but method {recipe.method.name} runs as "
+                f"qtool {command}"
+            )
+        return recipe
 
     def write(self, folder: Path) -> None:
         """Write ``qtool.json`` into ``folder``."""
@@ -106,19 +114,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         InputError: the file is damaged.
     """
-    file = folder / MANIFEST
-    if not file.exists():
-        return None
+    file, advice = folder / MANIFEST, "remove it to use the folder without it"
     try:
-        manifest = Manifest.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        manifest = reading.read_typed(file, Manifest, advice)
         _ = manifest.recorded
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValidationError):
-            fault = error.errors()[0]
-            reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-        else:
-            reason = str(error)
-        raise InputError(
-            f"{file} is damaged, or of another version of qtool ({reason}); remove it to use the folder without it"
-        ) from None
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        what = reading.fault(error, "recipe")
+        raise InputError(f"{file} is damaged, or of another version of qtool ({what}); {advice}") from None
     return manifest

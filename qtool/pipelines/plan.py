@@ -13,7 +13,7 @@ from qtool.data import sources, windows
 from qtool.models.loading import load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.run_state import PLAN, RunState
-from qtool.system import distributed
+from qtool.system import distributed, reading
 
 
 @without_progress_bars()
@@ -39,4 +39,4 @@ def kept_plan(recipe: Recipe, state: RunState, job: Job, units: list[Unit]) -> B
         made = bit_plan.plan(job, lambda: load_model(recipe.model, checked=job.loaded), units, recipe.quant)
         write_durably(file, made.model_dump(mode="json"))
     distributed.barrier()
-    return BitPlan.model_validate_json(file.read_bytes())
+    return reading.read_typed(file, BitPlan, "pass --fresh to start over")

@@ -51,6 +51,7 @@ from qtool.reports.report import Report, read_report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
 from qtool.system.errors import InputError
+from qtool.system.paths import path_text
 from qtool.system.tensors import dtype_name
 
 
@@ -277,7 +278,9 @@ def evaluate(run: Run) -> None:
     if recipe.eval is not None and not (state.written.evaluated and state.written.evaluation == asked):
         progress.note(f"{recipe.output.path} is complete; it is evaluated next")
         with run.timer.phase("eval", "evaluating"):
-            written = load_model(recipe.model.model_copy(update={"path": str(recipe.output.path)}), quantized=True)
+            written = load_model(
+                recipe.model.model_copy(update={"path": path_text(recipe.output.path)}), quantized=True
+            )
             reference = load_model(recipe.model)
             text = state.calibration()
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)

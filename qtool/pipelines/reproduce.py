@@ -24,7 +24,7 @@ def reproduce(folder: Path) -> list[str]:
         RunError: the result differs; the message names the first tensor that does.
     """
     _, manifest = open_checkpoint(folder)
-    recipe = manifest.recipe_again()
+    recipe = manifest.recipe_again(folder)
     changes = differences(manifest.lock, lock_of(recipe, resolve(recipe.model.path)))
     if any(change.startswith(("model_files", "model:")) for change in changes):
         raise InputError(listing(f"{folder} was made from another model:", changes))

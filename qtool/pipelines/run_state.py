@@ -31,7 +31,7 @@ from qtool.checkpoints.native import MANIFEST
 from qtool.checkpoints.output_folder import OutputFolder, check_folder, failed, partial_of, reason
 from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
-from qtool.reports.records import Lock, Number, TaskResult
+from qtool.reports.records import Lock, Number, Sha256, TaskResult
 from qtool.reports.report import Report
 from qtool.system import distributed, progress, reading
 from qtool.system.errors import InputError, RunError, listing
@@ -44,7 +44,7 @@ WRITTEN = "written.json"  # name of the file that says that the checkpoint is co
 class BlockRecord(BaseModel):
     """The content of ``block-00003.json``, the record of a finished block."""
 
-    sha256: str  # SHA-256 of the block's shard
+    sha256: Sha256  # SHA-256 of the block's shard
     figures: dict[str, Number]
     weight_errors: dict[str, Number]
 
@@ -98,10 +98,13 @@ class RunState:
         return self.folder / f"block-{index:05d}.json"
 
     def record(self, index: int) -> BlockRecord | None:
-        """Return the record of a block; ``None`` if the block is not finished."""
+        """Return the record of a block; ``None`` if the block is not finished, or its record is damaged."""
         try:
-            return BlockRecord.model_validate_json(self.record_file(index).read_bytes())
-        except (OSError, ValueError):
+            return reading.read_typed(self.record_file(index), BlockRecord, "the block is quantized again")
+        except FileNotFoundError:
+            return None
+        except InputError as error:
+            progress.note(str(error))
             return None
 
     def calibration(self) -> Calibration | None:
@@ -110,6 +113,8 @@ class RunState:
         if not file.exists():
             return None
         kept = SafetensorsFolder(self.folder, file.name)
+        if "tokens" not in kept.names:
+            raise InputError(f"{file} has no tokens; pass --fresh to start over")
         return Calibration(kept.tensor("tokens"), kept.tensor("labels") if "labels" in kept.names else None)
 
     def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:

@@ -6,7 +6,7 @@ from statistics import median
 from pydantic import Field
 
 from qtool.reports.document import Document, Printable, Table
-from qtool.reports.records import Number, Record
+from qtool.reports.records import Count, Number, Record, Seconds
 from qtool.system.environment import environment
 from qtool.system.units import size
 
@@ -23,9 +23,11 @@ def decode(batch: int) -> str:
 class Speed(Record):
     """The speed of one variant in one measure."""
 
-    tokens_per_second: Number = Field(description="Median of the repeats, summed over all sequences of the batch.")
-    repeats: tuple[Number, ...] = Field(description="Tokens per second of each repeat.")
-    num_tokens: int = Field(description="Tokens in one repeat.")
+    tokens_per_second: Number = Field(
+        gt=0, description="Median of the repeats, summed over all sequences of the batch."
+    )
+    repeats: tuple[Number, ...] = Field(min_length=1, description="Tokens per second of each repeat.")
+    num_tokens: Count = Field(description="Tokens in one repeat.")
     joules_per_token: Number | None = Field(None, description="Energy, median of the repeats; null: not measured.")
 
     @property
@@ -51,8 +53,10 @@ class Variant(Record):
     name: str = Field(description="Name of the variant: dense, fast or exact.")
     title: str
     linears: str = Field(description="How many linears each kernel computes, and why the others have no kernel.")
-    file_bytes: int = Field(description="Size of the weights on disk; for the dense variant, the size they would have.")
-    weight_bytes: int = Field(description="Size of the weights in memory, including the kernels' own layouts.")
+    file_bytes: Count = Field(
+        description="Size of the weights on disk; for the dense variant, the size they would have."
+    )
+    weight_bytes: Count = Field(description="Size of the weights in memory, including the kernels' own layouts.")
     peak_bytes: int | None = Field(
         None, description="Peak memory while processing the prompt, minus memory before loading; null: unknown."
     )
@@ -66,15 +70,15 @@ class BenchReport(Record, Printable):
     label: str = Field(description="Short name of the quantization grid, e.g. w4g128.")
     dtype: str
     device: str
-    threads: int = Field(description="CPU threads of torch.")
-    prompt_tokens: int
+    threads: Count = Field(description="CPU threads of torch.")
+    prompt_tokens: Count
     variants: tuple[Variant, ...]
     logit_difference: Number | None = Field(
         None, description="Largest difference of a token's logits between fast and exact, over the largest logit."
     )
     energy: str = Field(description="Energy counters that were read, or why none was.")
     remarks: tuple[str, ...] = Field((), description="Further notes.")
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.html import render
 from qtool.reports.measures import (
@@ -209,12 +207,12 @@ def compare(paths: Iterable[Path]) -> Comparison:
     for path in paths:
         file = path / JSON_NAME if path.is_dir() else path
         try:
-            reports[path] = Report.model_validate_json(file.read_text(encoding="utf-8"))
-        except OSError as error:
+            reports[path] = reading.read_typed(file, Report, "name another one")
+        except FileNotFoundError as error:
             what = f"no {JSON_NAME}; a run (qtool ptq, qat, ...) or qtool eval -o writes one"
             faults.append(f"{path} has {what}" if path.is_dir() else f"{path} cannot be read: {error.strerror}")
-        except (ValidationError, ValueError) as error:
-            faults.append(f"{file} is not a report of a qtool run: {str(error).splitlines()[0]}")
+        except InputError as error:
+            faults.append(f"{file} is not a report of a qtool run: it {str(error).removeprefix(f'{file} ')}")
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
             faults.append(f"{path} is given {count} times")

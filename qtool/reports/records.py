@@ -3,11 +3,21 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
 
 from qtool.config.sections import ExpectedConfig
+from qtool.system import paths
 from qtool.system.printable import without_secrets
 
 OVERLAP_TOKENS = 13  # tokens of a run of text that counts as known
@@ -18,8 +28,24 @@ def _strict(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+def _number(value: object) -> object:
+    return float(str(value)) if value in ("inf", "-inf", "nan") else value
+
+
+def _file_name(name: str) -> str:
+    if not name.strip(".") or "/" in name or "\\" in name or paths.text_fault(name):
+        raise ValueError("should be the name of a file, not a path")
+    return name
+
+
 # JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
-Number = Annotated[float, PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")]
+Number = Annotated[
+    float, BeforeValidator(_number), PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")
+]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # a number of things or bytes
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class Record(BaseModel):
@@ -37,7 +63,7 @@ class Metric(Record):
 
     value: Number
     stderr: Number | None = Field(None, description="Standard error; null where it cannot be estimated.")
-    n: int = Field(description="Number of observations: predicted tokens, or examples.")
+    n: Count = Field(description="Number of observations: predicted tokens, or examples.")
 
 
 class TaskResult(Record):
@@ -54,9 +80,9 @@ class TaskResult(Record):
         None, description="Standard error of delta, from the differences on the same windows; perplexity only."
     )
     higher_is_better: bool | None = None
-    num_fewshot: int | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
-    limit: int | None = Field(None, description="Limit of windows, or of examples of each subtask; null: none.")
-    n: int | None = Field(None, description="Number of predicted tokens, or of examples.")
+    num_fewshot: Count | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
+    limit: Count | None = Field(None, description="Limit of windows, or of examples of each subtask; null: none.")
+    n: Count | None = Field(None, description="Number of predicted tokens, or of examples.")
     detail: bool = Field(False, description="Whether its group has a row for all; then tables leave it out.")
     overlap: Number | None = Field(
         None,
@@ -93,8 +119,8 @@ class CalibrationText(Record):
     """The text that calibrated a method."""
 
     source: str
-    num_samples: int
-    seq_len: int
+    num_samples: Count
+    seq_len: Count
 
 
 class Published(Record):
@@ -127,12 +153,12 @@ class Lock(BaseModel):
     data: dict[str, JsonValue] = Field(
         description="Section data of the recipe, without keys that do not change the result."
     )
-    seed: int
+    seed: Count
     model_files: dict[str, str] = Field(description="SHA-256 of the float model's files.")
     versions: dict[str, str] = Field(description="Versions of the packages that affect the result.")
     processor: str = Field(description="CPU model name: CPUs differ in the order of sums, and so in bits.")
-    threads: int
-    processes: int
+    threads: Count
+    processes: Count
 
 
 class Series(Record):
@@ -142,16 +168,24 @@ class Series(Record):
     per: Literal["block", "step", "validation"] = Field(
         description="Whether there is one value per block, step or validation."
     )
-    at: tuple[int, ...] = Field(description="Index of the block, or number of steps done, for each value.")
+    at: tuple[Count, ...] = Field(description="Index of the block, or number of steps done, for each value.")
     values: tuple[Number, ...]
+
+    @model_validator(mode="after")
+    def _one_value_each(self) -> Self:
+        if len(self.at) != len(self.values):
+            raise ValueError(f"at has {len(self.at)} entries and values has {len(self.values)}")
+        return self
 
 
 class Linear(Record):
     """A linear inside a decoder block."""
 
     name: str
-    shape: tuple[int, int] = Field(description="Output and input channels.")
-    num_bits: int | None = Field(None, description="Width of its codes; null: it stays in floating point.")
+    shape: tuple[Count, Count] = Field(description="Output and input channels.")
+    num_bits: Annotated[int, Field(ge=1, le=32)] | None = Field(
+        None, description="Width of its codes; null: it stays in floating point."
+    )
     grid: str = Field("", description="Short name of the grid, e.g. w4g128.")
     weight_error: Number | None = Field(
         None,
@@ -165,7 +199,7 @@ class Exported(Record):
 
     format: str
     path: str
-    num_bytes: int = Field(description="Size of the weights on disk, in bytes.")
+    num_bytes: Count = Field(description="Size of the weights on disk, in bytes.")
     weight_difference: Number = Field(description="Largest absolute difference of a weight after reading back.")
     logit_difference: Number = Field(
         description="Largest difference of logits on fixed tokens, relative to the largest logit."

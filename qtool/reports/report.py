@@ -3,25 +3,26 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
+    Count,
     Exported,
     Linear,
     Lock,
     Published,
     Record,
+    Seconds,
     Series,
     TaskResult,
 )
 from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
 from qtool.system import reading
 from qtool.system.environment import environment
-from qtool.system.errors import InputError
 from qtool.system.units import size
 from qtool.system.writing import write_text
 
@@ -40,11 +41,11 @@ class Report(Record, Printable):
     label: str | None = Field(None, description="Short name of the quantization grid, e.g. w4g128.")
     method: str | None = None
     bits_per_weight: float | None = Field(
-        None, description="Average of the quantized linears, including scales and zero points."
+        None, ge=0, le=64, description="Average of the quantized linears, including scales and zero points."
     )
-    float_bytes: int | None = Field(None, description="Size of the float model's weights on disk.")
-    quantized_bytes: int | None = Field(None, description="Size of the quantized model's weights on disk.")
-    seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
+    float_bytes: Count | None = Field(None, description="Size of the float model's weights on disk.")
+    quantized_bytes: Count | None = Field(None, description="Size of the quantized model's weights on disk.")
+    seconds: dict[str, Seconds] = Field(default_factory=dict, description="Wall time by phase.")
     calibration: CalibrationText | None = Field(
         None, description="Text that the method learned from; null: none, or unknown."
     )
@@ -52,11 +53,11 @@ class Report(Record, Printable):
     expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, beside ours.")
     linears: tuple[Linear, ...] = Field((), description="The linears of all decoder blocks, in model order.")
     series: tuple[Series, ...] = Field((), description="What the method recorded of each block, step or validation.")
-    peak_bytes: dict[str, int] = Field(
+    peak_bytes: dict[str, Count] = Field(
         default_factory=dict,
         description="Peak resident memory of the process up to the end of each phase, including mapped files.",
     )
-    peak_gpu_bytes: dict[str, int] = Field(
+    peak_gpu_bytes: dict[str, Count] = Field(
         default_factory=dict, description="Peak memory allocated by torch on one GPU, likewise."
     )
     exports: tuple[Exported, ...] = ()
@@ -66,7 +67,7 @@ class Report(Record, Printable):
     backend: str | None = Field(
         None, description="Arithmetic of packed linears: exact or fast; null: no packed linears."
     )
-    seed: int | None = None
+    seed: Count | None = None
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -182,15 +183,10 @@ def read_report(folder: Path) -> Report | None:
     Raises:
         InputError: its file is damaged, or is no report of qtool.
     """
-    file = folder / JSON_NAME
     try:
-        return Report.model_validate(reading.read_object(file))
+        return reading.read_typed(folder / JSON_NAME, Report, "make the report again with qtool eval -o")
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-        raise InputError(f"{file} is not a report of a qtool run ({reason})") from None
 
 
 def _results(report: Report) -> Table:

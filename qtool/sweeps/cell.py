@@ -10,7 +10,9 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, model_validator
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.output_folder import partial_of
@@ -20,7 +22,7 @@ from qtool.config.yaml_loader import dump
 from qtool.pipelines.lock import differences
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.run_state import read_lock
-from qtool.reports.bench_report import BenchReport
+from qtool.reports.bench_report import DENSE, FAST, PREFILL, BenchReport, decode
 from qtool.reports.records import Lock, beside_published
 from qtool.reports.report import JSON_NAME as REPORT
 from qtool.reports.report import Report
@@ -28,12 +30,28 @@ from qtool.sweeps.grid import CellRecipe
 from qtool.sweeps.results import CellResult
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.paths import path_text
+from qtool.system.reading import M, read_typed
 from qtool.system.writing import write_text
 
 BENCH = "bench.json"
 MACHINE = ("processor", "threads", "processes")  # keys of a lock that describe the machine
 Todo = Literal["run", "evaluate", "nothing"]
 QTOOL = [sys.executable, "-m", "qtool"]
+
+
+class KeptBench(BaseModel):
+    """The content of ``bench.json``: the speeds of a cell, and the options they were measured with."""
+
+    plan: BenchConfig
+    report: BenchReport
+
+    @model_validator(mode="after")
+    def _has_what_tables_show(self) -> Self:
+        speeds = {variant.name: variant.speeds for variant in self.report.variants}
+        if not all(measure in speeds.get(name, {}) for name in (DENSE, FAST) for measure in (decode(1), PREFILL)):
+            raise ValueError(f"report has no speeds of {DENSE} and {FAST}")
+        return self
 
 
 @dataclass
@@ -65,9 +83,9 @@ class Cell:
     def command(self) -> list[str]:
         """Return the command that does the remaining work."""
         if self.todo == "evaluate":
-            return [*QTOOL, "eval", str(self.file), "--output", str(self.folder), "--json"]
+            return [*QTOOL, "eval", path_text(self.file), "--output", path_text(self.folder), "--json"]
         options = [*(["--overwrite"] if self.folder.exists() else []), *(["--fresh"] if self.starts_over else [])]
-        return [*QTOOL, self.definition.command, str(self.file), "--json", *options]
+        return [*QTOOL, self.definition.command, path_text(self.file), "--json", *options]
 
 
 def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:
@@ -86,10 +104,11 @@ def todo(cell: Cell, lock: Lock, bench: BenchConfig | None) -> Todo:
 
 
 def _manifest(cell: Cell) -> Manifest | None:
-    """Return the manifest of a cell's checkpoint; ``None`` if it has none, or a damaged one."""
+    """Return the manifest of a cell's checkpoint; ``None`` if it has none, or a damaged one, which a note says."""
     try:
         return read_manifest(cell.folder)
-    except InputError:
+    except InputError as error:
+        progress.note(f"{cell.definition.name}: {error}")
         return None
 
 
@@ -115,7 +134,7 @@ def write_recipe(cell: Cell) -> None:
 def _evaluation(cell: Cell) -> Any:
     """Return the evaluation in a cell's recipe file; ``False`` if there is no such file."""
     try:
-        return recipe.load(cell.file).eval
+        return recipe.load(path_text(cell.file)).eval
     except InputError:
         return False
 
@@ -158,9 +177,8 @@ def result(cell: Cell) -> CellResult:
 
 
 def _report(cell: Cell) -> Report | None:
-    """Return the report of a cell; ``None`` if it is missing or incomplete."""
-    found = _read(cell.folder / REPORT)
-    return None if found is None else Report.model_validate(found)
+    """Return the report of a cell; ``None`` if it is missing or damaged."""
+    return _kept(cell.folder / REPORT, Report)
 
 
 def keep_bench(cell: Cell, bench: BenchConfig, output: str) -> None:
@@ -171,16 +189,16 @@ def keep_bench(cell: Cell, bench: BenchConfig, output: str) -> None:
 
 def benched(cell: Cell, bench: BenchConfig | None) -> BenchReport | None:
     """Return the speeds of a cell; ``None`` if not measured, or not with the options ``bench``, if these are given."""
-    found = _read(cell.folder / BENCH)
-    if found is None or (bench is not None and found["plan"] != bench.model_dump()):
-        return None
-    return BenchReport.model_validate(found["report"])
+    found = _kept(cell.folder / BENCH, KeptBench)
+    return found.report if found is not None and bench in (None, found.plan) else None
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; ``None`` if it is missing or incomplete."""
+def _kept(file: Path, kind: type[M]) -> M | None:
+    """Return what a cell kept in a file; ``None`` if it is missing, or damaged, which a note says."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_typed(file, kind, "it is made again")
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
+    except InputError as error:
+        progress.note(str(error))
+        return None

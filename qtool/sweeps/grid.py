@@ -7,19 +7,22 @@ another method. The key ``recipe`` replaces the base recipe.
 """
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qtool.config import plugins, validation
 from qtool.config.describe import DIALECT, Key, keys_of
-from qtool.config.files import read_yaml, tables
+from qtool.config.files import find, read_yaml, tables
 from qtool.config.overrides import assignment, changed
 from qtool.config.recipe import Recipe, examine
 from qtool.config.sweep import SweepConfig
+from qtool.system import paths, reading
 from qtool.system.errors import InputError, listing, nearest
 
 Change = tuple[str, Any]
@@ -27,6 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
 RESERVED = ("sweep", "submitit")  # names of other files and folders in a sweep's folder
 SUFFIXES = (".partial", ".yaml", ".log")
 BASE = "recipe"
+MAX_CELLS = 1000  # most cells of a sweep without --max-cells; the largest table of a paper has 82
 
 
 class CellSpec(NamedTuple):
@@ -77,11 +81,19 @@ def schema() -> dict[str, Any]:
     return {"$schema": DIALECT, **SweepConfig.model_json_schema(), "title": "qtool sweep"}
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    max_cells: int = MAX_CELLS,
+    allow_launcher_commands: bool = False,
+) -> Sweep:
     """Load and check the sweep at ``path``, a file or the name of a packaged sweep.
 
     ``overrides`` are ``key=value``: a key of the sweep, or a recipe key that changes every cell. ``output`` replaces
-    the sweep's own output folder.
+    the sweep's own output folder. ``allow_launcher_commands`` lets the launcher have any parameters, also those that
+    run commands.
 
     Raises:
         InputError: Every fault of the sweep, or else every fault of all its cells.
@@ -100,7 +112,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     wrong += found
     cells: list[CellSpec] = []
     if config is not None:
-        cells, found = expand(config)
+        wrong += [] if allow_launcher_commands else config.launcher.commands()
+        cells, found = expand(config, max_cells)
         varied = {key for where, changes in _all_changes(config) if where != "set" for key, _ in changes}
         wrong += found + [
             f"--set {key}: this key varies from cell to cell"
@@ -109,13 +122,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
         ]
     if wrong or config is None:
         raise InputError(listing(f"{path} has {len(wrong)} fault(s):", wrong))
-    name = str(path) if str(path) in tables() and not Path(path).is_file() else Path(path).stem
+    file = find(path, "sweep")
+    name = str(path) if file == tables().get(str(path)) else file.stem
     folder = output or config.output or Path("out", "sweeps", *Path(name).parts)
-    return Sweep(name, _title(path), config, folder, check(cells, given, folder, path))
+    return Sweep(name, _title(file), config, folder, check(cells, given, folder, path))
 
 
-def expand(config: SweepConfig) -> tuple[list[CellSpec], list[str]]:
-    """Return the cells of a sweep, unchecked, and the faults of its axes and names."""
+def expand(config: SweepConfig, max_cells: int = MAX_CELLS) -> tuple[list[CellSpec], list[str]]:
+    """Return the cells of a sweep, unchecked, and the faults of its axes and names; at most ``max_cells`` are made."""
+    count = len(config.cells) + (math.prod(map(len, config.grid.values())) if config.grid else 0)
+    if max(count, len(config.exclude)) > max_cells:
+        what = f"{count:,} cells" if count > max_cells else f"{len(config.exclude):,} entries in exclude"
+        return [], [f"the sweep has {what}; at most {max_cells:,} are taken, or pass --max-cells with a larger number"]
     wrong = list(_axis_faults(config))
     if wrong:
         return [], wrong
@@ -160,9 +178,12 @@ def check(
         InputError: Every fault of all cells, each once, with the cells that have it.
     """
     planned, wrong = [], dict[str, list[str]]()
+    read = cache(read_yaml)
     for cell in cells:
         try:
-            raw = _raw(cell, given) | {"output": {"path": str(folder / cell.name)}}
+            raw = _raw(_base(cell.base, read), (*cell.changes, *given)) | {
+                "output": {"path": paths.path_text(folder / cell.name)}
+            }
             checked, found = examine(Recipe, raw)
         except (InputError, ValueError) as error:
             checked, found = None, [str(error)]
@@ -191,9 +212,17 @@ def which(names: Sequence[str], total: int) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _raw(cell: CellSpec, given: Sequence[Change]) -> dict[str, Any]:
-    raw = read_yaml(cell.base) if isinstance(cell.base, str) else cell.base
-    for key, value in (*cell.changes, *given):
+def _base(value: object, read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the sections of a base recipe, which are written in the sweep, or which ``read`` reads."""
+    if isinstance(value, str):
+        return read(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"recipe: should be a name, a path or sections; found {validation.found(value)}")
+    return value
+
+
+def _raw(raw: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+    for key, value in changes:
         replaces = key == "method" and isinstance(value, Mapping) and "name" in value
         raw = changed(raw, key, value if replaces else _merged(_at(raw, key), value))
     return raw
@@ -305,8 +334,7 @@ def _slug(axis: str, label: str, values: Sequence[Any] | Mapping[str, Any]) -> s
     return text if words else f"{axis.rpartition('.')[2]}={text}"
 
 
-def _title(path: str | Path) -> str:
+def _title(file: Path) -> str:
     """Return the comment in the first line of the file, which is the sweep's title."""
-    file = Path(path) if Path(path).is_file() else tables()[str(path)]
-    first = file.read_text(encoding="utf-8-sig").partition("\n")[0]
+    first = reading.read_text(file).partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -47,6 +47,7 @@ from qtool.sweeps.table import SweepReport
 from qtool.system import progress, writing
 from qtool.system.errors import InputError, listing
 from qtool.system.locks import hold
+from qtool.system.paths import path_text
 
 WAITING = "not started yet"
 BUSY = ".busy"  # lock file of a sweep's folder; it stays there, and marks the folder as that of a sweep
@@ -217,7 +218,15 @@ def _bench(sweep: Sweep, cells: Sequence[Cell], options: BenchConfig) -> None:
     arguments = [text for key, value in options for text in (f"--{key.replace('_', '-')}", str(value))]
     commands = [
         Command(
-            [*QTOOL, "bench", str(cell.folder), *arguments, "--device", cell.definition.recipe.model.device, "--json"],
+            [
+                *QTOOL,
+                "bench",
+                path_text(cell.folder),
+                *arguments,
+                "--device",
+                cell.definition.recipe.model.device,
+                "--json",
+            ],
             cell.log.with_suffix(".bench.log"),
             {},
         )

@@ -8,9 +8,14 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qtool.system.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+M = TypeVar("M", bound="BaseModel")
 
 LIMIT = 64 * 2**20  # largest file that is read whole, in bytes; the largest tokenizer.json known has 40 MB
 
@@ -98,3 +103,25 @@ def read_object(file: Path, limit: int = LIMIT) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{file} holds a {type(found).__name__}; a JSON object was expected")
     return found
+
+
+def read_typed(file: Path, kind: type[M], advice: str) -> M:
+    """Return the JSON object in a file as a ``kind``, a pydantic model; every value must have its type already.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: as ``read_object``, or a key is missing or wrong; the message names it, and ends in ``advice``.
+    """
+    from pydantic import ValidationError  # here, because it takes long to load
+
+    try:
+        return kind.model_validate_json(json.dumps(read_object(file)), strict=True)
+    except ValidationError as error:
+        raise InputError(f"{file} is damaged, or of another version of qtool ({fault(error)}); {advice}") from None
+
+
+def fault(error: "ValidationError", before: str = "") -> str:
+    """Return the first fault that pydantic found: its dotted key, below the key ``before``, and what is wrong."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in (before, *first["loc"]) if part != "")
+    return f"{key}: {first['msg']}" if key else first["msg"]

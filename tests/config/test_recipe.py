@@ -187,7 +187,7 @@ def test_export_formats_are_the_files_of_the_folder(tmp_path: Path, monkeypatch:
         (b"seed: 1\nmodel: {path: x}\nseed: 2\n", "r.yaml is not YAML: line 3, column 1: key 'seed' is there twice"),
         (b"model: {path: x, path: y}\n", "r.yaml is not YAML: line 1, column 18: key 'path' is there twice"),
         (b"a: \x01\n", "r.yaml is not YAML: character 4: special characters are not allowed"),
-        (b"a: !!python/name:os.system x\n", "r.yaml is not YAML: line 1, column 4: could not determine"),
+        (b"a: !!python/name:os.system x\n", "r.yaml is not YAML: line 1, column 4: the tag !!python/name:os"),
         (b"a: !!bool maybe\n", "r.yaml is not YAML: a value does not fit its tag"),
         (b"? [a]\n: 1\n", "r.yaml is not YAML: line 1, column 3: found unhashable key"),
         (b"[" * 1500, "r.yaml is not YAML: nested too deeply"),

@@ -1,0 +1,32 @@
+"""Arguments and options that several commands share, and the reading of paths."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.help import recipe_names
+from qtool.system import paths
+
+
+def path(text: str) -> Path:
+    """Return the path that an argument means, with ``~`` and variables expanded as in recipes."""
+    try:
+        return paths.expanded(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}") from None
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=recipe_names
+    ),
+]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an unfinished run left, and start over.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, also for errors.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.", parser=path)]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
