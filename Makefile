@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPU_ONLY := $(shell [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: help demo test test-slow test-gpu check fix bench clean
+.PHONY: help demo test test-slow test-gpu test-versions check fix bench clean
 
 help:
 	@echo "make demo       install, quantize the built-in model, show the report"
@@ -22,6 +22,7 @@ help:
 	@echo "make fix        format and repair what can be repaired"
 	@echo "make test-slow  tests that take minutes or need outside software (see CONTRIBUTING.md)"
 	@echo "make test-gpu   tests that need a CUDA GPU"
+	@echo "make test-versions  a part of the tests with the oldest and newest supported packages"
 	@echo "make bench      timings; docs/benchmarks.md says what was measured"
 
 $(VENV)/.torch:
@@ -54,6 +55,9 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
+
+test-versions: $(VENV)/.dev
+	$(BIN)/python scripts/test_versions.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,10 +1,13 @@
 """``python -m qtool`` and the ``qtool`` command."""
 
+import atexit
 import gc
+import json
 import os
 import sys
+from contextlib import suppress
 
-from qtool.cli import main as command_line
+from qtool.system import interrupts
 
 SPINS = "10000"  # spin iterations of a waiting thread of GNU OpenMP before it sleeps (default 300,000)
 
@@ -17,16 +20,33 @@ def main() -> None:
     closed. Threads of torch wait by spinning, which on a shared machine takes time from the threads that they wait for
     (docs/benchmarks.md), so let them spin less.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
-    gc.set_threshold(50_000, 20, 20)
-    code = command_line.main()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # the reader has gone
-            code = code or 1
+    try:
+        interrupts.install()
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
+        gc.set_threshold(50_000, 20, 20)
+        from qtool.cli import main as command_line
+        from qtool.cli import streams
+
+        streams.occupy_descriptors()
+        code = command_line.main()
+    except KeyboardInterrupt:  # it came before the command line could answer it
+        interrupts.finish()
+        code = _interrupted("--json" in sys.argv)
+    interrupts.finish()
+    if interrupts.received():
+        with suppress(Exception):
+            atexit._run_exitfuncs()  # they remove temporary folders of libraries
     os._exit(code)
+
+
+def _interrupted(as_json: bool) -> int:
+    with suppress(OSError):
+        print("interrupted", file=sys.stderr, flush=True)
+        if as_json:
+            error = {"error": "interrupted", "kind": "interrupted", "exit_code": interrupts.EXIT_CODE}
+            print(json.dumps(error), flush=True)
+    return interrupts.EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fixtures that several test files share, and the settings of torch and hypothesis."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import tiny
+from helpers.deprecations import Deprecations
 from hypothesis import HealthCheck, settings
 
 from qtool.models.loaded import LoadedModel
@@ -19,6 +21,7 @@ if "QTOOL_DATA_DIR" not in os.environ and DATA.is_dir():
 
 torch.set_num_threads(1)  # one order of summation everywhere, and no contention for cores
 transformers.utils.logging.disable_progress_bar()
+logging.getLogger("transformers").addHandler(Deprecations(logging.WARNING))
 
 settings.register_profile(
     "qtool",
@@ -35,6 +38,16 @@ def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Turn off the figures of reports, which take about a second a run, in all but the tests of figures."""
     if request.path.stem not in ("test_html", "test_comparison"):
         monkeypatch.setattr("qtool.reports.figures.DRAWERS", ())
+
+
+@pytest.fixture(autouse=True)
+def no_logged_deprecations() -> Iterator[None]:
+    """Fail a test in which transformers logs a deprecation."""
+    transformers.utils.logging.warning_once.cache_clear()  # each message is logged once in a process otherwise
+    yield
+    found, Deprecations.found[:] = list(Deprecations.found), []
+    if found:
+        pytest.fail(f"transformers logged a deprecation: {found}")
 
 
 @pytest.fixture(autouse=True)

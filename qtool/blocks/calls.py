@@ -2,106 +2,210 @@
 
 For one forward of the model, the ``forward`` of each block is replaced on the instance by a function that records its
 arguments and passes the hidden states on; no block is computed but the first, once, to see what a block returns.
+
+Windows are full, so most arguments (masks, rotary tables) are the same for every batch of a size, and are recorded once
+for each size. Three short forwards show the others (``layout.py``): tensors made from the tokens, which each batch
+brings along (``hidden_states.Batch``), and mappings that blocks write into, such as shared keys and values. A block
+gets a copy of such a mapping, with what the blocks before it wrote for its windows, and its output brings the content
+along.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from qtool.blocks.hidden_states import Batch, Beside, beside_of
+from qtool.models.block_calls import Stop, hidden_of, replaced_forwards, with_hidden
 from qtool.models.loaded import LoadedModel
+from qtool.system.errors import InputError
+
+Blocks = list[tuple[str, nn.Module]]
 
 
-class Stop(Exception):
-    """Raised inside a forward to end it early; the function that started the forward catches it."""
+def is_shared(value: Any) -> bool:
+    """Return whether an argument is a mapping that blocks write into: one that is empty, or no plain ``dict``."""
+    return isinstance(value, MutableMapping) and (not value or not isinstance(value, dict))
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of a block's forward besides the hidden states."""
+    """The arguments of a block's forward besides the hidden states.
+
+    ``varying`` are the positions, among the leaves of ``(args, kwargs)``, of the arguments that differ between batches;
+    ``shared`` those of mappings that blocks write into. ``dim`` is the dimension of windows of the hidden states that
+    the block reads; everywhere else it is the first.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    varying: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
+    dim: int = field(default=0, kw_only=True)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "BlockCall":
         """Return the call on ``device``, with floating-point tensors (masks, rotary tables) in ``dtype``."""
         args, kwargs = tree_map_only(
-            Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), (self.args, self.kwargs)
+            Tensor,
+            lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype),
+            (self.args, self.kwargs),
+            is_leaf=is_shared,
         )
-        return BlockCall(args, kwargs)
+        return BlockCall(args, kwargs, self.varying, self.shared, dim=self.dim)
+
+    def leaves(self) -> list[Any]:
+        """Return the arguments, containers taken apart."""
+        return tree_flatten((self.args, self.kwargs), is_leaf=is_shared)[0]
+
+    def replaced(self, leaves: dict[int, Any]) -> "BlockCall":
+        """Return the call with other leaves at some positions."""
+        own, spec = tree_flatten((self.args, self.kwargs), is_leaf=is_shared)
+        args, kwargs = tree_unflatten([leaves.get(index, leaf) for index, leaf in enumerate(own)], spec)
+        return BlockCall(args, kwargs, self.varying, self.shared, dim=self.dim)
+
+    def run(self, block: nn.Module, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what ``block`` makes of hidden states ``[b, ...]``, computed in ``dtype``; windows come first."""
+        call, beside, plain = self, beside_of(hidden), hidden
+        if isinstance(hidden, Batch):
+            plain = hidden.as_subclass(Tensor)
+        shared = [_filled(self.leaves()[place], number, beside) for number, place in enumerate(self.shared)]
+        if self.varying or self.shared:
+            missing = [place for place in self.varying if (place,) not in beside]
+            assert not missing, "these hidden states lost the arguments that belong to their windows"
+            brought = {place: beside[place,] for place in self.varying}
+            call = self.replaced(brought | dict(zip(self.shared, shared, strict=True)))
+        plain = plain.to(dtype)
+        before = state_of(call.leaves())
+        out = hidden_of(block(plain.movedim(0, self.dim) if self.dim else plain, *call.args, **call.kwargs))
+        if state_of(call.leaves()) != before:
+            raise InputError(
+                f"{type(block).__name__}, a decoder block, writes into an argument that other blocks read; such models "
+                "are not supported with calibration text: use rtn or hqq, which read no text"
+            )
+        out = (out.movedim(self.dim, 0) if self.dim else out).to(hidden.dtype)
+        written = {name: x for number, each in enumerate(shared) for name, x in _content(each, number, len(out))}
+        return Batch.of(out, written) if written else out
 
 
-@contextmanager
-def _recording(blocks: list[nn.Module], record: Callable[[int, Tensor, BlockCall], Any]) -> Iterator[None]:
-    """Replace the forward of each block by ``record(index, hidden, call)`` inside the ``with`` block."""
+def state_of(leaves: Sequence[Any]) -> list[Any]:
+    """Return what shows that a block wrote into an argument other than a shared mapping."""
+    return [
+        (0 if leaf.is_inference() else leaf._version)
+        if isinstance(leaf, Tensor)
+        else sorted(map(id, getattr(leaf, "__dict__", {}).values()))
+        for leaf in leaves
+        if not is_shared(leaf)
+    ]
 
-    def recorder(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                return record(index, args[0], BlockCall(args[1:], kwargs))
-            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            return record(index, kwargs["hidden_states"], BlockCall((), rest))
 
-        return forward
+def _filled(mapping: Any, number: int, beside: Beside) -> Any:
+    """Return a copy of an empty shared mapping with the content that hidden states bring along."""
+    filled = copy.copy(mapping)
+    parts: dict[Any, list[Tensor]] = {}
+    for name, tensor in beside.items():
+        if name[0] == "shared" and name[1] == number:
+            parts.setdefault(name[2:4], []).append(tensor)
+    for (key, is_tuple), tensors in parts.items():
+        filled[key] = tuple(tensors) if is_tuple else tensors[0]
+    return filled
 
-    for index, block in enumerate(blocks):
-        block.forward = recorder(index)  # on the instance, removed below
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+
+def _content(mapping: MutableMapping[Any, Any], number: int, windows: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Yield name and value of each tensor in a shared mapping.
+
+    Raises:
+        InputError: there is something else in it, or a tensor whose first dimension is not that of windows.
+    """
+    for key, value in mapping.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        if not all(isinstance(part, Tensor) and part.dim() and part.shape[0] == windows for part in parts):
+            raise InputError(
+                f"a decoder block leaves {key!r} for later blocks, which is no tensor of windows; such models are not "
+                "supported with calibration text: use rtn or hqq"
+            )
+        for place, part in enumerate(parts):
+            yield ("shared", number, key, isinstance(value, tuple | list), place), part.detach()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model's calls of its blocks have in common: found once by ``layout.find_layout``.
+
+    ``output`` is what the first block returned; ``varying`` and ``shared`` are those of the call of each block.
+    """
+
+    output: Any
+    dim: int
+    varying: tuple[tuple[int, ...], ...]
+    shared: tuple[tuple[int, ...], ...]
 
 
 def record_calls(
-    loaded: LoadedModel, batches: dict[int, Tensor], blocks: list[tuple[str, nn.Module]], dtype: torch.dtype
+    loaded: LoadedModel, batches: dict[int, Tensor], blocks: Blocks, dtype: torch.dtype, layout: Layout
 ) -> dict[int, list[BlockCall]]:
-    """Return the call of each block by batch size. Windows are full, so calls depend on nothing else of a batch.
+    """Return the call of each block by batch size, without the arguments that differ between batches.
 
     Calls are on the device that computes, their floating-point tensors in ``dtype``.
     """
     calls: dict[int, list[BlockCall]] = {}
     modules = [block for _, block in blocks]
-    kind: list[type] = []
 
-    def record(index: int, hidden: Tensor, call: BlockCall) -> Any:
-        calls.setdefault(hidden.shape[0], []).append(call)
-        if index == 0 and not kind:  # one real call shows if blocks return a tensor or a tuple
-            like = next(p for p in modules[0].parameters() if p.is_floating_point())
-            fitting = call.to(like.device, like.dtype)
-            out = type(modules[0]).forward(modules[0], hidden.to(like), *fitting.args, **fitting.kwargs)
-            kind.append(type(out))
+    def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        varying = layout.varying[index]
+        call = BlockCall(args, kwargs, varying, layout.shared[index], dim=layout.dim)
+        call = call.replaced(dict.fromkeys(varying)) if varying else call
+        calls.setdefault(hidden.shape[layout.dim], []).append(call)
         if index == len(modules) - 1:
             raise Stop
-        return (hidden,) if kind[0] is tuple else hidden
+        return with_hidden(layout.output, hidden)
 
-    with _around_blocks(loaded, modules):
+    with around_blocks(loaded, modules):
         for batch in batches.values():
-            with _recording(modules, record), suppress(Stop):
+            with replaced_forwards(modules, record), suppress(Stop):
                 loaded.model(input_ids=batch, use_cache=False)
     return {size: [call.to(loaded.device, dtype) for call in each] for size, each in calls.items()}
 
 
-def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: list[tuple[str, nn.Module]]) -> Tensor:
+def record_varying(
+    loaded: LoadedModel, batch: Tensor, blocks: Blocks, index: int, dtype: torch.dtype, layout: Layout
+) -> Beside:
+    """Return the arguments of block ``index`` that differ between batches, as ``batch`` brings them along."""
+    found: dict[tuple[Any, ...], Tensor] = {}
+    modules = [block for _, block in blocks]
+
+    def record(at: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if at == index:
+            leaves = BlockCall(args, kwargs).to(loaded.device, dtype).leaves()
+            found.update({(place,): leaves[place].clone() for place in layout.varying[index]})
+            raise Stop
+        return with_hidden(layout.output, hidden)
+
+    with around_blocks(loaded, modules), replaced_forwards(modules[: index + 1], record), suppress(Stop):
+        loaded.model(input_ids=batch, use_cache=False)
+    return found
+
+
+def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: Blocks, layout: Layout) -> Tensor:
     """Return the hidden states ``[b, t, d]`` that enter the first block."""
     found: list[Tensor] = []
 
-    def record(index: int, hidden: Tensor, call: BlockCall) -> Any:
+    def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found.append(hidden.to(loaded.device, loaded.dtype))
         raise Stop
 
     modules = [block for _, block in blocks]
-    with _around_blocks(loaded, modules), _recording(modules[:1], record), suppress(Stop):
+    with around_blocks(loaded, modules), replaced_forwards(modules[:1], record), suppress(Stop):
         loaded.model(input_ids=batch, use_cache=False)
-    return found[0]
+    return found[0].movedim(layout.dim, 0) if layout.dim else found[0]
 
 
 @contextmanager
-def _around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None]:
+def around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None]:
     """Let the modules before the blocks compute in ``loaded.dtype`` where a streamed model has another dtype.
 
     Embedding tables stay as they are, and the rows that are looked up are cast. The other modules are small and are

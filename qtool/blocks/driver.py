@@ -10,14 +10,16 @@ watching one forward of the block (``task.py``).
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.calls import BlockCall, first_hidden, record_calls
-from qtool.blocks.hidden_states import HiddenStates
+from qtool.blocks.calls import BlockCall, Layout, first_hidden, record_calls, record_varying
+from qtool.blocks.hidden_states import Beside, HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series
+from qtool.blocks.layout import find_layout
 from qtool.blocks.task import BlockTask
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
@@ -148,8 +150,12 @@ class BlockStates:
         blocks = loaded.blocks()
         batches = list(tokens.to(loaded.model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
         sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
-        self._calls = record_calls(loaded, {len(batch): batch for batch in sizes.values()}, blocks, compute)
-        first = first_hidden(loaded, batches[0], blocks)
+        self._layout = find_layout(loaded, tokens, blocks)
+        by_size = {len(batch): batch for batch in sizes.values()}
+        self._calls = record_calls(loaded, by_size, blocks, compute, self._layout)
+        # what each batch brings to block i
+        self._varying = partial(_varying, loaded, batches, blocks, compute, self._layout)
+        first = first_hidden(loaded, batches[0], blocks, self._layout)
         state_bytes = (
             2 * first[0].nbytes * len(tokens) * (2 if with_float_states else 1)
         )  # entering and leaving the block
@@ -167,11 +173,13 @@ class BlockStates:
         folder = workspace.scratch if workspace and on_disk else None
         self.inputs = HiddenStates(folder, [first])
         for batch in batches[1:]:
-            self.inputs.append(first_hidden(loaded, batch, blocks))
+            self.inputs.append(first_hidden(loaded, batch, blocks, self._layout))
         self.float_inputs = self.inputs if with_float_states else None
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
+        for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
+            states.bring(self._varying(index))
         return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
 
     def advance(self, task: BlockTask) -> None:
@@ -180,6 +188,20 @@ class BlockStates:
             assert task.float_outputs is not None, "a method with float inputs sets the float outputs of each task"
             self.float_inputs = task.float_outputs
         self.inputs = task.outputs or task.through(self.inputs)
+
+
+def _varying(
+    loaded: LoadedModel,
+    batches: list[Tensor],
+    blocks: list[tuple[str, nn.Module]],
+    compute: torch.dtype,
+    layout: Layout,
+    index: int,
+) -> Iterator[Beside]:
+    """Yield the arguments of block ``index`` that differ between batches, for each batch."""
+    if layout.varying[index]:
+        for batch in batches:
+            yield record_varying(loaded, batch, blocks, index, compute, layout)
 
 
 def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dict[str, torch.dtype]:

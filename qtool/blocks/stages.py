@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from qtool.blocks.calls import Stop
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.task import BlockTask
+from qtool.models.block_calls import Stop
 from qtool.models.linears import Target
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory
@@ -110,10 +110,12 @@ def _paused_forward(
     always runs the float linear.
     """
     linear, forward, name = target.linear, target.linear.forward, task.local_name(target)
+    paused: set[greenlet] = set()
 
     def paused_forward(x: Tensor) -> Tensor:
         run = getcurrent()
-        if leads:
+        if leads and run not in paused:  # a block may call it again
+            paused.add(run)
             assert run.parent is not None
             run.parent.switch(x.flatten(0, -2))
         layer = linear if run in float_runs else task.block.get_submodule(name)

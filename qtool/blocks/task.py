@@ -18,6 +18,7 @@ from qtool.blocks.hidden_states import HiddenStates
 from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
+from qtool.system.errors import InputError
 
 
 @dataclass
@@ -45,10 +46,7 @@ class BlockTask:
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Run the block in its present state: hidden states ``[b, t, d]`` in and out."""
-        call = self.calls[hidden.shape[0]]
-        out = self.block(hidden.to(self.compute), *call.args, **call.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result.to(hidden.dtype)
+        return self.calls[hidden.shape[0]].run(self.block, hidden, self.compute)
 
     def through(self, states: HiddenStates) -> HiddenStates:
         """Run ``states`` through the block in its present state; outputs are kept where ``states`` are."""
@@ -61,21 +59,28 @@ class BlockTask:
     def groups(self) -> list[list[Target]]:
         """The targets in the order they run, those that read the same tensor together (q, k, v; gate, up).
 
-        Found by watching one forward of the block.
+        Found by watching one forward of the block. A linear that is called twice is in its first group.
         """
         if not self._groups:
             seen: dict[tuple[Any, ...], list[Target]] = {}
+            called: set[nn.Module] = set()
             kept: list[Tensor] = []  # holds the tensors, so that no address is used twice
             by_module = {target.linear: target for target in self.targets}
 
             def visit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = args[0]
                 kept.append(x)
-                seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(by_module[module])
+                if module not in called:
+                    seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(by_module[module])
+                called.add(module)
 
             self.observe(by_module, visit, [self.inputs[0][:1]])
             unused = {target.name for target in self.targets} - {t.name for group in seen.values() for t in group}
-            assert not unused, f"the block's forward does not use {sorted(unused)}"
+            if unused:
+                raise InputError(
+                    f"{min(unused)} is not called by its block ({len(unused)} such linear(s)), so nothing shows what "
+                    "it reads; leave it in floating point by quant.overrides: {NAME: {skip: true}}"
+                )
             self._groups = list(seen.values())
         return self._groups
 

@@ -116,12 +116,12 @@ def write_index(folder: Path) -> None:
 
 
 def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
-    """Return the SHA-256 of each file of ``folder`` that matches a pattern, by name."""
+    """Return the SHA-256 of each file of ``folder`` that matches a pattern, by its path below ``folder``."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     hashes = {}
     for file in files:
         with file.open("rb") as content:
-            hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+            hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
     return hashes
 
 

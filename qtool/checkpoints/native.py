@@ -8,20 +8,30 @@ files. ``qtool.json`` is written last, so its presence means that the folder is 
 ``p.weight`` is one byte that makes other loaders stop.
 """
 
-import copy
+import json
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from qtool.checkpoints.files import SafetensorsFolder, folder_bytes, shard_name, write_index, write_shard, write_shards
+from qtool.checkpoints import side_files, written_config
+from qtool.checkpoints.files import (
+    SafetensorsFolder,
+    folder_bytes,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+    write_shards,
+)
 from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import SCALE_BITS, QuantSpec
 from qtool.models.folders import check_readable, read_config
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight
+from qtool.quant.affine import QuantizedWeight, dequantize
 from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.system import memory
 from qtool.system.errors import InputError, RunError
@@ -81,13 +91,36 @@ def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None
         write_index(folder)
     else:
         write_shards(tensors, folder)
-    config = copy.deepcopy(loaded.model.config)
-    config.dtype = loaded.storage_dtype
-    config.quantization_config = section_of(specs)
-    config.save_pretrained(folder)
-    if loaded.model.can_generate() and loaded.model.generation_config is not None:
-        loaded.model.generation_config.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    describe(folder, loaded, specs)
+
+
+def describe(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None:
+    """Write what a checkpoint has beside its weights: the config, and the float model's own other files.
+
+    Raises:
+        InputError: one of those files is no regular file, or is a link that leads elsewhere.
+    """
+    config = json.loads(loaded.model.config.to_json_string()) | {"quantization_config": section_of(specs)}
+    source, dtype = read_config(loaded.folder), dtype_name(loaded.storage_dtype)
+    config = written_config.written(config, source, dtype, is_tied(loaded.model))
+    write_json(folder / "config.json", dict(sorted(config.items())))
+    side_files.copy(loaded.folder, folder)
+
+
+def is_tied(model: PreTrainedModel) -> bool | None:
+    """Return whether the output head of a model computes with its embedding; ``None`` if it has no such layers."""
+    head, table = (getattr(layer, "weight", None) for layer in _ends(model))
+    if head is None or table is None:
+        return None
+    return head is table or (head.device.type != "meta" and head.data_ptr() == table.data_ptr())
+
+
+def _ends(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return the output head and the embedding of a model."""
+    try:
+        return model.get_output_embeddings(), model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None, None
 
 
 class NativeCheckpoint:
@@ -134,6 +167,20 @@ class NativeCheckpoint:
         layer.check(f"{self.folder}: {name}")
         return layer.quantized
 
+    def largest(self, name: str) -> float:
+        """Return the largest absolute value of a tensor, or of the dequantized weight of a linear; of integers 0.
+
+        Of linears all of whose values fit into every dtype it is an upper bound.
+        """
+        if name in self.specs:
+            # twice the range of codes is more than any code is away from its zero point
+            bound = float(self.tensor(f"{name}.weight_scale").double().abs().max()) * 2 * self.specs[name].qmax
+            if bound <= torch.finfo(torch.float16).max:
+                return bound
+            return float(dequantize(*self.quantized(name)).abs().max())
+        tensor = self.tensor(name)
+        return float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+
     def float_names(self) -> list[str]:
         """Return the names of all tensors outside quantized weights, among them the biases of quantized linears."""
         packed = {f"{name}.{part}" for name in self.specs for part in PARTS}
@@ -160,6 +207,14 @@ class PlannedCheckpoint(NativeCheckpoint):
         }
         quantized = {f"{name}.weight" for name in specs}
         self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
+        self._extremes = loaded.extremes
+
+    def largest(self, name: str) -> float:
+        """Return the largest absolute value of a tensor, or of the float weight of a linear; 0 if it is not known."""
+        if name in self.specs:
+            low, high = self._extremes.get(f"{name}.weight", (0.0, 0.0))
+            return max(-low, high)
+        return super().largest(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor that is known before the run."""

@@ -5,7 +5,6 @@ needs them is imported inside the command, after the arguments are known. Result
 standard error. Exit codes: 0 done, 1 a run failed, 2 the user's input is wrong, 130 interrupted.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 
 from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
-from qtool.cli.output import show, show_table
+from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.session import running
 from qtool.config import catalog
 from qtool.system import distributed
@@ -46,7 +45,7 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"qtool {__version__}")
+        print_text(f"qtool {__version__}")
         raise typer.Exit
 
 
@@ -120,9 +119,8 @@ def plan(
         from qtool.system.writing import write_text
 
         write_text(output, found.yaml(checked.quant))
-    print(found.model_dump_json(indent=2) if as_json else found.table())
-    if output is not None and not as_json:
-        print(f"\n{output}")
+    text = found.table() + (f"\n\n{output}" if output is not None else "")
+    print_either(found.model_dump(mode="json"), text, as_json, indent=2)
 
 
 @app.command("eval", cls=DescribedCommand)
@@ -217,7 +215,7 @@ def export(
         from qtool.pipelines import export as pipeline
 
         path = pipeline.export(folder, config, overwrite)
-    print(json.dumps({"path": str(path), "format": config.format}) if as_json else path)
+    print_either({"path": str(path), "format": config.format}, str(path), as_json)
 
 
 @app.command("bench", cls=DescribedCommand)
@@ -328,11 +326,11 @@ def compare(
     if output is not None:
         found.write(output)
     if as_json:
-        print(json.dumps({"path": str(output) if output else None, **found.as_dict()}))
+        print_json({"path": str(output) if output else None, **found.as_dict()})
     else:
         show_table(found)
         if output is not None:
-            print(f"\n{output}")
+            print_text(f"\n{output}")
 
 
 @app.command()
@@ -345,7 +343,7 @@ def verify(
 
     found = pipeline.verify(folder)
     text = f"{folder}: {found.files} file(s) and {found.linears} quantized linears are as they were written"
-    print(json.dumps({"path": str(folder), **found._asdict()}) if as_json else text)
+    print_either({"path": str(folder), **found._asdict()}, text, as_json)
 
 
 @app.command()
@@ -360,7 +358,7 @@ def reproduce(
 
         changes = pipeline.reproduce(folder)
     found = {"path": str(folder), "same": True, "changes": changes}
-    print(json.dumps(found) if as_json else f"{folder}: made again, the same bytes")
+    print_either(found, f"{folder}: made again, the same bytes", as_json)
 
 
 @app.command()
@@ -374,12 +372,14 @@ def recipes(
 
     packaged = files.packaged() | files.tables()
     if name is None:
+        lines = []
         for each, path in packaged.items():
             width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
             with path.open(encoding="utf-8") as file:
-                print(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
+                lines.append(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
+        print_text("\n".join(lines))
     elif name in packaged:
-        print(packaged[name].read_text(encoding="utf-8"), end="")
+        print_text(packaged[name].read_text(encoding="utf-8"), end="")
     else:
         raise InputError(f"no packaged recipe {name}; there are: {', '.join(packaged)}")
 
@@ -392,7 +392,7 @@ def schema(
     from qtool.config import describe as description
     from qtool.sweeps import grid
 
-    print(json.dumps(grid.schema() if of_sweep else description.schema(), indent=2))
+    print_json(grid.schema() if of_sweep else description.schema(), indent=2)
 
 
 @app.command()
@@ -401,6 +401,6 @@ def doctor(as_json: Json = False) -> None:
     from qtool.cli import doctor as examination
 
     found = examination.doctor()
-    print(json.dumps(found, indent=2) if as_json else examination.render(found))
+    print_either(found, examination.render(found), as_json, indent=2)
     if found["problems"]:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 from packaging.requirements import Requirement
 
@@ -144,11 +145,30 @@ def _data() -> dict[str, Any]:
 
 
 def _hub() -> dict[str, Any]:
+    """Return the hub's address and cache, whether libraries are told to stay offline, and whether it answers.
+
+    ``answers`` is ``None`` behind a proxy, which accepts every connection and so is not tried.
+    """
     try:
         from huggingface_hub import constants
-    except ImportError:
-        return {"offline": True, "cache": ""}
-    return {"offline": bool(constants.HF_HUB_OFFLINE), "cache": str(constants.HF_HUB_CACHE)}
+
+        from qtool.data.hub import hub_answers
+    except ImportError:  # a missing package is already among the problems
+        return {"address": "", "offline": True, "answers": False, "cache": ""}
+    offline, proxied = bool(constants.HF_HUB_OFFLINE), "https" in getproxies()
+    return {
+        "address": constants.ENDPOINT,
+        "offline": offline,
+        "answers": None if proxied and not offline else not offline and hub_answers(),
+        "cache": str(constants.HF_HUB_CACHE),
+    }
+
+
+def _reached(hub: dict[str, Any]) -> str:
+    if hub["offline"]:
+        return "offline (HF_HUB_OFFLINE)"
+    answer = {True: "answers", False: "does not answer", None: "through a proxy, not tried"}[hub["answers"]]
+    return f"{hub['address']} {answer}"
 
 
 def render(found: dict[str, Any]) -> str:
@@ -179,7 +199,7 @@ def render(found: dict[str, Any]) -> str:
         ],
         "data": [
             ("local", where, ""),
-            ("hub", f"{'offline' if hub['offline'] else 'online'}, cache {hub['cache']}", ""),
+            ("hub", f"{_reached(hub)}, cache {hub['cache']}", ""),
         ],
         "optional": [(name, here.get(name, "-"), use) for name, use in OPTIONAL.items()],
     }

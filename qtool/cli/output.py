@@ -1,5 +1,10 @@
-"""Printing of results and of error messages."""
+"""Printing of results and of error messages.
 
+Once printing begins the work is done, so a signal no longer interrupts: a result is printed whole.
+"""
+
+import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +13,10 @@ from typing import Any, Protocol
 import typer
 
 from qtool.cli.session import Interrupted
+from qtool.cli.streams import unescaped
+from qtool.system import interrupts
 from qtool.system.errors import InputError, RunError
+from qtool.system.printable import without_secrets
 
 
 class Shown(Protocol):
@@ -31,8 +39,6 @@ def show(
 ) -> None:
     """Print the report of a command and the folders that it wrote; ``more`` is said in JSON only."""
     if as_json:
-        from pydantic_core import to_json
-
         result = {
             "path": str(path) if path else None,
             "exports": [str(each) for each in exports],
@@ -40,24 +46,64 @@ def show(
             **(more or {}),
             "report": report.model_dump(mode="json"),
         }
-        print(to_json(result, inf_nan_mode="null").decode())
+        print_json(result)
         return
     show_table(report)
     folders = [str(each) for each in (path, *exports) if each is not None]
     if folders:
-        print()
-    for folder in folders:
-        print(folder)
+        print_text("\n".join(["", *folders]))
 
 
 def show_table(report: Any) -> None:
     """Print a report, or a comparison, as a table for a terminal or as Markdown."""
+    _begin()
     if sys.stdout.isatty() and hasattr(report, "render"):
         from rich.console import Console
 
-        report.render(Console())
+        report.render(Console(file=unescaped(sys.stdout)))
     else:
         print(report.markdown())
+
+
+def _begin() -> None:
+    interrupts.check()  # for a signal that code of others swallowed
+    interrupts.finish()
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Print a result."""
+    _begin()
+    print(text, end=end)
+
+
+def print_either(value: Any, text: str, as_json: bool, indent: int | None = None) -> None:
+    """Print a result as JSON or as text."""
+    if as_json:
+        print_json(value, indent)
+    else:
+        print_text(text)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print a result as ``json_text`` makes it."""
+    _begin()
+    print(json_text(value, indent))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return plain data as one JSON value in ASCII, without secrets; a number that is not finite becomes null."""
+    return json.dumps(_finite(without_secrets(value)), indent=indent)
+
+
+def _finite(value: Any) -> Any:  # Any: plain data, as JSON has it
+    match value:
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def explain_error(error: BaseException) -> tuple[str, int, str]:

@@ -3,9 +3,9 @@
 import os
 import sys
 import time
-from contextlib import suppress
 
 from qtool.system.peaks import peaks_in_words
+from qtool.system.printable import one_line
 from qtool.system.progress import Sink, Task
 from qtool.system.units import duration
 
@@ -42,11 +42,10 @@ class Lines(Sink):
 
     def _say(self, task: Task, text: str) -> None:
         self._last = time.monotonic()
-        self._write("  " * task.depth + text)
+        self._write("  " * task.depth + one_line(text))
 
     def _write(self, text: str) -> None:
-        with suppress(BrokenPipeError):
-            print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def for_terminal(quiet: bool) -> Sink:

@@ -7,14 +7,14 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from qtool.cli import progress_display
-from qtool.system import progress
+from qtool.system import interrupts, progress
 from qtool.system.errors import QtoolError
 
 
 class Interrupted(QtoolError):
     """Ctrl-C ended the command; the message says what it left behind."""
 
-    exit_code = 130
+    exit_code = interrupts.EXIT_CODE
 
 
 @contextmanager
@@ -25,19 +25,26 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
             os.environ.setdefault(name, value)
     before = _identity(output)
     try:
+        interrupts.check()
         with progress.use(progress_display.for_terminal(quiet)), redirect_stdout(sys.stderr):
             yield
-    except KeyboardInterrupt as error:
-        if output is None:
-            raise Interrupted("interrupted") from error
-        if _identity(output) == before:
-            begun = _partial(output) / "state"
-            then = f"; run the same command again to continue from {begun.parent}" if begun.exists() else ""
-            raise Interrupted(f"interrupted; nothing was written under {output}{then}") from error
-        again = "; run the same command again to continue" if _partial(output).exists() else ""
-        raise Interrupted(
-            f"interrupted; {output} is complete, but the steps after it were not finished{again}"
-        ) from error
+            interrupts.check()
+    except (Exception, KeyboardInterrupt) as error:
+        if not (isinstance(error, KeyboardInterrupt) or interrupts.received()):
+            raise
+        raise Interrupted(_left_behind(output, before)) from error
+
+
+def _left_behind(output: Path | None, before: tuple[int, int] | None) -> str:
+    """Return the message after Ctrl-C; ``before`` is the identity of ``output`` at the start."""
+    if output is None:
+        return "interrupted"
+    if _identity(output) == before:
+        begun = _partial(output) / "state"
+        then = f"; run the same command again to continue from {begun.parent}" if begun.exists() else ""
+        return f"interrupted; nothing was written under {output}{then}"
+    again = "; run the same command again to continue" if _partial(output).exists() else ""
+    return f"interrupted; {output} is complete, but the steps after it were not finished{again}"
 
 
 QUIET = {  # environment variables that silence the progress bars and logs of libraries
@@ -61,8 +68,3 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_ino, status.st_mtime_ns) if status else None
-
-
-def terminate(number: int, frame: object) -> None:
-    """End a run on SIGTERM as on Ctrl-C."""
-    raise KeyboardInterrupt

@@ -156,6 +156,12 @@ class EndToEndConfig(Section):
     steps: int | None = Field(
         None, ge=0, description="Number of training steps, in place of epochs; unset: epochs decides."
     )
+    min_steps: int = Field(
+        32,
+        ge=0,
+        description="Minimum number of steps, if epochs gives fewer: the windows are then used again. A step never "
+        "moves parameters further than in a training of this many; 0: no minimum.",
+    )
     batch_size: int = Field(
         4, ge=1, description="Windows per step, over all processes and accumulation parts together."
     )
@@ -168,10 +174,18 @@ class EndToEndConfig(Section):
         description="State of the model in several processes. none: each process holds a full copy; full: parameters, "
         "gradients, optimizer states and frozen weights are sharded (FSDP2).",
     )
-    validation_samples: int = Field(
-        0, ge=0, description="Windows kept out of training, on which the best state is chosen; 0: keep the last state."
+    validation_samples: int | None = Field(
+        None,
+        ge=0,
+        description="Windows kept out of training, on which the best state is chosen, the start included; 0: keep the "
+        "last state; unset: 0, or if there are fewer steps than min_steps one window in eight, at least 1 and at most "
+        "8.",
     )
-    validate_every: int = Field(0, ge=0, description="Steps between validations; 0: only before and after training.")
+    validate_every: int | None = Field(
+        None,
+        ge=0,
+        description="Steps between validations; 0: only before and after training; unset: an eighth of the steps.",
+    )
     save_every: int = Field(
         100,
         ge=0,
@@ -196,7 +210,8 @@ class WeightsConfig(EndToEnd):
     """The base of the section of a method that trains the weights of all linears at once.
 
     Learning rates follow from the model and the number of steps: Adam's steps have the size of the learning rate, so a
-    weight whose gradient keeps its sign moves by ``travel`` quantization steps in the whole training, however long.
+    weight whose gradient keeps its sign moves by ``travel`` quantization steps in the whole training, however long, and
+    by less if there are fewer steps than ``min_steps``.
     """
 
     travel: float = Field(

@@ -28,6 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qtool.config.sections import IGNORED
+from qtool.data.readers import check_text
+from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError
 
@@ -71,6 +73,8 @@ def messages_of(row: dict[str, Any], place: str) -> list[Message]:
         texts = [row["instruction"], row.get("input") or "", row.get("output")]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{place}: texts 'instruction' and 'output', and perhaps 'input', were expected")
+        for text in texts:
+            check_text(text, place)
         question = "\n\n".join(text for text in texts[:2] if text)
         return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[2]}]
     field, role, content = (
@@ -83,9 +87,13 @@ def messages_of(row: dict[str, Any], place: str) -> list[Message]:
     for each in found:
         if not isinstance(each, dict) or not isinstance(each.get(role), str) or not isinstance(each.get(content), str):
             raise InputError(f"{place}: a message is {each!r:.60}; texts '{role}' and '{content}' were expected")
+        check_text(each[role], place)
+        check_text(each[content], place)
         conversation.append({"role": ROLES.get(each[role], each[role]), "content": each[content]})
     while conversation and conversation[0]["role"] == "assistant":
         conversation.pop(0)
+    if not conversation:
+        raise InputError(f"{place}: the conversation has answers only; a question before them was expected")
     return conversation
 
 
@@ -129,7 +137,7 @@ def encode(conversation: list[Message], tokenizer: PreTrainedTokenizerBase, plac
             f"{place}: this model's chat template changes what came before an answer, so answers cannot be located; "
             "use plain text as data.source"
         )
-    encoded = tokenizer(whole, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
+    encoded = tokenized(tokenizer, whole, place, add_special_tokens=plain, return_offsets_mapping=True)
     learned = [any(start in answer for answer in answers) and start < end for start, end in encoded["offset_mapping"]]
     return encoded["input_ids"], learned
 

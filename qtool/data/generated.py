@@ -8,8 +8,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from qtool.data.vocabulary import check_ids
 from qtool.models.cache_argument import with_cache
+from qtool.models.config_values import config_value
 from qtool.models.loaded import LoadedModel
+from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.tensors import size_for
@@ -46,16 +49,19 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
     check_length("the window of generated text", length, loaded)
     tokenizer = loaded.tokenizer
     special = set(tokenizer.all_special_ids)
-    size = min(len(tokenizer), loaded.model.config.get_text_config().vocab_size)  # either may be the larger
+    size = min(len(tokenizer), loaded.num_embeddings)  # either may be the larger
     allowed = torch.tensor([i for i in range(size) if i not in special])
+    if not len(allowed):
+        raise InputError(f"the tokenizer of {loaded.path} has special tokens only; text cannot be generated with it")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.empty(num, length, dtype=torch.int64)
     start = allowed[torch.randint(len(allowed), (num,), generator=generator)]
     num_greedy = torch.randint(3, 6, (num,), generator=generator)
     uniform = torch.rand(num, length, generator=generator)
-    begin = tokenizer("")["input_ids"][:1]
+    begin = tokenized(tokenizer, "", "the empty text")["input_ids"][:1]
     prefix = begin if begin and begin[0] == tokenizer.bos_token_id else []
     tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    check_ids(tokens[:, : len(prefix)], loaded, "the token that begins every text")
     tokens[:, len(prefix)] = start
     batches = torch.arange(num).split(_batch_size(loaded, length))
     for rows in progress.track(batches, "generating text", len(batches)):
@@ -119,7 +125,8 @@ class _Preallocated(DynamicLayer):
 def _batch_size(loaded: LoadedModel, length: int) -> int:
     """Return how many sequences of ``length`` tokens have a KV cache within ``CACHE_BYTES``."""
     config = loaded.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = config_value(config, "num_attention_heads")
+    heads = config_value(config, "num_key_value_heads") or num_heads
+    head_dim = config_value(config, "head_dim") or config.hidden_size // num_heads
     per_token: int = 2 * config.num_hidden_layers * heads * head_dim * loaded.model.dtype.itemsize
     return max(1, size_for(loaded.device, CACHE_BYTES) // (per_token * length))

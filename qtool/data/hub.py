@@ -35,7 +35,7 @@ def hub_access() -> Iterator[None]:
 
     Without this, libraries retry for half a minute before they fail.
     """
-    if _hub_answers():
+    if hub_answers():
         yield
         return
     import datasets
@@ -46,16 +46,17 @@ def hub_access() -> Iterator[None]:
 
 
 @cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Return whether the hub accepts a connection; with a proxy, which decides by itself, always true."""
     from huggingface_hub import constants
 
     if getproxies().get("https"):
         return True
-    url = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=PROBE_SECONDS).close()
-    except OSError:
+        url = urlsplit(constants.ENDPOINT)
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname or "", port), timeout=PROBE_SECONDS).close()
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no URL
         return False
     return True
 

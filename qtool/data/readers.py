@@ -2,11 +2,18 @@
 
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qtool.system.errors import InputError
+from qtool.system import units
+from qtool.system.errors import InputError, first_line
+from qtool.system.reading import kind_of
+
+LONGEST_LINE = 1 << 28  # most bytes of a line that is read: a compressed file can hold one without end
+SURROGATE = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs
 
 
 def check_file(path: Path, known: Sequence[str]) -> None:
@@ -18,11 +25,25 @@ def check_file(path: Path, known: Sequence[str]) -> None:
     if not path.exists():
         raise InputError(f"data.source: there is no file {path}")
     if not path.is_file():
-        raise InputError(f"data.source: {path} is a folder; give a file that ends in {', '.join(known)}")
+        kind = kind_of(path.stat().st_mode)
+        raise InputError(f"data.source: {path} is {kind}; give a file that ends in {', '.join(known)}")
     if not path.name.endswith(tuple(known)):
         raise InputError(f"data.source: {path} has a suffix that cannot be read; known are {', '.join(known)}")
     if not path.stat().st_size:
         raise InputError(f"data.source: {path} is empty")
+
+
+def check_text(text: str, place: str) -> None:
+    """Refuse half of a surrogate pair, which is no character; JSON can hold one as an escape such as ``\\ud800``.
+
+    Raises:
+        InputError: names the half and its position; ``place`` says where the text is.
+    """
+    if found := SURROGATE.search(text):
+        raise InputError(
+            f"{place}: character {found.start()} of the text is \\u{ord(found[0]):04x}, half of a surrogate pair; "
+            "remove it, or write the whole character"
+        )
 
 
 def read_file(path: Path) -> Iterator[str]:
@@ -40,7 +61,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     offset = 0
     try:
         with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
+                if len(line) > LONGEST_LINE:
+                    size = units.size(LONGEST_LINE)
+                    raise InputError(f"{path}: line {number} is longer than {size}; break the text into lines")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 offset += len(line)
     except UnicodeDecodeError as error:
@@ -79,6 +103,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number} is not JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise InputError(f"{path}: line {number} is nested too deeply; a JSON object was expected") from None
+        except ValueError as error:  # an integer of too many digits
+            raise InputError(f"{path}: line {number} is not JSON that can be used: {first_line(error)}") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}: line {number} holds a {type(row).__name__}; a JSON object was expected")
         yield number, row
@@ -92,6 +120,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             raise InputError(
                 f"{path}: line {number} has the fields {fields}; a field 'text' with a string was expected"
             )
+        check_text(text, f"{path}: line {number}")
         yield text
 
 
@@ -115,8 +144,8 @@ def _parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, A
             raise InputError(f"{path} has the columns {', '.join(names)}; a column {column!r} was expected")
         for batch in file.iter_batches(batch_size=256, columns=None if column is None else [column]):
             yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {error}") from error
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

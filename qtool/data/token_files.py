@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qtool.config.sections import IGNORED
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, first_line
 from qtool.system.tensors import dtype_name
 
 SUFFIXES = (".npy", ".safetensors")
@@ -55,12 +55,12 @@ def read_windows(path: Path, shape: tuple[int, int], vocabulary: int) -> tuple[T
 
 def _numpy(path: Path) -> tuple[Tensor, None]:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may promise more than the file has
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of several arrays")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))), None
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as one NumPy array of integers: {error}") from None
+    except Exception as error:  # numpy evaluates the header: a damaged one raises errors of any kind
+        raise InputError(f"{path} cannot be read as one NumPy array of integers: {first_line(error)}") from None
 
 
 def _safetensors(path: Path) -> tuple[Tensor, Tensor | None]:

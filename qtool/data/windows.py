@@ -21,11 +21,14 @@ from qtool.data.generated import check_length, generated_tokens
 from qtool.data.readers import read_file, read_records
 from qtool.data.sources import GENERATED, SOURCES, check_source, source_path, source_records, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
+from qtool.data.vocabulary import check_ids
 from qtool.models.loaded import LoadedModel
+from qtool.models.tokenizer import tokenized
 from qtool.system.errors import InputError
 
 GENERATED_WINDOWS = 32  # windows of generated text for perplexity, if no limit is given
 CHARACTERS_PER_BATCH = 1 << 18  # characters that are tokenized at once
+MOST_TOKENS = 1 << 32  # most tokens of all windows: 32 GiB as int64
 
 
 class Calibration(NamedTuple):
@@ -52,12 +55,19 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
     """
     check_source(data)
     check_length("data.seq_len", data.seq_len, loaded)
+    _check_count("data.num_samples", data.num_samples, data.seq_len)
     if data.source == GENERATED:
         return Calibration(generated_tokens(loaded, data.num_samples, data.seq_len, calibration_seed(seed)))
+    found = _from_text(data, loaded, seed)
+    check_ids(found.tokens, loaded, f"data.source: {data.source}")
+    return found
+
+
+def _from_text(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
+    """Return the windows of a named source or a file, their tokens not yet compared with the embedding table."""
     source, path = SOURCES.get(data.source), source_path(data)
     if source is None and path.suffix in SUFFIXES:
-        vocabulary: int = loaded.model.config.get_text_config().vocab_size
-        return Calibration(*read_windows(path, (data.num_samples, data.seq_len), vocabulary))
+        return Calibration(*read_windows(path, (data.num_samples, data.seq_len), loaded.num_embeddings))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
     if source.rows == "conversations" if source else _holds_conversations(path):
         records = source_records(data.source, "train") if source else read_records(path)
@@ -71,6 +81,15 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
     if num_windows < data.num_samples:
         raise InputError(_too_little(data, num_windows, len(stream), num_texts))
     return Calibration(stream[: data.num_samples * data.seq_len].view(data.num_samples, data.seq_len)[order])
+
+
+def _check_count(key: str, num: int, length: int) -> None:
+    """Refuse more tokens than memory can hold anywhere; ``key`` is the recipe key that asks for the windows."""
+    if num * length > MOST_TOKENS:
+        raise InputError(
+            f"{key} is {num}: so many windows of {length} tokens are more than the {MOST_TOKENS} tokens that a run can "
+            f"hold; lower it to {MOST_TOKENS // length} or less"
+        )
 
 
 def _holds_conversations(path: Path) -> bool:
@@ -116,7 +135,8 @@ def _token_stream(texts: Iterator[str], joined: bool, loaded: LoadedModel, data:
     num_tokens = num_texts = 0
     for batch in pieces:
         special = not (joined and num_texts)  # only the first piece begins a text
-        encoded = tokenizer(batch, add_special_tokens=special, verbose=False)["input_ids"]
+        place = f"data.source: {data.source}"
+        encoded = tokenized(tokenizer, batch, place, add_special_tokens=special)["input_ids"]
         parts.append(torch.tensor([i for ids in encoded for i in (*ids, *end)], dtype=torch.int64))
         num_tokens += len(parts[-1])
         num_texts += len(batch)
@@ -153,13 +173,16 @@ def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int 
     """
     length = min(context, loaded.max_length)
     if name == GENERATED:
+        _check_count("eval.limit", limit or GENERATED_WINDOWS, length)
         return generated_tokens(loaded, limit or GENERATED_WINDOWS, length, evaluation_seed(seed))
     text = "\n\n".join(source_texts(name, "test"))
-    ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(tokenized(loaded.tokenizer, text, name)["input_ids"], dtype=torch.int64)
     num_windows = len(ids) // length
     if not num_windows:
         raise InputError(f"{name} has only {len(ids)} tokens, less than one window of {length}; lower eval.context")
-    return ids[: num_windows * length].view(num_windows, length)[:limit]
+    found = ids[: num_windows * length].view(num_windows, length)[: min(limit or num_windows, num_windows)]
+    check_ids(found, loaded, f"the text of {name}")
+    return found
 
 
 def calibration_seed(seed: int) -> int:

@@ -129,7 +129,7 @@ def _prompts(loaded: LoadedModel, plan: BenchConfig) -> Tensor:
             f"a prompt of {plan.prompt_tokens} tokens and {plan.repeats} x {plan.new_tokens} more do not fit the "
             f"context of {loaded.path} ({loaded.max_length}); ask for fewer"
         )
-    vocabulary = loaded.model.config.get_text_config().vocab_size
+    vocabulary = loaded.num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (max(BATCHES), plan.prompt_tokens), generator=generator).to(loaded.device)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qtool.data.sources import data_dir
+from qtool.data.vocabulary import checked_ids
 from qtool.evaluation.local_tasks import local_data
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric
@@ -113,7 +114,7 @@ def run(
 
     tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
     tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
-    with progress.stage(title), _harness() as seen:
+    with progress.stage(title), _harness() as seen, checked_ids(loaded, f"the text of {task}"):
         model = HFLM(
             pretrained=loaded.model,
             tokenizer=tokenizer,
@@ -198,6 +199,7 @@ def _harness() -> Iterator[_HarnessLog]:
     """Surround a call into lm-eval: local data, qtool's progress, no output, the same random state afterwards."""
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
 
     seen = _HarnessLog()
@@ -210,6 +212,8 @@ def _harness() -> Iterator[_HarnessLog]:
         stack.enter_context(patch.object(lm_eval.models.huggingface, "tqdm", _Bar))
         stack.enter_context(patch.object(lm_eval.api.model, "tqdm", _plain))
         stack.enter_context(patch.object(lm_eval.api.task, "tqdm", _plain))
+        # lm-eval runs git, whose error goes to the terminal by itself and breaks the live display
+        stack.enter_context(patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
         stack.enter_context(patch.object(logger, "handlers", [seen]))
         stack.enter_context(patch.object(logger, "propagate", False))
         level = logger.level

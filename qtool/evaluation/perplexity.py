@@ -68,7 +68,8 @@ def score_windows(
     ``compare`` adds the scores that need the logits of both: ``kl`` and ``agreement``.
     """
     models = [model] if reference is None else [model, reference]
-    batches = windows.split(_batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size)
+    size = _batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size
+    batches = windows.split(min(size, len(windows)))
     columns: list[list[Tensor]] = []
     for batch in progress.track(batches, title, len(batches)):
         logits = [m(batch.to(m.device), use_cache=False).logits for m in models]

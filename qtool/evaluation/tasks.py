@@ -4,11 +4,14 @@
 (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
 from torch import Tensor
 
 from qtool.config.sections import METRICS, EvalConfig
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
+from qtool.data.vocabulary import check_ids
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
 from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric, perplexity_metric, score_windows
@@ -50,8 +53,13 @@ def evaluate(
     reference: LoadedModel | None,
     seed: int,
     seen: CalibrationSeen | None = None,
+    done: Mapping[str, Sequence[TaskResult]] | None = None,
+    keep: Callable[[str, Sequence[TaskResult]], None] | None = None,
 ) -> list[TaskResult]:
     """Measure ``config.tasks`` for ``loaded`` and, beside it, for its float model ``reference``.
+
+    ``done`` are the rows of tasks that an earlier start of the same evaluation measured, which are not measured again;
+    ``keep`` is called with each task and its rows as they become known.
 
     ``kl`` is measured on windows of WikiText-2, or of generated text if WikiText-2 is not available. The row of a task
     that cannot be measured (WikiText-2 is not available, ``kl`` without a reference) says why. Rows on windows of text
@@ -60,12 +68,17 @@ def evaluate(
     Raises:
         InputError: a task of lm-eval is unknown or has no data.
     """
+    rows = {task: list(found) for task, found in (done or {}).items()}
     with backend.using(loaded.model, config.backend):
-        own = _own_tasks(loaded, config, reference, seed, seen)
-        rows: list[TaskResult] = []
+        if any(task in OWN_TASKS and task not in rows for task in config.tasks):
+            rows |= _own_tasks(loaded, config, reference, seed, seen)
         for task in config.tasks:
-            rows += own[task] if task in OWN_TASKS else _lm_eval_task(task, loaded, config, reference)
-    return [row if seen is None else _with_relation(row, seen.source) for row in rows]
+            if task not in rows:
+                rows[task] = _lm_eval_task(task, loaded, config, reference)
+            if keep is not None and task not in (done or {}):
+                keep(task, rows[task])
+    found = [row for task in config.tasks for row in rows[task]]
+    return [row if seen is None else _with_relation(row, seen.source) for row in found]
 
 
 def _with_relation(row: TaskResult, source: str) -> TaskResult:
@@ -96,6 +109,11 @@ def _own_tasks(
     if GENERATED in wanted or kl_on == GENERATED:
         writer = reference or loaded
         windows[GENERATED] = perplexity_windows(GENERATED, writer, config.context, config.limit, seed)
+    for each in filter(None, (loaded, reference)):
+        for name, tokens in windows.items():
+            check_ids(tokens, each, f"the text of {name}")
+    if reference is not None and kl_on is not None:
+        _check_same_vocabulary(loaded, reference)
     for name in [name for name in windows if name in wanted or name == kl_on]:
         scores = score_windows(
             loaded.model,
@@ -113,6 +131,15 @@ def _own_tasks(
             for task in {name, DIVERGENCE} if name == kl_on else {name}:
                 rows[task] = [row.model_copy(update={"overlap": share}) for row in rows[task]]
     return rows
+
+
+def _check_same_vocabulary(loaded: LoadedModel, reference: LoadedModel) -> None:
+    """Refuse to compare predictions of models with embedding tables of different sizes."""
+    if loaded.num_embeddings != reference.num_embeddings:
+        raise InputError(
+            f"kl: {loaded.path} has {loaded.num_embeddings} tokens, and its float model {reference.path} has "
+            f"{reference.num_embeddings}; compare with the float model that it was made from, or leave kl out"
+        )
 
 
 def _not_measured(task: str, metric: str, reason: str, config: EvalConfig) -> TaskResult:

@@ -26,6 +26,8 @@ class Exporter(NamedTuple):
     """Returns the reason why the format cannot hold this checkpoint, and what to do; ``None`` if it can."""
     write: Callable[[NativeCheckpoint, Path, ExportConfig], list[str]]
     """Writes the folder, and returns notes for the users of the export, one sentence each."""
+    describe: Callable[[NativeCheckpoint, Path, str], None]
+    """Writes what the folder has beside weights in a dtype, of a checkpoint whose weights need not exist yet."""
     read: Callable[[WrittenFolder, str], Tensor]
     """Returns the float32 weight ``[out, in]`` of a linear of a written folder; shares no code with ``write``."""
     loading: str

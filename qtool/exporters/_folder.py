@@ -1,7 +1,6 @@
 """The parts that export formats share: writing and reading folders, float tensors, and reasons to refuse."""
 
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
+from qtool.system.errors import InputError, first_line
 
-# files of a checkpoint that are not copied: an export writes its own, or has none
-NOT_COPIED = ("config.json", "qtool.json", "README.md", "report.html", "report.json", "report.md")
+# names of tensors in published files, by model_type and by the name that transformers 5 gives them when it reads them;
+# transformers 4 and mlx-lm know the published name only, and the first fills a head that it misses with random numbers
+PUBLISHED = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+NONE: Mapping[str, Tensor] = {}  # no tensors: a folder is written without its weights
 
 
 class WrittenFolder:
@@ -33,11 +36,17 @@ class WrittenFolder:
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
-        return list(self._files.names)
+        names = {published: name for name, published in self._published.items()}
+        return [names.get(name, name) for name in self._files.names]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor outside quantized weights, with the values of the float model."""
-        return self._files.tensor(name)
+        published = self._published.get(name, name)
+        return self._files.tensor(published if published in self._files.names else name)
+
+    @cached_property
+    def _published(self) -> Mapping[str, str]:
+        return PUBLISHED.get(str(self.config.get("model_type")), {})
 
     def packed(self) -> set[str]:
         """Return the names of the quantized linears."""
@@ -65,20 +74,34 @@ def names_method(method: str, folder: Path) -> bool:
 
 
 def write_folder(
-    folder: Path, out: Path, tensors: dict[str, Tensor], section: dict[str, Any] | None, dtype: str
+    folder: Path,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    section: dict[str, Any] | None,
+    dtype: str,
+    *,
+    any_link: bool = False,
 ) -> None:
-    """Write shards of ``tensors``, the config of ``folder`` with ``section`` and ``dtype``, and its tokenizer's files.
+    """Write shards of ``tensors``, the config of ``folder`` with ``section`` and ``dtype``, and its other files.
 
-    ``section`` becomes the ``quantization_config``.
+    ``section`` becomes the ``quantization_config``. Without ``tensors``, only what is beside them is written.
+    ``any_link`` is as in ``side_files.copy``.
     """
-    if tensors:
-        write_shards(tensors, out)
+    side_files.copy(folder, out, any_link=any_link)
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
-    config["dtype"] = dtype
+    own_head = f"{head_name(folder)}.weight" in tensors
+    config = written_config.written(config, None, dtype, False if own_head else None)
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name not in NOT_COPIED and ".safetensors" not in file.name:
-            shutil.copy(file, out / file.name)
+    if tensors:
+        names = PUBLISHED.get(str(config.get("model_type")), {})
+        write_shards({names.get(name, name): tensor for name, tensor in tensors.items()}, out)
+
+
+def head_name(folder: Path) -> str | None:
+    """Return the name of the output head of the model in ``folder``; ``None`` if it has none beside its embedding."""
+    model: Any = skeleton(folder)
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
@@ -99,10 +122,27 @@ def unfit(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Return the reason why ``config.dtype`` cannot be used, a tensor that it does not hold exactly, or ``None``."""
     if config.dtype == "auto":
         return None
+    if refusal := overflows(source, config, source.float_names()):
+        return refusal
     for name in source.float_names():
         tensor = source.tensor(name)
         if tensor.is_floating_point() and inexact([tensor], config.dtype):
             return f"{config.dtype} does not hold {name} exactly; use dtype: auto"
+    return None
+
+
+def overflows(source: NativeCheckpoint, config: ExportConfig, names: Iterable[str]) -> str | None:
+    """Return the reason why ``config.dtype`` cannot be used, a tensor or linear that it makes infinite, or ``None``."""
+    if config.dtype == "auto":
+        return None
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    for name in names:
+        largest = source.largest(name)
+        if torch.tensor(largest, dtype=torch.float64).to(dtype).isinf():
+            return (
+                f"{name} has values of up to {largest:.6g}, and {config.dtype} holds none above "
+                f"{torch.finfo(dtype).max:g}; use dtype: auto"
+            )
     return None
 
 
@@ -126,9 +166,10 @@ def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
     """Return the largest change by rounding to ``dtype``, relative to the largest value of its tensor; 0 if exact."""
     worst = 0.0
     for tensor in tensors:
-        change = (tensor.to(getattr(torch, dtype)).float() - tensor.float()).abs()
+        exact = tensor if tensor.dtype == torch.float64 else tensor.float()
+        change = (tensor.to(getattr(torch, dtype)).to(exact) - exact).abs()
         if change.any():
-            worst = max(worst, float(change.amax() / tensor.float().abs().amax()))
+            worst = max(worst, float(change.amax() / exact.abs().amax()))
     return worst
 
 
@@ -139,11 +180,16 @@ def skeleton(folder: Path) -> nn.Module:
 
 @lru_cache(maxsize=2)  # called once per linear; with the text as key, a folder that was written anew is read anew
 def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
+        raise InputError(
+            f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"
+        ) from error
     return model
 
 

@@ -4,17 +4,19 @@ The readers share no code with the writers. They also read the folders of other 
 an export without its engine being installed.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qtool.checkpoints import written_config
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ModelConfig
 from qtool.exporters._base import Exporter, recognised
-from qtool.exporters._folder import write_folder
-from qtool.models.folders import read_config, resolve
+from qtool.exporters._folder import WrittenFolder, head_name, write_folder
+from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
@@ -57,12 +59,8 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
         stored, read = source.tensor(name), opened.tensor(name)
         if not may_round and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
-    ignored = ("quantization_config", "dtype", "torch_dtype", *exporter.config_keys)
-    described = opened.config, read_config(source.folder)
-    theirs, mine = ({k: v for k, v in config.items() if k not in ignored} for config in described)
-    if theirs != mine:
-        changed = min(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
-        raise RunError(f"config.json differs after export, in {changed}; the export was not kept")
+    if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
+        raise RunError(f"config.json differs after export, in {key}; the export was not kept")
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not may_round and not logits <= TOLERANCE:
         raise RunError(
@@ -70,6 +68,25 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             "the export was not kept"
         )
     return {"weight_difference": worst, "logit_difference": logits}
+
+
+def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
+    """Return a key of the written config by which some reader computes another model, or ``None``.
+
+    ``own`` are keys that the format adds. Older keys may be added too, but must say the same; and a head in the files
+    is used only by a config that does not tie it to the embedding.
+    """
+    theirs, mine = opened.config, source.config
+    if (key := written_config.difference(theirs, mine, ("quantization_config", *own))) is not None:
+        return key
+    readings = written_config.reading(theirs) or {}, written_config.reading(mine) or {}
+    if (key := written_config.difference(*readings, own, ("dtype", "tie_word_embeddings"))) is not None:
+        return key
+    added = written_config.misread(theirs)
+    if added is not None and written_config.misread(mine) is None:
+        return added
+    tied = theirs.get("tie_word_embeddings") and f"{head_name(opened.folder)}.weight" in opened.names()
+    return "tie_word_embeddings" if tied else None
 
 
 def load_exported(config: ModelConfig) -> LoadedModel | None:
@@ -89,7 +106,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
             if name.rpartition(".")[0] not in packed or name.endswith(".bias")
         }
         tensors |= {f"{name}.weight": exporter.read(opened, name).contiguous() for name in packed}
-        write_folder(folder, dense, tensors, None, config.dtype)
+        write_folder(folder, dense, tensors, None, config.dtype, any_link=True)
         loaded = load_model(config.model_copy(update={"path": str(dense)}))
     return replace(loaded, path=config.path, folder=folder)
 

@@ -106,6 +106,7 @@ EXPORTER = Exporter(
     "auto-round: GPTQ's layout with mixed bits, for transformers",
     refuses,
     write,
+    lambda source, out, dtype: write_folder(source.folder, out, {}, section(source), dtype),
     read,
     "Load it with `transformers` and `auto-round` installed.",
     partial(WrittenFolder, marker="scales"),

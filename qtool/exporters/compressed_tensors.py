@@ -157,6 +157,7 @@ EXPORTER = Exporter(
     "compressed-tensors pack-quantized, for vLLM and transformers",
     refuses,
     write,
+    lambda source, out, dtype: write_folder(source.folder, out, {}, section(source), dtype),
     read,
     "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
     partial(WrittenFolder, marker="weight_packed"),

@@ -2,7 +2,7 @@
 
 A weight is ``(code - zero_point) * scale``: up to 8 significant bits times the 11 of a float16 scale, which no 16-bit
 dtype holds. So ``dtype: auto`` writes the checkpoint's own dtype only if it holds every weight exactly, else float32. A
-dtype that the user names is used, and a note says by how much it rounds.
+dtype that the user names is used, and a note says by how much it rounds; one that some value exceeds is refused.
 """
 
 from pathlib import Path
@@ -18,12 +18,18 @@ from qtool.exporters._folder import (
     WrittenFolder,
     float_tensors,
     inexact,
+    overflows,
     skeleton,
     stored_dtype,
     transposed,
     write_folder,
 )
 from qtool.quant.affine import dequantize
+
+
+def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
+    """Refuse a dtype that makes a value infinite."""
+    return overflows(source, config, [*source.float_names(), *source.specs])
 
 
 def _weights(source: NativeCheckpoint) -> dict[str, Tensor]:
@@ -54,8 +60,9 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
 
 EXPORTER = Exporter(
     "plain float weights, for any software",
-    lambda source, config: None,
+    refuses,
     write,
+    lambda source, out, dtype: write_folder(source.folder, out, {}, None, dtype),
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
     dtype_may_round=True,

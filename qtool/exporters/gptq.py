@@ -9,6 +9,7 @@ neighbour. So symmetric checkpoints are written as version 1, which most softwar
 version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    NONE,
     WrittenFolder,
     conv1d,
     float_linears,
@@ -129,10 +131,8 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
         tensors |= layout(source, name, version)
         columns = int(source.tensor(f"{name}.weight_shape")[1])
         tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // (columns // spec.num_groups(columns))
-    described = section(spec, version)
-    write_folder(source.folder, out, tensors, described, dtype)
-    write_json(out / "quantize_config.json", described)
-    notes = [f"written as {described['format']}"]
+    describe_version(source, out, dtype, version, tensors)
+    notes = [f"written as {section(spec, version)['format']}"]
     if spec.num_bits in (2, 3):
         notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
     elif not spec.symmetric:
@@ -140,10 +140,23 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
     return notes
 
 
+def describe_version(
+    source: NativeCheckpoint, out: Path, dtype: str, version: int, tensors: Mapping[str, Tensor] = NONE
+) -> None:
+    """Write the folder in ``version`` 1 or 2 with ``tensors``, by default without weights."""
+    described = section(next(iter(source.specs.values())), version)
+    write_folder(source.folder, out, tensors, described, dtype)
+    write_json(out / "quantize_config.json", described)
+
+
+def version_of(source: NativeCheckpoint) -> int:
+    """Return the version in which ``gptq`` writes a checkpoint: 1 if the grid is symmetric, else 2."""
+    return 1 if next(iter(source.specs.values())).symmetric else 2
+
+
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write version 1 if the grid is symmetric, else version 2; see ``Exporter.write``."""
-    symmetric = next(iter(source.specs.values())).symmetric
-    return write_version(source, out, config, 1 if symmetric else 2)
+    return write_version(source, out, config, version_of(source))
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
@@ -177,6 +190,7 @@ EXPORTER = Exporter(
     "GPTQ: version 1 when symmetric, version 2 when not",
     refuses,
     write,
+    lambda source, out, dtype: describe_version(source, out, dtype, version_of(source)),
     read,
     LOADING,
     partial(WrittenFolder, marker="scales"),

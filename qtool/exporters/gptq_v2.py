@@ -4,12 +4,13 @@ from functools import partial
 
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import WrittenFolder
-from qtool.exporters.gptq import LOADING, read, refuses, write_version
+from qtool.exporters.gptq import LOADING, describe_version, read, refuses, write_version
 
 EXPORTER = Exporter(
     "GPTQ version 2: zero points stored as they are",
     refuses,
     partial(write_version, version=2),
+    partial(describe_version, version=2),
     read,
     LOADING,
     partial(WrittenFolder, marker="scales"),

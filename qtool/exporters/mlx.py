@@ -13,6 +13,7 @@ as several groups with the same scale, which changes no weight.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
+    NONE,
     WrittenFolder,
     conv1d,
     float_linears,
@@ -108,8 +110,15 @@ def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
+def describe(source: NativeCheckpoint, out: Path, dtype: str, tensors: Mapping[str, Tensor] = NONE) -> None:
+    """Write the folder with ``tensors``, by default none. The config states the grids twice, as mlx-lm does."""
+    described = section(source)
+    write_folder(source.folder, out, tensors, described, dtype)
+    write_json(out / "config.json", read_config(out) | {"quantization": described})
+
+
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
-    """Write the folder; see ``Exporter.write``. The config states the grids twice, as mlx-lm does."""
+    """Write the folder; see ``Exporter.write``."""
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     size = bits = 0
     split = set()
@@ -121,9 +130,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
         bits += 8 * sum(tensor.nbytes for tensor in parts.values())
         if parts["scales"].shape != quantized.scale.shape:
             split.add(spec.label())
-    described = section(source)
-    write_folder(source.folder, out, tensors, described, dtype)
-    write_json(out / "config.json", read_config(out) | {"quantization": described})
+    describe(source, out, dtype, tensors)
     notes = [
         f"{bits / size:.2f} bits per weight as written: scales and biases are float32, because 16 bits would change "
         "weights; MLX computes these linears in float32"
@@ -163,6 +170,7 @@ EXPORTER = Exporter(
     "MLX affine, for Apple machines",
     refuses,
     write,
+    describe,
     read,
     "Load it with `mlx-lm`, on an Apple machine or any other that has MLX.",
     partial(WrittenFolder, marker="scales"),

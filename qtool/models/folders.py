@@ -15,17 +15,29 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from qtool.system import paths, reading
 from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # files of a model that are downloaded
+# files of a model that are downloaded
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.txt", "*.jinja"]
 # files of a model folder that are read whole: config, tokenizer, chat templates, index of shards, our manifest
 SMALL = (
     *("*config.json", "*index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("chat_template.json", "qtool.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.tiktoken"),
+    *(
+        "chat_template.json",
+        "qtool.json",
+        "*.jinja",
+        "merges.txt",
+        "vocab.txt",
+        "*.model",
+        "*.model.v*",
+        "*.spm",
+        "*.tiktoken",
+    ),
 )
 LAYER_COUNTS = re.compile(r"num_(\w+_)?(layers|blocks|experts)|n_(\w+_)?(layers?|experts)|depth")  # keys of a config
 MAX_LAYERS = 2000  # most layers, blocks or experts that a config may ask for; building more takes minutes
@@ -164,6 +176,16 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
                 if dtype is not None:
                     dtypes[name] = dtype
     return dtypes
+
+
+def stored_tensor(folder: Path, name: str) -> Tensor | None:
+    """Return a tensor of a model folder as its file holds it; ``None`` if no file has one of that name."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            if name in reader.keys():  # noqa: SIM118  (not a dict)
+                tensor: Tensor = reader.get_tensor(name)
+                return tensor
+    return None
 
 
 def _check_index(index: Path, files: set[str]) -> None:

@@ -48,7 +48,7 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
     try:
         with warnings.catch_warnings(), torch.device("meta"), torch.enable_grad():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config).eval()
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
             for name, module in model.named_modules():
                 if isinstance(module, nn.Linear | Conv1D):
                     module.register_forward_hook(_leaf(outputs, name))

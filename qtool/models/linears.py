@@ -1,20 +1,25 @@
 """Decoder blocks and linears in a module tree: finding, reading and replacing them.
 
-Nothing is known of any architecture. The decoder blocks are the ``ModuleList`` of modules of one class that holds the
-most parameters; the linears are all ``nn.Linear`` and ``Conv1D`` inside. ``Conv1D`` is the linear of GPT-2, which
-stores its weight as ``[in, out]``; here a weight is always ``[out, in]``.
+Nothing is known of any architecture. The decoder blocks are the ``ModuleList`` within the text decoder that holds the
+most linears and lies in no other list; the linears are all ``nn.Linear`` and ``Conv1D`` inside. ``Conv1D`` is the
+linear of GPT-2, which stores its weight as ``[in, out]``; here a weight is always ``[out, in]``.
 """
 
 from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantSpec
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
+
+LINEARS = (nn.Linear, Conv1D, PackedLinear, QuantLinear)  # classes of a linear, before and after it is replaced
+FLOAT_SHARE = 0.05  # largest share of the blocks in matrices of no linear, which stay in floating point
 
 
 @dataclass(frozen=True)
@@ -84,30 +89,68 @@ def linear_bias(linear: nn.Module) -> Tensor | None:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name of the list of decoder blocks, and the list.
+    """Return the name of the list of decoder blocks, and the list; the same before and after linears are packed.
 
     Raises:
-        InputError: there are no decoder blocks, or they have fused experts (3-D parameters).
+        InputError: there are no decoder blocks, there are two stacks of them, or they have fused experts.
     """
-    lists = [
-        (sum(p.numel() for p in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(block) for block in module}) == 1
-        and any(isinstance(part, nn.Linear | Conv1D | PackedLinear | QuantLinear) for part in module.modules())
-    ]
+    lists = _block_lists(*_text_decoder(model)) or _block_lists("", model)
     if not lists:
         raise InputError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
         )
-    _, name, blocks = max(lists, key=lambda entry: entry[0])
-    fused = [key for key, p in blocks.named_parameters() if p.dim() > 2]
-    if fused:
-        raise InputError(
-            f"{name}.{fused[0]} is a fused {blocks.get_parameter(fused[0]).dim()}-D parameter (mixture of experts); "
-            "such models are not supported yet: only linears with 2-D weights are"
-        )
+    name = max(lists, key=lambda name: sum(isinstance(part, LINEARS) for part in lists[name].modules()))
+    blocks = lists.pop(name)
+    kinds = {type(block) for block in blocks}
+    for other, each in lists.items():
+        if kinds & {type(block) for block in each}:
+            raise InputError(
+                f"{type(model).__name__} has two stacks of decoder blocks ({name}, {other}); only models with one are "
+                "supported"
+            )
+    _refuse_experts(name, blocks)
     return name, blocks
+
+
+def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the name and the module of the text decoder: of a multimodal model the language model, not a tower."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    names = [name for name, module in model.named_modules() if module is decoder]
+    return (names[0], model.get_submodule(names[0])) if names else ("", model)
+
+
+def _block_lists(prefix: str, decoder: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return each list of modules with linears inside that lies in no other such list, by its name."""
+    lists = {
+        name: module
+        for name, module in decoder.named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList)
+        and not any(isinstance(block, LINEARS) for block in module)
+        and any(isinstance(part, LINEARS) for part in module.modules())
+    }
+    return {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+
+
+def _refuse_experts(name: str, blocks: nn.ModuleList) -> None:
+    """Refuse float blocks of which much is in matrices that no linear holds; small ones stay in floating point.
+
+    Kernels of convolutions, embeddings, and vectors such as ``[1, 1, d]`` do not count.
+    """
+    if any(isinstance(part, PackedLinear | QuantLinear) for part in blocks.modules()):
+        return
+    fused = {
+        f"{name}.{owner}.{key}": p
+        for owner, module in blocks.named_modules()
+        if not isinstance(module, (*LINEARS, _ConvNd, nn.Embedding))
+        for key, p in module.named_parameters(recurse=False)
+        if p.squeeze().dim() > 1
+    }
+    if sum(p.numel() for p in fused.values()) > FLOAT_SHARE * sum(p.numel() for p in blocks.parameters()):
+        first = max(fused, key=lambda key: fused[key].numel())
+        raise InputError(
+            f"{first} is a fused {fused[first].dim()}-D parameter, as mixtures of experts have; such models are not "
+            "supported yet: only linears with 2-D weights are"
+        )
 
 
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:

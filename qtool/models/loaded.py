@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear
+from qtool.models.config_values import config_value
+from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear, weight_of
 from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 
@@ -66,8 +67,13 @@ class LoadedModel:
     def max_length(self) -> int:
         """The model's context length in tokens."""
         config = self.model.config.get_text_config()
-        length: int = getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 2048
-        return length
+        given = (config_value(config, name) for name in ("max_position_embeddings", "n_positions"))
+        return next((length for length in given if isinstance(length, int) and length > 0), 2048)
+
+    @property
+    def num_embeddings(self) -> int:
+        """The rows of the embedding table: the model can read the tokens from 0 to one less."""
+        return int(weight_of(self.model.get_input_embeddings()).shape[0])
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """Return the name and the module of each decoder block, in order."""
@@ -134,6 +140,8 @@ def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]: 
         ignore_mismatched_sizes=True,
     )
     model, info = loading
+    for part in (model.config, model.config.get_text_config()):
+        vars(part).pop("auto_map", None)  # names code of the folder, which was not used
     return model, info
 
 

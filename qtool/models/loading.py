@@ -11,14 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
-from qtool.models.folders import check_files, read_config, resolve
+from qtool.models.config_values import config_value
+from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
+from qtool.models.tokenizer import load_tokenizer
 from qtool.system import matmul, memory, progress
 from qtool.system.errors import InputError, first_line
+from qtool.system.tensors import dtype_name
 
 WEIGHTS_PER_BYTE = 8  # most weights that a byte of a file can hold, at one bit each
 # config keys that a mixture of experts has
@@ -57,25 +67,26 @@ def load_model(
 
     Raises:
         InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
-            values that are not finite, or needs code from its folder.
+            values that are not finite, needs code from its folder, or has an adapter beside it.
     """
     device = choose_device(config.device)
     folder = resolve(config.path)
+    _check_adapter(config.path, folder)
     raw = read_config(folder)
     if not quantized and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
-    if "auto_map" in raw:
-        raise InputError(f"{config.path} needs code from its own folder (auto_map); qtool never runs such code")
+    _check_code(config.path, raw)
     file_dtypes = check_files(folder)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        experts = [key for key in EXPERT_COUNTS if getattr(model_config.get_text_config(), key, None)]
+        _check_class(config.path, raw, model_config)
+        experts = [key for key in EXPERT_COUNTS if config_value(model_config.get_text_config(), key)]
         if experts and not quantized:
             raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(config.path, folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
@@ -84,19 +95,57 @@ def load_model(
     except InputError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for a folder that it cannot load
-        found = (folder / "tokenizer.json").exists() or any(folder.glob("*.model")) or (folder / "vocab.json").exists()
-        hint = "" if found else " (the folder has no tokenizer.json)"
-        raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':')}{hint}") from error
+        raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':'):.300}") from error
+    if info["unexpected_keys"] and type(model.config) is not type(model_config):
+        raise InputError(
+            f"{config.path} is a multimodal model of which transformers loads the text part only, so that "
+            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported yet"
+        )
     _check_complete(config.path, info)
     if checked is not None and _holds(dtype, checked.extremes):
         extremes = checked.extremes
     else:
-        extremes = {} if quantized else _check_finite(model)
+        narrow = any(torch.finfo(stored).max > torch.finfo(dtype).max for stored in file_dtypes.values())
+        extremes = {} if quantized and not narrow else _check_finite(model, folder, dtype)
     model.eval().requires_grad_(False)
     streaming = Streaming(dtype, device) if streamed else None
     return LoadedModel(
         model if streamed else model.to(device), tokenizer, config.path, folder, file_dtypes, streaming, extremes
     )
+
+
+def _check_code(path: str, raw: dict[str, Any]) -> None:
+    """Refuse a model type that transformers does not know: it would need code from the model's folder.
+
+    ``auto_map`` names such code. Many models keep it although transformers has their classes by now; it is ignored
+    then.
+    """
+    kind = raw.get("model_type")
+    if "auto_map" in raw and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise InputError(
+            f"{path} has the model type {kind!r}, which transformers {transformers.__version__} does not know; it "
+            "needs code from its own folder (auto_map), and qtool never runs such code; use a newer transformers, or a "
+            "model of a type that transformers knows"
+        )
+
+
+def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> None:
+    """Refuse a model whose folder names code for a class that transformers itself does not have."""
+    if "auto_map" in raw and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{path} has the model type {raw.get('model_type')!r}, of which transformers has no causal language model; "
+            "the class that auto_map in config.json names is code of its own folder, and qtool never runs such code"
+        )
+
+
+def _check_adapter(path: str, folder: Path) -> None:
+    """Refuse a folder with a LoRA adapter: transformers adds it if peft is installed, and leaves it out if not."""
+    if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
+        raise InputError(
+            f"{path} holds an adapter (adapter_config.json) that is not merged into the model; merge it first, with "
+            "peft: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder); or, to "
+            "quantize the model without it, move the files adapter_* elsewhere"
+        )
 
 
 def _check_size(config: Any, folder: Path) -> None:
@@ -122,17 +171,26 @@ def _holds(dtype: torch.dtype, extremes: dict[str, tuple[float, float]]) -> bool
     return all(max(-low, high) <= torch.finfo(dtype).max for low, high in extremes.values())
 
 
-def _check_finite(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Return the lowest and the highest value of each parameter; refuse values that are not finite."""
+def _check_finite(model: nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Return the lowest and the highest value of each parameter; refuse values that are not finite in ``dtype``."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
         low, high = (float(end) for end in parameter.detach().aminmax())
         pages.drop(parameter)
         extremes[name] = low, high
+        largest = max(-low, high)
         if not (math.isfinite(low) and math.isfinite(high)):
-            found = int((~torch.isfinite(parameter)).sum())
+            stored = stored_tensor(folder, name)
+            if stored is None or not stored.isfinite().all():
+                found = int((~torch.isfinite(parameter)).sum())
+                raise InputError(
+                    f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
+                )
+            largest = float(stored.abs().max())
+        if largest > torch.finfo(dtype).max:
             raise InputError(
-                f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
+                f"{name} has values of up to {largest:.6g}, and {dtype_name(dtype)}, in which the model would compute, "
+                f"holds none above {torch.finfo(dtype).max:g}; set model.dtype to bfloat16 or float32"
             )
     return extremes
 
@@ -155,6 +213,12 @@ def _check_complete(path: str, info: dict[str, Any]) -> None:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise InputError(
             f"{path}: {name} has shape {list(found)} in the file, and the config asks for {list(expected)}"
+        )
+    adapter = sorted(name for name in info["unexpected_keys"] if ".lora_" in name or ".base_layer." in name)
+    if adapter:
+        raise InputError(
+            f"{path}: its files hold an adapter that is not merged into the model ({len(adapter)} tensor(s), the first "
+            f"is {adapter[0]}); merge it first, with peft: merge_and_unload().save_pretrained(new_folder)"
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -16,6 +16,7 @@ from qtool.config.quant import QuantConfig
 from qtool.models.kv_cache import with_heads
 from qtool.models.linears import Target, stored_weight, weight_of
 from qtool.models.loaded import LoadedModel
+from qtool.models.uncalled import has_other_weights, no_plain_linears
 from qtool.quant.affine import check_weight
 from qtool.system import memory
 from qtool.system.errors import InputError, listing
@@ -49,6 +50,7 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
             faults.append(str(error))
         pages.drop(weight_of(module))
         targets.append(Target.of(name, module, spec, index))
+    faults += _no_plain(loaded, {target.name for target in targets})
     if any(target.spec.kv_cache is not None for target in targets):
         asked = {target.name: target.spec for target in targets}
         specs, wrong = with_heads(asked, {t.name: t.weight_shape[0] for t in targets}, loaded.model.config)
@@ -59,6 +61,24 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
     if faults:
         raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", _shortened(faults)))
     return tuple(targets)
+
+
+def _no_plain(loaded: LoadedModel, names: set[str]) -> Iterator[str]:
+    """Yield a fault for each linear in ``names`` that several blocks share, or that a packed layer cannot stand for."""
+    blocks, seen = loaded.blocks(), dict[nn.Module, str]()
+    for block_name, block in blocks:
+        for part, module in block.named_modules():
+            name = f"{block_name}.{part}"
+            shared = isinstance(module, nn.Linear | Conv1D) and seen.setdefault(module, name) != name
+            if shared and {name, seen[module]} & names:
+                yield f"{name} is the same linear as {seen[module]}; blocks that share weights are not supported"
+    if any(has_other_weights(block) for _, block in blocks):
+        for name in sorted(names & no_plain_linears(loaded.model, blocks)):
+            pattern = f"*.{name.rpartition('.')[2]}"
+            yield (
+                f"{name} is not called as a linear: the model's own code reads its weight; leave it in floating point "
+                f"by quant.overrides: {{'{pattern}': {{skip: true}}}}"
+            )
 
 
 def _shortened(faults: list[str]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.system.paths import expand
 from qtool.training import sharding
+from qtool.training.plan import plan_of
 
 
 def check_early(recipe: Recipe) -> None:
@@ -32,9 +33,10 @@ def check_early(recipe: Recipe) -> None:
         raise InputError(f"method {recipe.method.name} runs in one process, but {count} were started")
     if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
         NativeCheckpoint(resolve(recipe.method.init_from, key="method.init_from"))
-    for section in (recipe.method, *dict(recipe.method).values()):
+    for where, section in (("method", recipe.method), *((f"method.{key}", value) for key, value in recipe.method)):
         if isinstance(section, EndToEndConfig):
             sharding.check(section)
+            plan_of(section, recipe.data.num_samples, where)
     if recipe.quant.budget is not None:
         bit_plan.check(recipe.quant)
     if needs_text(recipe):

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from qtool.checkpoints import output_folder
+from qtool.checkpoints import output_folder, written_config
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import atomic_folder
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters._readback import read_back
+from qtool.models.folders import read_config
 from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.checks import check_export
 from qtool.pipelines.export_manifest import exported_already, write_manifest
@@ -25,24 +26,25 @@ def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
         InputError: ``folder`` is no native checkpoint, or the format cannot hold it exactly.
         RunError: the export, read back, differs from the checkpoint.
     """
-    return Path(write_export(folder, config, overwrite).path)
+    return Path(write_export(folder, config, overwrite, anew=overwrite).path)
 
 
 @without_progress_bars()
-def write_export(folder: Path, config: ExportConfig, overwrite: bool) -> Exported:
+def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool = False) -> Exported:
     """Like ``export``; return the record of a report.
 
-    The same export of the same checkpoint is not made again: a command that was killed after it is continued so.
+    Unless ``anew`` is set, an export of the same checkpoint that is there already, unchanged, is not made again: so a
+    command that was killed after it goes on.
     """
     source, manifest = NativeCheckpoint(folder), read_manifest(folder)
     exporter = _base.get(config.format)
     check_export(source, config, str(folder))
-    if (exported := exported_already(folder, config)) is not None:
+    if not anew and (exported := exported_already(folder, config)) is not None:
         progress.note(f"{config.path} is this export already, complete and unchanged")
         output_folder.OutputFolder(config.path).clear_abandoned()
         return exported
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:
-        notes = exporter.write(source, partial, config)
+        notes = exporter.write(source, partial, config) + written_config.notes(read_config(partial))
         may_round = exporter.dtype_may_round and config.dtype != "auto"
         differences = read_back(source, partial, exporter, may_round=may_round)
         model_card.write_export(

@@ -52,7 +52,7 @@ def check_tokens(key: str, tokens: Tensor, loaded: LoadedModel) -> None:
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2 or len(tokens) < 1 or tokens.shape[1] < 2:
         raise InputError(f"{key}: found a tensor {list(tokens.shape)} of {tokens.dtype}; {expected}")
     check_length(f"the number of tokens in a window of {key}", tokens.shape[1], loaded)
-    vocabulary = loaded.model.config.get_text_config().vocab_size
+    vocabulary = loaded.num_embeddings
     lowest, highest = (int(end) for end in tokens.aminmax())
     if lowest < 0 or highest >= vocabulary:
         raise InputError(

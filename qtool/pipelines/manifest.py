@@ -21,6 +21,7 @@ from qtool.config.sections import DataConfig, ExpectedConfig
 from qtool.reports.records import Count, FileName, Lock, Number, Seconds, Series, Sha256
 from qtool.system import reading
 from qtool.system.errors import InputError
+from qtool.system.printable import without_secrets
 
 
 class _Recorded(BaseModel):
@@ -78,7 +79,8 @@ class Manifest(BaseModel):
     plan: BitPlan | None = None  # bit widths chosen for a budget, if the recipe has one
     command: str
     lock: Lock
-    files: dict[FileName, Sha256]  # SHA-256 of each safetensors file
+    # SHA-256 of each file that a reader computes with (of earlier versions: safetensors files)
+    files: dict[FileName, Sha256]
 
     @cached_property
     def recorded(self) -> RecordedRecipe:
@@ -102,7 +104,8 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write ``qtool.json`` into ``folder``."""
-        write_json(folder / MANIFEST, self.model_dump(mode="json", exclude=None if self.plan else {"plan"}))
+        content = self.model_dump(mode="json", exclude=None if self.plan else {"plan"})
+        write_json(folder / MANIFEST, without_secrets(content))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -8,13 +8,14 @@ exports come after that, so a failure there does not lose it, and the same comma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
-from qtool.checkpoints import files, native, output_folder, sizes
+from qtool.checkpoints import files, native, output_folder, side_files, sizes
 from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
@@ -31,6 +32,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
+from qtool.pipelines import trial
 from qtool.pipelines.checks import check_early, check_exports, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -92,9 +94,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
-        progress.note(
-            f"{recipe.output.path} is complete already, made by this recipe; pass --overwrite to make it again"
-        )
+        progress.note(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, report, timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None:
@@ -144,6 +144,8 @@ def prepare(run: Run) -> Prepared:
     shapes = {target.name: target.weight_shape for target in targets}
     specs = _specs(targets) if units is None else mixed(units)
     float_bytes = _check_space_and_exports(recipe, loaded, specs, shapes)
+    if distributed.is_first():
+        trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes)
     text = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
@@ -263,17 +265,17 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
         plan=prepared.plan,
         command=run.method.command,
         lock=run.state.lock,
-        files=files.file_hashes(run.state.model, "*.safetensors"),
+        files=files.file_hashes(run.state.model, *side_files.HASHED),
     )
 
 
 def evaluate(run: Run) -> None:
-    """Measure the checkpoint with the tasks of the recipe, unless an earlier start did; write the report."""
+    """Measure the checkpoint with the tasks that no earlier start measured, and write the report."""
     recipe, state = run.recipe, run.state
     assert state.written is not None
     report = state.written.report
     asked = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
-    if recipe.eval is not None and state.written.evaluated != asked:
+    if recipe.eval is not None and not (state.written.evaluated and state.written.evaluation == asked):
         progress.note(f"{recipe.output.path} is complete; it is evaluated next")
         with run.timer.phase("eval", "evaluating"):
             written = load_model(
@@ -282,11 +284,12 @@ def evaluate(run: Run) -> None:
             reference = load_model(recipe.model)
             text = state.calibration()
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
-            results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen)
+            done, keep = state.measured(asked), partial(state.keep_task, asked)
+            results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen, done, keep)
         found = {"results": tuple(results), "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
     report = run.timer.added_to(report)
-    state.keep_written(report, asked)
+    state.keep_evaluated(asked, report)
     _publish(recipe.output, report)
 
 

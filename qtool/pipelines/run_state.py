@@ -17,7 +17,7 @@ stays until evaluation, reports and exports are done too, so that the same comma
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from qtool.checkpoints.native import MANIFEST
 from qtool.checkpoints.output_folder import OutputFolder, check_folder, failed, partial_of, reason
 from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
-from qtool.reports.records import Lock, Number, Sha256
+from qtool.reports.records import Lock, Number, Sha256, TaskResult
 from qtool.reports.report import Report
 from qtool.system import distributed, progress, reading
 from qtool.system.errors import InputError, RunError, listing
@@ -54,7 +54,9 @@ class Written(BaseModel):
 
     manifest: str  # SHA-256 of the checkpoint's manifest, by which its folder is known
     report: Report
-    evaluated: JsonValue = None  # the section ``eval`` of the recipe that the report has results of
+    evaluation: JsonValue = None  # the section ``eval`` of the recipe that ``tasks`` belong to
+    tasks: dict[str, tuple[TaskResult, ...]] = {}  # the rows of each task that was measured
+    evaluated: bool = False  # the report holds the evaluation
 
 
 @dataclass
@@ -131,12 +133,28 @@ class RunState:
                 "start over"
             )
 
-    def keep_written(self, report: Report, evaluated: JsonValue = None) -> None:
-        """Keep that the checkpoint is complete, with its report and the evaluation in it."""
-        folder = self.model if self.model.exists() else self.output.path
-        manifest = file_hashes(folder, MANIFEST)[MANIFEST]
-        self.written = Written(manifest=manifest, report=report, evaluated=evaluated)
-        write_durably(self.folder / WRITTEN, self.written.model_dump(mode="json"))
+    def keep_written(self, report: Report) -> None:
+        """Keep that the checkpoint is complete, with its report."""
+        self._keep(Written(manifest=file_hashes(self.model, MANIFEST)[MANIFEST], report=report))
+
+    def measured(self, evaluation: JsonValue) -> dict[str, tuple[TaskResult, ...]]:
+        """Return the rows of each task that an earlier start measured for the section ``eval`` of the recipe."""
+        return self.written.tasks if self.written is not None and self.written.evaluation == evaluation else {}
+
+    def keep_task(self, evaluation: JsonValue, task: str, rows: Sequence[TaskResult]) -> None:
+        """Keep the rows of a task that was measured for the section ``eval`` of the recipe."""
+        assert self.written is not None
+        tasks = self.measured(evaluation) | {task: tuple(rows)}
+        self._keep(self.written.model_copy(update={"evaluation": evaluation, "tasks": tasks, "evaluated": False}))
+
+    def keep_evaluated(self, evaluation: JsonValue, report: Report) -> None:
+        """Keep the report with the whole evaluation."""
+        assert self.written is not None
+        self._keep(self.written.model_copy(update={"evaluation": evaluation, "report": report, "evaluated": True}))
+
+    def _keep(self, written: Written) -> None:
+        self.written = written
+        write_durably(self.folder / WRITTEN, written.model_dump(mode="json"))
 
     def publish(self) -> None:
         """Give the complete checkpoint its name, if it has not got it yet."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from qtool.checkpoints import side_files
 from qtool.checkpoints.files import file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
@@ -19,14 +20,18 @@ class Verified(NamedTuple):
 
 
 def verify(folder: Path) -> Verified:
-    """Compare the hash of every safetensors file, the codes and the bits per weight with the manifest.
+    """Compare the hash of every file that a reader computes with, the codes and the bits per weight with the manifest.
+
+    These files are weights, config, tokenizer, processors and generation config. The manifests of earlier versions list
+    weights only, and then nothing else is compared.
 
     Raises:
         InputError: the folder has no checkpoint of qtool, or no manifest.
         RunError: something differs; the message names all differences.
     """
     source, manifest = open_checkpoint(folder)
-    found = file_hashes(folder, "*.safetensors")
+    patterns = side_files.HASHED if "config.json" in manifest.files else ("*.safetensors",)
+    found = file_hashes(folder, *patterns)
     faults = [
         f"{name} is missing" if name not in found else f"{name} was changed after it was written"
         for name, expected in manifest.files.items()

@@ -33,6 +33,7 @@ from qtool.reports.text import metric_name, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system import reading
 from qtool.system.errors import InputError, listing
+from qtool.system.printable import printable, without_secrets
 from qtool.system.units import duration, size
 from qtool.system.writing import make_folder, write_text
 
@@ -130,7 +131,7 @@ class Comparison(Printable):
         plots = self.plots()
         write_text(folder / HTML_NAME, self._page(plots))
         write_text(folder / MARKDOWN_NAME, self.markdown())
-        write_text(folder / COMPARE_NAME, json.dumps(self.as_dict(), indent=2) + "\n")
+        write_text(folder / COMPARE_NAME, json.dumps(without_secrets(self.as_dict()), indent=2) + "\n")
         if plots:
             drawing.save(plots, folder)
 
@@ -228,4 +229,6 @@ def _names(paths: list[Path]) -> list[str]:
     depth = next(
         (depth for depth in range(1, max(map(len, parts))) if len({p[-depth:] for p in parts}) == len(parts)), None
     )
-    return [str(path) if depth is None else "/".join(p[-depth:]) for path, p in zip(paths, parts, strict=True)]
+    return [
+        printable(str(path) if depth is None else "/".join(p[-depth:])) for path, p in zip(paths, parts, strict=True)
+    ]

@@ -2,14 +2,18 @@
 
 A report class derives from :class:`Printable` and returns its content from ``document()``. Only this file knows the
 syntax of Markdown and the classes of Rich. The HTML pages of ``html.py`` are richer and have templates of their own.
+Each renderer shows names and notes as text: without control characters and secrets, and without markup in them.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
+
+from qtool.system.printable import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,43 +58,65 @@ class Printable(ABC):
 
     def markdown(self) -> str:
         """Return the report as a Markdown page."""
-        return "\n\n".join(filter(None, _markdown_blocks(self.document()))) + "\n"
+        return "\n\n".join(filter(None, _markdown_blocks(_shown(self.document())))) + "\n"
 
     def render(self, console: "Console") -> None:
         """Print the report in a terminal; ``±`` becomes ``+-`` where the encoding has no such character."""
-        _print(self.document(), console)
+        _print(_shown(self.document()), console)
 
     def _repr_html_(self) -> str:
         """Return the report as HTML without figures, for a notebook."""
-        return str(Markup("\n").join(_html_blocks(self.document())))
+        return str(Markup("\n").join(_html_blocks(_shown(self.document()))))
+
+
+def _shown(value: Any) -> Any:  # Any: a document or a part of one
+    """Return the same content with every text as it may be shown, in one line."""
+    match value:
+        case str():
+            return one_line(value)
+        case Document() | Table():
+            return replace(value, **{each.name: _shown(getattr(value, each.name)) for each in fields(value)})
+        case Mapping():
+            return {_shown(name): _shown(each) for name, each in value.items()}
+        case list() | tuple():
+            return [_shown(each) for each in value]
+    return value
+
+
+def as_markdown(text: str) -> str:
+    """Return Markdown that shows ``text`` as it is: no code, emphasis, links, HTML or entities."""
+    text = re.sub(r"\\(?=[!-/:-@\[-`{-~]|$)", r"\\\\", text)
+    text = re.sub(r"[`<*]|\((?<=\]\()|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text)
 
 
 def _markdown_blocks(document: Document) -> Iterator[str]:
     """Yield blocks that an empty line separates; an empty block is left out."""
-    yield f"# {document.name or document.title}"
-    yield document.title if document.name else ""
-    yield f"**{document.headline}**" if document.headline else ""
-    yield f"{document.status}." if document.status else ""
+    yield f"# {as_markdown(document.name or document.title)}"
+    yield as_markdown(document.title) if document.name else ""
+    yield f"**{as_markdown(document.headline)}**" if document.headline else ""
+    yield f"{as_markdown(document.status)}." if document.status else ""
     yield _bullets(f"{name}: {text}" for name, text in document.facts)
-    yield from (f"> **Warning:** {warning}" for warning in document.warnings)
+    yield from (f"> **Warning:** {as_markdown(warning)}" for warning in document.warnings)
     for table in document.tables:
-        yield f"## {table.title}" if table.title else ""
-        rule = ["---" if side == "l" else "---:" for side in table.align]
-        yield "\n".join(map(_markdown_row, (table.columns, rule, *table.rows)))
-        yield "\n".join(_numbered(table.footnotes))
-    yield document.legend.replace("*", "\\*")
+        yield f"## {as_markdown(table.title)}" if table.title else ""
+        rule = "| " + " | ".join("---" if side == "l" else "---:" for side in table.align) + " |"
+        header, *rows = map(_markdown_row, (table.columns, *table.rows))
+        yield "\n".join([header, rule, *rows])
+        yield "\n".join(_numbered([as_markdown(note) for note in table.footnotes]))
+    yield as_markdown(document.legend)
     yield _bullets(document.notes)
     if document.environment:
-        yield "Environment: " + ", ".join(f"{name} {text}" for name, text in document.environment.items()) + "."
+        software = ", ".join(f"{name} {text}" for name, text in document.environment.items())
+        yield as_markdown(f"Environment: {software}.")
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("|", "\\|") for cell in cells)
-    return "| " + " | ".join(f"{cell[:-1]}\\*" if cell.endswith(" *") else cell for cell in escaped) + " |"
+    return "| " + " | ".join(as_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"* {line}" for line in lines)
+    return "\n".join(f"* {as_markdown(line)}" for line in lines)
 
 
 def _numbered(lines: Sequence[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ follows the reader's theme; in a file of its own the figure keeps them, on white
 
 import html
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO, StringIO
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qtool.reports.report import PLOTS_FOLDER
+from qtool.system.printable import shown
 from qtool.system.writing import write_bytes, write_text
 
 WIDTH = 4.6  # inches of 72 units; narrow, so that a phone shows text in its drawn size
@@ -77,8 +79,12 @@ class Plot(NamedTuple):
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Use the style of all figures; needed while a figure is made and while it is written."""
-    with matplotlib.rc_context(STYLE):
+    """Use the style of all figures; needed while a figure is made and while it is written.
+
+    A character that the font lacks is drawn as a box in PNG files, and by the reader's own fonts elsewhere: no warning.
+    """
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
         yield
 
 
@@ -96,7 +102,8 @@ def freeze_layout(figure: Figure) -> None:
     """Fix the layout of ``figure``, rounded, because the last digits of matplotlib's solver vary from run to run."""
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.execute(figure)  # drawing begins with this, but no drawing is needed
+    with style():
+        engine.execute(figure)  # drawing begins with this, but no drawing is needed
     for axes in figure.axes:
         left, bottom, width, height = (round(float(each), 4) for each in axes.get_position(original=True).bounds)
         axes.set_position((left, bottom, width, height))
@@ -130,7 +137,7 @@ def svg(plot: Plot) -> str:
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with style():
         plot.figure.savefig(file, format="svg", metadata=nothing, transparent=True)
-    text = file.getvalue()
+    text = shown(file.getvalue())
     # matplotlib makes some ids from memory addresses; and the ids of all figures of a page must differ
     ids = {name: f"{plot.name}-{i}" for i, name in enumerate(re.findall(r'\sid="([^"]*)"', text))}
     return re.sub(r'(\sid="|#)([^"#()]+)(?=["\)])', lambda found: found[1] + ids.get(found[2], found[2]), text)
@@ -143,7 +150,7 @@ def inline_svg(plot: Plot) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # these ids would occur once per figure of a page
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    label = html.escape(f"{plot.title}: {plot.text}")
+    label = html.escape(shown(f"{plot.title}: {plot.text}"))
     text = re.sub(
         r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{label}">', text
     )

@@ -1,9 +1,11 @@
 """``report.html``: a report as one self-contained page, which needs neither network nor other files.
 
-The templates escape every text from outside (names, notes, paths); only our own figures are inserted as they are.
+The templates escape every text from outside (names, notes, paths), and show it without control characters and secrets;
+only our own figures are inserted as they are.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,7 @@ from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
 from qtool.reports.verdict import RULE, words
+from qtool.system.printable import shown
 from qtool.system.units import duration, size
 from qtool.system.version import __version__
 from qtool.system.writing import write_text
@@ -56,6 +59,7 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
         linears=_linears(report),
         phases=_phases(report),
         published=_published(report),
+        evaluating=f"qtool eval {shlex.quote(report.quantized)}" if report.quantized else None,
         loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
         lock=list(_flat(report.lock.model_dump(mode="json") if report.lock else {})),
     )
@@ -77,10 +81,15 @@ def _templates() -> Environment:
     return Environment(
         loader=PackageLoader("qtool.reports"),
         autoescape=True,
+        finalize=_finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _finalize(value: object) -> object:
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:

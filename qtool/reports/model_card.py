@@ -1,23 +1,28 @@
 """Model cards, made from measured numbers only."""
 
+import json
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from qtool.reports.document import as_markdown
 from qtool.reports.report import Report
+from qtool.system.printable import one_line, printable, redacted, shown
 from qtool.system.version import __version__
 from qtool.system.writing import write_text
 
 
 def loading_code(name: str) -> str:
     """Return Python code that loads the native checkpoint in the folder ``name``."""
+    text = printable(json.dumps(redacted(name), ensure_ascii=False))  # a string of Python too, whatever is in the name
     return "\n".join(
         [
             "import qtool  # lets transformers read this folder; without it, loading fails with a size mismatch",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f"model = AutoModelForCausalLM.from_pretrained({text})",
+            f"tokenizer = AutoTokenizer.from_pretrained({text})",
         ]
     )
 
@@ -68,10 +73,10 @@ def write_export(
         base,
         library,
         [
-            f"# {base}, {label}, as {format}",
+            f"# {as_markdown(one_line(f'{base}, {label}, as {format}'))}",
             "",
-            *([loading, ""] if loading else []),
-            *(f"* {note}." for note in notes),
+            *([shown(loading), ""] if loading else []),
+            *(f"* {one_line(note)}." for note in notes),
             f"* Read back after writing: largest weight difference {differences['weight_difference']:.3g}, "
             f"largest logit difference {differences['logit_difference']:.3g} of the largest logit.",
             "",
@@ -82,6 +87,6 @@ def write_export(
 
 def _write(folder: Path, base: str, library: str, lines: list[str]) -> None:
     """Write the card: the YAML header for the Hugging Face hub, then ``lines``."""
-    is_hub_name = not base.startswith((".", "/", "~", "builtin:")) and not Path(base).exists()
+    is_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base, re.ASCII) and not Path(base).exists()
     header = ModelCardData(base_model=base if is_hub_name else None, library_name=library, tags=["qtool"]).to_yaml()
     write_text(folder / "README.md", "\n".join(["---", header, "---", *lines]) + "\n")

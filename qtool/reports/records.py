@@ -1,5 +1,6 @@
 """The records that reports are made of, and published numbers beside ours."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import (
 
 from qtool.config.sections import ExpectedConfig
 from qtool.system import paths
+from qtool.system.printable import without_secrets
 
 OVERLAP_TOKENS = 13  # tokens of a run of text that counts as known
 OVERLAP_WARNING = 0.01  # share of known runs from which a report warns
@@ -50,6 +52,10 @@ class Record(BaseModel):
     """A frozen part of a report; keys of other versions are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def json_text(self) -> str:
+        """Return the record as a JSON file in ASCII, without secrets."""
+        return json.dumps(without_secrets(self.model_dump(mode="json")), indent=2) + "\n"
 
 
 class Metric(Record):

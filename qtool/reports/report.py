@@ -84,7 +84,7 @@ class Report(Record, Printable):
 
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
-        write_text(folder / JSON_NAME, self.model_dump_json(indent=2) + "\n")
+        write_text(folder / JSON_NAME, self.json_text())
         write_text(folder / MARKDOWN_NAME, self.markdown())
 
     def title(self) -> str:

@@ -168,7 +168,7 @@ class SweepReport(Record, Printable):
 
     def write(self, folder: Path) -> None:
         """Write ``sweep.json`` and ``sweep.md`` into ``folder``."""
-        for name, text in ((JSON_NAME, self.model_dump_json(indent=2) + "\n"), (MARKDOWN_NAME, self.markdown())):
+        for name, text in ((JSON_NAME, self.json_text()), (MARKDOWN_NAME, self.markdown())):
             write_text(folder / name, text)
 
 

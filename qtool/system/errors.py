@@ -32,6 +32,6 @@ def nearest(found: str, known: Iterable[str], words: str, count: int = 1) -> str
     return words.format(", ".join(near)) if near else ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, which may have many, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
+from qtool.system import interrupts
+
 T = TypeVar("T")
 
 
@@ -89,6 +91,7 @@ def use(sink: Sink) -> Iterator[None]:
 @contextmanager
 def _task(title: str, total: int | None) -> Iterator[Task]:
     global _current
+    interrupts.check()
     task = _current = Task(title, total, parent=_current, started=time.monotonic())
     _sink.begin(task)
     try:
@@ -116,6 +119,7 @@ def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with _task(title, total) as task:
 
         def reach(done: int) -> None:
+            interrupts.check()
             while task.done < done:
                 task.done, task.reached = task.done + 1, task.elapsed()
                 _sink.advance(task)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from qtool.system import interrupts
+
 PREFIX = ".qtool-"  # prefix of the names of temporary folders
 LOCK = "qtool.lock"  # name of their lock file
 
@@ -24,15 +26,17 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """
     above = Path(tempfile.gettempdir()) if parent is None else parent
     clear_abandoned(above)
-    folder, lock = _owned(above)
+    with interrupts.deferred():
+        folder, lock = _owned(above)
     try:
         content = folder / "content"
         content.mkdir()
         yield content
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)  # where an open file cannot be removed
+        with interrupts.deferred():
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)  # where an open file cannot be removed
 
 
 def _owned(above: Path) -> tuple[Path, FileLock]:

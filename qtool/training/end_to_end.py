@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -32,16 +31,10 @@ from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
 from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, State, fit, windows_of_step
 from qtool.training.losses import CE, confidence, token_losses
+from qtool.training.plan import Plan, plan_of
 
 TRAINING = "training.safetensors"  # file with the training state of a phase
 CONFIDENCE_WINDOWS = 16  # number of windows, about, on which the teacher's confidence is measured
-
-
-def num_steps(config: EndToEndConfig, num_windows: int) -> int:
-    """Return the number of steps of a training with ``num_windows`` calibration windows."""
-    if config.steps is not None:
-        return config.steps
-    return ceil(config.epochs * (num_windows - config.validation_samples) / config.batch_size)
 
 
 def train_model(
@@ -63,11 +56,13 @@ def train_model(
     """
     loaded, tokens, workspace = job.loaded, job.text, job.workspace
     training = _Training(loaded, teacher, tokens, tokens if job.labels is None else job.labels, config, job.seed)
-    total = num_steps(config, len(tokens))
+    plan, total = training.plan, training.plan.num_steps
+    for note in plan.notes:
+        progress.note(note)
     layers = [module for module in loaded.model.modules() if isinstance(module, QuantLinear)]
     keeper = _Kept(workspace.phase(phase) / TRAINING, config.sharding == "full") if workspace else None
     with (
-        progress.counted(f"training on {training.num_trained} windows", total) as reach,
+        progress.counted(f"training on {plan.num_trained} windows", total) as reach,
         _tracking(workspace, loaded.device, config, phase) as track,
         _rerun_blocks(loaded, config.gradient_checkpointing),
     ):
@@ -84,8 +79,8 @@ def train_model(
                 total,
                 loss_of_step,
                 config.optim,
-                validate=training.validate if config.validation_samples else None,
-                validate_every=config.validate_every,
+                validate=training.validate if plan.num_held_out else None,
+                validate_every=plan.validate_every,
                 on_step=track,
                 keeper=keeper,
                 save_every=config.save_every,
@@ -95,6 +90,11 @@ def train_model(
         reach(total)
     for layer in layers:
         layer.set_progress(1.0)
+    if found.validation and total and not found.best_step:
+        progress.note(
+            f"no state had a lower validation loss than the start ({found.validation[0]:.4g}); the start is kept, so "
+            "training changed nothing"
+        )
     return found
 
 
@@ -108,14 +108,11 @@ class _Training:
     labels: Tensor
     config: EndToEndConfig
     seed: int
+    plan: Plan = field(init=False)
     gamma: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        if self.num_trained < 1:
-            raise InputError(
-                f"validation_samples {self.config.validation_samples} of {len(self.tokens)} windows leave none to "
-                "train on; lower it, or raise data.num_samples"
-            )
+        self.plan = plan_of(self.config, len(self.tokens))
         if self.loaded.dtype == torch.float16:
             raise InputError("gradients do not fit float16; set model.dtype to bfloat16 or float32")
         if distributed.world_size() > self.config.batch_size:
@@ -129,8 +126,8 @@ class _Training:
 
     @property
     def num_trained(self) -> int:
-        """The number of windows to train on: all but the last ``validation_samples``."""
-        return len(self.tokens) - self.config.validation_samples
+        """The number of windows to train on, the first ones; the others are held out for validation."""
+        return self.plan.num_trained
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """Yield this process's parts of the loss of a step; their mean over the processes is the mean over tokens."""

@@ -15,9 +15,10 @@ from qtool.models.linears import Target, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
-from qtool.training.end_to_end import num_steps, train_model
-from qtool.training.fit import FitResult, ParamGroup, total_factor
+from qtool.training.end_to_end import train_model
+from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
+from qtool.training.plan import plan_of
 from qtool.training.rates import ends_to_scale, rate
 from qtool.training.sharding import train_by_block
 
@@ -117,13 +118,12 @@ def train_linears(
     ``groups_of(layer, config, total)`` returns the parameters of a layer with their learning rates; ``total`` is the
     sum of the schedule's factors, see ``rates.rate``.
     """
-    loaded = job.loaded
+    loaded, total = job.loaded, plan_of(config, len(job.text)).total
     loaded.gather(on_device=config.sharding == "none")
     start = None if config.init_from is None else Start(config.init_from, job.targets)
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
         start.take_floats(loaded)
-    total = total_factor(num_steps(config, len(job.text)), config.optim)
     layers: list[dict[str, L]] = []
 
     def put(index: int) -> list[ParamGroup]:

@@ -85,7 +85,7 @@ def run(loaded: LoadedModel, shape: Shape, cell: Cell) -> None:
         )
         efficientqat.run(Job.select(loaded, quant, tokens[: shape.batch]), block)  # a batch, which is worked on at once
         return
-    settings: dict[str, Any] = {"loss": "ce", "steps": steps, "batch_size": shape.batch}
+    settings: dict[str, Any] = {"loss": "ce", "steps": steps, "min_steps": 0, "batch_size": shape.batch}
     settings["gradient_checkpointing"] = cell.blocks_again
     if cell.method == "lsq":
         lsq.METHOD.run(Job.select(loaded, quant, tokens), lsq.Config(**settings, init="minmax"))

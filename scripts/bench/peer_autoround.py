@@ -25,8 +25,8 @@ def quantize(
     windows = torch.from_numpy(np.load(tokens))
     presets: dict[str, dict[str, Any]] = {"light": {"iters": 50, "lr": 5e-3}, "default": {}, "best": {"iters": 1000}}
     AutoRound(
-        AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
-        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False),
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False),
         bits=num_bits,
         group_size=group_size,
         sym=not asymmetric,
@@ -45,7 +45,9 @@ def expand(folder: Path, dense_file: Path) -> None:
 
     folder = next(folder.rglob("config.json")).parent  # auto-round writes into a subfolder
     config = AutoRoundConfig(backend="torch")
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu", trust_remote_code=False
+    )
     weights = {}
     with torch.inference_mode():
         for name, layer in model.named_modules():

@@ -39,7 +39,7 @@ def expand(folder: Path, dense_file: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     # float32 asked for at loading: in the folder's bfloat16 the product of code and scale would be rounded again.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # the first forward unpacks every weight
     packed = [name for name, module in model.named_modules() if hasattr(module, "quantization_scheme")]

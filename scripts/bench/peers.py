@@ -99,7 +99,7 @@ def prepare(model: Path, data: Path, work: Path, num_samples: int, seq_len: int,
     """Cut calibration sets from one text, one after another."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     articles = iter(lzma.decompress((data / "enwiki" / "train.txt.xz").read_bytes()).decode().split("\n\n\n"))
     return [cut(articles, tokenizer, work / f"calibration{i}", num_samples, seq_len) for i in range(draws)]
 
@@ -145,13 +145,15 @@ def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval
 
     if json.loads((model_dir / "config.json").read_text()).get("quantization_config"):
         import qtool  # noqa: F401 - teaches transformers to load qtool's folders
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)  # in evaluation mode
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, trust_remote_code=False
+    )  # in evaluation mode
     if weights_file is not None:
         for name, weight in load_file(weights_file).items():
             model.get_parameter(name).data.copy_(weight)
     with text_file.open(encoding="utf-8") as lines:
         rows = [json.loads(line)["text"] for line in lines]
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     tokens = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False).input_ids[0]
     windows = tokens[: len(tokens) // eval_len * eval_len].reshape(-1, eval_len)[: num_windows or None]
 

@@ -55,7 +55,7 @@ def make_float(folder: Path, vocabulary: int, blocks: int, mlp: int, kv_heads: i
     torch.set_default_dtype(torch.float32)
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(BUILTIN / "wiki-llama-3m").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUILTIN / "wiki-llama-3m", trust_remote_code=False).save_pretrained(folder)
 
 
 def main() -> None:

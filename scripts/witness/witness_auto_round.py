@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 def load_float32(folder: Path) -> PreTrainedModel:
     """Load an auto-round folder, with packed linears that compute in float32 on the CPU."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float16, trust_remote_code=False
+    ).eval()
     nn.Module.float(model)  # model.float() refuses quantized models
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -89,3 +89,22 @@ def test_doctor_says_when_qtool_runs_from_a_tree_that_is_not_installed(monkeypat
     assert found["packages"] == {}
     assert any(line.startswith("qtool is not installed") and "pip install -e" in line for line in found["problems"])
     assert "problems" in doctor.render(found)
+
+
+@pytest.mark.parametrize(
+    ("offline", "proxies", "answers", "words"),
+    [
+        (True, {}, True, "offline (HF_HUB_OFFLINE)"),
+        (False, {}, True, "https://hub.test answers"),
+        (False, {}, False, "https://hub.test does not answer"),
+        (False, {"https": "http://proxy.test"}, True, "https://hub.test through a proxy, not tried"),
+    ],
+)
+def test_doctor_says_that_the_hub_answers_only_if_it_does(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, proxies: dict[str, str], answers: bool, words: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.test")
+    monkeypatch.setattr("qtool.data.hub.hub_answers", lambda: answers)
+    monkeypatch.setattr(doctor, "getproxies", lambda: proxies)
+    assert doctor._reached(doctor._hub()) == words

@@ -113,6 +113,16 @@ def test_what_is_inside_a_stage_is_indented(clock: Clock) -> None:
     assert sink.texts == ["evaluating ...", "  blocks: 0/1", "  blocks: 1/1 done in 1.0 s", "evaluating: done in 1.0 s"]
 
 
+def test_a_name_in_a_title_cannot_make_lines_of_its_own(clock: Clock) -> None:
+    sink = Recorder(clock)
+    with progress.use(sink), progress.stage("loading a\nnote: all is well\x1b[2J"):
+        pass
+    assert sink.texts == [
+        r"loading a\nnote: all is well\x1b[2J ...",
+        r"loading a\nnote: all is well\x1b[2J: done in 0.0 s",
+    ]
+
+
 def test_a_failure_says_where_it_stopped_and_leaves_nothing_open(clock: Clock) -> None:
     sink = Recorder(clock)
     with progress.use(sink):

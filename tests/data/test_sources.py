@@ -26,7 +26,7 @@ def loaded() -> LoadedModel:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder in place of the hub: ``hf://datasets`` and repository names are read from it."""
     fetch = datasets.load_dataset
-    monkeypatch.setattr(hub_module, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
     def load(path: str, *args: Any, data_files: Any = None, **kwargs: Any) -> Any:
@@ -98,7 +98,7 @@ def test_what_is_nowhere_is_told_with_the_ways_around_it(
     name: str, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(hub_module, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: False)
     config = DataConfig(source=name, num_samples=4, seq_len=16)
     sources.check_source(config)
     assert not sources.is_local(config)

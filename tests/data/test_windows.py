@@ -40,7 +40,7 @@ def no_local_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the hub unreachable on every machine."""
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
 
 
 def config(source: str | Path, num_samples: int = 4, seq_len: int = 32) -> DataConfig:

@@ -153,7 +153,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     from qtool.data import hub
 
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
 
 
 @pytest.mark.usefixtures("no_data")

@@ -25,14 +25,14 @@ from qtool.system.errors import InputError
 def nothing_local(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide all local data, and let no hub answer."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
 
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A data folder with a few rows of several data sets."""
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
 
     def write(path: str, rows: list[dict[str, Any]]) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

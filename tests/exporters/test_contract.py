@@ -96,14 +96,18 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
     files = {file.name for file in out.iterdir()}
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     weights = "model.gguf" if name == "gguf" else "model.safetensors"
-    assert files == kept | {weights, "README.md"} | ({"quantize_config.json"} if "gptq" in name else set())
+    assert files == kept | {weights, "README.md", "qtool_export.json"} | (
+        {"quantize_config.json"} if "gptq" in name else set()
+    )
     config, ours = read_config(out), read_config(folder)
     section = config.pop("quantization_config", None)
     assert (section is None) == (name in ("dense", "gguf"))
     assert config.pop("quantization", None) == (section if name == "mlx" else None)
     assert "qtool" not in json.dumps(config)
-    assert {key: value for key, value in config.items() if key != "dtype"} == {
-        key: value for key, value in ours.items() if key not in ("dtype", "quantization_config")
+    assert config["torch_dtype"] == config["dtype"]
+    dtypes = ("dtype", "torch_dtype")
+    assert {key: value for key, value in config.items() if key not in dtypes} == {
+        key: value for key, value in ours.items() if key not in (*dtypes, "quantization_config")
     }
     card = (out / "README.md").read_text()
     assert f"as {name}" in card

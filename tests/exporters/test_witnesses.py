@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gguf_models, tiny, vocabularies
+from helpers import gguf_models, published, tiny, vocabularies
 from helpers.gguf_models import ROWS
 from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.quant.affine import dequantize
@@ -32,7 +33,9 @@ def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) 
     if not python:
         pytest.skip(f"set {variable} to the Python of an environment with {needs}")
     file = out.with_name(f"{out.name}.witness.safetensors")
-    done = subprocess.run([python, SCRIPTS / script, out, file, *options], capture_output=True, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # it has its own packages
+    command = [python, str(SCRIPTS / script), str(out), str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return load_file(file)
 
@@ -68,6 +71,42 @@ def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) ->
     witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
     assert all(tensor.dtype == torch.float32 for name, tensor in witness.items() if name.endswith("_proj.weight"))
     check(folder, witness, 1e-5)
+
+
+def perplexity(logits: Tensor, tokens: Tensor) -> float:
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten()).exp())
+
+
+def same_model(folder: Path, witness: dict[str, Tensor]) -> bool:
+    """Return whether the perplexities of a witness and ours are equal up to a millionth, and the logits up to 1e-5."""
+    tokens, theirs = witness["tokens"].long(), witness["logits"]
+    with torch.no_grad():
+        ours = plain(folder)(tokens).logits
+    near = torch.allclose(theirs, ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
+    return near and perplexity(theirs, tokens) == pytest.approx(perplexity(ours, tokens), rel=1e-6)
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["published", "written by transformers 5"])
+@pytest.mark.parametrize("name", published.MODELS)
+def test_transformers_4_computes_the_same_model(name: str, older: bool, tmp_path: Path) -> None:
+    folder = published.quantized(name, tmp_path, older=older)
+    out = exported(folder, "dense", tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.PROSE[0], encoding="utf-8")
+    options = ("--text", str(text)) if older else ()  # the other names a class of tokenizer of transformers 5
+    needs, script = "transformers 4 and safetensors", "witness/witness_transformers4.py"
+    witness = witnessed("QTOOL_TRANSFORMERS4_PYTHON", needs, script, out, *options)
+    assert same_model(folder, witness)
+    if older:
+        assert witness["text_tokens"].tolist() == tiny.tokenizer()(tiny.PROSE[0])["input_ids"]
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["published", "written by transformers 5"])
+@pytest.mark.parametrize("name", [name for name in published.MODELS if name != "gpt neox"])
+def test_mlx_lm_computes_the_same_model(name: str, older: bool, tmp_path: Path) -> None:
+    folder = published.quantized(name, tmp_path, older=older)
+    out = exported(folder, "mlx", tmp_path / "mlx")
+    assert same_model(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out))
 
 
 GGUF_GRIDS = [grid for grid in (*GRIDS, *MIXED) if grid not in ("w8pc-asym", "w8g32-asym", "mixed-asym")]

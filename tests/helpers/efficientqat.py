@@ -26,6 +26,8 @@ ONE_PHASE: dict[str, Any] = {"e2e": {"steps": 0}}
 
 def config(**settings: Any) -> efficientqat.Config:
     """Quick, from the extremes of each group, and Block-AP alone unless ``e2e`` is given."""
+    if "e2e" in settings:
+        settings["e2e"] = {"min_steps": 0} | settings["e2e"]
     return efficientqat.Config(
         **{"init": "minmax", "min_steps": 24, "batch_size": 2}
         | {"travel": 1.0, "scale_share": 0.3, "zero_travel": 1.0, "norm_travel": 0.05}

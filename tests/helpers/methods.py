@@ -27,17 +27,17 @@ QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best r
         "epochs": 0.1,
         "min_steps": 16,
         "batch_size": 2,
-        "e2e": {"steps": 4, "batch_size": 2, "scale_share": 0.01},
+        "e2e": {"steps": 4, "min_steps": 0, "batch_size": 2, "scale_share": 0.01},
     },
     "signround": {"iterations": 20},
-    "lrqat": {"batch_size": 2, "rank": 4, "travel": 0.1, "scale_travel": 0.02},
-    "lsq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
-    "paretoq": {"batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
-    "qat": {"batch_size": 2, "travel": 0.1},
-    "llmqat": {"batch_size": 2, "travel": 0.1},
+    "lrqat": {"min_steps": 0, "batch_size": 2, "rank": 4, "travel": 0.1, "scale_travel": 0.02},
+    "lsq": {"min_steps": 0, "batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
+    "paretoq": {"min_steps": 0, "batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
+    "qat": {"min_steps": 0, "batch_size": 2, "travel": 0.1},
+    "llmqat": {"min_steps": 0, "batch_size": 2, "travel": 0.1},
 }
 
-TRAINED = {"batch_size": 2, "travel": 0.3}  # keys of methods that train the whole model
+TRAINED = {"min_steps": 0, "batch_size": 2, "travel": 0.3}  # keys of methods that train the whole model
 
 
 def by_name(series: Iterable[Series]) -> dict[str, list[float]]:

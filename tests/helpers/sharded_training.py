@@ -35,7 +35,7 @@ from qtool.training.fit import fit as fit_groups
 W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False, scale_dtype="float32")
 LEVELS = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
 STEPS = 4
-COMMON: dict[str, Any] = {"batch_size": 5, "steps": STEPS, "save_every": 2, "tracker": "none"}
+COMMON: dict[str, Any] = {"batch_size": 5, "steps": STEPS, "min_steps": 0, "save_every": 2, "tracker": "none"}
 # Adam divides by the size of a gradient and so makes much of rounding errors; with an eps as large as these it does not
 STEADY = {"eps": 1.0}
 CLIPPED = {"eps": 0.01, "max_grad_norm": 0.01, "accumulation": 3}

@@ -43,7 +43,7 @@ class Result(NamedTuple):
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No data on this machine and no hub, whatever there is."""
     monkeypatch.setenv("QTOOL_DATA_DIR", "")
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
 
 
 def weights_digest() -> str:

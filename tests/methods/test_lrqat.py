@@ -264,7 +264,7 @@ def test_only_factors_and_scales_train_and_all_of_them_move(llama: LoadedModel, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LowRankLinear, "freeze", spy)
         patch.setattr(lrqat, "LowRankLinear", Recorded)
-        config = Config(rank=4, steps=3, batch_size=2, loss="ce")
+        config = Config(rank=4, steps=3, min_steps=0, batch_size=2, loss="ce")
         lrqat.run(Job.select(llama, QuantConfig(num_bits=3, group_size=16, symmetric=False), tokens), config)
     assert len(seen["before"]) == len(seen["after"]) == 3 * 14
     for before, after in zip(seen["before"], seen["after"], strict=True):

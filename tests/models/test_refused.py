@@ -108,10 +108,56 @@ def test_an_already_quantized_model_is_refused(folder: Path) -> None:
     refuse(folder, r"is already quantized \(gptq\); start from the float model")
 
 
-def test_code_in_the_checkpoint_is_never_run(folder: Path) -> None:
-    (folder / "modeling_evil.py").write_text("raise SystemExit('it ran')")
-    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-    refuse(folder, r"needs code from its own folder \(auto_map\); qtool never runs such code")
+CODE = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+
+
+@pytest.fixture
+def with_code(folder: Path) -> Path:
+    """The model with a file of code that its config names; the code ends the process."""
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    change_config(folder, auto_map=CODE)
+    return folder
+
+
+def test_a_model_type_that_transformers_knows_is_loaded_by_its_own_class_whatever_code_lies_beside_it(
+    with_code: Path,
+) -> None:
+    loaded = tiny.load(with_code)
+    assert type(loaded.model) is transformers.LlamaForCausalLM
+    assert "auto_map" not in loaded.model.config.to_dict()
+
+
+def test_a_model_type_that_transformers_does_not_know_is_refused_because_of_its_code(with_code: Path) -> None:
+    change_config(with_code, model_type="perceptron")
+    refuse(with_code, r"'perceptron', which transformers \S+ does not know; it needs code from its own folder")
+
+
+def test_a_known_model_type_without_a_causal_class_is_refused_because_of_its_code(with_code: Path) -> None:
+    change_config(with_code, model_type="clip_text_model")
+    refuse(with_code, r"'clip_text_model', of which transformers has no causal language model; the class that auto_map")
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+def test_an_adapter_that_is_not_merged_is_refused_the_same_with_and_without_peft(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, with_peft: bool
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_peft_available", lambda: with_peft)
+    adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    refuse(folder, r"holds an adapter \(adapter_config\.json\) that is not merged into the model; merge it first")
+    (folder / "config.json").unlink()  # a folder with nothing but an adapter
+    refuse(folder, "merge it first")
+
+
+def test_weights_of_an_adapter_without_its_config_are_refused(folder: Path) -> None:
+    save_file({"q_proj.lora_A.weight": torch.zeros(4, 64)}, folder / "adapter_model.safetensors")
+    refuse(folder, "merge it first")
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.lora_A.default.weight", "self_attn.q_proj.base_layer.weight"])
+def test_an_adapter_among_the_weights_is_refused(folder: Path, name: str) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({f"model.layers.0.{name}": torch.zeros(4, 64)}))
+    refuse(folder, r"hold an adapter that is not merged into the model \(1 tensor\(s\).*merge it first")
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where/at/all", "~/no/such/folder", "a b"])
@@ -245,6 +291,29 @@ def test_a_model_without_a_tokenizer_is_refused(folder: Path) -> None:
     for file in folder.glob("token*"):
         file.unlink()
     refuse(folder, "cannot be loaded: ")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": "1.0", "model": {"type": "BPE"}}', "\0"])
+def test_a_damaged_tokenizer_is_refused(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    refuse(folder, "model: its tokenizer cannot be loaded: ")
+
+
+@pytest.mark.parametrize("kind", ["PanicException", "KeyboardInterrupt"])
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_input_and_an_interruption_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    error = type(kind, (BaseException,), {})
+
+    def panic(*args: object, **kwargs: object) -> None:
+        raise error("range end index 9 out of range")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
+    if kind == "PanicException":
+        refuse(folder, "its tokenizer cannot be loaded: range end index 9 out of range")
+    else:
+        with pytest.raises(error):
+            tiny.load(folder)
 
 
 @pytest.mark.parametrize("device", ["cuda:99x", "gpu"])

@@ -33,7 +33,7 @@ def written_recipe(folder: Path, name: str, **method: Any) -> Path:
         tiny.text(folder)
     raw = {
         "model": {"path": str(folder / "float"), "device": "cpu", "dtype": "float32"},
-        "method": {"name": "lsq", "batch_size": 5, "epochs": 3} | method,
+        "method": {"name": "lsq", "min_steps": 0, "batch_size": 5, "epochs": 3} | method,
         "quant": {"num_bits": 2, "group_size": 16, "symmetric": False},
         "data": {"source": str(folder / "prose.txt"), "num_samples": 8, "seq_len": 32},
         "output": {"path": str(folder / name)},
@@ -76,7 +76,9 @@ def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch:
 def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.several(0, 2, monkeypatch)
     file = written_recipe(tmp_path, "out")
-    file.write_text(file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n", ""))
+    file.write_text(
+        file.read_text().replace("name: lsq", "name: rtn").replace("  min_steps: 0\n  batch_size: 5\n  epochs: 3\n", "")
+    )
     with pytest.raises(InputError, match="method rtn runs in one process, but 2 were started"):
         quantize.quantize(recipe.load(file))
 

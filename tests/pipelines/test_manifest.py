@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from helpers import tiny
+from helpers.records import locked
 
 import qtool
 from qtool.config.quant import QuantConfig
-from qtool.pipelines.manifest import read_manifest
+from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.reproduce import reproduce
 from qtool.system.errors import InputError
 
@@ -120,3 +121,29 @@ def test_a_path_of_another_machine_in_a_manifest_is_no_error(
     (tmp_path / "q" / "qtool.json").write_text(json.dumps(manifest))
     report = qtool.evaluate(tmp_path / "q", "generated", limit=1, context=8)
     assert report.results[0].value is not None
+
+
+def test_a_manifest_on_disk_has_no_secrets(tmp_path: Path) -> None:
+    address = "https://alice:s3cretpw@host/m"
+    manifest = Manifest(
+        format_version=1,
+        recipe={"model": {"path": address}},
+        seed=0,
+        data=None,
+        label="w4",
+        bits_per_weight=4.0,
+        float_bytes=2,
+        quantized_bytes=1,
+        series=(),
+        weight_errors={},
+        seconds={},
+        versions={},
+        date="",
+        command=f"qtool ptq {address}",
+        lock=locked(model={"path": address}),
+        files={},
+    )
+    manifest.write(tmp_path)
+    text = (tmp_path / "qtool.json").read_text(encoding="utf-8")
+    assert "s3cretpw" not in text
+    assert text.count("https://***@host/m") == 3

@@ -172,7 +172,7 @@ def test_what_a_run_would_refuse_is_said_before_any_cell_runs(
         run({"recipe": base, "cells": cells})
     assert str(caught.value).startswith("s cannot be run:\n  [")
     for part in (
-        "was not written by qtool (qtool.json or qtool_export.json would say so), so it will not be replaced",
+        "out/good exists and was not written by qtool",
         "group_size 48",
         "did you mean enwiki",
         "kl is named",

@@ -29,7 +29,7 @@ def labels(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def training(llama: Any, tokens: torch.Tensor, labels: torch.Tensor, **keys: Any) -> _Training:
-    config = EndToEndConfig(batch_size=3, **keys)
+    config = EndToEndConfig(batch_size=3, min_steps=0, **keys)
     return _Training(llama, None if config.loss == "ce" else llama.model, tokens, labels, config, seed=0)
 
 

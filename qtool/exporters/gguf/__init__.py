@@ -191,16 +191,10 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     """Write ``model.gguf``, and beside it the config and tokenizer of the checkpoint; see ``Exporter.write``."""
     import gguf
 
-    model = _model(source.folder)
-    family, names = FAMILIES[model.model_type], tensor_map(source.folder)
+    model, names = _model(source.folder), tensor_map(source.folder)
     tensors, dtype = float_tensors(source, config, stored_dtype(source))
     write_folder(source.folder, out, {}, None, dtype)
-    writer = gguf.GGUFWriter(out / FILE, family.architecture)
-    writer.add_name(f"{model.model_type} quantized by qtool {__version__}")
-    for key, (integer, value) in METADATA.items():
-        add = writer.add_uint32 if integer else writer.add_float32
-        add(f"{family.architecture}.{key}", value(model))
-    tokenizer.add(writer, source.folder, model.vocab_size)
+    writer = _begun(source.folder, out)
     for name, tensor in tensors.items():
         kind = FLOATS[dtype_name(tensor.dtype)] if tensor.dim() > 1 else "F32"
         held = tensor if tensor.dim() > 1 else tensor.float()
@@ -229,6 +223,30 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     with (out / FILE).open("rb") as written:
         os.fsync(written.fileno())
     return _notes(source, model, sizes)
+
+
+def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
+    """Return a writer of ``model.gguf`` with the metadata of the model in ``folder``, and no tensors."""
+    import gguf
+
+    model = _model(folder)
+    family = FAMILIES[model.model_type]
+    writer = gguf.GGUFWriter(out / FILE, family.architecture)
+    writer.add_name(f"{model.model_type} quantized by qtool {__version__}")
+    for key, (integer, value) in METADATA.items():
+        add = writer.add_uint32 if integer else writer.add_float32
+        add(f"{family.architecture}.{key}", value(model))
+    tokenizer.add(writer, folder, model.vocab_size)
+    return writer
+
+
+def describe(source: NativeCheckpoint, out: Path, dtype: str) -> None:
+    """Write the folder with the metadata and the tokenizer, without weights; see ``Exporter.describe``."""
+    write_folder(source.folder, out, {}, None, dtype)
+    writer = _begun(source.folder, out)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 def _add(writer: Any, name: str, tensor: Tensor, kind: str, order: Tensor | None) -> None:  # Any: a gguf.GGUFWriter
@@ -329,6 +347,7 @@ EXPORTER = Exporter(
     "GGUF, for llama.cpp",
     refuses,
     write,
+    describe,
     lambda opened, name: opened.tensor(f"{name}.weight"),
     "Load `model.gguf` with llama.cpp, or with software built on it.",
     GGUFFolder,

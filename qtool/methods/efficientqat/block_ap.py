@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.blocks.hidden_states import HiddenStates
+from qtool.blocks.hidden_states import HiddenStates, joined
 from qtool.blocks.job import Figures
 from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
@@ -101,7 +101,7 @@ class Windows(Sequence[Tensor]):
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:  # type: ignore[override]
         rows = [self.hidden[i][j : j + 1] for i, j in (self.places[index] for index in indices)]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        return joined(rows)
 
 
 def split_windows(count: int, num_validation: int) -> tuple[list[int], list[int]]:

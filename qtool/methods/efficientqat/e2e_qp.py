@@ -20,9 +20,10 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packing import unpack
 from qtool.reports.records import Series
-from qtool.training.end_to_end import num_steps, train_model
-from qtool.training.fit import FitResult, ParamGroup, total_factor
+from qtool.training.end_to_end import train_model
+from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
+from qtool.training.plan import plan_of
 from qtool.training.rates import rate
 from qtool.training.sharding import train_by_block
 
@@ -107,7 +108,7 @@ def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
     """Train the scales of all packed linears on the text of the job; return the losses of steps and validations."""
     loaded = job.loaded
     teacher = None if config.loss == CE else loaded.float_copy()
-    total = total_factor(num_steps(config, len(job.text)), config.optim)
+    total = plan_of(config, len(job.text), "method.e2e").total
     blocks = [name for name, _ in loaded.blocks()]
     layers: list[dict[str, ScaleLinear]] = []
 

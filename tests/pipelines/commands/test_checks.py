@@ -59,7 +59,12 @@ SKIPPED: dict[str, Any] = {"overrides": {"*.1.mlp.up_proj": {"skip": True}}}
         ("llama", {"scale_dtype": "float32"}, {"format": "gptq"}, "scale_dtype: float16"),
         ("llama", {"scale_dtype": "float32"}, {"format": "compressed-tensors", "dtype": "bfloat16"}, "scale"),
         ("gpt2", {}, {"format": "dense", "path": "r.yaml/x"}, "cannot be written"),
-        ("llama", {}, {"format": "dense", "path": "out/q"}, "named 2 times as an output folder"),
+        (
+            "llama",
+            {},
+            {"format": "dense", "path": "out/q"},
+            "out/q overlaps output.path: out/q, which is written",
+        ),
         ("llama", {}, {"format": "dense", "path": "there"}, "there exists"),
     ],
 )

@@ -29,6 +29,7 @@ from qtool.models.loading import load_model
 from qtool.pipelines import export as exporting
 from qtool.pipelines import quantize as pipeline
 from qtool.reports import model_card
+from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 from qtool.system.errors import RunError
 
@@ -304,3 +305,36 @@ def test_ctrl_c_in_the_middle_of_quantizing_is_clean(recipe: Callable[..., str],
     assert rest.splitlines()[-1] == "interrupted; nothing was written under out/q"
     assert out == ""
     assert left() == []
+
+
+def test_a_task_that_was_measured_is_not_measured_again(
+    qtool_: Callable[..., Result],
+    recipe: Callable[..., str],
+    gptq: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[str] = []
+    own = evaluation._own_tasks
+
+    def counted(*args: Any) -> dict[str, list[TaskResult]]:
+        measured.append("own")
+        return own(*args)
+
+    def of_lm_eval(task: str, *args: object) -> list[TaskResult]:
+        measured.append(task)
+        if measured.count("three") == 1 and task == "three":
+            raise KeyboardInterrupt
+        return [TaskResult(task=task, metric="acc", value=1 / 3, stderr=float("inf"))]
+
+    monkeypatch.setattr(evaluation, "check_tasks", lambda config: None)
+    monkeypatch.setattr(evaluation, "_own_tasks", counted)
+    monkeypatch.setattr(evaluation, "_lm_eval_task", of_lm_eval)
+    gptq["eval"]["tasks"] = ["one", "generated", "two", "three"]
+    assert qtool_("ptq", recipe(**gptq)).code == 130
+    assert qtool_("ptq", "r.yaml").code == 0
+    assert measured == ["own", "one", "two", "three", "three"]
+    report = Report.model_validate_json(Path("out/q/report.json").read_text())
+    assert [(row.task, row.stderr) for row in report.results if row.task != "generated"] == [
+        (name, float("inf")) for name in ("one", "two", "three")
+    ]
+    assert [row.task for row in report.results] == ["one", "generated", "two", "three"]

@@ -33,3 +33,32 @@ def test_verify_compares_the_manifest_with_the_tensors(written: Path) -> None:
     file.write_text(json.dumps(manifest | {"bits_per_weight": 4.0}))
     with pytest.raises(RunError, match=r"the manifest says 4\.0"):
         verify.verify(written)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_verify_finds_a_change_in_what_a_reader_computes_with(name: str, written: Path) -> None:
+    (written / name).write_bytes((written / name).read_bytes() + b"\n")
+    with pytest.raises(RunError, match=f"{name} was changed after it was written"):
+        verify.verify(written)
+
+
+def test_verify_finds_a_tokenizer_that_was_added(written: Path) -> None:
+    (written / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"tokenizer\.model is not in the manifest"):
+        verify.verify(written)
+
+
+def test_verify_is_silent_on_reports_and_cards(written: Path) -> None:
+    for name in ("README.md", "report.json", "notes.txt"):
+        (written / name).write_text("changed")
+    verify.verify(written)
+
+
+def test_a_manifest_of_an_earlier_version_still_verifies(written: Path) -> None:
+    file = written / "qtool.json"
+    manifest = json.loads(file.read_text())
+    weights = {name: value for name, value in manifest["files"].items() if name.endswith(".safetensors")}
+    assert len(weights) < len(manifest["files"])
+    file.write_text(json.dumps(manifest | {"files": weights}))
+    (written / "README.md").write_text("changed")
+    assert verify.verify(written).files == len(weights)

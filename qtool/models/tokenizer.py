@@ -1,0 +1,49 @@
+"""Loading a tokenizer and calling it, with every error of it as an error of the input.
+
+Tokenizers are programs of many kinds, and raise errors of many kinds for damaged files; those written in Rust may also
+panic, which Python sees as an exception that is no ``Exception``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+
+from qtool.system.errors import InputError, first_line
+
+
+def load_tokenizer(path: str, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model's ``folder``, which a recipe calls ``path``.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
+    found = (folder / "tokenizer.json").exists() or any(folder.glob("*.model")) or (folder / "vocab.json").exists()
+    hint = "" if found else " (the folder has no tokenizer.json)"
+    with _refused(f"{path}: its tokenizer cannot be loaded", hint):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], place: str, **options: Any) -> BatchEncoding:
+    """Return what ``tokenizer`` makes of ``text``, called with ``options``; ``place`` says where the text is from.
+
+    Raises:
+        InputError: the tokenizer cannot encode the text.
+    """
+    with _refused(f"{place}: the tokenizer of this model cannot encode it"):
+        encoded: BatchEncoding = tokenizer(text, verbose=False, **options)
+    return encoded
+
+
+@contextmanager
+def _refused(words: str, hint: str = "") -> Iterator[None]:
+    """Turn any error inside the ``with`` block, a panic included, into an ``InputError``."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interruption
+        raise InputError(f"{words}: {first_line(error).rstrip(':'):.300}{hint}") from error
