@@ -21,7 +21,7 @@ from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
-from qtool.system.errors import RunError
+from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
 from qtool.system.tensors import dtype_name
 
@@ -90,11 +90,27 @@ def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collecti
 
 
 def load_exported(config: ModelConfig) -> LoadedModel | None:
-    """Load an exported folder as a float model with expanded weights; return ``None`` if no format recognises it."""
+    """Load an exported folder as a float model with expanded weights; return ``None`` if no format recognises it.
+
+    Raises:
+        InputError: the folder is damaged, or holds what the format does not have.
+    """
     folder = resolve(config.path)
     exporter = recognised(folder)
     if exporter is None:
         return None
+    try:
+        return _expanded(config, folder, exporter)
+    except (OSError, InputError, RunError):
+        raise
+    except Exception as error:  # a config or tensors of any other form; read_back shows errors of our own code
+        raise InputError(
+            f"{config.path} is damaged, or no export of its format: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _expanded(config: ModelConfig, folder: Path, exporter: Exporter) -> LoadedModel:
+    """Load the folder of an export as a float model."""
     opened = exporter.open(folder)
     dtype = compute_dtype(config.dtype, opened.dtype(), choose_device(config.device))
     config = config.model_copy(update={"dtype": dtype_name(dtype)})

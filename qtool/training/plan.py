@@ -16,6 +16,7 @@ from qtool.training.fit import total_factor
 
 HELD_OUT = 8  # of a short training, one window in this many is held out, and at most this many
 NUM_CHECKS = 8  # number of states that are compared with the start, unless validate_every is set
+MAX_STEPS = 10**6  # most steps of a training; the learning rates of all are summed before it begins
 
 
 class Plan(NamedTuple):
@@ -33,7 +34,7 @@ def plan_of(config: EndToEndConfig, num_windows: int, where: str = "method") -> 
     """Return the plan of a training on ``num_windows`` windows; ``where`` is the section of its keys in the recipe.
 
     Raises:
-        InputError: Validation leaves no window to train on.
+        InputError: Validation leaves no window to train on, or there are too many steps.
     """
     asked = config.steps
     if asked is None:
@@ -45,6 +46,11 @@ def plan_of(config: EndToEndConfig, num_windows: int, where: str = "method") -> 
     if held >= num_windows:
         raise InputError(_too_few(config, num_windows, where))
     steps = config.min_steps if short and config.steps is None else asked
+    if max(steps, config.min_steps) > MAX_STEPS:
+        raise InputError(
+            f"{where}: the training has {max(steps, config.min_steps):,} steps; at most {MAX_STEPS:,} are taken. "
+            "Lower steps, min_steps, epochs or data.num_samples, or raise batch_size"
+        )
     every = ceil(steps / NUM_CHECKS) if config.validate_every is None else config.validate_every
     total = total_factor(max(steps, config.min_steps), config.optim)
     notes = (_short(config, asked, num_windows, held),) if short else ()

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -80,13 +80,8 @@ def corpus() -> list[list[tuple[str, str]]]:
 
 def mutated(kind: str, text: str, random: Random) -> tuple[bytes, list[str]]:
     """Return the bytes of a changed recipe, and overrides for ``--set``."""
-    from qtool.config.yaml_loader import parse
-
     for _ in range(random.choice((1, 1, 1, 2, 4))):
-        try:
-            data: Any = parse(text) if random.random() < 0.6 else None
-        except ValueError:
-            data = None
+        data = parsed(text) if random.random() < 0.6 else None
         if data is None:
             text = values.changed_text(text, random)
         else:
@@ -102,6 +97,17 @@ def mutated(kind: str, text: str, random: Random) -> tuple[bytes, list[str]]:
         value = json.dumps(random.choice(values.VALUES))
         overrides.append(random.choice((*CORNERS, f"{key}={value}")))
     return content, overrides
+
+
+@lru_cache(maxsize=300)
+def parsed(text: str) -> Any:
+    """Return the data of a YAML text, ``None`` if it is no YAML; do not change it."""
+    from qtool.config.yaml_loader import parse
+
+    try:
+        return parse(text)
+    except ValueError:
+        return None
 
 
 def check_recipe(file: Path, overrides: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A damaged export is found and never kept; exports of other tools are read or refused."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -199,3 +200,18 @@ def test_targets_by_pattern_are_read_as_compressed_tensors_reads_them(native: Na
         assert torch.equal(read_back(out), native.logits[native("mixed-asym")])
     except QtoolError as error:
         assert "re:" in str(error)  # noqa: PT017 (refusing is as good as reading)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "auto-round", "mlx"])
+@pytest.mark.parametrize("value", [[1], "x", None, {"group_0": {"targets": [["x"]], "weights": {}}}], ids=str)
+def test_a_quantization_config_of_another_form_is_no_bug(
+    native: Natives, tmp_path: Path, name: str, value: object
+) -> None:
+    """Each key in turn; a value that a format does not need may be read."""
+    for key in read_config(native.export(name))["quantization_config"]:
+        out = tiny.copied(native.export(name), tmp_path / key)
+        config = read_config(out)
+        config["quantization_config"][key] = value
+        write_json(out / "config.json", config)
+        with suppress(InputError):
+            _readback.load_exported(ModelConfig(path=str(out), device="cpu"))

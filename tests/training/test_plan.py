@@ -182,3 +182,9 @@ def test_a_few_windows_leave_a_model_no_worse_than_rounding_to_nearest(
         return float(scores.nll.mean().exp())
 
     assert perplexity(name) <= perplexity("rtn")
+
+
+@pytest.mark.parametrize("keys", [{"steps": 2**31 - 1}, {"min_steps": 2**31 - 1}, {"epochs": 10**6}])
+def test_a_training_of_endless_steps_is_refused_at_once(keys: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"^method: the training has [\d,]+ steps; at most 1,000,000 are taken"):
+        plan_of(EndToEndConfig.model_validate({"batch_size": 1, **keys}), 100)
