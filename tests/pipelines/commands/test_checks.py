@@ -150,7 +150,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config is no JSON": (put("config.json", b"{"), r"config\.json is not JSON"),
     "config is a list": (put("config.json", b"[]"), r"config\.json holds a list"),
     "unknown architecture": (edit_config(model_type="nonsense"), r"model cannot be loaded: .*nonsense"),
-    "needs code": (edit_config(auto_map={"AutoModelForCausalLM": "x.Y"}), r"needs code from its own folder"),
+    "needs code": (
+        edit_config(model_type="nonsense", auto_map={"AutoModelForCausalLM": "x.Y"}),
+        r"needs code from its own folder",
+    ),
+    "adapter beside it": (put("adapter_config.json", b"{}"), r"is not merged into the model; merge it first"),
     "already quantized": (edit_config(quantization_config={"quant_method": "awq"}), r"is already quantized \(awq\)"),
     "mixture of experts": (edit_config(num_experts=8), r"mixture of experts"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), r"model has no \*\.safetensors file"),
