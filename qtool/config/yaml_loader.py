@@ -18,7 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from qtool.system.errors import first_line
 
-MAX_CHARACTERS = 2**18  # largest YAML text; the overrides of a model of 1000 linears have 60,000 characters
+MAX_CHARACTERS = 2**17  # largest YAML text; a plan for a model of 1000 linears has 100,000 characters
 MAX_DIGITS = 400  # most characters of a number; 309 digits hold the largest float
 MAX_VALUES = 100_000  # most values of a text, where each alias counts as all that it stands for
 MAX_DEPTH = 60  # deepest nesting of lists and mappings
@@ -34,6 +34,17 @@ class _Constructor(SafeConstructor):
     def construct_document(self, node: Any) -> Any:
         _count(node, {}, 0)
         return super().construct_document(node)
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Put merged keys into ``node``; ruamel checks for doubled keys only where nothing is merged."""
+        if getattr(node, "merge", None) is None:  # it is not flattened yet, so its keys are those that are written
+            written: dict[Any, None] = {}
+            for key_node, _ in node.value:
+                if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key_node, ScalarNode):
+                    key = self.construct_object(key_node, deep=True)
+                    self.check_mapping_key(node, key_node, written, key, None)
+                    written[key] = None
+        super().flatten_mapping(node)
 
     def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
         if isinstance(key, tuple):

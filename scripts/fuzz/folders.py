@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -175,13 +176,13 @@ def prepare(seed: int, made: Path) -> Any:
             shutil.copytree(made, work, symlinks=True)
             os.chdir(work)
 
-        def attempt(index: int) -> str:
+        def attempt(index: int) -> Callable[[], str]:
             random = Random(f"{seed} {index}")
             kind = random.choice(sorted(COMMANDS))
             command = random.choice(COMMANDS[kind])
             fresh()
             done = [change(work / kind, random) for _ in range(random.choice((1, 1, 2)))]
-            return _ended(qtool, list(command), done)
+            return lambda: _ended(qtool, list(command), done)
 
         for commands in COMMANDS.values():
             for command in commands:
@@ -198,7 +199,7 @@ def _ended(qtool: Any, command: list[str], done: list[str]) -> str:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = qtool(command)
     if "bug in qtool" in said.getvalue():
-        raise AssertionError(f"{done}\nqtool {' '.join(command)}\n{said.getvalue()[-2000:]}")
+        raise workers.BugError(f"{done}\nqtool {' '.join(command)}\n{said.getvalue()[-2000:]}")
     return workers.RIGHT if code in (0, 130) else workers.REFUSED
 
 

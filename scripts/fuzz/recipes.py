@@ -9,6 +9,7 @@ text and as data. Exit code 1 if any input ends in a traceback or takes too long
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -163,10 +164,11 @@ def prepare(seed: int) -> Any:
         ):  # so that imports are not counted as an input's time
             run(kind, text.encode(), [], QtoolError)
 
-        def attempt(index: int) -> str:
+        def attempt(index: int) -> Callable[[], str]:
             random = Random(f"{seed} {index}")
             kind, text = random.choice(random.choice(groups))
-            return run(kind, *mutated(kind, text, random), QtoolError)
+            content, overrides = mutated(kind, text, random)
+            return lambda: run(kind, content, overrides, QtoolError)
 
         return attempt
 

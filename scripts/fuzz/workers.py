@@ -26,7 +26,7 @@ MEMORY = 12 * 2**30  # bytes of address space of a worker
 RIGHT, REFUSED, TRACEBACK, BUG, SLOW = "right", "refused", "tracebacks", '"bug in qtool"', "over 5 s of CPU"
 FAULTS = (TRACEBACK, BUG, SLOW)
 
-Try = Callable[[int], str]  # runs the input of an index; returns RIGHT, REFUSED or BUG, or raises
+Try = Callable[[int], Callable[[], str]]  # makes the input of a number; the result runs it: RIGHT or REFUSED
 
 
 class Ended(NamedTuple):
@@ -35,6 +35,10 @@ class Ended(NamedTuple):
     number: int
     how: str
     seen: str = ""
+
+
+class BugError(Exception):
+    """The code under test said that it has a bug; the message is what it said."""
 
 
 class TooSlowError(BaseException):
@@ -108,14 +112,17 @@ def _work(prepare: Callable[[Path], Try], indices: list[int], folder: Path, pipe
 
 
 def _one(attempt: Try, index: int) -> Ended:
+    made = attempt(index)
     try:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
-            return Ended(index, attempt(index))
+            return Ended(index, made())
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except TooSlowError:
-        return Ended(index, SLOW, traceback.format_exc()[-3000:])
+        return Ended(index, SLOW, traceback.format_exc()[:3000])
+    except BugError as error:
+        return Ended(index, BUG, str(error))
     except BaseException:  # any end is a result
         return Ended(index, TRACEBACK, traceback.format_exc()[-3000:])
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,38 @@ def test_a_terminal_shows_the_same_numbers(tmp_path: Path) -> None:
     for text in itertools.chain(found.columns(), *found.rows()):
         assert text in shown
     assert PLOTS_FOLDER not in shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", None),
+        ("float_bytes", -1),
+        ("quantized_bytes", 10**400),
+        ("bits_per_weight", "3"),
+        ("seconds", {"quantize": -1}),
+        ("peak_bytes", {"load": -5}),
+        ("results", {}),
+        ("results", [{"task": "x", "metric": "y", "value": [1]}]),
+        ("results", [{"task": "x", "metric": "y", "value": 1.0, "n": -1}]),
+        ("linears", [{"name": "x", "shape": [1]}]),
+        ("series", [{"name": "x", "per": "block", "at": [0], "values": []}]),
+        ("lock", {"model": {}}),
+    ],
+)
+def test_a_report_with_a_wrong_value_is_refused_with_file_and_key(tmp_path: Path, key: str, value: object) -> None:
+    folder = save(tmp_path / "run", report(10))
+    (folder / "report.json").write_text(json.dumps(json.loads((folder / "report.json").read_text()) | {key: value}))
+    with pytest.raises(InputError, match=rf"report\.json is not a report of a qtool run: it is damaged.* \({key}"):
+        compare([folder])
+
+
+def test_a_fifo_is_no_report(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "report.json")
+    with pytest.raises(InputError, match=r"report\.json is not a report of a qtool run: it is a FIFO"):
+        compare([tmp_path])
+
+
+def test_numbers_that_are_not_finite_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    folder = save(tmp_path / "run", report(float("inf")))
+    assert next(iter(compare([folder]).runs[0].results.values())).value == float("inf")
