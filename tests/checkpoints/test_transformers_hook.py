@@ -304,9 +304,7 @@ def test_tensors_that_do_not_fit_the_section_are_refused(damaged: Path, section:
     config["quantization_config"] |= section
     write_json(damaged / "config.json", config)
     compared = Version(transformers.__version__) >= Version("5.23")  # transformers compares shapes itself since then
-    ours = (
-        r"weight_\w+ is torch\.\w+ \[.*\]; its grid w.* needs torch\.|is packed in the files, and quantization"
-    )
+    ours = r"weight_\w+ is torch\.\w+ \[.*\]; its grid w.* needs torch\.|is packed in the files, and quantization"
     said = r"has shape \[.*\] in the file, and the config asks for \[" if compared else ours
     with pytest.raises(InputError, match=said):
         load_model(ModelConfig(path=str(damaged)), quantized=True)
