@@ -90,29 +90,37 @@ def change(folder: Path, random: Random) -> str:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     file = random.choice([each for each in files if each.suffix in (".json", ".safetensors")] or files)
     what = random.choice(("value", "value", "value", "text", "bytes", "header", "end", "special", "remove", "add"))
-    if what == "value" and file.suffix == ".json":
-        data = json.loads(file.read_text())
+    data = _json(file)
+    if what == "value" and data is not None:
         for _ in range(random.choice((1, 1, 3))):
             data = values.changed(data, random) if isinstance(data, dict | list) else data
         file.write_bytes(json.dumps(data).encode("utf-8", "surrogatepass"))
-    elif what == "text" and file.suffix == ".json":
+    elif what == "text" and data is not None:
         file.write_bytes(values.changed_text(file.read_text(), random).encode("utf-8", "surrogatepass"))
     elif what == "header" and file.suffix == ".safetensors":
-        file.write_bytes(_other_header(file.read_bytes(), random))
+        with contextlib.suppress(ValueError):  # another change broke the header before
+            file.write_bytes(_other_header(file.read_bytes(), random))
     elif what in ("special", "add"):
         if what == "add":
             file = file.with_name(random.choice(ODD_NAMES))
         _special(file, random)
     elif what == "remove":
         file.unlink()
-    elif what == "end":
+    elif what == "end" or file.stat().st_size > 2**25:
         os.truncate(file, random.randrange(file.stat().st_size + 1))
-    else:
-        content = bytearray(file.read_bytes())
+    elif content := bytearray(file.read_bytes()):
         for _ in range(random.choice((1, 8, 200))):
             content[random.randrange(min(len(content), random.choice((2000, len(content)))))] = random.randrange(256)
         file.write_bytes(content)
     return f"{file}: {what}"
+
+
+def _json(file: Path) -> Any:
+    """Return the value in a JSON file; ``None`` if it is none, perhaps by a change before."""
+    try:
+        return json.loads(file.read_bytes()) if file.suffix == ".json" and file.stat().st_size < 2**25 else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _other_header(content: bytes, random: Random) -> bytes:
