@@ -1,7 +1,4 @@
-"""After ``import qtool``, transformers loads a native folder bit for bit, and keeps its weights packed.
-
-``make test-versions`` runs this file also with the oldest transformers that pyproject.toml allows.
-"""
+"""After ``import qtool``, transformers loads a native folder bit for bit, and keeps its weights packed."""
 
 import copy
 import json

@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
-from helpers.whole_runs import (
-    Q_PROJ,
-    Result,
-    digest,
-    left,
-    own,
-    refused,
-)
+from helpers.whole_runs import Q_PROJ, Result, digest, left, own, refused
 from safetensors.torch import save_file
 
 from qtool.checkpoints.files import write_json
