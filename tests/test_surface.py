@@ -133,7 +133,7 @@ ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gra
 OPTIM = "optimizer betas eps schedule final_share warmup_share max_grad_norm accumulation"
 TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
 END_TO_END = [
-    *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "batch_size"),
+    *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "min_steps", "batch_size"),
     *(f"optim.{key}" for key in OPTIM.split()),
     *("gradient_checkpointing", "sharding", "validation_samples", "validate_every", "save_every", "tracker"),
     *("travel", "lr", "weight_decay"),

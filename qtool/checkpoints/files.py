@@ -7,7 +7,7 @@ So a run that is killed at any moment finds either the old file or the new one.
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,16 @@ def file_hashes(folder: Path, *patterns: str) -> dict[str, str]:
         with file.open("rb") as content:
             hashes[file.relative_to(folder).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
     return hashes
+
+
+def changed_files(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Return a line for each file that is missing, was changed or was added; both map names to SHA-256."""
+    faults = [
+        f"{name} is missing" if name not in found else f"{name} was changed after it was written"
+        for name, sha256 in expected.items()
+        if found.get(name) != sha256
+    ]
+    return [*faults, *(f"{name} is not in the manifest" for name in sorted(found.keys() - expected.keys()))]
 
 
 def folder_bytes(folder: Path, weight_files: str = "*.safetensors") -> int:

@@ -9,16 +9,12 @@ and must find the same model with them, and also with them alone.
 
 import copy
 import logging
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from qtool.checkpoints.files import write_json
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 Config = dict[str, Any]  # the content of a config.json
 Place = tuple[str, ...]  # keys that lead to a section of a config: () is the whole, ("text_config",) a part
@@ -79,10 +75,9 @@ def written(config: Config, source: Config | None, dtype: str, tied: bool | None
 def reading(config: Config) -> Config | None:
     """Return what transformers makes of ``config``, without quantization and names; ``None`` if it refuses it."""
     content = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    with tempfile.TemporaryDirectory() as folder, _silent():
-        write_json(Path(folder) / "config.json", content)
+    with _silent():
         try:
-            found: Config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+            found: Config = CONFIG_MAPPING[content["model_type"]].from_dict(copy.deepcopy(content)).to_dict()
         except Exception:  # config classes check their values with errors of many kinds
             return None
     found.pop("_name_or_path", None)

@@ -334,10 +334,7 @@ def compare(
 
 
 @app.command()
-def verify(
-    folder: Folder,
-    as_json: Json = False,
-) -> None:
+def verify(folder: Folder, as_json: Json = False) -> None:
     """Check a checkpoint's files against its manifest."""
     from qtool.pipelines import verify as pipeline
 
@@ -347,11 +344,7 @@ def verify(
 
 
 @app.command()
-def reproduce(
-    folder: Folder,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
+def reproduce(folder: Folder, quiet: Quiet = False, as_json: Json = False) -> None:
     """Make a checkpoint again, and compare every tensor."""
     with running(quiet, None):
         from qtool.pipelines import reproduce as pipeline

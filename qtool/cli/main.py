@@ -54,15 +54,17 @@ def _fail(error: BaseException, args: Sequence[str], out: Guarded) -> int:
 
 
 def _unprinted(out: Guarded, code: int) -> int:
-    """Return the exit code, which is not 0 if standard output is closed or full; say so, unless a reader has left."""
-    if out.fault is None:
+    """Return the exit code, which is not 0 if standard output is closed or full, and say so.
+
+    A reader that left (``| head``) has read what it wanted: the exit code says how the work ended.
+    """
+    if out.fault is None or isinstance(out.fault, BrokenPipeError):
         return code
-    if not isinstance(out.fault, BrokenPipeError):
-        print(
-            f"error: standard output cannot be written ({out.fault.strerror}), so the result was not printed; files "
-            "that the command wrote are complete"
-            if not code
-            else f"note: standard output cannot be written ({out.fault.strerror})",
-            file=sys.stderr,
-        )
+    print(
+        f"error: standard output cannot be written ({out.fault.strerror}), so the result was not printed; files "
+        "that the command wrote are complete"
+        if not code
+        else f"note: standard output cannot be written ({out.fault.strerror})",
+        file=sys.stderr,
+    )
     return code or 1

@@ -55,7 +55,6 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
     """
     check_source(data)
     check_length("data.seq_len", data.seq_len, loaded)
-    _check_count("data.num_samples", data.num_samples, data.seq_len)
     if data.source == GENERATED:
         return Calibration(generated_tokens(loaded, data.num_samples, data.seq_len, calibration_seed(seed)))
     found = _from_text(data, loaded, seed)

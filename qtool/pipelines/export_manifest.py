@@ -6,10 +6,11 @@ was killed after an export know that the export is complete.
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from qtool.checkpoints.files import file_hashes, write_json
+from qtool.checkpoints.files import changed_files, file_hashes, write_json
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
+from qtool.config import catalog
 from qtool.config.sections import ExportConfig
 from qtool.reports.records import Exported, FileName, Sha256
 from qtool.system import reading
@@ -32,6 +33,13 @@ class ExportManifest(BaseModel):
     exported: Exported  # the record of the report
     files: dict[FileName, Sha256]  # SHA-256 of the files of the export, but for this one
 
+    @field_validator("exported")
+    @classmethod
+    def _known(cls, exported: Exported) -> Exported:
+        if exported.format not in catalog.export_formats():
+            raise ValueError(f"format {exported.format!r} is none of {', '.join(catalog.export_formats())}")
+        return exported
+
 
 def write_manifest(folder: Path, source: NativeCheckpoint, config: ExportConfig, exported: Exported) -> None:
     """Write the manifest of the complete export in ``folder``."""
@@ -41,7 +49,7 @@ def write_manifest(folder: Path, source: NativeCheckpoint, config: ExportConfig,
         dtype=config.dtype,
         source=_source_files(source.folder),
         exported=exported,
-        files=_files(folder),
+        files=files_of(folder),
     )
     write_json(folder / EXPORT_MANIFEST, manifest.model_dump(mode="json"))
 
@@ -66,23 +74,12 @@ def exported_already(source: Path, config: ExportConfig) -> Exported | None:
         return None
     if manifest is None or (manifest.exported.format, manifest.dtype) != (config.format, config.dtype):
         return None
-    if manifest.source != _source_files(source) or changed_files(config.path, manifest):
+    if manifest.source != _source_files(source) or changed_files(manifest.files, files_of(config.path)):
         return None
     return manifest.exported.model_copy(update={"path": str(config.path)})
 
 
-def changed_files(folder: Path, manifest: ExportManifest) -> list[str]:
-    """Return a line for each file of an export that is missing, was changed, or was added since."""
-    found = _files(folder)
-    faults = [
-        f"{name} is missing" if name not in found else f"{name} was changed after it was written"
-        for name, expected in manifest.files.items()
-        if found.get(name) != expected
-    ]
-    return [*faults, *(f"{name} is not in the manifest" for name in sorted(found.keys() - manifest.files.keys()))]
-
-
-def _files(folder: Path) -> dict[str, str]:
+def files_of(folder: Path) -> dict[str, str]:
     """Return the hashes of the files of an export, without its manifest and its model card, which a user may edit."""
     hashes = file_hashes(folder, "*")
     return {name: sha256 for name, sha256 in hashes.items() if name not in (EXPORT_MANIFEST, "README.md")}

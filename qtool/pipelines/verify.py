@@ -1,43 +1,42 @@
-"""``qtool verify``: compare the files of a checkpoint with its manifest."""
+"""``qtool verify``: compare the files of a checkpoint, or of an export, with its manifest."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from qtool.checkpoints import side_files
-from qtool.checkpoints.files import file_hashes
+from qtool.checkpoints.files import changed_files, file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
+from qtool.exporters import _base
+from qtool.pipelines.export_manifest import EXPORT_MANIFEST, files_of, read_export_manifest
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.system.errors import InputError, RunError, listing
 
 
 class Verified(NamedTuple):
-    """The counts of verified files and linears, and the bits per weight."""
+    """The counts of verified files and quantized linears, and the bits per weight, which an export does not record."""
 
     files: int
     linears: int
-    bits_per_weight: float
+    bits_per_weight: float | None
 
 
 def verify(folder: Path) -> Verified:
     """Compare the hash of every file that a reader computes with, the codes and the bits per weight with the manifest.
 
     These files are weights, config, tokenizer, processors and generation config. The manifests of earlier versions list
-    weights only, and then nothing else is compared.
+    weights only, and then nothing else is compared. Of an export, every file but its model card is compared.
 
     Raises:
-        InputError: the folder has no checkpoint of qtool, or no manifest.
+        InputError: the folder has no checkpoint or export of qtool, or no manifest.
         RunError: something differs; the message names all differences.
     """
+    if (folder / EXPORT_MANIFEST).exists():
+        return _verify_export(folder)
     source, manifest = open_checkpoint(folder)
     patterns = side_files.HASHED if "config.json" in manifest.files else ("*.safetensors",)
     found = file_hashes(folder, *patterns)
-    faults = [
-        f"{name} is missing" if name not in found else f"{name} was changed after it was written"
-        for name, expected in manifest.files.items()
-        if found.get(name) != expected
-    ]
-    faults += [f"{name} is not in the manifest" for name in sorted(found.keys() - manifest.files.keys())]
+    faults = changed_files(manifest.files, found)
     if not faults:
         for name in source.specs:
             source.quantized(name)  # refuses codes that do not fit their grid
@@ -47,6 +46,16 @@ def verify(folder: Path) -> Verified:
     if faults:
         raise RunError(listing(f"{folder} has changed since it was written:", faults))
     return Verified(len(found), len(source.specs), manifest.bits_per_weight)
+
+
+def _verify_export(folder: Path) -> Verified:
+    manifest = read_export_manifest(folder)
+    assert manifest is not None
+    found = files_of(folder)
+    if faults := changed_files(manifest.files, found):
+        raise RunError(listing(f"{folder} has changed since it was written:", faults))
+    opened = _base.get(manifest.exported.format).open(folder)
+    return Verified(len(found), len(opened.packed()), None)
 
 
 def open_checkpoint(folder: Path) -> tuple[NativeCheckpoint, Manifest]:

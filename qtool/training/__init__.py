@@ -2,5 +2,6 @@
 
 Used by the methods that train. May import ``blocks``, ``checkpoints``, ``data``, ``models``, ``quant``,
 ``reports``, ``config`` and ``system``.
-Begin with ``linears.py`` (train a layer in the place of each target), then ``end_to_end.py`` and ``fit.py``.
+Begin with ``linears.py`` (train a layer in the place of each target), then ``plan.py``,
+``end_to_end.py`` and ``fit.py``.
 """

@@ -1,8 +1,9 @@
 """Learning rates from travel, the distance that a parameter can move over a whole training.
 
 An Adam step moves a parameter by about its learning rate, so a parameter whose gradient keeps its sign moves by the
-rate times the sum of the schedule's factors (``fit.total_factor``). Recipes give that distance: it holds for any number
-of steps and any schedule. The caller converts it from the unit of its key to the parameter's own unit.
+rate times the sum of the schedule's factors (``fit.total_factor``). Recipes give that distance: it holds for any
+schedule and any number of steps from ``min_steps`` up (``plan.py``; in fewer steps parameters move less). The caller
+converts it from the unit of its key to the parameter's own unit.
 """
 
 LEAST_TOTAL = 1e-9  # stands in for the sum of the factors of a training without steps

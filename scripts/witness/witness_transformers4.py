@@ -25,13 +25,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text to read")
     args = parser.parse_args()
     assert transformers.__version__.startswith("4."), transformers.__version__
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (2, 64), generator=generator)
     with torch.inference_mode():
         witness = {"tokens": tokens, "logits": model(input_ids=tokens).logits.contiguous()}
     if args.text is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False)
         witness["text_tokens"] = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"])
     save_file(witness, args.output, metadata={"transformers": transformers.__version__})
     print(args.output)

@@ -1,7 +1,4 @@
-"""After ``import qtool``, transformers loads a native folder bit for bit, and keeps its weights packed.
-
-Run this file also with the oldest transformers that pyproject.toml allows, in an environment of its own.
-"""
+"""After ``import qtool``, transformers loads a native folder bit for bit, and keeps its weights packed."""
 
 import copy
 import json
@@ -13,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import tiny
 from helpers.weights import gradient
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -301,7 +300,10 @@ def test_tensors_that_do_not_fit_the_section_are_refused(damaged: Path, section:
     config = read_config(damaged)
     config["quantization_config"] |= section
     write_json(damaged / "config.json", config)
-    with pytest.raises(InputError, match=r"has shape \[.*\] in the file, and the config asks for \["):
+    compared = Version(transformers.__version__) >= Version("5.23")  # transformers compares shapes itself since then
+    ours = r"weight_\w+ is torch\.\w+ \[.*\]; its grid w.* needs torch\.|is packed in the files, and quantization"
+    said = r"has shape \[.*\] in the file, and the config asks for \[" if compared else ours
+    with pytest.raises(InputError, match=said):
         load_model(ModelConfig(path=str(damaged)), quantized=True)
     with pytest.raises((InputError, RuntimeError)):
         AutoModelForCausalLM.from_pretrained(damaged)

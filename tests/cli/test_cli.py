@@ -309,11 +309,14 @@ def test_the_shell_completes_commands_and_recipes(words: str, number: int, expec
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_sees_no_traceback(unbuffered: str) -> None:
+def test_a_reader_that_leaves_changes_no_exit_code_and_sees_no_traceback(unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    command = [sys.executable, "-m", "qtool", "recipes"]
-    done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, check=False)
+    for arguments, code in ((["recipes"], 0), (["recipes", "nosuch"], 2)):
+        command = [sys.executable, "-m", "qtool", *arguments, *(["--json"] if code else [])]
+        done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == code
+        assert bool(done.stderr) == bool(code)
+        assert b"Traceback" not in done.stderr
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, b"")

@@ -176,6 +176,8 @@ def test_what_is_written_before_the_first_block_is_what_the_export_has(
     config = read_config(exported(native_llama, name, tmp_path / "after"))
     _base.get(name).describe(planned, tmp_path / "before", config["dtype"])
     assert read_config(tmp_path / "before") == config
-    assert file_hashes(tmp_path / "before", "*.json", "*.model") == file_hashes(tmp_path / "after", "*.json", "*.model")
+    after = file_hashes(tmp_path / "after", "*.json", "*.model")
+    after.pop("qtool_export.json")  # it has the hashes of the weights
+    assert file_hashes(tmp_path / "before", "*.json", "*.model") == after
     assert not list((tmp_path / "before").glob("*.safetensors"))
     assert json.loads((tmp_path / "before" / "config.json").read_text())["rope_theta"] == 500.0

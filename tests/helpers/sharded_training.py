@@ -62,6 +62,7 @@ CASES = {
     "plain": Case("lsq", LSQ),
     "watched": Case("lsq", LSQ | WATCHED, CLIPPED),
     "worse": Case("lsq", {"init": "minmax", "validation_samples": 2, "validate_every": 1, "travel": 40.0}),
+    "short": Case("lsq", LSQ | {"min_steps": 40}),
     "signs": Case("lsq", {"init": "minmax"}, {"optimizer": "signsgd"}),
     "weights": Case("qat", WEIGHTS | {"loss": "cakld"}, family="gpt2"),
     "alone": Case("llmqat", WEIGHTS | {"loss": "ce"}),

@@ -77,7 +77,7 @@ def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pyt
     tiny.several(0, 2, monkeypatch)
     file = written_recipe(tmp_path, "out")
     file.write_text(
-        file.read_text().replace("name: lsq", "name: rtn").replace("  min_steps: 0\n  batch_size: 5\n  epochs: 3\n", "")
+        file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n  min_steps: 0\n", "")
     )
     with pytest.raises(InputError, match="method rtn runs in one process, but 2 were started"):
         quantize.quantize(recipe.load(file))

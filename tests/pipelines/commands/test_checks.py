@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
-from helpers.whole_runs import (
-    Q_PROJ,
-    Result,
-    digest,
-    left,
-    own,
-    refused,
-)
+from helpers.whole_runs import Q_PROJ, Result, digest, left, own, refused
 from safetensors.torch import save_file
 
 from qtool.checkpoints.files import write_json
@@ -150,7 +143,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config is no JSON": (put("config.json", b"{"), r"config\.json is not JSON"),
     "config is a list": (put("config.json", b"[]"), r"config\.json holds a list"),
     "unknown architecture": (edit_config(model_type="nonsense"), r"model cannot be loaded: .*nonsense"),
-    "needs code": (edit_config(auto_map={"AutoModelForCausalLM": "x.Y"}), r"needs code from its own folder"),
+    "needs code": (
+        edit_config(model_type="nonsense", auto_map={"AutoModelForCausalLM": "x.Y"}),
+        r"needs code from its own folder",
+    ),
+    "adapter beside it": (put("adapter_config.json", b"{}"), r"is not merged into the model; merge it first"),
     "already quantized": (edit_config(quantization_config={"quant_method": "awq"}), r"is already quantized \(awq\)"),
     "mixture of experts": (edit_config(num_experts=8), r"mixture of experts"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), r"model has no \*\.safetensors file"),

@@ -36,7 +36,7 @@ def test_a_side_file_that_is_a_link_elsewhere_is_refused_before_the_first_block(
     qtool_: Run, recipe: Callable[..., str], models: Path, work: Path
 ) -> None:
     folder = model(models)
-    (work / "secret").write_text("TOPSECRET")
+    (work / "secret").write_text('{"TOP": "SECRET"}')
     (folder / "preprocessor_config.json").symlink_to(work / "secret")
     message = refused(qtool_("ptq", recipe(model={"path": str(folder), "device": "cpu"})))
     assert "preprocessor_config.json is a link to" in message

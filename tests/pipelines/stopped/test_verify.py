@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qtool.config.sections import ExportConfig
+from qtool.pipelines import export as exporting
 from qtool.pipelines import verify
-from qtool.system.errors import RunError
+from qtool.system.errors import InputError, RunError
 
 
 def test_verify_accepts_what_was_written(written: Path) -> None:
@@ -62,3 +64,32 @@ def test_a_manifest_of_an_earlier_version_still_verifies(written: Path) -> None:
     file.write_text(json.dumps(manifest | {"files": weights}))
     (written / "README.md").write_text("changed")
     assert verify.verify(written).files == len(weights)
+
+
+def test_verify_reads_an_export_too(written: Path) -> None:
+    out = exporting.export(written, ExportConfig(format="gptq", path=written.with_name("gptq")), overwrite=False)
+    assert verify.verify(out)[1:] == (3 * 7, None)
+    (out / "README.md").write_text("a card may be edited")
+    verify.verify(out)
+    (out / "config.json").write_text((out / "config.json").read_text().replace("silu", "gelu"))
+    (out / "new.json").touch()
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(RunError) as found:
+        verify.verify(out)
+    for fault in ("config.json was changed", "tokenizer.json is missing", "new.json is not in the manifest"):
+        assert fault in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("files", ["x"]), ("source", {"../x": "0" * 64}), ("exported", None), ("format_version", "one")]
+)
+def test_a_damaged_manifest_of_an_export_is_an_input_error(key: str, value: object, written: Path) -> None:
+    out = exporting.export(written, ExportConfig(format="dense", path=written.with_name("dense")), overwrite=False)
+    manifest = json.loads((out / "qtool_export.json").read_text())
+    (out / "qtool_export.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(InputError, match=rf"qtool_export\.json is damaged, .*{key}"):
+        verify.verify(out)
+    manifest["exported"]["format"] = "_folder"
+    (out / "qtool_export.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="format '_folder' is none of"):
+        verify.verify(out)
