@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz" / "interrupts.py"
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["kill", "timed", "hup", "full"])
 def test_a_command_that_was_ended_goes_on_to_the_same_result(kind: str) -> None:
-    command = [sys.executable, SCRIPT, "--kind", kind, "--seed", "1", "--count", "14"]
+    command = [sys.executable, str(SCRIPT), "--kind", kind, "--seed", "1", "--count", "14"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.startswith(f"{kind}: 14 trials over quantize, ")
