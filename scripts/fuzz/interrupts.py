@@ -122,7 +122,9 @@ def run(folder: Path, command: list[str], act: Callable[[int, str], None] | None
         os.dup2(log, 1)
         os.dup2(log, 2)
         from qtool.cli import main
+        from qtool.system import interrupts
 
+        interrupts.install()
         if act is not None:
             operations(folder, act)
         code = main.main(command)
@@ -216,12 +218,12 @@ class Trials:
             child = run(folder, command, ended(int(share * count), self.kind))
         code, place = wait(child), f"{stage} at {share:.3f} ({int(share * count)} of {count})"
         if re.search("Traceback|bug in qtool", said(folder)):
-            return f"{place}: {said(folder)[-600:]}"
-        allowed = {"kill": (-9, 0), "timed": (-9, 0), "hup": (129, 130, 0), "full": (1, 2, 0)}[self.kind]
+            return f"{place}: {last_words(folder)}"
+        allowed = {"kill": (-9, 0), "timed": (-9, 0), "hup": (130, 0), "full": (1, 2, 0)}[self.kind]
         if code not in allowed:
-            return f"{place}: exit code {code}: {said(folder)[-600:]}"
+            return f"{place}: exit code {code}: {last_words(folder)}"
         if second := wait(run(folder, command)):
-            return f"{place}: the second start ended with {second}: {said(folder)[-600:]}"
+            return f"{place}: the second start ended with {second}: {last_words(folder)}"
         left = found(folder)
         if left != expected:
             names = sorted(name for name in left.keys() | expected.keys() if left.get(name) != expected.get(name))
@@ -233,6 +235,11 @@ def said(folder: Path) -> str:
     """Return what the commands in ``folder`` printed."""
     log = folder / "tmp" / ".log"
     return log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
+
+
+def last_words(folder: Path) -> str:
+    """Return the end of what the commands in ``folder`` printed, in one line."""
+    return " | ".join(said(folder).splitlines()[-4:])[-400:]
 
 
 def main() -> None:
