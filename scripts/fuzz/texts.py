@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from qtool.config.recipe import check
 from qtool.config.sections import DataConfig, ModelConfig
 from qtool.data import sources, windows
 from qtool.models.folders import BUILTIN
@@ -42,7 +43,7 @@ MEMORY = 16 << 30  # most bytes of address space of the process that reads
 PROSE = "The river runs through the old town, and the mill by the bridge is still used in autumn. " * 12
 VOCABULARY = 4096
 
-Case = tuple[Path, DataConfig]  # a folder with a model, and what is to be read with it
+Case = tuple[Path, dict[str, object]]  # a folder with a model, and what is to be read with it
 
 
 def write_model(folder: Path) -> Path:
@@ -200,13 +201,14 @@ def make_case(seed: int, index: int, model: Path, folder: Path) -> Case:
     shutil.copytree(model, folder)
     source = KINDS[index % len(KINDS)](rng, folder)
     num, length = rng.choice([*[2] * 20, 1, 500, 10**13, 2**70]), rng.choice([*[16] * 20, 2, 64, 65, 10**9])
-    return folder, DataConfig(source=str(source), num_samples=num, seq_len=length)
+    return folder, {"source": str(source), "num_samples": num, "seq_len": length}
 
 
 def read_case(case: Case, good: LoadedModel) -> str:
     """Read a case; return ``right`` or ``refused``, or the traceback of another error."""
-    folder, data = case
+    folder, raw = case
     try:
+        data = check(DataConfig, raw, "the section data")
         sources.check_source(data)
         changed = any((folder / name).read_bytes() != (good.folder / name).read_bytes() for name in TOKENIZER)
         changed = changed or any(folder.glob("chat_template*"))
