@@ -4,6 +4,8 @@ It is written last. It marks the folder as written by qtool, so that ``--overwri
 was killed after an export know that the export is complete.
 """
 
+import glob
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -79,10 +81,14 @@ def exported_already(source: Path, config: ExportConfig) -> Exported | None:
     return manifest.exported.model_copy(update={"path": str(config.path)})
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """Return the hashes of the files of an export, without its manifest and its model card, which a user may edit."""
-    hashes = file_hashes(folder, "*")
-    return {name: sha256 for name, sha256 in hashes.items() if name not in (EXPORT_MANIFEST, "README.md")}
+def files_of(folder: Path, known: Collection[str] | None = None) -> dict[str, str]:
+    """Return the hashes of the files of an export, without its manifest and its model card, which a user may edit.
+
+    Files that are not ``known`` are not read: they have no hash.
+    """
+    names = {file.name for file in folder.iterdir() if file.is_file()} - {EXPORT_MANIFEST, "README.md"}
+    read = names if known is None else names & set(known)
+    return dict.fromkeys(names, "") | file_hashes(folder, *map(glob.escape, read))
 
 
 def _source_files(folder: Path) -> dict[str, str]:

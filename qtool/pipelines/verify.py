@@ -8,6 +8,7 @@ from qtool.checkpoints.files import changed_files, file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.exporters import _base
+from qtool.models.folders import check_readable
 from qtool.pipelines.export_manifest import EXPORT_MANIFEST, files_of, read_export_manifest
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.system.errors import InputError, RunError, listing
@@ -51,10 +52,11 @@ def verify(folder: Path) -> Verified:
 def _verify_export(folder: Path) -> Verified:
     manifest = read_export_manifest(folder)
     assert manifest is not None
-    found = files_of(folder)
+    check_readable(folder)
+    opened = _base.get(manifest.exported.format).open(folder)
+    found = files_of(folder, manifest.files)
     if faults := changed_files(manifest.files, found):
         raise RunError(listing(f"{folder} has changed since it was written:", faults))
-    opened = _base.get(manifest.exported.format).open(folder)
     return Verified(len(found), len(opened.packed()), None)
 
 

@@ -1,6 +1,7 @@
 """``qtool verify`` finds damage in the files of a finished run."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ def test_verify_reads_an_export_too(written: Path) -> None:
     assert verify.verify(out)[1:] == (3 * 7, None)
     (out / "README.md").write_text("a card may be edited")
     verify.verify(out)
+    (out / "huge.bin").touch()
+    os.truncate(out / "huge.bin", 2**40)  # is not read
+    with pytest.raises(RunError, match=r"huge\.bin is not in the manifest"):
+        verify.verify(out)
+    (out / "huge.bin").unlink()
     (out / "config.json").write_text((out / "config.json").read_text().replace("silu", "gelu"))
     (out / "new.json").touch()
     (out / "tokenizer.json").unlink()
