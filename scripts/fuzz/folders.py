@@ -74,7 +74,9 @@ def make(folder: Path) -> None:
         ("export", "native", "-f", "compressed-tensors", "-o", "export", "-q"),
         ("sweep", "sweep.yaml", "-o", "sweep", "-q"),
     ):
-        subprocess.run([sys.executable, "-m", "qtool", *command], cwd=folder, check=True, capture_output=True)
+        done = subprocess.run([sys.executable, "-m", "qtool", *command], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
     state = folder / "p.partial" / "state"
     state.mkdir(parents=True)
     (folder / "p.partial" / "qtool.lock").touch()
