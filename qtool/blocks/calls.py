@@ -134,7 +134,7 @@ def _content(mapping: MutableMapping[Any, Any], number: int, windows: int) -> It
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model's calls of its blocks have in common: found once by ``layout.find_layout``.
+    """The common layout of a model's calls of its blocks, which ``layout.find_layout`` finds once.
 
     ``output`` is what the first block returned; ``varying`` and ``shared`` are those of the call of each block.
     """

@@ -153,7 +153,7 @@ class BlockStates:
         self._layout = find_layout(loaded, tokens, blocks)
         by_size = {len(batch): batch for batch in sizes.values()}
         self._calls = record_calls(loaded, by_size, blocks, compute, self._layout)
-        # what each batch brings to block i
+        # the function that returns the arguments of block i that differ between batches
         self._varying = partial(_varying, loaded, batches, blocks, compute, self._layout)
         first = first_hidden(loaded, batches[0], blocks, self._layout)
         state_bytes = (

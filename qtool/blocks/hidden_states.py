@@ -62,7 +62,7 @@ class HiddenStates(Sequence[Tensor]):
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="hidden-states-")
         self._batches: list[Tensor] = []  # if on disk: tensors on the meta device, which only have shape and dtype
-        self._beside: list[Beside] = []  # of each batch, kept in the same way
+        self._beside: list[Beside] = []  # the other tensors of each batch (``beside_of``), held like ``_batches``
         self._arguments: list[Beside] = []
         self._device = torch.device("cpu")
         for batch in batches:

@@ -87,7 +87,7 @@ class OutputFolder:
                 "command again"
             )
         if now is not None:
-            shutil.rmtree(self._replaced, ignore_errors=True)  # of an earlier replacement that was killed at its end
+            shutil.rmtree(self._replaced, ignore_errors=True)  # left by a process that was killed after it renamed
             self._real.rename(self._replaced)
         try:
             self.model.rename(self._real)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qtool.checkpoints.files import SafetensorsFolder, file_hashes, write_durably, write_shard
 from qtool.checkpoints.native import MANIFEST
-from qtool.checkpoints.output_folder import OutputFolder, check_folder, failed, partial_of, reason
+from qtool.checkpoints.output_folder import RUN, OutputFolder, check_folder, failed, reason
 from qtool.data.windows import Calibration, token_hash
 from qtool.pipelines.lock import differences
 from qtool.reports.records import Lock, Number, Sha256, TaskResult
@@ -66,7 +66,7 @@ class RunState:
     output: OutputFolder
     lock: Lock
     end_to_end: bool = False  # True if the method trains the whole model after its blocks are finished
-    written: Written | None = None  # of an earlier start of this run, or set by ``keep_written``
+    written: Written | None = None  # the record of the complete checkpoint, by this start of the run or an earlier one
 
     @property
     def partial(self) -> Path:
@@ -163,7 +163,7 @@ class RunState:
 
     def is_published(self) -> bool:
         """Return whether the folder under the output's name is the checkpoint of this run."""
-        return self.written is not None and _manifest_hash(self.output.path) == self.written.manifest
+        return _made(self.output.path, self.written)
 
 
 @contextmanager
@@ -189,19 +189,19 @@ def run_state(
         except (OSError, SafetensorError) as error:
             raise _stopped(state, error) from error
         return
-    if fresh or _published_by(path, partial_of(path)) is None:
+    if fresh or not _made(path, _written(state.folder)):
         check_folder(path, overwrite=overwrite, source=source)
     begun = False
     with state.output.claim(f"another run is writing {path}; wait for it, or choose another output.path"):
         try:
-            if fresh or _published_by(path, state.partial) is None:
+            if fresh or not _made(path, _written(state.folder)):
                 check_folder(path, overwrite=overwrite, source=source)  # again, now that nobody else writes
             _begin(state, fresh)
             begun = True
             distributed.barrier()
             distributed.barrier()  # the others have read the state, which may be removed from now on
             yield state
-            (state.folder / "lock.json").unlink()  # from here on there is nothing to continue from
+            (state.partial / RUN).unlink()  # first: without it, a later start does not take the rest for a run
             state.output.remove()
         except (OSError, SafetensorError) as error:
             raise _stopped(state, error) from error
@@ -211,10 +211,9 @@ def run_state(
             raise
 
 
-def _published_by(path: Path, partial: Path) -> Written | None:
-    """Return what the unfinished run in ``partial`` kept of the checkpoint in ``path``; ``None`` if not made by it."""
-    written = _written(partial / "state")
-    return written if written is not None and _manifest_hash(path) == written.manifest else None
+def _made(folder: Path, written: Written | None) -> bool:
+    """Return whether ``folder`` is the checkpoint that ``written`` records."""
+    return written is not None and _manifest_hash(folder) == written.manifest
 
 
 def _manifest_hash(folder: Path) -> str | None:
@@ -231,9 +230,7 @@ def _written(folder: Path) -> Written | None:
 def _read_written(state: RunState) -> Written | None:
     """Return what an earlier start kept of a complete checkpoint, if that is there: under its name or not yet."""
     written = _written(state.folder)
-    if written is None or written.manifest not in (_manifest_hash(state.output.path), _manifest_hash(state.model)):
-        return None
-    return written
+    return written if any(_made(folder, written) for folder in (state.output.path, state.model)) else None
 
 
 def _stopped(state: RunState, error: Exception) -> RunError:
@@ -248,7 +245,7 @@ def _stopped(state: RunState, error: Exception) -> RunError:
 
 def _begin(state: RunState, fresh: bool) -> None:
     """Make the folders of a new run, or check that an unfinished run has the same lock."""
-    file = state.folder / "lock.json"
+    file = state.partial / RUN
     before = None if fresh else read_lock(state.partial)
     if before is not None:
         _continue(state, before)
@@ -282,6 +279,6 @@ def _continue(state: RunState, before: Lock) -> None:
 def read_lock(partial: Path) -> Lock | None:
     """Return the lock that an unfinished run was begun with; ``None`` if there is none, or it is damaged."""
     try:
-        return Lock.model_validate(reading.read_object(partial / "state" / "lock.json"))
+        return Lock.model_validate(reading.read_object(partial / RUN))
     except (FileNotFoundError, InputError, ValueError):
         return None
