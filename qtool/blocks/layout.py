@@ -1,9 +1,10 @@
 """How a model calls its decoder blocks: in which order, with what of its own for each batch, and what they share.
 
-Found by three short forwards that pass hidden states by the blocks: of one text, of the same text with other hidden
-states after each block, and of another text; and one of both texts, which shows the dimension of windows. What differs
-between the first two was made of what blocks computed, and what differs between the texts was made of the tokens. What
-the block driver cannot do exactly is refused here, before any block is computed.
+Found by three short forwards that pass hidden states by the blocks: of one text, of the same text with other results
+of each block, and of another text; and one of both texts, which shows the dimension of windows. What differs between
+the first two was made of what blocks computed, and what differs between the texts was made of the tokens. A tensor that
+a block returns beside its hidden states may be an argument of the next block, as it is. What the block driver cannot do
+exactly is refused here, before any block is computed.
 """
 
 import copy
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_map_only
 
-from qtool.blocks.calls import BlockCall, Blocks, Layout, around_blocks, is_shared, state_of
+from qtool.blocks.calls import BlockCall, Blocks, Layout, around_blocks, is_shared, other_results, state_of
 from qtool.models.block_calls import Stop, replaced_forwards, with_hidden
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
@@ -23,10 +24,14 @@ NUM_TOKENS = 64  # most tokens of a short forward
 
 
 class _Seen(NamedTuple):
-    """One forward: the hidden states that reached each block, the leaves of its call, and how often it was called."""
+    """One forward: hidden states that reached each block, the leaves of its call, and what is passed from the last one.
+
+    ``carried`` has for each block the positions of arguments that the block before it returned -> their position there.
+    """
 
     hidden: list[Tensor]
     leaves: list[list[Any]]
+    carried: list[dict[int, int]]
     output: Any
 
 
@@ -36,7 +41,8 @@ def find_layout(loaded: LoadedModel, tokens: Tensor, blocks: Blocks) -> Layout:
 
     Raises:
         InputError: blocks are not called in order, once each; hidden states change between them; or an argument is
-            made of what earlier blocks computed, or differs between texts in another way than as a tensor of windows.
+            made of what earlier blocks computed and no result of the last one, or differs between texts in another way
+            than as a tensor of windows.
     """
     one = tokens[:1, :NUM_TOKENS].to(loaded.model.device)
     other = (one + 1) % loaded.num_embeddings
@@ -51,8 +57,12 @@ def find_layout(loaded: LoadedModel, tokens: Tensor, blocks: Blocks) -> Layout:
     varying = []
     for index, (name, _) in enumerate(blocks):
         calls = [each.leaves[index] for each in (first, changed, second, both)]
-        if len({len(leaves) for leaves in calls}) > 1:
+        carried = first.carried[index]
+        if len({len(leaves) for leaves in calls}) > 1 or any(
+            x.carried[index] != carried for x in (changed, second, both)
+        ):
             raise _refusal(loaded, f"the arguments of {name} depend on the text")
+        calls = [[None if i in carried else leaf for i, leaf in enumerate(leaves)] for leaves in calls]
         made = [place for place, (a, b, *_) in enumerate(zip(*calls, strict=True)) if not _same(a, b)]
         if made:
             raise _refusal(loaded, f"an argument of {name} is made of what the blocks before it computed")
@@ -64,18 +74,18 @@ def find_layout(loaded: LoadedModel, tokens: Tensor, blocks: Blocks) -> Layout:
                 raise _refusal(loaded, f"an argument of {name} depends on the text and is no tensor of windows")
         varying.append(differs)
     shared = tuple(tuple(place for place, leaf in enumerate(each) if is_shared(leaf)) for each in first.leaves)
-    return Layout(first.output, dim, tuple(varying), shared)
+    return Layout(first.output, dim, tuple(varying), shared, tuple(first.carried))
 
 
 def _run(loaded: LoadedModel, tokens: Tensor, blocks: Blocks, factor: float, output: Any) -> _Seen:
-    """Run the model with its blocks left out, hidden states multiplied by ``factor`` after each.
+    """Run the model with its blocks left out, what they return multiplied by ``factor``.
 
     Without an ``output`` of a block to answer with, the first block is computed to have one.
     """
     modules = [block for _, block in blocks]
-    seen = _Seen([], [], None)
+    seen = _Seen([], [], [], None)
     passed: list[Tensor] = []
-    made: set[int] = set()  # ids of the tensors that a block returns besides hidden states
+    others: list[Any] = []  # what a block returns besides hidden states
 
     def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal output
@@ -85,16 +95,16 @@ def _run(loaded: LoadedModel, tokens: Tensor, blocks: Blocks, factor: float, out
             raise _refusal(loaded, f"hidden states change between {blocks[index - 1][0]} and {blocks[index][0]}")
         call = BlockCall(args, kwargs)
         leaves = call.leaves()
-        if any(id(leaf) in made for leaf in leaves):
-            raise _refusal(loaded, f"an argument of {blocks[index][0]} is made of what the blocks before it computed")
+        places = {id(each): place for place, each in enumerate(others) if isinstance(each, Tensor)}
+        seen.carried.append({i: places[id(leaf)] for i, leaf in enumerate(leaves) if id(leaf) in places})
         seen.hidden.append(hidden.clone())
         seen.leaves.append([copy.copy(leaf) if is_shared(leaf) else leaf for leaf in leaves])
         if output is None:
             output = _real(loaded, modules[0], hidden, call)
-        if isinstance(output, tuple | list):
-            made.update(id(leaf) for leaf in tree_flatten(output[1:])[0] if isinstance(leaf, Tensor))
         passed.append(hidden * factor)
-        return with_hidden(output, passed[-1].clone())
+        answer = tree_map_only(Tensor, lambda x: x * factor if x.is_floating_point() else x.clone(), output)
+        others[:] = other_results(answer)
+        return with_hidden(answer, passed[-1].clone())
 
     head = loaded.model.get_output_embeddings()
     handle = head.register_forward_pre_hook(_stop) if isinstance(head, nn.Module) else None
