@@ -41,7 +41,7 @@ OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0
 
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
-    """Refuse float zero points, ``Conv1D`` layers, odd shapes, and scales or biases that float16 does not hold."""
+    """Refuse float zero points, ``Conv1D`` layers, odd shapes, inexact scales, and biases beyond float16."""
     return float_zeros(source, "auto-round") or layout_refuses(source, "auto-round") or unfit(source, config)
 
 
