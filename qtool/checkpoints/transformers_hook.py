@@ -84,8 +84,8 @@ def _name_within(model: PreTrainedModel, name: str, modules: Container[str]) -> 
     ``AutoModel`` has no head, so that its names lack the prefix of the body, and ``AutoModelForCausalLM`` loads of some
     multimodal models the language model alone, whose names lack a part in the middle.
     """
-    decoder = model.get_decoder()
-    within = next((each for each, module in model.named_modules() if module is decoder), "")
     parts = name.split(".")
-    places = [".".join(filter(None, (prefix, *parts[skip:]))) for skip in range(len(parts)) for prefix in ("", within)]
+    block = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
+    prefixes = ("", *(child for child, _ in model.named_children()))
+    places = [".".join(filter(None, (prefix, *parts[skip:]))) for skip in range(block) for prefix in prefixes]
     return next((place for place in places if place in modules), name)
