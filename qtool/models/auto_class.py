@@ -19,7 +19,7 @@ def auto_class(config: PreTrainedConfig) -> Any:  # Any: auto classes have no co
         InputError: transformers has no language model for ``config``, or one of an encoder and a decoder.
     """
     if config.is_encoder_decoder:
-        raise InputError(f"the model type {config.model_type!r} is an encoder with a decoder; only decoders are supported")
+        raise InputError(f"the model type {config.model_type!r} has an encoder; only decoders are supported")
     if not is_known(config):
         raise InputError(
             f"transformers has no language model for the model type {config.model_type!r} by itself; use a folder of "
