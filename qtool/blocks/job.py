@@ -5,12 +5,13 @@ other linear, by a ``PackedLinear``; its result depends on the job and the confi
 the targets, reads the calibration text and provides the workspace; a method never sees the recipe or the output folder.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from qtool.config.quant import QuantConfig
@@ -21,6 +22,7 @@ from qtool.models.targets import select_targets
 from qtool.reports.records import Series
 
 Figures = dict[str, float]
+ModelInputs = Mapping[str, Tensor]  # arguments of a model's forward, by name
 
 
 class FinishedBlock(NamedTuple):
@@ -63,6 +65,9 @@ class Job:
     ``tokens`` is the calibration text, ``[n, t]`` int64, or ``None`` for a method that reads no text. ``labels``
     ``[n, t]`` has the token itself where it is learned and -100 elsewhere; ``None``: every token is learned. Without a
     ``workspace`` everything stays in memory, and nothing is resumed.
+
+    ``pictures`` has what the model reads of each window besides its tokens, such as pixel values; it is empty where
+    windows are text only.
     """
 
     loaded: LoadedModel
@@ -71,6 +76,7 @@ class Job:
     labels: Tensor | None = None
     seed: int = 0
     workspace: Workspace | None = None
+    pictures: Sequence[ModelInputs] = ()
 
     @classmethod
     def select(
@@ -94,6 +100,21 @@ class Job:
         """The calibration text ``[n, t]`` of a method that needs one."""
         assert self.tokens is not None, "the method was given no calibration text"
         return self.tokens
+
+    def first(self, count: int) -> "Job":
+        """Return the job with its first ``count`` windows."""
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, tokens=self.text[:count], labels=labels, pictures=self.pictures[:count])
+
+    def batches(self, size: int, device: torch.device, dtype: torch.dtype) -> list[ModelInputs]:
+        """Return ``size`` windows at a time on ``device``, each window with pictures alone; pixels are in ``dtype``."""
+        if not self.pictures:
+            return [{"input_ids": batch} for batch in self.text.to(device).split(size)]
+        return [
+            {"input_ids": tokens.to(device)}
+            | {k: x.to(device, dtype if x.is_floating_point() else x.dtype) for k, x in pictures.items()}
+            for tokens, pictures in zip(self.text.split(1), self.pictures, strict=True)
+        ]
 
     def of_block(self, index: int) -> list[Target]:
         """Return the targets of one block, in module order."""

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
+from qtool.models.auto_class import auto_class
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.system.errors import InputError, first_line
@@ -185,7 +186,7 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
         raise InputError(
             f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"

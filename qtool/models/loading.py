@@ -13,15 +13,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
+from qtool.models.auto_class import auto_class, is_known
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
@@ -92,8 +88,8 @@ def load_model(
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':'):.300}") from error
     if info["unexpected_keys"] and type(model.config) is not type(model_config):
         raise InputError(
-            f"{config.path} is a multimodal model of which transformers loads the text part only, so that "
-            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported yet"
+            f"{config.path} is a model of which transformers loads its decoder only, so that "
+            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported"
         )
     _check_complete(config.path, info)
     if checked is not None and _holds(dtype, checked.extremes):
@@ -125,7 +121,7 @@ def _check_code(path: str, raw: dict[str, Any]) -> None:
 
 def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> None:
     """Refuse a model whose folder names code for a class that transformers itself does not have."""
-    if "auto_map" in raw and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if "auto_map" in raw and not is_known(config):
         raise InputError(
             f"{path} has the model type {raw.get('model_type')!r}, of which transformers has no causal language model; "
             "the class that auto_map in config.json names is code of its own folder, and qtool never runs such code"
@@ -150,7 +146,7 @@ def _check_size(config: Any, folder: Path) -> None:
     with torch.device("meta"):
         num_weights = sum(
             parameter.numel()
-            for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+            for parameter in auto_class(config).from_config(config, trust_remote_code=False).parameters()
         )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if num_weights > size * WEIGHTS_PER_BYTE:
