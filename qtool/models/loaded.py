@@ -47,6 +47,10 @@ class LoadedModel:
     streaming: Streaming | None = None
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
     """Lowest and highest value of each parameter, found when values were checked; empty: they were not."""
+    odd_linears: dict[str, str] | None = field(default=None, repr=False)
+    """Linears that a packed layer cannot stand for, with the reason (``uncalled.py``); ``None``: not looked for yet."""
+    notes: list[str] = field(default_factory=list, repr=False)
+    """Lines about weights that stay in floating point, which were shown already."""
     pristine: PreTrainedModel | None = field(default=None, repr=False)
     """The float model as it was, of a model that has no files to be read from again."""
 

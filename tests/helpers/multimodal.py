@@ -39,9 +39,11 @@ DELTA = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
-GEMMA = {"mm_tokens_per_image": 4, "boi_token_index": ID["<start_of_image>"], "eoi_token_index": ID["<end_of_image>"]} | {
-    "image_token_index": ID["<image_soft_token>"]
-}
+GEMMA = {
+    "mm_tokens_per_image": 4,
+    "boi_token_index": ID["<start_of_image>"],
+    "eoi_token_index": ID["<end_of_image>"],
+} | {"image_token_index": ID["<image_soft_token>"]}
 LARGE_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 16, "image_size": 56}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import multimodal, tiny
+from helpers import multimodal
 from helpers.multimodal import FAMILIES
 from torch import Tensor, nn
 
@@ -41,7 +41,9 @@ def test_every_window_with_a_picture_gets_the_hidden_states_of_the_models_own_fo
 
         return hook
 
-    hooks = [block.register_forward_hook(record(index), with_kwargs=True) for index, (_, block) in enumerate(loaded.blocks())]
+    hooks = [
+        block.register_forward_hook(record(index), with_kwargs=True) for index, (_, block) in enumerate(loaded.blocks())
+    ]
     with torch.no_grad():
         for tokens, pictures in zip(job.text.split(1), job.pictures, strict=True):
             loaded.model(input_ids=tokens, **pictures, use_cache=False)
