@@ -16,10 +16,11 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ModelConfig
 from qtool.exporters._base import Exporter, recognised
 from qtool.exporters._folder import WrittenFolder, head_name, write_folder
-from qtool.models.folders import resolve
+from qtool.models.folders import read_config, resolve
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
+from qtool.models.quantized_sources import is_expandable
 from qtool.quant.affine import dequantize
 from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
@@ -97,7 +98,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     """
     folder = resolve(config.path)
     exporter = recognised(folder)
-    if exporter is None:
+    if exporter is None or is_expandable(read_config(folder)):  # the second is a source, which load_model reads
         return None
     try:
         return _expanded(config, folder, exporter)

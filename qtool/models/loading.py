@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
+from qtool.models import quantized_sources
 from qtool.models.config_values import config_value
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
@@ -62,6 +63,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
+    A model that is published in FP8 or MXFP4 is expanded first (``quantized_sources.py``), and its ``folder`` is that
+    of the float model.
+
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.
 
@@ -72,12 +76,15 @@ def load_model(
     device = choose_device(config.device)
     folder = resolve(config.path)
     _check_adapter(config.path, folder)
+    folder = quantized_sources.expanded(config.path, folder, read_config(folder))
     raw = read_config(folder)
     if not quantized and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
     _check_code(config.path, raw)
     file_dtypes = check_files(folder)
+    if not raw.get("quantization_config"):
+        quantized_sources.refuse_codes(config.path, folder)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:

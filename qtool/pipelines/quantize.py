@@ -26,6 +26,7 @@ from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.models import quantized_sources
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
@@ -122,14 +123,17 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
     method: Method[MethodConfig] = load_method(recipe.method.name)
     distributed.start(choose_device(recipe.model.device))
     output = recipe.output
-    with run_state(
-        output.path,
-        lock,
-        overwrite=output.overwrite,
-        fresh=fresh,
-        source=folder,
-        end_to_end=method.end_to_end(recipe.method),
-    ) as state:
+    with (
+        run_state(
+            output.path,
+            lock,
+            overwrite=output.overwrite,
+            fresh=fresh,
+            source=folder,
+            end_to_end=method.end_to_end(recipe.method),
+        ) as state,
+        quantized_sources.expanded_in(state.folder / "expanded"),
+    ):
         yield Run(recipe, method, state, timer)
 
 
