@@ -198,6 +198,19 @@ def stored_tensor(folder: Path, name: str) -> Tensor | None:
     return None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers reads: those of the index, or ``model.safetensors``, or all.
+
+    Some folders hold the weights twice, in shards and in one file of another name.
+    """
+    try:
+        weight_map = reading.read_object(folder / "model.safetensors.index.json")["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    except FileNotFoundError:
+        single = folder / "model.safetensors"
+        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+
+
 def _check_index(index: Path, files: set[str]) -> None:
     try:
         weight_map = reading.read_object(index).get("weight_map")

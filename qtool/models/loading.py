@@ -73,9 +73,11 @@ def load_model(
         InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
             values that are not finite, needs code from its folder, or has an adapter beside it.
     """
+    if config.free:
+        raise InputError("model.free: only qtool ptq works without the model's class; leave it out of this recipe")
     device = choose_device(config.device)
     folder = resolve(config.path)
-    _check_adapter(config.path, folder)
+    check_adapter(config.path, folder)
     folder = quantized_sources.expanded(config.path, folder, read_config(folder))
     raw = read_config(folder)
     if not quantized and raw.get("quantization_config"):
@@ -145,7 +147,7 @@ def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> No
         )
 
 
-def _check_adapter(path: str, folder: Path) -> None:
+def check_adapter(path: str, folder: Path) -> None:
     """Refuse a folder with a LoRA adapter: transformers adds it if peft is installed, and leaves it out if not."""
     if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
         raise InputError(

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from qtool.models.folders import SIDE, belongs, open_safetensors, read_config
+from qtool.models.folders import SIDE, belongs, open_safetensors, read_config, weight_files
 from qtool.models.shard_writer import DTYPES, Described, ShardWriter
 from qtool.quant.expanding import FP8, expand_mxfp4, expand_scaled
 from qtool.system import progress, reading, units
@@ -89,7 +89,7 @@ class FloatTensors:
         self._readers: dict[str, Any] = {}
         self.files: dict[str, list[str]] = {}  # names of the float tensors in each file
         stored: dict[str, list[str]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             reader = open_safetensors(file)
             stored[file.name] = list(reader.keys())
             self._readers |= dict.fromkeys(stored[file.name], reader)
