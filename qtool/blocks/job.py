@@ -14,11 +14,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from qtool.config.quant import QuantConfig
+from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
+from qtool.quant.affine import QuantizedWeight
 from qtool.reports.records import Series
 
 Figures = dict[str, float]
@@ -160,6 +161,8 @@ class Method(Generic[C]):
     needs_data: Callable[[C], bool] = lambda config: True
     end_to_end: Callable[[C], bool] = lambda config: False
     """True if the method trains the whole model; finished blocks are then only the start of that training."""
+    round_weight: Callable[[Tensor, QuantSpec, C], QuantizedWeight] | None = None
+    """Quantizes one float32 weight ``[out, in]`` alone, exactly as ``run`` does; ``None``: the method needs more."""
 
 
 def load_method(name: str) -> Method[Any]:  # Any: each method has a config class of its own

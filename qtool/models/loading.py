@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
+from qtool.models import quantized_sources
 from qtool.models.auto_class import auto_class, is_known
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
@@ -55,6 +56,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
+    A model that is published in FP8 or MXFP4 is expanded first (``quantized_sources.py``), and its ``folder`` is that
+    of the float model.
+
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.
 
@@ -62,15 +66,20 @@ def load_model(
         InputError: the model is missing, damaged, pickled, incomplete or already quantized, has
             values that are not finite, needs code from its folder, or has an adapter beside it.
     """
+    if config.free:
+        raise InputError("model.free: only qtool ptq works without the model's class; leave it out of this recipe")
     device = choose_device(config.device)
     folder = resolve(config.path)
-    _check_adapter(config.path, folder)
+    check_adapter(config.path, folder)
+    folder = quantized_sources.expanded(config.path, folder, read_config(folder))
     raw = read_config(folder)
     if not quantized and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
     _check_code(config.path, raw)
     file_dtypes = check_files(folder)
+    if not raw.get("quantization_config"):
+        quantized_sources.refuse_codes(config.path, folder)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
@@ -128,7 +137,7 @@ def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> No
         )
 
 
-def _check_adapter(path: str, folder: Path) -> None:
+def check_adapter(path: str, folder: Path) -> None:
     """Refuse a folder with a LoRA adapter: transformers adds it if peft is installed, and leaves it out if not."""
     if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
         raise InputError(
