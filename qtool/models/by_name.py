@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from qtool.config.quant import QuantConfig, QuantSpec
-from qtool.models.linears import FLOAT_SHARE
+from qtool.models.kept_float import FLOAT_SHARE
 from qtool.models.shard_writer import Described
 
 IN_BLOCK = re.compile(r"(^|.*\.)\d+\..+")  # pattern of a name in a numbered block
