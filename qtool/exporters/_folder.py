@@ -254,8 +254,8 @@ def split_rows(source: NativeCheckpoint, format: str) -> str | None:
             place = names.places.get(key)
             if place is None or not (place.plain and key.endswith(".weight")):
                 return (
-                    f"{linear} is {key} in published checkpoints of {model.config.model_type}, which "
-                    f"is no single linear, and readers of {format} unpack single linears; export dense instead"
+                    f"{linear} is one tensor, {key}, in published checkpoints of {model.config.model_type}, and "
+                    f"readers of {format} look for a linear of each expert; export dense instead"
                 )
             other = next((other for other in place.linears if source.specs.get(other) != spec), None)
             if other is not None:

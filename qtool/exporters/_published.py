@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from qtool.models.experts import fused_parameters
 from qtool.quant.affine import QuantizedWeight
 
 BASE = 1 << 40  # a mark is BASE * (number of a tensor in memory) + (number of a row)
-FUSED = ("gate_up_proj", "up_proj", "down_proj")  # parameters of the experts of a layer, [E, out, in] or [E, in, out]
 
 
 class Place(NamedTuple):
@@ -144,11 +144,11 @@ class Published:
         return self._names.get(memory, [tensor])[0]
 
     def keys(self, linear: str) -> list[str]:
-        """Return the published names of the tensors that hold the linear ``linear``, by its name in memory."""
-        return self._names[self._in_memory[linear]]
+        """Return the published names of the tensors that hold the weight of ``linear``, by its name in memory."""
+        return self._names[self._in_memory.get(linear, f"{linear}.weight")]
 
     def modules(self, linear: str) -> list[str]:
-        """Return the published names of the modules that hold the linear ``linear``: without ``.weight``."""
+        """Return the published names of the modules that hold the weight of ``linear``: without ``.weight``."""
         return [key.removesuffix(".weight") for key in self.keys(linear)]
 
     def shared(self, linear: str) -> set[str]:
@@ -213,15 +213,10 @@ def gathered(place: Place, weight: Callable[[str], QuantizedWeight]) -> Quantize
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """Yield each fused parameter of experts by its name."""
-    for name, module in model.named_modules():
-        if not hasattr(module, "is_transposed"):  # set by transformers' use_experts_implementation
-            continue
-        for leaf in FUSED:
-            parameter = getattr(module, leaf, None)
-            if isinstance(parameter, nn.Parameter) and parameter.dim() == 3:
-                column = 1 if module.is_transposed else 2
-                count, rows = parameter.shape[0], parameter.shape[3 - column]
-                yield f"{name}.{leaf}", Experts(module, (count, rows), column)
+    for name, (module, attribute) in fused_parameters(model).items():
+        column = 1 if module.is_transposed else 2
+        shape = getattr(module, attribute).shape
+        yield name, Experts(module, (shape[0], shape[3 - column]), column)
 
 
 def _num_rows(tensor: Tensor, column: int) -> int:

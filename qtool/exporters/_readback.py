@@ -17,12 +17,12 @@ from qtool.config.sections import ModelConfig
 from qtool.exporters._base import Exporter, recognised
 from qtool.exporters._folder import WrittenFolder, head_names, published_names, write_folder
 from qtool.exporters._published import Place
+from qtool.models.experts import ExpertsLinear
 from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.quant.affine import dequantize
-from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
 from qtool.system.tensors import dtype_name
@@ -53,7 +53,9 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
         worst = max(worst, float((weight - expected).abs().max()))
         if not may_round and not torch.equal(weight, expected):
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
-        replace_linear(loaded.model, name, _dense(layer, weight))
+        experts = names.experts.get(name)
+        dense = _linear(weight, layer.bias) if experts is None else ExpertsLinear(weight, experts.shape[0])
+        replace_linear(loaded.model, name, dense)
     floats = {name: source.tensor(name) for name in source.float_names()}
     for name, stored in names.floats(floats, places).items():
         if not may_round and not torch.equal(stored.float(), opened.tensor(name).float()):
@@ -165,12 +167,12 @@ def _published(opened: WrittenFolder, exporter: Exporter) -> dict[str, Tensor]:
     }
 
 
-def _dense(layer: PackedLinear, weight: Tensor) -> nn.Module:
-    """Return a float linear with ``weight`` ``[out, in]`` in the place of ``layer``."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None)
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear with ``weight`` ``[out, in]`` and ``bias`` ``[out]`` in the dtype of the weight."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return linear
 
 
