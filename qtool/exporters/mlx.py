@@ -51,26 +51,46 @@ from qtool.system.errors import InputError
 
 GROUPS = (128, 64, 32)  # group sizes that MLX multiplies
 
-# mixtures of experts whose layers mlx-lm computes as transformers does, by model_type: the module of the stacks
-SWITCH = dict.fromkeys(
-    (
-        "mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe",
-        "granitemoe", "granitemoehybrid", "glm4_moe", "deepseek_v2", "deepseek_v3", "dots1", "jamba", "lfm2_moe",
-        "ernie4_5_moe", "exaone_moe", "nemotron_h",
-    ),
-    "switch_mlp",
-)  # fmt: skip
+# mixtures of experts that mlx-lm computes as transformers does, by model_type: the module of the stacks in mlx-lm
+SWITCH = {
+    "deepseek_v3": "switch_mlp",
+    "dots1": "experts",
+    "exaone_moe": "switch_mlp",
+    "glm4_moe": "switch_mlp",
+    "granitemoe": "switch_mlp",
+    "lfm2_moe": "switch_mlp",
+    "mixtral": "switch_mlp",
+    "nemotron_h": "switch_mlp",
+    "olmoe": "switch_mlp",
+    "qwen2_moe": "switch_mlp",
+    "qwen3_moe": "switch_mlp",
+}
+# names of mlx-lm for parts of published names, by model_type
+RENAMED = {
+    "nemotron_h": {".switch_mlp.up_proj.": ".switch_mlp.fc1.", ".switch_mlp.down_proj.": ".switch_mlp.fc2."},
+    "lfm2_moe": {
+        ".feed_forward.w1.": ".feed_forward.gate_proj.",
+        ".feed_forward.w2.": ".feed_forward.down_proj.",
+        ".feed_forward.w3.": ".feed_forward.up_proj.",
+    },
+}
 # models whose kv_b_proj mlx-lm cuts in two when it loads them, and rounds both halves if it is quantized
 LATENT = ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash")
-FC = {"up_proj": "fc1", "down_proj": "fc2"}  # names where experts have no gate
 
 
 def places(names: Published) -> dict[str, Place]:
     """Return where MLX holds linears: the experts of a layer in stacks, as mlx-lm makes them of float experts."""
-    kind: Any = names.model.config
-    switch = SWITCH.get(kind.model_type, "switch_mlp")
-    leaves = FC if kind.model_type == "nemotron_h" else {}
-    return names.stacks(lambda parent, leaf: f"{parent}.{switch}.{leaves.get(leaf, leaf)}.weight")
+    model: Any = names.model
+    kind = model.config.model_type
+    found = names.stacks(lambda parent, leaf: f"{parent}.{SWITCH.get(kind, 'switch_mlp')}.{leaf}.weight")
+    return {_renamed(name, kind): place for name, place in found.items()}
+
+
+def _renamed(name: str, kind: str) -> str:
+    """Return the name of mlx-lm for a tensor of a model of the type ``kind``, by its published name."""
+    for part, there in RENAMED.get(kind, {}).items():
+        name = name.replace(part, there)
+    return name
 
 
 def _experts_refuse(source: NativeCheckpoint) -> str | None:
