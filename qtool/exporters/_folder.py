@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints import side_files, written_config
@@ -16,7 +17,8 @@ from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
-from qtool.exporters._published import Place, Published, published
+from qtool.exporters._published import Place, Published, linears_only, published
+from qtool.models.auto_class import auto_class
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.quant.affine import QuantizedWeight
@@ -93,17 +95,21 @@ def write_folder(
         write_shards(dict(tensors), out)
 
 
-def published_names(folder: Path) -> Published:
-    """Return the published names of the tensors of the model in ``folder``."""
-    return published(skeleton(folder))
+def published_names(source: NativeCheckpoint) -> Published:
+    """Return the published names of the tensors of a checkpoint; one without a class has the names of its files."""
+    if has_class(source):
+        return published(skeleton(source.folder))
+    return published(linears_only(tuple(source.shapes.items())))
 
 
 def head_names(folder: Path) -> set[str]:
     """Return the names of the weight of the output head, in memory and published; none if it is the embedding's."""
+    if not is_known(folder):
+        return set()
     model: Any = skeleton(folder)
     head = model.get_output_embeddings()
     found = [f"{name}.weight" for name, module in model.named_modules() if module is head]
-    return {*found[:1], *map(published_names(folder).name, found[:1])}
+    return {*found[:1], *map(published(model).name, found[:1])}
 
 
 def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
@@ -187,7 +193,7 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
         raise InputError(
             f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"
@@ -195,8 +201,22 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     return model
 
 
+def is_known(folder: Path) -> bool:
+    """Return whether transformers has a class for the model type of a folder."""
+    return read_config(folder).get("model_type") in CONFIG_MAPPING
+
+
+def has_class(source: NativeCheckpoint) -> bool:
+    """Return whether transformers has a class with the linears of ``source``; one made without ``model.free`` has."""
+    if not source.free:
+        return True
+    return is_known(source.folder) and source.specs.keys() <= dict(skeleton(source.folder).named_modules()).keys()
+
+
 def transposed(source: NativeCheckpoint) -> set[str]:
     """Return the names of linears whose weight the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+    if not has_class(source):
+        return set()
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
 
 
@@ -211,7 +231,12 @@ def float_linears(source: NativeCheckpoint, *, routers: bool = False) -> list[st
 
     With ``routers``, also those of other modules with a matrix as ``weight`` that is no embedding: they choose experts.
     """
-    names = published_names(source.folder)
+    if not has_class(source):  # every matrix: a reader that meets the name of another module passes over it
+        matrices = [
+            name for name in source.float_names() if name.endswith(".weight") and source.tensor(name).dim() == 2
+        ]
+        return [name.removesuffix(".weight") for name in matrices]
+    names = published_names(source)
     found = [name for name in names.rows if name not in source.specs]
     found += [
         name
@@ -230,7 +255,7 @@ def packed_places(source: NativeCheckpoint, places: Mapping[str, Place] | None =
     ``places`` are those of all linears, by default the published ones.
     """
     found: dict[str, list[tuple[str, Place]]] = {}
-    for key, place in (published_names(source.folder).places if places is None else places).items():
+    for key, place in (published_names(source).places if places is None else places).items():
         found.setdefault(next(iter(place.linears)), []).append((key.removesuffix(".weight"), place))
     return {name: place for linear in source.specs for name, place in found.get(linear, [])}
 
@@ -247,7 +272,7 @@ def reader(source: NativeCheckpoint) -> Callable[[str], QuantizedWeight]:
 
 def split_rows(source: NativeCheckpoint, format: str) -> str | None:
     """Return the reason why ``format`` cannot pack each published linear by itself, or ``None``."""
-    names = published_names(source.folder)
+    names = published_names(source)
     model: Any = names.model
     for linear, spec in source.specs.items():
         for key in names.keys(linear):
@@ -268,7 +293,7 @@ def split_rows(source: NativeCheckpoint, format: str) -> str | None:
 
 def shared_block_prefix(source: NativeCheckpoint) -> str:
     """Return the prefix that the published names of all decoder blocks share, for example ``model.layers.``."""
-    first = published_names(source.folder).modules(next(iter(source.specs)))[0]
+    first = published_names(source).modules(next(iter(source.specs)))[0]
     parts = first.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
 

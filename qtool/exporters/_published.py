@@ -203,6 +203,22 @@ def published(model: nn.Module) -> Published:
     return Published(model)
 
 
+@lru_cache(maxsize=2)
+def linears_only(shapes: tuple[tuple[str, tuple[int, int]], ...]) -> nn.Module:
+    """Return a module on the meta device with linears of the given names and ``shapes`` ``(out, in)`` only."""
+    root = nn.Module()
+    for name, (rows, columns) in shapes:
+        *path, leaf = name.split(".")
+        parent = root
+        for part in path:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        with torch.device("meta"):
+            parent.add_module(leaf, nn.Linear(columns, rows, bias=False))
+    return root
+
+
 def gathered(place: Place, weight: Callable[[str], QuantizedWeight]) -> QuantizedWeight:
     """Return the rows of ``place``; ``weight`` returns a linear, and all that are there have the same grid."""
     codes = place.gather(lambda name: weight(name).codes)

@@ -62,7 +62,7 @@ def _experts_refuse(source: NativeCheckpoint) -> str | None:
 
     It stacks the experts of all layers by one config group, without zero points, and drops those that are not packed.
     """
-    names = published_names(source.folder)
+    names = published_names(source)
     found = {linear: source.specs.get(linear) for linear in names.experts}
     packed = {linear: spec for linear, spec in found.items() if spec is not None}
     if not packed:
@@ -159,7 +159,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     """Write the folder; see ``Exporter.write``."""
     own = stored_dtype(source)
     floats, dtype = float_tensors(source, config, model_dtype(source))
-    tensors, read = published_names(source.folder).floats(floats), reader(source)
+    tensors, read = published_names(source).floats(floats), reader(source)
     for name, place in packed_places(source).items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(source, place, read).items()}
     write_folder(source.folder, out, tensors, section(source), dtype)
@@ -170,7 +170,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
             f"for a smaller file, quantize with scale_dtype: {own}"
         )
     specs = set(source.specs.values())
-    if not published_names(source.folder).experts.keys().isdisjoint(source.specs):
+    if not published_names(source).experts.keys().isdisjoint(source.specs):
         notes.append("transformers expands experts while it loads them, and rounds them to the dtype of their scales")
     if any(spec.num_bits == 3 for spec in specs):
         notes.append(
@@ -222,4 +222,5 @@ EXPORTER = Exporter(
     "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
     partial(WrittenFolder, marker="weight_packed"),
     recognises=partial(names_method, "compressed-tensors"),
+    needs_class=False,
 )

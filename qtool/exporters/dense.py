@@ -18,11 +18,14 @@ from qtool.exporters._folder import (
     WrittenFolder,
     float_tensors,
     inexact,
+    is_known,
     overflows,
     published_names,
+    skeleton,
     stored_dtype,
     write_folder,
 )
+from qtool.exporters._published import published
 from qtool.quant.affine import dequantize
 
 
@@ -40,7 +43,7 @@ def _weights(source: NativeCheckpoint) -> dict[str, Tensor]:
             return dequantize(*source.quantized(linear))
         return source.tensor(f"{linear}.weight").float()
 
-    places = published_names(source.folder).places
+    places = published_names(source).places
     return {
         key: place.shaped(place.gather(weight))
         for key, place in places.items()
@@ -55,7 +58,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     default = own if inexact(weights.values(), own) == 0 else "float32"
     tensors, dtype = float_tensors(source, config, default)
     error = inexact([*weights.values(), *(source.tensor(key) for key in source.float_names())], dtype)
-    tensors = published_names(source.folder).floats(tensors)
+    tensors = published_names(source).floats(tensors)
     tensors |= {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
     write_folder(source.folder, out, tensors, None, dtype)
     if error:
@@ -65,9 +68,11 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
     """Return the float32 rows ``[rows, in]`` of a published tensor; ``name`` lacks ``.weight``."""
-    names = published_names(opened.folder)
-    key = f"{name}.weight" if f"{name}.weight" in names.places else name
-    return names.places[key].flat(opened.tensor(key).float())
+    places = published(skeleton(opened.folder)).places if is_known(opened.folder) else {}
+    key = next((key for key in (f"{name}.weight", name) if key in places), None)
+    if key is None:
+        return opened.tensor(f"{name}.weight").float()
+    return places[key].flat(opened.tensor(key).float())
 
 
 EXPORTER = Exporter(
@@ -77,5 +82,6 @@ EXPORTER = Exporter(
     lambda source, out, dtype: write_folder(source.folder, out, {}, None, dtype),
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
+    needs_class=False,
     dtype_may_round=True,
 )

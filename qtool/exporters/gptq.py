@@ -128,7 +128,7 @@ def layout_floats(source: NativeCheckpoint, tensors: Mapping[str, Tensor]) -> di
     """Return the ``tensors`` outside quantized weights by published name; biases of quantized linears in float16."""
     biases = {f"{name}.bias" for name in source.specs}
     held = {name: tensor.to(torch.float16) if name in biases else tensor for name, tensor in tensors.items()}
-    return published_names(source.folder).floats(held)
+    return published_names(source).floats(held)
 
 
 def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, version: int) -> list[str]:

@@ -95,7 +95,7 @@ def _renamed(name: str, kind: str) -> str:
 
 def _experts_refuse(source: NativeCheckpoint) -> str | None:
     """Return the reason why mlx-lm does not read the experts of a model, or packs a linear anew, or ``None``."""
-    names = published_names(source.folder)
+    names = published_names(source)
     model: Any = names.model.config
     if names.experts and model.model_type not in SWITCH:
         return (
@@ -166,7 +166,7 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
 
 
 def _packed(source: NativeCheckpoint) -> dict[str, Place]:
-    return packed_places(source, places(published_names(source.folder)))
+    return packed_places(source, places(published_names(source)))
 
 
 def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def describe(source: NativeCheckpoint, out: Path, dtype: str, tensors: Mapping[s
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
     floats, dtype = float_tensors(source, config, stored_dtype(source))
-    names = published_names(source.folder)
+    names = published_names(source)
     tensors, weight = names.floats(floats, places(names)), reader(source)
     size = bits = 0
     split = set()

@@ -64,7 +64,7 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
         return "this format needs the package gguf; install it with: pip install 'qtool[gguf]'"
     if refusal := float_zeros(source, "GGUF") or families.refuses(_model(source.folder)):
         return refusal
-    names, there = published_names(source.folder), tensor_map(source.folder)
+    names, there = published_names(source), tensor_map(source.folder)
     keys = [names.name(name) for name in source.float_names() if name.removesuffix(".weight") not in names.experts]
     for name in (*keys, *(f"{name}.weight" for name in _packed(source))):
         if name not in there:
@@ -100,7 +100,7 @@ def places(names: Published) -> dict[str, Place]:
 
 
 def _packed(source: NativeCheckpoint) -> dict[str, Place]:
-    return packed_places(source, places(published_names(source.folder)))
+    return packed_places(source, places(published_names(source)))
 
 
 def tensor_map(folder: Path) -> dict[str, str]:
@@ -144,7 +144,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     """Write ``model.gguf``, and beside it the config and tokenizer of the checkpoint; see ``Exporter.write``."""
     import gguf
 
-    model, names, there = _model(source.folder), published_names(source.folder), tensor_map(source.folder)
+    model, names, there = _model(source.folder), published_names(source), tensor_map(source.folder)
     floats, dtype = float_tensors(source, config, stored_dtype(source))
     write_folder(source.folder, out, {}, None, dtype)
     writer = _begun(source.folder, out)
