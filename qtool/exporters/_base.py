@@ -16,6 +16,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.sections import ExportConfig
 from qtool.exporters._folder import WrittenFolder, has_class
+from qtool.exporters._published import Place, Published
 
 
 class Exporter(NamedTuple):
@@ -29,11 +30,14 @@ class Exporter(NamedTuple):
     describe: Callable[[NativeCheckpoint, Path, str], None]
     """Writes what the folder has beside weights in a dtype, of a checkpoint whose weights need not exist yet."""
     read: Callable[[WrittenFolder, str], Tensor]
-    """Returns the float32 weight ``[out, in]`` of a linear of a written folder; shares no code with ``write``."""
+    """Returns the float32 rows ``[out, in]`` of a linear of a written folder, by its name there (``places``) without
+    ``.weight``; shares no code with ``write``."""
     loading: str
     """The software that loads the folder: one or two sentences for the model card and the report."""
     open: Callable[[Path], WrittenFolder] = WrittenFolder
     """Opens a written folder for ``read``."""
+    places: Callable[[Published], dict[str, Place]] = lambda names: names.places
+    """Returns where the format's files hold the linears of a model, by the name of the tensor there."""
     recognises: Callable[[Path], bool] = lambda folder: False
     """Returns whether ``read`` can read a folder, written by qtool or by another tool."""
     library: str = "transformers"
