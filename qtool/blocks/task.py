@@ -173,6 +173,7 @@ class BlockTask:
         bias = target.linear.bias
         layer = PackedLinear.from_quantized(weight, bias if isinstance(bias, Tensor) else None)
         replace_linear(self.block, self.local_name(target), layer)
+        layer.mark(target.stored_weight.dtype)  # a method may have put a layer of another dtype there
 
     def local_name(self, target: Target) -> str:
         """Return the name of a target within its block."""

@@ -8,6 +8,7 @@ linear of GPT-2, which stores its weight as ``[in, out]``; here a weight is alwa
 from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -129,7 +130,11 @@ def _block_lists(prefix: str, decoder: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the module called ``name`` by ``layer``."""
+    """Replace the linear called ``name`` by ``layer``."""
+    if isinstance(layer, PackedLinear):
+        dtype = model.get_submodule(name).weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        layer.mark(dtype)
     model.set_submodule(name, layer)
 
 

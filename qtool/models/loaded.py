@@ -115,10 +115,13 @@ class LoadedModel:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name in kept:
                 tensor.data = kept[name].clone()
-        packed = {id(buffer) for layer in packed_linears(self.model).values() for buffer in layer.buffers()}
+        layers = packed_linears(self.model).values()
+        packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             own = tensor.dtype == self.storage_dtype and id(tensor) not in packed
             tensor.data = tensor.data.to(device, self.dtype if own else tensor.dtype)
+        for layer in layers:
+            layer.mark(self.dtype)
 
     def float_copy(self) -> PreTrainedModel:
         """The float model as it is before any linear is replaced: a teacher. It shares all tensors with this one.
