@@ -39,8 +39,11 @@ DELTA = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
-GEMMA = {"mm_tokens_per_image": 4, "boi_token_index": ID["<start_of_image>"], "eoi_token_index": ID["<end_of_image>"]} | {
-    "image_token_index": ID["<image_soft_token>"]
+GEMMA = {
+    "mm_tokens_per_image": 4,
+    "boi_token_index": ID["<start_of_image>"],
+    "eoi_token_index": ID["<end_of_image>"],
+    "image_token_index": ID["<image_soft_token>"],
 }
 LARGE_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 16, "image_size": 56}
@@ -184,7 +187,7 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 
 def prompt(name: str, seed: int = 0, length: int = 24) -> dict[str, Tensor]:
-    """Return what the model gets of a picture with text around it, ``[1, length]`` tokens; the place depends on seed."""
+    """Return what the model gets of a picture with text around it, ``[1, length]`` tokens."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
     picture = [ID[token] for token in family.placeholder]
