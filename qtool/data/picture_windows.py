@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.data.conversations import DATE, PLAIN
 from qtool.data.pictures import conversation_of
+from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError, first_line
 
@@ -151,11 +152,16 @@ class _Packer:
         return "".join(part.get("text", getattr(self.processor, "image_token", "<image>")) for part in parts)
 
     def _encoded(self, text: str, pictures: list[Image.Image], place: str) -> Inputs:
-        """Return what the processor makes of a text with pictures."""
-        begin = self.processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+        """Return what the processor makes of a text with pictures; of text alone, what its tokenizer makes."""
+        tokenizer = self.processor.tokenizer
+        begin = tokenizer.bos_token
+        options: dict[str, Any] = {"return_tensors": "pt"}  # Any: arguments of many types
+        if begin and text.startswith(begin):
+            options["add_special_tokens"] = False
+        if not pictures:
+            return dict(tokenized(tokenizer, [text], place, **options))
         try:
-            found = self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt", **options)
+            found = self.processor(text=[text], images=[pictures], **options)
         except Exception as error:  # processors raise errors of many kinds
             raise InputError(f"{place}: this model's processor refuses it: {first_line(error):.300}") from error
         return {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -6,7 +6,19 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SiglipImageProcessor,
+)
 
 from helpers import tiny
 from helpers.families import GATED, LOCAL_AND_GLOBAL
@@ -15,6 +27,11 @@ from helpers.families import GATED, LOCAL_AND_GLOBAL
 SPECIAL = (
     *("<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<start_of_image>"),
     *("<end_of_image>", "<image_soft_token>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+)
+# a chat template as multimodal models have it: a picture is a placeholder, which the processor makes longer
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{{ eos_token }}{% endfor %}"
 )
 ID = {token: tiny.VOCABULARY + index for index, token in enumerate(SPECIAL)}
 TOKENS = tiny.VOCABULARY + 32  # rows of the embedding table
@@ -158,6 +175,9 @@ FAMILIES = {
 }
 
 
+PROCESSORS = ("llava", "idefics3", "paligemma")  # families whose processors need no torchvision
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of the tiny models, with special tokens of pictures."""
     made = tiny.tokenizer()
@@ -182,7 +202,7 @@ def make(name: str) -> PreTrainedModel:
 def write(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Save a random model with a tokenizer."""
     tiny.moved(make(name), dtype).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (processor(name) if name in PROCESSORS else tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -203,3 +223,25 @@ def prompt(name: str, seed: int = 0, length: int = 24) -> dict[str, Tensor]:
     if name.startswith("gemma3") or name == "paligemma":
         found["token_type_ids"] = inside.int() if name != "paligemma" else torch.zeros_like(tokens)
     return found
+
+
+def processor(name: str) -> ProcessorMixin:
+    """Return a processor for pictures of 28 pixels."""
+    tower: dict[str, Any] = {"size": {"height": 28, "width": 28}}
+    if name == "llava":
+        pictures = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        return LlavaProcessor(
+            pictures,
+            tokenizer(),
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=TEMPLATE,
+        )
+    if name == "idefics3":
+        largest = {"longest_edge": 56}
+        pictures = Idefics3ImageProcessor(size=largest, max_image_size=largest)
+        return Idefics3Processor(pictures, tokenizer(), image_seq_len=4, chat_template=TEMPLATE)
+    pictures = SiglipImageProcessor(**tower)
+    pictures.image_seq_length = 4
+    return PaliGemmaProcessor(pictures, tokenizer())
