@@ -138,6 +138,8 @@ def prepare(run: Run) -> Prepared:
     recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
+        if recipe.eval is not None:
+            tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
         targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)

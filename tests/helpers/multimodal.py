@@ -226,22 +226,16 @@ def prompt(name: str, seed: int = 0, length: int = 24) -> dict[str, Tensor]:
 
 
 def processor(name: str) -> ProcessorMixin:
-    """Return a processor for pictures of 28 pixels."""
-    tower: dict[str, Any] = {"size": {"height": 28, "width": 28}}
+    """Return a processor for pictures of 28 or 56 pixels."""
+    options: dict[str, Any] = {"tokenizer": tokenizer(), "chat_template": TEMPLATE}
     if name == "llava":
-        pictures = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-        return LlavaProcessor(
-            pictures,
-            tokenizer(),
-            patch_size=14,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            chat_template=TEMPLATE,
-        )
+        clip = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        features = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        return LlavaProcessor(clip, **options, **features)
     if name == "idefics3":
         largest = {"longest_edge": 56}
-        pictures = Idefics3ImageProcessor(size=largest, max_image_size=largest)
-        return Idefics3Processor(pictures, tokenizer(), image_seq_len=4, chat_template=TEMPLATE)
-    pictures = SiglipImageProcessor(**tower)
-    pictures.image_seq_length = 4
-    return PaliGemmaProcessor(pictures, tokenizer())
+        idefics = Idefics3ImageProcessor(size=largest, max_image_size=largest)
+        return Idefics3Processor(idefics, image_seq_len=4, **options)
+    siglip: Any = SiglipImageProcessor(size={"height": 28, "width": 28})
+    siglip.image_seq_length = 4
+    return PaliGemmaProcessor(siglip, tokenizer())  # no chat template, as published
