@@ -16,6 +16,7 @@ from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
+from qtool.models.experts import fused_parameters
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.system.errors import InputError, first_line
@@ -205,7 +206,10 @@ def has_class(source: NativeCheckpoint) -> bool:
     """Return whether transformers has a class with the linears of ``source``; one made without ``model.free`` has."""
     if not source.free:
         return True
-    return is_known(source.folder) and source.specs.keys() <= dict(skeleton(source.folder).named_modules()).keys()
+    if not is_known(source.folder):
+        return False
+    model = skeleton(source.folder)
+    return source.specs.keys() <= {*dict(model.named_modules()), *fused_parameters(model)}
 
 
 def is_conv1d(folder: Path, name: str) -> bool:

@@ -59,7 +59,7 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
     if not targets and not faults:
         faults.append("quant.overrides skip every linear; nothing is left to quantize")
     if faults:
-        raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", _shortened(faults)))
+        raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", shortened(faults)))
     return tuple(targets)
 
 
@@ -81,7 +81,7 @@ def _no_plain(loaded: LoadedModel, names: set[str]) -> Iterator[str]:
             )
 
 
-def _shortened(faults: list[str]) -> Iterator[str]:
+def shortened(faults: list[str]) -> Iterator[str]:
     """Yield one of the faults that differ only in numbers, with the count of the others."""
     kinds: dict[str, list[str]] = {}
     for fault in faults:
