@@ -83,9 +83,7 @@ def test_survives_disk_with_equal_logits(method: Method[Any], family: str, tmp_p
     assert torch.equal(tiny.logits(restored), tiny.logits(loaded.model))
 
 
-def test_markers_have_the_dtype_that_the_float_weights_had(
-    method: Method[Any], tmp_path: Path, tokens: Tensor
-) -> None:
+def test_markers_have_the_dtype_that_the_float_weights_had(method: Method[Any], tmp_path: Path, tokens: Tensor) -> None:
     """Models cast hidden states to ``linear.weight.dtype``, whatever class the linear has."""
     folder = tiny.llama(tmp_path / "float")
     loaded = load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
