@@ -19,20 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 
 from qtool.reports import figures
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from helpers import architecture_checks, architectures
 from helpers.architecture_checks import EXPORTS, REQUIRED, STEPS
 
 PROCESSES = multiprocessing.get_context("forkserver")  # libraries are imported once, and each model has a process
-DOCS = ROOT / "docs" / "architectures.md"
+DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 PACKAGES = ("transformers", "torch", "compressed-tensors", "gguf")
 TIMEOUT = 900  # seconds for one model
 SHORT = {"states": "states", "generated": "text", "efficientqat": "eqat", "export compressed-tensors": "ct"}
@@ -96,8 +96,8 @@ def _check_here(name: str, results: Path) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    figures.DRAWERS = ()  # a figure says nothing about an architecture
-    with tempfile.TemporaryDirectory() as folder:
+    # a figure says nothing about an architecture
+    with mock.patch.object(figures, "DRAWERS", ()), tempfile.TemporaryDirectory() as folder:
         _write(results, name, architecture_checks.check(name, Path(folder)))
 
 
@@ -137,8 +137,8 @@ def page(found: dict[str, Outcomes]) -> str:
         "",
         "Written by `python scripts/architectures.py RESULTS`; do not edit.",
         "",
-        f"{date.today().isoformat()}, {versions}, CPU. {len(found)} tiny random models (`tests/architectures/*.yaml`), one "
-        "for each decoder family of transformers and its variants:",
+        f"{date.today().isoformat()}, {versions}, CPU. {len(found)} tiny random models (`tests/architectures/*.yaml`), "
+        "one for each decoder family of transformers and its variants:",
         "",
         f"**{total['right']} right in every step, {total['refused']} refused in a step, {total['wrong']} silently "
         f"wrong, {total['crash']} crashed.**",
@@ -157,9 +157,9 @@ LEGEND = (
     "* `states`: the hidden states that calibration carries from block to block, four batches of different text, equal "
     "those of the model's own forward to the last bit.",
     "* `text`: what the model writes for `data.source: generated` is what it writes without a cache, token by token.",
-    "* A method is `ok` where its command ends well, the native folder and the dense export give the same logits to the "
-    "last bit (float32), and no linear and no other matrix above 5 % of the blocks stays float without a note. For `rtn` "
-    "also: the dense export has the published names, every float tensor equals the model's, every quantized one is near it.",
+    "* A method is `ok` where its command ends well, the native folder and the dense export give the same logits to "
+    "the last bit (float32), and nothing in the blocks stays float without a note but small parameters (5 % at most). For "
+    "`rtn` also: the dense export has the published names, its float tensors equal the model's, the others are near.",
     "* An export is `ok` where the exporter read back what it wrote; `-`: there was no checkpoint to export.",
     "* `ref`: refused with the reason, which is below. A refused export does not count against a model.",
 )

@@ -63,7 +63,9 @@ def test_what_may_be_refused_is_a_family_and_a_step() -> None:
 def test_the_page_has_every_family_and_none_that_is_wrong_or_crashes() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert re.findall(r"^\| ([\w.-]+) \| (?:ok|ref)", page, re.MULTILINE) == list(architectures())
-    counts = re.search(r"\*\*(\d+) right in every step, (\d+) refused in a step, 0 silently wrong, 0 crashed\.\*\*", page)
+    counts = re.search(
+        r"\*\*(\d+) right in every step, (\d+) refused in a step, 0 silently wrong, 0 crashed\.\*\*", page
+    )
     assert counts is not None
     assert int(counts[1]) == len(architectures()) - len(read_table("refused")["models"])
     assert int(counts[1]) >= NUM_RIGHT

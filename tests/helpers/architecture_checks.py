@@ -1,4 +1,4 @@
-"""Checks of one architecture, each with an outcome in one line: ``ok``, ``refused: ...``, ``wrong: ...``, ``crash: ...``.
+"""Checks of one architecture; each ends in a line: ``ok``, ``refused: ...``, ``wrong: ...``, ``crash: ...``
 
 A method is right where its command ends well, the native folder gives the logits of the dense export to the last bit,
 and all of the blocks is quantized except what a note of the run names. Exports may be refused, with the reason.
@@ -55,15 +55,15 @@ SILENT_SHARE = 0.05  # largest share of the blocks' parameters that may stay flo
 LARGEST_ERROR = 0.5  # largest relative error of a weight of 4 bits; another weight in its place has about 1.4
 
 
-class Wrong(Exception):  # noqa: N818  # an outcome, not an error of the caller
+class Wrong(Exception):  # an outcome, not an error of the caller
     """A step that ended well, and whose result is wrong."""
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """A step that was refused; the message is the line."""
 
 
-class Crashed(Exception):  # noqa: N818
+class Crashed(Exception):
     """A step that ended in an unexpected error."""
 
 
@@ -172,7 +172,7 @@ def states(trial: Trial) -> None:
 
     hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     with torch.no_grad():
-        for window in range(WINDOWS):  # noqa: B007  # ``record`` reads it
+        for window in range(WINDOWS):  # ``record`` reads it
             loaded.model(input_ids=tokens[window : window + 1], use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -182,7 +182,9 @@ def states(trial: Trial) -> None:
                 expected = seen[index, task.index]
                 if len(expected) != 1:
                     raise Wrong(f"{task.name} is called {len(expected)} times in a forward, and carried once")
-                for what, found, own in zip(("enter", "leave"), (hidden, task.forward(hidden)), expected[0], strict=True):
+                for what, found, own in zip(
+                    ("enter", "leave"), (hidden, task.forward(hidden)), expected[0], strict=True
+                ):
                     _same_states(f"states that {what} {task.name} in window {index}", found, own)
 
 
