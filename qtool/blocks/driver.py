@@ -20,7 +20,7 @@ from qtool.blocks.calls import BlockCall, Layout, first_hidden, record_calls, re
 from qtool.blocks.hidden_states import Beside, HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series
 from qtool.blocks.layout import find_layout
-from qtool.blocks.task import BlockTask
+from qtool.blocks.task import BlockTask, Rows, rows_of
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
@@ -267,15 +267,15 @@ def walk(job: Job) -> Iterator[BlockTask]:
             tensor.data = data
 
 
-def group_inputs(task: BlockTask) -> Iterator[tuple[list[Target], list[Tensor]]]:
-    """Yield each group of linears that read the same tensor, with that input: ``[tokens, in]`` for each batch.
+def group_inputs(task: BlockTask) -> Iterator[tuple[list[Target], list[Rows]]]:
+    """Yield each group of linears that read the same tensor, with that input for each batch.
 
     The block runs once. The inputs of a group are freed when the next group is asked for, unless the caller holds them.
     """
-    read: dict[nn.Module, list[Tensor]] = {group[0].linear: [] for group in task.groups}
+    read: dict[nn.Module, list[Rows]] = {group[0].linear: [] for group in task.groups}
 
     def visit(linear: nn.Module, args: Any, kwargs: Any) -> None:  # Any: the arguments of whatever linear it is
-        read[linear].append(args[0].flatten(0, -2))
+        read[linear].append(rows_of(args))
 
     task.outputs = task.inputs.like()
     for hidden in task.inputs:

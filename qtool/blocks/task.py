@@ -8,7 +8,7 @@ they read (``observe``), or take them group by group, each on inputs that show t
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
+
+
+class Rows(NamedTuple):
+    """The input of a linear for one batch: ``x [tokens, in]`` and, of experts, the number of rows of each expert."""
+
+    x: Tensor
+    counts: list[int] | None = None
+
+
+def rows_of(args: tuple[Any, ...]) -> Rows:
+    """Return the input of a linear from the arguments of its call."""
+    return Rows(args[0].flatten(0, -2), *args[1:])
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.checkpoints.quantization_config import specs_of
+from qtool.models import experts
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 
@@ -44,6 +45,7 @@ class QtoolQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(self.quantization_config, QtoolConfig)
+        experts.unfuse(model)
         linears = dict(model.named_modules())
         # AutoModel has no head, and its names lack the prefix of the body
         prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from qtool.models import experts
 from qtool.models.config_values import config_value
 from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear, weight_of
 from qtool.quant.packed_linear import PARTS, PackedLinear
@@ -140,6 +141,7 @@ def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]: 
         ignore_mismatched_sizes=True,
     )
     model, info = loading
+    experts.unfuse(model)
     for part in (model.config, model.config.get_text_config()):
         vars(part).pop("auto_map", None)  # names code of the folder, which was not used
     return model, info

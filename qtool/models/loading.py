@@ -22,7 +22,6 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
-from qtool.models.config_values import config_value
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
@@ -31,8 +30,6 @@ from qtool.system.errors import InputError, first_line
 from qtool.system.tensors import dtype_name
 
 WEIGHTS_PER_BYTE = 8  # most weights that a byte of a file can hold, at one bit each
-# config keys that a mixture of experts has
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def choose_device(name: str) -> torch.device:
@@ -66,7 +63,7 @@ def load_model(
     before: its values are not checked again.
 
     Raises:
-        InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
+        InputError: the model is missing, damaged, pickled, incomplete or already quantized, has
             values that are not finite, needs code from its folder, or has an adapter beside it.
     """
     device = choose_device(config.device)
@@ -83,9 +80,6 @@ def load_model(
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(config.path, raw, model_config)
-        experts = [key for key in EXPERT_COUNTS if config_value(model_config.get_text_config(), key)]
-        if experts and not quantized:
-            raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
         tokenizer = load_tokenizer(config.path, folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
