@@ -151,7 +151,7 @@ def command(*args: str) -> tuple[dict[str, Any], list[str]]:
         raise Refused(result["error"])
     found = re.findall(r'File "[^"]*?([^/"]+)", line (\d+)', err.getvalue())
     places = " < ".join(f"{file}:{number}" for file, number in found[:-4:-1])
-    raise Crashed(f"{result['kind']}: {result['error'].partition(' This is a bug')[0]} ({places})")
+    raise Crashed(f"{result['kind']}: {result['error'].partition('\nThis is a bug')[0]} ({places})")
 
 
 # the hidden states between blocks, and the text that a model writes
@@ -242,23 +242,30 @@ def quantized(trial: Trial, method: str) -> None:
     _, notes = command(load_method(method).command, str(file))
     linears = json.loads((out / "config.json").read_text())["quantization_config"]["linears"]
     _all_quantized(trial, set(linears), notes)
+    native = architectures.logits(_loaded(trial, "native folder", out))
     dense = trial.folder / f"{method}-dense"
     command("export", str(out), "--format", "dense", "-o", str(dense))
-    models = []
-    for what, folder in (("native folder", out), ("dense export", dense)):
-        model, faults = architectures.load(trial.name, folder)
-        if faults:
-            raise Wrong(f"the {what} does not fit its class: {faults}")
-        models.append(model)
-    native, plain = (architectures.logits(model) for model in models)
+    model = _loaded(trial, "dense export", dense)
+    plain = architectures.logits(model)
     if not bool(plain.isfinite().all()):
         raise Wrong("the logits are not finite")
     if not torch.equal(native, plain):
         difference = float((native - plain).abs().max() / plain.abs().max())
         raise Wrong(f"the logits of the native folder differ from those of the dense export by {difference:.1e}")
     if method == "rtn":  # the others may change norms, and fold scales into weights
-        _same_model(trial, models[1], set(linears))
+        _same_model(trial, model, set(linears))
         _same_files(trial, dense)
+
+
+def _loaded(trial: Trial, what: str, folder: Path) -> PreTrainedModel:
+    """Return the model of a folder as transformers loads it."""
+    try:
+        model, faults = architectures.load(trial.name, folder)
+    except Exception as error:  # whatever transformers makes of the folder
+        raise Wrong(f"the {what} cannot be loaded: {type(error).__name__}: {error}") from error
+    if faults:
+        raise Wrong(f"the {what} does not fit its class: {faults}")
+    return model
 
 
 def _blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
