@@ -158,8 +158,8 @@ LEGEND = (
     "those of the model's own forward to the last bit.",
     "* `text`: what the model writes for `data.source: generated` is what it writes without a cache, token by token.",
     "* A method is `ok` where its command ends well, the native folder and the dense export give the same logits to "
-    "the last bit (float32), and nothing in the blocks stays float without a note but small parameters (5 %). For `rtn` "
-    "also: the dense export has the published names, its float tensors equal the model's, the others are near.",
+    "the last bit (float32), and nothing in the blocks stays float without a note but small parameters (5 %). For "
+    "`rtn` also: the dense export has the published names, its float tensors equal the model's, the others are near.",
     "* An export is `ok` where the exporter read back what it wrote; `-`: there was no checkpoint to export.",
     "* `ref`: refused with the reason, which is below. A refused export does not count against a model.",
 )

@@ -151,7 +151,8 @@ def command(*args: str) -> tuple[dict[str, Any], list[str]]:
         raise Refused(result["error"])
     found = re.findall(r'File "[^"]*?([^/"]+)", line (\d+)', err.getvalue())
     places = " < ".join(f"{file}:{number}" for file, number in found[:-4:-1])
-    raise Crashed(f"{result['kind']}: {result['error'].partition('\nThis is a bug')[0]} ({places})")
+    message = result["error"].partition("\nThis is a bug")[0]
+    raise Crashed(f"{result['kind']}: {message} ({places})")
 
 
 # the hidden states between blocks, and the text that a model writes
