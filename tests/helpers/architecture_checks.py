@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import qtool
 from helpers import architectures, tiny
 from qtool.blocks import driver
 from qtool.blocks.job import Job, load_method
@@ -53,6 +54,9 @@ STEPS = (*REQUIRED, *EXPORTS)
 WINDOWS, LENGTH = 4, 24  # calibration text of the check of hidden states: each window is a batch
 SILENT_SHARE = 0.05  # largest share of the blocks' parameters that may stay float without a note
 LARGEST_ERROR = 0.5  # largest relative error of a weight of 4 bits; another weight in its place has about 1.4
+
+
+PACKAGE = Path(qtool.__file__).parent
 
 
 class Wrong(Exception):  # an outcome, not an error of the caller
@@ -127,8 +131,8 @@ def outcome(trial: Trial, step: Callable[[], None]) -> str:
     except Exception as error:  # whatever qtool or an architecture raises
         if type(error).__name__ == "InputError":
             return trial.line(f"refused: {error}")
-        places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-        return trial.line(f"crash: {type(error).__name__}: {error} ({' < '.join(places[:-4:-1])})")
+        frames = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
+        return trial.line(f"crash: {type(error).__name__}: {error} ({_places(frames)})")
     return "ok"
 
 
@@ -149,10 +153,16 @@ def command(*args: str) -> tuple[dict[str, Any], list[str]]:
         return result, notes
     if result["kind"] == "input":
         raise Refused(result["error"])
-    found = re.findall(r'File "[^"]*?([^/"]+)", line (\d+)', err.getvalue())
-    places = " < ".join(f"{file}:{number}" for file, number in found[:-4:-1])
+    places = _places(re.findall(r'File "([^"]+)", line (\d+)', err.getvalue()))
     message = result["error"].partition("\nThis is a bug")[0]
     raise Crashed(f"{result['kind']}: {message} ({places})")
+
+
+def _places(frames: list[tuple[str, str]]) -> str:
+    """Return where an error was raised, and the last places of qtool on the way there."""
+    ours = [frame for frame in frames if "/qtool/" in frame[0].removeprefix(str(PACKAGE.parent))]
+    chosen = [*ours[-2:], *([frames[-1]] if frames and frames[-1] not in ours[-2:] else [])]
+    return " > ".join(f"{Path(file).name}:{number}" for file, number in chosen)
 
 
 # the hidden states between blocks, and the text that a model writes
@@ -162,7 +172,7 @@ def states(trial: Trial) -> None:
     """Compare the hidden states that the driver carries with those of the model's own forward, batch by batch."""
     loaded = load_model(ModelConfig(path=str(trial.source), dtype="float32", device="cpu"))
     tokens = torch.randint(2, tiny.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(11))
-    blocks = [block for _, block in loaded.blocks()]
+    blocks = [trial.model.get_submodule(name) for name, _ in loaded.blocks()]  # of transformers, not changed by qtool
     seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     window = 0
 
@@ -174,7 +184,7 @@ def states(trial: Trial) -> None:
     hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
     with torch.no_grad():
         for window in range(WINDOWS):  # ``record`` reads it
-            loaded.model(input_ids=tokens[window : window + 1], use_cache=False)
+            trial.model(input_ids=tokens[window : window + 1], use_cache=False)
     for hook in hooks:
         hook.remove()
     with mock.patch.object(driver, "TOKENS_PER_BATCH", LENGTH):
