@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from qtool.blocks.hidden_states import Batch, Beside, beside_of
+from qtool.blocks.job import ModelInputs
 from qtool.models.block_calls import Stop, hidden_of, replaced_forwards, with_hidden
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 Blocks = list[tuple[str, nn.Module]]
+Varying = tuple[tuple[int, int], ...]  # position and dimension of windows of each argument that differs between batches
+ADDED = ("added",)  # name of what a model adds to hidden states before a block, among the tensors of ``Beside``
 
 
 def is_shared(value: Any) -> bool:
@@ -37,14 +40,14 @@ def is_shared(value: Any) -> bool:
 class BlockCall:
     """The arguments of a block's forward besides the hidden states.
 
-    ``varying`` are the positions, among the leaves of ``(args, kwargs)``, of the arguments that differ between batches;
-    ``shared`` those of mappings that blocks write into. ``dim`` is the dimension of windows of the hidden states that
-    the block reads; everywhere else it is the first.
+    ``varying`` are the positions, among the leaves of ``(args, kwargs)``, of the arguments that differ between batches,
+    each with its dimension of windows; ``shared`` the positions of mappings that blocks write into. ``dim`` is the
+    dimension of windows of the hidden states that the block reads.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    varying: tuple[int, ...] = ()
+    varying: Varying = ()
     shared: tuple[int, ...] = ()
     dim: int = field(default=0, kw_only=True)
 
@@ -75,11 +78,11 @@ class BlockCall:
             plain = hidden.as_subclass(Tensor)
         shared = [_filled(self.leaves()[place], number, beside) for number, place in enumerate(self.shared)]
         if self.varying or self.shared:
-            missing = [place for place in self.varying if (place,) not in beside]
+            missing = [place for place, _ in self.varying if (place,) not in beside]
             assert not missing, "these hidden states lost the arguments that belong to their windows"
-            brought = {place: beside[place,] for place in self.varying}
+            brought = {place: beside[place,].movedim(0, dim) for place, dim in self.varying}
             call = self.replaced(brought | dict(zip(self.shared, shared, strict=True)))
-        plain = plain.to(dtype)
+        plain = plain.to(dtype) + beside[ADDED].to(dtype) if ADDED in beside else plain.to(dtype)
         before = state_of(call.leaves())
         out = hidden_of(block(plain.movedim(0, self.dim) if self.dim else plain, *call.args, **call.kwargs))
         if state_of(call.leaves()) != before:
@@ -136,20 +139,23 @@ def _content(mapping: MutableMapping[Any, Any], number: int, windows: int) -> It
 class Layout:
     """The common layout of a model's calls of its blocks, which ``layout.find_layout`` finds once.
 
-    ``output`` is what the first block returned; ``varying`` and ``shared`` are those of the call of each block.
+    ``output`` is what the first block returned; ``varying`` and ``shared`` are those of the call of each block;
+    ``added`` says before which blocks the model adds something to the hidden states, such as features of pictures.
     """
 
     output: Any
     dim: int
-    varying: tuple[tuple[int, ...], ...]
+    varying: tuple[Varying, ...]
     shared: tuple[tuple[int, ...], ...]
+    added: tuple[bool, ...]
 
 
 def record_calls(
-    loaded: LoadedModel, batches: dict[int, Tensor], blocks: Blocks, dtype: torch.dtype, layout: Layout
+    loaded: LoadedModel, batches: Sequence[ModelInputs], blocks: Blocks, dtype: torch.dtype, layout: Layout
 ) -> dict[int, list[BlockCall]]:
     """Return the call of each block by batch size, without the arguments that differ between batches.
 
+    ``batches`` are one of each size.
     Calls are on the device that computes, their floating-point tensors in ``dtype``.
     """
     calls: dict[int, list[BlockCall]] = {}
@@ -158,39 +164,50 @@ def record_calls(
     def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         varying = layout.varying[index]
         call = BlockCall(args, kwargs, varying, layout.shared[index], dim=layout.dim)
-        call = call.replaced(dict.fromkeys(varying)) if varying else call
+        call = call.replaced({place: None for place, _ in varying}) if varying else call
         calls.setdefault(hidden.shape[layout.dim], []).append(call)
         if index == len(modules) - 1:
             raise Stop
         return with_hidden(layout.output, hidden)
 
     with around_blocks(loaded, modules):
-        for batch in batches.values():
+        for batch in batches:
             with replaced_forwards(modules, record), suppress(Stop):
-                loaded.model(input_ids=batch, use_cache=False)
+                loaded.model(**batch, use_cache=False)
     return {size: [call.to(loaded.device, dtype) for call in each] for size, each in calls.items()}
 
 
 def record_varying(
-    loaded: LoadedModel, batch: Tensor, blocks: Blocks, index: int, dtype: torch.dtype, layout: Layout
+    loaded: LoadedModel, batch: ModelInputs, blocks: Blocks, index: int, dtype: torch.dtype, layout: Layout
 ) -> Beside:
-    """Return the arguments of block ``index`` that differ between batches, as ``batch`` brings them along."""
+    """Return what block ``index`` gets that differs between batches, as ``batch`` brings it along; windows come first.
+
+    Raises:
+        InputError: an argument that is a tensor for other batches is none for this one.
+    """
     found: dict[tuple[Any, ...], Tensor] = {}
     modules = [block for _, block in blocks]
 
     def record(at: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if at == index:
             leaves = BlockCall(args, kwargs).to(loaded.device, dtype).leaves()
-            found.update({(place,): leaves[place].clone() for place in layout.varying[index]})
+            if not all(isinstance(leaves[place], Tensor) for place, _ in layout.varying[index]):
+                raise InputError(
+                    f"{loaded.path} calls {blocks[index][0]} with other arguments for some windows than for others, "
+                    "which is not supported; use rtn or hqq, which read no text"
+                )
+            found.update({(place,): leaves[place].movedim(dim, 0).clone() for place, dim in layout.varying[index]})
+            if layout.added[index]:
+                found[ADDED] = hidden.movedim(layout.dim, 0).to(loaded.device, dtype)
             raise Stop
-        return with_hidden(layout.output, hidden)
+        return with_hidden(layout.output, hidden * 0 if layout.added[index] else hidden)
 
     with around_blocks(loaded, modules), replaced_forwards(modules[: index + 1], record), suppress(Stop):
-        loaded.model(input_ids=batch, use_cache=False)
+        loaded.model(**batch, use_cache=False)
     return found
 
 
-def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: Blocks, layout: Layout) -> Tensor:
+def first_hidden(loaded: LoadedModel, batch: ModelInputs, blocks: Blocks, layout: Layout) -> Tensor:
     """Return the hidden states ``[b, t, d]`` that enter the first block."""
     found: list[Tensor] = []
 
@@ -200,7 +217,7 @@ def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: Blocks, layout: Lay
 
     modules = [block for _, block in blocks]
     with around_blocks(loaded, modules), replaced_forwards(modules[:1], record), suppress(Stop):
-        loaded.model(input_ids=batch, use_cache=False)
+        loaded.model(**batch, use_cache=False)
     return found[0].movedim(layout.dim, 0) if layout.dim else found[0]
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall, Layout, first_hidden, record_calls, record_varying
 from qtool.blocks.hidden_states import Beside, HiddenStates
-from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series
+from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series
 from qtool.blocks.layout import find_layout
+from qtool.blocks.pictures import PictureFeatures
 from qtool.blocks.task import BlockTask, Rows, rows_of
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
@@ -148,14 +149,14 @@ class BlockStates:
         """
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
-        batches = list(tokens.to(loaded.model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
-        sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
-        self._layout = find_layout(loaded, tokens, blocks)
-        by_size = {len(batch): batch for batch in sizes.values()}
-        self._calls = record_calls(loaded, by_size, blocks, compute, self._layout)
+        batches = job.batches(max(1, TOKENS_PER_BATCH // tokens.shape[1]), loaded.model.device, loaded.dtype)
+        self._features = PictureFeatures(loaded.model)
+        with self._features.remembered():
+            self._layout = find_layout(loaded, batches, blocks)
+            self._calls = record_calls(loaded, _of_each_size(batches), blocks, compute, self._layout)
+            first = first_hidden(loaded, batches[0], blocks, self._layout)
         # the function that returns the arguments of block i that differ between batches
         self._varying = partial(_varying, loaded, batches, blocks, compute, self._layout)
-        first = first_hidden(loaded, batches[0], blocks, self._layout)
         state_bytes = (
             2 * first[0].nbytes * len(tokens) * (2 if with_float_states else 1)
         )  # entering and leaving the block
@@ -172,14 +173,16 @@ class BlockStates:
             progress.note(f"hidden states take {size}, more than data.memory_budget; they are kept on disk")
         folder = workspace.scratch if workspace and on_disk else None
         self.inputs = HiddenStates(folder, [first])
-        for batch in batches[1:]:
-            self.inputs.append(first_hidden(loaded, batch, blocks, self._layout))
+        with self._features.remembered():
+            for batch in batches[1:]:
+                self.inputs.append(first_hidden(loaded, batch, blocks, self._layout))
         self.float_inputs = self.inputs if with_float_states else None
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
-        for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
-            states.bring(self._varying(index))
+        with self._features.remembered():
+            for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
+                states.bring(self._varying(index))
         return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
 
     def advance(self, task: BlockTask) -> None:
@@ -190,16 +193,25 @@ class BlockStates:
         self.inputs = task.outputs or task.through(self.inputs)
 
 
+def _of_each_size(batches: list[ModelInputs]) -> list[ModelInputs]:
+    """Return one batch of each size that a block is run on."""
+    sizes = {len(batch["input_ids"]): batch for batch in batches}
+    if batches[0].keys() == {"input_ids"}:
+        few = [batches[0]["input_ids"][:count] for count in (1, PROBED_WINDOWS)]
+        sizes = {len(batch): {"input_ids": batch} for batch in few} | sizes
+    return list(sizes.values())
+
+
 def _varying(
     loaded: LoadedModel,
-    batches: list[Tensor],
+    batches: list[ModelInputs],
     blocks: list[tuple[str, nn.Module]],
     compute: torch.dtype,
     layout: Layout,
     index: int,
 ) -> Iterator[Beside]:
     """Yield the arguments of block ``index`` that differ between batches, for each batch."""
-    if layout.varying[index]:
+    if layout.varying[index] or layout.added[index]:
         for batch in batches:
             yield record_varying(loaded, batch, blocks, index, compute, layout)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.sections import ExportConfig
-from qtool.exporters._folder import WrittenFolder
+from qtool.exporters._folder import WrittenFolder, has_class
 
 
 class Exporter(NamedTuple):
@@ -42,6 +42,8 @@ class Exporter(NamedTuple):
     """Pattern of the names of the files with weights, for the size of an export."""
     config_keys: tuple[str, ...] = ()
     """Keys that the format adds to ``config.json``, besides ``quantization_config``."""
+    needs_class: bool = True
+    """``False``: the format can be written of a checkpoint for which transformers has no class."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 
@@ -53,6 +55,12 @@ def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | 
         return (
             f"{rounding} rounds activations (quant.activations, quant.kv_cache), which {name} cannot express, so that "
             "its readers would not do it; use the native checkpoint, or quantize without these keys"
+        )
+    if get(name).needs_class and not has_class(source):
+        free = [each for each in catalog.export_formats() if not get(each).needs_class]
+        return (
+            f"it was made with model.free, and transformers has no class with its linears, which {name} needs; export "
+            f"{' or '.join(free)} instead"
         )
     return get(name).refuses(source, config)
 

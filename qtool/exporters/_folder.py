@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
+from qtool.models.auto_class import auto_class
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.system.errors import InputError, first_line
@@ -99,6 +101,8 @@ def write_folder(
 
 def head_name(folder: Path) -> str | None:
     """Return the name of the output head of the model in ``folder``; ``None`` if it has none beside its embedding."""
+    if not is_known(folder):
+        return None
     model: Any = skeleton(folder)
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None)
@@ -185,7 +189,7 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
         raise InputError(
             f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"
@@ -193,8 +197,27 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     return model
 
 
+def is_known(folder: Path) -> bool:
+    """Return whether transformers has a class for the model type of a folder."""
+    return read_config(folder).get("model_type") in CONFIG_MAPPING
+
+
+def has_class(source: NativeCheckpoint) -> bool:
+    """Return whether transformers has a class with the linears of ``source``; one made without ``model.free`` has."""
+    if not source.free:
+        return True
+    return is_known(source.folder) and source.specs.keys() <= dict(skeleton(source.folder).named_modules()).keys()
+
+
+def is_conv1d(folder: Path, name: str) -> bool:
+    """Return whether the linear ``name`` of the model in a folder is a ``Conv1D``, as far as transformers knows it."""
+    return is_known(folder) and isinstance(dict(skeleton(folder).named_modules()).get(name), Conv1D)
+
+
 def transposed(source: NativeCheckpoint) -> set[str]:
     """Return the names of linears whose weight the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+    if not has_class(source):
+        return set()
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
 
 
@@ -206,6 +229,9 @@ def conv1d(source: NativeCheckpoint, why: str) -> str | None:
 
 def float_linears(source: NativeCheckpoint) -> list[str]:
     """Return the names of the linears that the checkpoint leaves in floating point, among them the output head."""
+    if not has_class(source):  # every matrix: a reader that meets the name of another module passes over it
+        names = [name for name in source.float_names() if name.endswith(".weight") and source.tensor(name).dim() == 2]
+        return [name.removesuffix(".weight") for name in names]
     return [
         name
         for name, module in skeleton(source.folder).named_modules()

@@ -15,11 +15,12 @@ from qtool.checkpoints import written_config
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ModelConfig
 from qtool.exporters._base import Exporter, recognised
-from qtool.exporters._folder import WrittenFolder, head_name, write_folder
-from qtool.models.folders import resolve
+from qtool.exporters._folder import WrittenFolder, has_class, head_name, write_folder
+from qtool.models.folders import read_config, resolve
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
+from qtool.models.quantized_sources import is_expandable
 from qtool.quant.affine import dequantize
 from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
@@ -29,21 +30,24 @@ TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit:
 
 
 @torch.no_grad()
-def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_round: bool) -> dict[str, float]:
+def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_round: bool) -> dict[str, float | None]:
     """Compare every tensor, the config and the logits of fixed random tokens; return the largest differences.
 
-    With ``may_round``, differences of tensors and logits are only returned: the user asked for a dtype that does not
-    hold the weights exactly.
+    That of logits is ``None`` where transformers has no class for the model. With ``may_round``, differences of tensors
+    and logits are only returned: the user asked for a dtype that does not hold the weights exactly.
 
     Raises:
         RunError: a tensor, a key of the config or the logits differ; the message names the first difference.
     """
-    loaded = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True)
-    probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
-    ours = loaded.model(probe).logits
+    loaded = None
+    if has_class(source):
+        loaded = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True)
+        probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
+        ours = loaded.model(probe).logits
     worst = 0.0
     opened = exporter.open(out)
-    for name, layer in packed_linears(loaded.model).items():
+    layers = {} if loaded is None else packed_linears(loaded.model)
+    for name in layers or source.specs:
         weight = exporter.read(opened, name)
         expected = dequantize(*source.quantized(name))
         if weight.shape != expected.shape:
@@ -54,13 +58,16 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
         worst = max(worst, float((weight - expected).abs().max()))
         if not may_round and not torch.equal(weight, expected):
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
-        replace_linear(loaded.model, name, _linear(weight, layer.bias))
+        if loaded is not None:
+            replace_linear(loaded.model, name, _linear(weight, layers[name].bias))
     for name in source.float_names():
         stored, read = source.tensor(name), opened.tensor(name)
         if not may_round and not torch.equal(stored.float(), read.float()):
             raise RunError(f"{name} differs after export; the export was not kept")
     if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
         raise RunError(f"config.json differs after export, in {key}; the export was not kept")
+    if loaded is None:
+        return {"weight_difference": worst, "logit_difference": None}
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not may_round and not logits <= TOLERANCE:
         raise RunError(
@@ -97,7 +104,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     """
     folder = resolve(config.path)
     exporter = recognised(folder)
-    if exporter is None:
+    if exporter is None or is_expandable(read_config(folder)):  # the second is a source, which load_model reads
         return None
     try:
         return _expanded(config, folder, exporter)

@@ -162,4 +162,5 @@ EXPORTER = Exporter(
     "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
     partial(WrittenFolder, marker="weight_packed"),
     partial(names_method, "compressed-tensors"),
+    needs_class=False,
 )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
@@ -18,8 +17,8 @@ from qtool.exporters._folder import (
     WrittenFolder,
     float_tensors,
     inexact,
+    is_conv1d,
     overflows,
-    skeleton,
     stored_dtype,
     transposed,
     write_folder,
@@ -55,7 +54,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
 def read(opened: WrittenFolder, name: str) -> Tensor:
     """Return the weight float32 ``[out, in]`` of the linear ``name``."""
     weight = opened.tensor(f"{name}.weight").float()
-    return weight.T if isinstance(skeleton(opened.folder).get_submodule(name), Conv1D) else weight
+    return weight.T if is_conv1d(opened.folder, name) else weight
 
 
 EXPORTER = Exporter(
@@ -65,5 +64,6 @@ EXPORTER = Exporter(
     lambda source, out, dtype: write_folder(source.folder, out, {}, None, dtype),
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
+    needs_class=False,
     dtype_may_round=True,
 )

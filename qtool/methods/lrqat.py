@@ -22,7 +22,6 @@ changes its sign moves by ``travel`` in the whole training, the ends of a range 
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -250,8 +249,7 @@ def principal(products: Tensor, rank: int, generator: torch.Generator) -> Tensor
 def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Return the main directions ``[rank, in]`` of each linear's inputs in the float model, on the first tokens."""
     found: dict[str, Tensor] = {}
-    observed = job.text[: max(1, OBSERVED // job.text.shape[1])]
-    for task in walk(replace(job, tokens=observed)):
+    for task in walk(job.first(max(1, OBSERVED // job.text.shape[1]))):
         for group, inputs in group_inputs(task):
             directions = principal(gram(rows.x for rows in inputs), rank, generator)
             found |= dict.fromkeys([target.name for target in group], directions)

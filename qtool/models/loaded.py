@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtool.models import experts
+from qtool.models.auto_class import auto_class
 from qtool.models.config_values import config_value
 from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear, weight_of
 from qtool.quant.packed_linear import PARTS, PackedLinear
@@ -46,6 +47,10 @@ class LoadedModel:
     streaming: Streaming | None = None
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
     """Lowest and highest value of each parameter, found when values were checked; empty: they were not."""
+    odd_linears: dict[str, str] | None = field(default=None, repr=False)
+    """Linears that a packed layer cannot stand for, with the reason (``uncalled.py``); ``None``: not looked for yet."""
+    notes: list[str] = field(default_factory=list, repr=False)
+    """Lines about weights that stay in floating point, which were shown already."""
     pristine: PreTrainedModel | None = field(default=None, repr=False)
     """The float model as it was, of a model that has no files to be read from again."""
 
@@ -132,7 +137,8 @@ class LoadedModel:
 
 def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:  # Any: models have no common class
     """Return the model of ``folder`` on the CPU, and transformers' loading info: missing and unexpected tensors."""
-    loading: Any = AutoModelForCausalLM.from_pretrained(  # its annotation does not say that this is a pair
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model, info = auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
@@ -140,7 +146,6 @@ def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]: 
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    model, info = loading
     experts.unfuse(model)
     for part in (model.config, model.config.get_text_config()):
         vars(part).pop("auto_map", None)  # names code of the folder, which was not used

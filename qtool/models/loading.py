@@ -13,15 +13,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
+from qtool.models import quantized_sources
+from qtool.models.auto_class import auto_class, is_known
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
@@ -59,6 +56,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
+    A model that is published in FP8 or MXFP4 is expanded first (``quantized_sources.py``), and its ``folder`` is that
+    of the float model.
+
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.
 
@@ -66,15 +66,20 @@ def load_model(
         InputError: the model is missing, damaged, pickled, incomplete or already quantized, has
             values that are not finite, needs code from its folder, or has an adapter beside it.
     """
+    if config.free:
+        raise InputError("model.free: only qtool ptq works without the model's class; leave it out of this recipe")
     device = choose_device(config.device)
     folder = resolve(config.path)
-    _check_adapter(config.path, folder)
+    check_adapter(config.path, folder)
+    folder = quantized_sources.expanded(config.path, folder, read_config(folder))
     raw = read_config(folder)
     if not quantized and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
     _check_code(config.path, raw)
     file_dtypes = check_files(folder)
+    if not raw.get("quantization_config"):
+        quantized_sources.refuse_codes(config.path, folder)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
@@ -92,8 +97,8 @@ def load_model(
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':'):.300}") from error
     if info["unexpected_keys"] and type(model.config) is not type(model_config):
         raise InputError(
-            f"{config.path} is a multimodal model of which transformers loads the text part only, so that "
-            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported yet"
+            f"{config.path} is a model of which transformers loads its decoder only, so that "
+            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported"
         )
     _check_complete(config.path, info)
     if checked is not None and _holds(dtype, checked.extremes):
@@ -125,14 +130,14 @@ def _check_code(path: str, raw: dict[str, Any]) -> None:
 
 def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> None:
     """Refuse a model whose folder names code for a class that transformers itself does not have."""
-    if "auto_map" in raw and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if "auto_map" in raw and not is_known(config):
         raise InputError(
             f"{path} has the model type {raw.get('model_type')!r}, of which transformers has no causal language model; "
             "the class that auto_map in config.json names is code of its own folder, and qtool never runs such code"
         )
 
 
-def _check_adapter(path: str, folder: Path) -> None:
+def check_adapter(path: str, folder: Path) -> None:
     """Refuse a folder with a LoRA adapter: transformers adds it if peft is installed, and leaves it out if not."""
     if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
         raise InputError(
@@ -150,7 +155,7 @@ def _check_size(config: Any, folder: Path) -> None:
     with torch.device("meta"):
         num_weights = sum(
             parameter.numel()
-            for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+            for parameter in auto_class(config).from_config(config, trust_remote_code=False).parameters()
         )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if num_weights > size * WEIGHTS_PER_BYTE:

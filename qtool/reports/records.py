@@ -201,8 +201,9 @@ class Exported(Record):
     path: str
     num_bytes: Count = Field(description="Size of the weights on disk, in bytes.")
     weight_difference: Number = Field(description="Largest absolute difference of a weight after reading back.")
-    logit_difference: Number = Field(
-        description="Largest difference of logits on fixed tokens, relative to the largest logit."
+    logit_difference: Number | None = Field(
+        description="Largest difference of logits on fixed tokens, relative to the largest logit; null: no class of "
+        "transformers computes them."
     )
     notes: tuple[str, ...] = ()
     loading: str = Field("", description="Software that loads the export.")

@@ -62,7 +62,7 @@ def test_gram_has_the_bits_of_gptqs_hessian_and_is_the_scaled_sum_of_outer_produ
     x = correlated_inputs(1300, 96, seed=7).to(dtype)
     batches = list(x.split([1, 700, 599]))  # more rows than are cast at once, and fewer
     found = gram(batches)
-    assert torch.equal(found, collect(Stage([], batches, batches)).hessian)
+    assert torch.equal(found, collect(Stage([], each := [Rows(x) for x in batches], each)).hessian)
     assert torch.equal(found, found.T)
     expected = x.double().T @ x.double() * (2 / len(x))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
