@@ -7,6 +7,7 @@ from pydantic import Field
 
 from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
+from qtool.reports.expert_tokens import coverage
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
@@ -136,6 +137,8 @@ class Report(Record, Printable):
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
+        if (seen := coverage(self.series)) is not None:
+            facts.append(("calibration of experts", str(seen)))
         if (text := self.calibration) is not None:
             shape = f"{text.num_samples} windows of {text.seq_len} tokens"
             facts.append(("calibrated on", f"{text.source}, {shape}"))
