@@ -169,6 +169,6 @@ def test_native_and_dense_are_measured_on_text(floats: Callable[[str], Path], tm
         out = tmp_path / f"eval-{folder}"
         assert main(["eval", str(tmp_path / folder), *options, "-o", str(out), "--quiet"]) == 0
         (row,) = json.loads((out / "report.json").read_text())["results"]
-        found.append((row["value"], row["reference"]))
+        found.append((row["value"], row["float_value"]))
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]
