@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.checkpoints.quantization_config import specs_of
+from qtool.models import experts
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 
@@ -45,6 +46,7 @@ class QtoolQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(self.quantization_config, QtoolConfig)
+        experts.unfuse(model)
         linears = dict(model.named_modules())
         for full_name, spec in self.quantization_config.specs.items():
             name = _name_within(model, full_name, linears)
@@ -63,6 +65,7 @@ class QtoolQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(name)
+                module.mark(model.dtype)  # files hold a byte
             elif isinstance(module, nn.Linear) and module.weight.dim() != 2:
                 raise InputError(
                     f"{name} is packed in the files, and quantization_config does not list it; config.json is damaged"

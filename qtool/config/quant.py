@@ -110,7 +110,11 @@ class QuantSpec(Section):
 class QuantOverride(QuantSpec):
     """Changes for the linears that match a pattern; a key that is left out keeps the value of section ``quant``."""
 
-    skip: bool = Field(False, description="Leave these linears in floating point.")
+    skip: bool | None = Field(
+        None,
+        description="true: leave these linears, or matrices of no linear, in floating point; false: quantize them; "
+        "unset: quantize them, but for routers and linears of fewer than 32 rows.",
+    )
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
@@ -140,19 +144,22 @@ class QuantConfig(QuantSpec):
         preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
         return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
 
+    def skips(self, name: str) -> bool | None:
+        """The ``skip`` of the last override that matches the weight ``name`` and says it; ``None``: none does."""
+        said = [each.skip for pattern, each in self.overrides.items() if fnmatchcase(name, pattern)]
+        return next((skip for skip in reversed(said) if skip is not None), None)
+
     def spec_for(self, name: str) -> QuantSpec | None:
-        """The grid of the linear ``name``, or ``None`` if it stays in floating point; later patterns win."""
+        """The grid of the linear ``name``, or ``None`` if an override skips it; later patterns win."""
         values = self.model_dump(include=set(QuantSpec.model_fields))
-        skip = False
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern):
-                changes = override.model_dump(exclude_unset=True)
-                skip = changes.pop("skip", skip)
+                changes = override.model_dump(exclude_unset=True, exclude={"skip"})
                 if changes.get("kv_cache", 0) is None:  # without a KV cache grid its group size means nothing
                     values["kv_group_size"] = None
                 values |= changes
         try:
-            return None if skip else QuantSpec(**values)
+            return None if self.skips(name) else QuantSpec(**values)
         except ValidationError as error:  # each override is valid, their combination is not
             raise InputError(f"quant.overrides that match {name}: {error.errors()[0]['msg']}") from None
 

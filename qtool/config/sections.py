@@ -27,6 +27,12 @@ class ModelConfig(Section):
         "auto", description="Device: cpu, cuda, cuda:1, ... auto: the first GPU, or the CPU if there is none."
     )
 
+    free: bool = Field(
+        False,
+        description="Quantize from the files alone, for models that transformers does not know: linears are chosen by "
+        "their names, one tensor is in memory at a time. Methods rtn and hqq only, without evaluation.",
+    )
+
     @field_validator("path", mode="before")
     @classmethod
     def _text(cls, value: object) -> object:

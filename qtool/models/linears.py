@@ -8,8 +8,8 @@ linear of GPT-2, which stores its weight as ``[in, out]``; here a weight is alwa
 from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +19,6 @@ from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 
 LINEARS = (nn.Linear, Conv1D, PackedLinear, QuantLinear)  # classes of a linear, before and after it is replaced
-FLOAT_SHARE = 0.05  # largest share of the blocks in matrices of no linear, which stay in floating point
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name of the list of decoder blocks, and the list; the same before and after linears are packed.
 
     Raises:
-        InputError: there are no decoder blocks, there are two stacks of them, or they have fused experts.
+        InputError: there are no decoder blocks, or there are two stacks of them.
     """
     lists = _block_lists(*_text_decoder(model)) or _block_lists("", model)
     if not lists:
@@ -108,7 +107,6 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 f"{type(model).__name__} has two stacks of decoder blocks ({name}, {other}); only models with one are "
                 "supported"
             )
-    _refuse_experts(name, blocks)
     return name, blocks
 
 
@@ -146,30 +144,12 @@ def _block_lists(prefix: str, decoder: nn.Module) -> dict[str, nn.ModuleList]:
     return {name: each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
 
 
-def _refuse_experts(name: str, blocks: nn.ModuleList) -> None:
-    """Refuse float blocks of which much is in matrices that no linear holds; small ones stay in floating point.
-
-    Kernels of convolutions, embeddings, and vectors such as ``[1, 1, d]`` do not count.
-    """
-    if any(isinstance(part, PackedLinear | QuantLinear) for part in blocks.modules()):
-        return
-    fused = {
-        f"{name}.{owner}.{key}": p
-        for owner, module in blocks.named_modules()
-        if not isinstance(module, (*LINEARS, _ConvNd, nn.Embedding))
-        for key, p in module.named_parameters(recurse=False)
-        if p.squeeze().dim() > 1
-    }
-    if sum(p.numel() for p in fused.values()) > FLOAT_SHARE * sum(p.numel() for p in blocks.parameters()):
-        first = max(fused, key=lambda key: fused[key].numel())
-        raise InputError(
-            f"{first} is a fused {fused[first].dim()}-D parameter, as mixtures of experts have; such models are not "
-            "supported yet: only linears with 2-D weights are"
-        )
-
-
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the module called ``name`` by ``layer``."""
+    """Replace the linear called ``name`` by ``layer``."""
+    if isinstance(layer, PackedLinear):
+        dtype = model.get_submodule(name).weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        layer.mark(dtype)
     model.set_submodule(name, layer)
 
 

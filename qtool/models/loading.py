@@ -17,8 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
+from qtool.models import quantized_sources
 from qtool.models.auto_class import auto_class, is_known
-from qtool.models.config_values import config_value
+from qtool.models.experts import ExpertsLinear
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
@@ -27,8 +28,6 @@ from qtool.system.errors import InputError, first_line
 from qtool.system.tensors import dtype_name
 
 WEIGHTS_PER_BYTE = 8  # most weights that a byte of a file can hold, at one bit each
-# config keys that a mixture of experts has
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def choose_device(name: str) -> torch.device:
@@ -58,36 +57,41 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
+    A model that is published in FP8 or MXFP4 is expanded first (``quantized_sources.py``), and its ``folder`` is that
+    of the float model.
+
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.
 
     Raises:
-        InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
+        InputError: the model is missing, damaged, pickled, incomplete or already quantized, has
             values that are not finite, needs code from its folder, or has an adapter beside it.
     """
+    if config.free:
+        raise InputError("model.free: only qtool ptq works without the model's class; leave it out of this recipe")
     device = choose_device(config.device)
     folder = resolve(config.path)
-    _check_adapter(config.path, folder)
+    check_adapter(config.path, folder)
+    folder = quantized_sources.expanded(config.path, folder, read_config(folder))
     raw = read_config(folder)
     if not quantized and raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
     _check_code(config.path, raw)
     file_dtypes = check_files(folder)
+    if not raw.get("quantization_config"):
+        quantized_sources.refuse_codes(config.path, folder)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(config.path, raw, model_config)
-        experts = [key for key in EXPERT_COUNTS if config_value(model_config.get_text_config(), key)]
-        if experts and not quantized:
-            raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
         tokenizer = load_tokenizer(config.path, folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
         _check_size(model_config, folder)
-        model, info = from_files(folder, storage if streamed else dtype)
+        model, info = from_files(folder, storage if streamed else dtype, streamed=streamed)
     except InputError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for a folder that it cannot load
@@ -134,7 +138,7 @@ def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> No
         )
 
 
-def _check_adapter(path: str, folder: Path) -> None:
+def check_adapter(path: str, folder: Path) -> None:
     """Refuse a folder with a LoRA adapter: transformers adds it if peft is installed, and leaves it out if not."""
     if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
         raise InputError(
@@ -171,14 +175,18 @@ def _check_finite(model: nn.Module, folder: Path, dtype: torch.dtype) -> dict[st
     """Return the lowest and the highest value of each parameter; refuse values that are not finite in ``dtype``."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
-        low, high = (float(end) for end in parameter.detach().aminmax())
+        module = model.get_submodule(name.rpartition(".")[0])
+        weights = module.expert_weights() if isinstance(module, ExpertsLinear) else [parameter.detach()]
+        ends = torch.tensor([[float(end) for end in weight.aminmax()] for weight in weights])
+        low, high = float(ends[:, 0].min()), float(ends[:, 1].max())  # NaN passes through
         pages.drop(parameter)
         extremes[name] = low, high
         largest = max(-low, high)
         if not (math.isfinite(low) and math.isfinite(high)):
             stored = stored_tensor(folder, name)
             if stored is None or not stored.isfinite().all():
-                found = int((~torch.isfinite(parameter)).sum())
+                weights = module.expert_weights() if isinstance(module, ExpertsLinear) else [parameter]
+                found = sum(int((~torch.isfinite(weight)).sum()) for weight in weights)
                 raise InputError(
                     f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
                 )

@@ -26,13 +26,14 @@ from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.models import quantized_sources
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
-from qtool.pipelines import trial
+from qtool.pipelines import model_free, trial
 from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -90,6 +91,8 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         RunError: the run could not be finished.
     """
     timer = PhaseTimer()
+    if recipe.model.free:
+        model_free.check(recipe)
     check_early(recipe)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
@@ -97,7 +100,9 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         progress.note(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, report, timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
-        if run.state.written is None:
+        if run.state.written is None and recipe.model.free:
+            _keep(run, *model_free.run(recipe, run.method, run.state, timer))
+        elif run.state.written is None:
             prepared = prepare(run)
             result = run_method(run, prepared)
             if not distributed.is_first():
@@ -122,14 +127,17 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
     method: Method[MethodConfig] = load_method(recipe.method.name)
     distributed.start(choose_device(recipe.model.device))
     output = recipe.output
-    with run_state(
-        output.path,
-        lock,
-        overwrite=output.overwrite,
-        fresh=fresh,
-        source=folder,
-        end_to_end=method.end_to_end(recipe.method),
-    ) as state:
+    with (
+        run_state(
+            output.path,
+            lock,
+            overwrite=output.overwrite,
+            fresh=fresh,
+            source=folder,
+            end_to_end=method.end_to_end(recipe.method),
+        ) as state,
+        quantized_sources.expanded_in(state.folder / "expanded"),
+    ):
         yield Run(recipe, method, state, timer)
 
 
@@ -217,9 +225,20 @@ def save(run: Run, prepared: Prepared, result: Result) -> None:
             output_folder.clear(state.model)  # files of an earlier start, which was killed while it wrote them
         native.save(state.model, loaded, prepared.specs)
         report = _report(run, prepared, result, errors)
-        _manifest(run, prepared, report, errors).write(state.model)
-        model_card.write(state.model, report, MANIFEST, recipe.output.path.name)
-        state.keep_written(report)
+        _keep(run, report, errors, prepared.text, prepared.plan)
+
+
+def _keep(
+    run: Run,
+    report: Report,
+    weight_errors: dict[str, float],
+    text: Calibration | None = None,
+    plan: BitPlan | None = None,
+) -> None:
+    """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
+    _manifest(run, report, weight_errors, text, plan).write(run.state.model)
+    model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
+    run.state.keep_written(report)
 
 
 def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
@@ -245,12 +264,14 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
     )
 
 
-def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[str, float]) -> Manifest:
+def _manifest(
+    run: Run, report: Report, weight_errors: dict[str, float], text: Calibration | None, plan: BitPlan | None
+) -> Manifest:
     """Return the manifest of the checkpoint, whose files have been written."""
-    text = prepared.text
     tokens = None if text is None else CalibrationTokens(tokens=text.tokens.shape, sha256=windows.token_hash(*text))
     assert report.label is not None
     assert report.bits_per_weight is not None
+    assert report.float_bytes is not None
     return Manifest(
         format_version=FORMAT_VERSION,
         recipe=resolved(run.recipe),
@@ -258,14 +279,14 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
         data=tokens,
         label=report.label,
         bits_per_weight=report.bits_per_weight,
-        float_bytes=prepared.float_bytes,
+        float_bytes=report.float_bytes,
         quantized_bytes=files.folder_bytes(run.state.model),
         series=report.series,
         weight_errors=weight_errors,
         seconds=report.seconds,
         versions=environment(),
         date=report.date,
-        plan=prepared.plan,
+        plan=plan,
         command=run.method.command,
         lock=run.state.lock,
         files=files.file_hashes(run.state.model, *side_files.HASHED),
