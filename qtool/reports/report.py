@@ -69,6 +69,7 @@ class Report(Record, Printable):
         None, description="Arithmetic of packed linears: exact or fast; null: no packed linears."
     )
     seed: Count | None = None
+    multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
