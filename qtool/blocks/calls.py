@@ -11,7 +11,7 @@ along.
 """
 
 import copy
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from qtool.blocks.hidden_states import Batch, Beside, beside_of
 from qtool.blocks.job import ModelInputs
 from qtool.models.block_calls import Stop, hidden_of, replaced_forwards, with_hidden
+from qtool.models.linears import beside_decoder
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
@@ -226,25 +227,30 @@ def around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None
     """Let the modules before the blocks compute in ``loaded.dtype`` where a streamed model has another dtype.
 
     Embedding tables stay as they are, and the rows that are looked up are cast. The other modules are small and are
-    cast as a whole; the output head is not reached.
+    cast as a whole, towers of pictures or sound when they are called first; the output head is not reached.
     """
     if loaded.streaming is None or loaded.dtype == loaded.storage_dtype:
         yield
         return
     inside = {module for block in blocks for module in block.modules()} | {loaded.model.get_output_embeddings()}
-    handles, cast = [], []
+    handles = []
+    cast: list[tuple[Tensor, Tensor]] = []
+
+    def cast_in(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.dtype == loaded.storage_dtype and not isinstance(module, nn.Embedding):
+                    cast.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(loaded.dtype)
+
+    for tower in beside_decoder(loaded.model):
+        handles.append(tower.register_forward_pre_hook(lambda module, args: cast_in(module.modules())))
+        inside |= set(tower.modules())
     for module in loaded.model.modules():
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(lambda _, args, out: out.to(loaded.dtype)))
-        elif module not in inside:
-            cast += [
-                (tensor, tensor.data)
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-                if tensor.dtype == loaded.storage_dtype
-            ]
     try:
-        for tensor, stored in cast:
-            tensor.data = stored.to(loaded.dtype)
+        cast_in(module for module in loaded.model.modules() if module not in inside)
         yield
     finally:
         for tensor, stored in cast:

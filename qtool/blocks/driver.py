@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall, Layout, first_hidden, record_calls, record_varying
 from qtool.blocks.hidden_states import Beside, HiddenStates
-from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series
+from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series, expert_figures
 from qtool.blocks.layout import find_layout
 from qtool.blocks.pictures import PictureFeatures
 from qtool.blocks.task import BlockTask, Rows, rows_of
+from qtool.models import expert_files
+from qtool.models.experts import choices
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
@@ -112,6 +114,8 @@ def _quantize(
     assert not left, f"the method left these targets unquantized: {sorted(left)}"
     if states and before is not None:
         states.advance(task)
+        for counts in task.expert_tokens.values():
+            figures |= expert_figures(counts.tolist())
         figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
     tensors = {f"{task.name}.{part}": value for part, value in task.block.state_dict().items()}
     return FinishedBlock(tensors, figures, task.weight_errors)
@@ -160,7 +164,7 @@ class BlockStates:
         state_bytes = (
             2 * first[0].nbytes * len(tokens) * (2 if with_float_states else 1)
         )  # entering and leaving the block
-        widest = max((target.weight_shape[1] for target in job.targets), default=0)
+        widest = max((t.weight_shape[1] * choices(loaded.model, t.linear) for t in job.targets), default=0)
         # a paused forward holds the next linear's input, the residual, and about as much again in its callers
         paused_bytes = (
             (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if with_float_states else 1)
@@ -190,7 +194,7 @@ class BlockStates:
         if self.float_inputs is not None:
             assert task.float_outputs is not None, "a method with float inputs sets the float outputs of each task"
             self.float_inputs = task.float_outputs
-        self.inputs = task.outputs or task.through(self.inputs)
+        self.inputs = task.outputs or task.through_counted(self.inputs)
 
 
 def _of_each_size(batches: list[ModelInputs]) -> list[ModelInputs]:
@@ -223,8 +227,11 @@ def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dic
     from its file into memory, on the device that computes.
     """
     own = loaded.storage_dtype if loaded.streaming else loaded.dtype
+    brought = expert_files.bring_in(block, loaded.device, lambda dtype: compute if dtype == own else dtype)
     dtypes, pages = {}, memory.Pages()
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if id(tensor) in brought:
+            continue
         stored = tensor.data
         if stored.dtype == own and own != compute:
             dtypes[name] = own
@@ -275,6 +282,7 @@ def walk(job: Job) -> Iterator[BlockTask]:
         task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
         yield task
         states.advance(task)
+        expert_files.leave(block, loaded.storage_dtype)
         for tensor, data in stored:
             tensor.data = data
 

@@ -20,7 +20,7 @@ from qtool.models.linears import Target
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight
-from qtool.reports.records import Series
+from qtool.reports.records import EXPERT_TOKENS, Series
 
 Figures = dict[str, float]
 ModelInputs = Mapping[str, Tensor]  # arguments of a model's forward, by name
@@ -176,8 +176,18 @@ def block_series(figures: Iterable[Figures]) -> tuple[Series, ...]:
     found: dict[str, list[tuple[int, float]]] = {}
     for index, each in enumerate(figures):
         for name, value in each.items():
-            found.setdefault(name, []).append((index, value))
+            found.setdefault(name.partition("/")[0], []).append((index, value))
     return tuple(
-        Series(name=name, per="block", at=tuple(at for at, _ in points), values=tuple(value for _, value in points))
+        Series(
+            name=name,
+            per="expert" if name == EXPERT_TOKENS else "block",
+            at=tuple(at for at, _ in points),
+            values=tuple(value for _, value in points),
+        )
         for name, points in found.items()
     )
+
+
+def expert_figures(counts: Iterable[int]) -> Figures:
+    """Return the tokens that each expert of a block saw as figures, which ``block_series`` puts into one series."""
+    return {f"{EXPERT_TOKENS}/{expert}": float(count) for expert, count in enumerate(counts)}

@@ -189,6 +189,8 @@ def _real(loaded: LoadedModel, block: nn.Module, hidden: Tensor, call: BlockCall
     before = state_of(fitting.leaves())
     try:
         for tensor, data in stored:  # as the driver brings it in
+            if data.is_meta:  # of experts that are read from files when they are called
+                continue
             tensor.data = data.to(loaded.device, loaded.dtype if data.dtype == own else data.dtype)
         out = type(block).forward(block, hidden.to(loaded.device, loaded.dtype), *fitting.args, **fitting.kwargs)
     finally:

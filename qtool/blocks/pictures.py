@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 UNREAD = ("last_hidden_state", "hidden_states", "attentions")  # parts of a tower's output that no decoder reads
 

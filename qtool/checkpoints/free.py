@@ -1,9 +1,11 @@
 """A native checkpoint that is made from a model's files alone, file by file; no class of the model is needed.
 
-Its tensors have the names of the model's files, and its ``quantization_config`` says ``model_free: true``.
+Its tensors have the names of the model's files. The key ``model_free`` of its ``quantization_config`` has the linears
+that hold the experts of a layer, with their numbers.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,15 +57,21 @@ class PlannedFiles(NativeCheckpoint):
         return [name for name in self._source.described if name.removesuffix(WEIGHT) not in self.specs]
 
 
-def describe(folder: Path, source: FloatTensors, specs: dict[str, QuantSpec], dtype: str) -> None:
+def describe(
+    folder: Path, source: FloatTensors, specs: dict[str, QuantSpec], experts: Mapping[str, int], dtype: str
+) -> None:
     """Write what the checkpoint has beside its weights; ``dtype`` is that of most of the model's tensors.
+
+    ``experts`` are the linears that hold several, with their numbers.
 
     Raises:
         InputError: a file of the model is no regular file, or is a link that leads elsewhere.
     """
     config = {key: value for key, value in float_config(read_config(source.folder)).items() if key != "auto_map"}
     config = written_config.written(config, None, dtype, None)
-    write_json(folder / "config.json", config | {"quantization_config": section_of(specs) | {FREE: True}})
+    write_json(
+        folder / "config.json", config | {"quantization_config": section_of(specs) | {FREE: {"experts": experts}}}
+    )
     side_files.copy(source.folder, folder)
 
 
@@ -72,11 +80,12 @@ def write_file(
     source: FloatTensors,
     names: list[str],
     specs: Mapping[str, QuantSpec],
+    shapes: Mapping[str, tuple[int, int]],
     quantize: Callable[[str, Tensor], QuantizedWeight],
 ) -> None:
     """Write the tensors ``names``, one in memory at a time; the weights of linears in ``specs`` are packed.
 
-    ``quantize`` gets the name of a linear and its weight ``[out, in]`` as it is stored.
+    ``quantize`` gets the name of a linear and its tensor as it is stored; ``shapes`` are ``(out, in)`` of its weight.
 
     Raises:
         RunError: a tensor that was read back differs from what was written.
@@ -85,17 +94,19 @@ def write_file(
     for name in names:
         described = source.described[name]
         if (linear := name.removesuffix(WEIGHT)) in specs:
-            rows, columns = described.shape
-            parts = packed_parts(linear, specs[linear], (rows, columns))
+            parts = packed_parts(linear, specs[linear], shapes[linear])
             planned |= {part: Described(each.dtype, tuple(each.shape)) for part, each in parts.items()}
         else:
             planned[name] = described
     with ShardWriter(file, planned) as writer:
-        for name in names:
-            tensor = source.tensor(name)
-            if (linear := name.removesuffix(WEIGHT)) in specs:
-                layer = PackedLinear.from_quantized(quantize(linear, tensor), None)
-                for part, buffer in layer.named_buffers():
-                    writer.write(f"{linear}.{part}", buffer)
-            else:
+
+        def write(name: str, tensor: Tensor) -> None:
+            if (linear := name.removesuffix(WEIGHT)) not in specs:
                 writer.write(name, tensor)
+                return
+            layer = PackedLinear.from_quantized(quantize(linear, tensor), None)
+            for part, buffer in layer.named_buffers():
+                writer.write(f"{linear}.{part}", buffer)
+
+        for name in names:
+            source.visit(name, partial(write, name))

@@ -142,7 +142,12 @@ class NativeCheckpoint:
     @property
     def free(self) -> bool:
         """True if the checkpoint was made from a model's files alone; transformers may have no class for it."""
-        return bool(self.config.get("quantization_config", {}).get(FREE))
+        return FREE in self.config.get("quantization_config", {})
+
+    @property
+    def stacked(self) -> list[str]:
+        """The linears that hold the experts of a layer, of a checkpoint that was made from files alone."""
+        return list(self.config["quantization_config"][FREE]["experts"]) if self.free else []
 
     @cached_property
     def _files(self) -> SafetensorsFolder:

@@ -22,7 +22,7 @@ def bits_per_weight(specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, in
 def packed_parts(name: str, spec: QuantSpec, shape: tuple[int, int]) -> dict[str, Tensor]:
     """Return the tensors of a quantized linear of ``shape`` ``(out, in)`` by full name, on the meta device."""
     with torch.device("meta"):
-        return {f"{name}.{part}": tensor for part, tensor in PackedLinear(*shape[::-1], spec).named_buffers()}
+        return {f"{name}.{part}": tensor for part, tensor in PackedLinear(*shape[::-1], spec).state_dict().items()}
 
 
 def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> int:

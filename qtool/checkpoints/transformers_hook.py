@@ -65,6 +65,7 @@ class QtoolQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(name)
+                module.mark(model.dtype)  # files hold a byte
             elif isinstance(module, nn.Linear) and module.weight.dim() != 2:
                 raise InputError(
                     f"{name} is packed in the files, and quantization_config does not list it; config.json is damaged"

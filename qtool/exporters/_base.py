@@ -60,6 +60,11 @@ def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | 
             f"{rounding} rounds activations (quant.activations, quant.kv_cache), which {name} cannot express, so that "
             "its readers would not do it; use the native checkpoint, or quantize without these keys"
         )
+    if source.stacked and not has_class(source):
+        return (
+            f"{source.stacked[0]} holds the experts of a layer, and transformers has no class that says how they are "
+            "published; use the native checkpoint"
+        )
     if get(name).needs_class and not has_class(source):
         free = [each for each in catalog.export_formats() if not get(each).needs_class]
         return (

@@ -19,6 +19,7 @@ from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._published import Place, Published, linears_only, published
 from qtool.models.auto_class import auto_class
+from qtool.models.experts import fused_parameters
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.quant.affine import QuantizedWeight
@@ -210,7 +211,10 @@ def has_class(source: NativeCheckpoint) -> bool:
     """Return whether transformers has a class with the linears of ``source``; one made without ``model.free`` has."""
     if not source.free:
         return True
-    return is_known(source.folder) and source.specs.keys() <= dict(skeleton(source.folder).named_modules()).keys()
+    if not is_known(source.folder):
+        return False
+    model = skeleton(source.folder)
+    return source.specs.keys() <= {*dict(model.named_modules()), *fused_parameters(model)}
 
 
 def transposed(source: NativeCheckpoint) -> set[str]:

@@ -1,6 +1,7 @@
 """The linears of a model whose class is not known, chosen by the names and shapes of its tensors.
 
-The rule, in the order in which it is applied to a floating-point tensor ``X.weight`` with two dimensions:
+A linear ``X`` is a floating-point tensor ``X.weight`` with two dimensions, or the experts of a layer in one tensor
+``X`` with three. The rule, in the order in which it is applied:
 
 1. ``quant.overrides`` decide where a pattern that matches ``X`` has the key ``skip``; the last such pattern counts.
 2. ``X`` lies in a numbered block: a part of its name is a number, and something follows (``layers.3.mlp.up_proj``).
@@ -8,7 +9,10 @@ The rule, in the order in which it is applied to a floating-point tensor ``X.wei
 4. It has at least ``MIN_ROWS`` rows.
 
 What passes is quantized. All other tensors stay as they are. If more than ``FLOAT_SHARE`` of the numbered blocks would
-stay so without being named by 1 or by a pattern (fused experts, for example), the model is refused.
+stay so without being named by 1 or by a pattern, the model is refused.
+
+Experts are ``[experts, out, in]`` or ``[experts, in, out]``. Which it is follows from the model's hidden size, which is
+the ``out`` of projections called ``down`` and the ``in`` of all others; where both or neither fit, they are no linear.
 """
 
 import math
@@ -17,9 +21,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from qtool.config.quant import QuantConfig, QuantSpec
-from qtool.models.linears import FLOAT_SHARE
+from qtool.models.experts import FUSED
+from qtool.models.kept_float import FLOAT_SHARE
 from qtool.models.shard_writer import Described
 
 IN_BLOCK = re.compile(r"(^|.*\.)\d+\..+")  # pattern of a name in a numbered block
@@ -33,67 +41,109 @@ FLOAT = (
 SUFFIX = ".weight"
 
 
+class Layout(NamedTuple):
+    """How a tensor holds the weight of a linear, or of ``experts`` linears of one shape."""
+
+    rows: int  # of all experts
+    columns: int
+    experts: int = 1
+    transposed: bool = False  # [experts, in, out]
+
+    def matrices(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Yield the weight ``[out, in]`` of each expert, a view."""
+        if tensor.dim() == 2:
+            yield tensor
+        else:
+            yield from tensor.transpose(1, 2) if self.transposed else tensor
+
+
 @dataclass
 class Chosen:
     """The linears to quantize, and the linears of numbered blocks that stay in floating point."""
 
     specs: dict[str, QuantSpec] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (out, in) of each linear to quantize
+    layouts: dict[str, Layout] = field(default_factory=dict)  # of each linear to quantize
     floats: dict[str, tuple[int, int]] = field(default_factory=dict)  # (out, in) of each that is not
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape ``(out, in)`` of each linear to quantize."""
+        return {name: (layout.rows, layout.columns) for name, layout in self.layouts.items()}
+
     def note(self) -> str:
         """Return a sentence that says what is quantized and what is not, for users."""
-        lists = sorted({re.sub(r"\.\d+\..*|^\d+\..*", "", name) or "the blocks" for name in self.specs})
+        lists = sorted({re.sub(r"\.?\b\d+\..*", "", name) or "the blocks" for name in self.specs})
         text = f"model.free: {len(self.specs)} linears are quantized, in {', '.join(lists)}"
-        kinds = sorted({re.sub(r"\d+", "*", name) for name in self.floats})
+        kinds = sorted({re.sub(r"\b\d+\b", "*", name) for name in self.floats})
         if kinds:
             shown = ", ".join(kinds[:5]) + (f" and {len(kinds) - 5} more" if len(kinds) > 5 else "")
             text += f"; {len(self.floats)} stay in floating point: {shown}"
         return text
 
 
-def choose(tensors: Mapping[str, Described], quant: QuantConfig) -> Chosen:
-    """Return what ``quant`` quantizes of a model with these ``tensors``, and all faults that names and shapes show."""
-    chosen, left = Chosen(), dict[str, int]()
-    matrices = {n.removesuffix(SUFFIX): d.shape for n, d in tensors.items() if _is_matrix(n, d)}
-    total = 0
-    for name, described in sorted(tensors.items(), key=lambda item: _in_order(item[0])):
-        linear, size = name.removesuffix(SUFFIX), math.prod(described.shape)
-        decided = _decided(quant, linear)
+def choose(tensors: Mapping[str, Described], quant: QuantConfig, config: Mapping[str, Any]) -> Chosen:
+    """Return what ``quant`` quantizes of a model with these ``tensors``, and all faults that names and shapes show.
+
+    ``config`` is the content of the model's ``config.json``.
+    """
+    chosen, left, total, names = Chosen(), dict[str, int](), 0, list[str]()
+    hidden = _hidden_size(config)
+    for name in sorted(tensors, key=_in_order):
+        linear, described = name.removesuffix(SUFFIX), tensors[name]
+        if not described.dtype.is_floating_point:
+            continue
+        layout, size = _layout(name, described, hidden), math.prod(described.shape)
+        decided, in_block = _decided(quant, linear), IN_BLOCK.fullmatch(linear) is not None
         by_pattern = any(fnmatchcase(linear, pattern) for pattern in FLOAT)
-        in_block = IN_BLOCK.fullmatch(linear) is not None
-        if linear in matrices and name.endswith(SUFFIX):
-            rows, columns = matrices[linear]
-            wanted = in_block and not by_pattern and rows >= MIN_ROWS if decided is None else not decided
+        if in_block and not by_pattern:
+            total += size
+        if layout is not None:
+            names.append(linear)
+            wanted = in_block and not by_pattern and layout.rows // layout.experts >= MIN_ROWS
+            wanted = wanted if decided is None else not decided
             if wanted and (spec := quant.spec_for(linear)) is not None:
-                chosen.specs[linear], chosen.shapes[linear] = spec, (rows, columns)
-                bias = tensors.get(f"{linear}.bias")
-                if bias is not None and bias.shape != (rows,):
-                    chosen.faults.append(
-                        f"{name} is {rows} x {columns} and its bias has {math.prod(bias.shape)} numbers: it is stored "
-                        "as [in, out], which only the model's class can say for all linears; run without model.free"
-                    )
+                chosen.specs[linear], chosen.layouts[linear] = spec, layout
+                chosen.faults += _transposed(linear, layout, tensors.get(f"{linear}.bias"))
             elif in_block:
-                chosen.floats[linear] = (rows, columns)
-        counts = in_block and not by_pattern and described.dtype.is_floating_point
-        total += size if counts else 0
-        if counts and linear not in chosen.specs and decided is None and _is_large(described):
-            left[linear] = size
+                chosen.floats[linear] = (layout.rows, layout.columns)
+        elif in_block and _is_large(described):
+            names.append(linear)
+            chosen.floats[linear] = (size // described.shape[-1], described.shape[-1])
+            if decided is None and not by_pattern:
+                left[linear] = size
+            elif decided is False:
+                chosen.faults.append(f"quant.overrides: {linear} is no linear by its name and shape; leave skip out")
     chosen.faults += _too_much_left(left, total)
-    chosen.faults += _unmatched(quant, [*matrices, *left])
+    chosen.faults += _unmatched(quant, names)
     if not chosen.specs and not chosen.faults:
         chosen.faults.append("no tensor is a linear of a numbered block by its name; nothing is left to quantize")
     return chosen
 
 
+def _layout(name: str, described: Described, hidden: int | None) -> Layout | None:
+    """Return how a tensor holds a linear or experts; ``None`` if it holds neither."""
+    shape = described.shape
+    if len(shape) == 2 and name.endswith(SUFFIX):
+        return Layout(*shape)
+    if len(shape) != 3 or name.rpartition(".")[2] not in FUSED or (shape[1] == hidden) == (shape[2] == hidden):
+        return None
+    out, columns = shape[1:]
+    transposed = (out if name.endswith("down_proj") else columns) != hidden
+    out, columns = (columns, out) if transposed else (out, columns)
+    return Layout(shape[0] * out, columns, shape[0], transposed)
+
+
+def _hidden_size(config: Mapping[str, Any]) -> int | None:
+    """Return the size of the hidden states of the text model, as its config says."""
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("hidden_size")
+    return size if isinstance(size, int) else None
+
+
 def _in_order(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts names with their numbers as numbers."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _is_matrix(name: str, described: Described) -> bool:
-    return name.endswith(SUFFIX) and len(described.shape) == 2 and described.dtype.is_floating_point
 
 
 def _is_large(described: Described) -> bool:
@@ -108,6 +158,15 @@ def _decided(quant: QuantConfig, linear: str) -> bool | None:
         if "skip" in override.model_fields_set and fnmatchcase(linear, pattern):
             found = override.skip
     return found
+
+
+def _transposed(linear: str, layout: Layout, bias: Described | None) -> Iterator[str]:
+    """Yield a fault for a linear whose bias shows that its weight is stored as ``[in, out]``, as GPT-2 does."""
+    if bias is not None and bias.shape != (layout.rows,):
+        yield (
+            f"{linear}{SUFFIX} is {layout.rows} x {layout.columns}, and its bias has {math.prod(bias.shape)} numbers: "
+            "weights are stored as [in, out], which only the model's class says for all linears; run without model.free"
+        )
 
 
 def _too_much_left(left: Mapping[str, int], total: int) -> Iterator[str]:

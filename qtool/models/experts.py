@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from qtool.models.config_values import config_value
 from qtool.quant.expert_product import by_parts, product
 
 NAME = "qtool"  # the name under which the forward is registered with transformers
+CHOICES = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k")  # config keys: experts for each token
+MANY = 8  # experts for each token where the config has no such key
 FUSED = ("gate_up_proj", "up_proj", "down_proj")  # names of parameters with the weights of all experts
 
 
@@ -113,6 +116,15 @@ def expert_linears(model: nn.Module) -> dict[str, ExpertsLinear]:
 def num_experts(linear: nn.Module) -> int:
     """Return the number of experts whose weights are stacked in a linear, 1 for a plain one."""
     return linear.experts if isinstance(linear, ExpertsLinear) else 1
+
+
+def choices(model: PreTrainedModel, linear: nn.Module) -> int:
+    """Return the number of experts that a token goes to, 1 for a plain linear: the rows that it has in ``linear``."""
+    if num_experts(linear) == 1:
+        return 1
+    config = model.config.get_text_config()
+    given = [config_value(config, name) for name in CHOICES]
+    return max((value for value in given if isinstance(value, int)), default=MANY)
 
 
 def on_disk(model: PreTrainedModel, name: str, num_rows: int) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantSpec
+from qtool.models import experts
 from qtool.models.auto_class import auto_class
 from qtool.models.cache_argument import with_cache
 from qtool.system.errors import InputError
@@ -50,6 +51,7 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
         with warnings.catch_warnings(), torch.device("meta"), torch.enable_grad():
             warnings.simplefilter("ignore")
             model = auto_class(config).from_config(config, trust_remote_code=False).eval()
+            experts.unfuse(model)
             for name, module in model.named_modules():
                 if isinstance(module, nn.Linear | Conv1D):
                     module.register_forward_hook(_leaf(outputs, name))

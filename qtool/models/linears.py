@@ -8,6 +8,7 @@ linear of GPT-2, which stores its weight as ``[in, out]``; here a weight is alwa
 from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -116,6 +117,21 @@ def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return (names[0], model.get_submodule(names[0])) if names else ("", model)
 
 
+def beside_decoder(model: nn.Module) -> list[nn.Module]:
+    """Return the modules beside the text decoder of a multimodal model: towers, and what projects from them."""
+    path, _ = _text_decoder(model)
+    parts = path.split(".") if path else []
+    above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    way = {*above, *([model.get_submodule(path)] if path else [])}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        child
+        for module in above
+        for child in module.children()
+        if child not in way and child is not head and not isinstance(child, nn.Embedding)
+    ]
+
+
 def _block_lists(prefix: str, decoder: nn.Module) -> dict[str, nn.ModuleList]:
     """Return each list of modules with linears inside that lies in no other such list, by its name."""
     lists = {
@@ -129,7 +145,11 @@ def _block_lists(prefix: str, decoder: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the module called ``name`` by ``layer``."""
+    """Replace the linear called ``name`` by ``layer``."""
+    if isinstance(layer, PackedLinear):
+        dtype = model.get_submodule(name).weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        layer.mark(dtype)
     model.set_submodule(name, layer)
 
 

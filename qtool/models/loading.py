@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qtool.config.sections import ModelConfig
 from qtool.models import quantized_sources
 from qtool.models.auto_class import auto_class, is_known
+from qtool.models.experts import ExpertsLinear
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
@@ -90,7 +91,7 @@ def load_model(
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
         _check_size(model_config, folder)
-        model, info = from_files(folder, storage if streamed else dtype)
+        model, info = from_files(folder, storage if streamed else dtype, streamed=streamed)
     except InputError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for a folder that it cannot load
@@ -174,14 +175,18 @@ def _check_finite(model: nn.Module, folder: Path, dtype: torch.dtype) -> dict[st
     """Return the lowest and the highest value of each parameter; refuse values that are not finite in ``dtype``."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
-        low, high = (float(end) for end in parameter.detach().aminmax())
+        module = model.get_submodule(name.rpartition(".")[0])
+        weights = module.expert_weights() if isinstance(module, ExpertsLinear) else [parameter.detach()]
+        ends = torch.tensor([[float(end) for end in weight.aminmax()] for weight in weights])
+        low, high = float(ends[:, 0].min()), float(ends[:, 1].max())  # NaN passes through
         pages.drop(parameter)
         extremes[name] = low, high
         largest = max(-low, high)
         if not (math.isfinite(low) and math.isfinite(high)):
             stored = stored_tensor(folder, name)
             if stored is None or not stored.isfinite().all():
-                found = int((~torch.isfinite(parameter)).sum())
+                weights = module.expert_weights() if isinstance(module, ExpertsLinear) else [parameter]
+                found = sum(int((~torch.isfinite(weight)).sum()) for weight in weights)
                 raise InputError(
                     f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
                 )

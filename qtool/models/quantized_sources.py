@@ -15,11 +15,11 @@ import atexit
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from qtool.models.folders import SIDE, belongs, open_safetensors, read_config, weight_files
 from qtool.models.shard_writer import DTYPES, Described, ShardWriter
 from qtool.quant.expanding import FP8, expand_mxfp4, expand_scaled
-from qtool.system import progress, reading, units
+from qtool.system import memory, progress, reading, units
 from qtool.system.errors import InputError
 from qtool.system.scratch import temporary_folder
 from qtool.system.writing import write_text
@@ -158,10 +158,19 @@ class FloatTensors:
         """Return one tensor of the float model."""
         if name not in self._quantized:
             return self._read(name)
-        codes, scale = self._quantized[name]
-        if codes != name:
-            return expand_mxfp4(self._read(codes), self._read(scale), name).transpose(-1, -2).contiguous()
-        return expand_scaled(self._read(codes), self._read(scale), self._block, name)
+        codes, scale = self._read(self._quantized[name][0]), self._read(self._quantized[name][1])
+        if name != self._quantized[name][0]:
+            weight = expand_mxfp4(codes, scale, name).transpose(-1, -2).contiguous()
+        else:
+            weight = expand_scaled(codes, scale, self._block, name)
+        memory.Pages().drop(codes)
+        return weight
+
+    def visit(self, name: str, use: Callable[[Tensor], None]) -> None:
+        """Call ``use`` with the tensor ``name``, and free its memory afterwards."""
+        tensor = self.tensor(name)
+        use(tensor)
+        memory.Pages().drop(tensor)
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._readers[name].get_tensor(name)
@@ -254,7 +263,7 @@ def _write(source: FloatTensors, out: Path) -> None:
     for name, names in progress.track(missing.items(), "expanding the files of the model", len(missing)):
         with ShardWriter(out / name, {each: source.described[each] for each in names}) as writer:
             for each in names:
-                writer.write(each, source.tensor(each))
+                source.visit(each, partial(writer.write, each))
     _copy_others(source.folder, out)
     weight_map = {name: file for file, names in source.files.items() for name in names}
     if [*source.files] != ["model.safetensors"]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 
 from qtool.system.errors import InputError, first_line
 
@@ -25,6 +25,23 @@ def load_tokenizer(path: str, folder: Path) -> PreTrainedTokenizerBase:
     with _refused(f"{path}: its tokenizer cannot be loaded", hint):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
+
+
+def load_processor(path: str, folder: Path) -> ProcessorMixin:
+    """Return the processor of a multimodal model's ``folder``, which a recipe calls ``path``.
+
+    Raises:
+        InputError: there is none, it reads no pictures, or it cannot be loaded.
+    """
+    hint = "; it needs preprocessor_config.json or processor_config.json, and of some models torchvision as well"
+    with _refused(f"{path}: its processor of pictures cannot be loaded", hint):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise InputError(
+            f"{path} has no processor of pictures (preprocessor_config.json, processor_config.json), so pictures in "
+            "data.source cannot be read; use text, or copy these files from where the model was published"
+        )
+    return processor
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], place: str, **options: Any) -> BatchEncoding:

@@ -7,6 +7,8 @@ becomes one file of the checkpoint, so a run that was stopped goes on with the n
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from qtool.models.folders import check_files, read_config, resolve
 from qtool.models.loaded import most_common
 from qtool.models.loading import check_adapter, choose_device, compute_dtype
 from qtool.models.quantized_sources import FloatTensors
+from qtool.models.targets import shortened
 from qtool.pipelines.checks import check_exports
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.run_state import BlockRecord, RunState
@@ -82,7 +85,7 @@ def run(recipe: Recipe, method: Method[Any], state: RunState, timer: PhaseTimer)
         errors = _write_files(recipe, method, state, model)
     with timer.phase("save", f"writing {recipe.output.path}"):
         write_index(state.model)
-        free.describe(state.model, model.source, model.chosen.specs, dtype_name(model.storage))
+        _describe(state.model, model)
     chosen = model.chosen
     report = Report(
         model=recipe.model.path,
@@ -115,9 +118,9 @@ def _open(recipe: Recipe) -> Free:
     if not section:
         quantized_sources.refuse_codes(path, folder)
     source = FloatTensors(folder)
-    chosen = by_name.choose(source.described, recipe.quant)
+    chosen = by_name.choose(source.described, recipe.quant, raw)
     if chosen.faults:
-        raise InputError(listing(f"{path} cannot be quantized with this recipe:", chosen.faults))
+        raise InputError(listing(f"{path} cannot be quantized with this recipe:", shortened(chosen.faults)))
     if source.quantized:
         progress.note(f"{path}: {source.note()}")
     progress.note(chosen.note())
@@ -128,6 +131,38 @@ def _open(recipe: Recipe) -> Free:
     return Free(source, chosen, storage, compute_dtype(recipe.model.dtype, storage, device), device)
 
 
+def _check_values(model: Free) -> tuple[dict[str, float], list[str]]:
+    """Return the largest absolute value of each floating-point tensor, and all faults of the values."""
+    largest: dict[str, float] = {}
+    faults: list[str] = []
+
+    def look(name: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        low, high = (float(end) for end in tensor.aminmax())
+        largest[name] = max(-low, high)
+        linear = name.removesuffix(WEIGHT)
+        try:
+            if linear in model.chosen.specs:
+                matrix = next(model.chosen.layouts[linear].matrices(tensor))
+                check_weight(matrix, model.chosen.specs[linear], name, (low, high))
+            elif not math.isfinite(low) or not math.isfinite(high):
+                count = int((~tensor.isfinite()).sum())
+                raise InputError(f"{name} holds {count} NaN or infinite value(s); repair the checkpoint")
+            if largest[name] > (limit := torch.finfo(model.dtype).max) and tensor.dtype == model.storage:
+                raise InputError(
+                    f"{name} has values of up to {largest[name]:.6g}, and {dtype_name(model.dtype)}, in which it would "
+                    f"be quantized, holds none above {limit:g}; set model.dtype to bfloat16 or float32"
+                )
+        except InputError as error:
+            faults.append(str(error))
+
+    names = model.source.described
+    for name in progress.track(names, "checking the values of tensors", len(names)):
+        model.source.visit(name, partial(look, name))
+    return largest, faults
+
+
 def _check_values_and_exports(recipe: Recipe, state: RunState, model: Free) -> None:
     """Check all values, the space on disk, the files beside the weights, and the exports.
 
@@ -135,31 +170,16 @@ def _check_values_and_exports(recipe: Recipe, state: RunState, model: Free) -> N
         InputError: with all faults of the values: not finite, a group size that does not divide, a scale that its dtype
             does not hold; or an export or a file cannot be written.
     """
-    source, chosen, faults = model.source, model.chosen, []
-    largest: dict[str, float] = {}
-    for name in progress.track(source.described, "checking the values of tensors", len(source.described)):
-        tensor = source.tensor(name)
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        low, high = (float(end) for end in tensor.aminmax())
-        largest[name] = max(-low, high)
-        linear = name.removesuffix(WEIGHT)
-        try:
-            if name != linear and linear in chosen.specs:
-                check_weight(tensor, chosen.specs[linear], name, (low, high))
-            elif not math.isfinite(largest[name]) or math.isnan(low):
-                count = int((~tensor.isfinite()).sum())
-                raise InputError(f"{name} holds {count} NaN or infinite value(s); repair the checkpoint")
-        except InputError as error:
-            faults.append(str(error))
+    source, chosen = model.source, model.chosen
+    largest, faults = _check_values(model)
     if faults:
-        raise InputError(listing(f"{recipe.model.path} cannot be quantized with this recipe:", faults[:10]))
+        raise InputError(listing(f"{recipe.model.path} cannot be quantized with this recipe:", shortened(faults)))
     output_folder.check_space(recipe.output.path, _float_bytes(source))
     trial = state.folder / "trial"
     shutil.rmtree(trial, ignore_errors=True)
     trial.mkdir()
     try:
-        free.describe(trial, source, chosen.specs, dtype_name(model.storage))
+        _describe(trial, model)
         planned = PlannedFiles(trial, source, chosen.specs, chosen.shapes, largest)
         check_exports(recipe, planned)
         for index, entry in enumerate(recipe.export):
@@ -168,6 +188,12 @@ def _check_values_and_exports(recipe: Recipe, state: RunState, model: Free) -> N
             _base.get(entry.format).describe(planned, out, dtype)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
+
+
+def _describe(folder: Path, model: Free) -> None:
+    """Write what the checkpoint has beside its weights into ``folder``."""
+    experts = {name: layout.experts for name, layout in model.chosen.layouts.items() if layout.experts > 1}
+    free.describe(folder, model.source, model.chosen.specs, experts, dtype_name(model.storage))
 
 
 def _float_bytes(source: FloatTensors) -> int:
@@ -181,11 +207,17 @@ def _write_files(recipe: Recipe, method: Method[Any], state: RunState, model: Fr
     assert method.round_weight is not None
     round_weight = method.round_weight
 
-    def quantize(name: str, weight: Tensor) -> QuantizedWeight:
-        weight = weight.to(model.device, model.dtype if weight.dtype == model.storage else weight.dtype)
-        found = round_weight(weight.float(), specs[name], recipe.method)
-        errors[name] = relative_error(weight, found)
-        return found
+    def quantize(name: str, tensor: Tensor) -> QuantizedWeight:
+        dtype = model.dtype if tensor.dtype == model.storage else tensor.dtype
+        found, changes = [], []
+        for matrix in model.chosen.layouts[name].matrices(tensor):
+            weight = matrix.to(model.device, dtype).contiguous()
+            found.append(round_weight(weight.float(), specs[name], recipe.method))
+            changes.append((relative_error(weight, found[-1]), float(weight.float().square().sum())))
+        total = sum(norm for _, norm in changes)
+        errors[name] = sum(error * norm for error, norm in changes) / total if total else changes[0][0]
+        codes, scale, zero_point, spec = zip(*found, strict=True)
+        return QuantizedWeight(torch.cat(codes), torch.cat(scale), torch.cat(zero_point), spec[0])
 
     for index, names in enumerate(progress.track(source.files.values(), "files", len(source.files))):
         file = state.model / shard_name(index, len(source.files) - 1)
@@ -194,7 +226,7 @@ def _write_files(recipe: Recipe, method: Method[Any], state: RunState, model: Fr
             errors |= record.weight_errors
             continue
         before = set(errors)
-        free.write_file(file, source, names, specs, quantize)
+        free.write_file(file, source, names, specs, model.chosen.shapes, quantize)
         made = {name: error for name, error in errors.items() if name not in before}
         sha256 = files.file_hashes(state.model, file.name)[file.name]
         kept = BlockRecord(sha256=sha256, figures={}, weight_errors=made)

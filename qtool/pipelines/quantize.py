@@ -34,7 +34,7 @@ from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
 from qtool.pipelines import model_free, trial
-from qtool.pipelines.checks import check_early, check_exports, needs_text
+from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
@@ -146,6 +146,8 @@ def prepare(run: Run) -> Prepared:
     recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
+        if recipe.eval is not None:
+            tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
         targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
@@ -158,14 +160,15 @@ def prepare(run: Run) -> Prepared:
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
-    tokens, labels = text or (None, None)
-    job = Job(loaded, targets, tokens, labels, recipe.seed, workspace)
+            check_pictures(recipe, text)
+    tokens, labels, pictures = text or (None, None, ())
+    job = Job(loaded, targets, tokens, labels, recipe.seed, workspace, pictures)
     if units is not None:
         with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
         job = replace(job, targets=select_targets(loaded, plan.applied(quant)))
     if not run.method.needs_data(recipe.method):
-        job = replace(job, tokens=None, labels=None)
+        job = replace(job, tokens=None, labels=None, pictures=())
     linears = weights.block_linears(loaded)
     return Prepared(job, text, plan, _specs(job.targets), shapes, linears, float_bytes)
 

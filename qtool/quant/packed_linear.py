@@ -31,8 +31,9 @@ CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # number of weights expanded 
 class PackedLinear(ActivationRounding):
     """A linear whose weight is held as packed codes; buffer names and shapes are those of ``pack-quantized``.
 
-    The buffer ``weight`` is one byte, the format version. Its shape makes a loader that does not know qtool stop at
-    a size mismatch, instead of filling the layer with random numbers.
+    The buffer ``weight`` is one number, the format version. Its shape makes a loader that does not know qtool stop at
+    a size mismatch, instead of filling the layer with random numbers. It is a byte in files, and in memory a number of
+    the model's dtype, because models ask a linear for the dtype of its weight (``hidden.to(linear.weight.dtype)``).
 
     Arithmetic is exact unless ``accelerate`` was called; then ``kernel`` multiplies inputs of few rows.
     """
@@ -49,7 +50,7 @@ class PackedLinear(ActivationRounding):
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.kernel: kernels.Kernel | None = None  # not in the state dict: it is made from the buffers
         groups = spec.num_groups(in_features)
-        self.register_buffer("weight", torch.full((1,), FORMAT_VERSION, dtype=torch.uint8))
+        self.register_buffer("weight", torch.full((1,), float(FORMAT_VERSION)))
         words = num_words(in_features, spec.num_bits)
         self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
         scale_dtype = getattr(torch, spec.scale_dtype)
@@ -93,6 +94,8 @@ class PackedLinear(ActivationRounding):
             fitting = PackedLinear(self.in_features, self.out_features, self.spec)
         for part, buffer in fitting.named_buffers():
             found = self.get_buffer(part)
+            if part == "weight" and found.shape == buffer.shape:
+                continue  # a byte in files
             if found.shape != buffer.shape or found.dtype != buffer.dtype:
                 raise InputError(
                     f"{name}.{part} is {found.dtype} {list(found.shape)}; its grid {self.spec.label()} needs "
@@ -101,6 +104,10 @@ class PackedLinear(ActivationRounding):
         shape = [self.out_features, self.in_features]
         if self.weight_shape.device.type != "meta" and self.weight_shape.tolist() != shape:
             raise InputError(f"{name}.weight_shape is {self.weight_shape.tolist()}; the model needs {shape}")
+
+    def mark(self, dtype: torch.dtype) -> None:
+        """Let the buffer ``weight`` have the dtype of the model."""
+        self.weight = self.weight.to(dtype)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -170,11 +177,16 @@ class PackedLinear(ActivationRounding):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = self.get_buffer(name)
-            if moved.dtype != buffer.dtype:
+            if moved.dtype != buffer.dtype and name != "weight":
                 setattr(self, name, buffer.to(moved.device))
         if self.weight_scale.device != before["weight_scale"].device:
             self._renew()
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if not keep_vars:
+            destination[f"{prefix}weight"] = self.weight.to(torch.uint8)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -11,7 +11,7 @@ from qtool.blocks.job import Job, Method, Result
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.training import EndToEnd, GridConfig, WeightsConfig
 from qtool.models.folders import resolve
-from qtool.models.linears import Target, replace_linear
+from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
@@ -139,6 +139,8 @@ def train_linears(
         pack_linears(loaded.model, layers[index])
 
     found = train_by_block(loaded, teacher, config, put, train, pack)
+    for layer in packed_linears(loaded.model).values():
+        layer.mark(loaded.dtype)  # the weights that trained were float32
     return Result(found.series("loss"), {})
 
 

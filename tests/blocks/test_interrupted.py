@@ -86,7 +86,8 @@ def test_an_exception_while_the_calls_are_recorded_leaves_no_patched_forward(
     def explode(*_: object, **__: object) -> None:
         raise Interrupted
 
+    job = Job.select(llama, W2, tokens)
     monkeypatch.setattr(type(llama.blocks()[0][1]), "forward", explode)
     with pytest.raises(Interrupted):
-        run_blocks(Job.select(llama, W2, tokens), pack_all)
+        run_blocks(job, pack_all)
     assert untouched(llama)

@@ -197,11 +197,25 @@ def test_weights_stay_packed_in_memory(native: Native) -> None:
         parts = ("weight", "weight_packed", "weight_scale", "weight_shape")
         assert held == {f"{name}.{part}" for part in parts} | zero_point | bias
         bits = layer.spec.bits_per_weight(layer.in_features) * layer.in_features * layer.out_features
-        assert sum(buffer.nbytes for buffer in layer.buffers()) == pytest.approx(bits / 8 + 17, rel=1e-9)
+        assert sum(buffer.nbytes for buffer in layer.buffers()) == pytest.approx(bits / 8 + 20, rel=1e-9)
         assert not vars(layer).keys() & {"_weight", "_cache"}
     shapes = {(layer.out_features, layer.in_features) for layer in layers.values()}
     wide = {name for name, p in model.named_parameters() if tuple(p.shape) in shapes or tuple(p.shape)[::-1] in shapes}
     assert wide == ({"model.layers.1.mlp.up_proj.weight"} if native.specs.keys() == llama_specs() else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_marker_is_a_byte_in_files_and_has_the_models_dtype_in_memory(native: Native, dtype: torch.dtype) -> None:
+    """Models cast hidden states to the dtype of a linear's weight."""
+    model = native.load(dtype=dtype)
+    markers = {f"{name}.weight" for name in native.specs}
+    stored = tiny.stored(native.folder)
+    assert all(stored[name].dtype == torch.uint8 and stored[name].tolist() == [1] for name in markers)
+    for layer in packed_linears(model).values():
+        assert (layer.weight.dtype, layer.weight.tolist()) == (dtype, [1.0])
+        assert layer.state_dict()["weight"].dtype == torch.uint8
+    half = model.to(torch.float16)
+    assert {layer.weight.dtype for layer in packed_linears(half).values()} == {torch.float16}
 
 
 def llama_specs() -> set[str]:

@@ -6,7 +6,19 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SiglipImageProcessor,
+)
 
 from helpers import tiny
 from helpers.families import GATED, LOCAL_AND_GLOBAL
@@ -15,6 +27,11 @@ from helpers.families import GATED, LOCAL_AND_GLOBAL
 SPECIAL = (
     *("<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<start_of_image>"),
     *("<end_of_image>", "<image_soft_token>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+)
+# a chat template as multimodal models have it: a picture is a placeholder, which the processor makes longer
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{{ eos_token }}{% endfor %}"
 )
 ID = {token: tiny.VOCABULARY + index for index, token in enumerate(SPECIAL)}
 TOKENS = tiny.VOCABULARY + 32  # rows of the embedding table
@@ -43,7 +60,8 @@ GEMMA = {
     "mm_tokens_per_image": 4,
     "boi_token_index": ID["<start_of_image>"],
     "eoi_token_index": ID["<end_of_image>"],
-} | {"image_token_index": ID["<image_soft_token>"]}
+    "image_token_index": ID["<image_soft_token>"],
+}
 LARGE_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 16, "image_size": 56}
 
@@ -157,6 +175,9 @@ FAMILIES = {
 }
 
 
+PROCESSORS = ("llava", "idefics3", "paligemma")  # families whose processors need no torchvision
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of the tiny models, with special tokens of pictures."""
     made = tiny.tokenizer()
@@ -181,12 +202,12 @@ def make(name: str) -> PreTrainedModel:
 def write(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Save a random model with a tokenizer."""
     tiny.moved(make(name), dtype).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (processor(name) if name in PROCESSORS else tokenizer()).save_pretrained(folder)
     return folder
 
 
 def prompt(name: str, seed: int = 0, length: int = 24) -> dict[str, Tensor]:
-    """Return what the model gets of a picture with text around it, ``[1, length]`` tokens; the place depends on seed."""
+    """Return what the model gets of a picture with text around it, ``[1, length]`` tokens."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
     picture = [ID[token] for token in family.placeholder]
@@ -202,3 +223,19 @@ def prompt(name: str, seed: int = 0, length: int = 24) -> dict[str, Tensor]:
     if name.startswith("gemma3") or name == "paligemma":
         found["token_type_ids"] = inside.int() if name != "paligemma" else torch.zeros_like(tokens)
     return found
+
+
+def processor(name: str) -> ProcessorMixin:
+    """Return a processor for pictures of 28 or 56 pixels."""
+    options: dict[str, Any] = {"tokenizer": tokenizer(), "chat_template": TEMPLATE}
+    if name == "llava":
+        clip = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        features = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        return LlavaProcessor(clip, **options, **features)
+    if name == "idefics3":
+        largest = {"longest_edge": 56}
+        idefics = Idefics3ImageProcessor(size=largest, max_image_size=largest)
+        return Idefics3Processor(idefics, image_seq_len=4, **options)
+    siglip: Any = SiglipImageProcessor(size={"height": 28, "width": 28})
+    siglip.image_seq_length = 4
+    return PaliGemmaProcessor(siglip, tokenizer())  # no chat template, as published

@@ -17,9 +17,11 @@ from qtool.blocks.job import Job, Method, load_method
 from qtool.checkpoints import native, output_folder
 from qtool.config import catalog
 from qtool.config.quant import BITS, QuantConfig
+from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
 from qtool.models.targets import select_targets
 
 # ---------------------------------------------------------------------------- the contract, for every method there is
@@ -79,6 +81,14 @@ def test_survives_disk_with_equal_logits(method: Method[Any], family: str, tmp_p
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert set(packed_linears(restored)) == set(packed_linears(loaded.model))
     assert torch.equal(tiny.logits(restored), tiny.logits(loaded.model))
+
+
+def test_markers_have_the_dtype_that_the_float_weights_had(method: Method[Any], tmp_path: Path, tokens: Tensor) -> None:
+    """Models cast hidden states to ``linear.weight.dtype``, whatever class the linear has."""
+    folder = tiny.llama(tmp_path / "float")
+    loaded = load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
+    run(method, loaded, tokens, W4)
+    assert {layer.weight.dtype for layer in packed_linears(loaded.model).values()} == {torch.bfloat16}
 
 
 def test_keeps_zero_points_between_codes_where_asked_to(

@@ -1,6 +1,8 @@
 """Multimodal models: the text decoder is quantized, the towers stay as they are, and pictures reach every block."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from qtool.blocks import driver
 from qtool.blocks.job import Job
 from qtool.models.loaded import LoadedModel
 
-FAST = [name for name in FAMILIES]
+FAST = list(FAMILIES)
 
 
 def loaded_of(name: str) -> LoadedModel:
@@ -33,17 +35,14 @@ def test_every_window_with_a_picture_gets_the_hidden_states_of_the_models_own_fo
     job = job_of(loaded, name)
     expected: list[list[Tensor]] = [[] for _ in loaded.blocks()]
 
-    def record(index: int) -> object:
-        def hook(module: nn.Module, args: object, kwargs: object, out: object) -> None:
+    def record(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
-            assert isinstance(hidden, Tensor)
             expected[index].append(hidden.clone())
 
         return hook
 
-    hooks = [
-        block.register_forward_hook(record(index), with_kwargs=True) for index, (_, block) in enumerate(loaded.blocks())
-    ]
+    hooks = [b.register_forward_hook(record(i), with_kwargs=True) for i, (_, b) in enumerate(loaded.blocks())]
     with torch.no_grad():
         for tokens, pictures in zip(job.text.split(1), job.pictures, strict=True):
             loaded.model(input_ids=tokens, **pictures, use_cache=False)
