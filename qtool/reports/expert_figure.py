@@ -41,9 +41,12 @@ def draw_coverage(report: Report) -> Plot | None:
     if found is None:
         return None
     figure, (axes,) = blank(2.3)
-    lines = [("most", max, "muted"), ("median", median, "accent"), ("fewest", min, "second")]
-    for label, of, colour in lines:
-        values = [of(counts) for counts in found.tokens]
+    lines = {
+        "most": ([max(counts) for counts in found.tokens], "muted"),
+        "median": ([median(counts) for counts in found.tokens], "accent"),
+        "fewest": ([min(counts) for counts in found.tokens], "second"),
+    }
+    for label, (values, colour) in lines.items():
         axes.plot(found.blocks, values, "o-", color=LIGHT[colour], markersize=4, linewidth=1.2, label=label)
     axes.axhline(FEW, color=LIGHT["bad"], linewidth=0.8, linestyle="--")
     axes.text(1, FEW, f" {FEW}", color=LIGHT["bad"], transform=axes.get_yaxis_transform(), va="center")
