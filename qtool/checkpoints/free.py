@@ -105,8 +105,8 @@ def write_file(
                 writer.write(name, tensor)
                 return
             layer = PackedLinear.from_quantized(quantize(linear, tensor), None)
-            for part, buffer in layer.named_buffers():
-                writer.write(f"{linear}.{part}", buffer)
+            for part, stored in layer.state_dict().items():
+                writer.write(f"{linear}.{part}", stored)
 
         for name in names:
             source.visit(name, partial(write, name))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -43,7 +44,7 @@ class ExpertsLinear(nn.Linear):
         """Map ``x [rows, in]`` to ``[rows, out]``."""
         if self.read is not None and self.weight.is_meta and not x.is_meta:
             read = self.read
-            return by_parts(x, counts, lambda expert: read(expert).to(x))
+            return by_parts(x, counts, lambda expert, rows: F.linear(rows, read(expert).to(rows)))
         return product(x, self.weight, None, counts)
 
     def expert_weights(self) -> Iterator[Tensor]:
@@ -82,12 +83,17 @@ def experts_forward(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
+def is_experts(module: nn.Module) -> Any:  # Any: a guard of the type would need a class
+    """Return whether a module holds the experts of a layer: of a class with the decorator."""
+    return hasattr(module, "_is_expert_parallel")
+
+
 def fused_parameters(model: nn.Module) -> dict[str, tuple[Any, str]]:
     """Return the module and the attribute of each parameter that holds a layer's experts, by its full name."""
     return {
         f"{name}.{attribute}": (module, attribute)
         for name, module in model.named_modules()
-        if hasattr(module, "_is_expert_parallel")  # set by the decorator
+        if is_experts(module)
         for attribute in FUSED
         if isinstance(getattr(module, attribute, None), nn.Parameter)
     }

@@ -72,21 +72,21 @@ def load_model(
     device = choose_device(config.device)
     folder = resolve(config.path)
     check_adapter(config.path, folder)
-    folder = quantized_sources.expanded(config.path, folder, read_config(folder))
     raw = read_config(folder)
-    if not quantized and raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
+    if not quantized:
+        quantized_sources.refuse_quantized(config.path, raw)
     _check_code(config.path, raw)
     file_dtypes = check_files(folder)
-    if not raw.get("quantization_config"):
-        quantized_sources.refuse_codes(config.path, folder)
+    quantized_sources.refuse_codes(config.path, folder, raw)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(config.path, raw, model_config)
         tokenizer = load_tokenizer(config.path, folder)
+        if quantized_sources.is_expandable(raw):
+            folder = quantized_sources.expanded(config.path, folder, raw)
+            file_dtypes = check_files(folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
@@ -124,8 +124,8 @@ def _check_code(path: str, raw: dict[str, Any]) -> None:
     if "auto_map" in raw and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise InputError(
             f"{path} has the model type {kind!r}, which transformers {transformers.__version__} does not know; it "
-            "needs code from its own folder (auto_map), and qtool never runs such code; use a newer transformers, or a "
-            "model of a type that transformers knows"
+            "needs code from its own folder (auto_map), and qtool never runs such code; use a newer transformers, a "
+            "model of a type that transformers knows, or model.free: true with method rtn or hqq"
         )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from qtool.models.folders import SIDE, belongs, open_safetensors, read_config, weight_files
 from qtool.models.shard_writer import DTYPES, Described, ShardWriter
-from qtool.quant.expanding import FP8, expand_mxfp4, expand_scaled
+from qtool.quant.expanding import FP8, expand_mxfp4, expand_scaled, scale_grid
 from qtool.system import memory, progress, reading, units
 from qtool.system.errors import InputError
 from qtool.system.scratch import temporary_folder
@@ -116,24 +116,40 @@ class FloatTensors:
         """Return the names of codes and scales of each quantized tensor by the name of the float tensor."""
         found = {}
         for name in self._readers:
-            stem = name.removesuffix(BLOCKS)
+            stored, stem = self._stored(name), name.removesuffix(BLOCKS)
             if stem != name and f"{stem}{BLOCK_SCALES}" in self._readers:
+                self._check_blocks(name, stored, self._stored(f"{stem}{BLOCK_SCALES}"))
                 found[stem] = (name, f"{stem}{BLOCK_SCALES}")
-                continue
-            dtype = self._stored(name).dtype
-            if dtype not in (*FP8, torch.int8):
-                continue
-            module = name.removesuffix(".weight")
-            scales = [each.format(name) for each in SCALES]
-            scales += [f"{module}.{each}" for each in OWN_SCALES if module != name]
-            scale = next((each for each in scales if each in self._readers), None)
-            if scale is None:
-                raise InputError(
-                    f"{self.folder}: {name} is stored as {dtype}, and no tensor with its scale ({scales[0]}) is there; "
-                    "copy or download the model again"
-                )
-            found[name] = (name, scale)
+            elif stored.dtype in (*FP8, torch.int8):
+                found[name] = (name, self._scale_of(name, stored))
         return found
+
+    def _check_blocks(self, name: str, blocks: Described, scales: Described) -> None:
+        """Refuse the two tensors of an MXFP4 weight if their shapes or dtypes do not fit."""
+        if (
+            blocks.shape != (*scales.shape, 16)
+            or len(scales.shape) < 2
+            or {blocks.dtype, scales.dtype} != {torch.uint8}
+        ):
+            raise InputError(
+                f"{self.folder}: {name} is {blocks.dtype} {list(blocks.shape)} and its scales are {scales.dtype} "
+                f"{list(scales.shape)}; MXFP4 has bytes [..., rows, groups, 16] and [..., rows, groups]"
+            )
+
+    def _scale_of(self, name: str, codes: Described) -> str:
+        """Return the name of the scale of the FP8 tensor ``name``, whose shape fits."""
+        module = name.removesuffix(".weight")
+        scales = [each.format(name) for each in SCALES]
+        scales += [f"{module}.{each}" for each in OWN_SCALES if module != name]
+        scale = next((each for each in scales if each in self._readers), None)
+        if scale is None or not codes.shape:
+            raise InputError(
+                f"{self.folder}: {name} is stored as {codes.dtype}, and no tensor with its scale ({scales[0]}) is "
+                "there; copy or download the model again"
+            )
+        shape = codes.shape if codes.dtype in FP8 else (*codes.shape[:-1], 2 * codes.shape[-1])
+        scale_grid(shape, self._stored(scale).shape, self._block, f"{self.folder}: {name}")
+        return scale
 
     def _stored(self, name: str) -> Described:
         part = self._readers[name].get_slice(name)
@@ -148,7 +164,7 @@ class FloatTensors:
         codes = self._stored(self._quantized[name][0])
         shape = codes.shape
         if name != self._quantized[name][0]:  # MXFP4: [experts, rows, groups, 16]; the model has columns first
-            *outer, rows, groups, width = shape if len(shape) > 2 else (1, 1, *shape)
+            *outer, rows, groups, width = shape
             return Described(torch.bfloat16, (*outer, 2 * groups * width, rows))
         if codes.dtype == torch.int8:
             shape = (*shape[:-1], 2 * shape[-1])
@@ -181,8 +197,9 @@ class FloatTensors:
         """The rows and columns that share a scale, as the config says."""
         section = section_of(self._raw)
         size = section.get("weight_block_size")
-        for group in section.get("config_groups", {}).values():
-            size = size or group["weights"].get("block_structure")
+        if section["quant_method"] not in PLAIN:
+            sizes = [group["weights"].get("block_structure") for group in section["config_groups"].values()]
+            size = next((each for each in sizes if each), None)
         right = isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
         return (size[0], size[1]) if right and size is not None else None
 
@@ -200,11 +217,20 @@ class FloatTensors:
         return text
 
 
-def refuse_codes(path: str, folder: Path) -> None:
-    """Refuse a folder with FP8 tensors, or their scales, whose config does not say that it is quantized.
+def refuse_quantized(path: str, raw: Mapping[str, Any]) -> None:
+    """Refuse the model ``path`` if its config ``raw`` says that it is quantized in a way that is not expanded."""
+    if (section := section_of(raw)) and not is_expandable(raw):
+        method = section.get("quant_method", "unknown")
+        raise InputError(f"{path} is already quantized ({method}); start from the float model")
+
+
+def refuse_codes(path: str, folder: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse a folder with FP8 tensors, or their scales, whose config ``raw`` does not say that it is quantized.
 
     transformers would take the codes for weights, and leave the scales out.
     """
+    if section_of(raw):
+        return
     for file in sorted(folder.glob("*.safetensors")):
         with open_safetensors(file) as reader:
             for name in reader.keys():  # noqa: SIM118  (not a dict)

@@ -111,12 +111,9 @@ def _open(recipe: Recipe) -> Free:
     folder, path = resolve(recipe.model.path), recipe.model.path
     check_adapter(path, folder)
     raw = read_config(folder)
-    if (section := quantized_sources.section_of(raw)) and not quantized_sources.is_expandable(raw):
-        method = section.get("quant_method", "unknown")
-        raise InputError(f"{path} is already quantized ({method}); start from the float model")
+    quantized_sources.refuse_quantized(path, raw)
     check_files(folder)
-    if not section:
-        quantized_sources.refuse_codes(path, folder)
+    quantized_sources.refuse_codes(path, folder, raw)
     source = FloatTensors(folder)
     chosen = by_name.choose(source.described, recipe.quant, raw)
     if chosen.faults:
@@ -219,7 +216,7 @@ def _write_files(recipe: Recipe, method: Method[Any], state: RunState, model: Fr
         codes, scale, zero_point, spec = zip(*found, strict=True)
         return QuantizedWeight(torch.cat(codes), torch.cat(scale), torch.cat(zero_point), spec[0])
 
-    for index, names in enumerate(progress.track(source.files.values(), "files", len(source.files))):
+    for index, names in enumerate(progress.track(source.files.values(), "quantizing the files", len(source.files))):
         file = state.model / shard_name(index, len(source.files) - 1)
         record = state.record(index)
         if record is not None and files.file_hashes(state.model, file.name) == {file.name: record.sha256}:

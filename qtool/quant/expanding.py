@@ -9,6 +9,7 @@ rounds off (at most 2**-9 of a value) is far below the step of the codes (2**-4)
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,38 +33,47 @@ def expand_scaled(codes: Tensor, scale: Tensor, block: tuple[int, int] | None, n
     """
     pairs = codes.dtype in (torch.int8, torch.uint8)
     scale = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
-    *outer, rows, columns = codes.shape if codes.dim() > 1 else (1, *codes.shape)
-    columns *= 2 if pairs else 1
-    scales, size = _scale_grid(scale.float(), rows, columns, math.prod(outer), block, name)
-    weight = torch.empty(math.prod(outer), rows, columns, dtype=torch.bfloat16)
+    shape = (*codes.shape[:-1], codes.shape[-1] * (2 if pairs else 1))
+    rows, columns = shape[-2:] if len(shape) > 1 else (1, *shape)
+    grid, size = scale_grid(shape, scale.shape, block, name)
+    scales = scale.float().reshape(-1, *grid)
+    weight = torch.empty(math.prod(shape[:-2]), rows, columns, dtype=torch.bfloat16)
     matrices = codes.reshape(len(weight), rows, -1)
-    step = max(1, NUMBERS_AT_ONCE // columns)
+    step = max(1, NUMBERS_AT_ONCE // max(1, columns))
     for index, matrix in enumerate(matrices):
-        by_row = scales[index].repeat_interleave(size[0], 0)[:rows]
+        by_row = scales[index % len(scales)].repeat_interleave(size[0], 0)[:rows]
         for start in range(0, rows, step):
             part = slice(start, start + step)
             values = _unpacked(matrix[part]) if pairs else matrix[part].float()
             weight[index, part] = values * by_row[part].repeat_interleave(size[1], 1)[:, :columns]
-    return weight.reshape(*codes.shape[:-1], columns)
+    return weight.reshape(shape)
 
 
-def _scale_grid(
-    scale: Tensor, rows: int, columns: int, count: int, block: tuple[int, int] | None, name: str
-) -> tuple[Tensor, tuple[int, int]]:
-    """Return the scales of ``count`` matrices ``[count, r, c]``, and the rows and columns that share one."""
-    if scale.numel() in (1, count):  # of a tensor; of each matrix
-        return scale.reshape(-1, 1, 1).expand(count, 1, 1), (rows, columns)
-    if scale.numel() == count * rows and (scale.dim() == 1 or scale.shape[-1] == 1):
-        return scale.reshape(count, rows, 1), (1, columns)
-    if scale.dim() >= 2 and math.prod(scale.shape[:-2]) == count:
-        high, wide = scale.shape[-2:]
+def scale_grid(
+    shape: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None, name: str
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the rows and columns of scales of each matrix of a weight, and the rows and columns that share one.
+
+    ``shape`` is that of the weight ``[..., rows, columns]``, ``scale`` that of its scales.
+
+    Raises:
+        InputError: the shapes fit no way of sharing scales.
+    """
+    rows, columns = shape[-2:] if len(shape) > 1 else (1, *shape)
+    count, number = math.prod(shape[:-2]), math.prod(scale)
+    if number in (1, count):  # of the tensor; of each matrix
+        return (1, 1), (rows, columns)
+    if number == count * rows and (len(scale) == 1 or scale[-1] == 1):
+        return (rows, 1), (1, columns)
+    if len(scale) >= 2 and math.prod(scale[:-2]) == count and number:
+        high, wide = scale[-2:]
         if block is not None and (high, wide) == (-(-rows // block[0]), -(-columns // block[1])):
-            return scale.reshape(count, high, wide), block
+            return (high, wide), block
         if rows % high == columns % wide == 0:
-            return scale.reshape(count, high, wide), (rows // high, columns // wide)
+            return (high, wide), (rows // high, columns // wide)
     shared = "" if block is None else f" for blocks of {block[0]} x {block[1]}"
     raise InputError(
-        f"{name} is {rows} x {columns} in FP8, and its scales have the shape {list(scale.shape)}, which does not fit"
+        f"{name} is {rows} x {columns} in FP8, and its scales have the shape {list(scale)}, which does not fit"
         f"{shared}; copy or download the model again"
     )
 

@@ -20,17 +20,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Sequence[int
         return F.linear(x, weight, bias)
     assert bias is None, "biases of experts are added by the model"
     by_expert = weight.unflatten(0, (len(counts), -1))
-    return by_parts(x, counts, by_expert.__getitem__)
+    return by_parts(x, counts, lambda expert, rows: F.linear(rows, by_expert[expert]))
 
 
-def by_parts(x: Tensor, counts: Sequence[int], weight_of: Callable[[int], Tensor]) -> Tensor:
-    """Return the rows ``x [rows, in]`` of each expert times its weight; only the weights of experts with rows are read.
+def by_parts(x: Tensor, counts: Sequence[int], multiply: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Return the products of the rows ``x [rows, in]`` of each expert; experts without rows are passed over.
 
-    ``weight_of(e)`` returns the weight ``[out, in]`` of an expert.
+    ``multiply(e, rows)`` returns the product of an expert.
     """
-    parts = [F.linear(rows, weight_of(e)) for e, rows in enumerate(x.split(list(counts))) if len(rows)]
+    parts = [multiply(expert, rows) for expert, rows in enumerate(x.split(list(counts))) if len(rows)]
     if not parts:  # no token chose any expert
-        return F.linear(x, weight_of(0))
+        return multiply(0, x)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -48,7 +48,8 @@ class PackedLinear(ActivationRounding):
         """Make a layer of zeros, to load tensors into; ``bias`` is the dtype of its bias, ``None`` if it has none."""
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        self.kernel: kernels.Kernel | None = None  # not in the state dict: it is made from the buffers
+        # not in the state dict: they are made from the buffers; one, or one for each of several experts
+        self.kernels: tuple[kernels.Kernel, ...] = ()
         groups = spec.num_groups(in_features)
         self.register_buffer("weight", torch.full((1,), float(FORMAT_VERSION)))
         words = num_words(in_features, spec.num_bits)
@@ -144,13 +145,28 @@ class PackedLinear(ActivationRounding):
             part.copy_(codes.flatten(1))
         return weight
 
-    def accelerate(self) -> str:
+    def accelerate(self, experts: int = 1) -> str:
         """Prepare a kernel for inputs of few rows; return the reason if there is none, else an empty string.
 
-        The kernel holds a second copy of the weight in its own layout; the state dict does not change.
+        The kernel holds a second copy of the weight in its own layout; the state dict does not change. Each of
+        ``experts`` whose weights are stacked gets a kernel of its own.
         """
-        self.kernel, reason = kernels.prepare(self.quantized)
-        return reason
+        self.kernels = ()
+        codes, scale, zero_point, spec = self.quantized
+        parts = zip(codes.chunk(experts), scale.chunk(experts), zero_point.chunk(experts), strict=True)
+        found = []
+        for part in parts:
+            kernel, reason = kernels.prepare(QuantizedWeight(*part, spec))
+            if kernel is None:
+                return reason
+            found.append(kernel)
+        self.kernels = tuple(found)
+        return ""
+
+    @property
+    def kernel(self) -> kernels.Kernel | None:
+        """The kernel, of experts that of the first."""
+        return self.kernels[0] if self.kernels else None
 
     def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``; without a kernel, the weight is expanded.
@@ -169,7 +185,14 @@ class PackedLinear(ActivationRounding):
         if self.weight_scale.requires_grad and torch.is_grad_enabled():
             return product(x, self.dequantized(x.dtype), None, counts)
         size = self.out_features // len(counts)
-        return by_parts(x, counts, lambda expert: self.dequantized(x.dtype, slice(expert * size, (expert + 1) * size)))
+
+        def multiply(expert: int, rows: Tensor) -> Tensor:
+            kernel = self.kernels[expert] if self.kernels else None
+            if kernel is not None and kernel.takes(rows):
+                return kernel(rows)
+            return F.linear(rows, self.dequantized(x.dtype, slice(expert * size, (expert + 1) * size)))
+
+        return by_parts(x, counts, multiply)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the grid in its stored dtype: ``model.half()`` must not change a weight."""
@@ -184,7 +207,7 @@ class PackedLinear(ActivationRounding):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}weight"] = self.weight.to(torch.uint8)
 
@@ -194,10 +217,9 @@ class PackedLinear(ActivationRounding):
 
     def _renew(self) -> None:
         """Make the kernel again, after its buffers have changed or moved."""
-        if self.kernel is not None:
-            self.kernel = None
-            if self.weight_scale.device.type != "meta":
-                self.accelerate()
+        experts, self.kernels = len(self.kernels), ()
+        if experts and self.weight_scale.device.type != "meta":
+            self.accelerate(experts)
 
     def extra_repr(self) -> str:
         """Return shape and grid, for ``print(model)``."""

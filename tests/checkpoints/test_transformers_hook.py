@@ -214,7 +214,7 @@ def test_the_marker_is_a_byte_in_files_and_has_the_models_dtype_in_memory(native
     for layer in packed_linears(model).values():
         assert (layer.weight.dtype, layer.weight.tolist()) == (dtype, [1.0])
         assert layer.state_dict()["weight"].dtype == torch.uint8
-    half = model.to(torch.float16)
+    half = model.half()
     assert {layer.weight.dtype for layer in packed_linears(half).values()} == {torch.float16}
 
 

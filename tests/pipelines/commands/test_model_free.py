@@ -155,6 +155,25 @@ def test_an_fp8_model_is_expanded_tensor_by_tensor(qtool_: Command, recipe: Reci
     assert same_tensors(Path("out/free"), Path("out/class"))
 
 
+def test_gpt_oss_in_mxfp4_is_expanded_for_a_run_with_its_class_and_without(qtool_: Command, recipe: Recipe) -> None:
+    folder = gpt_oss(Path("oss"))
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for block in range(2):
+        for name, rows, groups in (("gate_up_proj", 192, 2), ("down_proj", 64, 3)):
+            full = f"model.layers.{block}.mlp.experts.{name}"
+            assert tensors.pop(full).shape == (4, 32 * groups, rows)
+            tensors[f"{full}_blocks"] = torch.randint(256, (4, rows, groups, 16), generator=generator).to(torch.uint8)
+            tensors[f"{full}_scales"] = torch.randint(118, 124, (4, rows, groups), generator=generator).to(torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = read_config(folder) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("free", "class"):
+        result = qtool_("ptq", recipe(model={"path": "oss", "free": name == "free"}, output={"path": f"out/{name}"}))
+        assert result.code == 0, result.err
+        assert "4 of 37 tensors are stored in MXFP4 (mxfp4); they are expanded to bfloat16: exactly" in result.err
+    assert same_tensors(Path("out/free"), Path("out/class"))
+
+
 def experts(count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
