@@ -53,7 +53,7 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
     layers = {} if loaded is None else packed_linears(loaded.model)
     for name in layers or source.specs:
         expected = dequantize(*source.quantized(name))
-        weight = _read(opened, exporter, name, expected.shape, places)
+        weight = _read(opened, exporter, name, expected.shape[1], names.rows, places)
         worst = max(worst, float((weight - expected).abs().max()))
         if not may_round and not torch.equal(weight, expected):
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
@@ -79,19 +79,24 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
 
 
 def _read(
-    opened: WrittenFolder, exporter: Exporter, linear: str, shape: torch.Size, places: Mapping[str, Place]
+    opened: WrittenFolder,
+    exporter: Exporter,
+    linear: str,
+    columns: int,
+    sizes: Mapping[str, int],
+    places: Mapping[str, Place],
 ) -> Tensor:
-    """Read the weight ``[out, in]`` of the linear ``linear`` from all places that hold rows of it."""
+    """Read the weight ``[out, columns]`` of a linear from all places with rows of it; ``sizes`` are numbers of rows."""
     found: dict[str, Tensor] = {}
     for key, place in places.items():
         if linear in place.linears:
             rows = exporter.read(opened, key.removesuffix(".weight"))
-            if rows.shape != (place.num_rows, shape[1]):
+            if rows.shape != (place.num_rows, columns):
                 raise RunError(
-                    f"{key} has shape {list(rows.shape)} after export, but {[place.num_rows, shape[1]]} was expected; "
+                    f"{key} has shape {list(rows.shape)} after export, but {[place.num_rows, columns]} was expected; "
                     "the export was not kept"
                 )
-            place.scatter(rows, found, dict.fromkeys(place.linears, shape[0]))
+            place.scatter(rows, found, sizes)
     return found[linear]
 
 
