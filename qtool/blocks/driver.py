@@ -27,6 +27,7 @@ from qtool.models.experts import choices
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
+from qtool.reports.expert_tokens import coverage
 from qtool.system import memory, progress, units
 
 TOKENS_PER_BATCH = 2048  # tokens of a batch of windows; more are no faster on a CPU, and need more memory
@@ -81,7 +82,10 @@ def run_blocks(
             _free([block])
         figures.append(done.figures)
         weight_errors |= done.weight_errors
-    return Result(block_series(figures), weight_errors)
+    series = block_series(figures)
+    if (seen := coverage(series)) is not None:
+        progress.note(f"calibration of experts: {seen}")
+    return Result(series, weight_errors)
 
 
 def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | None]:

@@ -7,6 +7,7 @@ of its last picture. Where no conversation is left that fits, padding fills the 
 attention no token sees it. Windows have no labels: methods that train on next tokens refuse pictures.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +162,9 @@ class _Packer:
         if not pictures:
             return dict(tokenized(tokenizer, [text], place, **options))
         try:
-            found = self.processor(text=[text], images=[pictures], **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of how some processors use numpy
+                found = self.processor(text=[text], images=[pictures], **options)
         except Exception as error:  # processors raise errors of many kinds
             raise InputError(f"{place}: this model's processor refuses it: {first_line(error):.300}") from error
         return {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -109,11 +109,6 @@ def _holds(path: Path, what: Callable[[dict[str, Any]], bool], count: int = 1) -
 
 def _with_pictures(data: DataConfig, loaded: LoadedModel, order: Tensor) -> Calibration:
     """Return windows with pictures, in the given order."""
-    if loaded.folder == Path():
-        raise InputError(
-            f"data.source: {data.source} holds pictures, and a model in memory has no folder with its processor; run a "
-            "recipe with qtool.quantize"
-        )
     path = source_path(data)
     processor = load_processor(loaded.path, loaded.folder)
     found = pack_pictures(read_records(path), processor, data.num_samples, data.seq_len, path.parent)

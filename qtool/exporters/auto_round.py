@@ -29,6 +29,7 @@ from qtool.exporters._folder import (
     grids,
     names_method,
     packed_places,
+    published_names,
     reader,
     shared_block_prefix,
     stored_dtype,
@@ -46,7 +47,29 @@ OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, ``Conv1D`` layers, odd shapes, and scales or biases that float16 does not hold."""
-    return float_zeros(source, "auto-round") or layout_refuses(source, "auto-round") or unfit(source, config)
+    return (
+        float_zeros(source, "auto-round")
+        or layout_refuses(source, "auto-round")
+        or _experts_refuse(source)
+        or unfit(source, config)
+    )
+
+
+def _experts_refuse(source: NativeCheckpoint) -> str | None:
+    """Return the reason why auto-round would not find experts: it looks for them under the names that most models have.
+
+    Where it finds none, transformers fills them with random numbers, with no error.
+    """
+    names = published_names(source)
+    for name, place in packed_places(source).items():
+        leaf = name.rpartition(".")[2]
+        linear = next(iter(place.linears))
+        if linear in names.experts and leaf not in ("gate_proj", "up_proj", "down_proj"):
+            return (
+                f"{linear} is {name} in published checkpoints, and auto-round looks for experts named gate_proj, "
+                "up_proj and down_proj; export compressed-tensors or gptq instead"
+            )
+    return None
 
 
 def settings(spec: QuantSpec) -> dict[str, Any]:

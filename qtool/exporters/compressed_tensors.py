@@ -60,25 +60,29 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
 def _experts_refuse(source: NativeCheckpoint) -> str | None:
     """Return the reason why transformers' reader would compute other experts, or ``None``.
 
-    It stacks the experts of all layers by one config group, without zero points, and drops those that are not packed.
+    It expands the experts of all layers by one config group, without zero points, and stops at those that are not
+    packed.
     """
-    names = published_names(source)
-    found = {linear: source.specs.get(linear) for linear in names.experts}
-    packed = {linear: spec for linear, spec in found.items() if spec is not None}
-    if not packed:
+    found = {linear: source.specs.get(linear) for linear in published_names(source).experts}
+    if not found:
         return None
-    first, grid = next(iter(packed.items()))
-    other = next((linear for linear, spec in found.items() if spec != grid), None)
-    if not grid.symmetric:
-        return (
-            f"{first} has an asymmetric grid, and transformers reads experts from compressed-tensors without zero "
-            "points; quantize experts with symmetric: true (quant.overrides), or export gptq-v2, auto-round or dense"
-        )
-    if other is not None:
-        return (
-            f"the experts of {first} and {other} have different grids, and transformers reads all experts by one; "
-            "quantize all experts alike, or export auto-round or dense"
-        )
+    first, grid = next(iter(found.items()))
+    for linear, spec in found.items():
+        if spec is None:
+            return (
+                f"{linear} is left in floating point, and transformers reads experts from compressed-tensors only if "
+                "all are packed; quantize all experts, or export auto-round or dense"
+            )
+        if not spec.symmetric:
+            return (
+                f"{linear} has an asymmetric grid, and transformers reads experts from compressed-tensors without zero "
+                "points; quantize experts with symmetric: true (quant.overrides), or export gptq-v2 or dense"
+            )
+        if spec != grid:
+            return (
+                f"{first} and {linear} have different grids, and transformers reads all experts by one; quantize all "
+                "experts alike, or export auto-round or dense"
+            )
     return None
 
 

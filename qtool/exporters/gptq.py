@@ -147,6 +147,10 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
         notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
     elif not spec.symmetric:
         notes.append("vLLM and SGLang refuse asymmetric GPTQ; for them, export compressed-tensors")
+    if published_names(source).experts:
+        notes.append(
+            "transformers itself unpacks no experts of GPTQ folders: load this one with GPTQModel, vLLM or SGLang"
+        )
     return notes
 
 

@@ -13,6 +13,8 @@ from transformers import AutoProcessor, AutoTokenizer, BatchEncoding, PreTrained
 
 from qtool.system.errors import InputError, first_line
 
+FEW = 8  # most tokens of a tokenizer that was made without its files
+
 
 def load_tokenizer(path: str, folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model's ``folder``, which a recipe calls ``path``.
@@ -24,6 +26,8 @@ def load_tokenizer(path: str, folder: Path) -> PreTrainedTokenizerBase:
     hint = "" if found else " (the folder has no tokenizer.json)"
     with _refused(f"{path}: its tokenizer cannot be loaded", hint):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not found and len(tokenizer) <= FEW:  # transformers makes one without its files, which knows no words
+            raise ValueError("it has special tokens only")
     return tokenizer
 
 
@@ -31,8 +35,13 @@ def load_processor(path: str, folder: Path) -> ProcessorMixin:
     """Return the processor of a multimodal model's ``folder``, which a recipe calls ``path``.
 
     Raises:
-        InputError: there is none, it reads no pictures, or it cannot be loaded.
+        InputError: there is none, it reads no pictures, or it cannot be loaded; or the model has no folder.
     """
+    if folder == Path():
+        raise InputError(
+            f"pictures are read by the processor in a model's folder, and {path} is in memory; give the folder, in a "
+            "recipe or to qtool.quantize and qtool.evaluate"
+        )
     hint = "; it needs preprocessor_config.json or processor_config.json, and of some models torchvision as well"
     with _refused(f"{path}: its processor of pictures cannot be loaded", hint):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -27,6 +27,7 @@ from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
 from qtool.models import quantized_sources
+from qtool.models.auto_class import is_multimodal
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
@@ -254,6 +255,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         quantized_bytes=files.folder_bytes(run.state.model),
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
+        multimodal=is_multimodal(loaded.model.config),
         seed=recipe.seed,
         calibration=None if prepared.text is None else described(recipe.data),
         expected=beside_published(recipe.expected, ()),

@@ -1,43 +1,15 @@
-"""The number of calibration tokens that each expert of a mixture saw: as a figure, and in words."""
+"""The figure of the calibration tokens that the experts of a mixture saw."""
 
-from itertools import groupby
 from statistics import median
-from typing import NamedTuple
 
 from qtool.reports.drawing import LIGHT, Plot, blank, whole_numbers
-from qtool.reports.records import EXPERT_TOKENS
+from qtool.reports.expert_tokens import FEW, coverage
 from qtool.reports.report import Report
-
-FEW = 16  # fewest tokens with which an expert counts as seen
-
-
-class Coverage(NamedTuple):
-    """The tokens that the experts of each block saw, in the order of blocks."""
-
-    blocks: list[int]
-    tokens: list[list[float]]
-
-    def __str__(self) -> str:
-        every = [count for each in self.tokens for count in each]
-        few = sum(count < FEW for count in every)
-        least, middle, most = (f"{value:,.0f}" for value in (min(every), median(every), max(every)))
-        seen = f"{few} of {len(every)} saw fewer than {FEW}" if few else f"all of {len(every)} saw at least {FEW}"
-        return f"{least} to {most} tokens, median {middle}; {seen}"
-
-
-def coverage(report: Report) -> Coverage | None:
-    """Return the tokens that experts saw; ``None`` if the model has no experts, or no text was read."""
-    series = next((each for each in report.series if (each.name, each.per) == (EXPERT_TOKENS, "expert")), None)
-    if series is None or not series.values:
-        return None
-    pairs = groupby(zip(series.at, series.values, strict=True), key=lambda pair: pair[0])
-    found = [(block, [count for _, count in group]) for block, group in pairs]
-    return Coverage([block for block, _ in found], [counts for _, counts in found])
 
 
 def draw_coverage(report: Report) -> Plot | None:
     """Draw the most, the median and the fewest tokens that an expert saw, block by block."""
-    found = coverage(report)
+    found = coverage(report.series)
     if found is None:
         return None
     figure, (axes,) = blank(2.3)

@@ -20,16 +20,24 @@ FREE_LOADING = (
 )
 
 
-def loading_code(name: str) -> str:
+def loading_code(name: str, multimodal: bool = False) -> str:
     """Return Python code that loads the native checkpoint in the folder ``name``."""
+    model, text_to_tokens = (
+        ("AutoModelForMultimodalLM", "AutoProcessor")
+        if multimodal
+        else (
+            "AutoModelForCausalLM",
+            "AutoTokenizer",
+        )
+    )
     text = printable(json.dumps(redacted(name), ensure_ascii=False))  # a string of Python too, whatever is in the name
     return "\n".join(
         [
             "import qtool  # lets transformers read this folder; without it, loading fails with a size mismatch",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {model}, {text_to_tokens}",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({text})",
-            f"tokenizer = AutoTokenizer.from_pretrained({text})",
+            f"model = {model}.from_pretrained({text})",
+            f"{'processor' if multimodal else 'tokenizer'} = {text_to_tokens}.from_pretrained({text})",
         ]
     )
 
@@ -50,7 +58,7 @@ def write(folder: Path, report: Report, manifest: str, name: str) -> None:
             "",
             *([FREE_LOADING, ""] if report.lock is not None and report.lock.model.get("free") else []),
             "```python",
-            loading_code(name),
+            loading_code(name, report.multimodal),
             "```",
             "",
             "The weights stay packed in memory. `qtool export` converts the checkpoint for other engines; "

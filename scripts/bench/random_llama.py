@@ -6,7 +6,7 @@
     python scripts/bench/random_llama.py out/deep16 --blocks 16 --mlp 5632 --kv-heads 4 --vocabulary 32000 --grids ""
     python scripts/bench/peers.py --model out/deep16/float --bits 4 --group-size 128 --num-samples 16 --eval-windows 1
 
-    python scripts/bench/random_llama.py out/moe16 --blocks 16 --hidden 768 --mlp 512 --kv-heads 4 --experts 64 --grids ""
+    python scripts/bench/random_llama.py out/moe16 --blocks 16 --hidden 768 --mlp 512 --kv-heads 4 --experts 64 --grids=
 
 By default about 0.5 B parameters in blocks of the shape of Llama 3.2 1B: hidden 2048, MLP 8192, 32 heads, 8 of keys and
 values. Weights are random and rounded to nearest: neither speed nor memory depends on their values.

@@ -301,12 +301,24 @@ def _loaded(trial: Trial, what: str, folder: Path) -> PreTrainedModel:
 
 
 def _blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the modules of the text decoder that lie in a list of modules, by name."""
+    """Return the modules in the blocks of the text decoder, by name.
+
+    Blocks are the members of its largest list, and of every other one of at least half that size.
+    """
     decoder = model.get_decoder()
     inside = {name: module for name, module in model.named_modules() if module is decoder}
     prefix = next(iter(inside), "")
     named = decoder.named_modules(prefix=prefix) if inside else model.named_modules()
-    return {name: module for name, module in named if re.search(r"\.\d+(\.|$)", name.removeprefix(prefix))}
+    lists: dict[str, dict[str, nn.Module]] = {}
+    for name, module in named:
+        if found := re.match(r"(.*?)\.\d+(\.|$)", name.removeprefix(prefix)):
+            lists.setdefault(found[1], {})[name] = module
+    sizes = {
+        owner: sum(p.numel() for module in each.values() for p in module.parameters(recurse=False))
+        for owner, each in lists.items()
+    }
+    large = [owner for owner, size in sizes.items() if 2 * size >= max(sizes.values())]
+    return {name: module for owner in large for name, module in lists[owner].items()}
 
 
 def _all_quantized(trial: Trial, linears: set[str], notes: list[str]) -> None:

@@ -1,22 +1,24 @@
 """Mixtures of experts: every family computes as before, and a streamed model leaves its experts in their files."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
 from helpers.architectures import architectures, write
 from helpers.notes import Notes
-from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
-from qtool.methods import gptq, rtn, signround
+from qtool.methods import gptq, signround
 from qtool.models.experts import ExpertsLinear, expert_linears, fused_parameters, on_disk
 from qtool.models.loaded import LoadedModel, from_files
 from qtool.models.loading import load_model
 from qtool.models.targets import select_targets
+from qtool.quant.affine import quantize
 from qtool.quant.ranges import search_qparams
 from qtool.reports.records import EXPERT_TOKENS
 from qtool.system import progress
@@ -27,9 +29,7 @@ KINDS = ["qwen3_moe", "gpt_oss", "granitemoe"]  # a tensor for each expert; stac
 FEW = ["qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "nemotron_h", "mixtral"]
 
 
-def plain(folder: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
+def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -104,17 +104,17 @@ def experts_of(loaded: LoadedModel) -> list[str]:
 def test_experts_below_the_least_number_of_tokens_are_rounded_in_a_searched_range(
     mixture: LoadedModel, tokens: torch.Tensor
 ) -> None:
-    floats = {name: mixture.model.get_submodule(name).weight.clone() for name in experts_of(mixture)}
+    floats = {name: mixture.model.get_submodule(name).get_parameter("weight").clone() for name in experts_of(mixture)}
     notes = Notes()
     with progress.use(notes):
         gptq.run(Job.select(mixture, W4, tokens), gptq.Config(min_expert_tokens=10**9))
     said = "4 of 4 experts (the first is 0) saw fewer than 1000000000 calibration tokens"
     assert sum(said in note for note in notes.texts) == len(floats)
     for name, weight in floats.items():
-        layer = mixture.model.get_submodule(name)
+        layer: Any = mixture.model.get_submodule(name)
         scale, zero_point = search_qparams(weight, layer.spec, gptq.Config().norm)
         assert torch.equal(layer.quantized.scale, scale)
-        codes = rtn.quantize(weight, scale, zero_point, layer.spec)
+        codes = quantize(weight, scale, zero_point, layer.spec)
         assert torch.equal(layer.quantized.codes, codes)
 
 
