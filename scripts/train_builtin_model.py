@@ -1,10 +1,10 @@
-"""Train a small Llama from scratch on one text file, on the CPU or one GPU.
+"""Train a small Llama, or a mixture of experts (Qwen3-MoE), from scratch on one text file, on the CPU or one GPU.
 
     python scripts/train_builtin_model.py train.txt.xz --heldout heldout.txt --tokens 15600000 --out my-llama
 
 The text is cut into documents, each becomes tokens that end with ``<|endoftext|>``, and all tokens in a row are cut
-into windows. Muon trains the matrices of the blocks and AdamW the rest (embedding, norms); the learning rates are
-constant, then fall linearly.
+into windows. Muon trains the matrices of the blocks and AdamW the rest (embedding, norms, experts); the learning rates
+are constant, then fall linearly. The routers of a mixture also learn from the load-balancing loss.
 
 Work happens in ``<out>.partial`` and may be killed at any time: the same command goes on from the last checkpoint and
 ends with the same weights. The windows of a step follow from the seed and the step, and nothing draws random numbers
@@ -30,13 +30,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
+import small_models
 
 if TYPE_CHECKING:  # loaded later: bad input should not wait for them
     import torch
     from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
 END_OF_TEXT = "<|endoftext|>"
+MAY_BE_ZERO = ("decay", "seed", "experts")  # options
+BALANCE = 0.01  # weight of the load-balancing loss of a mixture
 # options that may change when a run is resumed: they affect neither weights nor losses
 FREE_OPTIONS = ("text", "out", "heldout", "tokenizer", "note", "checkpoint_every")
 
@@ -59,7 +62,9 @@ def parse_args() -> Namespace:
     add("--layers", type=int, default=4, help="blocks (%(default)s)")
     add("--heads", type=int, default=4, help="attention heads (%(default)s)")
     add("--kv-heads", type=int, default=2, help="key and value heads (%(default)s)")
-    add("--mlp", type=int, default=512, help="width inside the MLP (%(default)s)")
+    add("--mlp", type=int, default=512, help="width inside the MLP, or inside each expert (%(default)s)")
+    add("--experts", type=int, default=0, help="experts of each block; 0: a dense model (%(default)s)")
+    add("--chosen", type=int, default=2, help="experts that each token goes to (%(default)s)")
     add("--context", type=int, default=1024, help="longest input the model states, in tokens (%(default)s)")
     add("--window", type=int, default=512, help="tokens in a training window (%(default)s)")
     add("--batch-tokens", type=int, default=8192, help="tokens in a step, a multiple of the window (%(default)s)")
@@ -81,7 +86,7 @@ def parse_args() -> Namespace:
 def option_faults(args: Namespace) -> list[str]:
     """Return all faults of the options; no file is opened for it."""
     numbers = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
-    if small := [k for k, value in numbers.items() if value < 0 or (value == 0 and k not in ("decay", "seed"))]:
+    if small := [k for k, value in numbers.items() if value < 0 or (value == 0 and k not in MAY_BE_ZERO)]:
         return [f"--{name.replace('_', '-')} is {numbers[name]}, which is too small" for name in small]
     no_gpu = args.device == "cuda" and not importlib.import_module("torch").cuda.is_available()
     rules = [
@@ -90,6 +95,7 @@ def option_faults(args: Namespace) -> list[str]:
         (args.window > args.context, f"--window {args.window} is longer than --context {args.context}"),
         (args.batch_tokens % args.window, f"--batch-tokens {args.batch_tokens}: no multiple of --window {args.window}"),
         (args.vocab < 257, f"--vocab {args.vocab}: the bytes and {END_OF_TEXT} make 257"),
+        (args.experts and args.chosen > args.experts, f"--chosen {args.chosen} is more than --experts {args.experts}"),
         (args.decay > 1, f"--decay {args.decay} is not a share from 0 to 1"),
         (not args.separator, "--separator is empty"),
         (no_gpu, "--device cuda: PyTorch finds no GPU"),
@@ -207,44 +213,18 @@ def batch_at(windows: np.ndarray, step: int, args: Namespace) -> np.ndarray:
     return windows[[epoch_order(len(windows), args.seed, epoch)[place] for epoch, place in places]]
 
 
-def build_model(args: Namespace, tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """Return a Llama with tied embeddings and random weights, the same on every device."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(args.seed)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=args.hidden,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.hidden // args.heads,
-        max_position_embeddings=args.context,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    model = LlamaForCausalLM(config)
-    model.to(args.device)
-    return model
-
-
-def mean_loss(model: LlamaForCausalLM, windows: np.ndarray, args: Namespace, precision: str) -> torch.Tensor:
+def mean_loss(model: PreTrainedModel, windows: np.ndarray, args: Namespace, precision: str) -> torch.Tensor:
     """Return the cross entropy in nats per token."""
     import torch
 
     batch = torch.from_numpy(windows.astype(np.int64)).to(args.device)
     with torch.autocast(args.device, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        out = model(input_ids=batch[:, :-1], use_cache=False)
+    loss = torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    return loss + BALANCE * out.aux_loss if args.experts and torch.is_grad_enabled() else loss
 
 
-def measure(model: LlamaForCausalLM, heldout: np.ndarray, args: Namespace, precision: str) -> float:
+def measure(model: PreTrainedModel, heldout: np.ndarray, args: Namespace, precision: str) -> float:
     """Return the loss of the held-out windows in nats per token."""
     import torch
 
@@ -254,7 +234,7 @@ def measure(model: LlamaForCausalLM, heldout: np.ndarray, args: Namespace, preci
         return sum(mean_loss(model, part, args, precision).item() * len(part) for part in parts) / len(heldout)
 
 
-def train(args: Namespace, work: Path, model: LlamaForCausalLM, windows: np.ndarray, heldout: np.ndarray) -> float:
+def train(args: Namespace, work: Path, model: PreTrainedModel, windows: np.ndarray, heldout: np.ndarray) -> float:
     """Train ``model`` in place, from the checkpoint in ``work`` if there is one; return the seconds of all starts."""
     import torch
 
@@ -319,8 +299,9 @@ def open_log(path: Path, steps: int) -> TextIO:
 
 CARD = """# {out.name}
 
-A small Llama trained from scratch: {num_parameters:,} parameters (tied embeddings), {layers} blocks, hidden {hidden}, \
-MLP {mlp}, {heads} heads of {head_dim}, {kv_heads} KV heads, vocabulary {vocab_size} ({bpe}), context {context}, bf16.
+A small {kind} trained from scratch: {num_parameters:,} parameters (tied embeddings), {layers} blocks, hidden \
+{hidden}, MLP {mlp}, {heads} heads of {head_dim}, {kv_heads} KV heads, vocabulary {vocab_size} ({bpe}), context \
+{context}, bf16.
 
 Training: {num_seen:,} tokens, {passes:.2f} times {text.name}, in {steps:,} steps of {batch_tokens:,} (windows of \
 {window}); Muon for the matrices of the blocks (lr {muon_lr:g}), AdamW for the rest (lr {adamw_lr:g}), constant then \
@@ -358,7 +339,7 @@ def run(args: Namespace) -> None:
     windows = read_windows(work / "text.npy", args.window)
     heldout = read_windows(work / "heldout.npy", args.window)[: args.heldout_windows]
     args.steps = args.steps or math.ceil((args.tokens or len(windows) * args.window) / args.batch_tokens)
-    model = build_model(args, load_tokenizer(work / "tokenizer.json"))
+    model = small_models.build(args, load_tokenizer(work / "tokenizer.json"))
     seconds = train(args, work, model, windows, heldout)
 
     with torch.no_grad():
@@ -375,6 +356,7 @@ def run(args: Namespace) -> None:
     config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     measured = {
+        "kind": f"Qwen3-MoE of {args.experts} experts, {args.chosen} for each token," if args.experts else "Llama",
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bpe": f"tokenizer of {args.tokenizer.name}" if args.tokenizer else "byte-level BPE, digits split",
         "num_seen": args.steps * args.batch_tokens,

@@ -99,7 +99,7 @@ def test_recipe_keys() -> None:
     own = {section for section in found if section.startswith("method ")}
     assert own == {f"method {name}" for name in catalog.methods()}
     assert {section: names for section, names in found.items() if section not in own} == {
-        "model": ["path", "dtype", "device"],
+        "model": ["path", "dtype", "device", "free"],
         "method": ["name"],
         "quant": [
             *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),

@@ -126,7 +126,7 @@ def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quan
     assert budget is not None
     loaded, count = job.loaded, budget.num_samples
     sizes, capacity = _sizes(loaded, units, budget)
-    some = replace(job, tokens=job.text[:count], labels=None if job.labels is None else job.labels[:count])
+    some = job.first(count)
     if COST_ESTIMATORS[budget.estimator].whole:
         some = replace(some, loaded=whole(), workspace=None)
     costs = measure_costs(some, units, budget)

@@ -27,6 +27,7 @@ from qtool.blocks.job import Job
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.methods import gptq
+from qtool.models.experts import num_experts
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, quantize
@@ -36,7 +37,7 @@ from qtool.system import memory, progress
 from qtool.training.losses import kl
 
 LOGIT_ROWS = 512  # number of tokens whose logits are compared at once
-EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
+EXPERTS = re.compile(r"(.*\.experts)\.")
 
 
 class Unit(NamedTuple):
@@ -94,13 +95,17 @@ def compensated(job: Job, units: Sequence[Unit]) -> Weights:
     config = gptq.Config()
     for task in walk(job):
         for group, inputs in group_inputs(task):
-            statistics = gptq.Statistics(gram(inputs), None)
+            statistics = gptq.Statistics(gram(rows.x for rows in inputs), None)
             for target in group:
-                factor = gptq.factorise(statistics, target.spec, config, target.name)
-                for bits in choices[target.name]:
-                    spec = target.spec.model_copy(update={"num_bits": bits})
-                    codes, scale, zero_point, _ = gptq.solve(target.weight, factor, spec, config)
-                    found[target.name, bits] = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
+                specs = [target.spec.model_copy(update={"num_bits": bits}) for bits in choices[target.name]]
+                if num_experts(target.linear) > 1:
+                    solved = gptq.solve_experts(target, inputs, specs, config)
+                else:
+                    factor = gptq.factorise(statistics, target.spec, config, target.name)
+                    solved = [gptq.solve(target.weight, factor, spec, config) for spec in specs]
+                for codes, scale, zero_point, spec in solved:
+                    weight = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
+                    found[target.name, spec.num_bits] = weight
     return lambda target, num_bits: dequantize(*found[target.name, num_bits])
 
 
@@ -109,10 +114,18 @@ def input_energy(job: Job) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for task in walk(job):
         names = {target.linear: target.name for target in task.targets}
+        experts = {target.linear: num_experts(target.linear) for target in task.targets}
 
         # Any: the arguments of whatever linear it is
-        def visit(linear: nn.Module, args: Any, kwargs: Any, names: dict[nn.Module, str] = names) -> None:
-            squares = args[0].flatten(0, -2).float().square().sum(0) / job.text.numel()
+        def visit(
+            linear: nn.Module,
+            args: Any,
+            kwargs: Any,
+            names: dict[nn.Module, str] = names,
+            experts: dict[nn.Module, int] = experts,
+        ) -> None:
+            # each of several experts reads a part of the tokens
+            squares = args[0].flatten(0, -2).float().square().sum(0) / (job.text.numel() * experts[linear])
             found[names[linear]] = found.get(names[linear], 0) + squares
 
         task.outputs = task.inputs.like()

@@ -12,7 +12,7 @@ along.
 
 import copy
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from qtool.blocks.hidden_states import Batch, Beside, beside_of
+from qtool.blocks.job import ModelInputs
+from qtool.blocks.pictures import computing
 from qtool.models.block_calls import Stop, hidden_of, replaced_forwards, with_hidden
+from qtool.models.linears import beside_decoder
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
 Blocks = list[tuple[str, nn.Module]]
+Varying = tuple[tuple[int, int], ...]  # position and dimension of windows of each argument that differs between batches
+ADDED = ("added",)  # name of what a model adds to hidden states before a block, among the tensors of ``Beside``
 
 
 def is_shared(value: Any) -> bool:
@@ -37,15 +42,16 @@ def is_shared(value: Any) -> bool:
 class BlockCall:
     """The arguments of a block's forward besides the hidden states.
 
-    ``varying`` are the positions, among the leaves of ``(args, kwargs)``, of the arguments that differ between batches;
-    ``shared`` those of mappings that blocks write into; ``carried`` those that the block before returned, with their
-    position there (``other_results``). ``returned`` are the positions of results that the next block reads. ``dim`` is
-    the dimension of windows of the hidden states that the block reads; everywhere else it is the first.
+    ``varying`` are the positions, among the leaves of ``(args, kwargs)``, of the arguments that differ between batches,
+    each with its dimension of windows; ``shared`` the positions of mappings that blocks write into; ``carried`` those
+    of arguments that the block before returned, with their position there (``other_results``). ``returned`` are the
+    positions of results that the next block reads. ``dim`` is the dimension of windows of the hidden states that the
+    block reads.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    varying: tuple[int, ...] = ()
+    varying: Varying = ()
     shared: tuple[int, ...] = ()
     carried: dict[int, int] = field(default_factory=dict, kw_only=True)
     returned: frozenset[int] = field(default=frozenset(), kw_only=True)
@@ -78,12 +84,12 @@ class BlockCall:
             plain = hidden.as_subclass(Tensor)
         shared = [_filled(self.leaves()[place], number, beside) for number, place in enumerate(self.shared)]
         if self.varying or self.shared or self.carried:
-            missing = [place for place in self.varying if (place,) not in beside]
+            missing = [place for place, _ in self.varying if (place,) not in beside]
             assert not missing, "these hidden states lost the arguments that belong to their windows"
-            brought: dict[int, Any] = {place: beside[place,] for place in self.varying}
+            brought: dict[int, Any] = {place: beside[place,].movedim(0, dim) for place, dim in self.varying}
             brought |= {place: beside.get(("carried", at)) for place, at in self.carried.items()}
             call = self.replaced(brought | dict(zip(self.shared, shared, strict=True)))
-        plain = plain.to(dtype)
+        plain = plain.to(dtype) + beside[ADDED].to(dtype) if ADDED in beside else plain.to(dtype)
         before = state_of(call.leaves())
         output = block(plain.movedim(0, self.dim) if self.dim else plain, *call.args, **call.kwargs)
         out = hidden_of(output)
@@ -164,13 +170,15 @@ class Layout:
     """The common layout of a model's calls of its blocks, which ``layout.find_layout`` finds once.
 
     ``output`` is what the first block returned; ``varying``, ``shared`` and ``carried`` are those of the call of each
-    block.
+    block; ``added`` says before which blocks the model adds something to the hidden states, such as features of
+    pictures.
     """
 
     output: Any
     dim: int
-    varying: tuple[tuple[int, ...], ...]
+    varying: tuple[Varying, ...]
     shared: tuple[tuple[int, ...], ...]
+    added: tuple[bool, ...]
     carried: tuple[dict[int, int], ...]
 
     def call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
@@ -186,15 +194,16 @@ class Layout:
             returned=returned,
             dim=self.dim,
         )
-        places = (*call.varying, *carried)
+        places = (*(place for place, _ in call.varying), *carried)
         return call.replaced(dict.fromkeys(places)) if places else call
 
 
 def record_calls(
-    loaded: LoadedModel, batches: dict[int, Tensor], blocks: Blocks, dtype: torch.dtype, layout: Layout
+    loaded: LoadedModel, batches: Sequence[ModelInputs], blocks: Blocks, dtype: torch.dtype, layout: Layout
 ) -> dict[int, list[BlockCall]]:
     """Return the call of each block by batch size, without the arguments that differ between batches.
 
+    ``batches`` are one of each size.
     Calls are on the device that computes, their floating-point tensors in ``dtype``.
     """
     calls: dict[int, list[BlockCall]] = {}
@@ -207,32 +216,43 @@ def record_calls(
         return with_hidden(layout.output, hidden)
 
     with around_blocks(loaded, modules):
-        for batch in batches.values():
+        for batch in batches:
             with replaced_forwards(modules, record), suppress(Stop):
-                loaded.model(input_ids=batch, use_cache=False)
+                loaded.model(**batch, use_cache=False)
     return {size: [call.to(loaded.device, dtype) for call in each] for size, each in calls.items()}
 
 
 def record_varying(
-    loaded: LoadedModel, batch: Tensor, blocks: Blocks, index: int, dtype: torch.dtype, layout: Layout
+    loaded: LoadedModel, batch: ModelInputs, blocks: Blocks, index: int, dtype: torch.dtype, layout: Layout
 ) -> Beside:
-    """Return the arguments of block ``index`` that differ between batches, as ``batch`` brings them along."""
+    """Return what block ``index`` gets that differs between batches, as ``batch`` brings it along; windows come first.
+
+    Raises:
+        InputError: an argument that is a tensor for other batches is none for this one.
+    """
     found: dict[tuple[Any, ...], Tensor] = {}
     modules = [block for _, block in blocks]
 
     def record(at: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if at == index:
             leaves = BlockCall(args, kwargs).to(loaded.device, dtype).leaves()
-            found.update({(place,): leaves[place].clone() for place in layout.varying[index]})
+            if not all(isinstance(leaves[place], Tensor) for place, _ in layout.varying[index]):
+                raise InputError(
+                    f"{loaded.path} calls {blocks[index][0]} with other arguments for some windows than for others, "
+                    "which is not supported; use rtn or hqq, which read no text"
+                )
+            found.update({(place,): leaves[place].movedim(dim, 0).clone() for place, dim in layout.varying[index]})
+            if layout.added[index]:
+                found[ADDED] = hidden.movedim(layout.dim, 0).to(loaded.device, dtype)
             raise Stop
-        return with_hidden(layout.output, hidden)
+        return with_hidden(layout.output, hidden * 0 if layout.added[index] else hidden)
 
     with around_blocks(loaded, modules), replaced_forwards(modules[: index + 1], record), suppress(Stop):
-        loaded.model(input_ids=batch, use_cache=False)
+        loaded.model(**batch, use_cache=False)
     return found
 
 
-def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: Blocks, layout: Layout) -> Tensor:
+def first_hidden(loaded: LoadedModel, batch: ModelInputs, blocks: Blocks, layout: Layout) -> Tensor:
     """Return the hidden states ``[b, t, d]`` that enter the first block."""
     found: list[Tensor] = []
 
@@ -242,7 +262,7 @@ def first_hidden(loaded: LoadedModel, batch: Tensor, blocks: Blocks, layout: Lay
 
     modules = [block for _, block in blocks]
     with around_blocks(loaded, modules), replaced_forwards(modules[:1], record), suppress(Stop):
-        loaded.model(input_ids=batch, use_cache=False)
+        loaded.model(**batch, use_cache=False)
     return found[0].movedim(layout.dim, 0) if layout.dim else found[0]
 
 
@@ -251,28 +271,23 @@ def around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None
     """Let the modules before the blocks compute in ``loaded.dtype`` where a streamed model has another dtype.
 
     Embedding tables stay as they are, and the rows that are looked up are cast. The other modules are small and are
-    cast as a whole; the output head is not reached.
+    cast as a whole, towers of pictures or sound when they are called first; the output head is not reached.
     """
     if loaded.streaming is None or loaded.dtype == loaded.storage_dtype:
         yield
         return
     inside = {module for block in blocks for module in block.modules()} | {loaded.model.get_output_embeddings()}
-    handles, cast = [], []
-    for module in loaded.model.modules():
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(lambda _, args, out: out.to(loaded.dtype)))
-        elif module not in inside:
-            cast += [
-                (tensor, tensor.data)
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-                if tensor.dtype == loaded.storage_dtype
-            ]
-    try:
-        for tensor, stored in cast:
-            tensor.data = stored.to(loaded.dtype)
+    with ExitStack() as stack:
+
+        def enter(module: nn.Module, args: Any) -> None:
+            stack.enter_context(computing(loaded, module.modules()))
+
+        for tower in beside_decoder(loaded.model):
+            stack.callback(tower.register_forward_pre_hook(enter).remove)
+            inside |= set(tower.modules())
+        for module in loaded.model.modules():
+            if isinstance(module, nn.Embedding):
+                handle = module.register_forward_hook(lambda _, args, out: out.to(loaded.dtype))
+                stack.callback(handle.remove)
+        stack.enter_context(computing(loaded, (each for each in loaded.model.modules() if each not in inside)))
         yield
-    finally:
-        for tensor, stored in cast:
-            tensor.data = stored
-        for handle in handles:
-            handle.remove()

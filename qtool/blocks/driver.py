@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall, Layout, first_hidden, record_calls, record_varying
 from qtool.blocks.hidden_states import Beside, HiddenStates
-from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series
+from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series, expert_figures
 from qtool.blocks.layout import find_layout
-from qtool.blocks.task import BlockTask
+from qtool.blocks.pictures import PictureFeatures
+from qtool.blocks.task import BlockTask, Rows, rows_of
+from qtool.models import expert_files
+from qtool.models.experts import choices
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.packed_linear import PackedLinear
+from qtool.reports.expert_tokens import coverage
 from qtool.system import memory, progress, units
 
 TOKENS_PER_BATCH = 2048  # tokens of a batch of windows; more are no faster on a CPU, and need more memory
@@ -78,7 +82,10 @@ def run_blocks(
             _free([block])
         figures.append(done.figures)
         weight_errors |= done.weight_errors
-    return Result(block_series(figures), weight_errors)
+    series = block_series(figures)
+    if (seen := coverage(series)) is not None:
+        progress.note(f"calibration of experts: {seen}")
+    return Result(series, weight_errors)
 
 
 def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | None]:
@@ -111,6 +118,8 @@ def _quantize(
     assert not left, f"the method left these targets unquantized: {sorted(left)}"
     if states and before is not None:
         states.advance(task)
+        for counts in task.expert_tokens.values():
+            figures |= expert_figures(counts.tolist())
         figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
     tensors = {f"{task.name}.{part}": value for part, value in task.block.state_dict().items()}
     return FinishedBlock(tensors, figures, task.weight_errors)
@@ -148,18 +157,18 @@ class BlockStates:
         """
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
-        batches = list(tokens.to(loaded.model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
-        sizes = {n: batches[0][:n] for n in (1, PROBED_WINDOWS)} | {batch.shape[0]: batch for batch in batches}
-        self._layout = find_layout(loaded, tokens, blocks)
-        by_size = {len(batch): batch for batch in sizes.values()}
-        self._calls = record_calls(loaded, by_size, blocks, compute, self._layout)
+        batches = job.batches(max(1, TOKENS_PER_BATCH // tokens.shape[1]), loaded.model.device, loaded.dtype)
+        self._features = PictureFeatures(loaded)
+        with self._features.remembered():
+            self._layout = find_layout(loaded, batches, blocks)
+            self._calls = record_calls(loaded, _of_each_size(batches), blocks, compute, self._layout)
+            first = first_hidden(loaded, batches[0], blocks, self._layout)
         # the function that returns the arguments of block i that differ between batches
         self._varying = partial(_varying, loaded, batches, blocks, compute, self._layout)
-        first = first_hidden(loaded, batches[0], blocks, self._layout)
         state_bytes = (
             2 * first[0].nbytes * len(tokens) * (2 if with_float_states else 1)
         )  # entering and leaving the block
-        widest = max((target.weight_shape[1] for target in job.targets), default=0)
+        widest = max((t.weight_shape[1] * choices(loaded.model, t.linear) for t in job.targets), default=0)
         # a paused forward holds the next linear's input, the residual, and about as much again in its callers
         paused_bytes = (
             (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if with_float_states else 1)
@@ -172,14 +181,16 @@ class BlockStates:
             progress.note(f"hidden states take {size}, more than data.memory_budget; they are kept on disk")
         folder = workspace.scratch if workspace and on_disk else None
         self.inputs = HiddenStates(folder, [first])
-        for batch in batches[1:]:
-            self.inputs.append(first_hidden(loaded, batch, blocks, self._layout))
+        with self._features.remembered():
+            for batch in batches[1:]:
+                self.inputs.append(first_hidden(loaded, batch, blocks, self._layout))
         self.float_inputs = self.inputs if with_float_states else None
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
-        for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
-            states.bring(self._varying(index))
+        with self._features.remembered():
+            for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
+                states.bring(self._varying(index))
         return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
 
     def advance(self, task: BlockTask) -> None:
@@ -187,19 +198,28 @@ class BlockStates:
         if self.float_inputs is not None:
             assert task.float_outputs is not None, "a method with float inputs sets the float outputs of each task"
             self.float_inputs = task.float_outputs
-        self.inputs = task.outputs or task.through(self.inputs)
+        self.inputs = task.outputs or task.through_counted(self.inputs)
+
+
+def _of_each_size(batches: list[ModelInputs]) -> list[ModelInputs]:
+    """Return one batch of each size that a block is run on."""
+    sizes = {len(batch["input_ids"]): batch for batch in batches}
+    if batches[0].keys() == {"input_ids"}:
+        few = [batches[0]["input_ids"][:count] for count in (1, PROBED_WINDOWS)]
+        sizes = {len(batch): {"input_ids": batch} for batch in few} | sizes
+    return list(sizes.values())
 
 
 def _varying(
     loaded: LoadedModel,
-    batches: list[Tensor],
+    batches: list[ModelInputs],
     blocks: list[tuple[str, nn.Module]],
     compute: torch.dtype,
     layout: Layout,
     index: int,
 ) -> Iterator[Beside]:
     """Yield the arguments of block ``index`` that differ between batches, for each batch."""
-    if layout.varying[index]:
+    if layout.varying[index] or layout.added[index]:
         for batch in batches:
             yield record_varying(loaded, batch, blocks, index, compute, layout)
 
@@ -211,8 +231,11 @@ def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dic
     from its file into memory, on the device that computes.
     """
     own = loaded.storage_dtype if loaded.streaming else loaded.dtype
+    brought = expert_files.bring_in(block, loaded.device, lambda dtype: compute if dtype == own else dtype)
     dtypes, pages = {}, memory.Pages()
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if id(tensor) in brought:
+            continue
         stored = tensor.data
         if stored.dtype == own and own != compute:
             dtypes[name] = own
@@ -263,19 +286,20 @@ def walk(job: Job) -> Iterator[BlockTask]:
         task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
         yield task
         states.advance(task)
+        expert_files.leave(block, loaded.storage_dtype)
         for tensor, data in stored:
             tensor.data = data
 
 
-def group_inputs(task: BlockTask) -> Iterator[tuple[list[Target], list[Tensor]]]:
-    """Yield each group of linears that read the same tensor, with that input: ``[tokens, in]`` for each batch.
+def group_inputs(task: BlockTask) -> Iterator[tuple[list[Target], list[Rows]]]:
+    """Yield each group of linears that read the same tensor, with that input for each batch.
 
     The block runs once. The inputs of a group are freed when the next group is asked for, unless the caller holds them.
     """
-    read: dict[nn.Module, list[Tensor]] = {group[0].linear: [] for group in task.groups}
+    read: dict[nn.Module, list[Rows]] = {group[0].linear: [] for group in task.groups}
 
     def visit(linear: nn.Module, args: Any, kwargs: Any) -> None:  # Any: the arguments of whatever linear it is
-        read[linear].append(args[0].flatten(0, -2))
+        read[linear].append(rows_of(args))
 
     task.outputs = task.inputs.like()
     for hidden in task.inputs:

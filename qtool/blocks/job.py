@@ -5,22 +5,25 @@ other linear, by a ``PackedLinear``; its result depends on the job and the confi
 the targets, reads the calibration text and provides the workspace; a method never sees the recipe or the output folder.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from qtool.config.quant import QuantConfig
+from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
-from qtool.reports.records import Series
+from qtool.quant.affine import QuantizedWeight
+from qtool.reports.records import EXPERT_TOKENS, Series
 
 Figures = dict[str, float]
+ModelInputs = Mapping[str, Tensor]  # arguments of a model's forward, by name
 
 
 class FinishedBlock(NamedTuple):
@@ -63,6 +66,9 @@ class Job:
     ``tokens`` is the calibration text, ``[n, t]`` int64, or ``None`` for a method that reads no text. ``labels``
     ``[n, t]`` has the token itself where it is learned and -100 elsewhere; ``None``: every token is learned. Without a
     ``workspace`` everything stays in memory, and nothing is resumed.
+
+    ``pictures`` has what the model reads of each window besides its tokens, such as pixel values; it is empty where
+    windows are text only.
     """
 
     loaded: LoadedModel
@@ -71,6 +77,7 @@ class Job:
     labels: Tensor | None = None
     seed: int = 0
     workspace: Workspace | None = None
+    pictures: Sequence[ModelInputs] = ()
 
     @classmethod
     def select(
@@ -94,6 +101,21 @@ class Job:
         """The calibration text ``[n, t]`` of a method that needs one."""
         assert self.tokens is not None, "the method was given no calibration text"
         return self.tokens
+
+    def first(self, count: int) -> "Job":
+        """Return the job with its first ``count`` windows."""
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, tokens=self.text[:count], labels=labels, pictures=self.pictures[:count])
+
+    def batches(self, size: int, device: torch.device, dtype: torch.dtype) -> list[ModelInputs]:
+        """Return ``size`` windows at a time on ``device``, each window with pictures alone; pixels are in ``dtype``."""
+        if not self.pictures:
+            return [{"input_ids": batch} for batch in self.text.to(device).split(size)]
+        return [
+            {"input_ids": tokens.to(device)}
+            | {k: x.to(device, dtype if x.is_floating_point() else x.dtype) for k, x in pictures.items()}
+            for tokens, pictures in zip(self.text.split(1), self.pictures, strict=True)
+        ]
 
     def of_block(self, index: int) -> list[Target]:
         """Return the targets of one block, in module order."""
@@ -139,6 +161,8 @@ class Method(Generic[C]):
     needs_data: Callable[[C], bool] = lambda config: True
     end_to_end: Callable[[C], bool] = lambda config: False
     """True if the method trains the whole model; finished blocks are then only the start of that training."""
+    round_weight: Callable[[Tensor, QuantSpec, C], QuantizedWeight] | None = None
+    """Quantizes one float32 weight ``[out, in]`` alone, exactly as ``run`` does; ``None``: the method needs more."""
 
 
 def load_method(name: str) -> Method[Any]:  # Any: each method has a config class of its own
@@ -152,8 +176,18 @@ def block_series(figures: Iterable[Figures]) -> tuple[Series, ...]:
     found: dict[str, list[tuple[int, float]]] = {}
     for index, each in enumerate(figures):
         for name, value in each.items():
-            found.setdefault(name, []).append((index, value))
+            found.setdefault(name.partition("/")[0], []).append((index, value))
     return tuple(
-        Series(name=name, per="block", at=tuple(at for at, _ in points), values=tuple(value for _, value in points))
+        Series(
+            name=name,
+            per="expert" if name == EXPERT_TOKENS else "block",
+            at=tuple(at for at, _ in points),
+            values=tuple(value for _, value in points),
+        )
         for name, points in found.items()
     )
+
+
+def expert_figures(counts: Iterable[int]) -> Figures:
+    """Return the tokens that each expert of a block saw as figures, which ``block_series`` puts into one series."""
+    return {f"{EXPERT_TOKENS}/{expert}": float(count) for expert, count in enumerate(counts)}

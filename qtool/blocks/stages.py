@@ -33,24 +33,24 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from qtool.blocks.hidden_states import HiddenStates
-from qtool.blocks.task import BlockTask
+from qtool.blocks.task import BlockTask, Rows, rows_of
 from qtool.models.block_calls import Stop
 from qtool.models.linears import Target
+from qtool.quant.expert_product import product
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory
 
 
 class Stage(NamedTuple):
-    """A group of linears that read the same tensor, and that input, ``[tokens, in]`` for each batch."""
+    """A group of linears that read the same tensor, and that input for each batch."""
 
     targets: list[Target]
-    inputs: Iterable[Tensor]  # may be computed again each time it is iterated over
-    float_inputs: Iterable[Tensor] | None  # inputs in the float model, for methods that ask for them
+    inputs: Iterable[Rows]  # may be computed again each time it is iterated over
+    float_inputs: Iterable[Rows] | None  # inputs in the float model, for methods that ask for them
 
 
 def stages(task: BlockTask) -> Iterator[Stage]:
@@ -70,6 +70,7 @@ def paused_stages(task: BlockTask) -> Iterator[Stage]:
         inputs = [run.switch(hidden) for run, hidden in zip(runs, task.inputs, strict=True)]
         float_inputs = [run.switch(hidden) for run, hidden in zip(float_runs, task.float_inputs or (), strict=True)]
         for group in groups:
+            task.count_tokens(group[0], inputs)
             yield Stage(group, inputs, float_inputs if task.float_inputs is not None else None)
             if task.streamed and task.float_inputs is None:
                 for target in group:
@@ -101,9 +102,7 @@ def _pausing(task: BlockTask, leaders: set[nn.Module], float_runs: set[greenlet]
         _contract(task, task.targets)
 
 
-def _paused_forward(
-    task: BlockTask, target: Target, leads: bool, float_runs: set[greenlet]
-) -> Callable[[Tensor], Tensor]:
+def _paused_forward(task: BlockTask, target: Target, leads: bool, float_runs: set[greenlet]) -> Callable[..., Tensor]:
     """Return the forward of a float linear that pauses first if it ``leads`` its group.
 
     A forward that paused here may find the linear packed when it goes on, and then runs the packed layer; a float run
@@ -112,14 +111,14 @@ def _paused_forward(
     linear, forward, name = target.linear, target.linear.forward, task.local_name(target)
     paused: set[greenlet] = set()
 
-    def paused_forward(x: Tensor) -> Tensor:
+    def paused_forward(x: Tensor, *counts: list[int]) -> Tensor:
         run = getcurrent()
         if leads and run not in paused:  # a block may call it again
             paused.add(run)
             assert run.parent is not None
-            run.parent.switch(x.flatten(0, -2))
+            run.parent.switch(rows_of((x, *counts)))
         layer = linear if run in float_runs else task.block.get_submodule(name)
-        result: Tensor = forward(x) if layer is linear else layer(x)
+        result: Tensor = forward(x, *counts) if layer is linear else layer(x, *counts)
         return result
 
     return paused_forward
@@ -131,7 +130,11 @@ def _expand(task: BlockTask, group: list[Target]) -> None:
         layer = task.block.get_submodule(task.local_name(target))
         if isinstance(layer, PackedLinear):
             dense = layer.dequantized(task.compute)
-            layer.forward = partial(F.linear, weight=dense, bias=layer.bias)  # type: ignore[method-assign]
+            layer.forward = partial(_multiplied, dense, layer.bias)  # type: ignore[method-assign]
+
+
+def _multiplied(weight: Tensor, bias: Tensor | None, x: Tensor, counts: list[int] | None = None) -> Tensor:
+    return product(x, weight, bias, counts)
 
 
 def _contract(task: BlockTask, group: list[Target]) -> None:
@@ -152,21 +155,21 @@ def repeated_stages(task: BlockTask) -> Iterator[Stage]:
 
 @dataclass
 class _Inputs:
-    """The inputs of a linear, ``[tokens, in]`` for each batch, computed again by each iteration."""
+    """The inputs of a linear, one for each batch, computed again by each iteration."""
 
     task: BlockTask
     target: Target
     states: HiddenStates
     unpacked: bool = False
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Rows]:
         return map(self._read, self.states)
 
-    def _read(self, hidden: Tensor) -> Tensor:
-        found: list[Tensor] = []
+    def _read(self, hidden: Tensor) -> Rows:
+        found: list[Rows] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0].flatten(0, -2))
+            found.append(rows_of(args))
             raise Stop
 
         with self.task.unpacked() if self.unpacked else nullcontext(), suppress(Stop):

@@ -8,17 +8,30 @@ they read (``observe``), or take them group by group, each on inputs that show t
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall
 from qtool.blocks.hidden_states import HiddenStates
+from qtool.models.experts import num_experts
 from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
+
+
+class Rows(NamedTuple):
+    """The input of a linear for one batch: ``x [tokens, in]`` and, of experts, the number of rows of each expert."""
+
+    x: Tensor
+    counts: list[int] | None = None
+
+
+def rows_of(args: tuple[Any, ...]) -> Rows:
+    """Return the input of a linear from the arguments of its call."""
+    return Rows(args[0].flatten(0, -2), *args[1:])
 
 
 @dataclass
@@ -38,6 +51,7 @@ class BlockTask:
     outputs: HiddenStates | None = None  # hidden states after the quantized block; ``None``: the driver makes them
     float_outputs: HiddenStates | None = None  # hidden states after the float block
     weight_errors: dict[str, float] = field(default_factory=dict)  # relative error of each packed linear, by name
+    expert_tokens: dict[str, Tensor] = field(default_factory=dict)  # [experts] tokens that each saw, by their module
     _groups: list[list[Target]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,6 +112,30 @@ class BlockTask:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def count_tokens(self, target: Target, inputs: Iterable[Rows]) -> None:
+        """Count the rows of ``inputs`` that each expert of ``target`` gets, unless another linear of theirs did."""
+        owner = target.name.rpartition(".")[0]
+        if num_experts(target.linear) > 1 and owner not in self.expert_tokens:
+            self.expert_tokens[owner] = torch.tensor([rows.counts for rows in inputs]).sum(0)
+
+    def through_counted(self, states: HiddenStates) -> HiddenStates:
+        """Do what ``through`` does, and count the tokens that experts see."""
+        seen: dict[nn.Module, list[Rows]] = {}
+        experts = [t for t in self.targets if num_experts(t.linear) > 1]
+        layers = {self.block.get_submodule(self.local_name(target)): target for target in experts}
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, args: seen.setdefault(m, []).append(Rows(args[0][:0], args[1])))
+            for layer in layers
+        ]
+        try:
+            outputs = self.through(states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer, target in layers.items():
+            self.count_tokens(target, seen.get(layer, []))
+        return outputs
 
     def pass_floats(self, leaders: Iterable[nn.Module] = ()) -> dict[nn.Module, Tensor]:
         """Set ``float_outputs`` to what the block in its present state makes of ``float_inputs``.

@@ -38,6 +38,7 @@ from qtool.system.errors import InputError, RunError
 from qtool.system.tensors import dtype_name
 
 MANIFEST = "qtool.json"  # name of the manifest's file
+FREE = "model_free"  # key of a quantization_config: the checkpoint was made from files alone (``free.py``)
 
 
 def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: LoadedModel) -> dict[str, Tensor]:
@@ -138,6 +139,16 @@ class NativeCheckpoint:
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
 
+    @property
+    def free(self) -> bool:
+        """True if the checkpoint was made from a model's files alone; transformers may have no class for it."""
+        return FREE in self.config.get("quantization_config", {})
+
+    @property
+    def stacked(self) -> list[str]:
+        """The linears that hold the experts of a layer, of a checkpoint that was made from files alone."""
+        return list(self.config["quantization_config"][FREE]["experts"]) if self.free else []
+
     @cached_property
     def _files(self) -> SafetensorsFolder:
         return SafetensorsFolder(self.folder)
@@ -191,6 +202,12 @@ class NativeCheckpoint:
         return folder_bytes(self.folder)
 
 
+def worst_scales(specs: dict[str, QuantSpec]) -> dict[str, Tensor]:
+    """Return scales that need every bit of their dtype, because the real ones, which come later, may need them too."""
+    worst = {dtype: 1 + torch.finfo(getattr(torch, dtype)).eps for dtype in SCALE_BITS}
+    return {f"{name}.weight_scale": torch.tensor([worst[spec.scale_dtype]]) for name, spec in specs.items()}
+
+
 class PlannedCheckpoint(NativeCheckpoint):
     """The checkpoint that a run is going to make, for the checks of exporters; its scales are not known yet."""
 
@@ -200,11 +217,7 @@ class PlannedCheckpoint(NativeCheckpoint):
         self.config = {"dtype": dtype_name(loaded.storage_dtype)}
         self.specs = specs
         self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}
-        # all scales: a value that needs every bit of its dtype, because a real scale may need them too
-        worst = {dtype: 1 + torch.finfo(getattr(torch, dtype)).eps for dtype in SCALE_BITS}
-        self._tensors |= {
-            f"{name}.weight_scale": torch.tensor([worst[spec.scale_dtype]]) for name, spec in specs.items()
-        }
+        self._tensors |= worst_scales(specs)
         quantized = {f"{name}.weight" for name in specs}
         self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
         self._extremes = loaded.extremes

@@ -9,6 +9,7 @@ private, and would be published with the checkpoint.
 from collections.abc import Collection
 from pathlib import Path
 
+from qtool.models.folders import belongs
 from qtool.system.errors import InputError
 from qtool.system.reading import read_bytes
 
@@ -64,7 +65,7 @@ def copy(folder: Path, out: Path, *, any_link: bool = False) -> Collection[str]:
     copied = names(folder)
     for name in copied:
         file = folder / name
-        if not any_link and not _belongs(file.resolve(), folder.resolve()):
+        if not any_link and not belongs(file.resolve(), folder.resolve()):
             raise InputError(
                 f"{file} is a link to {file.resolve()}, which is outside the model's folder and so is not copied into "
                 "another one; put the file itself in the place of the link"
@@ -72,11 +73,3 @@ def copy(folder: Path, out: Path, *, any_link: bool = False) -> Collection[str]:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(read_bytes(file))
     return copied
-
-
-def _belongs(file: Path, folder: Path) -> bool:
-    """Return whether a resolved file is in the resolved ``folder``, or in the hub's cache of the same model."""
-    places = [folder]
-    if folder.parent.name == "snapshots":  # the cache has models--*/snapshots/<revision> and models--*/blobs
-        places.append((folder.parent.parent / "blobs").resolve())
-    return any(file.is_relative_to(place) for place in places)

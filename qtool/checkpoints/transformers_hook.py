@@ -3,6 +3,7 @@
 Only the stable part of transformers' quantizer interface is defined, so that this file works with every supported 5.x.
 """
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.checkpoints.quantization_config import specs_of
+from qtool.models import experts
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 
@@ -44,11 +46,10 @@ class QtoolQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         assert isinstance(self.quantization_config, QtoolConfig)
+        experts.unfuse(model)
         linears = dict(model.named_modules())
-        # AutoModel has no head, and its names lack the prefix of the body
-        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         for full_name, spec in self.quantization_config.specs.items():
-            name = full_name.removeprefix(prefix)
+            name = _name_within(model, full_name, linears)
             linear: Any = linears.get(name)
             weight = getattr(linear, "weight", None)
             if not hasattr(linear, "bias") or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
@@ -78,3 +79,16 @@ class QtoolQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """False: packed codes do not train."""
         return False
+
+
+def _name_within(model: PreTrainedModel, name: str, modules: Container[str]) -> str:
+    """Return the name in ``model``, which may be a part of the whole, of the module called ``name`` in the whole.
+
+    ``AutoModel`` has no head, so that its names lack the prefix of the body, and ``AutoModelForCausalLM`` loads of some
+    multimodal models the language model alone, whose names lack a part in the middle.
+    """
+    parts = name.split(".")
+    block = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
+    prefixes = ("", *(child for child, _ in model.named_children()))
+    places = [".".join(filter(None, (prefix, *parts[skip:]))) for skip in range(block) for prefix in prefixes]
+    return next((place for place in places if place in modules), name)

@@ -160,7 +160,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
     if not recipe.output.path.is_dir():
         command = plugins.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which does not exist yet; run: qtool {command} {path}")
-    model = recipe.model.model_copy(update={"path": paths.path_text(recipe.output.path)})
+    model = recipe.model.model_copy(update={"path": paths.path_text(recipe.output.path), "free": False})
     return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
 
 

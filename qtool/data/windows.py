@@ -7,10 +7,10 @@ that the model writes itself comes from ``generated.py``. Token files are used u
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,21 @@ from torch import Tensor
 from qtool.config.sections import DataConfig
 from qtool.data.conversations import is_conversation, pack
 from qtool.data.generated import check_length, generated_tokens
+from qtool.data.picture_windows import Inputs, pack_pictures
+from qtool.data.pictures import has_pictures
 from qtool.data.readers import read_file, read_records
 from qtool.data.sources import GENERATED, SOURCES, check_source, source_path, source_records, source_texts
 from qtool.data.token_files import SUFFIXES, read_windows
 from qtool.data.vocabulary import check_ids
+from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
-from qtool.models.tokenizer import tokenized
+from qtool.models.tokenizer import load_processor, tokenized
+from qtool.system import progress
 from qtool.system.errors import InputError
 
 GENERATED_WINDOWS = 32  # windows of generated text for perplexity, if no limit is given
 CHARACTERS_PER_BATCH = 1 << 18  # characters that are tokenized at once
+LOOKED_AT = 32  # first rows of a file that are looked at for pictures
 MOST_TOKENS = 1 << 32  # most tokens of all windows: 32 GiB as int64
 
 
@@ -35,11 +40,13 @@ class Calibration(NamedTuple):
     """Calibration windows ``[n, t]`` int64, on the CPU.
 
     ``labels`` hold the token itself where it is learned, and -100 elsewhere; ``None``: every token is learned. Methods
-    that do not train on next tokens ignore them.
+    that do not train on next tokens ignore them. ``pictures`` has what the model reads of each window besides tokens,
+    such as pixel values; it is empty for text.
     """
 
     tokens: Tensor
     labels: Tensor | None = None
+    pictures: tuple[Inputs, ...] = ()
 
 
 def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
@@ -68,7 +75,11 @@ def _from_text(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
     if source is None and path.suffix in SUFFIXES:
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), loaded.num_embeddings))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
-    if source.rows == "conversations" if source else _holds_conversations(path):
+    if source is None and _holds(path, has_pictures, LOOKED_AT):
+        if is_multimodal(loaded.model.config):
+            return _with_pictures(data, loaded, order)
+        progress.note(f"{loaded.path} reads text only: the pictures in {data.source} are left out")
+    if source.rows == "conversations" if source else _holds(path, is_conversation):
         records = source_records(data.source, "train") if source else read_records(path)
         packed = pack(records, loaded.tokenizer, data.num_samples, data.seq_len)
         if len(packed.tokens) < data.num_samples:
@@ -91,9 +102,19 @@ def _check_count(key: str, num: int, length: int) -> None:
         )
 
 
-def _holds_conversations(path: Path) -> bool:
-    """Return whether the first row of a file is a conversation."""
-    return any(is_conversation(row) for _, row in islice(read_records(path), 1))
+def _holds(path: Path, what: Callable[[dict[str, Any]], bool], count: int = 1) -> bool:
+    """Return whether one of the first ``count`` rows of a file is ``what`` is asked for."""
+    return any(what(row) for _, row in islice(read_records(path), count))
+
+
+def _with_pictures(data: DataConfig, loaded: LoadedModel, order: Tensor) -> Calibration:
+    """Return windows with pictures, in the given order."""
+    path = source_path(data)
+    processor = load_processor(loaded.path, loaded.folder)
+    found = pack_pictures(read_records(path), processor, data.num_samples, data.seq_len, path.parent)
+    if len(found.tokens) < data.num_samples:
+        raise InputError(_too_little(data, len(found.tokens), None, found.num_conversations))
+    return Calibration(found.tokens[order], None, tuple(found.pictures[index] for index in order.tolist()))
 
 
 def _too_little(data: DataConfig, num_windows: int, num_tokens: int | None, num_texts: int) -> str:
@@ -194,9 +215,16 @@ def evaluation_seed(seed: int) -> int:
     return 2 * seed + 1
 
 
-def token_hash(tokens: Tensor, labels: Tensor | None = None) -> str:
-    """Return the SHA-256 of the shape and the little-endian int64 bytes of ``tokens``, and of ``labels`` if given."""
+def token_hash(tokens: Tensor, labels: Tensor | None = None, pictures: Sequence[Inputs] = ()) -> str:
+    """Return the SHA-256 of the shape and the little-endian int64 bytes of ``tokens``, and of ``labels`` if given.
+
+    The names, shapes and bytes of ``pictures`` are added in the order of their names.
+    """
     digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     for each in (tokens,) if labels is None else (tokens, labels):
         digest.update(each.detach().cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    for window in pictures:
+        for name, tensor in sorted(window.items()):
+            digest.update(repr((name, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from qtool.data.sources import data_dir
 from qtool.data.vocabulary import checked_ids
 from qtool.evaluation.local_tasks import local_data
 from qtool.models.loaded import LoadedModel
+from qtool.models.tokenizer import load_processor
 from qtool.reports.records import Metric
 from qtool.system import progress
 from qtool.system.errors import InputError, listing, nearest
@@ -78,6 +79,19 @@ def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
                 )
 
 
+def reads_pictures(task: str) -> bool:
+    """Return whether a task that lm-eval knows, or a part of it, asks about pictures or sound."""
+    index = _manager(task).task_index
+
+    def reads(name: str) -> bool:
+        config = getattr(index.get(name), "cfg", None) or {}
+        parts = config.get("task")
+        parts = [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
+        return bool(config.get("doc_to_image") or config.get("doc_to_audio")) or any(map(reads, parts))
+
+    return reads(task)
+
+
 def _unknown(task: str) -> str:
     hint = nearest(task, [*_full_manager().all_tasks, "wikitext2", "generated"], "; the nearest names are {}", 3)
     return f"lm-eval has no task {task!r}{hint}"
@@ -108,19 +122,16 @@ def _full_manager() -> Any:
 def run(
     loaded: LoadedModel, task: str, num_fewshot: int | None, limit: int | None, batch_size: int | str, title: str
 ) -> list[Score]:
-    """Measure ``task``, a name that lm-eval knows, with lm-eval's ``simple_evaluate``; return all its metrics."""
-    import lm_eval.evaluator
-    from lm_eval.models.huggingface import HFLM
+    """Measure ``task``, a name that lm-eval knows, with lm-eval's ``simple_evaluate``; return all its metrics.
 
-    tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
-    tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
+    Raises:
+        InputError: the task asks about pictures, and the model has no processor for them.
+    """
+    import lm_eval.evaluator
+
+    pictures = reads_pictures(task)
     with progress.stage(title), _harness() as seen, checked_ids(loaded, f"the text of {task}"):
-        model = HFLM(
-            pretrained=loaded.model,
-            tokenizer=tokenizer,
-            batch_size=_batch_size(loaded) if batch_size == "auto" else batch_size,
-            max_length=loaded.max_length,
-        )
+        model = _with_pictures(loaded, batch_size) if pictures else _text_only(loaded, batch_size)
         results = lm_eval.evaluator.simple_evaluate(
             model=model,
             tasks=[task],
@@ -128,9 +139,38 @@ def run(
             limit=limit,
             log_samples=False,
             task_manager=_manager(task),
+            apply_chat_template=pictures and bool(model.processor.chat_template),
         )
     scores = list(_scores(results, seen, loaded.max_length))
     return sorted(scores, key=lambda score: (score.task != task, score.detail))
+
+
+def _text_only(loaded: LoadedModel, batch_size: int | str) -> Any:
+    """Return lm-eval's view of a model and its tokenizer."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
+    tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
+    return HFLM(
+        pretrained=loaded.model,
+        tokenizer=tokenizer,
+        batch_size=_batch_size(loaded) if batch_size == "auto" else batch_size,
+        max_length=loaded.max_length,
+    )
+
+
+def _with_pictures(loaded: LoadedModel, batch_size: int | str) -> Any:
+    """Return lm-eval's view of a multimodal model and its processor; it has no search for a batch size."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    load_processor(loaded.path, loaded.folder)  # lm-eval loads it by itself; this says clearly if it cannot be
+    loaded.model.name_or_path = str(loaded.folder)  # where lm-eval looks for it
+    return HFMultimodalLM(
+        pretrained=loaded.model,
+        batch_size=1 if batch_size == "auto" else batch_size,
+        max_length=loaded.max_length,
+        convert_img_format=True,
+    )
 
 
 def _batch_size(loaded: LoadedModel) -> int | str:
@@ -200,6 +240,7 @@ def _harness() -> Iterator[_HarnessLog]:
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.evaluator
+    import lm_eval.models.hf_vlms
     import lm_eval.models.huggingface
 
     seen = _HarnessLog()
@@ -210,6 +251,7 @@ def _harness() -> Iterator[_HarnessLog]:
         stack.enter_context(redirect_stdout(sys.stderr))  # lm-eval prints; standard output is for results
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(patch.object(lm_eval.models.huggingface, "tqdm", _Bar))
+        stack.enter_context(patch.object(lm_eval.models.hf_vlms, "tqdm", _Bar))
         stack.enter_context(patch.object(lm_eval.api.model, "tqdm", _plain))
         stack.enter_context(patch.object(lm_eval.api.task, "tqdm", _plain))
         # lm-eval runs git, whose error goes to the terminal by itself and breaks the live display

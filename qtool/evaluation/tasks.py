@@ -16,6 +16,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
 from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric, perplexity_metric, score_windows
 from qtool.models import backend
+from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric, TaskResult, task_result
 from qtool.system.errors import InputError, nearest
@@ -47,6 +48,25 @@ def check_tasks(config: EvalConfig) -> None:
         harness.check(theirs, config.num_fewshot)
 
 
+def check_model(config: EvalConfig, loaded: LoadedModel) -> None:
+    """Refuse tasks about pictures for a model that reads text only.
+
+    Raises:
+        InputError: there is such a task.
+    """
+    theirs = [task for task in config.tasks if task not in OWN_TASKS]
+    if not theirs or is_multimodal(loaded.model.config):
+        return
+    from qtool.evaluation import harness
+
+    wrong = next((task for task in theirs if harness.reads_pictures(task)), None)
+    if wrong is not None:
+        raise InputError(
+            f"eval.tasks: {wrong} asks about pictures, and {loaded.path} reads text only; take the task out, or use a "
+            "multimodal model"
+        )
+
+
 def evaluate(
     loaded: LoadedModel,
     config: EvalConfig,
@@ -66,8 +86,9 @@ def evaluate(
     also have the share of the windows that occurs in the calibration text ``seen``.
 
     Raises:
-        InputError: a task of lm-eval is unknown or has no data.
+        InputError: a task of lm-eval is unknown, has no data, or asks a model about pictures that reads text only.
     """
+    check_model(config, loaded)
     rows = {task: list(found) for task, found in (done or {}).items()}
     with backend.using(loaded.model, config.backend):
         if any(task in OWN_TASKS and task not in rows for task in config.tasks):

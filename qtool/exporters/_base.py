@@ -15,7 +15,8 @@ from torch import Tensor
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.sections import ExportConfig
-from qtool.exporters._folder import WrittenFolder
+from qtool.exporters._folder import WrittenFolder, has_class
+from qtool.exporters._published import Place, Published
 
 
 class Exporter(NamedTuple):
@@ -29,11 +30,14 @@ class Exporter(NamedTuple):
     describe: Callable[[NativeCheckpoint, Path, str], None]
     """Writes what the folder has beside weights in a dtype, of a checkpoint whose weights need not exist yet."""
     read: Callable[[WrittenFolder, str], Tensor]
-    """Returns the float32 weight ``[out, in]`` of a linear of a written folder; shares no code with ``write``."""
+    """Returns the float32 rows ``[out, in]`` of a linear of a written folder, by its name there (``places``) without
+    ``.weight``; shares no code with ``write``."""
     loading: str
     """The software that loads the folder: one or two sentences for the model card and the report."""
     open: Callable[[Path], WrittenFolder] = WrittenFolder
     """Opens a written folder for ``read``."""
+    places: Callable[[Published], dict[str, Place]] = lambda names: names.places
+    """Returns where the format's files hold the linears of a model, by the name of the tensor there."""
     recognises: Callable[[Path], bool] = lambda folder: False
     """Returns whether ``read`` can read a folder, written by qtool or by another tool."""
     library: str = "transformers"
@@ -42,6 +46,8 @@ class Exporter(NamedTuple):
     """Pattern of the names of the files with weights, for the size of an export."""
     config_keys: tuple[str, ...] = ()
     """Keys that the format adds to ``config.json``, besides ``quantization_config``."""
+    needs_class: bool = True
+    """``False``: the format can be written of a checkpoint for which transformers has no class."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 
@@ -53,6 +59,17 @@ def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | 
         return (
             f"{rounding} rounds activations (quant.activations, quant.kv_cache), which {name} cannot express, so that "
             "its readers would not do it; use the native checkpoint, or quantize without these keys"
+        )
+    if source.stacked and not has_class(source):
+        return (
+            f"{source.stacked[0]} holds the experts of a layer, and transformers has no class that says how they are "
+            "published; use the native checkpoint"
+        )
+    if get(name).needs_class and not has_class(source):
+        free = [each for each in catalog.export_formats() if not get(each).needs_class]
+        return (
+            f"it was made with model.free, and transformers has no class with its linears, which {name} needs; export "
+            f"{' or '.join(free)} instead"
         )
     return get(name).refuses(source, config)
 

@@ -1,6 +1,6 @@
 """The parts that export formats share: writing and reading folders, float tensors, and reasons to refuse."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,25 +8,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import SafetensorsFolder, write_json, write_shards
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
+from qtool.exporters._published import Place, Published, linears_only, published
+from qtool.models.auto_class import auto_class
+from qtool.models.experts import fused_parameters
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
+from qtool.quant.affine import QuantizedWeight
 from qtool.system.errors import InputError, first_line
 
-# names of tensors in published files, by model_type and by the name that transformers 5 gives them when it reads them;
-# transformers 4 and mlx-lm know the published name only, and the first fills a head that it misses with random numbers
-PUBLISHED = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 NONE: Mapping[str, Tensor] = {}  # no tensors: a folder is written without its weights
 
 
 class WrittenFolder:
-    """A written folder of safetensors files, opened once; a format with other files has a subclass."""
+    """A written folder of safetensors files, opened once; a format with other files has a subclass.
+
+    Tensors and linears have the names of the files, which are those of published checkpoints.
+    """
 
     def __init__(self, folder: Path, marker: str = "") -> None:
         """Open ``folder``. Each packed linear ``p`` has a tensor ``p.<marker>``; ``""``: the format packs no linear."""
@@ -36,17 +42,11 @@ class WrittenFolder:
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
-        names = {published: name for name, published in self._published.items()}
-        return [names.get(name, name) for name in self._files.names]
+        return list(self._files.names)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor outside quantized weights, with the values of the float model."""
-        published = self._published.get(name, name)
-        return self._files.tensor(published if published in self._files.names else name)
-
-    @cached_property
-    def _published(self) -> Mapping[str, str]:
-        return PUBLISHED.get(str(self.config.get("model_type")), {})
+        return self._files.tensor(name)
 
     def packed(self) -> set[str]:
         """Return the names of the quantized linears."""
@@ -84,28 +84,37 @@ def write_folder(
 ) -> None:
     """Write shards of ``tensors``, the config of ``folder`` with ``section`` and ``dtype``, and its other files.
 
-    ``section`` becomes the ``quantization_config``. Without ``tensors``, only what is beside them is written.
-    ``any_link`` is as in ``side_files.copy``.
+    ``tensors`` have published names; without them, only what is beside them is written. ``section`` becomes the
+    ``quantization_config``. ``any_link`` is as in ``side_files.copy``.
     """
     side_files.copy(folder, out, any_link=any_link)
     config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
-    own_head = f"{head_name(folder)}.weight" in tensors
+    own_head = not head_names(folder).isdisjoint(tensors)
     config = written_config.written(config, None, dtype, False if own_head else None)
     write_json(out / "config.json", config | ({"quantization_config": section} if section else {}))
     if tensors:
-        names = PUBLISHED.get(str(config.get("model_type")), {})
-        write_shards({names.get(name, name): tensor for name, tensor in tensors.items()}, out)
+        write_shards(dict(tensors), out)
 
 
-def head_name(folder: Path) -> str | None:
-    """Return the name of the output head of the model in ``folder``; ``None`` if it has none beside its embedding."""
+def published_names(source: NativeCheckpoint) -> Published:
+    """Return the published names of the tensors of a checkpoint; one without a class has the names of its files."""
+    if has_class(source):
+        return published(skeleton(source.folder))
+    return published(linears_only(tuple(source.shapes.items())))
+
+
+def head_names(folder: Path) -> set[str]:
+    """Return the names of the weight of the output head, in memory and published; none if it is the embedding's."""
+    if not is_known(folder):
+        return set()
     model: Any = skeleton(folder)
     head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None)
+    found = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+    return {*found[:1], *map(published(model).name, found[:1])}
 
 
 def float_tensors(source: NativeCheckpoint, config: ExportConfig, default: str) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors outside quantized weights in ``config.dtype``, and the name of that dtype.
+    """Return the tensors outside quantized weights in ``config.dtype``, by name in memory, and the name of that dtype.
 
     ``auto`` is ``default``; then a tensor that ``default`` does not hold exactly keeps its dtype: for example a norm
     that a method changed.
@@ -185,7 +194,7 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
         raise InputError(
             f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"
@@ -193,8 +202,25 @@ def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
     return model
 
 
+def is_known(folder: Path) -> bool:
+    """Return whether transformers has a class for the model type of a folder."""
+    return read_config(folder).get("model_type") in CONFIG_MAPPING
+
+
+def has_class(source: NativeCheckpoint) -> bool:
+    """Return whether transformers has a class with the linears of ``source``; one made without ``model.free`` has."""
+    if not source.free:
+        return True
+    if not is_known(source.folder):
+        return False
+    model = skeleton(source.folder)
+    return source.specs.keys() <= {*dict(model.named_modules()), *fused_parameters(model)}
+
+
 def transposed(source: NativeCheckpoint) -> set[str]:
     """Return the names of linears whose weight the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+    if not has_class(source):
+        return set()
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
 
 
@@ -204,18 +230,74 @@ def conv1d(source: NativeCheckpoint, why: str) -> str | None:
     return f"{min(flipped)} is a Conv1D, {why}; export dense instead" if flipped else None
 
 
-def float_linears(source: NativeCheckpoint) -> list[str]:
-    """Return the names of the linears that the checkpoint leaves in floating point, among them the output head."""
-    return [
+def float_linears(source: NativeCheckpoint, *, routers: bool = False) -> list[str]:
+    """Return the published names of the linears that stay in floating point, among them the output head.
+
+    With ``routers``, also those of other modules with a matrix as ``weight`` that is no embedding: they choose experts.
+    """
+    if not has_class(source):  # every matrix: a reader that meets the name of another module passes over it
+        matrices = [
+            name for name in source.float_names() if name.endswith(".weight") and source.tensor(name).dim() == 2
+        ]
+        return [name.removesuffix(".weight") for name in matrices]
+    names = published_names(source)
+    found = [name for name in names.rows if name not in source.specs]
+    found += [
         name
         for name, module in skeleton(source.folder).named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in source.specs
+        if routers
+        and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.dim() == 2
     ]
+    return [name for linear in found for name in names.modules(linear)]
+
+
+def packed_places(source: NativeCheckpoint, places: Mapping[str, Place] | None = None) -> dict[str, Place]:
+    """Return where the files of an export hold quantized linears, by published name, without ``.weight``.
+
+    ``places`` are those of all linears, by default the published ones.
+    """
+    found: dict[str, list[tuple[str, Place]]] = {}
+    for key, place in (published_names(source).places if places is None else places).items():
+        found.setdefault(next(iter(place.linears)), []).append((key.removesuffix(".weight"), place))
+    return {name: place for linear in source.specs for name, place in found.get(linear, [])}
+
+
+def grids(source: NativeCheckpoint, places: Mapping[str, Place]) -> dict[str, QuantSpec]:
+    """Return the grid of each of ``places``, by name."""
+    return {name: source.specs[next(iter(place.linears))] for name, place in places.items()}
+
+
+def reader(source: NativeCheckpoint) -> Callable[[str], QuantizedWeight]:
+    """Return ``source.quantized`` with a memory of the last linears, whose rows may lie in many published tensors."""
+    return lru_cache(maxsize=4)(source.quantized)
+
+
+def split_rows(source: NativeCheckpoint, format: str) -> str | None:
+    """Return the reason why ``format`` cannot pack each published linear by itself, or ``None``."""
+    names = published_names(source)
+    model: Any = names.model
+    for linear, spec in source.specs.items():
+        for key in names.keys(linear):
+            place = names.places.get(key)
+            if place is None or not (place.plain and key.endswith(".weight")):
+                return (
+                    f"{linear} is one tensor, {key}, in published checkpoints of {model.config.model_type}, and "
+                    f"readers of {format} look for a linear of each expert; export dense instead"
+                )
+            other = next((other for other in place.linears if source.specs.get(other) != spec), None)
+            if other is not None:
+                return (
+                    f"{linear} and {other} are one tensor, {key}, in published checkpoints, and have different grids; "
+                    "export dense instead, or give both the same grid (quant.overrides)"
+                )
+    return None
 
 
 def shared_block_prefix(source: NativeCheckpoint) -> str:
-    """Return the prefix that the names of all decoder blocks share, for example ``model.layers.``."""
-    first = next(iter(source.specs))
+    """Return the prefix that the published names of all decoder blocks share, for example ``model.layers.``."""
+    first = published_names(source).modules(next(iter(source.specs)))[0]
     parts = first.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
 

@@ -4,7 +4,7 @@ The readers share no code with the writers. They also read the folders of other 
 an export without its engine being installed.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from qtool.checkpoints import written_config
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ModelConfig
 from qtool.exporters._base import Exporter, recognised
-from qtool.exporters._folder import WrittenFolder, head_name, write_folder
-from qtool.models.folders import resolve
+from qtool.exporters._folder import WrittenFolder, has_class, head_names, published_names, skeleton, write_folder
+from qtool.exporters._published import Place, published
+from qtool.models.experts import ExpertsLinear
+from qtool.models.folders import read_config, resolve
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
+from qtool.models.quantized_sources import is_expandable
 from qtool.quant.affine import dequantize
 from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
@@ -29,38 +32,43 @@ TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit:
 
 
 @torch.no_grad()
-def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_round: bool) -> dict[str, float]:
+def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_round: bool) -> dict[str, float | None]:
     """Compare every tensor, the config and the logits of fixed random tokens; return the largest differences.
 
-    With ``may_round``, differences of tensors and logits are only returned: the user asked for a dtype that does not
-    hold the weights exactly.
+    That of logits is ``None`` where transformers has no class for the model. With ``may_round``, differences of tensors
+    and logits are only returned: the user asked for a dtype that does not hold the weights exactly.
 
     Raises:
         RunError: a tensor, a key of the config or the logits differ; the message names the first difference.
     """
-    loaded = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True)
-    probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
-    ours = loaded.model(probe).logits
+    loaded = None
+    if has_class(source):
+        loaded = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True)
+        probe = torch.randint(loaded.model.config.get_text_config().vocab_size, (1, 32), generator=_seeded())
+        ours = loaded.model(probe).logits
     worst = 0.0
     opened = exporter.open(out)
-    for name, layer in packed_linears(loaded.model).items():
-        weight = exporter.read(opened, name)
+    names = published_names(source)
+    places = exporter.places(names)
+    layers = {} if loaded is None else packed_linears(loaded.model)
+    for name in layers or source.specs:
         expected = dequantize(*source.quantized(name))
-        if weight.shape != expected.shape:
-            raise RunError(
-                f"{name} has shape {list(weight.shape)} after export, but {list(expected.shape)} was expected; "
-                "the export was not kept"
-            )
+        weight = _read(opened, exporter, name, expected.shape[1], names.rows, places)
         worst = max(worst, float((weight - expected).abs().max()))
         if not may_round and not torch.equal(weight, expected):
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
-        replace_linear(loaded.model, name, _linear(weight, layer.bias))
-    for name in source.float_names():
-        stored, read = source.tensor(name), opened.tensor(name)
-        if not may_round and not torch.equal(stored.float(), read.float()):
+        if loaded is not None:
+            experts = names.experts.get(name)
+            dense = _linear(weight, layers[name].bias) if experts is None else ExpertsLinear(weight, experts.shape[0])
+            replace_linear(loaded.model, name, dense)
+    floats = {name: source.tensor(name) for name in source.float_names()}
+    for name, stored in names.floats(floats, places).items():
+        if not may_round and not torch.equal(stored.float(), opened.tensor(name).float()):
             raise RunError(f"{name} differs after export; the export was not kept")
     if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
         raise RunError(f"config.json differs after export, in {key}; the export was not kept")
+    if loaded is None:
+        return {"weight_difference": worst, "logit_difference": None}
     logits = float((loaded.model(probe).logits - ours).abs().max() / ours.abs().max())
     if not may_round and not logits <= TOLERANCE:
         raise RunError(
@@ -68,6 +76,28 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             "the export was not kept"
         )
     return {"weight_difference": worst, "logit_difference": logits}
+
+
+def _read(
+    opened: WrittenFolder,
+    exporter: Exporter,
+    linear: str,
+    columns: int,
+    sizes: Mapping[str, int],
+    places: Mapping[str, Place],
+) -> Tensor:
+    """Read the weight ``[out, columns]`` of a linear from all places with rows of it; ``sizes`` are numbers of rows."""
+    found: dict[str, Tensor] = {}
+    for key, place in places.items():
+        if linear in place.linears:
+            rows = exporter.read(opened, key.removesuffix(".weight"))
+            if rows.shape != (place.num_rows, columns):
+                raise RunError(
+                    f"{key} has shape {list(rows.shape)} after export, but {[place.num_rows, columns]} was expected; "
+                    "the export was not kept"
+                )
+            place.scatter(rows, found, sizes)
+    return found[linear]
 
 
 def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
@@ -85,7 +115,7 @@ def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collecti
     added = written_config.misread(theirs)
     if added is not None and written_config.misread(mine) is None:
         return added
-    tied = theirs.get("tie_word_embeddings") and f"{head_name(opened.folder)}.weight" in opened.names()
+    tied = theirs.get("tie_word_embeddings") and not head_names(opened.folder).isdisjoint(opened.names())
     return "tie_word_embeddings" if tied else None
 
 
@@ -97,7 +127,7 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
     """
     folder = resolve(config.path)
     exporter = recognised(folder)
-    if exporter is None:
+    if exporter is None or is_expandable(read_config(folder)):  # the second is a source, which load_model reads
         return None
     try:
         return _expanded(config, folder, exporter)
@@ -114,17 +144,39 @@ def _expanded(config: ModelConfig, folder: Path, exporter: Exporter) -> LoadedMo
     opened = exporter.open(folder)
     dtype = compute_dtype(config.dtype, opened.dtype(), choose_device(config.device))
     config = config.model_copy(update={"dtype": dtype_name(dtype)})
-    packed = opened.packed()
     with temporary_folder() as dense:
-        tensors = {
-            name: opened.tensor(name)
-            for name in opened.names()
-            if name.rpartition(".")[0] not in packed or name.endswith(".bias")
-        }
-        tensors |= {f"{name}.weight": exporter.read(opened, name).contiguous() for name in packed}
-        write_folder(folder, dense, tensors, None, config.dtype, any_link=True)
+        write_folder(folder, dense, _published(opened, exporter), None, config.dtype, any_link=True)
         loaded = load_model(config.model_copy(update={"path": str(dense)}))
     return replace(loaded, path=config.path, folder=folder)
+
+
+def _published(opened: WrittenFolder, exporter: Exporter) -> dict[str, Tensor]:
+    """Return the tensors of an export as a published float checkpoint holds them."""
+    names = published(skeleton(opened.folder))
+    places, packed = exporter.places(names), opened.packed()
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}  # of linears in memory, whose rows the format holds elsewhere
+
+    for name in opened.names():
+        linear, _, leaf = name.rpartition(".")
+        if linear not in packed or leaf == "bias":
+            if name in places and name not in names.places:
+                places[name].scatter(places[name].flat(opened.tensor(name)), weights, names.rows)
+            else:
+                tensors[name] = opened.tensor(name)
+    for name in packed:
+        key, rows = f"{name}.weight", exporter.read(opened, name)
+        if (place := names.places.get(key)) is not None:
+            tensors[key] = place.shaped(rows)
+        elif key in places:
+            places[key].scatter(rows, weights, names.rows)
+        else:  # a name in memory, of an older export
+            tensors[key] = rows.contiguous()
+    return tensors | {
+        key: place.shaped(place.gather(weights.__getitem__))
+        for key, place in names.places.items()
+        if place.linears.keys() <= weights.keys()
+    }
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

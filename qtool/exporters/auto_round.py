@@ -26,13 +26,18 @@ from qtool.exporters._folder import (
     float_linears,
     float_tensors,
     float_zeros,
+    grids,
     names_method,
+    packed_places,
+    published_names,
+    reader,
     shared_block_prefix,
     stored_dtype,
     unfit,
     write_folder,
 )
-from qtool.exporters.gptq import LAYOUT, layout, layout_refuses, unpacked
+from qtool.exporters._published import gathered
+from qtool.exporters.gptq import LAYOUT, layout_floats, layout_refuses, packed, unpacked
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
@@ -41,8 +46,30 @@ OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0
 
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
-    """Refuse float zero points, ``Conv1D`` layers, odd shapes, inexact scales, and biases beyond float16."""
-    return float_zeros(source, "auto-round") or layout_refuses(source, "auto-round") or unfit(source, config)
+    """Refuse float zero points, ``Conv1D`` layers, odd shapes, and scales or biases that float16 does not hold."""
+    return (
+        float_zeros(source, "auto-round")
+        or layout_refuses(source, "auto-round")
+        or _experts_refuse(source)
+        or unfit(source, config)
+    )
+
+
+def _experts_refuse(source: NativeCheckpoint) -> str | None:
+    """Return the reason why auto-round would not find experts: it looks for them under the names that most models have.
+
+    Where it finds none, transformers fills them with random numbers, with no error.
+    """
+    names = published_names(source)
+    for name, place in packed_places(source).items():
+        leaf = name.rpartition(".")[2]
+        linear = next(iter(place.linears))
+        if linear in names.experts and leaf not in ("gate_proj", "up_proj", "down_proj"):
+            return (
+                f"{linear} is {name} in published checkpoints, and auto-round looks for experts named gate_proj, "
+                "up_proj and down_proj; export compressed-tensors or gptq instead"
+            )
+    return None
 
 
 def settings(spec: QuantSpec) -> dict[str, Any]:
@@ -54,8 +81,9 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the ``quantization_config``: the most common grid, and by full name each linear that differs."""
     common = Counter(source.specs.values()).most_common(1)[0][0]
     prefix = shared_block_prefix(source)
-    left = [name for name in float_linears(source) if name.startswith(prefix)]
-    differ = {name: settings(spec) for name, spec in source.specs.items() if settings(spec) != settings(common)}
+    left = [name for name in float_linears(source, routers=True) if name.startswith(prefix)]
+    named = grids(source, packed_places(source))
+    differ = {name: settings(spec) for name, spec in named.items() if settings(spec) != settings(common)}
     symmetric = all(spec.symmetric for spec in source.specs.values())
     return {
         "quant_method": "auto-round",
@@ -70,11 +98,12 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
 
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
-    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    floats, dtype = float_tensors(source, config, stored_dtype(source))
     described = section(source)
     version = 1 if OFFSETS[described["packing_format"]] else 2
-    for name in source.specs:
-        tensors |= layout(source, name, version)
+    tensors, read = layout_floats(source, floats), reader(source)
+    for name, place in packed_places(source).items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in packed(gathered(place, read), version).items()}
     write_folder(source.folder, out, tensors, described, dtype)
     notes = [f"written as {described['packing_format']}"]
     if version == 2:
@@ -110,5 +139,5 @@ EXPORTER = Exporter(
     read,
     "Load it with `transformers` and `auto-round` installed.",
     partial(WrittenFolder, marker="scales"),
-    partial(names_method, "auto-round"),
+    recognises=partial(names_method, "auto-round"),
 )

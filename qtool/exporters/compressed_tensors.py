@@ -6,6 +6,7 @@ the model's dtype, so the model is written in one that holds them. Known faults 
 """
 
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,21 @@ from qtool.exporters._folder import (
     float_linears,
     float_tensors,
     float_zeros,
+    grids,
     inexact,
     names_method,
+    packed_places,
+    published_names,
+    reader,
+    split_rows,
     stored_dtype,
     unfit,
     unpack_bits,
     write_folder,
 )
-from qtool.quant.packed_linear import PARTS
+from qtool.exporters._published import Place, gathered
+from qtool.quant.affine import QuantizedWeight
+from qtool.quant.packed_linear import PARTS, PackedLinear
 from qtool.system.errors import InputError
 
 
@@ -38,6 +46,8 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     only_linear = "and compressed-tensors replaces nn.Linear only"
     if refusal := float_zeros(source, "compressed-tensors") or conv1d(source, only_linear):
         return refusal
+    if refusal := split_rows(source, "compressed-tensors") or _experts_refuse(source):
+        return refusal
     scales = (source.tensor(f"{name}.weight_scale") for name in source.specs)
     if config.dtype != "auto" and inexact(scales, config.dtype):
         return (
@@ -45,6 +55,35 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
             f"scale_dtype: {config.dtype}"
         )
     return unfit(source, config)
+
+
+def _experts_refuse(source: NativeCheckpoint) -> str | None:
+    """Return the reason why transformers' reader would compute other experts, or ``None``.
+
+    It expands the experts of all layers by one config group, without zero points, and stops at those that are not
+    packed.
+    """
+    found = {linear: source.specs.get(linear) for linear in published_names(source).experts}
+    if not found:
+        return None
+    first, grid = next(iter(found.items()))
+    for linear, spec in found.items():
+        if spec is None:
+            return (
+                f"{linear} is left in floating point, and transformers reads experts from compressed-tensors only if "
+                "all are packed; quantize all experts, or export auto-round or dense"
+            )
+        if not spec.symmetric:
+            return (
+                f"{linear} has an asymmetric grid, and transformers reads experts from compressed-tensors without zero "
+                "points; quantize experts with symmetric: true (quant.overrides), or export gptq-v2 or dense"
+            )
+        if spec != grid:
+            return (
+                f"{first} and {linear} have different grids, and transformers reads all experts by one; quantize all "
+                "experts alike, or export auto-round or dense"
+            )
+    return None
 
 
 def model_dtype(source: NativeCheckpoint) -> str:
@@ -71,13 +110,16 @@ def scheme(spec: QuantSpec) -> dict[str, Any]:
 
 
 def section(source: NativeCheckpoint) -> dict[str, Any]:
-    """Return the ``quantization_config``; if there are several grids, each lists its linears by full name."""
+    """Return the ``quantization_config``; if there are several grids, each lists its linears by full name.
+
+    The experts of a layer are listed by one pattern: so transformers finds their group.
+    """
     by_spec: dict[QuantSpec, list[str]] = {}
-    for name, spec in source.specs.items():
+    for name, spec in grids(source, packed_places(source)).items():
         by_spec.setdefault(spec, []).append(name)
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(by_spec) == 1 else names,
+            "targets": ["Linear"] if len(by_spec) == 1 else _patterns(names),
             "format": "pack-quantized",
             "input_activations": None,
             "output_activations": None,
@@ -90,20 +132,40 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": float_linears(source),
+        "ignore": _patterns(float_linears(source, routers=True)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Return ``names``, those of the experts of a layer as one pattern."""
+    found: dict[str, None] = {}
+    for name in names:
+        before, experts, after = name.partition(".experts.")
+        number, _, leaf = after.partition(".")
+        if number.isdigit() and leaf:
+            name = f"re:{re.escape(before + experts)}\\d+{re.escape('.' + leaf)}$"
+        found[name] = None
+    return list(found)
+
+
+def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], QuantizedWeight]) -> dict[str, Tensor]:
+    """Return the tensors of a published linear by the names of a packed linear's parts."""
+    if (whole := place.whole) is not None:
+        parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
+        return {part: source.tensor(f"{whole}.{part}") for part in parts}
+    layer = PackedLinear.from_quantized(gathered(place, read), None)
+    return {part: tensor.contiguous() for part, tensor in layer.named_buffers() if part != "weight"}
+
+
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
     own = stored_dtype(source)
-    tensors, dtype = float_tensors(source, config, model_dtype(source))
-    for name, spec in source.specs.items():
-        for part in PARTS[1:]:
-            if part != "weight_zero_point" or not spec.symmetric:
-                tensors[f"{name}.{part}"] = source.tensor(f"{name}.{part}")
+    floats, dtype = float_tensors(source, config, model_dtype(source))
+    tensors, read = published_names(source).floats(floats), reader(source)
+    for name, place in packed_places(source).items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(source, place, read).items()}
     write_folder(source.folder, out, tensors, section(source), dtype)
     notes = []
     if dtype != own and config.dtype == "auto":
@@ -112,6 +174,8 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
             f"for a smaller file, quantize with scale_dtype: {own}"
         )
     specs = set(source.specs.values())
+    if not published_names(source).experts.keys().isdisjoint(source.specs):
+        notes.append("transformers expands experts while it loads them, and rounds them to the dtype of their scales")
     if any(spec.num_bits == 3 for spec in specs):
         notes.append(
             "3-bit codes are packed without gaps: readers need compressed-tensors 0.18 or later; check that vLLM reads "
@@ -161,5 +225,6 @@ EXPORTER = Exporter(
     read,
     "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
     partial(WrittenFolder, marker="weight_packed"),
-    partial(names_method, "compressed-tensors"),
+    recognises=partial(names_method, "compressed-tensors"),
+    needs_class=False,
 )

@@ -5,11 +5,11 @@ dtype holds. So ``dtype: auto`` writes the checkpoint's own dtype only if it hol
 dtype that the user names is used, and a note says by how much it rounds; one that some value exceeds is refused.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ExportConfig
@@ -18,12 +18,14 @@ from qtool.exporters._folder import (
     WrittenFolder,
     float_tensors,
     inexact,
+    is_known,
     overflows,
+    published_names,
     skeleton,
     stored_dtype,
-    transposed,
     write_folder,
 )
+from qtool.exporters._published import published
 from qtool.quant.affine import dequantize
 
 
@@ -33,9 +35,20 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
 
 
 def _weights(source: NativeCheckpoint) -> dict[str, Tensor]:
-    flipped = transposed(source)
-    dense = {name: dequantize(*source.quantized(name)) for name in source.specs}
-    return {f"{name}.weight": (w.T.contiguous() if name in flipped else w) for name, w in dense.items()}
+    """Return the published tensors that hold a row of a quantized linear, in float32."""
+
+    @lru_cache(maxsize=4)
+    def weight(linear: str) -> Tensor:
+        if linear in source.specs:
+            return dequantize(*source.quantized(linear))
+        return source.tensor(f"{linear}.weight").float()
+
+    places = published_names(source).places
+    return {
+        key: place.shaped(place.gather(weight))
+        for key, place in places.items()
+        if not source.specs.keys().isdisjoint(place.linears)
+    }
 
 
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
@@ -45,6 +58,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     default = own if inexact(weights.values(), own) == 0 else "float32"
     tensors, dtype = float_tensors(source, config, default)
     error = inexact([*weights.values(), *(source.tensor(key) for key in source.float_names())], dtype)
+    tensors = published_names(source).floats(tensors)
     tensors |= {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
     write_folder(source.folder, out, tensors, None, dtype)
     if error:
@@ -53,9 +67,12 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
-    """Return the weight float32 ``[out, in]`` of the linear ``name``."""
-    weight = opened.tensor(f"{name}.weight").float()
-    return weight.T if isinstance(skeleton(opened.folder).get_submodule(name), Conv1D) else weight
+    """Return the float32 rows ``[rows, in]`` of a published tensor; ``name`` lacks ``.weight``."""
+    places = published(skeleton(opened.folder)).places if is_known(opened.folder) else {}
+    key = next((key for key in (f"{name}.weight", name) if key in places), None)
+    if key is None:
+        return opened.tensor(f"{name}.weight").float()
+    return places[key].flat(opened.tensor(key).float())
 
 
 EXPORTER = Exporter(
@@ -65,5 +82,6 @@ EXPORTER = Exporter(
     lambda source, out, dtype: write_folder(source.folder, out, {}, None, dtype),
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
+    needs_class=False,
     dtype_may_round=True,
 )

@@ -32,12 +32,17 @@ from qtool.exporters._folder import (
     float_zeros,
     inexact,
     names_method,
+    packed_places,
+    published_names,
+    reader,
     shared_block_prefix,
+    split_rows,
     stored_dtype,
     unfit,
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._published import gathered
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import WORD, pack
 from qtool.system.errors import InputError
@@ -75,10 +80,14 @@ def layout_refuses(source: NativeCheckpoint, format: str) -> str | None:
     """Return the reason why ``format``, GPTQ or auto-round, cannot hold ``source``, if its tensors do not fit."""
     if refusal := conv1d(source, f"whose weight is transposed, and readers of {format} do not agree on its layout"):
         return refusal
-    for name in source.specs:
-        rows, columns = source.tensor(f"{name}.weight_shape").tolist()
+    if refusal := split_rows(source, format):
+        return refusal
+    shapes = source.shapes
+    for name, place in packed_places(source).items():
+        rows, columns = place.num_rows, shapes[next(iter(place.linears))][1]
         if rows % ALIGNMENT or columns % ALIGNMENT:
             return f"{name} is {rows} x {columns}, and {format} readers need multiples of {ALIGNMENT}"
+    for name in source.specs:
         if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
             return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
         if f"{name}.bias" in source.float_names() and source.largest(f"{name}.bias") > torch.finfo(torch.float16).max:
@@ -137,22 +146,26 @@ def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
     }
 
 
-def layout(source: NativeCheckpoint, name: str, version: int) -> dict[str, Tensor]:
-    """Return the tensors of the linear ``name`` by full name; its bias in float16, if that holds it exactly."""
-    tensors = {f"{name}.{part}": tensor for part, tensor in packed(source.quantized(name), version).items()}
-    if f"{name}.bias" in source.float_names():
-        bias = source.tensor(f"{name}.bias")
-        tensors[f"{name}.bias"] = bias if inexact([bias], "float16") else bias.to(torch.float16)
-    return tensors
+def layout_floats(source: NativeCheckpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the ``tensors`` outside quantized weights by published name.
+
+    A bias of a quantized linear is in float16 if that holds it exactly.
+    """
+    biases = {f"{name}.bias" for name in source.specs}
+    small = {name for name, tensor in tensors.items() if name in biases and not inexact([tensor], "float16")}
+    held = {name: tensor.to(torch.float16) if name in small else tensor for name, tensor in tensors.items()}
+    return published_names(source).floats(held)
 
 
 def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, version: int) -> list[str]:
     """Write the folder in ``version`` 1 or 2; see ``Exporter.write``."""
-    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    floats, dtype = float_tensors(source, config, stored_dtype(source))
+    tensors, read = layout_floats(source, floats), reader(source)
     spec = next(iter(source.specs.values()))
-    for name in source.specs:
-        tensors |= layout(source, name, version)
-        columns = int(source.tensor(f"{name}.weight_shape")[1])
+    for name, place in packed_places(source).items():
+        quantized = gathered(place, read)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in packed(quantized, version).items()}
+        columns = quantized.codes.shape[1]
         tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // (columns // spec.num_groups(columns))
     describe_version(source, out, dtype, version, tensors)
     notes = [f"written as {section(source, version)['format']}"]
@@ -162,6 +175,10 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
         notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
     elif not spec.symmetric:
         notes.append("vLLM and SGLang refuse asymmetric GPTQ; for them, export compressed-tensors")
+    if published_names(source).experts:
+        notes.append(
+            "transformers itself unpacks no experts of GPTQ folders: load this one with GPTQModel, vLLM or SGLang"
+        )
     return notes
 
 
@@ -219,5 +236,5 @@ EXPORTER = Exporter(
     read,
     LOADING,
     partial(WrittenFolder, marker="scales"),
-    partial(names_method, "gptq"),
+    recognises=partial(names_method, "gptq"),
 )

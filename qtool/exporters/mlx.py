@@ -33,18 +33,82 @@ from qtool.exporters._folder import (
     float_linears,
     float_tensors,
     float_zeros,
+    grids,
+    packed_places,
+    published_names,
     quantization_section,
+    reader,
     stored_dtype,
     unfit,
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._published import Place, Published, gathered
 from qtool.models.folders import read_config
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import WORD, pack
 from qtool.system.errors import InputError
 
 GROUPS = (128, 64, 32)  # group sizes that MLX multiplies
+
+# mixtures of experts that mlx-lm computes as transformers does, by model_type: the module of the stacks in mlx-lm
+SWITCH = {
+    "deepseek_v3": "switch_mlp",
+    "dots1": "experts",
+    "exaone_moe": "switch_mlp",
+    "glm4_moe": "switch_mlp",
+    "granitemoe": "switch_mlp",
+    "lfm2_moe": "switch_mlp",
+    "mixtral": "switch_mlp",
+    "nemotron_h": "switch_mlp",
+    "olmoe": "switch_mlp",
+    "qwen2_moe": "switch_mlp",
+    "qwen3_moe": "switch_mlp",
+}
+# names of mlx-lm for parts of published names, by model_type
+RENAMED = {
+    "nemotron_h": {".switch_mlp.up_proj.": ".switch_mlp.fc1.", ".switch_mlp.down_proj.": ".switch_mlp.fc2."},
+    "lfm2_moe": {
+        ".feed_forward.w1.": ".feed_forward.gate_proj.",
+        ".feed_forward.w2.": ".feed_forward.down_proj.",
+        ".feed_forward.w3.": ".feed_forward.up_proj.",
+    },
+}
+# models whose kv_b_proj mlx-lm cuts in two when it loads them, and rounds both halves if it is quantized
+LATENT = ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash")
+
+
+def places(names: Published) -> dict[str, Place]:
+    """Return where MLX holds linears: the experts of a layer in stacks, as mlx-lm makes them of float experts."""
+    model: Any = names.model
+    kind = model.config.model_type
+    found = names.stacks(lambda parent, leaf: f"{parent}.{SWITCH.get(kind, 'switch_mlp')}.{leaf}.weight")
+    return {_renamed(name, kind): place for name, place in found.items()}
+
+
+def _renamed(name: str, kind: str) -> str:
+    """Return the name of mlx-lm for a tensor of a model of the type ``kind``, by its published name."""
+    for part, there in RENAMED.get(kind, {}).items():
+        name = name.replace(part, there)
+    return name
+
+
+def _experts_refuse(source: NativeCheckpoint) -> str | None:
+    """Return the reason why mlx-lm does not read the experts of a model, or packs a linear anew, or ``None``."""
+    names = published_names(source)
+    model: Any = names.model.config
+    if names.experts and model.model_type not in SWITCH:
+        return (
+            f"its experts are those of {model.model_type}, and qtool writes MLX stacks of experts for "
+            f"{', '.join(SWITCH)}; export dense, and convert the result with mlx_lm.convert"
+        )
+    again = next((name for name in source.specs if name.endswith(".kv_b_proj")), None)
+    if again is not None and model.model_type in LATENT:
+        return (
+            f"{again} is quantized, and mlx-lm cuts it in two and rounds both again when it loads a {model.model_type} "
+            "model; leave it in floating point (quant.overrides: '*.kv_b_proj': {skip: true})"
+        )
+    return None
 
 
 def written_group(spec: QuantSpec, columns: int) -> int | None:
@@ -67,6 +131,8 @@ def exact(scale: Tensor, spec: QuantSpec) -> bool:
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, ``Conv1D`` layers, group sizes that MLX lacks, and scales of too many bits."""
     if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs nn.Linear only"):
+        return refusal
+    if refusal := _experts_refuse(source):
         return refusal
     for name, spec in source.specs.items():
         columns = int(source.tensor(f"{name}.weight_shape")[1])
@@ -91,10 +157,16 @@ def settings(spec: QuantSpec, columns: int) -> dict[str, Any]:
 
 def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the config's ``quantization``: the most common grid, linears that differ, ``False`` for float linears."""
-    grids = {n: settings(spec, int(source.tensor(f"{n}.weight_shape")[1])) for n, spec in source.specs.items()}
-    common = Counter(tuple(grid.items()) for grid in grids.values()).most_common(1)[0][0]
-    differ = {name: grid for name, grid in grids.items() if tuple(grid.items()) != common}
+    found, shapes = grids(source, _packed(source)), source.shapes
+    own = {name: next(iter(place.linears)) for name, place in _packed(source).items()}
+    held = {name: settings(spec, shapes[own[name]][1]) for name, spec in found.items()}
+    common = Counter(tuple(grid.items()) for grid in held.values()).most_common(1)[0][0]
+    differ = {name: grid for name, grid in held.items() if tuple(grid.items()) != common}
     return {**dict(common), "mode": "affine", **differ, **dict.fromkeys(float_linears(source), False)}
+
+
+def _packed(source: NativeCheckpoint) -> dict[str, Place]:
+    return packed_places(source, places(published_names(source)))
 
 
 def packed(quantized: QuantizedWeight) -> dict[str, Tensor]:
@@ -119,17 +191,19 @@ def describe(source: NativeCheckpoint, out: Path, dtype: str, tensors: Mapping[s
 
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
-    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    floats, dtype = float_tensors(source, config, stored_dtype(source))
+    names = published_names(source)
+    tensors, weight = names.floats(floats, places(names)), reader(source)
     size = bits = 0
     split = set()
-    for name, spec in source.specs.items():
-        quantized = source.quantized(name)
+    for name, place in _packed(source).items():
+        quantized = gathered(place, weight)
         parts = packed(quantized)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"{name}.{part}": rows.unflatten(0, place.shape) for part, rows in parts.items()}
         size += quantized.codes.numel()
         bits += 8 * sum(tensor.nbytes for tensor in parts.values())
         if parts["scales"].shape != quantized.scale.shape:
-            split.add(spec.label())
+            split.add(quantized.spec.label())
     describe(source, out, dtype, tensors)
     notes = [
         f"{bits / size:.2f} bits per weight as written: scales and biases are float32, because 16 bits would change "
@@ -141,14 +215,15 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
-    """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
+    """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit; of a stack its rows."""
     # mlx-lm reads "quantization" first
     config = opened.config.get("quantization") or opened.config["quantization_config"]
     grid = {**config, **(config.get(name) or {})}
     mode, bits = grid.get("mode", "affine"), grid.get("bits")
     if mode != "affine" or bits not in BITS:
         raise InputError(f"{opened.folder}: {name} is in MLX's mode {mode!r} with {bits} bits, which qtool cannot read")
-    return unpacked({part: opened.tensor(f"{name}.{part}") for part in ("weight", "scales", "biases")}, bits)
+    parts = {part: opened.tensor(f"{name}.{part}") for part in ("weight", "scales", "biases")}
+    return unpacked({part: tensor.flatten(0, -2) for part, tensor in parts.items()}, bits)
 
 
 def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
@@ -174,6 +249,7 @@ EXPORTER = Exporter(
     read,
     "Load it with `mlx-lm`, on an Apple machine or any other that has MLX.",
     partial(WrittenFolder, marker="scales"),
+    places,
     recognises,
     library="mlx",
     config_keys=("quantization",),

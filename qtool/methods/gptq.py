@@ -19,7 +19,7 @@ reference zeroes them; column blocks always end where groups end, so a group's g
 every correction made so far; one factorisation serves all linears of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,18 +29,20 @@ from torch import Tensor
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.stages import Stage, stages
-from qtool.blocks.task import BlockTask
+from qtool.blocks.task import BlockTask, Rows
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
+from qtool.models.experts import num_experts
 from qtool.models.linears import Target
-from qtool.quant.affine import QuantizedWeight, minmax_qparams
-from qtool.quant.hessian import PART, add_gram, gram, mirror, parts, row_chunks
+from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
+from qtool.quant.hessian import PART, add_gram, gram, grams, mirror, parts, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.system.errors import RunError
 from qtool.system.matmul import exact_products
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)  # multiples of damp, tried in turn until the Hessian can be factorised
+HESSIANS_BYTES = 2**28  # memory of the Hessians of a layer's experts that are made together
 ONE_BY_ONE = 16  # number of columns up to which each corrects the next; larger ranges are corrected by a product
 
 
@@ -77,6 +79,13 @@ class Config(MethodConfig):
         0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."
     )
 
+    min_expert_tokens: int = Field(
+        16,
+        ge=0,
+        description="Fewest calibration tokens that an expert of a mixture must see for error compensation; one that "
+        "sees fewer is rounded to nearest in a searched range.",
+    )
+
     @model_validator(mode="after")
     def _full_order_needs_static_groups(self) -> "Config":
         if self.act_order == "full" and not self.static_groups:
@@ -102,10 +111,10 @@ class Factor(NamedTuple):
 def collect(stage: Stage) -> Statistics:
     """Return the statistics of the input that the linears of ``stage`` share."""
     if stage.float_inputs is None:
-        return Statistics(gram(stage.inputs), None)
+        return Statistics(gram(rows.x for rows in stage.inputs), None)
     hessian = drift = None
     count = 0
-    for batch, batch_float in zip(stage.inputs, stage.float_inputs, strict=True):
+    for (batch, _), (batch_float, _) in zip(stage.inputs, stage.float_inputs, strict=True):
         count, size = count + len(batch), batch.shape[1]
         if hessian is None or drift is None:
             hessian = batch.new_zeros(size, size, dtype=torch.float32)
@@ -305,12 +314,66 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
             task.pack(target, QuantizedWeight(rows[0], rows[1], rows[2], spec))
 
 
+def solve_experts(
+    target: Target, inputs: Iterable[Rows], specs: Sequence[QuantSpec], config: Config
+) -> list[QuantizedWeight]:
+    """Quantize the experts stacked in ``target`` on each of the grids ``specs``, and return them stacked again.
+
+    The Hessian of an expert is that of its own ``n`` tokens, blended with that of all tokens, which counts for as many
+    tokens as there are channels: ``H = a H_own + (1 - a) H_all`` with ``a = n / (n + in)``. Hessians are made of a few
+    experts at a time. GPTAQ's correction is not used: the float model sends other tokens to an expert.
+    """
+    experts = num_experts(target.linear)
+    rows, columns = target.weight_shape
+    shared = gram(batch.x for batch in inputs)
+    found: list[list[QuantizedWeight]] = [[] for _ in specs]
+    few = []
+    for group in parts(experts, max(1, HESSIANS_BYTES // shared.nbytes)):
+        own_parts = (batch.x.split(batch.counts or [])[group] for batch in inputs)
+        for expert, (own, count) in enumerate(grams(own_parts), start=group.start):
+            part = slice(expert * rows // experts, (expert + 1) * rows // experts)
+            weight = target.stored_weight[part].float().contiguous()
+            few += [expert] if count < config.min_expert_tokens else []
+            share = count / (count + columns)
+            statistics = Statistics(own.mul_(share).add_(shared, alpha=1 - share), None)
+            for spec, solved in zip(specs, found, strict=True):
+                if count < config.min_expert_tokens:
+                    grid = search_qparams(weight, spec, config.norm)
+                    solved.append(QuantizedWeight(quantize(weight, *grid, spec), *grid, spec))
+                else:
+                    factor = factorise(statistics, spec, config, f"{target.name}, expert {expert}")
+                    solved.append(solve(weight, factor, spec, config))
+    if few:
+        progress.note(
+            f"{target.name}: {len(few)} of {experts} experts (the first is {few[0]}) saw fewer than "
+            f"{config.min_expert_tokens} calibration tokens and are rounded to nearest in a searched range; more "
+            "calibration text reaches more experts"
+        )
+    return [stacked(solved) for solved in found]
+
+
+def stacked(found: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return several weights of one grid as one, row below row."""
+    codes, scales, zero_points, specs = zip(*found, strict=True)
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), specs[0])
+
+
+def quantize_stage(task: BlockTask, stage: Stage, config: Config) -> None:
+    """Quantize the linears of a stage, or the experts of a layer."""
+    if num_experts(stage.targets[0].linear) == 1:
+        quantize_group(task, stage.targets, collect(stage), config)
+        return
+    for target in stage.targets:
+        (solved,) = solve_experts(target, stage.inputs, [target.spec], config)
+        task.pack(target, solved)
+
+
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed is not used."""
 
     def quantize_block(task: BlockTask) -> None:
         for stage in stages(task):
-            quantize_group(task, stage.targets, collect(stage), config)
+            quantize_stage(task, stage, config)
 
     return run_blocks(job, quantize_block, with_float_states=config.gptaq > 0)
 

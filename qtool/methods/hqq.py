@@ -171,4 +171,11 @@ def run(job: Job, config: Config) -> Result:
     return result
 
 
-METHOD = Method("ptq", "zero points optimised for sparse errors, no data", Config, run, needs_data=lambda config: False)
+METHOD = Method(
+    "ptq",
+    "zero points optimised for sparse errors, no data",
+    Config,
+    run,
+    needs_data=lambda config: False,
+    round_weight=lambda weight, spec, config: optimise(weight, spec, config)[0],
+)

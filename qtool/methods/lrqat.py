@@ -21,7 +21,7 @@ changes its sign moves by ``travel`` in the whole training, the ends of a range 
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -33,9 +33,11 @@ from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job, Method, Result
 from qtool.config.quant import QuantSpec
 from qtool.config.training import EndToEnd, OptimConfig
+from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
+from qtool.quant.expert_product import block_product
 from qtool.quant.hessian import gram
 from qtool.quant.packing import pack, unpack
 from qtool.quant.ranges import search_qparams
@@ -154,8 +156,12 @@ class LowRankLinear(QuantLinear):
         config: Config,
         generator: torch.Generator,
         directions: Tensor | None = None,
+        experts: int = 1,
     ) -> None:
-        """Put ``weight`` ``[out, in]`` on its grid; B is ``directions`` ``[r, in]``, or random from ``generator``."""
+        """Put ``weight`` ``[out, in]`` on its grid; B is ``directions`` ``[r, in]``, or random from ``generator``.
+
+        Each of the ``experts`` whose weights are stacked has an A and a B of its own; they start at the same B.
+        """
         super().__init__(weight, bias, spec, config.rounding)
         if config.range == "search":
             self.scale.data, self.zero_point.data = search_qparams(weight, spec, config.norm)
@@ -163,11 +169,12 @@ class LowRankLinear(QuantLinear):
         self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # only Phi is kept
         self.config, self.factor = config, config.alpha / config.rank
         rows, columns = weight.shape
-        rank = min(config.rank, rows, columns)
+        self.experts = experts
+        rank = min(config.rank, rows // experts, columns)
         self.a = nn.Parameter(weight.new_zeros(rows, rank, dtype=torch.float32))
         if directions is None:
             directions = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
-        self.b = nn.Parameter(directions[:rank].to(weight.device, torch.float32, copy=True))
+        self.b = nn.Parameter(directions[:rank].to(weight.device, torch.float32, copy=True).repeat(experts, 1))
         self._split(affine.to_grid(weight, self.scale, self.zero_point, spec).detach().flatten(1))
 
     @torch.no_grad()
@@ -176,11 +183,18 @@ class LowRankLinear(QuantLinear):
         form, rank = self.config.phi, self.a.shape[1]
         self.phi = Phi(grid, self.spec, form)
         for _ in range(self.config.svd_steps if self.config.factors == "svd" else 0):
-            self.phi = Phi(torch.addmm(grid, self.a, self.b, alpha=-self.factor), self.spec, form)
-            u, s, v = torch.linalg.svd((grid - self.phi()) / self.factor, full_matrices=False)
-            root = s[:rank].sqrt()
-            self.a.copy_(u[:, :rank] * root)
-            self.b.copy_(root.unsqueeze(1) * v[:rank])
+            self.phi = Phi(self._plus_term(grid, -self.factor), self.spec, form)
+            error = ((grid - self.phi()) / self.factor).unflatten(0, (self.experts, -1))
+            u, s, v = torch.linalg.svd(error, full_matrices=False)  # of each expert
+            root = s[:, :rank].sqrt()
+            self.a.copy_((u[:, :, :rank] * root.unsqueeze(1)).flatten(0, 1))
+            self.b.copy_((root.unsqueeze(2) * v[:, :rank]).flatten(0, 1))
+
+    def _plus_term(self, grid: Tensor, factor: float) -> Tensor:
+        """Return ``grid + factor * A B`` ``[out, in]``."""
+        if self.experts == 1:
+            return torch.addmm(grid, self.a, self.b, alpha=factor)
+        return grid + factor * block_product(self.a, self.b, self.experts)
 
     @torch.no_grad()
     def start_from(self, quantized: QuantizedWeight) -> None:
@@ -203,14 +217,14 @@ class LowRankLinear(QuantLinear):
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return ``Phi + alpha / r * A B`` in codes, ``[out, groups, group_size]``; it ignores the scale (eq. 5)."""
         with torch.autocast(self.a.device.type, enabled=False):  # autocast would give other integers than packing does
-            return affine.grouped(torch.addmm(self.phi(), self.a, self.b, alpha=self.factor), self.spec)
+            return affine.grouped(self._plus_term(self.phi(), self.factor), self.spec)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
         if self.config.checkpoint_weights and torch.is_grad_enabled():
-            result: Tensor = checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
+            result: Tensor = checkpoint(super().forward, x, counts, use_reentrant=False, preserve_rng_state=False)
             return result
-        return super().forward(x)
+        return super().forward(x, counts)
 
 
 def principal(products: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -235,10 +249,9 @@ def principal(products: Tensor, rank: int, generator: torch.Generator) -> Tensor
 def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Return the main directions ``[rank, in]`` of each linear's inputs in the float model, on the first tokens."""
     found: dict[str, Tensor] = {}
-    observed = job.text[: max(1, OBSERVED // job.text.shape[1])]
-    for task in walk(replace(job, tokens=observed)):
+    for task in walk(job.first(max(1, OBSERVED // job.text.shape[1]))):
         for group, inputs in group_inputs(task):
-            directions = principal(gram(inputs), rank, generator)
+            directions = principal(gram(rows.x for rows in inputs), rank, generator)
             found |= dict.fromkeys([target.name for target in group], directions)
     return found
 
@@ -262,7 +275,8 @@ def run(job: Job, config: Config) -> Result:
 
     def make(target: Target, config: Config) -> LowRankLinear:
         bias = linear_bias(target.linear)
-        return LowRankLinear(target.weight, bias, target.spec, config, generator, directions.pop(target.name, None))
+        found, experts = directions.pop(target.name, None), num_experts(target.linear)
+        return LowRankLinear(target.weight, bias, target.spec, config, generator, found, experts)
 
     return train_linears(job, config, make, groups_of)
 

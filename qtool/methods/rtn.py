@@ -56,4 +56,11 @@ def run(job: Job, config: Config) -> Result:
     return run_blocks(job, quantize_block)
 
 
-METHOD = Method("ptq", "round to nearest, min-max or searched range", Config, run, needs_data=lambda config: False)
+METHOD = Method(
+    "ptq",
+    "round to nearest, min-max or searched range",
+    Config,
+    run,
+    needs_data=lambda config: False,
+    round_weight=round_to_nearest,
+)

@@ -25,7 +25,6 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
+from qtool.quant.expert_product import product
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
@@ -124,9 +124,9 @@ class SignRoundLinear(QuantLinear):
         """Return the weight in grid units plus its offset, ``[out, groups, group_size]``."""
         return super().grid_weight(scale, zero_point) + self.offset
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``."""
-        return F.linear(x, self.expanded, self.bias)
+        return product(x, self.expanded, self.bias, counts)
 
     @torch.no_grad()
     def move(self, by: float, factors_by: float) -> None:

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from qtool.models.experts import is_experts
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import progress, units
 from qtool.system.errors import InputError
@@ -52,24 +54,26 @@ def use_backend(model: nn.Module, name: str) -> Backends:
         raise InputError(f"{type(model).__name__} has no packed linears; load a folder that qtool wrote")
     found = Backends()
     for path, layer in layers.items():
-        layer.kernel = None
+        layer.kernels = ()
         if name == "exact":
             found.exact.setdefault("as asked", []).append(path)
             continue
         if layer.weight_packed.device.type == "meta":
             raise InputError(f"the weights of {path} are not in memory; load the model without offloading")
-        if reason := layer.accelerate():
+        owner: Any = model.get_submodule(path.rpartition(".")[0])
+        if reason := layer.accelerate(owner.num_experts if is_experts(owner) else 1):
             found.exact.setdefault(reason, []).append(path)
         else:
             assert layer.kernel is not None
-            found.kernels[f"{layer.kernel.backend.name} ({layer.kernel.backend.device})"] += 1
+            backend = layer.kernel.backend
+            found.kernels[f"{backend.name} ({backend.device})"] += 1
     return Backends(found.kernels, found.exact, held_bytes(model))
 
 
 def held_bytes(model: nn.Module) -> int:
     """Return the memory of all kernels' layouts, in bytes, beside the packed weights."""
-    kernels = [module.kernel for module in model.modules() if isinstance(module, PackedLinear)]
-    return sum(kernel.num_bytes for kernel in kernels if kernel is not None)
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(kernel.num_bytes for layer in layers for kernel in layer.kernels)
 
 
 @contextmanager

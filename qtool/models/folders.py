@@ -42,6 +42,8 @@ SMALL = (
 LAYER_COUNTS = re.compile(r"num_(\w+_)?(layers|blocks|experts)|n_(\w+_)?(layers?|experts)|depth")  # keys of a config
 MAX_LAYERS = 2000  # most layers, blocks or experts that a config may ask for; building more takes minutes
 TEMPLATES = "additional_chat_templates"  # folder of chat templates in a model folder
+# patterns of the names of small files that a model folder has beside its weights
+SIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.codes")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # files of weights that can run code when they are read
 # floating-point dtypes by their names in safetensors files
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -178,6 +180,14 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
     return dtypes
 
 
+def belongs(file: Path, folder: Path) -> bool:
+    """Return whether a resolved file is in the resolved ``folder``, or in the hub's cache of the same model."""
+    places = [folder]
+    if folder.parent.name == "snapshots":  # the cache has models--*/snapshots/<revision> and models--*/blobs
+        places.append((folder.parent.parent / "blobs").resolve())
+    return any(file.is_relative_to(place) for place in places)
+
+
 def stored_tensor(folder: Path, name: str) -> Tensor | None:
     """Return a tensor of a model folder as its file holds it; ``None`` if no file has one of that name."""
     for file in sorted(folder.glob("*.safetensors")):
@@ -186,6 +196,19 @@ def stored_tensor(folder: Path, name: str) -> Tensor | None:
                 tensor: Tensor = reader.get_tensor(name)
                 return tensor
     return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers reads: those of the index, or ``model.safetensors``, or all.
+
+    Some folders hold the weights twice, in shards and in one file of another name.
+    """
+    try:
+        weight_map = reading.read_object(folder / "model.safetensors.index.json")["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    except FileNotFoundError:
+        single = folder / "model.safetensors"
+        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
 
 
 def _check_index(index: Path, files: set[str]) -> None:

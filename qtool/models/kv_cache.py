@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantSpec
+from qtool.models import experts
+from qtool.models.auto_class import auto_class
 from qtool.models.cache_argument import with_cache
 from qtool.system.errors import InputError
 
@@ -48,7 +50,8 @@ def key_value_linears(config: PretrainedConfig) -> dict[str, int]:
     try:
         with warnings.catch_warnings(), torch.device("meta"), torch.enable_grad():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            model = auto_class(config).from_config(config, trust_remote_code=False).eval()
+            experts.unfuse(model)
             for name, module in model.named_modules():
                 if isinstance(module, nn.Linear | Conv1D):
                     module.register_forward_hook(_leaf(outputs, name))

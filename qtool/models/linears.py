@@ -117,6 +117,21 @@ def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return (names[0], model.get_submodule(names[0])) if names else ("", model)
 
 
+def beside_decoder(model: nn.Module) -> list[nn.Module]:
+    """Return the modules beside the text decoder of a multimodal model: towers, and what projects from them."""
+    path, _ = _text_decoder(model)
+    parts = path.split(".") if path else []
+    above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    way = {*above, *([model.get_submodule(path)] if path else [])}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        child
+        for module in above
+        for child in module.children()
+        if child not in way and child is not head and not isinstance(child, nn.Embedding)
+    ]
+
+
 def _block_lists(prefix: str, decoder: nn.Module) -> dict[str, nn.ModuleList]:
     """Return each list of modules with linears inside that lies in no other such list, by its name."""
     lists = {

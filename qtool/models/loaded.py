@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qtool.models import expert_files, experts
+from qtool.models.auto_class import auto_class
 from qtool.models.config_values import config_value
 from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear, weight_of
 from qtool.quant.packed_linear import PARTS, PackedLinear
@@ -100,22 +102,23 @@ class LoadedModel:
         if self.streaming is None:
             return
         if any(done):  # the driver has freed these blocks, with the buffers that are in no file
-            self.model = from_files(self.folder, self.storage_dtype)[0].eval().requires_grad_(False)
+            self.model = from_files(self.folder, self.storage_dtype, streamed=True)[0].eval().requires_grad_(False)
             for target in targets:
                 if done[target.block] is not None:
                     bias = linear_bias(self.model.get_submodule(target.name))
                     rows, columns = target.weight_shape
                     layer = PackedLinear(columns, rows, target.spec, None if bias is None else bias.dtype)
                     replace_linear(self.model, target.name, layer)
-            kept = {name: tensor for each in done if each for name, tensor in each.items()}
-            for name, tensor in self.model.state_dict(keep_vars=True).items():
-                if name in kept:
-                    tensor.data = kept[name].clone()
+        device = self.device if on_device else torch.device("cpu")
+        expert_files.bring_in(self.model, device, lambda dtype: self.dtype if dtype == self.storage_dtype else dtype)
+        kept = {name: tensor for each in done if each for name, tensor in each.items()}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name in kept:
+                tensor.data = kept[name].clone()
         layers = packed_linears(self.model).values()
         packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             own = tensor.dtype == self.storage_dtype and id(tensor) not in packed
-            device = self.device if on_device else torch.device("cpu")
             tensor.data = tensor.data.to(device, self.dtype if own else tensor.dtype)
         for layer in layers:
             layer.mark(self.dtype)
@@ -136,17 +139,32 @@ class LoadedModel:
         return teacher
 
 
-def from_files(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:  # Any: models have no common class
-    """Return the model of ``folder`` on the CPU, and transformers' loading info: missing and unexpected tensors."""
-    loading: Any = AutoModelForCausalLM.from_pretrained(  # its annotation does not say that this is a pair
+def from_files(
+    folder: Path, dtype: torch.dtype, *, streamed: bool = False
+) -> tuple[Any, dict[str, Any]]:  # Any: models have no common class
+    """Return the model of ``folder`` on the CPU, and transformers' loading info: missing and unexpected tensors.
+
+    With ``streamed``, tensors stay in mapped files, and experts that would be stacked in memory in their own
+    (``expert_files.py``).
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind: Any = auto_class(config)
+    if streamed:
+        with torch.device("meta"):
+            skeleton = kind.from_config(config, trust_remote_code=False)
+        kind = expert_files.without_experts(skeleton, folder)
+    model, info = kind.from_pretrained(
         folder,
+        config=config,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    model, info = loading
+    if streamed:
+        expert_files.attach(model, type(skeleton), dtype)
+    experts.unfuse(model)
     for part in (model.config, model.config.get_text_config()):
         vars(part).pop("auto_map", None)  # names code of the folder, which was not used
     return model, info

@@ -13,16 +13,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtool.config.sections import ModelConfig
-from qtool.models.config_values import config_value
+from qtool.models import quantized_sources
+from qtool.models.auto_class import auto_class, is_known
+from qtool.models.experts import ExpertsLinear
 from qtool.models.folders import check_files, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
@@ -31,8 +28,6 @@ from qtool.system.errors import InputError, first_line
 from qtool.system.tensors import dtype_name
 
 WEIGHTS_PER_BYTE = 8  # most weights that a byte of a file can hold, at one bit each
-# config keys that a mixture of experts has
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,44 +57,49 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
+    A model that is published in FP8 or MXFP4 is expanded first (``quantized_sources.py``), and its ``folder`` is that
+    of the float model.
+
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.
 
     Raises:
-        InputError: the model is missing, damaged, pickled, incomplete, already quantized or a mixture of experts, has
+        InputError: the model is missing, damaged, pickled, incomplete or already quantized, has
             values that are not finite, needs code from its folder, or has an adapter beside it.
     """
+    if config.free:
+        raise InputError("model.free: only qtool ptq works without the model's class; leave it out of this recipe")
     device = choose_device(config.device)
     folder = resolve(config.path)
-    _check_adapter(config.path, folder)
+    check_adapter(config.path, folder)
     raw = read_config(folder)
-    if not quantized and raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"{config.path} is already quantized ({method}); start from the float model")
+    if not quantized:
+        quantized_sources.refuse_quantized(config.path, raw)
     _check_code(config.path, raw)
     file_dtypes = check_files(folder)
+    quantized_sources.refuse_codes(config.path, folder, raw)
     if not file_dtypes:
         raise InputError(f"{config.path} has no floating-point tensors; it is not a float model")
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_class(config.path, raw, model_config)
-        experts = [key for key in EXPERT_COUNTS if config_value(model_config.get_text_config(), key)]
-        if experts and not quantized:
-            raise InputError(f"{config.path} is a mixture of experts ({experts[0]} is set); that is not supported yet")
         tokenizer = load_tokenizer(config.path, folder)
+        if quantized_sources.is_expandable(raw):
+            folder = quantized_sources.expanded(config.path, folder, raw)
+            file_dtypes = check_files(folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)
         matmul.choose_library(dtype)
         _check_size(model_config, folder)
-        model, info = from_files(folder, storage if streamed else dtype)
+        model, info = from_files(folder, storage if streamed else dtype, streamed=streamed)
     except InputError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for a folder that it cannot load
         raise InputError(f"{config.path} cannot be loaded: {first_line(error).rstrip(':'):.300}") from error
     if info["unexpected_keys"] and type(model.config) is not type(model_config):
         raise InputError(
-            f"{config.path} is a multimodal model of which transformers loads the text part only, so that "
-            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported yet"
+            f"{config.path} is a model of which transformers loads its decoder only, so that "
+            f"{len(info['unexpected_keys'])} tensor(s) would be lost; such models are not supported"
         )
     _check_complete(config.path, info)
     if checked is not None and _holds(dtype, checked.extremes):
@@ -124,21 +124,21 @@ def _check_code(path: str, raw: dict[str, Any]) -> None:
     if "auto_map" in raw and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise InputError(
             f"{path} has the model type {kind!r}, which transformers {transformers.__version__} does not know; it "
-            "needs code from its own folder (auto_map), and qtool never runs such code; use a newer transformers, or a "
-            "model of a type that transformers knows"
+            "needs code from its own folder (auto_map), and qtool never runs such code; use a newer transformers, a "
+            "model of a type that transformers knows, or model.free: true with method rtn or hqq"
         )
 
 
 def _check_class(path: str, raw: dict[str, Any], config: PreTrainedConfig) -> None:
     """Refuse a model whose folder names code for a class that transformers itself does not have."""
-    if "auto_map" in raw and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if "auto_map" in raw and not is_known(config):
         raise InputError(
             f"{path} has the model type {raw.get('model_type')!r}, of which transformers has no causal language model; "
             "the class that auto_map in config.json names is code of its own folder, and qtool never runs such code"
         )
 
 
-def _check_adapter(path: str, folder: Path) -> None:
+def check_adapter(path: str, folder: Path) -> None:
     """Refuse a folder with a LoRA adapter: transformers adds it if peft is installed, and leaves it out if not."""
     if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
         raise InputError(
@@ -156,7 +156,7 @@ def _check_size(config: Any, folder: Path) -> None:
     with torch.device("meta"):
         num_weights = sum(
             parameter.numel()
-            for parameter in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
+            for parameter in auto_class(config).from_config(config, trust_remote_code=False).parameters()
         )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if num_weights > size * WEIGHTS_PER_BYTE:
@@ -175,14 +175,18 @@ def _check_finite(model: nn.Module, folder: Path, dtype: torch.dtype) -> dict[st
     """Return the lowest and the highest value of each parameter; refuse values that are not finite in ``dtype``."""
     pages, extremes = memory.Pages(), {}
     for name, parameter in model.named_parameters():
-        low, high = (float(end) for end in parameter.detach().aminmax())
+        module = model.get_submodule(name.rpartition(".")[0])
+        weights = module.expert_weights() if isinstance(module, ExpertsLinear) else [parameter.detach()]
+        ends = torch.tensor([[float(end) for end in weight.aminmax()] for weight in weights])
+        low, high = float(ends[:, 0].min()), float(ends[:, 1].max())  # NaN passes through
         pages.drop(parameter)
         extremes[name] = low, high
         largest = max(-low, high)
         if not (math.isfinite(low) and math.isfinite(high)):
             stored = stored_tensor(folder, name)
             if stored is None or not stored.isfinite().all():
-                found = int((~torch.isfinite(parameter)).sum())
+                weights = module.expert_weights() if isinstance(module, ExpertsLinear) else [parameter]
+                found = sum(int((~torch.isfinite(weight)).sum()) for weight in weights)
                 raise InputError(
                     f"{name} holds {found} NaN or infinite value(s) of {parameter.numel()}; repair the checkpoint"
                 )

@@ -63,7 +63,7 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
         others = f" but {short(kept)}, which stay in floating point by default" if kept else ""
         faults.append(f"quant.overrides skip every linear{others}; nothing is left to quantize")
     if faults:
-        raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", _shortened(faults)))
+        raise InputError(listing(f"{loaded.path} cannot be quantized with this recipe:", shortened(faults)))
     for line in notes:
         if line not in loaded.notes:
             progress.note(line)
@@ -110,7 +110,7 @@ def _shared(loaded: LoadedModel, names: set[str]) -> Iterator[str]:
                     yield f"{name} has the same weight as {first}; blocks that share weights are not supported"
 
 
-def _shortened(faults: list[str]) -> Iterator[str]:
+def shortened(faults: list[str]) -> Iterator[str]:
     """Yield one of the faults that differ only in numbers, with the count of the others."""
     kinds: dict[str, list[str]] = {}
     for fault in faults:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from qtool.models.block_calls import Stop, replaced_forwards, with_hidden
+from qtool.models.experts import ExpertsLinear
 from qtool.models.linears import linear_bias, stored_weight, weight_of
 from qtool.system import memory
 from qtool.system.errors import InputError, first_line
@@ -79,7 +80,14 @@ def no_plain_linears(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) 
     Raises:
         InputError: the model cannot be run, or changes its weights when it is run.
     """
-    linears = [{n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)} for _, block in blocks]
+    linears = [
+        {
+            n: m
+            for n, m in block.named_modules()
+            if isinstance(m, nn.Linear | Conv1D) and not isinstance(m, ExpertsLinear)
+        }
+        for _, block in blocks
+    ]
     kinds = [
         (type(block), *((n, type(m), stored_weight(m).shape) for n, m in own.items()))
         for (_, block), own in zip(blocks, linears, strict=True)

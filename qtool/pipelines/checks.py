@@ -4,6 +4,7 @@ A fault of the recipe is reported before the model is quantized, not after hours
 """
 
 from qtool.allocation import plan as bit_plan
+from qtool.allocation.sensitivity import COST_ESTIMATORS
 from qtool.blocks.job import load_method
 from qtool.checkpoints import output_folder
 from qtool.checkpoints.native import NativeCheckpoint
@@ -11,6 +12,7 @@ from qtool.config.recipe import Recipe
 from qtool.config.sections import ExportConfig
 from qtool.config.training import EndToEndConfig, TrainedConfig
 from qtool.data import sources
+from qtool.data.windows import Calibration
 from qtool.evaluation import tasks
 from qtool.exporters import _base
 from qtool.models.folders import resolve
@@ -76,6 +78,27 @@ def check_paths(recipe: Recipe) -> None:
 def needs_text(recipe: Recipe) -> bool:
     """Return whether a run reads calibration text, for its method or to choose bit widths."""
     return load_method(recipe.method.name).needs_data(recipe.method) or recipe.quant.budget is not None
+
+
+def check_pictures(recipe: Recipe, text: Calibration) -> None:
+    """Refuse pictures where a recipe trains, or measures costs on, next tokens of the whole model.
+
+    Raises:
+        InputError: the calibration text has pictures, and something in the recipe reads text only.
+    """
+    if not text.pictures:
+        return
+    budget = recipe.quant.budget
+    if load_method(recipe.method.name).end_to_end(recipe.method):
+        what = f"{recipe.method.name} trains the whole model, which reads text only"
+    elif budget is not None and COST_ESTIMATORS[budget.estimator].whole:
+        what = f"quant.budget.estimator: {budget.estimator} runs the whole model, which reads text only"
+    else:
+        return
+    raise InputError(
+        f"data.source: {recipe.data.source} holds pictures, and {what}; use text, or what goes block by block (the "
+        "methods gptq, awq and signround, the estimators block and hessian)"
+    )
 
 
 def check_exports(recipe: Recipe, planned: NativeCheckpoint) -> None:

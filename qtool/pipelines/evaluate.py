@@ -14,6 +14,7 @@ from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
 from qtool.exporters._base import recognised
 from qtool.exporters._readback import load_exported
+from qtool.models.auto_class import is_multimodal
 from qtool.models.folders import resolve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
@@ -109,6 +110,7 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         bits_per_weight=sizes.bits_per_weight(source.specs, source.shapes),
         quantized_bytes=source.num_bytes(),
         calibration=described(manifest.recorded.data) if manifest.data else None,
+        multimodal=is_multimodal(loaded.model.config),
         linears=weights.linear_records(weights.block_linears(loaded), source.specs, manifest.weight_errors),
         series=manifest.series,
         lock=manifest.lock,

@@ -123,7 +123,7 @@ def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
                 f"tokenizer: found {type(loaded.tokenizer).__name__}, and {recipe.method.name} needs one for its "
                 "calibration text; give the model's tokenizer, or tokens as data"
             )
-        text = windows.calibration(recipe.data, loaded, recipe.seed)
+        text = windows.calibration(recipe.data, loaded, recipe.seed)[:2]
     if method.end_to_end(recipe.method):
         loaded.pristine = copy.deepcopy(loaded.model)
     return replace(job, tokens=text[0], labels=text[1])

@@ -12,6 +12,7 @@ from qtool.config.recipe import Recipe
 from qtool.data import sources, windows
 from qtool.models.loading import load_model
 from qtool.models.quiet import without_progress_bars
+from qtool.pipelines.checks import check_pictures
 from qtool.pipelines.run_state import PLAN, RunState
 from qtool.system import distributed, reading
 
@@ -28,7 +29,8 @@ def plan(recipe: Recipe) -> BitPlan:
     loaded = load_model(recipe.model)
     units = bit_plan.units_of(loaded, recipe.quant)
     text = windows.calibration(recipe.data, loaded, recipe.seed)
-    job = Job(loaded, (), text.tokens, text.labels, recipe.seed)
+    check_pictures(recipe, text)
+    job = Job(loaded, (), text.tokens, text.labels, recipe.seed, pictures=text.pictures)
     return bit_plan.plan(job, lambda: loaded, units, recipe.quant)
 
 

@@ -26,14 +26,16 @@ from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.models import quantized_sources
+from qtool.models.auto_class import is_multimodal
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.targets import select_targets
-from qtool.pipelines import trial
-from qtool.pipelines.checks import check_early, check_exports, needs_text
+from qtool.pipelines import model_free, trial
+from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
@@ -90,6 +92,8 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         RunError: the run could not be finished.
     """
     timer = PhaseTimer()
+    if recipe.model.free:
+        model_free.check(recipe)
     check_early(recipe)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
@@ -97,7 +101,9 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         progress.note(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, report, timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
-        if run.state.written is None:
+        if run.state.written is None and recipe.model.free:
+            _keep(run, *model_free.run(recipe, run.method, run.state, timer))
+        elif run.state.written is None:
             prepared = prepare(run)
             result = run_method(run, prepared)
             if not distributed.is_first():
@@ -122,14 +128,17 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
     method: Method[MethodConfig] = load_method(recipe.method.name)
     distributed.start(choose_device(recipe.model.device))
     output = recipe.output
-    with run_state(
-        output.path,
-        lock,
-        overwrite=output.overwrite,
-        fresh=fresh,
-        source=folder,
-        end_to_end=method.end_to_end(recipe.method),
-    ) as state:
+    with (
+        run_state(
+            output.path,
+            lock,
+            overwrite=output.overwrite,
+            fresh=fresh,
+            source=folder,
+            end_to_end=method.end_to_end(recipe.method),
+        ) as state,
+        quantized_sources.expanded_in(state.folder / "expanded"),
+    ):
         yield Run(recipe, method, state, timer)
 
 
@@ -138,6 +147,8 @@ def prepare(run: Run) -> Prepared:
     recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
+        if recipe.eval is not None:
+            tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
         targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
@@ -150,14 +161,15 @@ def prepare(run: Run) -> Prepared:
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
-    tokens, labels = text or (None, None)
-    job = Job(loaded, targets, tokens, labels, recipe.seed, workspace)
+            check_pictures(recipe, text)
+    tokens, labels, pictures = text or (None, None, ())
+    job = Job(loaded, targets, tokens, labels, recipe.seed, workspace, pictures)
     if units is not None:
         with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
         job = replace(job, targets=select_targets(loaded, plan.applied(quant)))
     if not run.method.needs_data(recipe.method):
-        job = replace(job, tokens=None, labels=None)
+        job = replace(job, tokens=None, labels=None, pictures=())
     linears = weights.block_linears(loaded)
     return Prepared(job, text, plan, _specs(job.targets), shapes, linears, float_bytes)
 
@@ -214,9 +226,20 @@ def save(run: Run, prepared: Prepared, result: Result) -> None:
             output_folder.clear(state.model)  # files of an earlier start, which was killed while it wrote them
         native.save(state.model, loaded, prepared.specs)
         report = _report(run, prepared, result, errors)
-        _manifest(run, prepared, report, errors).write(state.model)
-        model_card.write(state.model, report, MANIFEST, recipe.output.path.name)
-        state.keep_written(report)
+        _keep(run, report, errors, prepared.text, prepared.plan)
+
+
+def _keep(
+    run: Run,
+    report: Report,
+    weight_errors: dict[str, float],
+    text: Calibration | None = None,
+    plan: BitPlan | None = None,
+) -> None:
+    """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
+    _manifest(run, report, weight_errors, text, plan).write(run.state.model)
+    model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
+    run.state.keep_written(report)
 
 
 def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
@@ -232,6 +255,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         quantized_bytes=files.folder_bytes(run.state.model),
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
+        multimodal=is_multimodal(loaded.model.config),
         seed=recipe.seed,
         calibration=None if prepared.text is None else described(recipe.data),
         expected=beside_published(recipe.expected, ()),
@@ -242,12 +266,14 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
     )
 
 
-def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[str, float]) -> Manifest:
+def _manifest(
+    run: Run, report: Report, weight_errors: dict[str, float], text: Calibration | None, plan: BitPlan | None
+) -> Manifest:
     """Return the manifest of the checkpoint, whose files have been written."""
-    text = prepared.text
     tokens = None if text is None else CalibrationTokens(tokens=text.tokens.shape, sha256=windows.token_hash(*text))
     assert report.label is not None
     assert report.bits_per_weight is not None
+    assert report.float_bytes is not None
     return Manifest(
         format_version=FORMAT_VERSION,
         recipe=resolved(run.recipe),
@@ -255,14 +281,14 @@ def _manifest(run: Run, prepared: Prepared, report: Report, weight_errors: dict[
         data=tokens,
         label=report.label,
         bits_per_weight=report.bits_per_weight,
-        float_bytes=prepared.float_bytes,
+        float_bytes=report.float_bytes,
         quantized_bytes=files.folder_bytes(run.state.model),
         series=report.series,
         weight_errors=weight_errors,
         seconds=report.seconds,
         versions=environment(),
         date=report.date,
-        plan=prepared.plan,
+        plan=plan,
         command=run.method.command,
         lock=run.state.lock,
         files=files.file_hashes(run.state.model, *side_files.HASHED),

@@ -2,7 +2,7 @@
 
     <output>.partial/qtool.lock              lock file: held by the process that writes the folder
     <output>.partial/state/lock.json         what the result depends on: recipe, model files, versions, threads
-    <output>.partial/state/tokens.safetensors  calibration windows, and which of their tokens are learned
+    <output>.partial/state/tokens.safetensors  calibration windows, their pictures, and which tokens are learned
     <output>.partial/state/plan.json         bit widths chosen for a budget
     <output>.partial/state/block-00003.json  figures and weight errors of a finished block, SHA-256 of its shard
     <output>.partial/state/blocks/           shards of finished blocks, if the method then trains the whole model
@@ -17,7 +17,7 @@ stays until evaluation, reports and exports are done too, so that the same comma
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from qtool.system.errors import InputError, RunError, listing
 from qtool.training.end_to_end import TRAINING
 
 PLAN = "plan.json"  # name of the file with the bit widths
+PICTURE = "pictures."  # prefix of what a model reads of the pictures of each window, before the number of the window
 WRITTEN = "written.json"  # name of the file that says that the checkpoint is complete
 
 
@@ -115,10 +116,17 @@ class RunState:
         kept = SafetensorsFolder(self.folder, file.name)
         if "tokens" not in kept.names:
             raise InputError(f"{file} has no tokens; pass --fresh to start over")
-        return Calibration(kept.tensor("tokens"), kept.tensor("labels") if "labels" in kept.names else None)
+        pictures: dict[str, dict[str, Tensor]] = {}
+        for name in sorted(name for name in kept.names if name.startswith(PICTURE)):
+            window, _, key = name.removeprefix(PICTURE).partition(".")
+            pictures.setdefault(window, {})[key] = kept.tensor(name)
+        labels = kept.tensor("labels") if "labels" in kept.names else None
+        return Calibration(kept.tensor("tokens"), labels, tuple(pictures.values()))
 
-    def keep_tokens(self, tokens: Tensor, labels: Tensor | None = None) -> None:
-        """Keep the calibration windows and their labels.
+    def keep_tokens(
+        self, tokens: Tensor, labels: Tensor | None = None, pictures: Sequence[Mapping[str, Tensor]] = ()
+    ) -> None:
+        """Keep the calibration windows, their labels and their pictures.
 
         Raises:
             InputError: an earlier start kept other windows: the calibration text has changed since.
@@ -126,8 +134,10 @@ class RunState:
         before = self.calibration()
         if before is None:
             kept = {"tokens": tokens.cpu()} if labels is None else {"tokens": tokens.cpu(), "labels": labels.cpu()}
+            for index, window in enumerate(pictures):
+                kept |= {f"{PICTURE}{index:06d}.{key}": tensor.cpu() for key, tensor in window.items()}
             write_shard(kept, self.folder / "tokens.safetensors")
-        elif token_hash(*before) != token_hash(tokens, labels):
+        elif token_hash(*before) != token_hash(tokens, labels, pictures):
             raise InputError(
                 f"the calibration text has changed since {self.partial} was begun; restore it, or pass --fresh to "
                 "start over"

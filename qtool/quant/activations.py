@@ -7,6 +7,8 @@ range, so the gradient of ``x`` passes unchanged. Keys and values are rounded at
 head, before rotary embedding: a cache then holds the same numbers whether tokens came all at once or one by one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,10 @@ class ActivationRounding(nn.Module):
 
     spec: QuantSpec
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in]`` to ``[..., out]``. Rounding is not in ``forward``, which callers replace on instances."""
-        return round_output(super().__call__(round_input(x, self.spec)), self.spec)
+    def __call__(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Map ``x [..., in]`` to ``[..., out]``. Rounding is not in ``forward``, which callers replace on instances.
+
+        A linear of experts gets the number of rows of each expert in ``counts``.
+        """
+        rows = () if counts is None else (counts,)
+        return round_output(super().__call__(round_input(x, self.spec), *rows), self.spec)

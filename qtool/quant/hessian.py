@@ -4,7 +4,7 @@ The matrix ``[in, in]`` is the largest tensor of a run. So only its lower triang
 a few rows at a time, and the upper triangle is filled in place.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,17 +17,31 @@ PART = 256  # number of columns handled at once when a matrix is changed in plac
 
 def gram(inputs: Iterable[Tensor]) -> Tensor:
     """Return ``2/n sum x^T x``, float32 ``[in, in]``, of batches ``[tokens, in]`` with ``n`` tokens in all."""
-    total, count = None, 0
-    for batch in inputs:
-        count += len(batch)
-        if total is None:
-            total = batch.new_zeros(batch.shape[1], batch.shape[1], dtype=torch.float32)
-        for rows in row_chunks(batch):
-            with exact_products(batch.dtype):
-                add_gram(total, batch[rows].float())
-    assert total is not None, "a Gram matrix needs a batch"
-    mirror(total.mul_(2 / count))
+    ((total, _),) = grams([batch] for batch in inputs)
     return total
+
+
+def grams(batches: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, int]]:
+    """Return ``gram`` and the number of tokens of several inputs; each batch has one tensor ``[tokens, in]`` of each.
+
+    The matrix of an input without tokens is zero.
+    """
+    totals: list[Tensor] = []
+    counts: list[int] = []
+    for parts_of_batch in batches:
+        if not totals:
+            size = parts_of_batch[0].shape[1]
+            totals = [part.new_zeros(size, size, dtype=torch.float32) for part in parts_of_batch]
+            counts = [0] * len(totals)
+        for index, (total, part) in enumerate(zip(totals, parts_of_batch, strict=True)):
+            counts[index] += len(part)
+            for rows in row_chunks(part):
+                with exact_products(part.dtype):
+                    add_gram(total, part[rows].float())
+    assert totals, "a Gram matrix needs a batch"
+    for total, count in zip(totals, counts, strict=True):
+        mirror(total.mul_(2 / max(count, 1)))
+    return list(zip(totals, counts, strict=True))
 
 
 def row_chunks(batch: Tensor) -> Iterator[slice]:

@@ -4,7 +4,7 @@ Every method ends in this layer. It expands its weight for each product, which i
 a kernel (``kernels.py``). Input and output are rounded too where the grid asks for it (``activations.py``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
 from qtool.quant import affine, kernels
 from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packing import num_words, pack, unpack
+from qtool.quant.expert_product import by_parts, product
+from qtool.quant.packing import WORD, num_words, pack, unpack
 from qtool.system.errors import InputError
 from qtool.system.tensors import size_for
 
@@ -23,6 +24,7 @@ FORMAT_VERSION = 1  # version of the native checkpoint's format
 ACTIVATIONS_VERSION = 2  # version of a checkpoint that rounds activations or the KV cache: older readers must stop
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # buffers of a packed linear
 
+ALL = slice(None)  # all rows of a weight
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # number of weights expanded at once; a CPU's caches hold 2**19
 
 
@@ -46,7 +48,8 @@ class PackedLinear(ActivationRounding):
         """Make a layer of zeros, to load tensors into; ``bias`` is the dtype of its bias, ``None`` if it has none."""
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        self.kernel: kernels.Kernel | None = None  # not in the state dict: it is made from the buffers
+        # not in the state dict: they are made from the buffers; one, or one for each of several experts
+        self.kernels: tuple[kernels.Kernel, ...] = ()
         groups = spec.num_groups(in_features)
         self.register_buffer("weight", torch.full((1,), float(FORMAT_VERSION)))
         words = num_words(in_features, spec.num_bits)
@@ -113,44 +116,83 @@ class PackedLinear(ActivationRounding):
         codes = unpack(self.weight_packed, self.spec.num_bits, self.in_features)
         return QuantizedWeight(codes, *self.qparams(), self.spec)
 
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """Return scale and zero point, float32 ``[out, groups]``."""
-        scale = self.weight_scale.float()
+    def qparams(self, rows: slice = ALL) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of ``rows``, float32 ``[out, groups]``."""
+        scale = self.weight_scale[rows].float()
         if self.spec.symmetric:
             return scale, torch.full_like(scale, self.spec.middle)
         if self.spec.float_zero:
-            return scale, self.weight_zero_point.float()
-        words = self.weight_zero_point.T.contiguous()
-        return scale, unpack(words, self.spec.num_bits, self.out_features).T.float()
+            return scale, self.weight_zero_point[rows].float()
+        words, (start, stop, _) = self.weight_zero_point, rows.indices(self.out_features)
+        bits = self.spec.num_bits
+        first = start * bits // WORD if start * bits % WORD == 0 else 0  # rows before the first word are not unpacked
+        words = words[first : num_words(stop, bits)].T.contiguous()
+        skipped = first * WORD // bits
+        return scale, unpack(words, bits, stop - skipped)[:, start - skipped :].T.float()
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight ``[out, in]``, computed in float32 and rounded to ``dtype``, a few rows at a time."""
-        scale, zero_point = self.qparams()
+    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = ALL) -> Tensor:
+        """Return ``rows`` of the weight ``[out, in]``, computed in float32 and rounded to ``dtype``, some at a time."""
+        scale, zero_point = self.qparams(rows)
         if scale.requires_grad and torch.is_grad_enabled():
-            return affine.dequantize(*self.quantized).to(dtype)
+            return affine.dequantize(*self.quantized).to(dtype)[rows]
         size = max(1, size_for(scale.device, CHUNK_NUMBERS) // self.in_features)
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=scale.device)
-        parts = (tensor.split(size) for tensor in (weight, self.weight_packed, scale, zero_point))
-        for rows, words, row_scale, row_zero_point in zip(*parts, strict=True):
+        packed = self.weight_packed[rows]
+        weight = torch.empty(len(packed), self.in_features, dtype=dtype, device=scale.device)
+        parts = (tensor.split(size) for tensor in (weight, packed, scale, zero_point))
+        for part, words, row_scale, row_zero_point in zip(*parts, strict=True):
             codes = affine.grouped(unpack(words, self.spec.num_bits, self.in_features), self.spec).float()
             codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # affine.dequantize, in place
-            rows.copy_(codes.flatten(1))
+            part.copy_(codes.flatten(1))
         return weight
 
-    def accelerate(self) -> str:
+    def accelerate(self, experts: int = 1) -> str:
         """Prepare a kernel for inputs of few rows; return the reason if there is none, else an empty string.
 
-        The kernel holds a second copy of the weight in its own layout; the state dict does not change.
+        The kernel holds a second copy of the weight in its own layout; the state dict does not change. Each of
+        ``experts`` whose weights are stacked gets a kernel of its own.
         """
-        self.kernel, reason = kernels.prepare(self.quantized)
-        return reason
+        self.kernels = ()
+        codes, scale, zero_point, spec = self.quantized
+        parts = zip(codes.chunk(experts), scale.chunk(experts), zero_point.chunk(experts), strict=True)
+        found = []
+        for part in parts:
+            kernel, reason = kernels.prepare(QuantizedWeight(*part, spec))
+            if kernel is None:
+                return reason
+            found.append(kernel)
+        self.kernels = tuple(found)
+        return ""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``; without a kernel, the weight is expanded."""
+    @property
+    def kernel(self) -> kernels.Kernel | None:
+        """The kernel, of experts that of the first."""
+        return self.kernels[0] if self.kernels else None
+
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``; without a kernel, the weight is expanded.
+
+        With ``counts``, of experts, only the weights of those that have rows are expanded.
+        """
+        if counts is not None:
+            return self._of_experts(x, counts)
         if self.kernel is not None and self.kernel.takes(x) and not self.weight_scale.requires_grad:
             y = self.kernel(x)
             return y if self.bias is None else y.add_(self.bias)
         return F.linear(x, self.dequantized(x.dtype), self.bias)
+
+    def _of_experts(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Map the rows ``x [rows, in]`` of each expert to ``[rows, out]`` by its own weight."""
+        if self.weight_scale.requires_grad and torch.is_grad_enabled():
+            return product(x, self.dequantized(x.dtype), None, counts)
+        size = self.out_features // len(counts)
+
+        def multiply(expert: int, rows: Tensor) -> Tensor:
+            kernel = self.kernels[expert] if self.kernels else None
+            if kernel is not None and kernel.takes(rows):
+                return kernel(rows)
+            return F.linear(rows, self.dequantized(x.dtype, slice(expert * size, (expert + 1) * size)))
+
+        return by_parts(x, counts, multiply)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the grid in its stored dtype: ``model.half()`` must not change a weight."""
@@ -175,10 +217,9 @@ class PackedLinear(ActivationRounding):
 
     def _renew(self) -> None:
         """Make the kernel again, after its buffers have changed or moved."""
-        if self.kernel is not None:
-            self.kernel = None
-            if self.weight_scale.device.type != "meta":
-                self.accelerate()
+        experts, self.kernels = len(self.kernels), ()
+        if experts and self.weight_scale.device.type != "meta":
+            self.accelerate(experts)
 
     def extra_repr(self) -> str:
         """Return shape and grid, for ``print(model)``."""

@@ -6,9 +6,9 @@ it (``activations.py``).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.config.quant import QuantSpec
@@ -16,6 +16,7 @@ from qtool.config.training import RoundingConfig
 from qtool.quant import affine
 from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
+from qtool.quant.expert_product import product
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.rounding import PLAIN, scaled_gradient
 from qtool.system.errors import InputError
@@ -91,9 +92,9 @@ class QuantLinear(ActivationRounding):
         codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec, self.surrogate)
         return affine.from_codes(codes, scale, zero_point)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""
-        return F.linear(x, self.quantized_weight().to(x.dtype), self.bias)
+        return product(x, self.quantized_weight().to(x.dtype), self.bias, counts)
 
     @property
     @torch.no_grad()

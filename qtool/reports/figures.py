@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from qtool.reports.drawing import LIGHT, MAX_TICKS, Plot, blank, freeze_layout, shortened, style, text_on, whole_numbers
+from qtool.reports.expert_figure import draw_coverage
 from qtool.reports.records import Linear, Series
 from qtool.reports.report import Report
 from qtool.reports.text import number
@@ -245,7 +246,7 @@ def _phases(report: Report) -> Plot | None:
     return Plot("phases", "Time and memory", figure, "; ".join(said) + ".")
 
 
-DRAWERS = (_metrics, _sizes, _bits, _errors, _blocks, _loss, _phases)
+DRAWERS = (_metrics, _sizes, _bits, _errors, _blocks, draw_coverage, _loss, _phases)
 
 
 def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[float], str]) -> None:

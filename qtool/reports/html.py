@@ -60,7 +60,9 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
         phases=_phases(report),
         published=_published(report),
         evaluating=f"qtool eval {shlex.quote(report.quantized)}" if report.quantized else None,
-        loading=model_card.loading_code(report.quantized) if report.quantized and report.method else None,
+        loading=model_card.loading_code(report.quantized, report.multimodal)
+        if report.quantized and report.method
+        else None,
         lock=list(_flat(report.lock.model_dump(mode="json") if report.lock else {})),
     )
 

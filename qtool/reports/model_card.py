@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -12,17 +13,31 @@ from qtool.system.printable import one_line, printable, redacted, shown
 from qtool.system.version import __version__
 from qtool.system.writing import write_text
 
+# how to load a checkpoint that was made without the model's class
+FREE_LOADING = (
+    "It was made from the model's files alone (model.free). transformers loads it if it has a class whose linears are "
+    "named as in these files; for other software, export it as compressed-tensors or dense."
+)
 
-def loading_code(name: str) -> str:
+
+def loading_code(name: str, multimodal: bool = False) -> str:
     """Return Python code that loads the native checkpoint in the folder ``name``."""
+    model, text_to_tokens = (
+        ("AutoModelForMultimodalLM", "AutoProcessor")
+        if multimodal
+        else (
+            "AutoModelForCausalLM",
+            "AutoTokenizer",
+        )
+    )
     text = printable(json.dumps(redacted(name), ensure_ascii=False))  # a string of Python too, whatever is in the name
     return "\n".join(
         [
             "import qtool  # lets transformers read this folder; without it, loading fails with a size mismatch",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {model}, {text_to_tokens}",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({text})",
-            f"tokenizer = AutoTokenizer.from_pretrained({text})",
+            f"model = {model}.from_pretrained({text})",
+            f"{'processor' if multimodal else 'tokenizer'} = {text_to_tokens}.from_pretrained({text})",
         ]
     )
 
@@ -41,8 +56,9 @@ def write(folder: Path, report: Report, manifest: str, name: str) -> None:
             "",
             "## How to load it",
             "",
+            *([FREE_LOADING, ""] if report.lock is not None and report.lock.model.get("free") else []),
             "```python",
-            loading_code(name),
+            loading_code(name, report.multimodal),
             "```",
             "",
             "The weights stay packed in memory. `qtool export` converts the checkpoint for other engines; "
@@ -61,13 +77,17 @@ def write_export(
     library: str,
     loading: str,
     notes: list[str],
-    differences: dict[str, float],
+    differences: Mapping[str, float | None],
 ) -> None:
     """Write ``README.md`` of an export: how to load it, notes, and the differences found when it was read back.
 
     ``base`` is the float model, ``label`` the quantization grid, ``library`` the software that loads the format, and
     ``loading`` a text on how to load it.
     """
+    logits = differences["logit_difference"]
+    compared = "logits not compared, since transformers has no class for the model"
+    if logits is not None:
+        compared = f"largest logit difference {logits:.3g} of the largest logit"
     _write(
         folder,
         base,
@@ -77,8 +97,7 @@ def write_export(
             "",
             *([shown(loading), ""] if loading else []),
             *(f"* {one_line(note)}." for note in notes),
-            f"* Read back after writing: largest weight difference {differences['weight_difference']:.3g}, "
-            f"largest logit difference {differences['logit_difference']:.3g} of the largest logit.",
+            f"* Read back after writing: largest weight difference {differences['weight_difference']:.3g}, {compared}.",
             "",
             f"Exported by qtool {__version__} from integer codes, without quantizing again.",
         ],

@@ -161,12 +161,15 @@ class Lock(BaseModel):
     processes: Count
 
 
+EXPERT_TOKENS = "expert_tokens"  # name of the series with the calibration tokens that each expert of a block saw
+
+
 class Series(Record):
-    """Numbers that a method recorded, one for each block, training step or validation."""
+    """Numbers that a method recorded, one for each block, expert, training step or validation."""
 
     name: str
-    per: Literal["block", "step", "validation"] = Field(
-        description="Whether there is one value per block, step or validation."
+    per: Literal["block", "expert", "step", "validation"] = Field(
+        description="Whether there is one value per block, expert of a block, step or validation."
     )
     at: tuple[Count, ...] = Field(description="Index of the block, or number of steps done, for each value.")
     values: tuple[Number, ...]
@@ -201,8 +204,9 @@ class Exported(Record):
     path: str
     num_bytes: Count = Field(description="Size of the weights on disk, in bytes.")
     weight_difference: Number = Field(description="Largest absolute difference of a weight after reading back.")
-    logit_difference: Number = Field(
-        description="Largest difference of logits on fixed tokens, relative to the largest logit."
+    logit_difference: Number | None = Field(
+        description="Largest difference of logits on fixed tokens, relative to the largest logit; null: no class of "
+        "transformers computes them."
     )
     notes: tuple[str, ...] = ()
     loading: str = Field("", description="Software that loads the export.")

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from qtool.reports import quality
 from qtool.reports.document import Document, Printable, Table
+from qtool.reports.expert_tokens import coverage
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
@@ -68,6 +69,7 @@ class Report(Record, Printable):
         None, description="Arithmetic of packed linears: exact or fast; null: no packed linears."
     )
     seed: Count | None = None
+    multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -136,6 +138,8 @@ class Report(Record, Printable):
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
+        if (seen := coverage(self.series)) is not None:
+            facts.append(("calibration of experts", str(seen)))
         if (text := self.calibration) is not None:
             shape = f"{text.num_samples} windows of {text.seq_len} tokens"
             facts.append(("calibrated on", f"{text.source}, {shape}"))

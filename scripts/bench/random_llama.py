@@ -1,4 +1,4 @@
-"""A random bfloat16 Llama, and native checkpoints of it, for ``qtool bench`` and for measuring memory.
+"""A random bfloat16 Llama or Qwen3-MoE, and native checkpoints of it, for ``qtool bench`` and for measuring memory.
 
     python scripts/bench/random_llama.py out/llama --grids w4g128,w8pc,w8g128,w3g128,w2g64a
     qtool bench out/llama/w4g128
@@ -6,15 +6,25 @@
     python scripts/bench/random_llama.py out/deep16 --blocks 16 --mlp 5632 --kv-heads 4 --vocabulary 32000 --grids ""
     python scripts/bench/peers.py --model out/deep16/float --bits 4 --group-size 128 --num-samples 16 --eval-windows 1
 
+    python scripts/bench/random_llama.py out/moe16 --blocks 16 --hidden 768 --mlp 512 --kv-heads 4 --experts 64 --grids=
+
 By default about 0.5 B parameters in blocks of the shape of Llama 3.2 1B: hidden 2048, MLP 8192, 32 heads, 8 of keys and
 values. Weights are random and rounded to nearest: neither speed nor memory depends on their values.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
@@ -33,25 +43,31 @@ def quant(grid: str) -> QuantConfig:
     return QuantConfig.model_validate({"num_bits": bits, "group_size": group, "symmetric": name == grid})
 
 
-def make_float(folder: Path, vocabulary: int, blocks: int, mlp: int, kv_heads: int) -> None:
+def make_float(
+    folder: Path, vocabulary: int, blocks: int, mlp: int, kv_heads: int, hidden: int = 2048, experts: int = 0
+) -> None:
     """Write the float model."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=2048,
-        intermediate_size=mlp,
-        num_hidden_layers=blocks,
-        num_attention_heads=32,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        dtype=torch.bfloat16,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "dtype": torch.bfloat16,
+    }
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
+    if experts:
+        settings |= {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": mlp, "head_dim": 64}
+        model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**settings))
     torch.set_default_dtype(torch.float32)
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")
     model.save_pretrained(folder)
@@ -66,10 +82,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--mlp", type=int, default=8192)
     parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=0, help="experts of each block, of the width --mlp; 0: a Llama")
     parser.add_argument("--grids", default="w4g128")
     args = parser.parse_args()
     if not (args.folder / "float").exists():
-        make_float(args.folder / "float", args.vocabulary, args.blocks, args.mlp, args.kv_heads)
+        settings = (args.vocabulary, args.blocks, args.mlp, args.kv_heads, args.hidden, args.experts)
+        make_float(args.folder / "float", *settings)
     for grid in filter(None, args.grids.split(",")):
         if (args.folder / grid).exists():
             continue

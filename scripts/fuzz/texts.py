@@ -213,7 +213,7 @@ def read_case(case: Case, good: LoadedModel) -> str:
         changed = any((folder / name).read_bytes() != (good.folder / name).read_bytes() for name in TOKENIZER)
         changed = changed or any(folder.glob("chat_template*"))
         loaded = load_model(ModelConfig(path=str(folder), device="cpu", dtype="float32")) if changed else good
-        tokens, labels = windows.calibration(data, loaded, 0)
+        tokens, labels, _ = windows.calibration(data, loaded, 0)
         assert tokens.shape == (data.num_samples, data.seq_len)
         assert tokens.dtype == torch.int64
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < VOCABULARY

@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 from helpers import tiny
+from helpers.architectures import write
 from helpers.bit_plans import budgeted, planned
 from helpers.stopped_runs import Killed, hashes, killed_at_rename, quantize, stop_after
 from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.allocation.plan import BitPlan, check, units_of
-from qtool.allocation.sensitivity import COST_ESTIMATORS, merged
+from qtool.allocation.sensitivity import COST_ESTIMATORS, fused, merged
 from qtool.allocation.solvers import SOLVERS
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import NativeCheckpoint
@@ -55,6 +56,13 @@ def test_experts_of_a_layer_are_one_unit() -> None:
     linear = torch.nn.Linear(1, 1)
     groups = [[Target.of(name, linear, spec, 0)] for name in ["model.layers.0.mlp.gate", *names]]
     assert [len(unit) for unit in merged(groups)] == [1, 4, 4]
+
+
+def test_the_stacked_experts_of_a_layer_are_one_unit(tmp_path: Path) -> None:
+    loaded = tiny.load(write("qwen3_moe", tmp_path / "model"))
+    units = fused(loaded, select_targets(loaded, QuantConfig(group_size=16)))
+    names = [[target.name.rpartition(".")[2] for target in unit] for unit in units]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_up_proj", "down_proj"]] * 2
 
 
 @pytest.mark.parametrize("average_bits", [2.6, 3.0, 3.7, 5.0])

@@ -36,7 +36,7 @@ def test_an_array_is_used_exactly_and_in_its_order_whatever_the_seed(
     np.save(tmp_path / "a.npy", TOKENS.numpy().astype(dtype))
     sources.check_source(config(tmp_path / "a.npy"))
     for seed in (0, 1):
-        tokens, labels = windows.calibration(config(tmp_path / "a.npy"), loaded, seed)
+        tokens, labels, _ = windows.calibration(config(tmp_path / "a.npy"), loaded, seed)
         assert tokens.dtype == torch.int64
         assert torch.equal(tokens, TOKENS)
         assert labels is None

@@ -22,7 +22,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
-from qtool.exporters.gguf import blocks, tokenizer
+from qtool.exporters.gguf import blocks, families, tokenizer
 from qtool.models.folders import read_config
 from qtool.models.targets import select_targets
 from qtool.quant.affine import dequantize
@@ -201,7 +201,7 @@ def test_the_figures_of_a_model_are_in_the_file(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(out / "model.gguf")
     found = {key.removeprefix("qwen3."): field.contents() for key, field in reader.fields.items()}
     assert found["general.architecture"] == "qwen3"
-    assert {key: found[key] for key in exporter.METADATA} == {
+    assert {key: found[key] for key, *_ in families.COMMON} == {
         "context_length": 128,
         "embedding_length": 64,
         "block_count": 2,

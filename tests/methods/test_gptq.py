@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.stages import Stage, stages
-from qtool.blocks.task import BlockTask
+from qtool.blocks.task import BlockTask, Rows
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
 from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve
@@ -39,7 +39,7 @@ ORDERS: tuple[dict[str, Any], ...] = (
 
 
 def statistics(*inputs: Tensor, floats: tuple[Tensor, ...] | None = None) -> Statistics:
-    return collect(Stage([], list(inputs), None if floats is None else list(floats)))
+    return collect(Stage([], [Rows(x) for x in inputs], None if floats is None else [Rows(x) for x in floats]))
 
 
 def gptq_weight(weight: Tensor, stats: Statistics, spec: QuantSpec, **settings: Any) -> QuantizedWeight:

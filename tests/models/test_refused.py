@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import tiny
-from helpers.families import GATED, W4, write
+from helpers.families import W4
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,13 +82,6 @@ def test_any_precision_holds_the_checkpoint_exactly(tmp_path: Path, dtype: torch
     assert loaded.dtype in (dtype, torch.float32)
     for name, tensor in tiny.stored(folder).items():
         assert torch.equal(loaded.model.get_parameter(name).float(), tensor.float()), name
-
-
-def test_fused_experts_are_refused(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(**GATED, num_local_experts=2, num_experts_per_tok=1)
-    refuse(
-        write(config, tmp_path / "moe"), r"moe is a mixture of experts \(num_\w+ is set\); that is not supported yet"
-    )
 
 
 def test_a_model_without_decoder_blocks_is_refused() -> None:

@@ -1,5 +1,7 @@
 """Rounding of activations, keys and values: the arithmetic, and that both layers round their inputs and outputs."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from helpers.weights import gradient
@@ -98,7 +100,7 @@ def test_both_layers_round_what_they_read_and_give(spec: QuantSpec) -> None:
 
 def test_a_subclass_with_a_forward_of_its_own_rounds_too() -> None:
     class Other(QuantLinear):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
             return nn.functional.linear(x, torch.ones(12, 16))
 
     x = randn(5, 16)

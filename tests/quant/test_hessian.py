@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.blocks.stages import Stage
+from qtool.blocks.task import Rows
 from qtool.methods.gptq import collect
 from qtool.quant import hessian as hessian_module
 from qtool.quant.hessian import add_gram, gram, mirror
@@ -50,7 +51,7 @@ def test_statistics_are_products_of_what_the_inputs_are_and_settings_stay(dtype:
     """``2/n sum x x^T`` has the precision of float32 sums on every machine, for bfloat16 inputs too."""
     x = correlated_inputs(2048, 256, seed=3).to(dtype)
     before = MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision
-    hessian = collect(Stage([], [x], None)).hessian
+    hessian = collect(Stage([], [Rows(x)], None)).hessian
     assert (MATMUL.fp32_precision, CUDA_MATMUL.fp32_precision) == before
     expected = x.double().T @ x.double() * (2 / 2048)
     assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -61,7 +62,7 @@ def test_gram_has_the_bits_of_gptqs_hessian_and_is_the_scaled_sum_of_outer_produ
     x = correlated_inputs(1300, 96, seed=7).to(dtype)
     batches = list(x.split([1, 700, 599]))  # more rows than are cast at once, and fewer
     found = gram(batches)
-    assert torch.equal(found, collect(Stage([], batches, batches)).hessian)
+    assert torch.equal(found, collect(Stage([], each := [Rows(x) for x in batches], each)).hessian)
     assert torch.equal(found, found.T)
     expected = x.double().T @ x.double() * (2 / len(x))
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

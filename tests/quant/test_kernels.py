@@ -227,7 +227,7 @@ def layer() -> PackedLinear:
 def plain(layer: PackedLinear) -> PackedLinear:
     """Return the layer without its kernel."""
     other = copy.deepcopy(layer)
-    other.kernel = None
+    other.kernels = ()
     return other
 
 

@@ -1,4 +1,4 @@
-"""``gguf``: one file for llama.cpp and software built on it, for Llama, Mistral, Qwen 2 and Qwen 3.
+"""``gguf``: one file for llama.cpp and software built on it, for Llama, Mistral, Mixtral, and Qwen 2 and 3.
 
 Each linear is written in the smallest type of GGUF that holds its codes, scales and zero points exactly
 (``blocks.py``), so linears may have different types; a linear that no type holds is refused. The types are coarse: 2
@@ -12,11 +12,10 @@ query and key, and their biases, are reordered.
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,37 +32,25 @@ from qtool.exporters._folder import (
     float_tensors,
     float_zeros,
     inexact,
+    packed_places,
+    published_names,
     quantization_section,
+    reader,
     skeleton,
     stored_dtype,
     unfit,
     write_folder,
 )
-from qtool.exporters.gguf import blocks, tokenizer
+from qtool.exporters._published import Place, Published, gathered, published
+from qtool.exporters.gguf import blocks, families, tokenizer
+from qtool.exporters.gguf.families import FAMILIES, head_dim, metadata
 from qtool.models.folders import read_config
 from qtool.system.tensors import dtype_name
 from qtool.system.version import __version__
 
 FILE = "model.gguf"  # the file of an export that holds everything
+ROUTER = "ffn_gate_inp"  # part of the names of tensors that choose experts
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # types of GGUF by dtype
-
-
-class Family(NamedTuple):
-    """llama.cpp's architecture for a ``model_type``, and what it does there."""
-
-    architecture: str
-    interleaved: bool
-    """True if the two channels of a rotary pair lie next to each other."""
-    optional: bool
-    """True if llama.cpp reads optional tensors: biases of linears, and divisors of the rotary frequencies."""
-
-
-FAMILIES = {  # by model_type
-    "llama": Family("llama", True, True),
-    "mistral": Family("llama", True, True),
-    "qwen2": Family("qwen2", False, False),
-    "qwen3": Family("qwen3", False, False),
-}
 
 
 def _model(folder: Path) -> Any:
@@ -71,42 +58,24 @@ def _model(folder: Path) -> Any:
     return skeleton(folder).config
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-# metadata key (without the architecture prefix) -> (is it an integer, function of the config that gives its value)
-METADATA: dict[str, tuple[bool, Callable[[Any], float]]] = {
-    "context_length": (True, lambda config: config.max_position_embeddings),
-    "embedding_length": (True, lambda config: config.hidden_size),
-    "block_count": (True, lambda config: config.num_hidden_layers),
-    "feed_forward_length": (True, lambda config: config.intermediate_size),
-    "attention.head_count": (True, lambda config: config.num_attention_heads),
-    "attention.head_count_kv": (True, lambda config: config.num_key_value_heads),
-    "attention.key_length": (True, _head_dim),
-    "attention.value_length": (True, _head_dim),
-    "rope.dimension_count": (True, _head_dim),
-    "vocab_size": (True, lambda config: config.vocab_size),
-    "attention.layer_norm_rms_epsilon": (False, lambda config: config.rms_norm_eps),
-    "rope.freq_base": (False, lambda config: config.rope_parameters["rope_theta"]),
-}
-
-
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse models and tokenizers that llama.cpp would compute otherwise, and grids and scales that no type holds."""
     if find_spec("gguf") is None:
         return "this format needs the package gguf; install it with: pip install 'qtool[gguf]'"
-    if refusal := float_zeros(source, "GGUF") or _unknown_model(source):
+    if refusal := float_zeros(source, "GGUF") or families.refuses(_model(source.folder)):
         return refusal
-    places = tensor_map(source.folder)
-    for name in (*source.float_names(), *(f"{name}.weight" for name in source.specs)):
-        if name not in places:
+    names, there = published_names(source), tensor_map(source.folder)
+    keys = [names.name(name) for name in source.float_names() if name.removesuffix(".weight") not in names.experts]
+    for name in (*keys, *(f"{name}.weight" for name in _packed(source))):
+        if name not in there:
             return f"GGUF has no tensor for {name} in a {_model(source.folder).model_type} model; export dense instead"
     for name, spec in source.specs.items():
         if refusal := _misfit(name, spec, int(source.tensor(f"{name}.weight_shape")[1])):
             return refusal
         if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
             return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
+        if any(ROUTER in there[key] for key in names.keys(name) if key in there):
+            return f"{name} chooses experts, and llama.cpp reads it in float32; skip it (quant.overrides)"
     return unfit(source, config) or tokenizer.refuses(source.folder, _model(source.folder).vocab_size)
 
 
@@ -125,35 +94,17 @@ def _misfit(name: str, spec: QuantSpec, columns: int) -> str | None:
     )
 
 
-def _unknown_model(source: NativeCheckpoint) -> str | None:
-    """Return the reason why llama.cpp would compute something else with the same weights, or ``None``."""
-    model = _model(source.folder)
-    if model.model_type not in FAMILIES:
-        return (
-            f"its model_type is {model.model_type}, and qtool writes GGUF for {', '.join(FAMILIES)}; "
-            "export dense, and convert the result with llama.cpp's convert_hf_to_gguf.py"
-        )
-    family = FAMILIES[model.model_type]
-    if model.hidden_act not in ("silu", "swish"):
-        return (
-            f"its activation is {model.hidden_act}, and llama.cpp computes SiLU for {model.model_type}; "
-            "export dense instead"
-        )
-    if getattr(model, "attention_bias", False) and not family.optional:
-        return f"its attention has biases, which llama.cpp does not read for {model.model_type}; export dense instead"
-    rope = model.rope_parameters
-    kind = rope.get("rope_type", "default")
-    known = ("default", "linear", "llama3") if family.optional else ("default",)
-    if kind not in known or rope.get("partial_rotary_factor", 1) != 1:
-        return (
-            f"its rotary embedding is {kind}, and GGUF is written with {', '.join(known)} for {model.model_type}; "
-            "export dense instead"
-        )
-    return None
+def places(names: Published) -> dict[str, Place]:
+    """Return where the file holds linears: the experts of a layer in stacks, under the names that ``gguf`` maps."""
+    return names.stacks(lambda parent, part: f"{parent.replace('.block_sparse_moe', '.mlp')}.experts.{part}.weight")
+
+
+def _packed(source: NativeCheckpoint) -> dict[str, Place]:
+    return packed_places(source, places(published_names(source)))
 
 
 def tensor_map(folder: Path) -> dict[str, str]:
-    """Return the names of tensors in a GGUF file by their names in the float model; some may have none."""
+    """Return the names of tensors in a GGUF file by their published names, or those of stacks; some may have none."""
     return _tensor_map(skeleton(folder))
 
 
@@ -164,7 +115,9 @@ def _tensor_map(model: nn.Module) -> dict[str, str]:
     config: Any = model.config
     architectures = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[FAMILIES[config.model_type].architecture], config.num_hidden_layers)
-    found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    known = published(model)
+    tensors = {known.name(name) for name in model.state_dict() if name not in known.experts} | places(known).keys()
+    found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in sorted(tensors)}
     return {name: there for name, there in found.items() if there is not None}
 
 
@@ -183,7 +136,7 @@ def rope_factors(config: Any) -> Tensor | None:
     if kind == "default":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
-    exponents = torch.arange(0, _head_dim(config), 2, dtype=torch.int64).float() / _head_dim(config)
+    exponents = torch.arange(0, head_dim(config), 2, dtype=torch.int64).float() / head_dim(config)
     return torch.pow(config.rope_parameters["rope_theta"], -exponents) / scaled
 
 
@@ -191,25 +144,29 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     """Write ``model.gguf``, and beside it the config and tokenizer of the checkpoint; see ``Exporter.write``."""
     import gguf
 
-    model, names = _model(source.folder), tensor_map(source.folder)
-    tensors, dtype = float_tensors(source, config, stored_dtype(source))
+    model, names, there = _model(source.folder), published_names(source), tensor_map(source.folder)
+    floats, dtype = float_tensors(source, config, stored_dtype(source))
     write_folder(source.folder, out, {}, None, dtype)
     writer = _begun(source.folder, out)
-    for name, tensor in tensors.items():
-        kind = FLOATS[dtype_name(tensor.dtype)] if tensor.dim() > 1 else "F32"
-        held = tensor if tensor.dim() > 1 else tensor.float()
-        _add(writer, names[name], held.contiguous(), kind, _row_order(name, len(held), model))
+    for name, tensor in names.floats(floats, places(names)).items():
+        small = tensor.dim() == 1 or ROUTER in there[name]
+        held = tensor.squeeze().float() if small else tensor  # the gate of a shared expert has one row
+        kind = "F32" if small else FLOATS[dtype_name(tensor.dtype)]
+        _add(writer, there[name], held.contiguous(), kind, _row_order(name, len(held), model))
     factors = rope_factors(model)
     if factors is not None:
         _add(writer, "rope_freqs.weight", factors, "F32", None)
     sizes: Counter[tuple[str, blocks.Block]] = Counter()
-    for name, spec in source.specs.items():
-        quantized = source.quantized(name)
-        block = blocks.choose(spec, quantized.codes.shape[1])
+    weight = reader(source)
+    for name, place in _packed(source).items():
+        quantized = gathered(place, weight)
+        block = blocks.choose(quantized.spec, quantized.codes.shape[1])
         assert block is not None, name
         packed = blocks.pack(quantized, block)
-        _add(writer, names[f"{name}.weight"], packed, block.name, _row_order(f"{name}.weight", len(packed), model))
-        sizes[spec.label(), block] += quantized.codes.numel()
+        order = _row_order(f"{name}.weight", len(packed), model)
+        rows = (packed if order is None else packed[order]).unflatten(0, place.shape)
+        _add(writer, there[f"{name}.weight"], rows, block.name, None)
+        sizes[quantized.spec.label(), block] += quantized.codes.numel()
     types: Counter[str] = Counter()
     for (_, block), size in sizes.items():
         types[block.name] += size
@@ -233,7 +190,7 @@ def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
     family = FAMILIES[model.model_type]
     writer = gguf.GGUFWriter(out / FILE, family.architecture)
     writer.add_name(f"{model.model_type} quantized by qtool {__version__}")
-    for key, (integer, value) in METADATA.items():
+    for key, integer, value in metadata(model):
         add = writer.add_uint32 if integer else writer.add_float32
         add(f"{family.architecture}.{key}", value(model))
     tokenizer.add(writer, folder, model.vocab_size)
@@ -298,7 +255,7 @@ class GGUFFolder(WrittenFolder):
         self._places = tensor_map(folder)
 
     def names(self) -> list[str]:
-        """Return the names, in the float model, of all tensors of the file."""
+        """Return the published names, or those of stacks, of all tensors of the file."""
         return [name for name, there in self._places.items() if there in self._tensors]
 
     def packed(self) -> set[str]:
@@ -313,6 +270,8 @@ class GGUFFolder(WrittenFolder):
         found = self._tensors[self._places[name]]
         values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32))
         config = _model(self.folder)
+        if name.endswith("shared_expert_gate.weight"):
+            return values.unsqueeze(0)
         if _row_order(name, len(values), config) is None:
             return values
         heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
@@ -329,12 +288,17 @@ class GGUFFolder(WrittenFolder):
         model = _model(self.folder)
         prefix = FAMILIES[model.model_type].architecture
         found = {}
-        for key, (_, value) in METADATA.items():
+        for key, _, value in metadata(model):
             field = self.reader.fields.get(f"{prefix}.{key}")
             stored = None if field is None else field.contents()
             if stored is None or np.float32(stored) != np.float32(value(model)):
                 found[key] = stored
         return read_config(self.folder) | found
+
+
+def read(opened: WrittenFolder, name: str) -> Tensor:
+    """Return the float32 rows ``[rows, in]`` of the linear, or of the stack of experts, ``name``."""
+    return opened.tensor(f"{name}.weight").flatten(0, -2)
 
 
 def recognises(folder: Path) -> bool:
@@ -348,9 +312,10 @@ EXPORTER = Exporter(
     refuses,
     write,
     describe,
-    lambda opened, name: opened.tensor(f"{name}.weight"),
+    read,
     "Load `model.gguf` with llama.cpp, or with software built on it.",
     GGUFFolder,
+    places,
     recognises,
     library="gguf",
     weight_files="*.gguf",

@@ -15,7 +15,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.blocks.hidden_states import HiddenStates, joined
@@ -26,10 +25,11 @@ from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.methods import gptq
 from qtool.methods.efficientqat.config import BlockConfig
+from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
-from qtool.quant.hessian import gram
+from qtool.quant.expert_product import block_product, product
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 from qtool.quant.rounding import straight_through
@@ -51,9 +51,9 @@ class BlockLinear(QuantLinear):
 
     expanded: Tensor  # quantized_weight() in the dtype of computation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``."""
-        return F.linear(x, self.expanded, self.bias)
+        return product(x, self.expanded, self.bias, counts)
 
 
 class LowRankBlockLinear(BlockLinear):
@@ -65,20 +65,31 @@ class LowRankBlockLinear(BlockLinear):
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, spec: QuantSpec, rounding: RoundingConfig, rank: int
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        rounding: RoundingConfig,
+        rank: int,
+        experts: int = 1,
     ) -> None:
-        """Draw ``down`` with mean square ``1 / rank``: a step of ``up`` by ``t`` moves weights by about ``t`` codes."""
+        """Draw ``down`` with mean square ``1 / rank``: a step of ``up`` by ``t`` moves weights by about ``t`` codes.
+
+        Each of the ``experts`` whose weights are stacked has a term of its own.
+        """
         super().__init__(weight, bias, spec, rounding)
         self.weight.requires_grad_(False)
         rows, columns = weight.shape
         generator = torch.Generator().manual_seed(derived_seed(rows, columns))
-        down = torch.randn(rank, columns, generator=generator) / math.sqrt(rank)
+        self.experts = experts
+        down = torch.randn(experts * rank, columns, generator=generator) / math.sqrt(rank)
         self.down = nn.Parameter(down.to(self.weight))
         self.up = nn.Parameter(self.weight.new_zeros(rows, rank))
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the weight in grid units plus the low-rank term, ``[out, groups, group_size]``."""
-        return super().grid_weight(scale, zero_point) + grouped(self.up @ self.down, self.spec)
+        term = block_product(self.up, self.down, self.experts)
+        return super().grid_weight(scale, zero_point) + grouped(term, self.spec)
 
 
 class Norm(NamedTuple):
@@ -240,8 +251,7 @@ def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
     """Quantize the block by GPTQ with its defaults, and return the result; this sets the float outputs as well."""
     solver, found = gptq.Config(), {}
     for stage in stages(task):
-        statistics = gptq.Statistics(gram(stage.inputs), None)
-        gptq.quantize_group(task, stage.targets, statistics, solver)
+        gptq.quantize_stage(task, stage, solver)
         for target in stage.targets:
             layer = task.block.get_submodule(task.local_name(target))
             assert isinstance(layer, PackedLinear)
@@ -257,7 +267,9 @@ def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> B
     the weights start in the middle of their cells, and leave only if their gradients keep their sign.
     """
     arguments = target.weight, linear_bias(target.linear), target.spec, config.rounding
-    layer = LowRankBlockLinear(*arguments, config.low_rank) if config.low_rank else BlockLinear(*arguments)
+    layer = BlockLinear(*arguments)
+    if config.low_rank:
+        layer = LowRankBlockLinear(*arguments, config.low_rank, num_experts(target.linear))
     layer.start_from(start)
     if config.init == "gptq" or config.init_from is not None:
         layer.weight.data = dequantize(*start)

@@ -6,10 +6,10 @@ product, and again for its gradient. With ``W = (q - z) s`` and ``G`` the gradie
 stored values before they are used, so packing at the end changes no bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.blocks.job import Job
@@ -17,7 +17,8 @@ from qtool.methods.efficientqat.config import ScaleConfig
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.expert_product import outer_product, product, transposed_product
+from qtool.quant.packed_linear import ALL, PackedLinear
 from qtool.quant.packing import unpack
 from qtool.reports.records import Series
 from qtool.training.end_to_end import train_model
@@ -34,22 +35,23 @@ class _Product(torch.autograd.Function):
     """The product ``x W^T + bias``, with gradients of ``x``, the scale and the zero point."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, layer: "ScaleLinear") -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, layer: "ScaleLinear", counts: Sequence[int] | None
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+        ctx.layer, ctx.counts = layer, counts
+        return product(x, layer.dequantized(x.dtype), layer.bias, counts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, scale, zero_point = ctx.saved_tensors
         layer: ScaleLinear = ctx.layer
         grad_x = grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ layer.dequantized(grad.dtype)).to(x.dtype)
+            grad_x = transposed_product(grad, layer.dequantized(grad.dtype), ctx.counts).to(x.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            of_weight = affine.grouped(grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype), layer.spec).to(
-                scale.dtype
-            )
+            products = outer_product(grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype), ctx.counts)
+            of_weight = affine.grouped(products, layer.spec).to(scale.dtype)
             total = of_weight.sum(-1)
             if ctx.needs_input_grad[1]:
                 codes = unpack(layer.weight_packed, layer.spec.num_bits, layer.in_features)
@@ -57,7 +59,7 @@ class _Product(torch.autograd.Function):
                 grad_scale -= zero_point * total
             if ctx.needs_input_grad[2]:
                 grad_zero_point = -scale * total
-        return grad_x, grad_scale, grad_zero_point, None
+        return grad_x, grad_scale, grad_zero_point, None, None
 
 
 class ScaleLinear(PackedLinear):
@@ -79,13 +81,14 @@ class ScaleLinear(PackedLinear):
         layer.zero_point = nn.Parameter(zero_point.clone(), requires_grad=zero_points and not packed.spec.symmetric)
         return layer
 
-    def qparams(self) -> tuple[Tensor, Tensor]:
+    def qparams(self, rows: slice = ALL) -> tuple[Tensor, Tensor]:
         """Return scale and zero point as they are stored, float32 ``[out, groups]``, with gradients to the masters."""
-        return affine.stored_scale(self.scale, self.spec), affine.stored_zero_point(self.zero_point, self.spec)
+        scale, zero_point = self.scale[rows], self.zero_point[rows]
+        return affine.stored_scale(scale, self.spec), affine.stored_zero_point(zero_point, self.spec)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``."""
-        result: Tensor = _Product.apply(x, *self.qparams(), self)  # type: ignore[no-untyped-call]
+        result: Tensor = _Product.apply(x, *self.qparams(), self, counts)  # type: ignore[no-untyped-call]
         return result
 
     @torch.no_grad()

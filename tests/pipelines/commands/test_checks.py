@@ -149,7 +149,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "adapter beside it": (put("adapter_config.json", b"{}"), r"is not merged into the model; merge it first"),
     "already quantized": (edit_config(quantization_config={"quant_method": "awq"}), r"is already quantized \(awq\)"),
-    "mixture of experts": (edit_config(num_experts=8), r"mixture of experts"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), r"model has no \*\.safetensors file"),
     "pickled weights": (pickled, r"only pickled weights \(pytorch_model\.bin\)"),
     "truncated": (cut, r"model\.safetensors is truncated or damaged"),

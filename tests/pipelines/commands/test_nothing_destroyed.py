@@ -160,7 +160,7 @@ def test_two_commands_do_not_write_one_export(
     second: list[Result] = []
     read_back = _readback.read_back
 
-    def meanwhile(*args: Any, **options: Any) -> dict[str, float]:
+    def meanwhile(*args: Any, **options: Any) -> dict[str, float | None]:
         if not second:
             second.append(Result(0, "", ""))
             second[0] = qtool_("export", "out/q", "-f", "gptq", "-o", "out/ex")
