@@ -40,7 +40,8 @@ SMALL = (
     ),
 )
 LAYER_COUNTS = re.compile(r"num_(\w+_)?(layers|blocks|experts)|n_(\w+_)?(layers?|experts)|depth")  # keys of a config
-MAX_LAYERS = 2000  # most layers, blocks or experts that a config may ask for; building more takes minutes
+MAX_LAYERS = 2000  # most layers or blocks that a config may ask for; building more takes minutes
+MAX_EXPERTS = 20_000  # most experts; Doge's configs say 16,384 where the model is dense
 TEMPLATES = "additional_chat_templates"  # folder of chat templates in a model folder
 # patterns of the names of small files that a model folder has beside its weights
 SIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.codes")
@@ -91,8 +92,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'config.json'}: quantization_config is a {type(section).__name__}, not an object")
     for part in (config, *(each for each in config.values() if isinstance(each, dict))):
         for key, value in part.items():
-            if LAYER_COUNTS.fullmatch(key) and isinstance(value, int) and value > MAX_LAYERS:
-                raise InputError(f"{folder / 'config.json'}: {key} is {value:.3g}; at most {MAX_LAYERS} are taken")
+            most = MAX_EXPERTS if key.endswith("experts") else MAX_LAYERS
+            if LAYER_COUNTS.fullmatch(key) and isinstance(value, int) and value > most:
+                raise InputError(f"{folder / 'config.json'}: {key} is {value:.3g}; at most {most} are taken")
     return config
 
 
