@@ -1,9 +1,10 @@
 """Check the decoder families of transformers, and write the table of ``docs/architectures.md``.
 
-    python scripts/architectures.py RESULTS            # each model in a process of its own; goes on where it stopped
+    python scripts/architectures.py RESULTS            # each model in a process of its own
     python scripts/architectures.py RESULTS --only llama,mixtral
 
-``RESULTS`` is a folder for one JSON file a model. The table is written once all of them are there.
+``RESULTS`` is a folder for one JSON file a model. A later start goes on where the last one stopped, and checks again
+what was wrong or crashed. The table is written once all models are there.
 """
 
 import argparse
@@ -57,9 +58,11 @@ def main() -> int:
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONPATH=path)
     PROCESSES.set_forkserver_preload([architecture_checks.__name__, "qtool.pipelines.api"])
     names = asked.only.split(",") if asked.only else list(architectures.architectures())
-    missing = [name for name in names if not _file(asked.results, name).exists()]
+    done = [name for name in names if _file(asked.results, name).exists()]
+    good = [name for name in done if verdict(_read(asked.results, name)) in ("right", "refused")]
+    left = [name for name in names if name not in good]
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for name, outcomes in zip(missing, pool.map(lambda name: _checked(name, asked.results), missing), strict=True):
+        for name, outcomes in zip(left, pool.map(lambda name: _checked(name, asked.results), left), strict=True):
             print(f"{name}: {verdict(outcomes)}", flush=True)
     found = {name: _read(asked.results, name) for name in names}
     print(*(f"{count} {word}" for word, count in counts(found.values()).items()), sep=", ")

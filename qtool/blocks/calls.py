@@ -11,8 +11,8 @@ along.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from qtool.blocks.hidden_states import Batch, Beside, beside_of
 from qtool.blocks.job import ModelInputs
+from qtool.blocks.pictures import computing
 from qtool.models.block_calls import Stop, hidden_of, replaced_forwards, with_hidden
 from qtool.models.linears import beside_decoder
 from qtool.models.loaded import LoadedModel
@@ -233,27 +234,17 @@ def around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None
         yield
         return
     inside = {module for block in blocks for module in block.modules()} | {loaded.model.get_output_embeddings()}
-    handles = []
-    cast: list[tuple[Tensor, Tensor]] = []
+    with ExitStack() as stack:
 
-    def cast_in(modules: Iterable[nn.Module]) -> None:
-        for module in modules:
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if tensor.dtype == loaded.storage_dtype and not isinstance(module, nn.Embedding):
-                    cast.append((tensor, tensor.data))
-                    tensor.data = tensor.data.to(loaded.dtype)
+        def enter(module: nn.Module, args: Any) -> None:
+            stack.enter_context(computing(loaded, module.modules()))
 
-    for tower in beside_decoder(loaded.model):
-        handles.append(tower.register_forward_pre_hook(lambda module, args: cast_in(module.modules())))
-        inside |= set(tower.modules())
-    for module in loaded.model.modules():
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(lambda _, args, out: out.to(loaded.dtype)))
-    try:
-        cast_in(module for module in loaded.model.modules() if module not in inside)
+        for tower in beside_decoder(loaded.model):
+            stack.callback(tower.register_forward_pre_hook(enter).remove)
+            inside |= set(tower.modules())
+        for module in loaded.model.modules():
+            if isinstance(module, nn.Embedding):
+                handle = module.register_forward_hook(lambda _, args, out: out.to(loaded.dtype))
+                stack.callback(handle.remove)
+        stack.enter_context(computing(loaded, (each for each in loaded.model.modules() if each not in inside)))
         yield
-    finally:
-        for tensor, stored in cast:
-            tensor.data = stored
-        for handle in handles:
-            handle.remove()

@@ -158,7 +158,7 @@ class BlockStates:
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
         batches = job.batches(max(1, TOKENS_PER_BATCH // tokens.shape[1]), loaded.model.device, loaded.dtype)
-        self._features = PictureFeatures(loaded.model)
+        self._features = PictureFeatures(loaded)
         with self._features.remembered():
             self._layout = find_layout(loaded, batches, blocks)
             self._calls = record_calls(loaded, _of_each_size(batches), blocks, compute, self._layout)

@@ -57,8 +57,8 @@ class DataConfig(Section):
     source: str = Field(
         "generated",
         description="generated (text that the model writes itself), wikitext2, enwiki, c4, redpajama, slimpajama; "
-        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl or .parquet file, or to "
-        "tokens in .npy or .safetensors.",
+        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl or .parquet file, whose "
+        "rows may have pictures, or to tokens in .npy or .safetensors.",
     )
     num_samples: int = Field(128, ge=1, description="Number of calibration windows.")
     seq_len: int = Field(512, ge=2, description="Tokens per window.")

@@ -172,6 +172,25 @@ FAMILIES = {
         },
         IMAGE,
     ),
+    # blocks that attend to pictures lie between those that do not
+    "mllama": Family(
+        "MllamaConfig",
+        {
+            "text_config": TEXT
+            | {
+                "num_hidden_layers": 4,
+                "cross_attention_layers": [1],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+            | {"num_global_layers": 1, "attention_heads": 2, "image_size": 28, "patch_size": 14}
+            | {"vision_output_dim": 64, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+            | {"max_num_tiles": 1},
+            "image_token_index": ID["<image>"],
+        },
+        ("<image>",),
+        (1, 1, 1, 3, 28, 28),
+    ),
 }
 
 
@@ -220,6 +239,10 @@ def prompt(name: str, seed: int = 0, length: int = 24) -> dict[str, Tensor]:
         found |= {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": inside.int()}
     if name == "mistral3":
         found["image_sizes"] = torch.tensor([[56, 56]])
+    if name == "mllama":
+        shown = (torch.arange(length) >= at).long().view(1, length, 1, 1)  # tokens after the picture attend to it
+        found |= {"cross_attention_mask": shown, "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.int64)}
+        found["aspect_ratio_mask"] = torch.ones(1, 1, 1, dtype=torch.int64)
     if name.startswith("gemma3") or name == "paligemma":
         found["token_type_ids"] = inside.int() if name != "paligemma" else torch.zeros_like(tokens)
     return found
