@@ -13,7 +13,7 @@ along.
 import copy
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,14 +43,18 @@ class BlockCall:
     """The arguments of a block's forward besides the hidden states.
 
     ``varying`` are the positions, among the leaves of ``(args, kwargs)``, of the arguments that differ between batches,
-    each with its dimension of windows; ``shared`` the positions of mappings that blocks write into. ``dim`` is the
-    dimension of windows of the hidden states that the block reads.
+    each with its dimension of windows; ``shared`` the positions of mappings that blocks write into; ``carried`` those
+    of arguments that the block before returned, with their position there (``other_results``). ``returned`` are the
+    positions of results that the next block reads. ``dim`` is the dimension of windows of the hidden states that the
+    block reads.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     varying: Varying = ()
     shared: tuple[int, ...] = ()
+    carried: dict[int, int] = field(default_factory=dict, kw_only=True)
+    returned: frozenset[int] = field(default=frozenset(), kw_only=True)
     dim: int = field(default=0, kw_only=True)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "BlockCall":
@@ -61,7 +65,7 @@ class BlockCall:
             (self.args, self.kwargs),
             is_leaf=is_shared,
         )
-        return BlockCall(args, kwargs, self.varying, self.shared, dim=self.dim)
+        return replace(self, args=args, kwargs=kwargs)
 
     def leaves(self) -> list[Any]:
         """Return the arguments, containers taken apart."""
@@ -71,7 +75,7 @@ class BlockCall:
         """Return the call with other leaves at some positions."""
         own, spec = tree_flatten((self.args, self.kwargs), is_leaf=is_shared)
         args, kwargs = tree_unflatten([leaves.get(index, leaf) for index, leaf in enumerate(own)], spec)
-        return BlockCall(args, kwargs, self.varying, self.shared, dim=self.dim)
+        return replace(self, args=args, kwargs=kwargs)
 
     def run(self, block: nn.Module, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what ``block`` makes of hidden states ``[b, ...]``, computed in ``dtype``; windows come first."""
@@ -79,14 +83,16 @@ class BlockCall:
         if isinstance(hidden, Batch):
             plain = hidden.as_subclass(Tensor)
         shared = [_filled(self.leaves()[place], number, beside) for number, place in enumerate(self.shared)]
-        if self.varying or self.shared:
+        if self.varying or self.shared or self.carried:
             missing = [place for place, _ in self.varying if (place,) not in beside]
             assert not missing, "these hidden states lost the arguments that belong to their windows"
-            brought = {place: beside[place,].movedim(0, dim) for place, dim in self.varying}
+            brought: dict[int, Any] = {place: beside[place,].movedim(0, dim) for place, dim in self.varying}
+            brought |= {place: beside.get(("carried", at)) for place, at in self.carried.items()}
             call = self.replaced(brought | dict(zip(self.shared, shared, strict=True)))
         plain = plain.to(dtype) + beside[ADDED].to(dtype) if ADDED in beside else plain.to(dtype)
         before = state_of(call.leaves())
-        out = hidden_of(block(plain.movedim(0, self.dim) if self.dim else plain, *call.args, **call.kwargs))
+        output = block(plain.movedim(0, self.dim) if self.dim else plain, *call.args, **call.kwargs)
+        out = hidden_of(output)
         if state_of(call.leaves()) != before:
             raise InputError(
                 f"{type(block).__name__}, a decoder block, writes into an argument that other blocks read; such models "
@@ -94,7 +100,29 @@ class BlockCall:
             )
         out = (out.movedim(self.dim, 0) if self.dim else out).to(hidden.dtype)
         written = {name: x for number, each in enumerate(shared) for name, x in _content(each, number, len(out))}
+        written |= _carried(output, self.returned, len(out))
         return Batch.of(out, written) if written else out
+
+
+def other_results(output: Any) -> list[Any]:
+    """Return what a block returns besides hidden states, containers taken apart."""
+    return tree_flatten(output[1:])[0] if isinstance(output, tuple | list) else []
+
+
+def _carried(output: Any, places: frozenset[int], windows: int) -> dict[tuple[Any, ...], Tensor]:
+    """Return the results at ``places`` that are tensors, by name.
+
+    Raises:
+        InputError: the first dimension of one is not that of windows.
+    """
+    results = other_results(output)
+    found = {("carried", at): results[at].detach() for at in places if isinstance(results[at], Tensor)}
+    if any(not x.dim() or x.shape[0] != windows for x in found.values()):
+        raise InputError(
+            "a decoder block passes on a result that is no tensor of windows; such models are not supported with "
+            "calibration text: use rtn or hqq"
+        )
+    return found
 
 
 def state_of(leaves: Sequence[Any]) -> list[Any]:
@@ -141,8 +169,9 @@ def _content(mapping: MutableMapping[Any, Any], number: int, windows: int) -> It
 class Layout:
     """The common layout of a model's calls of its blocks, which ``layout.find_layout`` finds once.
 
-    ``output`` is what the first block returned; ``varying`` and ``shared`` are those of the call of each block;
-    ``added`` says before which blocks the model adds something to the hidden states, such as features of pictures.
+    ``output`` is what the first block returned; ``varying``, ``shared`` and ``carried`` are those of the call of each
+    block; ``added`` says before which blocks the model adds something to the hidden states, such as features of
+    pictures.
     """
 
     output: Any
@@ -150,6 +179,23 @@ class Layout:
     varying: tuple[Varying, ...]
     shared: tuple[tuple[int, ...], ...]
     added: tuple[bool, ...]
+    carried: tuple[dict[int, int], ...]
+
+    def call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+        """Return the call of block ``index`` without the arguments that belong to windows."""
+        carried, following = self.carried[index], self.carried[index + 1 : index + 2]
+        returned = frozenset(at for each in following for at in each.values())
+        call = BlockCall(
+            args,
+            kwargs,
+            self.varying[index],
+            self.shared[index],
+            carried=carried,
+            returned=returned,
+            dim=self.dim,
+        )
+        places = (*(place for place, _ in call.varying), *carried)
+        return call.replaced(dict.fromkeys(places)) if places else call
 
 
 def record_calls(
@@ -164,10 +210,7 @@ def record_calls(
     modules = [block for _, block in blocks]
 
     def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        varying = layout.varying[index]
-        call = BlockCall(args, kwargs, varying, layout.shared[index], dim=layout.dim)
-        call = call.replaced({place: None for place, _ in varying}) if varying else call
-        calls.setdefault(hidden.shape[layout.dim], []).append(call)
+        calls.setdefault(hidden.shape[layout.dim], []).append(layout.call(index, args, kwargs))
         if index == len(modules) - 1:
             raise Stop
         return with_hidden(layout.output, hidden)

@@ -1,9 +1,10 @@
 """How a model calls its decoder blocks: in which order, with what of its own for each batch, and what they share.
 
-Found by three short forwards that pass hidden states by the blocks: of one text, of the same text with other hidden
-states after each block, and of another text; and one of both texts, which shows the dimension of windows. What differs
-between the first two was made of what blocks computed, and what differs between the texts was made of the tokens. What
-the block driver cannot do exactly is refused here, before any block is computed.
+Found by three short forwards that pass hidden states by the blocks: of one text, of the same text with other results
+of each block, and of another text; and one of both texts, which shows the dimension of windows. What differs between
+the first two was made of what blocks computed, and what differs between the texts was made of the tokens. A tensor that
+a block returns beside its hidden states may be an argument of the next block, as it is. What the block driver cannot do
+exactly is refused here, before any block is computed.
 
 Windows with pictures cannot be changed or put together so simply. There the texts are two windows as they are, and
 every tensor with a dimension of one window counts as made of the tokens or pictures. Models that add features of
@@ -17,9 +18,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_map_only
 
-from qtool.blocks.calls import BlockCall, Blocks, Layout, Varying, around_blocks, is_shared, state_of
+from qtool.blocks.calls import (
+    BlockCall,
+    Blocks,
+    Layout,
+    Varying,
+    around_blocks,
+    is_shared,
+    other_results,
+    state_of,
+)
 from qtool.blocks.job import ModelInputs
 from qtool.models.block_calls import Stop, replaced_forwards, with_hidden
 from qtool.models.loaded import LoadedModel
@@ -29,11 +39,15 @@ NUM_TOKENS = 64  # most tokens of a short forward
 
 
 class _Seen(NamedTuple):
-    """One forward: the hidden states that reached each block and that it passed on, and the leaves of its call."""
+    """One forward: hidden states that reached each block and that it passed on, and the leaves of its call.
+
+    ``carried`` has for each block the positions of arguments that the block before it returned -> their position there.
+    """
 
     hidden: list[Tensor]
     passed: list[Tensor]
     leaves: list[list[Any]]
+    carried: list[dict[int, int]]
     output: Any
 
     def changed(self) -> list[bool]:
@@ -48,7 +62,8 @@ def find_layout(loaded: LoadedModel, batches: Sequence[ModelInputs], blocks: Blo
 
     Raises:
         InputError: blocks are not called in order, once each; hidden states change between them in another way than by
-            an addition; or an argument is made of what earlier blocks computed, or differs between texts in another way
+            an addition; or an argument is made of what earlier blocks computed and no result of the last one, or
+            differs between texts in another way
             than as a tensor of windows.
     """
     one, other, joined = _probes(loaded, batches)
@@ -64,8 +79,11 @@ def find_layout(loaded: LoadedModel, batches: Sequence[ModelInputs], blocks: Blo
     varying = []
     for index, (name, _) in enumerate(blocks):
         calls = [each.leaves[index] for each in runs]
-        if len({len(leaves) for leaves in calls}) > 1:
+        carried = first.carried[index]
+        same = len({len(leaves) for leaves in calls}) == 1 and all(each.carried[index] == carried for each in runs)
+        if not same:
             raise _refusal(loaded, f"the arguments of {name} depend on the text")
+        calls = [[None if i in carried else leaf for i, leaf in enumerate(leaves)] for leaves in calls]
         made = [place for place, (a, b, *_) in enumerate(zip(*calls, strict=True)) if not _same(a, b)]
         if made:
             raise _refusal(loaded, f"an argument of {name} is made of what the blocks before it computed")
@@ -74,7 +92,8 @@ def find_layout(loaded: LoadedModel, batches: Sequence[ModelInputs], blocks: Blo
             raise _refusal(loaded, f"an argument of {name} depends on the text and is no tensor of windows")
         varying.append(found)
     shared = tuple(tuple(place for place, leaf in enumerate(each) if is_shared(leaf)) for each in first.leaves)
-    return Layout(first.output, dim, tuple(varying), shared, _added(loaded, one, blocks, first, changed, second))
+    added = _added(loaded, one, blocks, first, changed, second)
+    return Layout(first.output, dim, tuple(varying), shared, added, tuple(first.carried))
 
 
 def _probes(loaded: LoadedModel, batches: Sequence[ModelInputs]) -> tuple[ModelInputs, ModelInputs, ModelInputs | None]:
@@ -133,13 +152,13 @@ def _added(loaded: LoadedModel, one: ModelInputs, blocks: Blocks, first: _Seen, 
 
 
 def _run(loaded: LoadedModel, inputs: ModelInputs, blocks: Blocks, factor: float, output: Any) -> _Seen:
-    """Run the model with its blocks left out, hidden states multiplied by ``factor`` after each.
+    """Run the model with its blocks left out, what they return multiplied by ``factor``.
 
     Without an ``output`` of a block to answer with, the first block is computed to have one.
     """
     modules = [block for _, block in blocks]
-    seen = _Seen([], [], [], None)
-    made: set[int] = set()  # ids of the tensors that a block returns besides hidden states
+    seen = _Seen([], [], [], [], None)
+    others: list[Any] = []  # what a block returns besides hidden states
 
     def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal output
@@ -147,16 +166,16 @@ def _run(loaded: LoadedModel, inputs: ModelInputs, blocks: Blocks, factor: float
             raise _refusal(loaded, f"it calls {blocks[index][0]} where {len(seen.hidden)} blocks were called before")
         call = BlockCall(args, kwargs)
         leaves = call.leaves()
-        if any(id(leaf) in made for leaf in leaves):
-            raise _refusal(loaded, f"an argument of {blocks[index][0]} is made of what the blocks before it computed")
+        places = {id(each): place for place, each in enumerate(others) if isinstance(each, Tensor)}
+        seen.carried.append({i: places[id(leaf)] for i, leaf in enumerate(leaves) if id(leaf) in places})
         seen.hidden.append(hidden.clone())
         seen.leaves.append([copy.copy(leaf) if is_shared(leaf) else leaf for leaf in leaves])
         if output is None:
             output = _real(loaded, modules[0], hidden, call)
-        if isinstance(output, tuple | list):
-            made.update(id(leaf) for leaf in tree_flatten(output[1:])[0] if isinstance(leaf, Tensor))
         seen.passed.append(hidden * factor)
-        return with_hidden(output, seen.passed[-1].clone())
+        answer = tree_map_only(Tensor, lambda x: x * factor if x.is_floating_point() else x.clone(), output)
+        others[:] = other_results(answer)
+        return with_hidden(answer, seen.passed[-1].clone())
 
     head = loaded.model.get_output_embeddings()
     handle = head.register_forward_pre_hook(_stop) if isinstance(head, nn.Module) else None

@@ -9,6 +9,7 @@ neighbour. So symmetric checkpoints are written as version 1, which most softwar
 version 2, which stores the zero point as it is. ``gptq-v2`` writes version 2 for both.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import NativeCheckpoint
-from qtool.config.quant import BITS, QuantSpec
+from qtool.config.quant import BITS
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
@@ -56,7 +57,7 @@ LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a lin
 
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
-    """Refuse float zero points, mixed grids, linears left in float, odd shapes, and values beyond float16."""
+    """Refuse float zero points, mixed grids, linears left in float in some blocks, odd shapes, and inexact scales."""
     specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
     if refusal := float_zeros(source, "GPTQ"):
         return refusal
@@ -65,12 +66,13 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
             f"its linears have {len(specs)} different grids, and a GPTQ config for transformers states only one; "
             "export auto-round or compressed-tensors instead"
         )
-    left = [name for name in float_linears(source) if name.startswith(shared_block_prefix(source))]
-    if left:
-        return (
-            f"{left[0]} is left in floating point, which a GPTQ config cannot express; "
-            "export auto-round or compressed-tensors instead"
-        )
+    kept, left = kinds(source)
+    for name, kind in left.items():
+        if any(each in kind for each in kept):
+            return (
+                f"{name} is left in floating point, and a linear of that name in another block is not, which a GPTQ "
+                "config cannot express; export auto-round or compressed-tensors instead"
+            )
     return layout_refuses(source, "GPTQ") or unfit(source, config)
 
 
@@ -88,14 +90,34 @@ def layout_refuses(source: NativeCheckpoint, format: str) -> str | None:
     for name in source.specs:
         if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
             return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
-        if f"{name}.bias" in source.float_names() and inexact([source.tensor(f"{name}.bias")], "float16"):
+        if f"{name}.bias" in source.float_names() and source.largest(f"{name}.bias") > torch.finfo(torch.float16).max:
             return f"{name}.bias has values that float16 does not hold; export compressed-tensors instead"
     return None
 
 
-def section(spec: QuantSpec, version: int) -> dict[str, Any]:
-    """Return the ``quantization_config``, which is also written as ``quantize_config.json``."""
-    name = "gptq" if version == 1 else "gptq_v2"
+def kinds(source: NativeCheckpoint) -> tuple[list[str], dict[str, str]]:
+    """Return the names within a block of the quantized linears, and of those left in float, by full name."""
+    prefix = shared_block_prefix(source)
+
+    def kind(name: str) -> str:
+        return name.removeprefix(prefix).partition(".")[2]
+
+    left = {name: kind(name) for name in float_linears(source) if name.startswith(prefix)}
+    return list(dict.fromkeys(map(kind, source.specs))), left
+
+
+def section(source: NativeCheckpoint, version: int) -> dict[str, Any]:
+    """Return the ``quantization_config``, which is also written as ``quantize_config.json``.
+
+    Linears of the blocks that are left in floating point are named twice: GPTQModel and SGLang read ``dynamic``,
+    transformers (optimum) ``modules_in_block_to_quantize``, and vLLM both.
+    """
+    spec, name = next(iter(source.specs.values())), "gptq" if version == 1 else "gptq_v2"
+    kept, left = kinds(source)
+    skipped: dict[str, Any] = {}
+    if left:
+        patterns = dict.fromkeys(rf"-:.*\.{re.escape(kind)}$" for kind in left.values())
+        skipped = {"dynamic": {pattern: {} for pattern in patterns}, "modules_in_block_to_quantize": [kept]}
     return {
         "quant_method": "gptq",
         "bits": spec.num_bits,
@@ -109,7 +131,7 @@ def section(spec: QuantSpec, version: int) -> dict[str, Any]:
         "true_sequential": True,
         "damp_percent": 0.01,
         "meta": {"quantizer": [f"qtool:{__version__}"]},
-    }
+    } | skipped
 
 
 def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
@@ -125,9 +147,13 @@ def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
 
 
 def layout_floats(source: NativeCheckpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ``tensors`` outside quantized weights by published name; biases of quantized linears in float16."""
+    """Return the ``tensors`` outside quantized weights by published name.
+
+    A bias of a quantized linear is in float16 if that holds it exactly.
+    """
     biases = {f"{name}.bias" for name in source.specs}
-    held = {name: tensor.to(torch.float16) if name in biases else tensor for name, tensor in tensors.items()}
+    small = {name for name, tensor in tensors.items() if name in biases and not inexact([tensor], "float16")}
+    held = {name: tensor.to(torch.float16) if name in small else tensor for name, tensor in tensors.items()}
     return published_names(source).floats(held)
 
 
@@ -142,7 +168,9 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
         columns = quantized.codes.shape[1]
         tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // (columns // spec.num_groups(columns))
     describe_version(source, out, dtype, version, tensors)
-    notes = [f"written as {section(spec, version)['format']}"]
+    notes = [f"written as {section(source, version)['format']}"]
+    if left := kinds(source)[1]:
+        notes.append(f"{len(left)} linear(s) of the blocks are left in floating point (dynamic in config.json)")
     if spec.num_bits in (2, 3):
         notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
     elif not spec.symmetric:
@@ -158,7 +186,7 @@ def describe_version(
     source: NativeCheckpoint, out: Path, dtype: str, version: int, tensors: Mapping[str, Tensor] = NONE
 ) -> None:
     """Write the folder in ``version`` 1 or 2 with ``tensors``, by default without weights."""
-    described = section(next(iter(source.specs.values())), version)
+    described = section(source, version)
     write_folder(source.folder, out, tensors, described, dtype)
     write_json(out / "quantize_config.json", described)
 
