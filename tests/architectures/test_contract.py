@@ -14,6 +14,7 @@ FAST = (  # of each kind: attention and rotary variants, transposed linears, sta
     "gemma4_e",
     "qwen3_5_text",
     "falcon_h1",
+    "xlstm",
     "nemotron_h_dense",
     "qwen3_moe",
     "gpt_oss",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gguf_models, published, tiny, vocabularies
+from helpers import architectures, gguf_models, published, tiny, vocabularies
 from helpers.gguf_models import ROWS
 from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
 from safetensors.torch import load_file
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import QuantConfig
+from qtool.exporters.mlx import SWITCH
 from qtool.quant.affine import dequantize
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -107,6 +109,47 @@ def test_mlx_lm_computes_the_same_model(name: str, older: bool, tmp_path: Path) 
     folder = published.quantized(name, tmp_path, older=older)
     out = exported(folder, "mlx", tmp_path / "mlx")
     assert same_model(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out))
+
+
+# keys of published configs that transformers 5 names otherwise in its own, by family
+PUBLISHED_KEYS: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"num_experts": 4},
+    "exaone_moe": {"is_moe_layer": [False, True]},
+}
+FLOAT = {"deepseek_v3": {"*.kv_b_proj": {"skip": True}}}  # linears that MLX cannot hold
+SCAN = 1e-3  # relative difference of logits by the scan of a state space model, which mlx-lm sums in another order
+
+
+def mixture(name: str, at: Path) -> Path:
+    """Write a native checkpoint of a mixture of experts below ``at``."""
+    floats = architectures.write(name, at / "float")
+    published.change_json(floats / "config.json", **PUBLISHED_KEYS.get(name, {}))
+    quant = QuantConfig.model_validate({"num_bits": 4, "group_size": 32, "overrides": FLOAT.get(name, {})})
+    tiny.quantize(floats, at / "q", quant)
+    return at / "q"
+
+
+@pytest.mark.parametrize("name", SWITCH)
+def test_mlx_lm_computes_the_same_mixture(name: str, tmp_path: Path) -> None:
+    folder = mixture(name, tmp_path)
+    out = exported(folder, "mlx", tmp_path / "mlx")
+    witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
+    with torch.no_grad():
+        ours = plain(folder)(witness["tokens"].long()).logits
+    tolerance = SCAN if name == "nemotron_h" else 1e-5
+    assert torch.allclose(witness["logits"], ours, rtol=0, atol=tolerance * float(ours.abs().max()))
+    stacks = [each for each in witness.values() if each.dim() == 3 and each.shape[0] == 4]
+    assert len(stacks) >= 2
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "nemotron_h", "exaone_moe"])
+def test_auto_round_computes_the_same_mixture(name: str, tmp_path: Path) -> None:
+    folder = mixture(name, tmp_path)
+    out = exported(folder, "auto-round", tmp_path / "auto-round")
+    witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
+    with torch.no_grad():
+        ours = plain(folder)(witness["tokens"]).logits
+    assert torch.allclose(witness["logits"], ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
 
 
 GGUF_GRIDS = [grid for grid in (*GRIDS, *MIXED) if grid not in ("w8pc-asym", "w8g32-asym", "mixed-asym")]
