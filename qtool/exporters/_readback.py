@@ -73,8 +73,8 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
     for name, stored in expected_floats.items():
         if not may_round and not torch.equal(stored.float(), opened.tensor(name).float()):
             raise RunError(f"{name} differs after export; the export was not kept")
-    if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
-        raise RunError(f"config.json differs after export, in {key}; the export was not kept")
+    if (fault := _config_fault(opened, source, exporter.config_keys)) is not None:
+        raise RunError(f"config.json differs after export, in {fault}; the export was not kept")
     if loaded is None:
         return {"weight_difference": worst, "logit_difference": None}
     logits = float((loaded.model(probe, use_cache=False).logits - ours).abs().max() / ours.abs().max())
