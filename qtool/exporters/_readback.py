@@ -61,20 +61,11 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             experts = names.experts.get(name)
             dense = _linear(weight, layers[name].bias) if experts is None else ExpertsLinear(weight, experts.shape[0])
             replace_linear(loaded.model, name, dense)
-    floats = {name: source.tensor(name) for name in source.float_names()}
-    expected_floats = names.floats(floats, places)
-    for key in expected_floats.keys() & {key for key, place in places.items() if source.specs.keys() & place.linears}:
-        del expected_floats[key]  # a tensor with rows of a quantized linear too
-        for linear in places[key].linears.keys() - source.specs.keys():
-            stored = floats[f"{linear}.weight"].float()
-            found = _read(opened, exporter, linear, stored.shape[1], names.rows, places)
-            if not may_round and not torch.equal(stored, found):
-                raise RunError(f"{linear} differs after export; the export was not kept")
-    for name, stored in expected_floats.items():
-        if not may_round and not torch.equal(stored.float(), opened.tensor(name).float()):
-            raise RunError(f"{name} differs after export; the export was not kept")
-    if (fault := _config_fault(opened, source, exporter.config_keys)) is not None:
-        raise RunError(f"config.json differs after export, in {fault}; the export was not kept")
+    other = None if may_round else _other_float(source, opened, exporter)
+    if other is not None:
+        raise RunError(f"{other} differs after export; the export was not kept")
+    if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
+        raise RunError(f"config.json differs after export, in {key}; the export was not kept")
     if loaded is None:
         return {"weight_difference": worst, "logit_difference": None}
     logits = float((loaded.model(probe, use_cache=False).logits - ours).abs().max() / ours.abs().max())
@@ -84,6 +75,23 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             "the export was not kept"
         )
     return {"weight_difference": worst, "logit_difference": logits}
+
+
+def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
+    """Return the name of a tensor outside quantized weights that an export holds otherwise, or ``None``."""
+    names = published_names(source)
+    places = exporter.places(names)
+    floats = {name: source.tensor(name) for name in source.float_names()}
+    written = names.floats(floats, places)
+    for key in written.keys() & {key for key, place in places.items() if source.specs.keys() & place.linears}:
+        del written[key]  # it has rows of a quantized linear too
+        for linear in places[key].linears.keys() - source.specs.keys():
+            own = floats[f"{linear}.weight"].float()
+            if not torch.equal(own, _read(opened, exporter, linear, own.shape[1], names.rows, places)):
+                return linear
+    return next(
+        (key for key, each in written.items() if not torch.equal(each.float(), opened.tensor(key).float())), None
+    )
 
 
 def _read(

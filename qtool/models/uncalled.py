@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qtool.models.auto_class import is_multimodal
 from qtool.models.block_calls import Stop, replaced_forwards, with_hidden
 from qtool.models.experts import ExpertsLinear
 from qtool.models.linears import linear_bias, stored_weight, weight_of
@@ -95,13 +97,15 @@ def no_plain_linears(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) 
     first = {kind: kinds.index(kind) for kind in kinds}
     versions = {name: (p, p._version) for name, p in model.named_parameters()}
     output: Any = None
+    # the classes around a language model are many, and transformers cannot run all of them
+    whole = isinstance(model, PreTrainedModel) and is_multimodal(model.config)
 
     def call(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal output
         if index == first[kinds[index]]:
             block = blocks[index][1]
             output = type(block).forward(block, hidden, *args, **kwargs)
-        if index == len(blocks) - 1:
+        if index == len(blocks) - 1 and not whole:
             raise Stop
         return output if index == first[kinds[index]] else with_hidden(output, hidden)
 

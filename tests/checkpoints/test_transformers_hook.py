@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import qtool
 from qtool.checkpoints import transformers_hook
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import NativeCheckpoint
@@ -214,7 +210,7 @@ def test_the_marker_is_a_byte_in_files_and_has_the_models_dtype_in_memory(native
     for layer in packed_linears(model).values():
         assert (layer.weight.dtype, layer.weight.tolist()) == (dtype, [1.0])
         assert layer.state_dict()["weight"].dtype == torch.uint8
-    half = model.half()
+    half = tiny.moved(model, torch.float16)
     assert {layer.weight.dtype for layer in packed_linears(half).values()} == {torch.float16}
 
 
@@ -339,74 +335,3 @@ def test_a_tensor_that_is_not_there_is_refused_by_name(damaged: Path, part: str)
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"lacks 1 tensor.*{LINEAR}\.{part}"):
         load_model(ModelConfig(path=str(damaged)), quantized=True)
-
-
-# in a fresh Python
-
-HEAVY = "torch, torch._dynamo, torch.distributed.tensor, scipy.optimize, accelerate, transformers"
-LOAD = "model = LlamaForCausalLM.from_pretrained('native', dtype='float32')"
-LOGITS = "torch.save(model.eval()(torch.load('probe.pt')).logits.detach(), '{}.pt')"
-SCRIPTS = {
-    "without": f"from transformers import LlamaForCausalLM; assert 'qtool' not in sys.modules; {LOAD}",
-    "first": f"import qtool; from transformers import LlamaForCausalLM; {LOAD}; {LOGITS.format('first')}",
-    "last": f"from transformers import LlamaForCausalLM; import qtool; {LOAD}; {LOGITS.format('last')}",
-}
-FORKS = f"""
-import os, sys, traceback, {HEAVY}
-assert not [name for name in sys.modules if name == 'transformers.modeling_utils' or name.startswith('qtool')]
-children = {{}}
-for name, script in {SCRIPTS!r}.items():
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(name + '.err', os.O_WRONLY | os.O_CREAT), 2)
-        try:
-            exec(script)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        sys.stderr.flush()
-        os._exit(0)
-    children[name] = child
-for name, child in children.items():
-    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-Fresh = tuple[Path, dict[str, int]]
-
-
-@pytest.fixture(scope="module")
-def fresh(llama: Native, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    """The folder and exit codes of ``SCRIPTS``, run in a Python without qtool and transformers' models.
-
-    Each script runs in a fork of one process that has done the slow imports, to save time.
-    """
-    folder = tmp_path_factory.mktemp("fresh")
-    (folder / "native").symlink_to(llama.folder)
-    torch.save(tiny.probe(), folder / "probe.pt")
-    path = [str(Path(qtool.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    command = [sys.executable, "-c", FORKS]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    return folder, {name: int(code) for name, code in (line.split() for line in done.stdout.splitlines())}
-
-
-@pytest.mark.parametrize("name", ["first", "last"])
-def test_qtool_may_be_imported_before_or_after_transformers(name: str, fresh: Fresh, llama: Native) -> None:
-    folder, codes = fresh
-    assert codes[name] == 0, (folder / f"{name}.err").read_text()
-    assert torch.equal(torch.load(folder / f"{name}.pt"), llama.logits)
-
-
-def test_importing_qtool_imports_neither_torch_nor_transformers() -> None:
-    script = "import sys, qtool; print(*{'torch', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
-def test_without_import_qtool_transformers_stops_at_a_size_mismatch(fresh: Fresh) -> None:
-    folder, codes = fresh
-    said = (folder / "without.err").read_text()
-    assert codes["without"] != 0, "a random model was given"
-    assert "mismatch" in said.lower()
-    assert "torch.Size([1])" in said  # the size of the marker tensor, where a weight was expected

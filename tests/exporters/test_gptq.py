@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny
-from helpers.hybrids import hybrid_config, random_model
+from helpers import architectures, tiny
 from helpers.native_checkpoints import Q_PROJ, exported, plain, read_back
 
 from qtool.checkpoints.native import NativeCheckpoint
@@ -26,9 +25,8 @@ def left_out(section: dict[str, dict[str, object]], name: str) -> bool:
 
 
 def test_linears_left_in_floating_point_are_named_for_every_reader(tmp_path: Path) -> None:
-    model = random_model(hybrid_config("qwen3_5"))
-    tiny.moved(model, torch.bfloat16).save_pretrained(tmp_path / "float")
-    tiny.tokenizer().save_pretrained(tmp_path / "float")
+    architectures.write("qwen3_5_text", tmp_path / "float")
+    model = tiny.load(tmp_path / "float").model
     tiny.quantize(tmp_path / "float", tmp_path / "q", QuantConfig(group_size=32))
     out = exported(tmp_path / "q", "gptq", tmp_path / "out")
     section = read_config(out)["quantization_config"]

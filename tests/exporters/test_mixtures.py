@@ -9,7 +9,8 @@ from helpers import architectures, tiny
 from helpers.native_checkpoints import exported, read_back
 from torch import Tensor, nn
 
-from qtool.checkpoints.native import NativeCheckpoint
+from qtool.blocks.job import Job
+from qtool.checkpoints.native import NativeCheckpoint, PlannedCheckpoint
 from qtool.config import catalog
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ExportConfig
@@ -254,8 +255,15 @@ def test_an_expert_that_another_tool_changed_is_found(mixtures: Mixtures, tmp_pa
     assert not torch.equal(read_back(out), before)
 
 
-def test_an_export_of_a_mixture_is_refused_before_the_run(mixtures: Mixtures) -> None:
-    source = NativeCheckpoint(mixtures("gpt_oss"))
+@pytest.mark.parametrize(("name", "formats"), [("gpt_oss", {"dense"}), ("mixtral", {*catalog.export_formats()})])
+def test_an_export_of_a_mixture_is_refused_before_the_run(name: str, formats: set[str], tmp_path: Path) -> None:
+    loaded = tiny.load(architectures.write(name, tmp_path / "float"))
+    targets = Job.select(loaded, QuantConfig(group_size=32)).targets
+    specs = {target.name: target.spec for target in targets}
+    planned = PlannedCheckpoint(loaded, specs, {target.name: target.weight_shape for target in targets})
     for format in catalog.export_formats():
-        reason = _base.refusal(format, source, ExportConfig(format=format, path=Path("out")))
-        assert (reason is None) == (format == "dense"), reason
+        reason = _base.refusal(format, planned, ExportConfig(format=format, path=tmp_path / "out"))
+        assert (reason is None) == (format in formats - {"auto-round"}), reason
+        if reason is None:
+            (tmp_path / format).mkdir()
+            _base.get(format).describe(planned, tmp_path / format, "bfloat16")

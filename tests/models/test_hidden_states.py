@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import tiny
+from helpers import architectures, tiny
 from helpers.families import CONFIGS, GATED, make_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -21,6 +21,7 @@ from qtool.data.generated import generated_tokens
 from qtool.methods import awq, gptq, rtn, signround
 from qtool.methods.efficientqat import block_ap
 from qtool.methods.efficientqat.config import BlockConfig
+from qtool.models import experts
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
 
@@ -56,6 +57,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "openai-gpt": ("OpenAIGPTConfig", {"vocab_size": tiny.VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4}),
 }
 SHARING = ["gemma4", "gemma3n"]
+PASSING = ["glm_moe_dsa", "zaya"]  # blocks return what the next block reads: chosen tokens, states of the router
 W2 = QuantConfig(num_bits=2, group_size=-1)
 QUICK = BlockConfig(name="efficientqat", min_steps=2, epochs=0.1)
 TOKENS = torch.randint(1, tiny.VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -75,11 +77,14 @@ def make(name: str) -> LoadedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1 or not parameter.any():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    experts.unfuse(model)
     dtypes = {key: torch.float32 for key, _ in model.named_parameters()}
     return LoadedModel(model, tiny.tokenizer(), name, Path(), dtypes)
 
 
 def _other(name: str) -> PreTrainedConfig:
+    if name in PASSING:
+        return architectures.make_config(name)
     kind, values = OTHERS[name]
     config: PreTrainedConfig = getattr(transformers, kind)(**values)
     return config
@@ -115,7 +120,7 @@ def plain(states: Any) -> list[Tensor]:
     return [hidden.as_subclass(Tensor).clone() for hidden in states]
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS, *PASSING])
 def test_every_batch_gets_the_hidden_states_of_the_models_own_forward(name: str) -> None:
     loaded = make(name)
     expected = own_inputs(loaded.model, loaded.blocks())
@@ -124,7 +129,7 @@ def test_every_batch_gets_the_hidden_states_of_the_models_own_forward(name: str)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", [*SHARING, *PASSING])
 def test_the_quantized_and_the_float_stream_have_what_their_own_blocks_share(
     name: str, on_disk: bool, tmp_path: Path
 ) -> None:
