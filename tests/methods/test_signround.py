@@ -13,7 +13,7 @@ from helpers import tiny
 from helpers.weights import gradient
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
@@ -24,7 +24,7 @@ from qtool.methods import rtn, signround
 from qtool.methods.signround import RoundingTraining, SignRoundLinear, minibatches
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight, minmax_qparams
+from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 from qtool.system.errors import InputError
 
@@ -374,3 +374,21 @@ def test_an_unknown_preset_is_a_fault() -> None:
     with pytest.raises(InputError, match="preset"):
         recipe.check(recipe.Recipe, {"method": {"name": "signround", "preset": "bestt"}}, "r")
     assert load_method("signround").needs_data(signround.Config())
+
+
+class Choice(nn.Module):
+    """An activation that passes no gradient on, as a choice does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.detach() > 0).to(x)
+
+
+def test_a_linear_whose_output_only_chooses_stays_rounded_to_nearest(llama: LoadedModel, tokens: Tensor) -> None:
+    gates = [f"{name}.mlp.gate_proj" for name, _ in llama.blocks()]
+    for _, block in llama.blocks():
+        block.set_submodule("mlp.act_fn", Choice())
+    float_weights = {name: llama.model.get_parameter(f"{name}.weight").detach().clone() for name in gates}
+    run(llama, tokens, W2A)
+    for name, weight in float_weights.items():
+        found = weights(llama)[name]
+        assert torch.equal(found.codes, quantize(weight, *minmax_qparams(weight, found.spec), found.spec))
