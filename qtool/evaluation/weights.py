@@ -5,6 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ModelConfig
+from qtool.models.kept_float import other_matrices
 from qtool.models.linears import packed_linears, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
@@ -16,7 +17,7 @@ from qtool.system.tensors import dtype_name
 
 
 def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
-    """Return the shape ``(out, in)`` of every linear in the decoder blocks by full name, in module order."""
+    """Return the shape ``(out, in)`` of every linear in the decoder blocks by full name, then of other matrices."""
     found = {}
     for block_name, block in loaded.blocks():
         for name, module in block.named_modules():
@@ -25,7 +26,8 @@ def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
             elif isinstance(module, nn.Linear | Conv1D):
                 rows, columns = stored_weight(module).shape
                 found[f"{block_name}.{name}"] = (rows, columns)
-    return found
+    matrices = other_matrices(loaded.blocks())
+    return found | {name: (p.numel() // p.shape[-1], p.shape[-1]) for name, p in matrices.items()}
 
 
 def linear_records(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qtool.config.quant import QuantConfig
+from qtool.evaluation.weights import block_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
 from qtool.models.uncalled import OTHER, READ, UNCALLED, no_plain_linears
@@ -203,5 +204,6 @@ def test_matrices_in_no_linear_are_refused_and_an_override_accepts_them() -> Non
     with notes() as said:
         assert selected(loaded, w1=True, v1=True, w2=True) == {"Wqkv", "out_proj"}
     assert any(line.endswith("mlp.w2") and "% of the blocks' weights are in no linear" in line for line in said)
+    assert block_linears(loaded)["transformer.blocks.0.ffn.experts.mlp.w2"] == (256, 64)  # a record of the report
     with pytest.raises(InputError, match=r"no linear matches '\*\.w1'"):
         selected(loaded, w1=False)
