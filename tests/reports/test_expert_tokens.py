@@ -1,5 +1,7 @@
 """The calibration tokens that experts saw: in words, and as a figure."""
 
+import numpy as np
+
 from qtool.blocks.job import block_series, expert_figures
 from qtool.reports.expert_figure import draw_coverage
 from qtool.reports.expert_tokens import coverage
@@ -31,5 +33,5 @@ def test_the_figure_shows_most_median_and_fewest_of_each_block() -> None:
     assert draw_coverage(report) is None
     plot = draw_coverage(report.model_copy(update={"series": block_series(map(expert_figures, COUNTS))}))
     assert plot is not None
-    lines = {line.get_label(): list(line.get_ydata()) for line in plot.figure.axes[0].get_lines()}
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in plot.figure.axes[0].get_lines()}
     assert (lines["most"], lines["median"], lines["fewest"]) == ([200, 3000], [28.5, 18], [0, 15])
