@@ -10,7 +10,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from qtool.config.sections import ModelConfig
 from qtool.data import generated
 from qtool.models import experts
 from qtool.models.loading import load_model
+from qtool.system.errors import InputError
 
 SYMMETRIC = {"num_bits": 4, "group_size": 32, "symmetric": True}
 ASYMMETRIC = SYMMETRIC | {"symmetric": False}
@@ -58,19 +59,28 @@ ROUNDING = 1e-6  # largest difference of logits that is rounding, relative to th
 LARGEST_ERROR = 0.5  # largest relative error of a weight of 4 bits; another weight in its place has about 1.4
 
 
-PACKAGE = Path(qtool.__file__).parent
+class Ended(Exception):  # an outcome, not an error of the caller
+    """A step that is not right; the message says why, and ``word`` in what way."""
+
+    word = ""
 
 
-class Wrong(Exception):  # an outcome, not an error of the caller
+class Wrong(Ended):
     """A step that ended well, and whose result is wrong."""
 
-
-class Refused(Exception):
-    """A step that was refused; the message is the line."""
+    word = "wrong"
 
 
-class Crashed(Exception):
+class Refused(Ended):
+    """A step that was refused."""
+
+    word = "refused"
+
+
+class Crashed(Ended):
     """A step that ended in an unexpected error."""
+
+    word = "crash"
 
 
 @dataclass
@@ -79,7 +89,6 @@ class Trial:
 
     name: str
     folder: Path
-    notes: dict[str, list[str]] = field(default_factory=dict)  # of each method's run
 
     @cached_property
     def source(self) -> Path:
@@ -98,10 +107,17 @@ class Trial:
         assert not faults, faults
         return model
 
-    @property
-    def skipped(self) -> list[str]:
-        """Patterns of linears that the recipe leaves float."""
-        return architectures.architectures()[self.name].skipped
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits of the float model.
+
+        Raises:
+            Refused: transformers itself cannot run it.
+        """
+        try:
+            return architectures.logits(self.model)
+        except Exception as error:  # an architecture can fail in any way
+            raise Refused(f"transformers cannot run the model: {type(error).__name__}: {error}") from error
 
     def line(self, message: str) -> str:
         """Return a message as one line, without this run's paths."""
@@ -124,15 +140,11 @@ def outcome(trial: Trial, step: Callable[[], None]) -> str:
     """Run a step and return its outcome in one line."""
     try:
         step()
-    except Refused as error:
+    except Ended as error:
+        return trial.line(f"{error.word}: {error}")
+    except InputError as error:
         return trial.line(f"refused: {error}")
-    except Wrong as error:
-        return trial.line(f"wrong: {error}")
-    except Crashed as error:
-        return trial.line(f"crash: {error}")
     except Exception as error:  # whatever qtool or an architecture raises
-        if type(error).__name__ == "InputError":
-            return trial.line(f"refused: {error}")
         frames = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
         return trial.line(f"crash: {type(error).__name__}: {error} ({_places(frames)})")
     return "ok"
@@ -162,7 +174,7 @@ def command(*args: str) -> tuple[dict[str, Any], list[str]]:
 
 def _places(frames: list[tuple[str, str]]) -> str:
     """Return where an error was raised, and the last places of qtool on the way there."""
-    ours = [frame for frame in frames if "/qtool/" in frame[0].removeprefix(str(PACKAGE.parent))]
+    ours = [frame for frame in frames if frame[0].startswith(str(Path(qtool.__file__).parent))]
     chosen = [*ours[-2:], *([frames[-1]] if frames and frames[-1] not in ours[-2:] else [])]
     return " > ".join(f"{Path(file).name}:{number}" for file, number in chosen)
 
@@ -175,8 +187,9 @@ def states(trial: Trial) -> None:
 
     The model's own forward is compared with that of transformers, which stores experts in another layout.
     """
+    theirs = trial.logits
     loaded = load_model(ModelConfig(path=str(trial.source), dtype="float32", device="cpu"))
-    ours, theirs = architectures.logits(loaded.model), architectures.logits(trial.model)
+    ours = architectures.logits(loaded.model)
     if (difference := float((ours - theirs).abs().max() / theirs.abs().max())) > ROUNDING:
         raise Wrong(f"the logits of the float model differ from those of transformers by {difference:.1e}")
     tokens = torch.randint(2, tiny.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(11))
@@ -201,10 +214,9 @@ def states(trial: Trial) -> None:
                 expected = seen[index, task.index]
                 if len(expected) != 1:
                     raise Wrong(f"{task.name} is called {len(expected)} times in a forward, and carried once")
-                for what, found, own in zip(
-                    ("enter", "leave"), (hidden, task.forward(hidden)), expected[0], strict=True
-                ):
-                    _same_states(f"states that {what} {task.name} in window {index}", found, own)
+                before, after = expected[0]
+                _same_states(f"states that enter {task.name} in window {index}", hidden, before)
+                _same_states(f"states that leave {task.name} in window {index}", task.forward(hidden), after)
 
 
 def _same_states(what: str, found: Tensor, own: Tensor) -> None:
@@ -217,6 +229,7 @@ def _same_states(what: str, found: Tensor, own: Tensor) -> None:
 
 def text(trial: Trial) -> None:
     """Compare the text that a model writes for calibration with what it writes without a cache, token by token."""
+    assert trial.logits.isfinite().all()
     loaded = load_model(ModelConfig(path=str(trial.source), dtype="float32", device="cpu"))
     draws: list[Callable[[Tensor, int, int], Tensor]] = []
     steps: dict[int, int] = {}
@@ -248,11 +261,10 @@ def quantized(trial: Trial, method: str) -> None:
     """Quantize with a method through the command line, and compare the native folder with the dense export."""
     keys, quant = METHODS[method]
     out = trial.folder / method
-    skip = {"overrides": {pattern: {"skip": True} for pattern in trial.skipped}} if trial.skipped else {}
     recipe = {
         "model": {"path": str(trial.source), "dtype": "float32", "device": "cpu"},
         "method": {"name": method, **keys},
-        "quant": quant | skip,
+        "quant": quant,
         "data": {"source": str(trial.text), "num_samples": 4, "seq_len": 32},
         "output": {"path": str(out)},
     }
@@ -322,16 +334,14 @@ def _blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _all_quantized(trial: Trial, linears: set[str], notes: list[str]) -> None:
-    """Check that all matrices in the blocks are quantized, except those that a note names or a recipe skips."""
+    """Check that all matrices in the blocks are quantized, except those that a note names."""
     total, silent = 0, dict[str, int]()
     for name, module in _blocks(trial.model).items():
         for key, parameter in module.named_parameters(recurse=False):
             total += parameter.numel()
             if name in linears or f"{name}.{key}" in linears or parameter.squeeze().dim() < 2:
                 continue
-            if isinstance(module, _ConvNd | nn.Embedding):
-                continue
-            if any(fnmatchcase(name, pattern) for pattern in trial.skipped) or _named(name, key, notes):
+            if isinstance(module, _ConvNd | nn.Embedding) or _named(name, key, notes):
                 continue
             if isinstance(module, nn.Linear | Conv1D):
                 raise Wrong(f"{name} {list(parameter.shape)} stays float, and no note names it")

@@ -29,14 +29,13 @@ VISION_FILES = {  # files that a multimodal folder has beside the model
 class Architecture(NamedTuple):
     """A row of a table: its kind, the model type, values of the configuration, and the class of the model.
 
-    Without a class, ``AutoModelForCausalLM`` chooses it. ``skipped`` are patterns of linears that recipes must skip.
+    Without a class, ``AutoModelForCausalLM`` chooses it.
     """
 
     kind: str
     model_type: str
     values: dict[str, Any]
     model_class: str | None
-    skipped: list[str]
 
     @property
     def multimodal(self) -> bool:
@@ -59,7 +58,7 @@ def architectures() -> dict[str, Architecture]:
     for kind, table in tables.items():
         for name, row in table.items():
             values = _resolved(row, every)
-            found[name] = Architecture(kind, row["type"], values, row.get("class"), row.get("skip", []))
+            found[name] = Architecture(kind, row["type"], values, row.get("class"))
     return found
 
 
@@ -70,7 +69,7 @@ def _resolved(row: Mapping[str, Any], every: Mapping[str, Any]) -> dict[str, Any
     for name in [names] if isinstance(names, str) else names:
         values |= _resolved(every[name], every)
     for key, value in row.items():
-        if key not in ("type", "class", "base", "without", "skip"):
+        if key not in ("type", "class", "base", "without"):
             values[key] = _resolved(value, every) if isinstance(value, dict) else value
     return {key: value for key, value in values.items() if key not in row.get("without", [])}
 
