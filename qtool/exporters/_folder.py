@@ -230,16 +230,16 @@ def conv1d(source: NativeCheckpoint, why: str) -> str | None:
     return f"{min(flipped)} is a Conv1D, {why}; export dense instead" if flipped else None
 
 
-def float_linears(source: NativeCheckpoint, *, routers: bool = False) -> list[str]:
-    """Return the published names of the linears that stay in floating point, among them the output head.
+def float_linears(source: NativeCheckpoint, *, routers: bool = False) -> dict[str, list[str]]:
+    """Return the linears that stay in floating point, among them the output head: name in memory -> published names.
 
-    With ``routers``, also those of other modules with a matrix as ``weight`` that is no embedding: they choose experts.
+    With ``routers``, also other modules with a matrix as ``weight`` that is no embedding: they choose experts.
     """
     if not has_class(source):  # every matrix: a reader that meets the name of another module passes over it
         matrices = [
             name for name in source.float_names() if name.endswith(".weight") and source.tensor(name).dim() == 2
         ]
-        return [name.removesuffix(".weight") for name in matrices]
+        return {name.removesuffix(".weight"): [name.removesuffix(".weight")] for name in matrices}
     names = published_names(source)
     found = [name for name in names.rows if name not in source.specs]
     found += [
@@ -250,7 +250,12 @@ def float_linears(source: NativeCheckpoint, *, routers: bool = False) -> list[st
         and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
         and weight.dim() == 2
     ]
-    return [name for linear in found for name in names.modules(linear)]
+    return {linear: names.modules(linear) for linear in found}
+
+
+def both_names(names: Mapping[str, list[str]]) -> list[str]:
+    """Return the published names and those in memory: engines compare the first, and transformers the second."""
+    return list(dict.fromkeys(each for linear, published in names.items() for each in (*published, linear)))
 
 
 def packed_places(source: NativeCheckpoint, places: Mapping[str, Place] | None = None) -> dict[str, Place]:
@@ -295,11 +300,21 @@ def split_rows(source: NativeCheckpoint, format: str) -> str | None:
     return None
 
 
-def shared_block_prefix(source: NativeCheckpoint) -> str:
-    """Return the prefix that the published names of all decoder blocks share, for example ``model.layers.``."""
-    first = published_names(source).modules(next(iter(source.specs)))[0]
-    parts = first.split(".")
-    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
+def block_prefixes(source: NativeCheckpoint) -> tuple[str, str]:
+    """Return the prefixes of the names of all decoder blocks, such as ``model.layers.``: in memory, and published."""
+    first = next(iter(source.specs))
+    found = []
+    for name in (first, published_names(source).modules(first)[0]):
+        parts = name.split(".")
+        found.append(".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + ".")
+    return found[0], found[1]
+
+
+def float_in_blocks(source: NativeCheckpoint, *, routers: bool = False) -> list[str]:
+    """Return ``both_names`` of ``float_linears`` of the decoder blocks."""
+    own, _ = block_prefixes(source)
+    found = float_linears(source, routers=routers)
+    return both_names({name: published for name, published in found.items() if name.startswith(own)})
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:

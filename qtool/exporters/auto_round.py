@@ -23,7 +23,8 @@ from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
     WrittenFolder,
-    float_linears,
+    block_prefixes,
+    float_in_blocks,
     float_tensors,
     float_zeros,
     grids,
@@ -31,7 +32,6 @@ from qtool.exporters._folder import (
     packed_places,
     published_names,
     reader,
-    shared_block_prefix,
     stored_dtype,
     unfit,
     write_folder,
@@ -80,9 +80,10 @@ def settings(spec: QuantSpec) -> dict[str, Any]:
 def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the ``quantization_config``: the most common grid, and by full name each linear that differs."""
     common = Counter(source.specs.values()).most_common(1)[0][0]
-    prefix = shared_block_prefix(source)
-    left = [name for name in float_linears(source, routers=True) if name.startswith(prefix)]
+    prefixes = dict.fromkeys(prefix.removesuffix(".") for prefix in block_prefixes(source))
+    left = float_in_blocks(source, routers=True)
     named = grids(source, packed_places(source))
+    named |= {name: spec for name, spec in source.specs.items() if name not in published_names(source).experts}
     differ = {name: settings(spec) for name, spec in named.items() if settings(spec) != settings(common)}
     symmetric = all(spec.symmetric for spec in source.specs.values())
     return {
@@ -90,7 +91,7 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
         "packing_format": "auto_round:auto_gptq" if symmetric else "auto_round:gptqmodel",
         **settings(common),
         "data_type": "int",
-        "block_name_to_quantize": prefix.removesuffix("."),
+        "block_name_to_quantize": ",".join(prefixes),
         "extra_config": differ | {name: {"bits": 16} for name in left},
         "quantizer": f"qtool:{__version__}",
     }

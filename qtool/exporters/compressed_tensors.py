@@ -19,6 +19,7 @@ from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
     WrittenFolder,
+    both_names,
     conv1d,
     float_linears,
     float_tensors,
@@ -117,6 +118,9 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
     by_spec: dict[QuantSpec, list[str]] = {}
     for name, spec in grids(source, packed_places(source)).items():
         by_spec.setdefault(spec, []).append(name)
+    for name, spec in source.specs.items():  # as transformers calls it
+        if name not in by_spec[spec] and name not in published_names(source).experts:
+            by_spec[spec].append(name)
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(by_spec) == 1 else _patterns(names),
@@ -132,7 +136,7 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _patterns(float_linears(source, routers=True)),
+        "ignore": _patterns(both_names(float_linears(source, routers=True))),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

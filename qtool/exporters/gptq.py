@@ -26,8 +26,10 @@ from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
     NONE,
     WrittenFolder,
+    block_prefixes,
+    both_names,
     conv1d,
-    float_linears,
+    float_in_blocks,
     float_tensors,
     float_zeros,
     inexact,
@@ -35,7 +37,6 @@ from qtool.exporters._folder import (
     packed_places,
     published_names,
     reader,
-    shared_block_prefix,
     split_rows,
     stored_dtype,
     unfit,
@@ -97,13 +98,14 @@ def layout_refuses(source: NativeCheckpoint, format: str) -> str | None:
 
 def kinds(source: NativeCheckpoint) -> tuple[list[str], dict[str, str]]:
     """Return the names within a block of the quantized linears, and of those left in float, by full name."""
-    prefix = shared_block_prefix(source)
+    own, published = block_prefixes(source)
+    names = published_names(source)
 
     def kind(name: str) -> str:
-        return name.removeprefix(prefix).partition(".")[2]
+        return name.removeprefix(own).removeprefix(published).partition(".")[2]
 
-    left = {name: kind(name) for name in float_linears(source) if name.startswith(prefix)}
-    return list(dict.fromkeys(map(kind, source.specs))), left
+    kept = both_names({linear: [] if linear in names.experts else names.modules(linear) for linear in source.specs})
+    return list(dict.fromkeys(map(kind, kept))), {name: kind(name) for name in float_in_blocks(source)}
 
 
 def section(source: NativeCheckpoint, version: int) -> dict[str, Any]:

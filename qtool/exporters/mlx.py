@@ -162,7 +162,8 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
     held = {name: settings(spec, shapes[own[name]][1]) for name, spec in found.items()}
     common = Counter(tuple(grid.items()) for grid in held.values()).most_common(1)[0][0]
     differ = {name: grid for name, grid in held.items() if tuple(grid.items()) != common}
-    return {**dict(common), "mode": "affine", **differ, **dict.fromkeys(float_linears(source), False)}
+    floats = [name for published in float_linears(source).values() for name in published]
+    return {**dict(common), "mode": "affine", **differ, **dict.fromkeys(floats, False)}
 
 
 def _packed(source: NativeCheckpoint) -> dict[str, Place]:
