@@ -1,5 +1,6 @@
 """One contract for every decoder family: right in every step, or refused with the line of ``refused.yaml``."""
 
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,6 +24,7 @@ FAST = (  # of each kind: attention and rotary variants, transposed linears, sta
     "gemma3_vl_big_vision",
 )
 FAST_STEPS = (STATES, GENERATED, "rtn", "gptq")
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 NUM_RIGHT = 120  # fewest models that must be right in every step
 
 
@@ -57,3 +59,14 @@ def test_what_may_be_refused_is_a_family_and_a_step() -> None:
     assert set(models) <= set(architectures())
     assert {step for steps in models.values() for each in steps for step in each.split()} <= set(STEPS)
     assert len(architectures()) - len(models) >= NUM_RIGHT
+
+
+def test_the_page_has_every_family_and_none_that_is_wrong_or_crashes() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([\w.-]+) \| (?:ok|ref)", page, re.MULTILINE) == list(architectures())
+    counts = re.search(
+        r"\*\*(\d+) right in every step, (\d+) refused in a step, 0 silently wrong, 0 crashed\.\*\*", page
+    )
+    assert counts is not None
+    assert int(counts[1]) == len(architectures()) - len(read_table("refused")["models"])
+    assert int(counts[1]) >= NUM_RIGHT
