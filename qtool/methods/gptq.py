@@ -323,6 +323,7 @@ def solve_experts(
     tokens as there are channels: ``H = a H_own + (1 - a) H_all`` with ``a = n / (n + in)``. Hessians are made of a few
     experts at a time. GPTAQ's correction is not used: the float model sends other tokens to an expert.
     """
+    memory.return_freed()
     experts = num_experts(target.linear)
     rows, columns = target.weight_shape
     shared = gram(batch.x for batch in inputs)
@@ -343,6 +344,8 @@ def solve_experts(
                 else:
                     factor = factorise(statistics, spec, config, f"{target.name}, expert {expert}")
                     solved.append(solve(weight, factor, spec, config))
+            del own, statistics
+        memory.return_freed()
     if few:
         progress.note(
             f"{target.name}: {len(few)} of {experts} experts (the first is {few[0]}) saw fewer than "
