@@ -114,18 +114,11 @@ def input_energy(job: Job) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for task in walk(job):
         names = {target.linear: target.name for target in task.targets}
-        experts = {target.linear: num_experts(target.linear) for target in task.targets}
 
         # Any: the arguments of whatever linear it is
-        def visit(
-            linear: nn.Module,
-            args: Any,
-            kwargs: Any,
-            names: dict[nn.Module, str] = names,
-            experts: dict[nn.Module, int] = experts,
-        ) -> None:
-            # each of several experts reads a part of the tokens
-            squares = args[0].flatten(0, -2).float().square().sum(0) / (job.text.numel() * experts[linear])
+        def visit(linear: nn.Module, args: Any, kwargs: Any, names: dict[nn.Module, str] = names) -> None:
+            count = job.text.numel() * num_experts(linear)  # each of several experts reads a part of the tokens
+            squares = args[0].flatten(0, -2).float().square().sum(0) / count
             found[names[linear]] = found.get(names[linear], 0) + squares
 
         task.outputs = task.inputs.like()

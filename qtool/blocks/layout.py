@@ -63,8 +63,7 @@ def find_layout(loaded: LoadedModel, batches: Sequence[ModelInputs], blocks: Blo
     Raises:
         InputError: blocks are not called in order, once each; hidden states change between them in another way than by
             an addition; or an argument is made of what earlier blocks computed and no result of the last one, or
-            differs between texts in another way
-            than as a tensor of windows.
+            differs between texts in another way than as a tensor of windows.
     """
     one, other, joined = _probes(loaded, batches)
     first = _run(loaded, one, blocks, 1.0, None)
@@ -158,7 +157,7 @@ def _run(loaded: LoadedModel, inputs: ModelInputs, blocks: Blocks, factor: float
     """
     modules = [block for _, block in blocks]
     seen = _Seen([], [], [], [], None)
-    others: list[Any] = []  # what a block returns besides hidden states
+    others: list[Any] = []  # the results of the last block besides hidden states
 
     def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal output
@@ -208,7 +207,7 @@ def _real(loaded: LoadedModel, block: nn.Module, hidden: Tensor, call: BlockCall
     before = state_of(fitting.leaves())
     try:
         for tensor, data in stored:  # as the driver brings it in
-            if data.is_meta:  # of experts that are read from files when they are called
+            if data.is_meta:  # the weights of experts in files, which a call reads
                 continue
             tensor.data = data.to(loaded.device, loaded.dtype if data.dtype == own else data.dtype)
         out = type(block).forward(block, hidden.to(loaded.device, loaded.dtype), *fitting.args, **fitting.kwargs)

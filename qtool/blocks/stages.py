@@ -70,7 +70,7 @@ def paused_stages(task: BlockTask) -> Iterator[Stage]:
         inputs = [run.switch(hidden) for run, hidden in zip(runs, task.inputs, strict=True)]
         float_inputs = [run.switch(hidden) for run, hidden in zip(float_runs, task.float_inputs or (), strict=True)]
         for group in groups:
-            task.count_tokens(group[0], inputs)
+            task.count_tokens(group[0], (rows.counts for rows in inputs))
             yield Stage(group, inputs, float_inputs if task.float_inputs is not None else None)
             if task.streamed and task.float_inputs is None:
                 for target in group:

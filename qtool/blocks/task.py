@@ -113,19 +113,19 @@ class BlockTask:
             for hook in hooks:
                 hook.remove()
 
-    def count_tokens(self, target: Target, inputs: Iterable[Rows]) -> None:
-        """Count the rows of ``inputs`` that each expert of ``target`` gets, unless another linear of theirs did."""
+    def count_tokens(self, target: Target, counts: Iterable[list[int] | None]) -> None:
+        """Add up ``counts``, the rows that each expert of ``target`` gets of a batch, unless another linear did."""
         owner = target.name.rpartition(".")[0]
         if num_experts(target.linear) > 1 and owner not in self.expert_tokens:
-            self.expert_tokens[owner] = torch.tensor([rows.counts for rows in inputs]).sum(0)
+            self.expert_tokens[owner] = torch.tensor(list(counts)).sum(0)
 
     def through_counted(self, states: HiddenStates) -> HiddenStates:
         """Do what ``through`` does, and count the tokens that experts see."""
-        seen: dict[nn.Module, list[Rows]] = {}
+        seen: dict[nn.Module, list[list[int]]] = {}
         experts = [t for t in self.targets if num_experts(t.linear) > 1]
         layers = {self.block.get_submodule(self.local_name(target)): target for target in experts}
         hooks = [
-            layer.register_forward_pre_hook(lambda m, args: seen.setdefault(m, []).append(Rows(args[0][:0], args[1])))
+            layer.register_forward_pre_hook(lambda module, args: seen.setdefault(module, []).append(args[1]))
             for layer in layers
         ]
         try:

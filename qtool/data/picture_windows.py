@@ -163,7 +163,7 @@ class _Packer:
             return dict(tokenized(tokenizer, [text], place, **options))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of how some processors use numpy
+                warnings.simplefilter("ignore", DeprecationWarning)  # some processors use old calls of numpy
                 found = self.processor(text=[text], images=[pictures], **options)
         except Exception as error:  # processors raise errors of many kinds
             raise InputError(f"{place}: this model's processor refuses it: {first_line(error):.300}") from error

@@ -253,7 +253,7 @@ def _mark(tensor: Tensor, index: int) -> Tensor:
 
 def _owners(marks: Tensor) -> list[int]:
     """Return the numbers of the tensors in memory that ``marks`` name."""
-    if not any(marks.stride()):  # of _mark, and not to be expanded
+    if not any(marks.stride()):  # ``_mark`` made them: all are equal, and one is enough
         marks = marks.flatten()[:1] if marks.dim() == 0 else marks[(0,) * marks.dim()].flatten()
     found: list[int] = torch.unique(marks // BASE).tolist()
     return found

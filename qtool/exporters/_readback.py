@@ -171,7 +171,7 @@ def _published(opened: WrittenFolder, exporter: Exporter) -> dict[str, Tensor]:
     names = published(skeleton(opened.folder))
     places, packed = exporter.places(names), opened.packed()
     tensors: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}  # of linears in memory, whose rows the format holds elsewhere
+    weights: dict[str, Tensor] = {}  # the weights of linears whose rows the format holds in other tensors
 
     for name in opened.names():
         linear, _, leaf = name.rpartition(".")

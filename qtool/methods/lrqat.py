@@ -185,7 +185,7 @@ class LowRankLinear(QuantLinear):
         for _ in range(self.config.svd_steps if self.config.factors == "svd" else 0):
             self.phi = Phi(self._plus_term(grid, -self.factor), self.spec, form)
             error = ((grid - self.phi()) / self.factor).unflatten(0, (self.experts, -1))
-            u, s, v = torch.linalg.svd(error, full_matrices=False)  # of each expert
+            u, s, v = torch.linalg.svd(error, full_matrices=False)  # one decomposition for each expert
             root = s[:, :rank].sqrt()
             self.a.copy_((u[:, :, :rank] * root.unsqueeze(1)).flatten(0, 1))
             self.b.copy_((root.unsqueeze(2) * v[:, :rank]).flatten(0, 1))

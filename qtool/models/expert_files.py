@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtool.models.experts import ExpertsLinear, expert_linears, fused_parameters, on_disk, put
-from qtool.models.folders import weight_files
+from qtool.models.folders import open_safetensors, weight_files
 from qtool.system import memory
 
 Part = tuple[str, int | None, Tensor]  # name of a tensor, index of an expert in it, and the rows of the expert there
@@ -29,7 +28,7 @@ class TensorFiles:
         """Open the headers of all safetensors files of ``folder``."""
         self._readers: dict[str, Any] = {}
         for file in weight_files(folder):
-            reader: Any = safe_open(file, framework="pt")
+            reader = open_safetensors(file)
             self._readers |= dict.fromkeys(reader.keys(), reader)
 
     def __contains__(self, name: str) -> bool:
