@@ -64,6 +64,12 @@ GEMMA = {
 }
 LARGE_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 PIXTRAL = {"model_type": "pixtral", "head_dim": 16, "image_size": 56}
+IDEFICS = {
+    "text_config": TEXT | {"model_type": "llama"},
+    "vision_config": TOWER | {"image_size": 56},
+    "image_token_id": ID["<image>"],
+    "scale_factor": 2,
+}
 
 
 class Family(NamedTuple):
@@ -142,23 +148,13 @@ FAMILIES = {
     ),
     "idefics3": Family(
         "Idefics3Config",
-        {
-            "text_config": TEXT | {"model_type": "llama"},
-            "vision_config": TOWER | {"image_size": 56},
-            "image_token_id": ID["<image>"],
-            "scale_factor": 2,
-        },
+        IDEFICS,
         IMAGE,
         (1, 1, 3, 56, 56),
     ),
     "smolvlm": Family(
         "SmolVLMConfig",
-        {
-            "text_config": TEXT | {"model_type": "llama"},
-            "vision_config": TOWER | {"image_size": 56},
-            "image_token_id": ID["<image>"],
-            "scale_factor": 2,
-        },
+        IDEFICS,
         IMAGE,
         (1, 1, 3, 56, 56),
     ),

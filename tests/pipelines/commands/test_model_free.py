@@ -29,23 +29,26 @@ from qtool.reports.report import read_report
 
 Command = Callable[..., Result]
 Recipe = Callable[..., str]
+SMALL: dict[str, Any] = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": tiny.CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 
 
 def qwen3(folder: Path) -> Path:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=tiny.CONTEXT,
+        **SMALL,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     tiny.moved(Qwen3ForCausalLM(config), torch.bfloat16).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -55,21 +58,11 @@ def qwen3(folder: Path) -> Path:
 def gpt_oss(folder: Path) -> Path:
     torch.manual_seed(0)
     config = GptOssConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        **SMALL,
         num_local_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=tiny.CONTEXT,
         layer_types=["full_attention", "sliding_attention"],
         sliding_window=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     tiny.moved(GptOssForCausalLM(config), torch.bfloat16).save_pretrained(folder)
