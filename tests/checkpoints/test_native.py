@@ -20,7 +20,7 @@ from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.models.folders import read_config
 from qtool.models.linears import packed_linears
-from qtool.quant.packed_linear import ACTIVATIONS_VERSION
+from qtool.quant.packed_weight import ACTIVATIONS_VERSION
 from qtool.system.errors import InputError, RunError
 
 MIXED = QuantConfig.model_validate(

@@ -25,7 +25,7 @@ from qtool.models.folders import read_config
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loading import load_model
 from qtool.quant.affine import dequantize
-from qtool.quant.packed_linear import ACTIVATIONS_VERSION
+from qtool.quant.packed_weight import ACTIVATIONS_VERSION
 from qtool.system.errors import InputError
 
 MIXED = QuantConfig.model_validate(
