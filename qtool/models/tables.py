@@ -7,7 +7,7 @@ the head then computes with the embedding's table, which is quantized and stored
 Embeddings are quantized by searched ranges, and an untied head by the method, as a linear after the last block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -87,6 +87,15 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next((name, head) for name, module in model.named_modules() if module is head)
 
 
+def float_tables(model: nn.Module, quantized: Collection[str]) -> dict[str, str]:
+    """Return the tables that are not among ``quantized`` but can be, each with the recipe key that gives it a grid."""
+    found = {name: "quant.embedding" for name, module in embeddings_of(model).items() if can_stand_for(module)}
+    head = head_of(model)
+    if head is not None and isinstance(head[1], nn.Linear) and tied_table(model) is None:
+        found[head[0]] = "quant.head"
+    return {name: key for name, key in found.items() if name not in quantized}
+
+
 def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
     """Return the embeddings and the head that ``quant`` quantizes, with their grids.
 
@@ -95,7 +104,7 @@ def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
             cannot stand for one of them.
     """
     asked = quant.table_spec(quant.embedding)
-    head, tied = head_of(loaded.model), _tied_to(loaded.model)
+    head, tied = head_of(loaded.model), tied_table(loaded.model)
     head_spec = asked if quant.head == "same" else quant.table_spec(quant.head)
     if tied is not None and head_spec != asked:
         raise InputError(
@@ -116,7 +125,7 @@ def _said(spec: QuantSpec | None) -> str:
     return "float" if spec is None else spec.label()
 
 
-def _tied_to(model: nn.Module) -> tuple[str, str] | None:
+def tied_table(model: nn.Module) -> tuple[str, str] | None:
     """Return the name of the head and that of the embedding whose table it reads, or ``None``."""
     head = head_of(model)
     if head is None:
