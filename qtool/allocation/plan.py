@@ -92,6 +92,17 @@ class BitPlan(Section):
             grids["head"] = "same"  # tied, or there is no head
         return grids
 
+    def _table_lines(self, quant: QuantConfig) -> Iterator[str]:
+        """Yield the lines of a plan file that give the grids of tables."""
+        tables = {each.unit: each for each in self.allotments if each.unit in TABLES}
+        for key, grid in self.table_grids(quant).items():
+            if isinstance(grid, TableGrid):
+                values = grid.model_dump(mode="json")
+                yield f"  # {', '.join(tables[key].linears)}: {tables[key].described()}"
+                yield f"  {key}: {{{', '.join(f'{name}: {json.dumps(value)}' for name, value in values.items())}}}"
+            elif grid != getattr(quant, key):
+                yield f"  {key}: {grid}"
+
     def table(self) -> str:
         """Return a text table with a line for each unit and one for the whole."""
         rows = [("unit", "weights", "bits", "cost")]
@@ -114,11 +125,7 @@ class BitPlan(Section):
             "# quant.overrides: PATH_OF_THIS_FILE, or paste the section into it, and leave out quant.budget.",
             "quant:",
         ]
-        grids = self.table_grids(quant)
-        for each in self.allotments:
-            if isinstance(grid := grids.get(each.unit), TableGrid):
-                lines.append(f"  # {', '.join(each.linears)}: {each.described()}")
-                lines.append(f"  {each.unit}: {json.dumps(grid.model_dump(mode='json'))}")
+        lines += self._table_lines(quant)
         lines.append("  overrides:")
         for pattern, override in quant.overrides.items():
             values = override.model_dump(mode="json", exclude_unset=True)

@@ -17,8 +17,9 @@ from qtool.methods import gptq
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight, dequantize
+from qtool.quant.affine import QuantizedWeight, dequantize, quantize
 from qtool.quant.hessian import gram
+from qtool.quant.ranges import search_qparams
 
 Weights = Callable[[Target, int], Tensor]  # returns a weight rounded to a width, float32 [out, in]
 Changes = dict[Target, Tensor]  # rounded minus float weight of each linear, float32 [out, in]
@@ -26,7 +27,12 @@ Changes = dict[Target, Tensor]  # rounded minus float weight of each linear, flo
 
 def nearest(target: Target, num_bits: int) -> Tensor:
     """Return the weight ``[out, in]`` of ``target`` at another width, rounded to nearest in a searched range."""
-    return dequantize(*tables.nearest(at_width(target, num_bits), target.stored_weight.device))
+    target = at_width(target, num_bits)
+    stored = target.stored_weight
+    if stored.is_contiguous():
+        return dequantize(*tables.nearest(target, stored.device))
+    grid = search_qparams(target.weight, target.spec)  # transposed: whole, as sums of its errors depend on its strides
+    return dequantize(quantize(target.weight, *grid, target.spec), *grid, target.spec)
 
 
 def at_width(target: Target, num_bits: int) -> Target:
