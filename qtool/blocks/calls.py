@@ -275,7 +275,8 @@ def head_input(loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: 
     found: list[Tensor] = []
     modules = [block for _, block in blocks]
     plain = hidden.as_subclass(Tensor) if isinstance(hidden, Batch) else hidden
-    plain = (plain.movedim(0, layout.dim) if layout.dim else plain).to(loaded.model.device)
+    plain = plain.movedim(0, layout.dim) if layout.dim else plain
+    plain = plain.to("cpu" if loaded.streaming else loaded.device)  # where the final norm is
 
     def pass_on(index: int, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_hidden(layout.output, plain if index == len(modules) - 1 else before)
