@@ -64,7 +64,7 @@ class Fold:
     def _held(self, s: Tensor, storage: torch.dtype) -> Tensor:
         """Return for each channel whether ``storage`` can hold the source divided by ``s``.
 
-        It cannot if a value would be infinite, or if a norm would become zero, for which no scale of its readers makes up.
+        It cannot if a value would be infinite, or if a norm would become zero, which its readers cannot make up for.
         """
         weight, bias = weight_of(self.source).float(), self._bias
         if weight.dim() == 1:

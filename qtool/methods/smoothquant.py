@@ -2,9 +2,9 @@
 
 A few input channels of a decoder block are a hundred times as large as the others, and the grid of a token then leaves
 few codes for those. For a scale ``s`` per input channel, ``W x = (W diag(s)) (x / s)``; the division is folded into the
-module that makes ``x`` (``blocks/folds.py``), and the scaled weights are quantized (Xiao et al., arXiv 2211.10438). With
-the migration strength ``a`` and the largest absolute values over the calibration text and over all linears that read
-``x``::
+module that makes ``x`` (``blocks/folds.py``), and the scaled weights are quantized (Xiao et al., arXiv 2211.10438).
+With the migration strength ``a`` and the largest absolute values over the calibration text and over all linears that
+read ``x``::
 
     s_j = max|x_j|**a / max|W_j|**min(a, 1 - a)
 
@@ -112,7 +112,7 @@ def smooth(task: BlockTask, strength: float, storage: torch.dtype, found: Found)
         _note_others(task, folds)
     # a fold changes the inputs of its own readers only, so that one pass over the text serves all
     inputs = largest_inputs(task, [fold.readers[0].linear for fold in folds])
-    for fold in folds:
+    for fold in reversed(folds):  # a linear gets the scale of its rows, as a source, before its columns are measured
         s = smoothing_scale(inputs[fold.readers[0].linear], largest_weights(fold.readers), strength)
         fold.apply(s, storage)
     for target in task.targets:
