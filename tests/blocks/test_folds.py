@@ -84,9 +84,11 @@ def test_a_channel_that_the_stored_dtype_cannot_hold_is_left(offset: float, stor
 
 def test_a_norm_that_is_zero_stays_zero() -> None:
     norm, linear = Norm(torch.tensor([0.0] + [1.0] * (CHANNELS - 1)), 0.0), reader()
-    before = both(norm, linear)
-    fold(norm, 0.0, linear).apply(S, torch.bfloat16)
+    before, columns = both(norm, linear), weight_of(linear).detach().clone()
+    s = torch.cat([torch.tensor([5.0]), S[1:]])
+    fold(norm, 0.0, linear).apply(s, torch.bfloat16)
     assert float(norm.weight.detach()[0]) == 0
+    assert torch.equal(weight_of(linear)[:, 0], columns[:, 0] * 5)
     assert torch.allclose(both(norm, linear), before, rtol=1e-5, atol=1e-6)
 
 
@@ -102,7 +104,7 @@ def test_a_bias_that_the_stored_dtype_cannot_hold_leaves_its_channel() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_linear_in_floating_point_leaves_the_range_of_its_dtype_in_no_row(exact: bool) -> None:
-    source, linear = nn.Linear(CHANNELS, CHANNELS), reader()
+    source, linear = nn.Linear(CHANNELS, CHANNELS, bias=False), reader()
     before = both(source, linear)
     s = torch.ones(CHANNELS)
     s[3] = 1e-9
