@@ -122,11 +122,11 @@ def smooth(task: BlockTask, strength: float, storage: torch.dtype, found: Found)
 def _note_others(task: BlockTask, folds: list[Fold]) -> None:
     """Say which linears of a new kind of block no fold scales."""
     scaled = {reader.name for fold in folds for reader in fold.readers}
-    others = [task.local_name(target) for target in task.targets if target.name not in scaled]
+    others = [target.name for target in task.targets if target.name not in scaled]
     if others:
         progress.note(
-            f"{task.name} and blocks like it: the inputs of {', '.join(others)} are not scaled, since no module before "
-            "them can take a scale"
+            f"the inputs of {', '.join(others)}, and of linears like these in other blocks, are not scaled: no module "
+            "before them can take a scale"
         )
 
 

@@ -260,6 +260,6 @@ def test_linears_that_nothing_can_scale_are_named_once(llama: LoadedModel, token
     with progress.use(notes):
         run(load_method("smoothquant"), llama, tokens, W8A8)
     assert [note for note in notes.texts if "scaled" in note] == [
-        "model.layers.0 and blocks like it: the inputs of self_attn.o_proj are not scaled, since no module before them "
-        "can take a scale"
+        "the inputs of model.layers.0.self_attn.o_proj, and of linears like these in other blocks, are not scaled: no "
+        "module before them can take a scale"
     ]

@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+TABLE = {"num_bits": 8}  # the grid of embeddings and head
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -98,7 +99,7 @@ def test_weights_that_were_changed_in_memory_are_the_ones_that_are_quantized(loa
             parameter.mul_(1.5)
     copied = copy.deepcopy(model)  # in ordinary memory
     for each in (model, copied):
-        qtool.quantize_model(each, tokenizer, "rtn", num_bits=8, group_size=16)
+        qtool.quantize_model(each, tokenizer, "rtn", num_bits=8, group_size=16, quant={"embedding": TABLE})
     assert torch.equal(tiny.logits(model), tiny.logits(copied))
 
 
