@@ -40,6 +40,17 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         layer.mark(weight.dtype)
         return layer
 
+    def as_float(self, weight: Tensor) -> nn.Embedding:
+        """Return the embedding of the model's own class with the table ``weight`` ``[rows, channels]``."""
+        own: type[nn.Embedding] = nn.Embedding if type(self) is PackedEmbedding else type(self).__bases__[0]
+        layer = own.__new__(own)
+        for key, value in vars(self).items():
+            vars(layer)[key] = value.copy() if isinstance(value, dict) else value
+        for part in PARTS:
+            layer._buffers.pop(part, None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the tokens ``[...]``: ``[..., channels]``."""
         return self.dequantized(self.weight.dtype, input.flatten()).view(*input.shape, self.in_features)
