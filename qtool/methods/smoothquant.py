@@ -120,9 +120,10 @@ def smooth(task: BlockTask, strength: float, storage: torch.dtype, found: Found)
 
 
 def _note_others(task: BlockTask, folds: list[Fold]) -> None:
-    """Say which linears of a new kind of block no fold scales."""
+    """Say which linears of a new kind of block round their inputs, and no fold scales."""
     scaled = {reader.name for fold in folds for reader in fold.readers}
-    others = [target.name for target in task.targets if target.name not in scaled]
+    rounding = [target.name for target in task.targets if target.spec.activations is not None]
+    others = [name for name in rounding if name not in scaled]
     if others:
         progress.note(
             f"the inputs of {', '.join(others)}, and of linears like these in other blocks, are not scaled: no module "
@@ -147,6 +148,11 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
 
 def run(job: Job, config: Config) -> Result:
     """Scale and quantize the blocks in order on the text of the job; the seed is not used."""
+    if config.strength > 0 and all(target.spec.activations is None for target in job.targets):
+        progress.note(
+            "quant.activations is unset: outliers are moved into the weights, but no activations are rounded; set it, or "
+            "method.strength: 0"
+        )
     step = partial(quantize_block, config=config, storage=job.loaded.storage_dtype, found={})
     # float32: scaling a half-precision weight in place would round it
     return run_blocks(job, step, compute=torch.float32 if config.strength > 0 else None)

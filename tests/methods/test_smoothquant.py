@@ -263,3 +263,14 @@ def test_linears_that_nothing_can_scale_are_named_once(llama: LoadedModel, token
         "the inputs of model.layers.0.self_attn.o_proj, and of linears like these in other blocks, are not scaled: no "
         "module before them can take a scale"
     ]
+
+
+@pytest.mark.parametrize(("strength", "said"), [(0.5, 1), (0, 0)])
+def test_scaling_without_rounded_activations_is_worth_a_note(
+    llama: LoadedModel, tokens: Tensor, strength: float, said: int
+) -> None:
+    notes = Notes()
+    with progress.use(notes):
+        run(load_method("smoothquant"), llama, tokens, W8A8.model_copy(update={"activations": None}), strength=strength)
+    assert len([text for text in notes.texts if text.startswith("quant.activations is unset")]) == said
+    assert not any("can take a scale" in text for text in notes.texts)
