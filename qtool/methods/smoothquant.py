@@ -150,8 +150,8 @@ def run(job: Job, config: Config) -> Result:
     """Scale and quantize the blocks in order on the text of the job; the seed is not used."""
     if config.strength > 0 and all(target.spec.activations is None for target in job.targets):
         progress.note(
-            "quant.activations is unset: outliers are moved into the weights, but no activations are rounded; set it, or "
-            "method.strength: 0"
+            "quant.activations is unset: outliers are moved into the weights, but no activations are rounded; set it, "
+            "or method.strength: 0"
         )
     step = partial(quantize_block, config=config, storage=job.loaded.storage_dtype, found={})
     # float32: scaling a half-precision weight in place would round it
