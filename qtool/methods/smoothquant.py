@@ -110,6 +110,8 @@ def smooth(task: BlockTask, strength: float, storage: torch.dtype, found: Found)
     folds = folds_of(task, task.inputs[0][:1], found)
     if len(found) > kinds:
         _note_others(task, folds)
+    if not folds:
+        return
     # a fold changes the inputs of its own readers only, so that one pass over the text serves all
     inputs = largest_inputs(task, [fold.readers[0].linear for fold in folds])
     for fold in reversed(folds):  # a linear gets the scale of its rows, as a source, before its columns are measured
