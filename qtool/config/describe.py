@@ -25,6 +25,7 @@ def schema() -> dict[str, Any]:
     del whole["$defs"]["MethodConfig"]
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
     whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file with overrides
+    whole["$defs"]["ActivationGrid"]["type"] = ["object", "integer"]  # or its bits alone
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(catalog.export_formats())
     return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 
