@@ -72,6 +72,8 @@ def keys_of(section: type[Section], before: str = "", values: Section | None = N
             found += keys_of(hint, f"{before}{name}.", value or field.default)
         else:
             key = _key(f"{before}{name}", field)
+            if field.is_required() and before:  # needed only by a recipe with the section around it
+                key = key._replace(default="")
             found.append(key if values is None else key._replace(default=_shown(value)))
     return found
 
