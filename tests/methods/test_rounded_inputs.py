@@ -76,6 +76,19 @@ def test_learning_through_the_rounding_is_better_than_rounding_afterwards(
     assert errors[0] < errors[1]
 
 
+def test_awq_clips_for_rounded_inputs(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
+    """In the first block, whose inputs are the same with and without rounding; one ratio alone scales nothing."""
+    plain, rounded = (
+        {
+            name: weight
+            for name, weight in run(load_method("awq"), make_llama(), tokens, quant, num_ratios=1).items()
+            if name.startswith("model.layers.0.mlp")
+        }
+        for quant in (W4, rounding(COARSE))
+    )
+    assert not same(plain, rounded)
+
+
 def test_awq_leaves_no_hook_behind_and_searches_what_the_packed_layer_computes(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
