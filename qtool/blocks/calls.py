@@ -266,6 +266,35 @@ def first_hidden(loaded: LoadedModel, batch: ModelInputs, blocks: Blocks, layout
     return found[0].movedim(layout.dim, 0) if layout.dim else found[0]
 
 
+def head_input(loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: Blocks, layout: Layout) -> Tensor:
+    """Return what the output head reads ``[b, t, d]``, of the hidden states that leave the last block.
+
+    Raises:
+        InputError: the model does not call its head.
+    """
+    found: list[Tensor] = []
+    modules = [block for _, block in blocks]
+    plain = hidden.as_subclass(Tensor) if isinstance(hidden, Batch) else hidden
+    plain = plain.movedim(0, layout.dim) if layout.dim else plain
+
+    def pass_on(index: int, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return with_hidden(layout.output, plain if index == len(modules) - 1 else before)
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0])
+        raise Stop
+
+    handle = loaded.model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        with around_blocks(loaded, modules), replaced_forwards(modules, pass_on), suppress(Stop):
+            loaded.model(**batch, use_cache=False)
+    finally:
+        handle.remove()
+    if not found:
+        raise InputError(f"{loaded.path} does not call its output head, so that nothing shows what it reads")
+    return found[0]
+
+
 @contextmanager
 def around_blocks(loaded: LoadedModel, blocks: list[nn.Module]) -> Iterator[None]:
     """Let the modules before the blocks compute in ``loaded.dtype`` where a streamed model has another dtype.

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.calls import BlockCall, Layout, first_hidden, record_calls, record_varying
+from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, record_calls, record_varying
 from qtool.blocks.hidden_states import Beside, HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series, expert_figures
 from qtool.blocks.layout import find_layout
 from qtool.blocks.pictures import PictureFeatures
+from qtool.blocks.tables import WINDOWS_PER_BATCH, HeadBlock, same_moment
 from qtool.blocks.task import BlockTask, Rows, rows_of
 from qtool.models import expert_files
 from qtool.models.experts import choices
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import unpacked
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.expert_tokens import coverage
 from qtool.system import memory, progress, units
@@ -44,6 +46,8 @@ def run_blocks(
 ) -> Result:
     """Call ``quantize_block`` for each block in order; the outputs of the quantized block are the inputs of the next.
 
+    A head among the targets follows as one more block.
+
     Without text, tasks have no hidden states. With ``with_float_states`` they also have those of the float model.
     Hidden states between blocks have the model's dtype; a block computes in that dtype too, or in ``compute`` for a
     method that changes float weights. With a workspace, each block is kept there when it is done and then freed; for
@@ -56,7 +60,7 @@ def run_blocks(
     loaded, workspace = job.loaded, job.workspace
     assert loaded.streaming is None or workspace is not None, "a streamed model needs a workspace for its blocks"
     blocks = loaded.blocks()
-    kept = _kept(workspace, len(blocks))
+    kept = _kept(workspace, job.num_parts)
     compute = compute or loaded.dtype
     states = None if job.tokens is None or all(kept) else BlockStates(job, compute, with_float_states)
     figures: list[Figures] = []
@@ -80,6 +84,12 @@ def run_blocks(
                 _free(task.floats)
         if workspace:
             _free([block])
+        figures.append(done.figures)
+        weight_errors |= done.weight_errors
+    if job.tables.head is not None:
+        done = kept[-1] or _quantize_head(job, quantize_block, states, compute)
+        if workspace:
+            _free([loaded.model.get_submodule(job.tables.head.name)])
         figures.append(done.figures)
         weight_errors |= done.weight_errors
     series = block_series(figures)
@@ -114,15 +124,38 @@ def _quantize(
     """Let the method quantize a block, and send the hidden states through it."""
     before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if states else None
     figures = dict(quantize_block(task) or {})
-    left = {target.name for target in task.targets} - {f"{task.name}.{part}" for part in packed_linears(task.block)}
+    left = {target.name for target in task.targets} - {task.full_name(part) for part in packed_linears(task.block)}
     assert not left, f"the method left these targets unquantized: {sorted(left)}"
     if states and before is not None:
         states.advance(task)
         for counts in task.expert_tokens.values():
             figures |= expert_figures(counts.tolist())
         figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
-    tensors = {f"{task.name}.{part}": value for part, value in task.block.state_dict().items()}
+    tensors = {task.full_name(part): value for part, value in task.block.state_dict().items()}
     return FinishedBlock(tensors, figures, task.weight_errors)
+
+
+def _quantize_head(
+    job: Job, quantize_block: Callable[[BlockTask], Figures | None], states: "BlockStates | None", compute: torch.dtype
+) -> FinishedBlock:
+    """Let the method quantize the head as the linear of a block after the last one, and keep it."""
+    loaded, target, index = job.loaded, job.tables.head, len(job.loaded.blocks())
+    assert target is not None
+    parent, _, leaf = target.name.rpartition(".")
+    block = HeadBlock(leaf, target.linear)
+    inputs, float_inputs = states.of_head() if states else (HiddenStates(None), None)
+    stored_dtypes = bring_in(block, loaded, compute)
+    calls = {size: BlockCall((), {}) for size in (1, WINDOWS_PER_BATCH)}
+    streamed = loaded.streaming is not None
+    task = BlockTask(index, parent, block, inputs, float_inputs, [target], calls, compute, streamed=streamed)
+    done = _quantize(task, quantize_block, None)
+    replace_linear(loaded.model, target.name, block.get_submodule(leaf))
+    if job.workspace:
+        job.workspace.write(index, done)
+        _free(task.floats)
+    else:
+        _cast_back(block, stored_dtypes)
+    return done
 
 
 def _pass_through(task: BlockTask, done: FinishedBlock, states: "BlockStates") -> None:
@@ -143,7 +176,7 @@ def _free(modules: Iterable[nn.Module]) -> None:
 def gather(job: Job, *, on_device: bool = True) -> None:
     """Bring the whole model of a job into memory; blocks that its workspace keeps are in their places."""
     workspace = job.workspace
-    finished = [workspace.read(index) for index in range(len(job.loaded.blocks()))] if workspace else []
+    finished = [workspace.read(index) for index in range(job.num_parts)] if workspace else []
     job.loaded.gather([each and each.tensors for each in finished], job.targets, on_device=on_device)
 
 
@@ -158,6 +191,7 @@ class BlockStates:
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
         batches = job.batches(max(1, TOKENS_PER_BATCH // tokens.shape[1]), loaded.model.device, loaded.dtype)
+        self._loaded, self._batches, self._blocks = loaded, batches, blocks
         self._features = PictureFeatures(loaded)
         with self._features.remembered():
             self._layout = find_layout(loaded, batches, blocks)
@@ -180,11 +214,18 @@ class BlockStates:
             size = units.size(state_bytes)
             progress.note(f"hidden states take {size}, more than data.memory_budget; they are kept on disk")
         folder = workspace.scratch if workspace and on_disk else None
-        self.inputs = HiddenStates(folder, [first])
-        with self._features.remembered():
-            for batch in batches[1:]:
-                self.inputs.append(first_hidden(loaded, batch, blocks, self._layout))
+        self.inputs = self._entering(HiddenStates(folder, [first]))
         self.float_inputs = self.inputs if with_float_states else None
+        if with_float_states and job.tables.floats:
+            with unpacked(loaded.model, job.tables):
+                self.float_inputs = self._entering(HiddenStates(folder))
+
+    def _entering(self, states: HiddenStates) -> HiddenStates:
+        """Return ``states``, with the hidden states that enter the first block added for the batches they lack."""
+        with self._features.remembered():
+            for batch in self._batches[len(states) :]:
+                states.append(first_hidden(self._loaded, batch, self._blocks, self._layout))
+        return states
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
@@ -192,6 +233,19 @@ class BlockStates:
             for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
                 states.bring(self._varying(index))
         return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
+
+    def of_head(self) -> tuple[HiddenStates, HiddenStates | None]:
+        """Return the inputs and the float inputs of the head, after the last block, as few windows as are needed."""
+        given = [self.inputs, *([] if self.float_inputs is None else [self.float_inputs])]
+
+        def read() -> Iterator[tuple[Tensor, ...]]:
+            with self._features.remembered():
+                for batch, *states in zip(self._batches, *given, strict=True):
+                    found = (head_input(self._loaded, batch, x, self._blocks, self._layout) for x in states)
+                    yield tuple(each.flatten(0, -2) for each in found)
+
+        made = [HiddenStates(None, (x.to(self._loaded.dtype) for x in each)) for each in same_moment(read())]
+        return made[0], made[1] if len(made) > 1 else None
 
     def advance(self, task: BlockTask) -> None:
         """Replace the hidden states by those after the block of ``task``, which is quantized by now."""

@@ -18,6 +18,7 @@ from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import NO_TABLES, Tables, select_tables
 from qtool.models.targets import select_targets
 from qtool.quant.affine import QuantizedWeight
 from qtool.reports.records import EXPERT_TOKENS, Series
@@ -69,6 +70,9 @@ class Job:
 
     ``pictures`` has what the model reads of each window besides its tokens, such as pixel values; it is empty where
     windows are text only.
+
+    ``tables`` are the embeddings that are quantized besides, before the method runs (``tables.pack_embeddings``), and
+    an untied head, which is one of the ``targets``: the only one of a block after the last one.
     """
 
     loaded: LoadedModel
@@ -78,6 +82,7 @@ class Job:
     seed: int = 0
     workspace: Workspace | None = None
     pictures: Sequence[ModelInputs] = ()
+    tables: Tables = NO_TABLES
 
     @classmethod
     def select(
@@ -94,7 +99,9 @@ class Job:
         Raises:
             InputError: a target cannot be quantized with its grid.
         """
-        return cls(loaded, select_targets(loaded, quant), tokens, labels, seed)
+        tables = select_tables(loaded, quant)
+        targets = select_targets(loaded, quant) + tables.of_method
+        return cls(loaded, targets, tokens, labels, seed, tables=tables)
 
     @property
     def text(self) -> Tensor:
@@ -117,8 +124,13 @@ class Job:
             for tokens, pictures in zip(self.text.split(1), self.pictures, strict=True)
         ]
 
+    @property
+    def num_parts(self) -> int:
+        """The number of blocks, and one more for a head among the targets."""
+        return len(self.loaded.blocks()) + len(self.tables.of_method)
+
     def of_block(self, index: int) -> list[Target]:
-        """Return the targets of one block, in module order."""
+        """Return the targets of one block, in module order; after the last block, that is the head."""
         return [target for target in self.targets if target.block == index]
 
 

@@ -191,4 +191,8 @@ class BlockTask:
 
     def local_name(self, target: Target) -> str:
         """Return the name of a target within its block."""
-        return target.name.removeprefix(f"{self.name}.")
+        return target.name.removeprefix(self.full_name(""))
+
+    def full_name(self, part: str) -> str:
+        """Return the name in the model of the part of the block that is called ``part`` there."""
+        return f"{self.name}.{part}" if self.name else part

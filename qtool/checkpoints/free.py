@@ -21,7 +21,8 @@ from qtool.models.folders import read_config
 from qtool.models.quantized_sources import FloatTensors, float_config
 from qtool.models.shard_writer import Described, ShardWriter
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import PARTS, PackedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PARTS
 
 WEIGHT = f".{PARTS[0]}"
 

@@ -27,12 +27,15 @@ from qtool.checkpoints.files import (
     write_shard,
     write_shards,
 )
-from qtool.checkpoints.quantization_config import section_of, specs_of
+from qtool.checkpoints.quantization_config import PackedTables, section_of, specs_of, tables_of
 from qtool.config.quant import SCALE_BITS, QuantSpec
 from qtool.models.folders import check_readable, read_config
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import NO_TABLES, Tables
 from qtool.quant.affine import QuantizedWeight, dequantize
-from qtool.quant.packed_linear import PARTS, PackedLinear
+from qtool.quant.packed_embedding import TiedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PARTS
 from qtool.system import memory
 from qtool.system.errors import InputError, RunError
 from qtool.system.tensors import dtype_name
@@ -74,15 +77,17 @@ def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: Loade
     return stored
 
 
-def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None:
-    """Write a checkpoint without its manifest and model card into ``folder``; ``specs`` are the quantized linears.
+def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec], tables: Tables = NO_TABLES) -> None:
+    """Write a checkpoint without its manifest and model card into ``folder``.
+
+    ``specs`` are the grids of all quantized linears and embeddings; ``tables`` are the embeddings and the head.
 
     Shards of blocks that a run has written there already are kept; the other tensors are added.
 
     Raises:
         RunError: a shard that was read back differs from what was written.
     """
-    rest = folder / shard_name(0, len(loaded.blocks()))
+    rest = folder / shard_name(0, len(loaded.blocks()) + len(tables.of_method))
     rest.unlink(missing_ok=True)  # an earlier start was killed after it wrote this shard
     written = SafetensorsFolder(folder)
     tensors = {k: v for k, v in loaded.model.state_dict().items() if k not in written.names and v.device.type != "meta"}
@@ -92,16 +97,22 @@ def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None
         write_index(folder)
     else:
         write_shards(tensors, folder)
-    describe(folder, loaded, specs)
+    describe(folder, loaded, specs, tables)
 
 
-def describe(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> None:
+def as_listed(tables: Tables) -> PackedTables:
+    """Return the names of the packed embeddings of ``tables`` and of the heads that read them."""
+    return PackedTables(tuple(target.name for target in tables.embeddings), tables.tied)
+
+
+def describe(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec], tables: Tables = NO_TABLES) -> None:
     """Write what a checkpoint has beside its weights: the config, and the float model's own other files.
 
     Raises:
         InputError: one of those files is no regular file, or is a link that leads elsewhere.
     """
-    config = json.loads(loaded.model.config.to_json_string()) | {"quantization_config": section_of(specs)}
+    section = section_of(specs, as_listed(tables))
+    config = json.loads(loaded.model.config.to_json_string()) | {"quantization_config": section}
     source, dtype = read_config(loaded.folder), dtype_name(loaded.storage_dtype)
     config = written_config.written(config, source, dtype, is_tied(loaded.model))
     write_json(folder / "config.json", dict(sorted(config.items())))
@@ -110,6 +121,8 @@ def describe(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec]) -> 
 
 def is_tied(model: PreTrainedModel) -> bool | None:
     """Return whether the output head of a model computes with its embedding; ``None`` if it has no such layers."""
+    if isinstance(_ends(model)[0], TiedLinear):
+        return True
     head, table = (getattr(layer, "weight", None) for layer in _ends(model))
     if head is None or table is None:
         return None
@@ -138,6 +151,11 @@ class NativeCheckpoint:
             self.specs = specs_of(self.config["quantization_config"])
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
+
+    @property
+    def tables(self) -> PackedTables:
+        """The packed embeddings, and the heads that read them."""
+        return tables_of(self.config["quantization_config"])
 
     @property
     def free(self) -> bool:
@@ -211,16 +229,28 @@ def worst_scales(specs: dict[str, QuantSpec]) -> dict[str, Tensor]:
 class PlannedCheckpoint(NativeCheckpoint):
     """The checkpoint that a run is going to make, for the checks of exporters; its scales are not known yet."""
 
-    def __init__(self, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> None:
-        """Describe the checkpoint of ``loaded`` with the grids ``specs`` for linears of the shapes ``(out, in)``."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        specs: dict[str, QuantSpec],
+        shapes: dict[str, tuple[int, int]],
+        tables: Tables = NO_TABLES,
+    ) -> None:
+        """Describe the checkpoint of ``loaded`` with the grids ``specs`` for weights of the shapes ``(out, in)``."""
         self.folder = loaded.folder
         self.config = {"dtype": dtype_name(loaded.storage_dtype)}
         self.specs = specs
         self._tensors = {f"{name}.weight_shape": torch.tensor(shape) for name, shape in shapes.items()}
         self._tensors |= worst_scales(specs)
-        quantized = {f"{name}.weight" for name in specs}
+        self._tables = as_listed(tables)
+        quantized = {f"{name}.weight" for name in (*specs, *tables.tied)}
         self._tensors |= {k: v for k, v in loaded.model.state_dict().items() if k not in quantized}
         self._extremes = loaded.extremes
+
+    @property
+    def tables(self) -> PackedTables:
+        """The packed embeddings, and the heads that read them."""
+        return self._tables
 
     def largest(self, name: str) -> float:
         """Return the largest absolute value of a tensor, or of the float weight of a linear; 0 if it is not known."""

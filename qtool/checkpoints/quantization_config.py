@@ -4,19 +4,34 @@ This module imports no other of its room and no model, so that ``transformers_ho
 """
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
-from qtool.quant.packed_linear import ACTIVATIONS_VERSION, FORMAT_VERSION
+from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION, TABLES_VERSION
 from qtool.system.errors import InputError
 
 SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
 
 
-def section_of(specs: dict[str, QuantSpec]) -> dict[str, Any]:
-    """Return the ``quantization_config``: the most common grid, all packed linears, and the grids that differ."""
+class PackedTables(NamedTuple):
+    """The packed embeddings of a checkpoint, and heads that read them: head -> embedding."""
+
+    embeddings: tuple[str, ...] = ()
+    tied: Mapping[str, str] = MappingProxyType({})
+
+
+NO_TABLES = PackedTables()
+
+
+def section_of(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) -> dict[str, Any]:
+    """Return the ``quantization_config``: the most common grid, all packed linears, and the grids that differ.
+
+    ``specs`` are the grids of linears and of the embeddings of ``tables``.
+    """
     common = Counter(specs.values()).most_common(1)[0][0].model_dump()
     rounding = any(getattr(spec, key) is not None for spec in specs.values() for key in ACTIVATION_KEYS)
     if not rounding:
@@ -25,13 +40,20 @@ def section_of(specs: dict[str, QuantSpec]) -> dict[str, Any]:
         name: {key: value for key, value in spec.model_dump().items() if value != common.get(key)}
         for name, spec in specs.items()
     }
-    return {
+    version = ACTIVATIONS_VERSION if rounding else FORMAT_VERSION
+    section = {
         "quant_method": "qtool",
-        "format_version": ACTIVATIONS_VERSION if rounding else FORMAT_VERSION,
+        "format_version": TABLES_VERSION if tables.embeddings else version,
         **common,
-        "linears": list(specs),
+        "linears": [name for name in specs if name not in tables.embeddings],
         "overrides": {name: changes for name, changes in overrides.items() if changes},
     }
+    return section | ({"embeddings": list(tables.embeddings), "tied": dict(tables.tied)} if tables.embeddings else {})
+
+
+def tables_of(section: dict[str, Any]) -> PackedTables:
+    """Return the packed embeddings that a ``quantization_config`` lists."""
+    return PackedTables(tuple(section.get("embeddings", ())), dict(section.get("tied", {})))
 
 
 def grids_label(specs: dict[str, QuantSpec]) -> str:
@@ -45,7 +67,7 @@ def grids_label(specs: dict[str, QuantSpec]) -> str:
 
 
 def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
-    """Return the grid of each quantized linear that a ``quantization_config`` lists.
+    """Return the grid of each quantized linear, then of each embedding, that a ``quantization_config`` lists.
 
     Raises:
         InputError: the section is not of qtool, is damaged, or was written by a later version.
@@ -55,17 +77,18 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
     if section.get("quant_method") != "qtool":
         raise InputError(f"quantization_config names {section.get('quant_method')!r}, not a qtool checkpoint")
     version = section.get("format_version")
-    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION):
+    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION, TABLES_VERSION):
         raise InputError(
-            f"the checkpoint has format version {version}; this qtool reads up to {ACTIVATIONS_VERSION}: upgrade qtool"
+            f"the checkpoint has format version {version}; this qtool reads up to {TABLES_VERSION}: upgrade qtool"
         )
     try:
         # folders of earlier versions lack these keys
         section = {"float_zero": False, **dict.fromkeys(ACTIVATION_KEYS), **section}
         common = {key: section[key] for key in SPEC_KEYS}
-        specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in section["linears"]}
+        names = [*section["linears"], *tables_of(section).embeddings]
+        specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in names}
         if not specs or not all(isinstance(name, str) for name in specs):
-            raise TypeError("linears must be a list of names")
+            raise TypeError("linears and embeddings must be lists of names")
         return specs
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise InputError(f"quantization_config is damaged: {error}") from None

@@ -13,9 +13,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qtool.checkpoints.quantization_config import specs_of
+from qtool.checkpoints.quantization_config import specs_of, tables_of
 from qtool.models import experts
+from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear
 from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PackedWeight
 from qtool.system.errors import InputError
 
 
@@ -37,7 +39,7 @@ class QtoolConfig(QuantizationConfigMixin):
 
 @register_quantizer("qtool")
 class QtoolQuantizer(HfQuantizer):
-    """Replaces each listed linear by a ``PackedLinear`` before the weights are loaded."""
+    """Replaces the listed linears and embeddings by packed layers before the weights are loaded."""
 
     requires_calibration = True
 
@@ -48,7 +50,12 @@ class QtoolQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, QtoolConfig)
         experts.unfuse(model)
         linears = dict(model.named_modules())
+        tables = tables_of(self.quantization_config.section)
+        for full_name in tables.embeddings:
+            self._put_embedding(model, full_name, linears)
         for full_name, spec in self.quantization_config.specs.items():
+            if full_name in tables.embeddings:
+                continue
             name = _name_within(model, full_name, linears)
             linear: Any = linears.get(name)
             weight = getattr(linear, "weight", None)
@@ -60,10 +67,29 @@ class QtoolQuantizer(HfQuantizer):
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(in_features, out_features, spec, bias))
 
+    def _put_embedding(self, model: PreTrainedModel, full_name: str, modules: dict[str, nn.Module]) -> None:
+        """Replace an embedding by a packed one, and the heads that are tied to it by layers that read it."""
+        assert isinstance(self.quantization_config, QtoolConfig)
+        name = _name_within(model, full_name, modules)
+        module = modules.get(name)
+        if not isinstance(module, nn.Embedding):
+            raise InputError(f"quantization_config lists {full_name}, which is no embedding of {type(model).__name__}")
+        with torch.device("meta"):
+            layer = PackedEmbedding.like(module, self.quantization_config.specs[full_name])
+        model.set_submodule(name, layer)
+        for head, table in tables_of(self.quantization_config.section).tied.items():
+            own = _name_within(model, head, modules)
+            if table == full_name and own in modules:  # AutoModel has no head
+                bias = getattr(modules[own], "bias", None)
+                model.set_submodule(own, TiedLinear(layer, bias if isinstance(bias, nn.Parameter) else None))
+                model.all_tied_weights_keys.pop(f"{own}.weight", None)  # there is no second table to tie
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Refuse tensors that do not fit their grid: older transformers do not compare shapes for a quantized model."""
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, TiedLinear):
+                continue
+            if isinstance(module, PackedWeight):
                 module.check(name)
                 module.mark(model.dtype)  # files hold a byte
             elif isinstance(module, nn.Linear) and module.weight.dim() != 2:

@@ -157,13 +157,34 @@ class QuantOverride(QuantSpec):
         return self  # an override is a part of a grid, which is checked when the section's own keys complete it
 
 
+class TableGrid(Section):
+    """The grid of an embedding or of the output head; its scales have the dtype of the section's ``scale_dtype``."""
+
+    num_bits: Literal[2, 3, 4, 8] = Field(8, description="Bits per code.")
+    group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
+        -1, description="Channels of a row that share one scale; must divide the number of channels. -1: one per row."
+    )
+    symmetric: bool = Field(
+        True, description="Fix the zero point at the middle code and store none; false: store one per group."
+    )
+
+
 class QuantConfig(QuantSpec):
-    """The grid of all linears in the decoder blocks, and overrides by name."""
+    """The grid of all linears in the decoder blocks, overrides by name, and the grids of embedding and output head."""
 
     overrides: dict[str, QuantOverride] = Field(
         default_factory=dict,
         description="Linears that differ: shell-style pattern of full linear names -> keys of this section, or skip: "
         "true. Or the path of a file that qtool plan wrote.",
+    )
+    embedding: TableGrid | Literal["float"] = Field(
+        "float",
+        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized.",
+    )
+    head: TableGrid | Literal["same", "float"] = Field(
+        "same",
+        description="Grid of the output head. same: that of the embedding, which is also the head of many models (tied "
+        "weights). An untied head is quantized by the method.",
     )
     budget: BudgetConfig | None = Field(
         None, description="Size limit, within which num_bits is chosen for each linear; unset: num_bits for all."
@@ -179,6 +200,12 @@ class QuantConfig(QuantSpec):
     def _fill_preset(cls, values: Any) -> Any:
         preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
         return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
+
+    def table_spec(self, grid: TableGrid | str) -> QuantSpec | None:
+        """The grid of an embedding or head that ``grid`` describes; ``None``: it stays in floating point."""
+        if isinstance(grid, str):
+            return None
+        return QuantSpec(**grid.model_dump(), scale_dtype=self.scale_dtype)
 
     def skips(self, name: str) -> bool | None:
         """The ``skip`` of the last override that matches the weight ``name`` and says it; ``None``: none does."""

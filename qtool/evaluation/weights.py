@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ModelConfig
 from qtool.models.kept_float import other_matrices
-from qtool.models.linears import packed_linears, stored_weight
+from qtool.models.linears import packed_weights, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.quant.affine import QuantizedWeight, relative_error
@@ -62,7 +62,7 @@ def weight_errors(loaded: LoadedModel, config: ModelConfig) -> dict[str, float]:
 def errors_against(model: nn.Module, floats: nn.Module) -> dict[str, float]:
     """Return ``relative_error`` of each packed linear of ``model`` against the weight of that name in ``floats``."""
     pages, errors = memory.Pages(), {}
-    for name, layer in packed_linears(model).items():
+    for name, layer in packed_weights(model).items():
         weight = stored_weight(floats.get_submodule(name))
         codes, scale, zero_point, spec = layer.quantized
         errors[name] = relative_error(weight, QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec))

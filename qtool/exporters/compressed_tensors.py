@@ -44,7 +44,8 @@ from qtool.exporters._folder import (
 )
 from qtool.exporters._published import Place, gathered
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import PARTS, PackedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PARTS
 from qtool.system.errors import InputError
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantSpec
+from qtool.quant.packed_embedding import TiedLinear
 from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PackedWeight
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 
@@ -93,7 +95,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         InputError: there are no decoder blocks, or there are two stacks of them.
     """
-    lists = _block_lists(*_text_decoder(model)) or _block_lists("", model)
+    lists = _block_lists(*text_decoder(model)) or _block_lists("", model)
     if not lists:
         raise InputError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers; it is not supported"
@@ -110,7 +112,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name and the module of the text decoder: of a multimodal model the language model, not a tower."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
     names = [name for name, module in model.named_modules() if module is decoder]
@@ -119,7 +121,7 @@ def _text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
 
 def beside_decoder(model: nn.Module) -> list[nn.Module]:
     """Return the modules beside the text decoder of a multimodal model: towers, and what projects from them."""
-    path, _ = _text_decoder(model)
+    path, _ = text_decoder(model)
     parts = path.split(".") if path else []
     above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
     way = {*above, *([model.get_submodule(path)] if path else [])}
@@ -154,5 +156,14 @@ def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return all packed linears of ``model`` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    """Return the packed linears of ``model`` by name, without a head that reads the embedding's table."""
+    return {name: module for name, module in packed_weights(model).items() if isinstance(module, PackedLinear)}
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return the layers of ``model`` that hold a packed weight, linears and embeddings, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight) and not isinstance(module, TiedLinear)
+    }

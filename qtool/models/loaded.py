@@ -19,8 +19,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from qtool.models import expert_files, experts
 from qtool.models.auto_class import auto_class
 from qtool.models.config_values import config_value
-from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_linears, replace_linear, weight_of
-from qtool.quant.packed_linear import PARTS, PackedLinear
+from qtool.models.linears import Target, decoder_blocks, linear_bias, packed_weights, replace_linear, weight_of
+from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PARTS, PackedWeight
 from qtool.quant.trained_linear import QuantLinear
 
 
@@ -79,7 +81,8 @@ class LoadedModel:
     @property
     def num_embeddings(self) -> int:
         """The rows of the embedding table: the model can read the tokens from 0 to one less."""
-        return int(weight_of(self.model.get_input_embeddings()).shape[0])
+        table: Any = self.model.get_input_embeddings()
+        return int(table.num_embeddings if isinstance(table, nn.Embedding) else weight_of(table).shape[0])
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """Return the name and the module of each decoder block, in order."""
@@ -102,7 +105,10 @@ class LoadedModel:
         if self.streaming is None:
             return
         if any(done):  # the driver has freed these blocks, with the buffers that are in no file
+            tables = {n: m for n, m in self.model.named_modules() if isinstance(m, PackedEmbedding | TiedLinear)}
             self.model = from_files(self.folder, self.storage_dtype, streamed=True)[0].eval().requires_grad_(False)
+            for name, table in tables.items():
+                self.model.set_submodule(name, table)
             for target in targets:
                 if done[target.block] is not None:
                     bias = linear_bias(self.model.get_submodule(target.name))
@@ -115,20 +121,20 @@ class LoadedModel:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name in kept:
                 tensor.data = kept[name].clone()
-        layers = packed_linears(self.model).values()
-        packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
+        weights = packed_weights(self.model).values()
+        packed = {id(buffer) for weight in weights for buffer in weight.buffers()}
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             own = tensor.dtype == self.storage_dtype and id(tensor) not in packed
             tensor.data = tensor.data.to(device, self.dtype if own else tensor.dtype)
-        for layer in layers:
-            layer.mark(self.dtype)
+        for weight in weights:
+            weight.mark(self.dtype)
 
     def float_copy(self) -> PreTrainedModel:
         """The float model as it is before any linear is replaced: a teacher. It shares all tensors with this one.
 
         If linears were replaced, return ``pristine``, or else read the model from its files again, on the same device.
         """
-        if any(isinstance(module, PackedLinear | QuantLinear) for module in self.model.modules()):
+        if any(isinstance(module, PackedWeight | QuantLinear) for module in self.model.modules()):
             if self.pristine is not None:
                 return self.pristine
             model: PreTrainedModel = from_files(self.folder, self.dtype)[0].to(self.model.device).eval()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtool.blocks.job import Job, Result, load_method
+from qtool.blocks.tables import pack_embeddings
+from qtool.checkpoints.native import as_listed
 from qtool.checkpoints.quantization_config import section_of
 from qtool.checkpoints.transformers_hook import QtoolConfig, QtoolQuantizer
 from qtool.config.recipe import Recipe
@@ -100,8 +102,11 @@ def quantize(
             module.training = True
         raise
     model.requires_grad_(False)
+    job = pack_embeddings(job)
     result: Result = load_method(recipe.method.name).run(job, recipe.method)
-    config = QtoolConfig(**section_of({target.name: target.spec for target in job.targets}))
+    result = result._replace(weight_errors={**job.tables.errors, **result.weight_errors})
+    specs = {target.name: target.spec for target in job.targets} | job.tables.specs
+    config = QtoolConfig(**section_of(specs, as_listed(job.tables)))
     whole: Any = model  # Any: transformers sets both without declaring them
     whole.config.quantization_config, whole.hf_quantizer = config, QtoolQuantizer(config)
     if loaded.pristine is not None:

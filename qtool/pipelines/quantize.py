@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from qtool.allocation.plan import BitPlan, mixed, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
+from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints import files, native, output_folder, side_files, sizes
 from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
@@ -33,6 +34,7 @@ from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
+from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
 from qtool.pipelines import model_free, trial
 from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
@@ -46,7 +48,7 @@ from qtool.pipelines.plan import kept_plan
 from qtool.pipelines.run_state import RunState, read_lock, run_state
 from qtool.pipelines.verify import verify
 from qtool.pipelines.workspace import RunWorkspace
-from qtool.quant.packed_linear import FORMAT_VERSION
+from qtool.quant.packed_weight import FORMAT_VERSION
 from qtool.reports import html, model_card
 from qtool.reports.records import Exported, Lock, beside_published
 from qtool.reports.report import Report, read_report
@@ -151,27 +153,30 @@ def prepare(run: Run) -> Prepared:
             tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
         targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
-    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget)
-    shapes = {target.name: target.weight_shape for target in targets}
-    specs = _specs(targets) if units is None else mixed(units)
-    float_bytes = _check_space_and_exports(recipe, loaded, specs, shapes)
+        tables = select_tables(loaded, quant)
+    num_parts = len(loaded.blocks()) + len(tables.of_method)
+    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts)
+    shapes = {target.name: target.weight_shape for target in targets} | tables.shapes
+    specs = (_specs(targets) if units is None else mixed(units)) | tables.specs
+    planned = PlannedCheckpoint(loaded, specs, shapes, tables)
+    float_bytes = _check_space_and_exports(recipe, loaded, planned)
     if distributed.is_first():
-        trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes)
+        trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes, tables)
     text = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
             check_pictures(recipe, text)
     tokens, labels, pictures = text or (None, None, ())
-    job = Job(loaded, targets, tokens, labels, recipe.seed, workspace, pictures)
+    job = Job(loaded, targets + tables.of_method, tokens, labels, recipe.seed, workspace, pictures, tables)
     if units is not None:
         with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
-        job = replace(job, targets=select_targets(loaded, plan.applied(quant)))
+        job = replace(job, targets=select_targets(loaded, plan.applied(quant)) + tables.of_method)
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
-    linears = weights.block_linears(loaded)
-    return Prepared(job, text, plan, _specs(job.targets), shapes, linears, float_bytes)
+    linears = weights.block_linears(loaded) | tables.shapes
+    return Prepared(job, text, plan, _specs(job.targets) | tables.specs, shapes, linears, float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
@@ -179,13 +184,11 @@ def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
     return {target.name: target.spec for target in targets}
 
 
-def _check_space_and_exports(
-    recipe: Recipe, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]
-) -> int:
+def _check_space_and_exports(recipe: Recipe, loaded: LoadedModel, planned: PlannedCheckpoint) -> int:
     """Check the space on disk and the exports; return the bytes of the float weights."""
     float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
     output_folder.check_space(recipe.output.path, float_bytes)  # an upper bound of the checkpoint
-    check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes))
+    check_exports(recipe, planned)
     return float_bytes
 
 
@@ -207,7 +210,9 @@ def run_method(run: Run, prepared: Prepared) -> Result:
     """Let the method quantize the model of the job in place."""
     recipe, job = run.recipe, prepared.job
     with run.timer.phase("quantize", f"quantizing with {recipe.method.name}, {grids_label(prepared.specs)}"):
+        job = pack_embeddings(job)
         result = run.method.run(job, recipe.method)
+        result = result._replace(weight_errors={**job.tables.errors, **result.weight_errors})
     distributed.finish()
     if distributed.is_first():
         assert set(packed_linears(job.loaded.model)) <= set(prepared.specs), (
@@ -224,7 +229,7 @@ def save(run: Run, prepared: Prepared, result: Result) -> None:
         if state.end_to_end:
             errors = weights.weight_errors(loaded, recipe.model)
             output_folder.clear(state.model)  # files of an earlier start, which was killed while it wrote them
-        native.save(state.model, loaded, prepared.specs)
+        native.save(state.model, loaded, prepared.specs, prepared.job.tables)
         report = _report(run, prepared, result, errors)
         _keep(run, report, errors, prepared.text, prepared.plan)
 

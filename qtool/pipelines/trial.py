@@ -14,13 +14,19 @@ from qtool.config.recipe import Recipe
 from qtool.exporters import _base
 from qtool.exporters._folder import stored_dtype
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import Tables
 from qtool.reports.model_card import write as write_card
 from qtool.reports.report import Report
 from qtool.system.errors import InputError, first_line
 
 
 def try_out(
-    folder: Path, recipe: Recipe, loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]
+    folder: Path,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    specs: dict[str, QuantSpec],
+    shapes: dict[str, tuple[int, int]],
+    tables: Tables,
 ) -> None:
     """Write everything but weights, of the checkpoint and of each export, below ``folder``, and remove it again.
 
@@ -31,11 +37,11 @@ def try_out(
     try:
         made = folder / "checkpoint"
         made.mkdir(parents=True)
-        native.describe(made, loaded, specs)
+        native.describe(made, loaded, specs, tables)
         _check_tokenizer(made, loaded)
         report = Report(model=recipe.model.path, quantized=str(recipe.output.path), label=grids_label(specs))
         write_card(made, report, MANIFEST, recipe.output.path.name)
-        planned = PlannedCheckpoint(replace(loaded, folder=made), specs, shapes)
+        planned = PlannedCheckpoint(replace(loaded, folder=made), specs, shapes, tables)
         for index, entry in enumerate(recipe.export):
             exporter, out = _base.get(entry.format), folder / f"export {index}"
             out.mkdir()

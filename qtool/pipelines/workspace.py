@@ -22,6 +22,7 @@ class RunWorkspace:
     state: RunState
     loaded: LoadedModel
     memory_budget: int  # bytes
+    num_parts: int  # the number of blocks, and one more for a head that is quantized by itself
 
     @property
     def scratch(self) -> Path:
@@ -38,7 +39,7 @@ class RunWorkspace:
         return self.state.folder / name
 
     def _shard(self, index: int) -> Path:
-        return self.state.blocks / shard_name(index + 1, len(self.loaded.blocks()))
+        return self.state.blocks / shard_name(index + 1, self.num_parts)
 
     def read(self, index: int) -> FinishedBlock | None:
         """Return a finished block; ``None`` if it is not finished, or its shard is damaged."""

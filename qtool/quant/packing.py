@@ -62,3 +62,16 @@ def unpack(words: Tensor, num_bits: int, num_codes: int) -> Tensor:
         lanes = lanes | lanes << step * (8 - num_bits)
         lanes &= sum((2 ** (step * num_bits) - 1) << 8 * i for i in range(0, per_period, step))
     return lanes.contiguous().view(torch.uint8)[:, :num_codes].contiguous()
+
+
+def unpack_at(words: Tensor, num_bits: int, index: Tensor) -> Tensor:
+    """Return the codes at ``index`` ``[n]`` of the stream down each column of ``words`` int32 ``[w, c]``.
+
+    The result is ``[n, c]``, uint8. A code may lie in two words.
+    """
+    first, shift = index * num_bits // WORD, (index * num_bits % WORD).unsqueeze(1)
+    low = words[first].long() & 0xFFFFFFFF
+    high = words[(first + 1).clamp(max=len(words) - 1)].long() & 0xFFFFFFFF
+    both = low | high << WORD  # the sign of 64 bits is reached by no code: shift + num_bits is below 40
+    codes: Tensor = both >> shift & 2**num_bits - 1
+    return codes.to(torch.uint8)

@@ -138,7 +138,7 @@ def train_linears(
     def pack(index: int) -> None:
         pack_linears(loaded.model, layers[index])
 
-    found = train_by_block(loaded, teacher, config, put, train, pack)
+    found = train_by_block(job, teacher, config, put, train, pack)
     for layer in packed_linears(loaded.model).values():
         layer.mark(loaded.dtype)  # the weights that trained were float32
     return Result(found.series("loss"), {})

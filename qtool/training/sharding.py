@@ -9,7 +9,7 @@ Blocks are made, sharded and at last packed one by one. No process ever holds al
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qtool.blocks.job import Job
 from qtool.config.training import EndToEndConfig
-from qtool.models.linears import decoder_blocks, packed_linears
-from qtool.models.loaded import LoadedModel
-from qtool.quant.packed_linear import PackedLinear
+from qtool.models.linears import decoder_blocks, packed_weights
+from qtool.quant.packed_weight import PackedWeight
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed
 from qtool.system.errors import InputError
@@ -44,30 +44,29 @@ def check(config: EndToEndConfig) -> None:
 
 
 def train_by_block(
-    loaded: LoadedModel,
+    job: Job,
     teacher: nn.Module | None,
     config: EndToEndConfig,
     make: Callable[[int], list[ParamGroup]],
     train: Callable[[list[ParamGroup]], FitResult],
     pack: Callable[[int], None],
 ) -> FitResult:
-    """Make the layers that train in each block, train all of them, and pack each block.
+    """Make the layers that train in each block, train all of them, and pack each block; a head is one more block.
 
-    ``make(index)`` puts layers into a block of ``loaded.model`` and returns their parameters that train, and
+    ``make(index)`` puts layers into a block of the job's model and returns their parameters that train, and
     ``pack(index)`` replaces these layers by packed ones. With ``sharding: full`` the parameters given to ``train`` are
-    sharded, and ``pack`` finds a ``loaded.model`` with empty parameters: only the layers of ``make`` have weights.
+    sharded, and ``pack`` finds a model with empty parameters: only the layers of ``make`` have weights.
 
     Raises:
         InputError: The model is to be sharded, and there is only one process.
     """
     check(config)
-    num_blocks = len(loaded.blocks())
     if config.sharding == "none":
-        found = train([group for index in range(num_blocks) for group in make(index)])
-        for index in range(num_blocks):
+        found = train([group for index in range(job.num_parts) for group in make(index)])
+        for index in range(job.num_parts):
             pack(index)
         return found
-    shards = _Shards(loaded, teacher)
+    shards = _Shards(job, teacher)
     found = train(shards.split(make))
     shards.gather(pack)
     return found
@@ -76,10 +75,11 @@ def train_by_block(
 class _Shards:
     """This process's shards of a student and its teacher."""
 
-    def __init__(self, loaded: LoadedModel, teacher: nn.Module | None) -> None:
+    def __init__(self, job: Job, teacher: nn.Module | None) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        self.loaded = loaded
+        self.loaded = loaded = job.loaded
+        self.outside = range(len(loaded.blocks()), job.num_parts)  # a head, which is sharded with the rest
         self.student: nn.Module = loaded.model
         self.names = [name for name, _ in loaded.blocks()]
         self.models = [self.student, *([] if teacher is None else [teacher])]
@@ -94,18 +94,25 @@ class _Shards:
             for block in unit:
                 block.to(self.loaded.device)
             before = [parameter for block in unit for parameter in block.parameters()]
-            made = make(index)
-            student = unit[0]
-            _freeze_buffers(student)
-            names = {parameter: name for name, parameter in student.named_parameters()}
-            self._split(unit, before)
-            for group in made:
-                parameters = [student.get_parameter(names[parameter]) for parameter in group.parameters]
-                groups.append(group._replace(parameters=parameters))
-        self._split(self.models, [])
-        return groups
+            groups += self._split_made(make(index), unit, before)
+        before = [p for p in self.student.parameters() if distributed.local_shard(p) is p] if self.outside else []
+        rest = [group for index in self.outside for group in make(index)]
+        return groups + self._split_made(rest, self.models, before)
 
-    def _split(self, modules: list[nn.Module] | tuple[nn.Module, ...], before: list[nn.Parameter]) -> None:
+    def _split_made(
+        self, made: list[ParamGroup], modules: Sequence[nn.Module], before: list[nn.Parameter]
+    ) -> list[ParamGroup]:
+        """Shard ``modules``, the student's first, and return the parameters ``made`` there as they are then."""
+        student = modules[0]
+        _freeze_buffers(student)
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        self._split(modules, before)
+        return [
+            group._replace(parameters=[student.get_parameter(names[parameter]) for parameter in group.parameters])
+            for group in made
+        ]
+
+    def _split(self, modules: Sequence[nn.Module], before: list[nn.Parameter]) -> None:
         """Shard the whole tensors of ``modules``, and free their memory and that of the parameters ``before``.
 
         Memory is freed by emptying the tensors: the two models share some, and callers still hold replaced modules.
@@ -129,22 +136,22 @@ class _Shards:
         self.loaded.model = self.hollow
         for index, (unit, name) in enumerate(zip(self.units, self.names, strict=True)):
             self._fill(self.hollow.get_submodule(name), unit[0], partial(pack, index))
-        self._fill(self.hollow, self.student, lambda: None)
+        self._fill(self.hollow, self.student, lambda: list(map(pack, self.outside)))
 
-    def _fill(self, hollow: nn.Module, unit: nn.Module, pack: Callable[[], None]) -> None:
+    def _fill(self, hollow: nn.Module, unit: nn.Module, pack: Callable[[], object]) -> None:
         """Fill the empty parameters of ``hollow`` from ``unit``; ``pack`` is called while the unit is gathered."""
         whole = cast("FSDPModule", unit)
         whole.unshard()
         pack()
-        for name, parameter in hollow.named_parameters():
-            if not parameter.numel():
-                parameter.data = unit.get_parameter(name).detach().clone()
+        for name, tensor in [*hollow.named_parameters(), *hollow.named_buffers()]:
+            if not tensor.numel():
+                tensor.data = unit.get_parameter(name).detach().clone()
         whole.reshard()
 
 
 def _hollow(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of ``model`` with empty parameters and packed weights; tied tensors stay tied."""
-    packed = [buffer for layer in packed_linears(model).values() for buffer in layer.buffers()]
+    packed = [buffer for layer in packed_weights(model).values() for buffer in layer.buffers()]
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(buffer): buffer.new_empty(0) for buffer in packed}
     memo |= {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters()}
@@ -154,7 +161,7 @@ def _hollow(model: PreTrainedModel) -> PreTrainedModel:
 def _freeze_buffers(block: nn.Module) -> None:
     """Turn the buffers of linears that are matrices (packed codes, scales) into parameters, which FSDP2 can shard."""
     for layer in block.modules():
-        if isinstance(layer, QuantLinear | PackedLinear):
+        if isinstance(layer, QuantLinear | PackedWeight):
             for module in layer.modules():
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     if buffer.dim() == 2:

@@ -24,7 +24,6 @@ from qtool.config.sections import ModelConfig
 from qtool.methods.efficientqat import e2e_qp
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.linears import packed_linears
-from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
@@ -114,13 +113,13 @@ def recorded(found: dict[str, Any]) -> Iterator[pytest.MonkeyPatch]:
         found["moved"] = [(p.numel(), distributed.local_shard(p).numel()) for group in groups for p in group.parameters]
         return fit_groups(groups, *args, **kwargs)
 
-    def by_block(loaded: LoadedModel, teacher: nn.Module | None, config: Any, make: Any, train: Any, pack: Any) -> Any:
+    def by_block(job: Job, teacher: nn.Module | None, config: Any, make: Any, train: Any, pack: Any) -> Any:
         def watched(groups: Any) -> Any:
-            found["student"] = held(loaded.model)
+            found["student"] = held(job.loaded.model)
             found["teacher"] = None if teacher is None else held(teacher)
             return train(groups)
 
-        return run(loaded, teacher, config, make, watched, pack)
+        return run(job, teacher, config, make, watched, pack)
 
     def gathered(shards: Any, pack: Any) -> None:
         found["last"] = tiny.logits(shards.student)

@@ -34,7 +34,7 @@ from qtool.models.loading import load_model
 from qtool.models.targets import select_targets
 from qtool.pipelines import export, quantize
 from qtool.quant.activations import round_tokens
-from qtool.quant.packed_linear import ACTIVATIONS_VERSION, FORMAT_VERSION
+from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 from qtool.training.linears import Start, pack_linears, put_linears

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
-from qtool.quant import affine, kernels, packed_linear
+from qtool.quant import affine, kernels, packed_weight
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 
@@ -194,7 +194,7 @@ def test_zero_points_between_codes_are_kept(num_bits: int, group_size: int) -> N
 def test_a_weight_is_the_same_however_many_rows_are_expanded_at_once(
     spec: QuantSpec, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_linear, "CHUNK_NUMBERS", {"cpu": numbers})
+    monkeypatch.setattr(packed_weight, "CHUNK_NUMBERS", {"cpu": numbers})
     weight = random_weight(spec, 23, 80)
     layer, dense = layer_of(weight), affine.dequantize(*weight)
     assert torch.equal(layer.dequantized(), dense)

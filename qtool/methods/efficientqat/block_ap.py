@@ -26,7 +26,7 @@ from qtool.config.training import RoundingConfig
 from qtool.methods import gptq
 from qtool.methods.efficientqat.config import BlockConfig
 from qtool.models.experts import num_experts
-from qtool.models.linears import Target, linear_bias
+from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
 from qtool.quant.expert_product import block_product, product
@@ -37,7 +37,7 @@ from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
 from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, fit, total_factor, windows_of_step
-from qtool.training.linears import Start, put_linears
+from qtool.training.linears import Start
 from qtool.training.rates import rate
 
 HELD_OUT = 8  # at most one window in this many is held out for validation
@@ -289,7 +289,7 @@ def norms_of(task: BlockTask, loaded: LoadedModel) -> list[Norm]:
     norms = []
     for name, parameter in task.block.named_parameters():
         if name.endswith("weight") and parameter.dim() == 1 and parameter.is_floating_point():
-            storage = loaded.file_dtypes.get(f"{task.name}.{name}", loaded.storage_dtype)
+            storage = loaded.file_dtypes.get(task.full_name(name), loaded.storage_dtype)
             norms.append(Norm(parameter, nn.Parameter(parameter.detach().float().clone()), storage))
     return norms
 
@@ -337,7 +337,9 @@ def quantize_block(
     for retries, share in enumerate(RETRIES):
         figures = {"start_loss": math.nan, "loss": math.nan, "retries": float(retries), "fallback": 0.0}
         norms = norms_of(task, loaded) if "norms" in config.trains else []
-        layers = put_linears(loaded.model, task.targets, lambda target: make_layer(target, starts[target.name], config))
+        layers = {target.name: make_layer(target, starts[target.name], config) for target in task.targets}
+        for target in task.targets:
+            replace_linear(task.block, task.local_name(target), layers[target.name])
         training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
         groups = [group._replace(lr=group.lr * share) for group in groups_of(training.layers, norms, total, config)]
         try:

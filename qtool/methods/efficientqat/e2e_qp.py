@@ -18,7 +18,8 @@ from qtool.models.linears import packed_linears, replace_linear
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.expert_product import outer_product, product, transposed_product
-from qtool.quant.packed_linear import ALL, PackedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import ALL
 from qtool.quant.packing import unpack
 from qtool.reports.records import Series
 from qtool.training.end_to_end import train_model
@@ -81,7 +82,7 @@ class ScaleLinear(PackedLinear):
         layer.zero_point = nn.Parameter(zero_point.clone(), requires_grad=zero_points and not packed.spec.symmetric)
         return layer
 
-    def qparams(self, rows: slice = ALL) -> tuple[Tensor, Tensor]:
+    def qparams(self, rows: slice | Tensor = ALL) -> tuple[Tensor, Tensor]:
         """Return scale and zero point as they are stored, float32 ``[out, groups]``, with gradients to the masters."""
         scale, zero_point = self.scale[rows], self.zero_point[rows]
         return affine.stored_scale(scale, self.spec), affine.stored_zero_point(zero_point, self.spec)
@@ -112,13 +113,13 @@ def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
     loaded = job.loaded
     teacher = None if config.loss == CE else loaded.float_copy()
     total = plan_of(config, len(job.text), "method.e2e").total
-    blocks = [name for name, _ in loaded.blocks()]
+    blocks = [*(name for name, _ in loaded.blocks()), *(target.name for target in job.tables.of_method)]
     layers: list[dict[str, ScaleLinear]] = []
 
     def put(index: int) -> list[ParamGroup]:
         made = {}
         for name, packed in packed_linears(loaded.model.get_submodule(blocks[index])).items():
-            made[f"{blocks[index]}.{name}"] = ScaleLinear.of(
+            made[f"{blocks[index]}.{name}".removesuffix(".")] = ScaleLinear.of(
                 packed, "scales" in config.trains, "zero_points" in config.trains
             )
         for name, layer in made.items():
@@ -133,5 +134,5 @@ def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
         for name, layer in layers[index].items():
             replace_linear(loaded.model, name, layer.packed())
 
-    found = train_by_block(loaded, teacher, config, put, train, pack)
+    found = train_by_block(job, teacher, config, put, train, pack)
     return found.series("e2e_loss")

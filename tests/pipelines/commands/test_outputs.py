@@ -17,7 +17,7 @@ from qtool.checkpoints.native import MANIFEST
 from qtool.config.recipe import Recipe
 from qtool.data.windows import calibration, token_hash
 from qtool.models.linears import packed_linears
-from qtool.quant.packed_linear import FORMAT_VERSION
+from qtool.quant.packed_weight import FORMAT_VERSION
 from qtool.reports.report import Report
 
 
