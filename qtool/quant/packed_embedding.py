@@ -23,6 +23,8 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
     """
 
     weight: Tensor
+    readers: tuple["TiedLinear", ...]
+    """The heads that compute with this table; in a tuple, so that they are no submodules."""
 
     @classmethod
     def like(cls, module: nn.Embedding, spec: QuantSpec) -> "PackedEmbedding":
@@ -38,7 +40,31 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         with torch.device(weight.device):
             layer.hold(module.embedding_dim, module.num_embeddings, spec)
         layer.mark(weight.dtype)
+        layer.readers = ()
         return layer
+
+    def expanded(self, dtype: torch.dtype) -> nn.Embedding:
+        """Return an ordinary embedding of the model's own class with the dequantized table in ``dtype``."""
+        own: Any = type(self)
+        kind: type[nn.Embedding] = nn.Embedding if own is PackedEmbedding else own.__bases__[0]
+        module = kind.__new__(kind)
+        left_out = {"in_features", "out_features", "spec", "readers"}
+        vars(module).update(
+            {
+                key: value.copy() if isinstance(value, dict) else value
+                for key, value in vars(self).items()
+                if key not in left_out
+            }
+        )
+        for part in PARTS:
+            module._buffers.pop(part, None)
+        module.weight = nn.Parameter(self.dequantized(dtype), requires_grad=False)
+        return module
+
+    def changed(self) -> None:
+        """Let the heads that read the table make their kernels again."""
+        for head in self.readers:
+            head.changed()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the tokens ``[...]``: ``[..., channels]``."""
@@ -95,6 +121,7 @@ class TiedLinear(PackedLinear):
         self.in_features, self.out_features, self.spec = table.in_features, table.out_features, table.spec
         self.kernels, self.bias = (), bias
         self._table = (table,)  # in a tuple, so that it is no submodule, and is saved and moved once
+        table.readers = (*table.readers, self)
 
     @property
     def table(self) -> PackedEmbedding:
@@ -108,9 +135,8 @@ class TiedLinear(PackedLinear):
         """Do nothing: the embedding has the dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        nn.Module._apply(self, fn, recurse)
-        self.changed()
-        return self
+        """Move the bias; the embedding moves the table, and lets this layer make its kernels again."""
+        return nn.Module._apply(self, fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)

@@ -197,6 +197,23 @@ class Linear(Record):
     )
 
 
+class ModelTable(Record):
+    """An embedding or the output head of a model; a head that computes with the embedding is one with it."""
+
+    name: str
+    role: str = Field(description="embedding, head, embedding and head (tied), or embedding with the end of its name.")
+    shape: tuple[Count, Count] = Field(description="Rows, one for each token or position, and channels.")
+    num_bits: Annotated[int, Field(ge=1, le=32)] | None = Field(
+        None, description="Width of its codes; null: it stays in floating point."
+    )
+    grid: str = Field("", description="Short name of the grid, e.g. w8pc; in floating point the dtype, e.g. bfloat16.")
+    num_bytes: Count = Field(description="Size in the weight files, scales and zero points included.")
+    weight_error: Number | None = Field(None, description="|Q(w) - w|**2 / |w|**2; null: not recorded.")
+    int8_bytes: Count | None = Field(
+        None, description="Size that it would have in 8 bits, with one scale per row; null: is or cannot be quantized."
+    )
+
+
 class Exported(Record):
     """An export, and what reading it back showed."""
 

@@ -39,6 +39,11 @@ def percent(share: float, stderr: float | None) -> str:
     return f"{100 * share:+.{decimals}f} % ± {100 * stderr:.{decimals}f} %"
 
 
+def relative(squared: float) -> float:
+    """Return the root of a recorded squared relative error, in percent."""
+    return 100 * math.sqrt(squared) if squared >= 0 else math.nan
+
+
 def number(value: float | None, stderr: float | None, sign: str = "") -> str:
     """Return ``34.07 ± 0.41``: two decimals, or more if the standard error is small."""
     if value is None:
