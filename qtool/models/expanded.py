@@ -22,7 +22,7 @@ def expand(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> 
         layer = layers[name]
         grown -= sum(tensor.nbytes for part, tensor in layer.state_dict().items() if part != "bias")
         if isinstance(layer, PackedEmbedding):
-            table = layer.expanded(dtype)
+            table = layer.as_float(layer.dequantized(dtype))
             for path, head in list(model.named_modules()):
                 if isinstance(head, TiedLinear) and head.table is layer:
                     model.set_submodule(path, _linear(head, table.weight))

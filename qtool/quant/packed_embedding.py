@@ -43,23 +43,17 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         layer.readers = ()
         return layer
 
-    def expanded(self, dtype: torch.dtype) -> nn.Embedding:
-        """Return an ordinary embedding of the model's own class with the dequantized table in ``dtype``."""
-        own: Any = type(self)
-        kind: type[nn.Embedding] = nn.Embedding if own is PackedEmbedding else own.__bases__[0]
-        module = kind.__new__(kind)
-        left_out = {"in_features", "out_features", "spec", "readers"}
-        vars(module).update(
-            {
-                key: value.copy() if isinstance(value, dict) else value
-                for key, value in vars(self).items()
-                if key not in left_out
-            }
-        )
+    def as_float(self, weight: Tensor) -> nn.Embedding:
+        """Return the embedding of the model's own class with the table ``weight`` ``[rows, channels]``."""
+        own: type[nn.Embedding] = nn.Embedding if type(self) is PackedEmbedding else type(self).__bases__[0]
+        layer = own.__new__(own)
+        for key, value in vars(self).items():
+            vars(layer)[key] = value.copy() if isinstance(value, dict) else value
+        del layer.readers
         for part in PARTS:
-            module._buffers.pop(part, None)
-        module.weight = nn.Parameter(self.dequantized(dtype), requires_grad=False)
-        return module
+            layer._buffers.pop(part, None)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
 
     def changed(self) -> None:
         """Let the heads that read the table make their kernels again."""
