@@ -54,7 +54,21 @@ class Comparison(Printable):
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
-        return ["run", "method", "bits/weight", "MB", *map(self.title, self.measures), "quantize", "peak memory"]
+        whole = ["of file"] if self._knows_files() else []
+        return [
+            "run",
+            "method",
+            "bits/weight",
+            *whole,
+            "MB",
+            *map(self.title, self.measures),
+            "quantize",
+            "peak memory",
+        ]
+
+    def _knows_files(self) -> bool:
+        """Return whether the bits per weight of the whole file are known of any run."""
+        return any(run.report.file_bits_per_weight is not None for run in self.runs)
 
     def rows(self) -> list[list[str]]:
         """Return a row for each run with a cell for each of ``columns()``; the best numbers carry a mark."""
@@ -62,7 +76,7 @@ class Comparison(Printable):
         rows = []
         for index, run in enumerate(self.runs):
             report = run.report
-            bits = "" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
+            bits = [report.bits_per_weight, *([report.file_bits_per_weight] if self._knows_files() else [])]
             num_bytes = weight_bytes(report)
             taken, held = report.seconds.get("quantize"), max(report.peak_bytes.values(), default=0)
             cells = [
@@ -71,7 +85,10 @@ class Comparison(Printable):
                 else ""
                 for measure in self.measures
             ]
-            sizes = [bits, "" if num_bytes is None else f"{num_bytes / 1e6:.2f}"]
+            sizes = [
+                *("" if each is None else f"{each:.3f}" for each in bits),
+                "" if num_bytes is None else f"{num_bytes / 1e6:.2f}",
+            ]
             costs = ["" if taken is None else duration(taken), size(held) if held else ""]
             rows.append([f"{index + 1} {run.name}", run.grid, *sizes, *cells, *costs])
         return rows
@@ -154,6 +171,7 @@ class Comparison(Printable):
                 "method": run.report.method,
                 "label": run.report.label,
                 "bits_per_weight": run.report.bits_per_weight,
+                "file_bits_per_weight": run.report.file_bits_per_weight,
                 "bytes": weight_bytes(run.report),
                 "headline": run.report.headline(),
             }
