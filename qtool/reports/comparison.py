@@ -29,7 +29,7 @@ from qtool.reports.measures import (
     weight_bytes,
 )
 from qtool.reports.report import JSON_NAME, PLOTS_FOLDER, Report
-from qtool.reports.text import metric_name, number
+from qtool.reports.text import bits, megabytes, metric_name, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system import reading
 from qtool.system.errors import InputError, listing
@@ -55,16 +55,8 @@ class Comparison(Printable):
     def columns(self) -> list[str]:
         """Return the names of the columns."""
         whole = ["of file"] if self._knows_files() else []
-        return [
-            "run",
-            "method",
-            "bits/weight",
-            *whole,
-            "MB",
-            *map(self.title, self.measures),
-            "quantize",
-            "peak memory",
-        ]
+        sizes = ["bits/weight", *whole, "MB"]
+        return ["run", "method", *sizes, *map(self.title, self.measures), "quantize", "peak memory"]
 
     def _knows_files(self) -> bool:
         """Return whether the bits per weight of the whole file are known of any run."""
@@ -76,18 +68,14 @@ class Comparison(Printable):
         rows = []
         for index, run in enumerate(self.runs):
             report = run.report
-            bits = [report.bits_per_weight, *([report.file_bits_per_weight] if self._knows_files() else [])]
-            num_bytes = weight_bytes(report)
+            whole = [bits(report.file_bits_per_weight)] if self._knows_files() else []
+            sizes = [bits(report.bits_per_weight), *whole, megabytes(weight_bytes(report))]
             taken, held = report.seconds.get("quantize"), max(report.peak_bytes.values(), default=0)
             cells = [
                 number(row.value, row.stderr) + marks[measure].get(index, "")
                 if (row := run.results.get(measure))
                 else ""
                 for measure in self.measures
-            ]
-            sizes = [
-                *("" if each is None else f"{each:.3f}" for each in bits),
-                "" if num_bytes is None else f"{num_bytes / 1e6:.2f}",
             ]
             costs = ["" if taken is None else duration(taken), size(held) if held else ""]
             rows.append([f"{index + 1} {run.name}", run.grid, *sizes, *cells, *costs])

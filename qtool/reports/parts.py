@@ -5,9 +5,9 @@ from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING
 
+from qtool.reports import text
 from qtool.reports.document import Table
 from qtool.reports.records import ModelTable
-from qtool.reports.text import relative
 
 if TYPE_CHECKING:
     from qtool.reports.report import Report
@@ -26,7 +26,7 @@ def table(report: "Report") -> Table | None:
     others = total - linear_bytes - sum(each.num_bytes for each in report.tables)
     rows = [_row("linears", grids.pop() if len(grids) == 1 else "mixed", report.bits_per_weight, linear_bytes, total)]
     for each in report.tables:
-        error = "" if each.weight_error is None else f"{relative(each.weight_error):.2f} %"
+        error = "" if each.weight_error is None else f"{text.relative(each.weight_error):.2f} %"
         rows.append(_row(each.role, each.grid, 8 * each.num_bytes / prod(each.shape), each.num_bytes, total, error))
     rows.append(_row("other tensors", "", None, others, total))
     rows.append(_row("whole file", "", report.file_bits_per_weight, total, total))
@@ -35,7 +35,7 @@ def table(report: "Report") -> Table | None:
 
 
 def _row(name: str, grid: str, bits: float | None, size: int, total: int, error: str = "") -> list[str]:
-    return [name, grid, "" if bits is None else f"{bits:.3f}", f"{size / 1e6:.2f}", _percent(size, total), error]
+    return [name, grid, text.bits(bits), text.megabytes(size), _percent(size, total), error]
 
 
 def float_lines(report: "Report") -> list[str]:

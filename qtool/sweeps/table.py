@@ -10,7 +10,7 @@ from pydantic import Field
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Record, TaskResult
-from qtool.reports.text import note_of, number
+from qtool.reports.text import bits, megabytes, note_of, number
 from qtool.sweeps.results import CellGroup, CellResult
 from qtool.system.environment import environment
 from qtool.system.writing import write_text
@@ -48,10 +48,8 @@ class SweepReport(Record, Printable):
 
     def _sizes(self, of: CellResult | CellGroup) -> list[str]:
         """Return a cell for each of ``sizes()``."""
-        known = len(self.sizes()) > 2
-        bits = [of.bits_per_weight, *([of.file_bits_per_weight] if known else [])]
-        size = of.quantized_bytes
-        return [*("" if each is None else f"{each:.3f}" for each in bits), "" if size is None else f"{size / 1e6:.2f}"]
+        whole = [bits(of.file_bits_per_weight)] if len(self.sizes()) > 2 else []
+        return [bits(of.bits_per_weight), *whole, megabytes(of.quantized_bytes)]
 
     def columns(self) -> list[str]:
         """Return the names of the columns that vary."""
@@ -66,23 +64,13 @@ class SweepReport(Record, Printable):
         benches = any(cell.bench is not None for cell in self.cells)
         complete = all(cell.status == "done" for cell in self.cells)
         columns, metrics = self.columns(), self.metrics()
-        right = [
-            *self.sizes(),
-            *metrics,
-            "quantize s",
-            *(SPEEDS if benches else ()),
-            *(() if complete else ("status",)),
-        ]
+        right = [*self.sizes(), *metrics, "quantize s", *(SPEEDS if benches else ())]
+        right += [] if complete else ["status"]
         rows = []
         for label, cell in self._floats():
             found = {name: number(row.float_value, row.float_stderr) for name, row in cell.named()}
-            size = "" if cell.float_bytes is None else f"{cell.float_bytes / 1e6:.2f}"
-            row = [
-                label,
-                *[""] * len([*columns[1:], *self.sizes()[1:]]),
-                size,
-                *(found.get(name, "") for name in metrics),
-            ]
+            row = [label, *[""] * len([*columns[1:], *self.sizes()[1:]]), megabytes(cell.float_bytes)]
+            row += [found.get(name, "") for name in metrics]
             rows.append([*row, *[""] * (len(columns) + len(right) - len(row))])
         for cell in self.cells:
             found = {name: _value(row) for name, row in cell.named()}

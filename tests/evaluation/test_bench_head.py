@@ -78,7 +78,7 @@ def test_what_stays_float_in_every_column_is_said_only_where_it_does(
 
 def test_the_label_is_in_the_title_and_that_of_linears_in_the_columns(reports: dict[str, BenchReport]) -> None:
     assert ", w4g32, embedding w8pc, head w4g32, " in reports["untied"].title()
-    assert [variant.title for variant in reports["tied"].variants][0] == "dense float32"
+    assert reports["tied"].variant(DENSE).title == "dense float32"
 
 
 def test_the_dense_variant_has_no_packed_layer_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

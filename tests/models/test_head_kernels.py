@@ -1,4 +1,4 @@
-"""Packed kernels serve the output head, tied to a packed embedding or not, and follow the table that they are made of."""
+"""Packed kernels serve the output head, tied to a packed embedding or not, and follow the table they are made of."""
 
 import copy
 from pathlib import Path
