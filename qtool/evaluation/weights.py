@@ -71,6 +71,15 @@ def table_records(loaded: LoadedModel, source: NativeCheckpoint, errors: Mapping
     return tuple(each for each in found if each is not None)
 
 
+def named_tables(roles: Mapping[str, str], source: NativeCheckpoint) -> tuple[ModelTable, ...]:
+    """Return the records of float embeddings and heads of a model without a class, by their ``roles``."""
+    found = []
+    for name, role in roles.items():
+        rows, columns = source.tensor(f"{name}.weight").shape
+        found.append(_table(source, (name,), role, (rows, columns), False, {}))
+    return tuple(each for each in found if each is not None)
+
+
 def _table(
     source: NativeCheckpoint,
     names: tuple[str, ...],

@@ -171,7 +171,10 @@ class Series(Record):
     per: Literal["block", "expert", "step", "validation"] = Field(
         description="Whether there is one value per block, expert of a block, step or validation."
     )
-    at: tuple[Count, ...] = Field(description="Index of the block, or number of steps done, for each value.")
+    at: tuple[Count, ...] = Field(
+        description="Index of the block, or number of steps done, for each value; a head that the method quantizes is "
+        "one more block, after the last."
+    )
     values: tuple[Number, ...]
 
     @model_validator(mode="after")
