@@ -339,7 +339,8 @@ def verify(folder: Folder, as_json: Json = False) -> None:
     from qtool.pipelines import verify as pipeline
 
     found = pipeline.verify(folder)
-    text = f"{folder}: {found.files} file(s) and {found.linears} quantized linears are as they were written"
+    embeddings = f" and {found.embeddings} embedding(s)" if found.embeddings else ""
+    text = f"{folder}: {found.files} file(s) and {found.linears} quantized linears{embeddings} are as they were written"
     print_either({"path": str(folder), **found._asdict()}, text, as_json)
 
 

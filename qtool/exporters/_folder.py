@@ -241,7 +241,8 @@ def float_linears(source: NativeCheckpoint, *, routers: bool = False) -> dict[st
         ]
         return {name.removesuffix(".weight"): [name.removesuffix(".weight")] for name in matrices}
     names = published_names(source)
-    found = [name for name in names.rows if name not in source.specs]
+    read = {*source.specs, *names.embeddings, *source.tables.tied}
+    found = [name for name in names.rows if name not in read]
     found += [
         name
         for name, module in skeleton(source.folder).named_modules()

@@ -111,7 +111,7 @@ def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
             cannot stand for one of them, or no weight of the model would stay in floating point.
     """
     asked = quant.table_spec(quant.embedding)
-    head, tied = head_of(loaded.model), _tied_to(loaded.model)
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
     head_spec = asked if quant.head == "same" else quant.table_spec(quant.head)
     if tied is not None and head_spec != asked:
         raise InputError(
@@ -158,8 +158,8 @@ def _said(spec: QuantSpec | None) -> str:
     return "float" if spec is None else spec.label()
 
 
-def _tied_to(model: nn.Module) -> tuple[str, str] | None:
-    """Return the name of the head and that of the embedding whose table it reads, or ``None``."""
+def tied_to(model: nn.Module) -> tuple[str, str] | None:
+    """Return the name of the head and that of the embedding whose table it reads, packed or not, or ``None``."""
     head = head_of(model)
     if head is None:
         return None
@@ -212,7 +212,8 @@ def _checked(loaded: LoadedModel, name: str, module: nn.Module, spec: QuantSpec,
         check_weight(weight.detach(), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-    memory.Pages().drop(weight)
+    if loaded.streaming:  # another weight may have been changed in memory, and is not in its file then
+        memory.Pages().drop(weight)
     return Target.of(name, module, spec, block)
 
 
