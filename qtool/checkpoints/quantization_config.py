@@ -57,12 +57,12 @@ def tables_of(section: dict[str, Any]) -> PackedTables:
 
 
 def grids_label(specs: dict[str, QuantSpec]) -> str:
-    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, or ``w4g128 a8 kv4``."""
+    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, ``w4g128 a8 kv4``, or ``w8pc a8 sym``."""
     labels = Counter(spec.label() for spec in specs.values())
     parts = list(labels) if len(labels) == 1 else ["mixed", *labels]
     for key, short in (("activations", "a"), ("kv_cache", "kv")):
-        widths = sorted({getattr(spec, key) for spec in specs.values()} - {None})
-        parts += [short + "/".join(map(str, widths))] if widths else []
+        widths = sorted({str(grid) for spec in specs.values() if (grid := getattr(spec, key)) is not None})
+        parts += [short + "/".join(widths)] if widths else []
     return " ".join(parts)
 
 

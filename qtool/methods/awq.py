@@ -13,9 +13,12 @@ leaves out modules that do not commute with a scale.
 
 Where we differ: the folded norm is rounded to its stored dtype first, and the weights are multiplied by the scale that
 the rounded norm implies, so storing changes nothing; the clip search uses the group's whole second moment and not 512
-tokens; the inputs of a block come from the quantized blocks before it.
+tokens; the inputs of a block come from the quantized blocks before it. Where a grid rounds the inputs of its linear,
+scales and ranges are judged on rounded inputs.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -31,6 +34,7 @@ from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target, weight_of
+from qtool.quant.activations import round_input
 from qtool.quant.affine import (
     QuantizedWeight,
     fake_quantize,
@@ -191,15 +195,33 @@ def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samp
             scaled = reader.weight * s
             rounded = fake_quantize(scaled, *minmax_qparams(scaled, reader.spec), reader.spec) / s
             weight_of(reader.linear).copy_(rounded.T if isinstance(reader.linear, Conv1D) else rounded)
-        error = sum(
-            float((_first(module(*args, **kwargs)) - out).float().square().mean())
-            for (args, kwargs), out in zip(calls, reference, strict=True)
-        )
+        with _rounding_inputs(fold.readers, s):
+            error = sum(
+                float((_first(module(*args, **kwargs)) - out).float().square().mean())
+                for (args, kwargs), out in zip(calls, reference, strict=True)
+            )
         for reader, weight in zip(fold.readers, originals, strict=True):
             weight_of(reader.linear).copy_(weight)
         if error < best_error:
             best_error, best = error, s
     return best
+
+
+@contextmanager
+def _rounding_inputs(readers: Sequence[Target], s: Tensor) -> Iterator[None]:
+    """Round what ``readers`` read as their packed layers will: divided by ``s``, which is multiplied back here."""
+    hooks = [
+        reader.linear.register_forward_pre_hook(
+            lambda _, args, spec=reader.spec: (round_input(args[0] / s, spec) * s, *args[1:])
+        )
+        for reader in readers
+        if reader.spec.activations is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first(out: Any) -> Tensor:
@@ -253,7 +275,8 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
 
     def add_moment(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         target = leaders[module]
-        x = grouped(args[0].float().flatten(0, -2), target.spec).transpose(0, 1)  # [groups, tokens, g]
+        x = round_input(args[0].float().flatten(0, -2), target.spec)
+        x = grouped(x, target.spec).transpose(0, 1)  # [groups, tokens, g]
         moment = x.transpose(1, 2) @ x
         moments[module] = moments[module] + moment if module in moments else moment
 
