@@ -68,10 +68,10 @@ def tables_of(section: dict[str, Any]) -> PackedTables:
 
 
 def grids_label(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) -> str:
-    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, ``w4g128 a8 kv4``, or with those of ``tables``.
+    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, ``w4g128 a8 kv4``, or ``w8pc a8 sym``.
 
-    These follow as in ``w4g64, embedding w8pc``, which is also the head of a tied model, ``w4g64, embedding and head
-    w8pc``, or ``w4g64, embedding w8pc, head w4g64``.
+    The grids of ``tables`` follow as in ``w4g64, embedding w8pc``, which is also the head of a tied model, ``w4g64,
+    embedding and head w8pc``, or ``w4g64, embedding w8pc, head w4g64``.
     """
     parts = [_label_of(tables.linears(specs).values())] if tables.linears(specs) else []
     embedding = _label_of(specs[name] for name in tables.embeddings) if tables.embeddings else ""
@@ -87,8 +87,8 @@ def _label_of(specs: Iterable[QuantSpec]) -> str:
     labels = Counter(spec.label() for spec in specs)
     parts = list(labels) if len(labels) == 1 else ["mixed", *labels]
     for key, short in (("activations", "a"), ("kv_cache", "kv")):
-        widths = sorted({getattr(spec, key) for spec in specs} - {None})
-        parts += [short + "/".join(map(str, widths))] if widths else []
+        widths = sorted({str(grid) for spec in specs if (grid := getattr(spec, key)) is not None})
+        parts += [short + "/".join(widths)] if widths else []
     return " ".join(parts)
 
 

@@ -1,9 +1,17 @@
 """The ``quant`` section of a recipe, and ``QuantSpec``, the grid of one weight."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qtool.config.budget import BudgetConfig
 from qtool.config.section import Section
@@ -19,6 +27,38 @@ def _check_group_size(value: int) -> int:
     if value != -1 and value < 1:
         raise ValueError("use a positive number of input channels, or -1 for one group per row")
     return value
+
+
+class ActivationGrid(Section):
+    """The grid of the inputs of a linear: each token has a range of its own, made from its values at run time.
+
+    A recipe or a checkpoint may give ``num_bits`` alone, which means an asymmetric grid and is how one is written.
+    """
+
+    num_bits: int = Field(
+        ge=2,
+        le=8,
+        description="Bits of the inputs of quantized linears, with one range per token; activations: 8 is short for "
+        "num_bits: 8 alone; unset: not rounded.",
+    )
+    symmetric: bool = Field(
+        False,
+        description="Range of a token. false: its minimum and maximum, which only native checkpoints support; true: "
+        "its largest absolute value to both sides of 0, which int8 kernels compute and compressed-tensors holds.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_alone(cls, values: Any) -> Any:
+        return values if isinstance(values, Mapping | ActivationGrid) else {"num_bits": values}
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, handler: SerializerFunctionWrapHandler) -> Any:
+        return handler(self) if self.symmetric else self.num_bits
+
+    def __str__(self) -> str:
+        """Return the usual short name, ``8`` or ``8 sym``."""
+        return f"{self.num_bits} sym" if self.symmetric else str(self.num_bits)
 
 
 class QuantSpec(Section):
@@ -44,12 +84,8 @@ class QuantSpec(Section):
         description="Let zero points lie between codes and store them like scales; needs symmetric: false. Only "
         "native checkpoints and dense exports can hold them.",
     )
-    activations: int | None = Field(
-        None,
-        ge=2,
-        le=8,
-        description="Bits of the inputs of quantized linears, with one range per token; unset: not rounded. Only "
-        "native checkpoints support it.",
+    activations: ActivationGrid | None = Field(
+        None, description="Grid of the inputs of quantized linears, or its bits alone; unset: not rounded."
     )
     kv_cache: int | None = Field(
         None,

@@ -123,7 +123,10 @@ def _settings_of(config: dict[str, Any], name: str) -> dict[str, Any]:
 def read(opened: WrittenFolder, name: str) -> Tensor:
     """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
     config = opened.config["quantization_config"]
-    kind, bits = config.get("packing_format"), _settings_of(config, name).get("bits")
+    settings = _settings_of(config, name)
+    kind, bits = config.get("packing_format"), settings.get("bits")
+    if (inputs := settings.get("act_bits")) not in (None, 16, 32):
+        raise InputError(f"{opened.folder}: {name} rounds activations to {inputs} bits, which qtool does not compute")
     if kind not in OFFSETS or bits not in BITS:
         raise InputError(
             f"{opened.folder}: {name} is in auto-round's format {kind!r} with {bits} bits, which qtool cannot read"

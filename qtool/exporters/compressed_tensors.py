@@ -1,8 +1,12 @@
-"""``compressed-tensors`` in its format ``pack-quantized``, read by vLLM, and by transformers with that package.
+"""``compressed-tensors``, read by vLLM, and by transformers with that package.
 
-The tensors of a native checkpoint already have the names and layout of this format. Only the marker ``weight`` is left
-out, and the config has another section. A scale is written in the dtype that it was rounded to. Engines cast scales to
-the model's dtype, so the model is written in one that holds them. Known faults of readers are returned as notes.
+In its format ``pack-quantized`` tensors have the names and layout of a native checkpoint. Only the marker ``weight`` is
+left out, and the config has another section. Weights of 8 bits in one symmetric group per row whose inputs are rounded
+too (W8A8) are written as ``int-quantized``, which int8 kernels read: ``weight`` int8 and ``weight_scale`` ``[out, 1]``.
+Each config group names its format.
+
+A scale is written in the dtype that it was rounded to. Engines cast scales to the model's dtype, so the model is
+written in one that holds them. Known faults of readers are returned as notes.
 """
 
 import re
@@ -11,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
-from qtool.config.quant import BITS, QuantSpec
+from qtool.config.quant import BITS, ActivationGrid, QuantSpec
 from qtool.config.sections import ExportConfig
+from qtool.exporters._activations import ARGUMENTS, grid_of
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
     WrittenFolder,
@@ -41,6 +47,19 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packed_weight import PARTS
 from qtool.system.errors import InputError
+
+PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+MIXED = "mixed-precision"  # the format of a folder whose groups have several
+ONE_GRID = (
+    "inputs are rounded for each token by its largest absolute value / 127, as in vLLM's int8 kernels; transformers "
+    "with compressed-tensors 0.20 divides by 127.5, in the dtype of the model, so that its logits differ a little"
+)
+NOTES = {  # of linears that round their inputs, by the format of their group
+    INT_QUANTIZED: f"{ONE_GRID}; vLLM computes it on NVIDIA GPUs from Turing to Hopper (not Blackwell) and x86 CPUs",
+    PACK_QUANTIZED: f"{ONE_GRID}; vLLM multiplies packed weights by int8 inputs on NVIDIA GPUs from Turing, since its "
+    "pull request 46390 of June 2026, but on Hopper it takes inputs of 4-bit groups for FP8, and its kernels for Arm "
+    "CPUs read 4-bit weights as int-quantized only",
+}
 
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
@@ -85,6 +104,12 @@ def _experts_refuse(source: NativeCheckpoint) -> str | None:
                 f"{first} and {linear} have different grids, and transformers reads all experts by one; quantize all "
                 "experts alike, or export auto-round or dense"
             )
+        if spec.activations is not None:
+            return (
+                f"{linear} rounds activations, and transformers reads experts from compressed-tensors without doing "
+                "that; use the native checkpoint, or leave the experts' inputs in floating point (quant.overrides: "
+                "{'*.experts.*': {activations: null}})"
+            )
     return None
 
 
@@ -94,6 +119,12 @@ def model_dtype(source: NativeCheckpoint) -> str:
     own = stored_dtype(source)
     candidates = [own, *(d for d in ("float16", "bfloat16") if d != own)]
     return next((d for d in candidates if not inexact((source.tensor(name) for name in names), d)), "float32")
+
+
+def layout(spec: QuantSpec) -> str:
+    """Return the format of a config group of linears with the grid ``spec``."""
+    whole_rows = spec.num_bits == 8 and spec.group_size == -1 and spec.symmetric
+    return INT_QUANTIZED if whole_rows and spec.activations is not None else PACK_QUANTIZED
 
 
 def scheme(spec: QuantSpec) -> dict[str, Any]:
@@ -125,16 +156,17 @@ def section(source: NativeCheckpoint) -> dict[str, Any]:
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(by_spec) == 1 else _patterns(names),
-            "format": "pack-quantized",
-            "input_activations": None,
+            "format": layout(spec),
+            "input_activations": None if spec.activations is None else ARGUMENTS,
             "output_activations": None,
             "weights": scheme(spec),
         }
         for i, (spec, names) in enumerate(by_spec.items())
     }
+    formats = {layout(spec) for spec in by_spec}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _patterns(both_names(float_linears(source, routers=True))),
@@ -156,7 +188,14 @@ def _patterns(names: Iterable[str]) -> list[str]:
 
 
 def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], QuantizedWeight]) -> dict[str, Tensor]:
-    """Return the tensors of a published linear by the names of a packed linear's parts."""
+    """Return the tensors of a published linear by their names there."""
+    if layout(source.specs[next(iter(place.linears))]) == INT_QUANTIZED:
+        weight = gathered(place, read)
+        codes = weight.codes.to(torch.int16) - weight.spec.middle
+        return {
+            "weight": codes.to(torch.int8),
+            "weight_scale": weight.scale.to(getattr(torch, weight.spec.scale_dtype)),
+        }
     if (whole := place.whole) is not None:
         parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
         return {part: source.tensor(f"{whole}.{part}") for part in parts}
@@ -191,6 +230,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
             "asymmetric grids: transformers with compressed-tensors 0.18 to 0.20 loads this folder only with "
             "CompressedTensorsConfig(dequantize=True), which multiplies in the dtype of the scales"
         )
+    notes += [NOTES[form] for form in sorted({layout(spec) for spec in specs if spec.activations is not None})]
     if len(specs) > 1:
         notes.append("several grids: never load this with dequantize=True, which applies the first grid to all linears")
     return notes
@@ -203,13 +243,41 @@ def _matches(target: str, name: str) -> bool:
     return target in ("Linear", name)
 
 
-def read(opened: WrittenFolder, name: str) -> Tensor:
-    """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
+def _group(opened: WrittenFolder, name: str) -> dict[str, Any]:
+    """Return the config group of the linear ``name``, with its format.
+
+    Raises:
+        InputError: there is none, or it is one that qtool cannot read.
+    """
     config = opened.config["quantization_config"]
-    groups = list(config.get("config_groups", {}).values())
-    weights = next((g["weights"] for g in groups if any(_matches(t, name) for t in g["targets"])), None)
-    if config.get("format") != "pack-quantized" or weights is None or weights["num_bits"] not in BITS:
+    groups = config.get("config_groups", {}).values()
+    group: dict[str, Any] = next((g for g in groups if any(_matches(target, name) for target in g["targets"])), {})
+    weights, form = group.get("weights") or {}, group.get("format") or config.get("format")
+    known = config.get("format") in (PACK_QUANTIZED, INT_QUANTIZED, MIXED) and weights.get("num_bits") in BITS
+    held = form == PACK_QUANTIZED or (form == INT_QUANTIZED and weights.get("symmetric"))
+    if not known or not held or weights.get("type", "int") != "int":
         raise InputError(f"{opened.folder}: {name} is in a format of compressed-tensors that qtool cannot read")
+    return {**group, "format": form}
+
+
+def rounds(opened: WrittenFolder, name: str) -> ActivationGrid | None:
+    """Return the grid to which readers round the input of the linear ``name``."""
+    group = _group(opened, name)
+    try:
+        if group.get("output_activations") is not None or opened.config["quantization_config"].get("kv_cache_scheme"):
+            raise ValueError("it rounds outputs, or keys and values")
+        return grid_of(group.get("input_activations"))
+    except ValueError as error:
+        raise InputError(f"{opened.folder}: {name}: {error}, which qtool does not compute") from None
+
+
+def read(opened: WrittenFolder, name: str) -> Tensor:
+    """Return the weight float32 ``[out, in]`` of the linear ``name``; packed codes are unpacked bit by bit."""
+    group = _group(opened, name)
+    weights = group["weights"]
+    if group["format"] == INT_QUANTIZED:
+        codes, scale = opened.tensor(f"{name}.weight").float(), opened.tensor(f"{name}.weight_scale").float()
+        return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
     rows, columns = opened.tensor(f"{name}.weight_shape").tolist()
     scale = opened.tensor(f"{name}.weight_scale").float()
     codes = unpack_bits(opened.tensor(f"{name}.weight_packed"), weights["num_bits"], columns)
@@ -223,13 +291,14 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
 
 
 EXPORTER = Exporter(
-    "compressed-tensors pack-quantized, for vLLM and transformers",
+    "compressed-tensors pack-quantized and int-quantized, for vLLM and transformers",
     refuses,
     write,
     lambda source, out, dtype: write_folder(source.folder, out, {}, section(source), dtype),
     read,
     "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
-    partial(WrittenFolder, marker="weight_packed"),
+    partial(WrittenFolder, marker="weight_scale"),
     recognises=partial(names_method, "compressed-tensors"),
+    rounds=rounds,
     needs_class=False,
 )

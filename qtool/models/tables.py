@@ -155,7 +155,8 @@ def _checked(loaded: LoadedModel, name: str, module: nn.Module, spec: QuantSpec,
         check_weight(weight.detach(), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-    memory.Pages().drop(weight)
+    if loaded.streaming:  # another weight may have been changed in memory, and is not in its file then
+        memory.Pages().drop(weight)
     return Target.of(name, module, spec, block)
 
 

@@ -51,7 +51,8 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
             check_weight(stored_weight(module), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
         except InputError as error:
             faults.append(str(error))
-        pages.drop(weight_of(module))
+        if loaded.streaming:  # other weights may have been changed in memory, and are not in their files then
+            pages.drop(weight_of(module))
         targets.append(Target.of(name, module, spec, index))
     faults += _shared(loaded, {target.name for target in targets})
     if any(target.spec.kv_cache is not None for target in targets):
@@ -78,6 +79,8 @@ def _kept(loaded: LoadedModel, quant: QuantConfig, names: list[str]) -> tuple[di
     faults = list(_unmatched(quant, names, list(matrices)))
     if loaded.odd_linears is None:
         loaded.odd_linears = no_plain_linears(loaded.model, blocks)
+        if loaded.streaming:
+            memory.Pages().drop(*(parameter for _, block in blocks for parameter in block.parameters()))
     odd, skipped = loaded.odd_linears, {name: quant.skips(name) for name in (*names, *matrices)}
     faults += [
         f"{name} cannot be quantized: of such linears, {why}; leave out skip: false for it in quant.overrides"

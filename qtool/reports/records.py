@@ -196,7 +196,7 @@ class Linear(Record):
     weight_error: Number | None = Field(
         None,
         description="|Q(w) - w|**2 / |w|**2 with w the float weight, or what a method made of it before it was rounded "
-        "(AWQ's scales are part of w); null: not recorded.",
+        "(the scales of AWQ and SmoothQuant are part of w); null: not recorded.",
     )
 
 

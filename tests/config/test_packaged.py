@@ -21,7 +21,7 @@ def name(path: Path) -> str:
 
 
 def test_none_is_forgotten() -> None:
-    assert len(PATHS) == 13 + 44
+    assert len(PATHS) == 18 + 44
     assert len([path for path in PAPERS if path.parent.name == "efficientqat"]) == 5 * 4
     assert len([path for path in PAPERS if path.parent.name == "lrqat"]) == 4 * 6
     assert files.packaged() == {name(path): path for path in PATHS}
