@@ -88,7 +88,10 @@ def run_blocks(
         figures.append(done.figures)
         weight_errors |= done.weight_errors
     if job.tables.head is not None:
-        done = kept[-1] or _quantize_head(job, quantize_block, states, compute)
+        done = kept[-1]
+        if done is None:
+            with progress.stage("quantizing the head"):
+                done = _quantize_head(job, quantize_block, states, compute)
         if workspace:
             _free([loaded.model.get_submodule(job.tables.head.name)])
         figures.append(done.figures)

@@ -22,7 +22,7 @@ BASE = 1 << 40  # a mark is BASE * (number of a tensor in memory) + (number of a
 
 
 class Place(NamedTuple):
-    """A tensor of a published checkpoint that holds rows of linears in memory."""
+    """A tensor of a published checkpoint that holds rows of linears, or of an embedding, in memory."""
 
     linears: dict[str, tuple[Tensor, Tensor]]
     """For each linear, by name in memory: positions among the rows of this tensor, and rows of the linear there."""
@@ -46,6 +46,8 @@ class Place(NamedTuple):
 
     def gather(self, weight: Callable[[str], Tensor]) -> Tensor:
         """Return the rows ``[rows, n]`` of the tensor; ``weight`` returns those of a linear, by its name in memory."""
+        if self.whole is not None:
+            return weight(self.whole)  # no copy: a table of embeddings may be the most of a model
         parts = {name: weight(name)[rows] for name, (_, rows) in self.linears.items()}
         first = next(iter(parts.values()))
         found = first.new_empty(self.num_rows, first.shape[1])
@@ -55,6 +57,9 @@ class Place(NamedTuple):
 
     def scatter(self, rows: Tensor, weights: dict[str, Tensor], sizes: Mapping[str, int]) -> None:
         """Put ``rows`` ``[rows, n]`` of the tensor into the ``weights`` of linears, of ``sizes`` rows each."""
+        if self.whole is not None:
+            weights[self.whole] = rows
+            return
         for name, (positions, own) in self.linears.items():
             if name not in weights:
                 weights[name] = rows.new_full((sizes[name], rows.shape[1]), torch.nan)
@@ -87,7 +92,7 @@ class Experts(NamedTuple):
 
 
 class Published:
-    """The published names of a model's tensors, and the rows of its linears there."""
+    """The published names of a model's tensors, and the rows of its linears and embeddings there."""
 
     def __init__(self, model: nn.Module) -> None:
         """Send marks of the tensors of ``model``, which may be on the meta device, through transformers' conversion."""
@@ -98,8 +103,9 @@ class Published:
         columns |= {
             f"{name}.weight": 0 if isinstance(module, Conv1D) else 1
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" in tensors
+            if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and f"{name}.weight" in tensors
         }
+        self.embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._linears = {name: name if name in self.experts else name.removesuffix(".weight") for name in columns}
         self._in_memory = {linear: name for name, linear in self._linears.items()}
         self.rows = {self._linears[name]: _num_rows(tensors[name], column) for name, column in columns.items()}

@@ -13,17 +13,30 @@ from torch import Tensor, nn
 
 from qtool.checkpoints import written_config
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import ActivationGrid
 from qtool.config.sections import ModelConfig
+from qtool.exporters._activations import round_inputs
 from qtool.exporters._base import Exporter, recognised
-from qtool.exporters._folder import WrittenFolder, has_class, head_names, published_names, skeleton, write_folder
-from qtool.exporters._published import Place, published
+from qtool.exporters._folder import (
+    WrittenFolder,
+    has_class,
+    head_names,
+    published_names,
+    row_parts,
+    skeleton,
+    write_folder,
+)
+from qtool.exporters._published import Place, Published, published
 from qtool.models.experts import ExpertsLinear
 from qtool.models.folders import read_config, resolve
-from qtool.models.linears import packed_linears, replace_linear
+from qtool.models.linears import packed_weights, replace_linear
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.models.quantized_sources import is_expandable
-from qtool.quant.affine import dequantize
+from qtool.quant.affine import QuantizedWeight, dequantize
+from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear
+from qtool.quant.packed_linear import PackedLinear
+from qtool.quant.packed_weight import PackedWeight
 from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
 from qtool.system.tensors import dtype_name
@@ -50,17 +63,21 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
     opened = exporter.open(out)
     names = published_names(source)
     places = exporter.places(names)
-    layers = {} if loaded is None else packed_linears(loaded.model)
+    layers = {} if loaded is None else packed_weights(loaded.model)
     for name in layers or source.specs:
-        expected = dequantize(*source.quantized(name))
-        weight = _read(opened, exporter, name, expected.shape[1], names.rows, places)
-        worst = max(worst, float((weight - expected).abs().max()))
-        if not may_round and not torch.equal(weight, expected):
+        expected = source.quantized(name)
+        weight = _read(opened, exporter, name, expected.codes.shape[1], names.rows, places)
+        difference = _difference(weight, expected)
+        worst = max(worst, difference)
+        if not may_round and difference != 0:
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
+        grid = _rounding(opened, exporter, name, places)
+        if grid != source.specs[name].activations:
+            raise RunError(f"{name} rounds its input otherwise after export; the export was not kept")
         if loaded is not None:
-            experts = names.experts.get(name)
-            dense = _linear(weight, layers[name].bias) if experts is None else ExpertsLinear(weight, experts.shape[0])
-            replace_linear(loaded.model, name, dense)
+            _put(loaded.model, name, layers[name], weight, names)
+            if grid is not None:
+                round_inputs(loaded.model.get_submodule(name), grid)
     other = None if may_round else _other_float(source, opened, exporter)
     if other is not None:
         raise RunError(f"{other} differs after export; the export was not kept")
@@ -75,6 +92,29 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             "the export was not kept"
         )
     return {"weight_difference": worst, "logit_difference": logits}
+
+
+def _difference(weight: Tensor, expected: QuantizedWeight) -> float:
+    """Return the largest difference of ``weight`` ``[out, in]`` from a dequantized one; NaN if some number is NaN."""
+    codes, scale, zero_point, spec = expected
+    parts = [
+        (weight[rows] - dequantize(codes[rows], scale[rows], zero_point[rows], spec)).abs().amax()
+        for rows in row_parts(weight)
+    ]
+    return float(torch.stack(parts).amax())
+
+
+def _put(model: nn.Module, name: str, layer: PackedWeight, weight: Tensor, names: Published) -> None:
+    """Put a float layer with ``weight``, as it was read, in the place of ``layer`` and of a head that reads it."""
+    experts = names.experts.get(name)
+    if isinstance(layer, PackedEmbedding):
+        for head, module in list(model.named_modules()):
+            if isinstance(module, TiedLinear) and module.table is layer:
+                replace_linear(model, head, _linear(weight, module.bias))
+        model.set_submodule(name, layer.as_float(weight))
+    elif isinstance(layer, PackedLinear):
+        dense = _linear(weight, layer.bias) if experts is None else ExpertsLinear(weight, experts.shape[0])
+        replace_linear(model, name, dense)
 
 
 def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
@@ -114,6 +154,19 @@ def _read(
                 )
             place.scatter(rows, found, sizes)
     return found[linear]
+
+
+def _rounding(
+    opened: WrittenFolder, exporter: Exporter, linear: str, places: Mapping[str, Place]
+) -> ActivationGrid | None:
+    """Return the grid by which readers round the input of a linear, from all places with rows of it."""
+    if exporter.rounds is None:
+        return None
+    keys = [key.removesuffix(".weight") for key, place in places.items() if linear in place.linears]
+    found = {exporter.rounds(opened, key) for key in keys}
+    if len(found) > 1:
+        raise InputError(f"{opened.folder}: {' and '.join(keys)} are rows of {linear} and round one input differently")
+    return found.pop()
 
 
 def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
@@ -156,13 +209,18 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
 
 
 def _expanded(config: ModelConfig, folder: Path, exporter: Exporter) -> LoadedModel:
-    """Load the folder of an export as a float model."""
+    """Load the folder of an export as a float model, whose linears round their inputs where the export says so."""
     opened = exporter.open(folder)
     dtype = compute_dtype(config.dtype, opened.dtype(), choose_device(config.device))
     config = config.model_copy(update={"dtype": dtype_name(dtype)})
     with temporary_folder() as dense:
         write_folder(folder, dense, _published(opened, exporter), None, config.dtype, any_link=True)
         loaded = load_model(config.model_copy(update={"path": str(dense)}))
+    places = exporter.places(published(skeleton(folder)))
+    packed = {f"{name}.weight" for name in opened.packed()}
+    for linear in dict.fromkeys(linear for key, place in places.items() if key in packed for linear in place.linears):
+        if (grid := _rounding(opened, exporter, linear, places)) is not None:
+            round_inputs(loaded.model.get_submodule(linear), grid)
     return replace(loaded, path=config.path, folder=folder)
 
 
@@ -197,7 +255,8 @@ def _published(opened: WrittenFolder, exporter: Exporter) -> dict[str, Tensor]:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return a linear with ``weight`` ``[out, in]`` and ``bias`` ``[out]`` in the dtype of the weight."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    with torch.device("meta"):  # no random weights are drawn
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)

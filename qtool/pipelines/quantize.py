@@ -17,7 +17,7 @@ from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints import files, native, output_folder, side_files, sizes
-from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
+from qtool.checkpoints.native import MANIFEST, NativeCheckpoint, PlannedCheckpoint
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantSpec
@@ -80,6 +80,11 @@ class Prepared:
     shapes: dict[str, tuple[int, int]]  # (out, in) of each target
     linears: dict[str, tuple[int, int]]  # (out, in) of each linear of the blocks
     float_bytes: int
+
+    @property
+    def label(self) -> str:
+        """The grids in short."""
+        return grids_label(self.specs, native.as_listed(self.job.tables))
 
 
 @without_progress_bars()
@@ -179,7 +184,7 @@ def prepare(run: Run) -> Prepared:
         check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes, tables))  # they may refuse a width
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
-    linears = weights.block_linears(loaded) | tables.shapes
+    linears = weights.block_linears(loaded)
     return Prepared(job, text, plan, specs, shapes, linears, float_bytes)
 
 
@@ -213,7 +218,7 @@ def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Ca
 def run_method(run: Run, prepared: Prepared) -> Result:
     """Let the method quantize the model of the job in place."""
     recipe, job = run.recipe, prepared.job
-    with run.timer.phase("quantize", f"quantizing with {recipe.method.name}, {grids_label(prepared.specs)}"):
+    with run.timer.phase("quantize", f"quantizing with {recipe.method.name}, {prepared.label}"):
         job = pack_embeddings(job)
         result = run.method.run(job, recipe.method)
         result = result._replace(weight_errors={**job.tables.errors, **result.weight_errors})
@@ -253,15 +258,16 @@ def _keep(
 
 def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
     """Return the report before anything is evaluated."""
-    recipe, loaded = run.recipe, prepared.job.loaded
+    recipe, loaded, source = run.recipe, prepared.job.loaded, NativeCheckpoint(run.state.model)
     return Report(
         model=recipe.model.path,
         quantized=str(recipe.output.path),
-        label=grids_label(prepared.specs),
+        label=prepared.label,
         method=recipe.method.name,
-        bits_per_weight=sizes.bits_per_weight(prepared.specs, prepared.shapes),
+        bits_per_weight=sizes.linear_bits(source),
+        file_bits_per_weight=sizes.file_bits(source),
         float_bytes=prepared.float_bytes,
-        quantized_bytes=files.folder_bytes(run.state.model),
+        quantized_bytes=source.num_bytes(),
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
         multimodal=is_multimodal(loaded.model.config),
@@ -269,6 +275,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         calibration=None if prepared.text is None else described(recipe.data),
         expected=beside_published(recipe.expected, ()),
         linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
+        tables=weights.table_records(loaded, source, weight_errors),
         series=result.series,
         lock=run.state.lock,
         **run.timer.measured(),

@@ -21,6 +21,18 @@ SHRINKS = tuple(1 - i / 50 for i in range(1, 40))  # factors on the range that a
 NUMBERS_AT_ONCE = 1 << 21  # number of weights times candidates evaluated together
 
 
+def worthwhile(spec: QuantSpec, group_size: int, norm: float) -> tuple[float, ...]:
+    """Return the factors on a whole range that can lower ``sum |w - Q(w)|**norm`` of ``group_size`` weights.
+
+    On a symmetric grid that is not shrunk, each error is at most half a step, ``m / qmax`` for the largest absolute
+    weight ``m``; shrunk by ``f``, that weight alone has the error ``(1 - f) m``. Factors that cannot win are not tried.
+    """
+    if not spec.symmetric:  # the rounding of zero points moves the ends
+        return SHRINKS
+    most = group_size ** (1 / norm) / spec.qmax * (1 + 1 / 64) + 1 / 64  # with room for the rounding of scales
+    return tuple(factor for factor in SHRINKS if 1 - factor <= most)
+
+
 def range_error(
     groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, norm: float, importance: Tensor
 ) -> Tensor:
@@ -48,7 +60,7 @@ def search_qparams(
     scale, zero_point = minmax_qparams(weight, spec)
     best = range_error(groups, scale, zero_point, spec, norm, h)
     best_low, best_high = low, high
-    shrinks = torch.tensor(SHRINKS, device=weight.device).view(-1, 1, 1)
+    whole = SHRINKS if importance is not None else worthwhile(spec, groups.shape[-1], norm)
 
     def consider(lows: Tensor, highs: Tensor) -> None:
         """Try candidates ``[c, out, groups]``; a candidate that is better replaces the best so far."""
@@ -62,14 +74,15 @@ def search_qparams(
         best_low = torch.where(better, lows.gather(0, index)[0], best_low)
         best_high = torch.where(better, highs.gather(0, index)[0], best_high)
 
-    def shrink(shrink_low: bool, shrink_high: bool) -> None:
+    def shrink(factors: tuple[float, ...], shrink_low: bool, shrink_high: bool) -> None:
+        shrinks = torch.tensor(factors, device=weight.device).view(-1, 1, 1)
         from_low, from_high = (low if shrink_low else best_low), (high if shrink_high else best_high)
         for some in shrinks.split(max(1, NUMBERS_AT_ONCE // weight.numel())):
             ones = torch.ones_like(some)
             consider(from_low * (some if shrink_low else ones), from_high * (some if shrink_high else ones))
 
-    shrink(True, True)
+    shrink(whole, True, True)
     if not spec.symmetric:
-        shrink(True, False)
-        shrink(False, True)
+        shrink(SHRINKS, True, False)
+        shrink(SHRINKS, False, True)
     return scale, zero_point

@@ -330,6 +330,7 @@ def fails(*_: object) -> Tensor:
     [
         ({"matmul": lambda *args: 1.1 * kernels._int4_cpu(*args)}, "times its tolerance on a weight 48 x 128"),
         ({"matmul": lambda *args: kernels._int4_cpu(*args).roll(1, -1)}, "times its tolerance"),
+        ({"matmul": lambda *args: torch.nan * kernels._int4_cpu(*args)}, "off by nan times its tolerance"),
         ({"matmul": fails}, "int4: failed when it was tried: RuntimeError: no image for this machine"),
         ({"prepare": fails}, "int4: failed when it was tried: RuntimeError: no image for this machine"),
         ({"missing": lambda: "torch has no such product"}, "int4: torch has no such product"),
@@ -345,6 +346,23 @@ def test_a_backend_that_is_wrong_on_this_machine_is_not_used(
         assert torch.equal(layer(probe(2, 128)), F.linear(probe(2, 128), layer.dequantized()))
     (found,) = kernels.examine()
     assert found["reason"]
+
+
+@pytest.mark.parametrize("row", [0, 17, 47])
+def test_one_wrong_row_is_found_however_few_are_compared_at_once(
+    row: int, broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*args: Any) -> Tensor:
+        y = kernels._int4_cpu(*args)
+        y[:, row] += y.abs().max()
+        return y
+
+    monkeypatch.setattr(kernels, "PROBED_NUMBERS", 5 * 128)
+    monkeypatch.setattr(kernels, "BACKENDS", (broken._replace(matmul=changed),))
+    assert "times its tolerance" in layer_of(random_weight(w(4, 64), 48, 128)).accelerate()
+    monkeypatch.setattr(kernels, "_found", {})
+    monkeypatch.setattr(kernels, "BACKENDS", (broken,))
+    assert layer_of(random_weight(w(4, 64), 48, 128)).accelerate() == ""
 
 
 def test_the_next_backend_serves_where_the_first_is_wrong(
