@@ -120,7 +120,7 @@ def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
             cannot stand for one of them, or no weight of the model would stay in floating point.
     """
     asked = quant.table_spec(quant.embedding)
-    head, tied = head_of(loaded.model), tied_table(loaded.model)
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
     head_spec = asked if quant.head == "same" else quant.table_spec(quant.head)
     if tied is not None and head_spec != asked:
         raise InputError(
@@ -167,7 +167,7 @@ def _said(spec: QuantSpec | None) -> str:
     return "float" if spec is None else spec.label()
 
 
-def tied_table(model: nn.Module) -> tuple[str, str] | None:
+def tied_to(model: nn.Module) -> tuple[str, str] | None:
     """Return the name of the head and that of the embedding whose table it reads, or ``None``."""
     head = head_of(model)
     if head is None:
