@@ -9,7 +9,7 @@ from torch import Tensor
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantSpec
 from qtool.models.loaded import LoadedModel
-from qtool.models.tables import head_of, tied_table
+from qtool.models.tables import head_of, tied_to
 from qtool.quant.packed_linear import PackedLinear
 
 HEADER_BYTES = 64  # most bytes of a safetensors header, without the list of tensors
@@ -50,7 +50,7 @@ def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict
     computes with is counted once.
     """
     tensors: dict[str, Tensor] = {}
-    head, tied = head_of(loaded.model), tied_table(loaded.model)
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
     packed = {*specs, *(tied[:1] if tied is not None and tied[1] in specs else ())}
     state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in packed}
     stored = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}  # tied tensors: the first name

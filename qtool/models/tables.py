@@ -100,7 +100,7 @@ def float_tables(model: nn.Module, quantized: Collection[str]) -> dict[str, str]
     """Return the tables that are not among ``quantized`` but can be, each with the recipe key that gives it a grid."""
     found = {name: "quant.embedding" for name, module in embeddings_of(model).items() if can_stand_for(module)}
     head = head_of(model)
-    if head is not None and isinstance(head[1], nn.Linear) and tied_table(model) is None:
+    if head is not None and isinstance(head[1], nn.Linear) and tied_to(model) is None:
         found[head[0]] = "quant.head"
     return {name: key for name, key in found.items() if name not in quantized}
 
