@@ -37,6 +37,8 @@ def pack_embeddings(job: Job) -> Job:
         layer = PackedEmbedding.like(module, target.spec).to(loaded.device)
         quantized = nearest(target, loaded.device)
         errors[target.name] = relative_error(target.stored_weight.to(loaded.device), quantized)
+        if loaded.streaming:
+            memory.Pages().drop(target.stored_weight)
         layer.fill(quantized)
         layer.mark(loaded.dtype)
         layers[target.name] = layer
@@ -46,13 +48,11 @@ def pack_embeddings(job: Job) -> Job:
 
 def nearest(target: Target, device: torch.device) -> QuantizedWeight:
     """Return a table rounded to nearest in searched ranges, some rows at a time."""
-    pages, parts = memory.Pages(), []
-    stored = target.stored_weight
+    parts, stored = [], target.stored_weight
     for rows in stored.split(max(1, ROWS_AT_ONCE // stored.shape[1])):
         weight = rows.to(device, torch.float32)
         grid = search_qparams(weight, target.spec)
         parts.append((quantize(weight, *grid, target.spec), *grid))
-    pages.drop(stored)
     codes, scale, zero_point = (torch.cat(each) for each in zip(*parts, strict=True))
     return QuantizedWeight(codes, scale, zero_point, target.spec)
 
