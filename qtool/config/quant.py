@@ -1,11 +1,12 @@
 """The ``quant`` section of a recipe, and ``QuantSpec``, the grid of one weight."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -169,6 +170,18 @@ class TableGrid(Section):
     )
 
 
+def _grid_or(*words: str) -> Callable[[Any], Any]:
+    """Return a validator that refuses what is neither one of ``words`` nor a mapping, and says what to write."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, Mapping | TableGrid) or (isinstance(value, str) and value in words):
+            return value
+        bits = value if isinstance(value, int) and value in BITS else TableGrid.model_fields["num_bits"].default
+        raise ValueError(f"write a grid, such as {{num_bits: {bits}}}, or {' or '.join(words)}")
+
+    return check
+
+
 class QuantConfig(QuantSpec):
     """The grid of all linears in the decoder blocks, overrides by name, and the grids of embedding and output head."""
 
@@ -177,17 +190,20 @@ class QuantConfig(QuantSpec):
         description="Linears that differ: shell-style pattern of full linear names -> keys of this section, or skip: "
         "true. Or the path of a file that qtool plan wrote.",
     )
-    embedding: TableGrid | Literal["float"] = Field(
+    embedding: Annotated[TableGrid | Literal["float"], BeforeValidator(_grid_or("float"))] = Field(
         "float",
-        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized.",
+        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized. "
+        "With a budget, num_bits is chosen.",
     )
-    head: TableGrid | Literal["same", "float"] = Field(
+    head: Annotated[TableGrid | Literal["same", "float"], BeforeValidator(_grid_or("same", "float"))] = Field(
         "same",
         description="Grid of the output head. same: that of the embedding, which is also the head of many models (tied "
-        "weights). An untied head is quantized by the method.",
+        "weights). An untied head is quantized by the method. With a budget, num_bits is chosen.",
     )
     budget: BudgetConfig | None = Field(
-        None, description="Size limit, within which num_bits is chosen for each linear; unset: num_bits for all."
+        None,
+        description="Size limit, within which num_bits is chosen for each linear, and for embedding and head if they "
+        "have a grid; unset: num_bits for all.",
     )
     preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
         None,

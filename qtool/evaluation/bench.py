@@ -32,7 +32,7 @@ from qtool.models.linears import packed_weights, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
-from qtool.models.tables import embeddings_of, head_of, tied_table
+from qtool.models.tables import embeddings_of, head_of, tied_to
 from qtool.quant.packed_weight import PackedWeight
 from qtool.reports.bench_report import (
     DENSE,
@@ -167,7 +167,7 @@ def _expanded(
 
 def _holding_head(model: PreTrainedModel) -> list[str]:
     """Return the name of the packed layer that holds the weight of the head, or nothing if the head is not packed."""
-    head, tied = head_of(model), tied_table(model)
+    head, tied = head_of(model), tied_to(model)
     if head is None or not isinstance(head[1], PackedWeight):
         return []
     return [head[0] if tied is None else tied[1]]

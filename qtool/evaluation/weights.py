@@ -13,7 +13,7 @@ from qtool.models.kept_float import other_matrices
 from qtool.models.linears import packed_weights, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
-from qtool.models.tables import embeddings_of, head_of, tied_table
+from qtool.models.tables import embeddings_of, head_of, tied_to
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_embedding import can_stand_for
 from qtool.quant.packed_linear import PackedLinear
@@ -56,7 +56,7 @@ def linear_records(
 
 def table_records(loaded: LoadedModel, source: NativeCheckpoint, errors: Mapping[str, float]) -> tuple[ModelTable, ...]:
     """Return the records of the embeddings and of the head of ``loaded``, whose checkpoint is ``source``."""
-    head, tied = head_of(loaded.model), tied_table(loaded.model)
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
     tokens = loaded.model.get_input_embeddings()
     found = []
     for name, module in embeddings_of(loaded.model).items():

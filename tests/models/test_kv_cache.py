@@ -330,9 +330,9 @@ def test_a_training_with_rounding_starts_from_weights_without_it(
     llama: LoadedModel, tmp_path: Path, llama_folder: Path
 ) -> None:
     tiny.quantize(llama_folder, tmp_path / "start", QuantConfig(num_bits=4, group_size=16, symmetric=False))
-    targets = select_targets(llama, A8KV4)
-    layers = put_linears(llama.model, targets, lambda t: QuantLinear(t.weight, None, t.spec))
-    Start(str(tmp_path / "start"), targets).take_codes(layers)
+    job = Job.select(llama, A8KV4)
+    layers = put_linears(llama.model, job.targets, lambda t: QuantLinear(t.weight, None, t.spec))
+    Start(str(tmp_path / "start"), job).take_codes(layers)
     source = NativeCheckpoint(tmp_path / "start")
     for name, layer in layers.items():
         assert torch.equal(layer.quantized.codes, source.quantized(name).codes)
