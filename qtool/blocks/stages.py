@@ -40,17 +40,18 @@ from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.task import BlockTask, Rows, rows_of
 from qtool.models.block_calls import Stop
 from qtool.models.linears import Target
+from qtool.quant.activations import round_input
 from qtool.quant.expert_product import product
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import memory
 
 
 class Stage(NamedTuple):
-    """A group of linears that read the same tensor, and that input for each batch."""
+    """A group of linears that read the same tensor and round it alike, and that input for each batch."""
 
     targets: list[Target]
-    inputs: Iterable[Rows]  # may be computed again each time it is iterated over
-    float_inputs: Iterable[Rows] | None  # inputs in the float model, for methods that ask for them
+    inputs: Iterable[Rows]  # as the packed linears read them, rounded; may be computed again by each iteration
+    float_inputs: Iterable[Rows] | None  # inputs in the float model, for methods that ask for them: not rounded
 
 
 def stages(task: BlockTask) -> Iterator[Stage]:
@@ -63,7 +64,7 @@ def stages(task: BlockTask) -> Iterator[Stage]:
 
 def paused_stages(task: BlockTask) -> Iterator[Stage]:
     """Yield the stages of a block, with every batch's forward paused between them; sets the outputs of ``task``."""
-    groups = task.groups
+    groups = task.rounded_groups
     runs = [greenlet(task.forward) for _ in task.inputs]
     float_runs = [greenlet(task.forward) for _ in task.float_inputs or ()]
     with _pausing(task, {group[0].linear for group in groups}, set(float_runs)):
@@ -116,7 +117,8 @@ def _paused_forward(task: BlockTask, target: Target, leads: bool, float_runs: se
         if leads and run not in paused:  # a block may call it again
             paused.add(run)
             assert run.parent is not None
-            run.parent.switch(rows_of((x, *counts)))
+            read = x if run in float_runs else round_input(x, target.spec)
+            run.parent.switch(rows_of((read, *counts)))
         layer = linear if run in float_runs else task.block.get_submodule(name)
         result: Tensor = forward(x, *counts) if layer is linear else layer(x, *counts)
         return result
@@ -145,7 +147,7 @@ def _contract(task: BlockTask, group: list[Target]) -> None:
 
 def repeated_stages(task: BlockTask) -> Iterator[Stage]:
     """Yield the stages of a block, and run it again for each; sets the float outputs of ``task``."""
-    for group in task.groups:
+    for group in task.rounded_groups:
         read = partial(_Inputs, task, group[0])
         yield Stage(group, read(task.inputs), read(task.float_inputs, True) if task.float_inputs else None)
     if task.float_inputs is not None:
@@ -169,7 +171,8 @@ class _Inputs:
         found: list[Rows] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(rows_of(args))
+            x = args[0] if self.unpacked else round_input(args[0], self.target.spec)
+            found.append(rows_of((x, *args[1:])))
             raise Stop
 
         with self.task.unpacked() if self.unpacked else nullcontext(), suppress(Stop):

@@ -34,10 +34,13 @@ def pack_embeddings(job: Job) -> Job:
     for target in progress.track(job.tables.embeddings, "quantizing embeddings", len(job.tables.embeddings)):
         module = target.linear
         assert isinstance(module, nn.Embedding)
-        layer = PackedEmbedding.like(module, target.spec).to(loaded.device)
+        layer = PackedEmbedding.like(module, target.spec)  # where the model is: a streamed one is on the CPU
         quantized = nearest(target, loaded.device)
         errors[target.name] = relative_error(target.stored_weight.to(loaded.device), quantized)
-        layer.fill(quantized)
+        if loaded.streaming:
+            memory.Pages().drop(target.stored_weight)
+        codes, scale, zero_point = (part.to(layer.weight.device) for part in quantized[:3])
+        layer.fill(QuantizedWeight(codes, scale, zero_point, target.spec))
         layer.mark(loaded.dtype)
         layers[target.name] = layer
     replaced = put_packed(loaded.model, job.tables, layers)
@@ -46,13 +49,11 @@ def pack_embeddings(job: Job) -> Job:
 
 def nearest(target: Target, device: torch.device) -> QuantizedWeight:
     """Return a table rounded to nearest in searched ranges, some rows at a time."""
-    pages, parts = memory.Pages(), []
-    stored = target.stored_weight
+    parts, stored = [], target.stored_weight
     for rows in stored.split(max(1, ROWS_AT_ONCE // stored.shape[1])):
         weight = rows.to(device, torch.float32)
         grid = search_qparams(weight, target.spec)
         parts.append((quantize(weight, *grid, target.spec), *grid))
-    pages.drop(stored)
     codes, scale, zero_point = (torch.cat(each) for each in zip(*parts, strict=True))
     return QuantizedWeight(codes, scale, zero_point, target.spec)
 

@@ -2,10 +2,11 @@
 
 A method may run the block (``forward``, ``through``), ask which linears read the same tensor (``groups``), watch what
 they read (``observe``), or take them group by group, each on inputs that show the groups before it quantized
-(``stages.stages``). It ends by packing every target.
+(``stages.stages``). It ends by packing every target. What float linears read is not rounded, also where a grid rounds
+the inputs of its linear (``quant/activations.py``); a stage has them rounded as the packed linear will read them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class BlockTask:
     float_outputs: HiddenStates | None = None  # hidden states after the float block
     weight_errors: dict[str, float] = field(default_factory=dict)  # relative error of each packed linear, by name
     expert_tokens: dict[str, Tensor] = field(default_factory=dict)  # [experts] tokens that each saw, by their module
-    _groups: list[list[Target]] = field(default_factory=list)
+    _reading: list[tuple[tuple[Any, ...], Target]] = field(default_factory=list)  # in the order of calls, by tensor
 
     def __post_init__(self) -> None:
         """Hold the float linears, which methods and float forwards need until the block is done."""
@@ -75,28 +76,41 @@ class BlockTask:
 
         Found by watching one forward of the block. A linear that is called twice is in its first group.
         """
-        if not self._groups:
-            seen: dict[tuple[Any, ...], list[Target]] = {}
-            called: set[nn.Module] = set()
-            kept: list[Tensor] = []  # holds the tensors, so that no address is used twice
-            by_module = {target.linear: target for target in self.targets}
+        return self._grouped(lambda target: None)
 
-            def visit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0]
-                kept.append(x)
-                if module not in called:
-                    seen.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(by_module[module])
-                called.add(module)
+    @property
+    def rounded_groups(self) -> list[list[Target]]:
+        """The groups, where linears that round the same tensor differently are in groups of their own."""
+        return self._grouped(lambda target: target.spec.activations)
 
-            self.observe(by_module, visit, [self.inputs[0][:1]])
-            unused = {target.name for target in self.targets} - {t.name for group in seen.values() for t in group}
-            if unused:
-                raise InputError(
-                    f"{min(unused)} is not called by its block ({len(unused)} such linear(s)), so nothing shows what "
-                    "it reads; leave it in floating point by quant.overrides: {NAME: {skip: true}}"
-                )
-            self._groups = list(seen.values())
-        return self._groups
+    def _grouped(self, apart: Callable[[Target], Hashable]) -> list[list[Target]]:
+        """Return the targets that read the same tensor together, if ``apart`` says the same of them."""
+        if not self._reading:
+            self._reading = self._watched()
+        found: dict[tuple[Any, ...], list[Target]] = {}
+        for tensor, target in self._reading:
+            found.setdefault((tensor, apart(target)), []).append(target)
+        return list(found.values())
+
+    def _watched(self) -> list[tuple[tuple[Any, ...], Target]]:
+        """Run the block on one window; return what identifies the tensor that each target reads, in order of calls."""
+        seen: dict[nn.Module, tuple[Any, ...]] = {}
+        kept: list[Tensor] = []  # holds the tensors, so that no address is used twice
+        by_module = {target.linear: target for target in self.targets}
+
+        def visit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0]
+            kept.append(x)
+            seen.setdefault(module, (x.data_ptr(), x.shape, x.stride()))
+
+        self.observe(by_module, visit, [self.inputs[0][:1]])
+        unused = {target.name for target in self.targets} - {by_module[module].name for module in seen}
+        if unused:
+            raise InputError(
+                f"{min(unused)} is not called by its block ({len(unused)} such linear(s)), so nothing shows what "
+                "it reads; leave it in floating point by quant.overrides: {NAME: {skip: true}}"
+            )
+        return [(tensor, by_module[module]) for module, tensor in seen.items()]
 
     @torch.no_grad()
     def observe(

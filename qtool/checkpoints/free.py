@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qtool.checkpoints import side_files, written_config
 from qtool.checkpoints.files import write_json
-from qtool.checkpoints.native import FREE, NativeCheckpoint, worst_scales
-from qtool.checkpoints.quantization_config import section_of
+from qtool.checkpoints.native import NativeCheckpoint, worst_scales
+from qtool.checkpoints.quantization_config import FREE, section_of
 from qtool.checkpoints.sizes import packed_parts
 from qtool.config.quant import QuantSpec
 from qtool.models.folders import read_config

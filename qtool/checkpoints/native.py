@@ -27,7 +27,7 @@ from qtool.checkpoints.files import (
     write_shard,
     write_shards,
 )
-from qtool.checkpoints.quantization_config import PackedTables, section_of, specs_of, tables_of
+from qtool.checkpoints.quantization_config import FREE, PackedTables, section_of, specs_of, tables_of
 from qtool.config.quant import SCALE_BITS, QuantSpec
 from qtool.models.folders import check_readable, read_config
 from qtool.models.loaded import LoadedModel
@@ -41,7 +41,6 @@ from qtool.system.errors import InputError, RunError
 from qtool.system.tensors import dtype_name
 
 MANIFEST = "qtool.json"  # name of the manifest's file
-FREE = "model_free"  # key of a quantization_config: the checkpoint was made from files alone (``free.py``)
 
 
 def as_stored(tensors: dict[str, Tensor], packed: Collection[str], loaded: LoadedModel) -> dict[str, Tensor]:
@@ -101,8 +100,9 @@ def save(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec], tables:
 
 
 def as_listed(tables: Tables) -> PackedTables:
-    """Return the names of the packed embeddings of ``tables`` and of the heads that read them."""
-    return PackedTables(tuple(target.name for target in tables.embeddings), tables.tied)
+    """Return the names of the packed embeddings of ``tables``, of the heads that read them, and of a packed head."""
+    head = "" if tables.head is None else tables.head.name
+    return PackedTables(tuple(target.name for target in tables.embeddings), tables.tied, head)
 
 
 def describe(folder: Path, loaded: LoadedModel, specs: dict[str, QuantSpec], tables: Tables = NO_TABLES) -> None:

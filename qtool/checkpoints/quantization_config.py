@@ -4,7 +4,7 @@ This module imports no other of its room and no model, so that ``transformers_ho
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,13 +15,22 @@ from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION, TABLE
 from qtool.system.errors import InputError
 
 SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
+FREE = "model_free"  # key of the section: the checkpoint was made from files alone (``free.py``)
 
 
 class PackedTables(NamedTuple):
-    """The packed embeddings of a checkpoint, and heads that read them: head -> embedding."""
+    """The packed embeddings of a checkpoint, heads that read them (head -> embedding), and a packed head that does not.
+
+    Without the model's class a head is known by its name alone, so ``head`` is empty in a checkpoint of ``model.free``.
+    """
 
     embeddings: tuple[str, ...] = ()
     tied: Mapping[str, str] = MappingProxyType({})
+    head: str = ""
+
+    def linears(self, specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
+        """Return the grids in ``specs`` of the linears of the decoder blocks."""
+        return {name: spec for name, spec in specs.items() if name not in {*self.embeddings, self.head}}
 
 
 NO_TABLES = PackedTables()
@@ -53,16 +62,33 @@ def section_of(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) ->
 
 def tables_of(section: dict[str, Any]) -> PackedTables:
     """Return the packed embeddings that a ``quantization_config`` lists."""
-    return PackedTables(tuple(section.get("embeddings", ())), dict(section.get("tied", {})))
+    outside = (name for name in section["linears"] if not any(map(str.isdigit, name.split("."))))  # of the blocks
+    head = "" if FREE in section else next(outside, "")
+    return PackedTables(tuple(section.get("embeddings", ())), dict(section.get("tied", {})), head)
 
 
-def grids_label(specs: dict[str, QuantSpec]) -> str:
-    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, or ``w4g128 a8 kv4``."""
-    labels = Counter(spec.label() for spec in specs.values())
+def grids_label(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) -> str:
+    """Return the grids in short: ``w4g128``, ``mixed w4g128 w2g64``, ``w4g128 a8 kv4``, or ``w8pc a8 sym``.
+
+    The grids of ``tables`` follow as in ``w4g64, embedding w8pc``, which is also the head of a tied model, ``w4g64,
+    embedding and head w8pc``, or ``w4g64, embedding w8pc, head w4g64``.
+    """
+    parts = [_label_of(tables.linears(specs).values())] if tables.linears(specs) else []
+    embedding = _label_of(specs[name] for name in tables.embeddings) if tables.embeddings else ""
+    head = _label_of([specs[tables.head]]) if tables.head else ""
+    if embedding and embedding == head:
+        return ", ".join([*parts, f"embedding and head {head}"])
+    found = {"embedding": embedding, "head": head}
+    return ", ".join([*parts, *(f"{name} {label}" for name, label in found.items() if label)])
+
+
+def _label_of(specs: Iterable[QuantSpec]) -> str:
+    specs = list(specs)
+    labels = Counter(spec.label() for spec in specs)
     parts = list(labels) if len(labels) == 1 else ["mixed", *labels]
     for key, short in (("activations", "a"), ("kv_cache", "kv")):
-        widths = sorted({getattr(spec, key) for spec in specs.values()} - {None})
-        parts += [short + "/".join(map(str, widths))] if widths else []
+        widths = sorted({str(grid) for spec in specs if (grid := getattr(spec, key)) is not None})
+        parts += [short + "/".join(widths)] if widths else []
     return " ".join(parts)
 
 

@@ -3,6 +3,7 @@
 Only the stable part of transformers' quantizer interface is defined, so that this file works with every supported 5.x.
 """
 
+import re
 from collections.abc import Container
 from typing import Any
 
@@ -58,6 +59,8 @@ class QtoolQuantizer(HfQuantizer):
                 continue
             name = _name_within(model, full_name, linears)
             linear: Any = linears.get(name)
+            if linear is None and model.get_output_embeddings() is None and not _in_block(full_name):
+                continue  # the head, which AutoModel does not have
             weight = getattr(linear, "weight", None)
             if not hasattr(linear, "bias") or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
                 raise InputError(f"quantization_config lists {full_name}, which is no linear of {type(model).__name__}")
@@ -66,6 +69,19 @@ class QtoolQuantizer(HfQuantizer):
             bias = linear.bias.dtype if isinstance(linear.bias, nn.Parameter) else None
             with torch.device("meta"):
                 model.set_submodule(name, PackedLinear(in_features, out_features, spec, bias))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave out conversions of the weights that are packed: files hold them in the form that they have in memory.
+
+        A conversion of this kind drops the rows of a head that fill up the vocabulary.
+        """
+        packed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+        return [
+            each
+            for each in weight_conversions
+            if not hasattr(each, "operations")  # a renaming
+            or not any(re.search(pattern, name) for pattern in each.source_patterns for name in packed)
+        ]
 
     def _put_embedding(self, model: PreTrainedModel, full_name: str, modules: dict[str, nn.Module]) -> None:
         """Replace an embedding by a packed one, and the heads that are tied to it by layers that read it."""
@@ -107,6 +123,11 @@ class QtoolQuantizer(HfQuantizer):
         return False
 
 
+def _in_block(name: str) -> bool:
+    """Return whether the module called ``name`` is in a decoder block, whose number its name then has."""
+    return any(part.isdigit() for part in name.split("."))
+
+
 def _name_within(model: PreTrainedModel, name: str, modules: Container[str]) -> str:
     """Return the name in ``model``, which may be a part of the whole, of the module called ``name`` in the whole.
 
@@ -114,7 +135,7 @@ def _name_within(model: PreTrainedModel, name: str, modules: Container[str]) -> 
     multimodal models the language model alone, whose names lack a part in the middle.
     """
     parts = name.split(".")
-    block = next((place for place, part in enumerate(parts) if part.isdigit()), 1)
+    block = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))  # a table is in no block
     prefixes = ("", *(child for child, _ in model.named_children()))
     places = [".".join(filter(None, (prefix, *parts[skip:]))) for skip in range(block) for prefix in prefixes]
     return next((place for place in places if place in modules), name)

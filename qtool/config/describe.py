@@ -25,6 +25,7 @@ def schema() -> dict[str, Any]:
     del whole["$defs"]["MethodConfig"]
     whole["properties"]["method"] = {"description": whole["properties"]["method"]["description"], "oneOf": sections}
     whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file with overrides
+    whole["$defs"]["ActivationGrid"]["type"] = ["object", "integer"]  # or its bits alone
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(catalog.export_formats())
     return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 
@@ -71,6 +72,8 @@ def keys_of(section: type[Section], before: str = "", values: Section | None = N
             found += keys_of(hint, f"{before}{name}.", value or field.default)
         else:
             key = _key(f"{before}{name}", field)
+            if field.is_required() and before:  # needed only by a recipe with the section around it
+                key = key._replace(default="")
             found.append(key if values is None else key._replace(default=_shown(value)))
     return found
 

@@ -1,9 +1,18 @@
 """The ``quant`` section of a recipe, and ``QuantSpec``, the grid of one weight."""
 
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qtool.config.budget import BudgetConfig
 from qtool.config.section import Section
@@ -19,6 +28,38 @@ def _check_group_size(value: int) -> int:
     if value != -1 and value < 1:
         raise ValueError("use a positive number of input channels, or -1 for one group per row")
     return value
+
+
+class ActivationGrid(Section):
+    """The grid of the inputs of a linear: each token has a range of its own, made from its values at run time.
+
+    A recipe or a checkpoint may give ``num_bits`` alone, which means an asymmetric grid and is how one is written.
+    """
+
+    num_bits: int = Field(
+        ge=2,
+        le=8,
+        description="Bits of the inputs of quantized linears, with one range per token; activations: 8 is short for "
+        "num_bits: 8 alone; unset: not rounded.",
+    )
+    symmetric: bool = Field(
+        False,
+        description="Range of a token. false: its minimum and maximum, which only native checkpoints support; true: "
+        "its largest absolute value to both sides of 0, which int8 kernels compute and compressed-tensors holds.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_alone(cls, values: Any) -> Any:
+        return values if isinstance(values, Mapping | ActivationGrid) else {"num_bits": values}
+
+    @model_serializer(mode="wrap")
+    def _shortest(self, handler: SerializerFunctionWrapHandler) -> Any:
+        return handler(self) if self.symmetric else self.num_bits
+
+    def __str__(self) -> str:
+        """Return the usual short name, ``8`` or ``8 sym``."""
+        return f"{self.num_bits} sym" if self.symmetric else str(self.num_bits)
 
 
 class QuantSpec(Section):
@@ -44,12 +85,8 @@ class QuantSpec(Section):
         description="Let zero points lie between codes and store them like scales; needs symmetric: false. Only "
         "native checkpoints and dense exports can hold them.",
     )
-    activations: int | None = Field(
-        None,
-        ge=2,
-        le=8,
-        description="Bits of the inputs of quantized linears, with one range per token; unset: not rounded. Only "
-        "native checkpoints support it.",
+    activations: ActivationGrid | None = Field(
+        None, description="Grid of the inputs of quantized linears, or its bits alone; unset: not rounded."
     )
     kv_cache: int | None = Field(
         None,
@@ -133,6 +170,18 @@ class TableGrid(Section):
     )
 
 
+def _grid_or(*words: str) -> Callable[[Any], Any]:
+    """Return a validator that refuses what is neither one of ``words`` nor a mapping, and says what to write."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, Mapping | TableGrid) or (isinstance(value, str) and value in words):
+            return value
+        bits = value if isinstance(value, int) and value in BITS else TableGrid.model_fields["num_bits"].default
+        raise ValueError(f"write a grid, such as {{num_bits: {bits}}}, or {' or '.join(words)}")
+
+    return check
+
+
 class QuantConfig(QuantSpec):
     """The grid of all linears in the decoder blocks, overrides by name, and the grids of embedding and output head."""
 
@@ -141,17 +190,20 @@ class QuantConfig(QuantSpec):
         description="Linears that differ: shell-style pattern of full linear names -> keys of this section, or skip: "
         "true. Or the path of a file that qtool plan wrote.",
     )
-    embedding: TableGrid | Literal["float"] = Field(
+    embedding: Annotated[TableGrid | Literal["float"], BeforeValidator(_grid_or("float"))] = Field(
         "float",
-        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized.",
+        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized. "
+        "With a budget, num_bits is chosen.",
     )
-    head: TableGrid | Literal["same", "float"] = Field(
+    head: Annotated[TableGrid | Literal["same", "float"], BeforeValidator(_grid_or("same", "float"))] = Field(
         "same",
         description="Grid of the output head. same: that of the embedding, which is also the head of many models (tied "
-        "weights). An untied head is quantized by the method.",
+        "weights). An untied head is quantized by the method. With a budget, num_bits is chosen.",
     )
     budget: BudgetConfig | None = Field(
-        None, description="Size limit, within which num_bits is chosen for each linear; unset: num_bits for all."
+        None,
+        description="Size limit, within which num_bits is chosen for each linear, and for embedding and head if they "
+        "have a grid; unset: num_bits for all.",
     )
     preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
         None,

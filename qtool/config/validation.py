@@ -57,7 +57,7 @@ def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationErr
             case "extra_forbidden":
                 new = place.owner.renamed.get(path[-1])
                 what = f"this key is now {new}" if new else f"unknown key; {_nearest(kind, raw, place)}"
-            case "model_type" if issubclass(place.hint, Section):
+            case "model_type" if isinstance(place.hint, type) and issubclass(place.hint, Section):
                 what += f" with keys {', '.join(place.hint.model_fields)}"
         lines.append(f"{'.'.join(path)}: {what}; found {found(value)}")
     return lines
@@ -75,7 +75,8 @@ def _place(kind: type[Section], raw: Mapping[str, object], loc: Sequence[int | s
         elif get_origin(hint) in (dict, tuple):
             hint = bare(get_args(hint)[get_origin(hint) is dict])
         elif get_origin(hint) in (Union, UnionType):
-            hint = dict[str, object] if str(part).startswith("dict") else None
+            sections = {each.__name__: each for each in get_args(hint) if isinstance(each, type)}
+            hint = dict[str, object] if str(part).startswith("dict") else sections.get(str(part))
             continue
         path.append(str(part))
     return _Place(tuple(path), owner, field, hint)

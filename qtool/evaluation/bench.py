@@ -1,10 +1,11 @@
 """``qtool bench``: the speed, memory and energy of a checkpoint, beside those of the same weights in dense linears.
 
-The weights of one folder are measured in three ways: ``dense`` (expanded once to the model's dtype, ordinary linears),
-``fast`` (packed, with this machine's kernels) and ``exact`` (packed, as ``from_pretrained`` gives it). Every number
-comes from forwards of the transformers model with its KV cache: prefill is one forward over a prompt, a decode step is
-one forward of one token for each sequence. Repeats of dense and fast take turns, so that a machine whose speed drifts
-slows both. The exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
+The weights of one folder are measured in several ways: ``dense`` (expanded once to the model's dtype, ordinary linears
+and embeddings), ``fast`` (packed, with this machine's kernels), ``exact`` (packed, as ``from_pretrained`` gives it),
+and, if the head is packed, ``float head``: as ``fast``, but with an ordinary head, and embedding if the two are tied.
+Every number comes from forwards of the transformers model with its KV cache: prefill is one forward over a prompt, a
+decode step is one forward of one token for each sequence. Repeats of all but exact take turns, so that a machine whose
+speed drifts slows them alike. The exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
 """
 
 import inspect
@@ -26,11 +27,25 @@ from qtool.config.sections import ModelConfig
 from qtool.config.sweep import BenchConfig
 from qtool.models.backend import held_bytes, use_backend
 from qtool.models.cache_argument import cache_of, with_cache
-from qtool.models.linears import packed_linears, replace_linear
+from qtool.models.expanded import expand
+from qtool.models.linears import packed_weights, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
-from qtool.reports.bench_report import DENSE, EXACT, FAST, PREFILL, BenchReport, Speed, Variant, decode, speed
+from qtool.models.tables import embeddings_of, head_of, tied_to
+from qtool.quant.packed_weight import PackedWeight
+from qtool.reports.bench_report import (
+    DENSE,
+    EXACT,
+    FAST,
+    FLOAT_HEAD,
+    PREFILL,
+    BenchReport,
+    Speed,
+    Variant,
+    decode,
+    speed,
+)
 from qtool.system import energy, memory, peaks, progress, units
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
@@ -43,7 +58,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass
 class _Subject:
-    """A loaded model that holds the weights in one of the three ways."""
+    """A loaded model that holds the weights in one of the ways."""
 
     name: str
     title: str
@@ -81,7 +96,7 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
         loaded = load_model(config, quantized=True)
     tokens = _prompts(loaded, plan)
     clock = _Clock(loaded.device, energy.meter(_uuid(loaded.device)))
-    grid, name = grids_label(source.specs), dtype_name(loaded.dtype)
+    grid, name = grids_label(source.tables.linears(source.specs)), dtype_name(loaded.dtype)
     speeds: dict[str, dict[str, Speed]] = {}
 
     def subject(name: str, title: str, model: PreTrainedModel, file_bytes: int, linears: str) -> _Subject:
@@ -97,23 +112,27 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
         serving = use_backend(loaded.model, FAST)
         fast = subject(FAST, f"{grid} fast", loaded.model, source.num_bytes(), str(serving))
         difference = (_next_logits(loaded.model, tokens) - logits).abs().max() / logits.abs().max()
+        beside = []
+        if _holding_head(loaded.model):
+            held.begin()
+            model, grown = _expanded(config, FLOAT_HEAD, _holding_head)
+            serving, size = use_backend(model, FAST), source.num_bytes() + grown
+            beside.append(subject(FLOAT_HEAD, f"{grid} fast, float head", model, size, str(serving)))
         held.begin()
-        with progress.stage("loading the dense model"):
-            model = _dense(load_model(config, quantized=True))
-        dense = subject(
-            DENSE, f"dense {name}", model, _num_bytes(model.state_dict().values()), "none: ordinary linears"
-        )
+        model, _ = _expanded(config, DENSE, packed_weights)
+        size = _num_bytes(model.state_dict().values())
+        dense = subject(DENSE, f"dense {name}", model, size, "none: ordinary linears")
         with progress.stage("dense and fast in turns"):
-            speeds |= _measure([dense, fast], tokens, plan, clock)
+            speeds |= _measure([dense, fast, *beside], tokens, plan, clock)
 
     return BenchReport(
         path=config.path,
-        label=grid,
+        label=grids_label(source.specs, source.tables),
         dtype=name,
         device=str(loaded.device),
         threads=torch.get_num_threads(),
         prompt_tokens=plan.prompt_tokens,
-        variants=tuple(each.variant(speeds[each.name]) for each in (dense, fast, exact)),
+        variants=tuple(each.variant(speeds[each.name]) for each in (dense, fast, *beside, exact)),
         logit_difference=difference.item(),
         energy=clock.meter.source,
         remarks=tuple(_remarks(loaded)),
@@ -134,15 +153,24 @@ def _prompts(loaded: LoadedModel, plan: BenchConfig) -> Tensor:
     return torch.randint(vocabulary, (max(BATCHES), plan.prompt_tokens), generator=generator).to(loaded.device)
 
 
-def _dense(loaded: LoadedModel) -> PreTrainedModel:
-    """Replace each packed linear by an ordinary one in the model's dtype; return the model."""
-    for name, layer in packed_linears(loaded.model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.dequantized(loaded.dtype), requires_grad=False)
-        if layer.bias is not None:
-            linear.bias = layer.bias
-        replace_linear(loaded.model, name, linear)
-    return loaded.model
+def _expanded(
+    config: ModelConfig, kind: str, names: Callable[[PreTrainedModel], Iterable[str]]
+) -> tuple[PreTrainedModel, int]:
+    """Load the model with ordinary layers in the place of the packed ones called ``names(model)``.
+
+    Return it, and the bytes in files that their weights would take more.
+    """
+    with progress.stage(f"loading the model: {kind}"):
+        loaded = load_model(config, quantized=True)
+        return loaded.model, expand(loaded.model, names(loaded.model), loaded.dtype)
+
+
+def _holding_head(model: PreTrainedModel) -> list[str]:
+    """Return the name of the packed layer that holds the weight of the head, or nothing if the head is not packed."""
+    head, tied = head_of(model), tied_to(model)
+    if head is None or not isinstance(head[1], PackedWeight):
+        return []
+    return [head[0] if tied is None else tied[1]]
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -151,10 +179,20 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _remarks(loaded: LoadedModel) -> list[str]:
-    remarks, name = [], dtype_name(loaded.dtype)
-    float_bytes = sum(p.nbytes for name, p in loaded.model.named_parameters() if p.dim() == 2)
-    if float_bytes:
-        remarks.append(f"{units.size(float_bytes)} of embeddings and head stay {name} in every column")
+    """Return the notes on what no column shows."""
+    remarks, head = [], head_of(loaded.model)
+    ends: dict[str, list[nn.Module]] = {
+        "embeddings": list(embeddings_of(loaded.model).values()),
+        "head": [] if head is None else [head[1]],
+    }
+    floats = {
+        name: [weight_of(module) for module in modules if not isinstance(module, PackedWeight)]
+        for name, modules in ends.items()
+    }
+    if float_bytes := _num_bytes(weight for weights in floats.values() for weight in weights):
+        names = " and ".join(name for name, weights in floats.items() if weights)
+        stay = "stays" if names == "head" else "stay"
+        remarks.append(f"{names} {stay} {dtype_name(loaded.dtype)} in every column: {units.size(float_bytes)}")
     if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
         able = torch.cpu.get_capabilities()
         if not (able.get("avx512_bf16") or able.get("amx_bf16")):

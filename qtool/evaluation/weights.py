@@ -1,17 +1,23 @@
-"""The linears of a report: their names, shapes and grids, and the error of each quantized weight."""
+"""The weights of a report: the linears and embeddings, their shapes and grids, and the errors of quantized ones."""
+
+from collections.abc import Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qtool.checkpoints.native import NativeCheckpoint
+from qtool.checkpoints.sizes import packed_parts
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ModelConfig
 from qtool.models.kept_float import other_matrices
 from qtool.models.linears import packed_weights, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
+from qtool.models.tables import embeddings_of, head_of, tied_to
 from qtool.quant.affine import QuantizedWeight, relative_error
+from qtool.quant.packed_embedding import can_stand_for
 from qtool.quant.packed_linear import PackedLinear
-from qtool.reports.records import Linear
+from qtool.reports.records import Linear, ModelTable
 from qtool.system import memory
 from qtool.system.tensors import dtype_name
 
@@ -46,6 +52,76 @@ def linear_records(
         )
         for name, shape in shapes.items()
     )
+
+
+def table_records(loaded: LoadedModel, source: NativeCheckpoint, errors: Mapping[str, float]) -> tuple[ModelTable, ...]:
+    """Return the records of the embeddings and of the head of ``loaded``, whose checkpoint is ``source``."""
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
+    tokens = loaded.model.get_input_embeddings()
+    found = []
+    for name, module in embeddings_of(loaded.model).items():
+        role = "embedding" if module is tokens else f"embedding {name.rpartition('.')[2]}"
+        reader = tied[0] if tied is not None and tied[1] == name else ""
+        shape = (module.num_embeddings, module.embedding_dim)
+        role = "embedding and head (tied)" if reader else role
+        found.append(_table(source, (name, reader), role, shape, can_stand_for(module), errors))
+    if head is not None and tied is None and isinstance(head[1], nn.Linear | PackedLinear):
+        shape = (head[1].out_features, head[1].in_features)
+        found.append(_table(source, (head[0],), "head", shape, True, errors))
+    return tuple(each for each in found if each is not None)
+
+
+def named_tables(roles: Mapping[str, str], source: NativeCheckpoint) -> tuple[ModelTable, ...]:
+    """Return the records of float embeddings and heads of a model without a class, by their ``roles``."""
+    found = []
+    for name, role in roles.items():
+        rows, columns = source.tensor(f"{name}.weight").shape
+        found.append(_table(source, (name,), role, (rows, columns), False, {}))
+    return tuple(each for each in found if each is not None)
+
+
+def _table(
+    source: NativeCheckpoint,
+    names: tuple[str, ...],
+    role: str,
+    shape: tuple[int, int],
+    can_be_packed: bool,
+    errors: Mapping[str, float],
+) -> ModelTable | None:
+    """Return the record of a table, which the files hold under one of ``names``; ``None`` if they hold it elsewhere."""
+    name, spec = names[0], source.specs.get(names[0])
+    if spec is not None:
+        size = _packed_bytes(name, spec, shape)
+        return ModelTable(
+            name=name,
+            role=role,
+            shape=shape,
+            num_bits=spec.num_bits,
+            grid=spec.label(),
+            bits_per_weight=spec.bits_per_weight(shape[1]),
+            num_bytes=size,
+            weight_error=errors.get(name),
+        )
+    stored = next((f"{each}.weight" for each in names if f"{each}.weight" in source.float_names()), None)
+    if stored is None:
+        return None
+    tensor = source.tensor(stored)
+    rows = QuantSpec(num_bits=8, group_size=-1, scale_dtype=next(iter(source.specs.values())).scale_dtype)
+    small = _packed_bytes(name, rows, shape) if can_be_packed else None
+    return ModelTable(
+        name=name,
+        role=role,
+        shape=shape,
+        grid=dtype_name(tensor.dtype),
+        bits_per_weight=8 * tensor.itemsize,
+        num_bytes=tensor.nbytes,
+        int8_bytes=small,
+    )
+
+
+def _packed_bytes(name: str, spec: QuantSpec, shape: tuple[int, int]) -> int:
+    """Return the bytes in files of a packed weight ``[out, in]``."""
+    return sum(tensor.nbytes for tensor in packed_parts(name, spec, shape).values())
 
 
 def weight_errors(loaded: LoadedModel, config: ModelConfig) -> dict[str, float]:

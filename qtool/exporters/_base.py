@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
+from qtool.config.quant import ActivationGrid
 from qtool.config.sections import ExportConfig
+from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
 from qtool.exporters._published import Place, Published
 
@@ -48,18 +50,19 @@ class Exporter(NamedTuple):
     """Keys that the format adds to ``config.json``, besides ``quantization_config``."""
     needs_class: bool = True
     """``False``: the format can be written of a checkpoint for which transformers has no class."""
+    rounds: Callable[[WrittenFolder, str], ActivationGrid | None] | None = None
+    """Returns the grid by which readers round the input of a linear of a written folder; ``None``: the format has no
+    word for that."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 
 
 def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Return the reason why the format ``name`` cannot hold ``source``, and what to do; ``None`` if it can."""
-    rounding = next((linear for linear, spec in source.specs.items() if spec != spec.weights_only), None)
-    if rounding is not None:
-        return (
-            f"{rounding} rounds activations (quant.activations, quant.kv_cache), which {name} cannot express, so that "
-            "its readers would not do it; use the native checkpoint, or quantize without these keys"
-        )
+    holds = get(name).rounds is not None
+    unheld = (_activations.unheld(linear, spec, name, holds_int8=holds) for linear, spec in source.specs.items())
+    if reason := next(filter(None, unheld), None):
+        return reason
     if source.stacked and not has_class(source):
         return (
             f"{source.stacked[0]} holds the experts of a layer, and transformers has no class that says how they are "

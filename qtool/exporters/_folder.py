@@ -328,7 +328,7 @@ def split_rows(source: NativeCheckpoint, format: str) -> str | None:
 
 def block_prefixes(source: NativeCheckpoint) -> tuple[str, str]:
     """Return the prefixes of the names of all decoder blocks, such as ``model.layers.``: in memory, and published."""
-    first = next(iter(source.specs))
+    first = next(name for name in source.specs if any(part.isdigit() for part in name.split(".")))
     found = []
     for name in (first, published_names(source).modules(first)[0]):
         parts = name.split(".")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from qtool.checkpoints import written_config
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import ActivationGrid
 from qtool.config.sections import ModelConfig
+from qtool.exporters._activations import round_inputs
 from qtool.exporters._base import Exporter, recognised
 from qtool.exporters._folder import (
     WrittenFolder,
@@ -69,8 +71,13 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
         worst = max(worst, difference)
         if not may_round and difference != 0:
             raise RunError(f"{name} differs after export by up to {worst:.3g}; the export was not kept")
+        grid = _rounding(opened, exporter, name, places)
+        if grid != source.specs[name].activations:
+            raise RunError(f"{name} rounds its input otherwise after export; the export was not kept")
         if loaded is not None:
             _put(loaded.model, name, layers[name], weight, names)
+            if grid is not None:
+                round_inputs(loaded.model.get_submodule(name), grid)
     other = None if may_round else _other_float(source, opened, exporter)
     if other is not None:
         raise RunError(f"{other} differs after export; the export was not kept")
@@ -149,6 +156,19 @@ def _read(
     return found[linear]
 
 
+def _rounding(
+    opened: WrittenFolder, exporter: Exporter, linear: str, places: Mapping[str, Place]
+) -> ActivationGrid | None:
+    """Return the grid by which readers round the input of a linear, from all places with rows of it."""
+    if exporter.rounds is None:
+        return None
+    keys = [key.removesuffix(".weight") for key, place in places.items() if linear in place.linears]
+    found = {exporter.rounds(opened, key) for key in keys}
+    if len(found) > 1:
+        raise InputError(f"{opened.folder}: {' and '.join(keys)} are rows of {linear} and round one input differently")
+    return found.pop()
+
+
 def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
     """Return a key of the written config by which some reader computes another model, or ``None``.
 
@@ -189,13 +209,18 @@ def load_exported(config: ModelConfig) -> LoadedModel | None:
 
 
 def _expanded(config: ModelConfig, folder: Path, exporter: Exporter) -> LoadedModel:
-    """Load the folder of an export as a float model."""
+    """Load the folder of an export as a float model, whose linears round their inputs where the export says so."""
     opened = exporter.open(folder)
     dtype = compute_dtype(config.dtype, opened.dtype(), choose_device(config.device))
     config = config.model_copy(update={"dtype": dtype_name(dtype)})
     with temporary_folder() as dense:
         write_folder(folder, dense, _published(opened, exporter), None, config.dtype, any_link=True)
         loaded = load_model(config.model_copy(update={"path": str(dense)}))
+    places = exporter.places(published(skeleton(folder)))
+    packed = {f"{name}.weight" for name in opened.packed()}
+    for linear in dict.fromkeys(linear for key, place in places.items() if key in packed for linear in place.linears):
+        if (grid := _rounding(opened, exporter, linear, places)) is not None:
+            round_inputs(loaded.model.get_submodule(linear), grid)
     return replace(loaded, path=config.path, folder=folder)
 
 

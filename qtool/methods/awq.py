@@ -7,16 +7,15 @@ normalised by ``sqrt(max s * min s)``; the ratio is searched on a grid so that t
 (attention or MLP) changes least when the scaled weights are quantized (Lin et al., arXiv 2306.00978). Then the range of
 each group is clipped where that lowers ``sum (x w - x Q(clip w))**2``; queries and keys are not clipped.
 
-No table says which module can absorb a scale: a fold is accepted if scaling its source and its readers leaves the
-block's output unchanged. That covers plain norms, norms that multiply by ``1 + weight``, gated and ReLU MLPs, and
-leaves out modules that do not commute with a scale.
+Which modules can take a scale, and how a scale is stored without a change of the function, is in ``blocks/folds.py``.
 
-Where we differ: the folded norm is rounded to its stored dtype first, and the weights are multiplied by the scale that
-the rounded norm implies, so storing changes nothing; the clip search uses the group's whole second moment and not 512
-tokens; the inputs of a block come from the quantized blocks before it.
+Where we differ: the clip search uses the group's whole second moment and not 512 tokens; the inputs of a block come
+from the quantized blocks before it. Where a grid rounds the inputs of its linear, scales and ranges are judged on
+rounded inputs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
@@ -27,10 +26,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.folds import Fold, Found, folds_of, out_channels
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target, weight_of
+from qtool.quant.activations import round_input
 from qtool.quant.affine import (
     QuantizedWeight,
     fake_quantize,
@@ -44,7 +45,6 @@ from qtool.quant.affine import (
 )
 
 NOT_CLIPPED = ("*q_proj", "*k_proj", "*query*", "*qkv*", "*Wqkv", "*c_attn")  # linears whose product enters a softmax
-INVARIANT = 0.01  # a fold is invariant if it changes the output by less than this share of scaling its source alone
 
 
 class Config(MethodConfig):
@@ -63,104 +63,6 @@ class Config(MethodConfig):
     clip_steps: int = Field(
         10, ge=1, description="Number of ranges tried per group: 1, 0.95, 0.9, ... times its largest absolute weight."
     )
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A module whose output is divided by ``s`` per channel, and the linears whose columns are multiplied by ``s``."""
-
-    source: nn.Module  # has a weight
-    offset: float  # 1 for a norm that multiplies by 1 + weight, else 0
-    readers: tuple[Target, ...]
-    exact_source: bool  # True if the source stays in floating point: its weight must be a value of the stored dtype
-
-    @torch.no_grad()
-    def apply(self, s: Tensor, storage: torch.dtype) -> None:
-        """Divide the source by ``s`` ``[channels]`` and multiply the readers' columns."""
-        weight = weight_of(self.source)
-        if weight.dim() == 1:
-            old = weight.float() + self.offset
-            weight.copy_((old / s - self.offset).to(storage))
-            new = weight.float() + self.offset
-            s = torch.where((old != 0) & (new != 0), old / new, s)  # the scale that the rounded norm implies
-        else:
-            rows = s if isinstance(self.source, Conv1D) else s.unsqueeze(1)
-            divided = weight.float() / rows
-            weight.copy_(divided.to(storage) if self.exact_source else divided)
-        bias = getattr(self.source, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            bias.copy_((bias.float() / s).to(storage))
-        for reader in self.readers:
-            columns = s.unsqueeze(1) if isinstance(reader.linear, Conv1D) else s
-            weight_of(reader.linear).mul_(columns)
-
-
-Found = dict[tuple[str, ...], list[tuple[str, float, tuple[str, ...]]]]
-
-
-def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
-    """Return the folds of this block; ``found`` keeps them by name for all blocks of one class with equal linears."""
-    local = {task.local_name(target): target for target in task.targets}
-    kind = (type(task.block).__qualname__, *(f"{name} {tuple(t.weight.shape)}" for name, t in local.items()))
-    if kind not in found:
-        names = {module: name for name, module in task.block.named_modules()}
-        found[kind] = [
-            (names[fold.source], fold.offset, tuple(names[reader.linear] for reader in fold.readers))
-            for fold in find_folds(task, probe)
-        ]
-    return [
-        Fold(task.block.get_submodule(source), offset, tuple(local[name] for name in readers), source not in local)
-        for source, offset, readers in found[kind]
-    ]
-
-
-def find_folds(task: BlockTask, probe: Tensor) -> list[Fold]:
-    """Return the folds of this block that leave its output unchanged, at most one for each group of linears."""
-    before = task.forward(probe)
-    targets = {target.linear for target in task.targets}
-    norms = [
-        module
-        for module in task.block.modules()
-        if isinstance(getattr(module, "weight", None), nn.Parameter)
-        and weight_of(module).dim() == 1
-        and not any(True for _ in module.children())
-    ]
-    folds = []
-    for group in task.groups:
-        channels = group[0].weight.shape[1]
-        earlier = [t.linear for g in task.groups[: task.groups.index(group)] for t in g]
-        candidates = [Fold(norm, offset, tuple(group), True) for norm in norms for offset in (0.0, 1.0)]
-        candidates += [Fold(linear, 0.0, tuple(group), linear not in targets) for linear in reversed(earlier)]
-        fitting = (fold for fold in candidates if _out_channels(fold.source) == channels)
-        found = next((fold for fold in fitting if _is_invariant(task, fold, channels, probe, before)), None)
-        if found is not None:
-            folds.append(found)
-    return folds
-
-
-def _out_channels(module: nn.Module) -> int:
-    weight = weight_of(module)
-    return weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]
-
-
-def _is_invariant(task: BlockTask, fold: Fold, channels: int, probe: Tensor, before: Tensor) -> bool:
-    """Return whether scaling source and readers keeps the block's output, while scaling the source alone changes it."""
-    device = probe.device
-    s = torch.exp2(torch.linspace(-1, 1, channels, device=device)[torch.randperm(channels, generator=_generator())])
-    touched = [fold.source, *(reader.linear for reader in fold.readers)]
-    saved = [(p, p.detach().clone()) for module in touched for p in module.parameters(recurse=False)]
-    fold.apply(s, torch.float32)
-    both = float((task.forward(probe) - before).norm())
-    for parameter, value in saved[len(list(fold.source.parameters(recurse=False))) :]:
-        parameter.data.copy_(value)
-    alone_source = float((task.forward(probe) - before).norm())
-    for parameter, value in saved:
-        parameter.data.copy_(value)
-    return both < INVARIANT * alone_source
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def judged_module(block: nn.Module, fold: Fold) -> nn.Module:
@@ -191,15 +93,33 @@ def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samp
             scaled = reader.weight * s
             rounded = fake_quantize(scaled, *minmax_qparams(scaled, reader.spec), reader.spec) / s
             weight_of(reader.linear).copy_(rounded.T if isinstance(reader.linear, Conv1D) else rounded)
-        error = sum(
-            float((_first(module(*args, **kwargs)) - out).float().square().mean())
-            for (args, kwargs), out in zip(calls, reference, strict=True)
-        )
+        with _rounding_inputs(fold.readers, s):
+            error = sum(
+                float((_first(module(*args, **kwargs)) - out).float().square().mean())
+                for (args, kwargs), out in zip(calls, reference, strict=True)
+            )
         for reader, weight in zip(fold.readers, originals, strict=True):
             weight_of(reader.linear).copy_(weight)
         if error < best_error:
             best_error, best = error, s
     return best
+
+
+@contextmanager
+def _rounding_inputs(readers: Sequence[Target], s: Tensor) -> Iterator[None]:
+    """Round what ``readers`` read as their packed layers will: divided by ``s``, which is multiplied back here."""
+    hooks = [
+        reader.linear.register_forward_pre_hook(
+            lambda _, args, spec=reader.spec: (round_input(args[0] / s, spec) * s, *args[1:])
+        )
+        for reader in readers
+        if reader.spec.activations is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first(out: Any) -> Tensor:
@@ -238,7 +158,7 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
     samples = _first_windows(task, config.search_samples)
     for fold in folds_of(task, samples[0][:1], found):
         leader = fold.readers[0].linear
-        sums = torch.zeros(_out_channels(fold.source), device=samples[0].device)
+        sums = torch.zeros(out_channels(fold.source), device=samples[0].device)
         count = 0
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: Any, sums: Tensor = sums) -> None:
@@ -253,7 +173,8 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
 
     def add_moment(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         target = leaders[module]
-        x = grouped(args[0].float().flatten(0, -2), target.spec).transpose(0, 1)  # [groups, tokens, g]
+        x = round_input(args[0].float().flatten(0, -2), target.spec)
+        x = grouped(x, target.spec).transpose(0, 1)  # [groups, tokens, g]
         moment = x.transpose(1, 2) @ x
         moments[module] = moments[module] + moment if module in moments else moment
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a model's packed linears: ``exact``, or ``fast`` if this machine has a kernel for them.
+"""The arithmetic of a model's packed linears and head: ``exact``, or ``fast`` if this machine has a kernel for them.
 
 ``exact`` expands a weight for each product; every number that qtool reports was computed with it unless the report says
 otherwise. ``fast`` multiplies inputs of few rows, as in decoding, by a second copy of the weights in the kernel's
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from qtool.models.experts import is_experts
+from qtool.models.tables import head_of
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system import progress, units
 from qtool.system.errors import InputError
@@ -25,12 +26,17 @@ MODES = ("exact", "fast")
 class Backends:
     """The kernels that the packed linears of a model use, and the linears that have none."""
 
-    kernels: Counter[str] = field(default_factory=Counter)  # number of linears by the name of their kernel
+    kernels: Counter[str] = field(default_factory=Counter)  # number of linears, the head too, by their kernel's name
     exact: dict[str, list[str]] = field(default_factory=dict)  # linears on the exact path, by reason
     num_bytes: int = 0  # memory of the kernels' layouts, beside the packed weights
+    head: str = ""  # name of the kernel of the output head; empty: it has none, or is not packed
 
     def __str__(self) -> str:
-        parts = [f"{count} linears by {name}" for name, count in self.kernels.most_common()]
+        parts = []
+        for name, count in self.kernels.most_common():
+            linears = count - (name == self.head)
+            served = [f"{linears} linears"] if linears else []
+            parts.append(f"{' and '.join([*served, *(['the head'] if name == self.head else [])])} by {name}")
         parts += [
             f"{len(names)} by the exact path ({names[0]}{', ...' if names[1:] else ''}: {reason})"
             for reason, names in self.exact.items()
@@ -52,7 +58,7 @@ def use_backend(model: nn.Module, name: str) -> Backends:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no packed linears; load a folder that qtool wrote")
-    found = Backends()
+    found, head, by = Backends(), head_of(model), ""
     for path, layer in layers.items():
         layer.kernels = ()
         if name == "exact":
@@ -66,8 +72,10 @@ def use_backend(model: nn.Module, name: str) -> Backends:
         else:
             assert layer.kernel is not None
             backend = layer.kernel.backend
-            found.kernels[f"{backend.name} ({backend.device})"] += 1
-    return Backends(found.kernels, found.exact, held_bytes(model))
+            served_by = f"{backend.name} ({backend.device})"
+            found.kernels[served_by] += 1
+            by = served_by if head is not None and layer is head[1] else by
+    return Backends(found.kernels, found.exact, held_bytes(model), by)
 
 
 def held_bytes(model: nn.Module) -> int:

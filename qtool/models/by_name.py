@@ -32,11 +32,15 @@ from qtool.models.shard_writer import Described
 
 IN_BLOCK = re.compile(r"(^|.*\.)\d+\..+")  # pattern of a name in a numbered block
 MIN_ROWS = 32  # fewest rows of a linear that is quantized: smaller ones are routers, gates and the like
+EMBEDDINGS = ("*embed*", "*wte", "*wpe", "*position*")  # patterns of the names of embeddings
+HEADS = ("lm_head", "*.lm_head", "*.head")  # patterns of the names of output heads
+# patterns of the names of what reads pictures or sound
+TOWERS = ("*vision*", "*visual*", "*image*", "*video*", "*audio*", "*speech*", "*projector*", "*merger*")
 # patterns of the names of linears that stay in floating point
 FLOAT = (
-    *("*embed*", "*wte", "*wpe", "*position*", "lm_head", "*.lm_head", "*.head", "*norm*", "*.ln_*"),
+    *(*EMBEDDINGS, *HEADS, "*norm*", "*.ln_*"),
     *("*router*", "*.gate", "*.gate.*", "*_expert_gate", "*classifier*", "*score*", "*bias*"),
-    *("*vision*", "*visual*", "*image*", "*video*", "*audio*", "*speech*", "*projector*", "*merger*"),
+    *TOWERS,
 )
 SUFFIX = ".weight"
 
@@ -95,7 +99,7 @@ def choose(tensors: Mapping[str, Described], quant: QuantConfig, config: Mapping
             continue
         layout, size = _layout(name, described, hidden), math.prod(described.shape)
         decided, in_block = _decided(quant, linear), IN_BLOCK.fullmatch(linear) is not None
-        by_pattern = any(fnmatchcase(linear, pattern) for pattern in FLOAT)
+        by_pattern = _matches(linear, FLOAT)
         if in_block and not by_pattern:
             total += size
         if layout is not None:
@@ -119,6 +123,29 @@ def choose(tensors: Mapping[str, Described], quant: QuantConfig, config: Mapping
     if not chosen.specs and not chosen.faults:
         chosen.faults.append("no tensor is a linear of a numbered block by its name; nothing is left to quantize")
     return chosen
+
+
+def float_tables(tensors: Mapping[str, Described], chosen: Chosen) -> dict[str, str]:
+    """Return the roles of the embeddings and of the head of a report by name, as names and shapes show them.
+
+    A model whose files hold no head computes with the embedding of the most rows, that of the tokens.
+    """
+    names = [
+        name.removesuffix(SUFFIX)
+        for name, described in tensors.items()
+        if name.endswith(SUFFIX) and len(described.shape) == 2 and described.shape[0] >= MIN_ROWS
+    ]
+    names = [name for name in names if not (IN_BLOCK.fullmatch(name) or _matches(name, TOWERS))]
+    found = [name for name in names if _matches(name, EMBEDDINGS) and name not in chosen.specs]
+    found.sort(key=lambda name: -tensors[f"{name}{SUFFIX}"].shape[0])
+    heads = [name for name in names if _matches(name, HEADS)]
+    roles = {name: f"embedding {name.rpartition('.')[2]}" for name in found}
+    roles |= dict.fromkeys(found[:1], "embedding" if heads else "embedding and head (tied)")
+    return roles | {name: "head" for name in heads if name not in chosen.specs}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _layout(name: str, described: Described, hidden: int | None) -> Layout | None:

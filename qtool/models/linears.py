@@ -115,7 +115,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name and the module of the text decoder: of a multimodal model the language model, not a tower."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    names = [name for name, module in model.named_modules() if module is decoder]
+    # a model may call its output head "decoder", which get_decoder finds by this name
+    names = [name for name, module in model.named_modules() if module is decoder and not isinstance(module, LINEARS)]
     return (names[0], model.get_submodule(names[0])) if names else ("", model)
 
 

@@ -7,12 +7,15 @@ the head then computes with the embedding's table, which is quantized and stored
 Embeddings are quantized by searched ranges, and an untied head by the method, as a linear after the last block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.models.linears import Target, decoder_blocks, text_decoder, weight_of
@@ -79,6 +82,12 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Embedding]:
     return dict(sorted(found.items(), key=lambda each: each[1] is not tokens))
 
 
+def embedding_name(model: PreTrainedModel) -> str:
+    """Return the name of the embedding of the tokens."""
+    tokens = model.get_input_embeddings()
+    return next((name for name, module in model.named_modules() if module is tokens), "")
+
+
 def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Return the name and the module of the output head, ``None`` if the model has none."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -87,15 +96,31 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next((name, head) for name, module in model.named_modules() if module is head)
 
 
+def float_tables(model: nn.Module, quantized: Collection[str]) -> dict[str, str]:
+    """Return the tables that are not among ``quantized`` but can be, each with the recipe key that gives it a grid."""
+    found = {name: "quant.embedding" for name, module in embeddings_of(model).items() if can_stand_for(module)}
+    head = head_of(model)
+    if head is not None and isinstance(head[1], nn.Linear) and tied_to(model) is None:
+        found[head[0]] = "quant.head"
+    return {name: key for name, key in found.items() if name not in quantized}
+
+
+def table_keys(model: nn.Module) -> dict[str, str]:
+    """Return the key of a recipe that has the grid of each embedding and of the output head, by name."""
+    head = head_of(model)
+    found = dict.fromkeys(embeddings_of(model), "quant.embedding")
+    return found if head is None else found | {head[0]: "quant.head"}
+
+
 def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
     """Return the embeddings and the head that ``quant`` quantizes, with their grids.
 
     Raises:
-        InputError: a grid does not fit a table, head and embedding are tied and get different grids, or a packed layer
-            cannot stand for one of them.
+        InputError: a grid does not fit a table, head and embedding are tied and get different grids, a packed layer
+            cannot stand for one of them, or no weight of the model would stay in floating point.
     """
     asked = quant.table_spec(quant.embedding)
-    head, tied = head_of(loaded.model), _tied_to(loaded.model)
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
     head_spec = asked if quant.head == "same" else quant.table_spec(quant.head)
     if tied is not None and head_spec != asked:
         raise InputError(
@@ -104,19 +129,45 @@ def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
             "both the same grid"
         )
     embeddings = tuple(_embeddings(loaded, asked)) if asked is not None else ()
-    if asked is not None and tied is not None and tied[1] not in {target.name for target in embeddings}:
-        raise InputError(f"{loaded.path}: its embedding {tied[1]} cannot be quantized; leave quant.embedding out")
+    needed = embedding_name(loaded.model) if tied is None else tied[1]
+    if asked is not None and needed not in {target.name for target in embeddings}:
+        odd = needed in embeddings_of(loaded.model)
+        why = "its class reads the table in a way of its own" if odd else f"it is no table of {MIN_ROWS} rows or more"
+        raise InputError(f"{loaded.path}: the embedding {needed} cannot be quantized: {why}; leave quant.embedding out")
+    if asked is not None and tied is not None and head is not None and not _is_linear(head[1]):
+        raise InputError(
+            f"{loaded.path}: its output head {tied[0]}, which computes with the embedding {tied[1]} (tied weights), is "
+            f"no plain linear: {type(head[1]).__name__}; leave quant.embedding out"
+        )
     target = None
     if head_spec is not None and tied is None and (quant.head != "same" or head is not None):
         target = _head(loaded, head, head_spec)
-    return Tables(embeddings, {} if asked is None or tied is None else dict([tied]), target)
+    tables = Tables(embeddings, {} if asked is None or tied is None else dict([tied]), target)
+    if tables.targets and not _floats_left(loaded, quant, tables):
+        raise InputError(
+            f"{loaded.path}: no weight would stay in floating point, and transformers reads the dtype of a model from "
+            f"one; set {'quant.embedding' if target is None else 'quant.head'}: float"
+        )
+    return tables
+
+
+def _floats_left(loaded: LoadedModel, quant: QuantConfig, tables: Tables) -> bool:
+    """Return whether any weight of the model stays in floating point beside ``tables`` and the linears of blocks."""
+    packed = {weight_of(target.linear) for target in tables.targets}
+    for block_name, block in loaded.blocks():
+        packed |= {
+            weight_of(module)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and quant.spec_for(f"{block_name}.{name}") is not None
+        }
+    return any(parameter not in packed for parameter in loaded.model.parameters() if parameter.is_floating_point())
 
 
 def _said(spec: QuantSpec | None) -> str:
     return "float" if spec is None else spec.label()
 
 
-def _tied_to(model: nn.Module) -> tuple[str, str] | None:
+def tied_to(model: nn.Module) -> tuple[str, str] | None:
     """Return the name of the head and that of the embedding whose table it reads, or ``None``."""
     head = head_of(model)
     if head is None:
@@ -140,12 +191,27 @@ def _embeddings(loaded: LoadedModel, spec: QuantSpec) -> Iterator[Target]:
 
 
 def _head(loaded: LoadedModel, head: tuple[str, nn.Module] | None, spec: QuantSpec) -> Target:
-    if head is None or not isinstance(head[1], nn.Linear):
+    if head is None or not _is_linear(head[1]):
         found = "no output head" if head is None else f"{head[0]} is a {type(head[1]).__name__}"
         raise InputError(
             f"{loaded.path}: quant.head needs an output head that is a linear; found: {found}; set quant.head: float"
         )
     return _checked(loaded, *head, spec, len(loaded.blocks()), "quant.head")
+
+
+@torch.no_grad()
+def _is_linear(head: nn.Module) -> bool:
+    """Return whether ``head`` computes what a linear does; a class that derives from it may scale the logits."""
+    if not isinstance(head, nn.Linear):
+        return False
+    weight = weight_of(head)
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(1, 2, -1)
+    expected = F.linear(x, weight, head.bias)
+    try:
+        found: Tensor = head(x)
+        return torch.allclose(found, expected, rtol=0.02, atol=1e-3, equal_nan=True)
+    except Exception:  # a class with another signature can fail in any way
+        return False
 
 
 def _checked(loaded: LoadedModel, name: str, module: nn.Module, spec: QuantSpec, block: int, key: str) -> Target:
@@ -155,7 +221,8 @@ def _checked(loaded: LoadedModel, name: str, module: nn.Module, spec: QuantSpec,
         check_weight(weight.detach(), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-    memory.Pages().drop(weight)
+    if loaded.streaming:  # another weight may have been changed in memory, and is not in its file then
+        memory.Pages().drop(weight)
     return Target.of(name, module, spec, block)
 
 

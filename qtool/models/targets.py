@@ -18,6 +18,7 @@ from qtool.models.kept_float import FLOAT_SHARE, other_matrices, share, short, s
 from qtool.models.kv_cache import with_heads
 from qtool.models.linears import Target, stored_weight, weight_of
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import table_keys
 from qtool.models.uncalled import no_plain_linears
 from qtool.quant.affine import check_weight
 from qtool.system import memory, progress
@@ -51,7 +52,8 @@ def select_targets(loaded: LoadedModel, quant: QuantConfig) -> tuple[Target, ...
             check_weight(stored_weight(module), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
         except InputError as error:
             faults.append(str(error))
-        pages.drop(weight_of(module))
+        if loaded.streaming:  # other weights may have been changed in memory, and are not in their files then
+            pages.drop(weight_of(module))
         targets.append(Target.of(name, module, spec, index))
     faults += _shared(loaded, {target.name for target in targets})
     if any(target.spec.kv_cache is not None for target in targets):
@@ -75,9 +77,11 @@ def _kept(loaded: LoadedModel, quant: QuantConfig, names: list[str]) -> tuple[di
     """Return the linears that stay in floating point without being asked for (name -> why), notes, and faults."""
     blocks = loaded.blocks()
     matrices = other_matrices(blocks)
-    faults = list(_unmatched(quant, names, list(matrices)))
+    faults = list(_unmatched(quant, names, list(matrices), table_keys(loaded.model)))
     if loaded.odd_linears is None:
         loaded.odd_linears = no_plain_linears(loaded.model, blocks)
+        if loaded.streaming:
+            memory.Pages().drop(*(parameter for _, block in blocks for parameter in block.parameters()))
     odd, skipped = loaded.odd_linears, {name: quant.skips(name) for name in (*names, *matrices)}
     faults += [
         f"{name} cannot be quantized: of such linears, {why}; leave out skip: false for it in quant.overrides"
@@ -119,9 +123,17 @@ def shortened(faults: list[str]) -> Iterator[str]:
         yield same[0] + (f" (and {len(same) - 1} more like it)" if len(same) > 1 else "")
 
 
-def _unmatched(quant: QuantConfig, names: list[str], matrices: list[str]) -> Iterator[str]:
+def _unmatched(quant: QuantConfig, names: list[str], matrices: list[str], tables: dict[str, str]) -> Iterator[str]:
     """Yield a fault for each override whose pattern matches no linear, and with ``skip: true`` no matrix either."""
     for pattern, override in quant.overrides.items():
-        if not any(fnmatchcase(name, pattern) for name in (*names, *(matrices if override.skip else ()))):
-            near = get_close_matches(pattern, names, n=1, cutoff=0.0)
-            yield f"quant.overrides: no linear matches '{pattern}'; the nearest of {len(names)} names is {near[0]}"
+        if any(fnmatchcase(name, pattern) for name in (*names, *(matrices if override.skip else ()))):
+            continue
+        table = next((name for name in tables if fnmatchcase(name, pattern)), None)
+        if table is not None:
+            yield (
+                f"quant.overrides: '{pattern}' is {table}, which is in no decoder block; its grid is "
+                f"{tables[table]}, a grid such as {{num_bits: 8}}, or float"
+            )
+            continue
+        near = get_close_matches(pattern, names, n=1, cutoff=0.0)
+        yield f"quant.overrides: no linear matches '{pattern}'; the nearest of {len(names)} names is {near[0]}"

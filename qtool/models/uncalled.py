@@ -20,7 +20,6 @@ from qtool.models.auto_class import is_multimodal
 from qtool.models.block_calls import Stop, replaced_forwards, with_hidden
 from qtool.models.experts import ExpertsLinear
 from qtool.models.linears import linear_bias, stored_weight, weight_of
-from qtool.system import memory
 from qtool.system.errors import InputError, first_line
 
 NUM_TOKENS = 4  # length of the text that blocks are run on
@@ -123,7 +122,6 @@ def no_plain_linears(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) 
         raise InputError(
             f"{type(model).__name__} changes its own weights when it runs ({changed[0]}); such models are not supported"
         )
-    memory.Pages().drop(*(p for index in first.values() for p in blocks[index][1].parameters()))
     return {
         f"{name}.{part}": reason
         for (name, _), kind in zip(blocks, kinds, strict=True)

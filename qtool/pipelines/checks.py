@@ -97,7 +97,7 @@ def check_pictures(recipe: Recipe, text: Calibration) -> None:
         return
     raise InputError(
         f"data.source: {recipe.data.source} holds pictures, and {what}; use text, or what goes block by block (the "
-        "methods gptq, awq and signround, the estimators block and hessian)"
+        "methods gptq, awq, smoothquant and signround, the estimators block and hessian)"
     )
 
 

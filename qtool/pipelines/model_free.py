@@ -18,6 +18,7 @@ from qtool.blocks.job import Method, load_method
 from qtool.checkpoints import files, free, output_folder, sizes
 from qtool.checkpoints.files import shard_name, write_durably, write_index
 from qtool.checkpoints.free import WEIGHT, PlannedFiles
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config import catalog
 from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
@@ -58,7 +59,7 @@ def check(recipe: Recipe) -> None:
     """Refuse what a run without the model's class cannot do.
 
     Raises:
-        InputError: the method, an evaluation, a budget, or rounding of activations.
+        InputError: the method, an evaluation, a budget, grids of embedding and head, or rounding of activations.
     """
     if load_method(recipe.method.name).round_weight is None:
         names = [name for name in catalog.methods() if load_method(name).round_weight is not None]
@@ -69,6 +70,15 @@ def check(recipe: Recipe) -> None:
         raise InputError("model.free: an evaluation runs the model, which needs its class; leave the section eval out")
     if recipe.quant.budget is not None:
         raise InputError("model.free: quant.budget measures the model, which needs its class; use quant.overrides")
+    if not isinstance(recipe.quant.embedding, str):
+        raise InputError(
+            "model.free: quant.embedding needs the model's class, which says how the embedding is read; leave it out"
+        )
+    if not isinstance(recipe.quant.head, str):
+        raise InputError(
+            "model.free: quant.head needs the model's class, which says what the head is; leave it out, and let "
+            "quant.overrides quantize a head by its name: {lm_head: {skip: false, num_bits: 8, group_size: -1}}"
+        )
     grids: dict[str, QuantSpec] = {"quant": recipe.quant}
     grids |= {f"quant.overrides '{pattern}'": override for pattern, override in recipe.quant.overrides.items()}
     for where, grid in grids.items():
@@ -86,20 +96,22 @@ def run(recipe: Recipe, method: Method[Any], state: RunState, timer: PhaseTimer)
     with timer.phase("save", f"writing {recipe.output.path}"):
         write_index(state.model)
         _describe(state.model, model)
-    chosen = model.chosen
+    chosen, source = model.chosen, NativeCheckpoint(state.model)
     report = Report(
         model=recipe.model.path,
         quantized=str(recipe.output.path),
         label=grids_label(chosen.specs),
         method=recipe.method.name,
-        bits_per_weight=sizes.bits_per_weight(chosen.specs, chosen.shapes),
+        bits_per_weight=sizes.linear_bits(source),
+        file_bits_per_weight=sizes.file_bits(source),
         float_bytes=_float_bytes(model.source),
-        quantized_bytes=files.folder_bytes(state.model),
+        quantized_bytes=source.num_bytes(),
         dtype=dtype_name(model.dtype),
         device=str(model.device),
         seed=recipe.seed,
         expected=beside_published(recipe.expected, ()),
         linears=weights.linear_records({**chosen.shapes, **chosen.floats}, chosen.specs, errors),
+        tables=weights.named_tables(by_name.float_tables(model.source.described, chosen), source),
         lock=state.lock,
         **timer.measured(),
     )

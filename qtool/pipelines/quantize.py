@@ -13,11 +13,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from qtool.allocation.plan import BitPlan, mixed, units_of
+from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints import files, native, output_folder, side_files, sizes
-from qtool.checkpoints.native import MANIFEST, PlannedCheckpoint
+from qtool.checkpoints.native import MANIFEST, NativeCheckpoint, PlannedCheckpoint
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantSpec
@@ -80,6 +80,11 @@ class Prepared:
     shapes: dict[str, tuple[int, int]]  # (out, in) of each target
     linears: dict[str, tuple[int, int]]  # (out, in) of each linear of the blocks
     float_bytes: int
+
+    @property
+    def label(self) -> str:
+        """The grids in short."""
+        return grids_label(self.specs, native.as_listed(self.job.tables))
 
 
 @without_progress_bars()
@@ -152,12 +157,12 @@ def prepare(run: Run) -> Prepared:
         if recipe.eval is not None:
             tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
-        targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
-        tables = select_tables(loaded, quant)
+        start = quant if units is None else narrowest(quant)
+        targets, tables = select_targets(loaded, start), select_tables(loaded, start)
     num_parts = len(loaded.blocks()) + len(tables.of_method)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts)
     shapes = {target.name: target.weight_shape for target in targets} | tables.shapes
-    specs = (_specs(targets) if units is None else mixed(units)) | tables.specs
+    specs = _specs(targets) | tables.specs | ({} if units is None else mixed(units))
     planned = PlannedCheckpoint(loaded, specs, shapes, tables)
     float_bytes = _check_space_and_exports(recipe, loaded, planned)
     if distributed.is_first():
@@ -172,11 +177,15 @@ def prepare(run: Run) -> Prepared:
     if units is not None:
         with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
-        job = replace(job, targets=select_targets(loaded, plan.applied(quant)) + tables.of_method)
+        chosen = plan.applied(quant)
+        tables = select_tables(loaded, chosen)
+        job = replace(job, targets=select_targets(loaded, chosen) + tables.of_method, tables=tables)
+        specs = _specs(job.targets) | tables.specs
+        check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes, tables))  # they may refuse a width
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
-    linears = weights.block_linears(loaded) | tables.shapes
-    return Prepared(job, text, plan, _specs(job.targets) | tables.specs, shapes, linears, float_bytes)
+    linears = weights.block_linears(loaded)
+    return Prepared(job, text, plan, specs, shapes, linears, float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
@@ -209,7 +218,7 @@ def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Ca
 def run_method(run: Run, prepared: Prepared) -> Result:
     """Let the method quantize the model of the job in place."""
     recipe, job = run.recipe, prepared.job
-    with run.timer.phase("quantize", f"quantizing with {recipe.method.name}, {grids_label(prepared.specs)}"):
+    with run.timer.phase("quantize", f"quantizing with {recipe.method.name}, {prepared.label}"):
         job = pack_embeddings(job)
         result = run.method.run(job, recipe.method)
         result = result._replace(weight_errors={**job.tables.errors, **result.weight_errors})
@@ -249,15 +258,16 @@ def _keep(
 
 def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[str, float]) -> Report:
     """Return the report before anything is evaluated."""
-    recipe, loaded = run.recipe, prepared.job.loaded
+    recipe, loaded, source = run.recipe, prepared.job.loaded, NativeCheckpoint(run.state.model)
     return Report(
         model=recipe.model.path,
         quantized=str(recipe.output.path),
-        label=grids_label(prepared.specs),
+        label=prepared.label,
         method=recipe.method.name,
-        bits_per_weight=sizes.bits_per_weight(prepared.specs, prepared.shapes),
+        bits_per_weight=sizes.linear_bits(source),
+        file_bits_per_weight=sizes.file_bits(source),
         float_bytes=prepared.float_bytes,
-        quantized_bytes=files.folder_bytes(run.state.model),
+        quantized_bytes=source.num_bytes(),
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
         multimodal=is_multimodal(loaded.model.config),
@@ -265,6 +275,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         calibration=None if prepared.text is None else described(recipe.data),
         expected=beside_published(recipe.expected, ()),
         linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
+        tables=weights.table_records(loaded, source, weight_errors),
         series=result.series,
         lock=run.state.lock,
         **run.timer.measured(),

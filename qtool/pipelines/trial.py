@@ -39,7 +39,8 @@ def try_out(
         made.mkdir(parents=True)
         native.describe(made, loaded, specs, tables)
         _check_tokenizer(made, loaded)
-        report = Report(model=recipe.model.path, quantized=str(recipe.output.path), label=grids_label(specs))
+        label = grids_label(specs, native.as_listed(tables))
+        report = Report(model=recipe.model.path, quantized=str(recipe.output.path), label=label)
         write_card(made, report, MANIFEST, recipe.output.path.name)
         planned = PlannedCheckpoint(replace(loaded, folder=made), specs, shapes, tables)
         for index, entry in enumerate(recipe.export):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from qtool.checkpoints import side_files
 from qtool.checkpoints.files import changed_files, file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
-from qtool.checkpoints.sizes import bits_per_weight
+from qtool.checkpoints.sizes import linear_bits
 from qtool.exporters import _base
 from qtool.models.folders import check_readable
 from qtool.pipelines.export_manifest import EXPORT_MANIFEST, files_of, read_export_manifest
@@ -15,11 +15,15 @@ from qtool.system.errors import InputError, RunError, listing
 
 
 class Verified(NamedTuple):
-    """The counts of verified files and quantized linears, and the bits per weight, which an export does not record."""
+    """The counts of verified files, quantized linears and embeddings, and the bits per weight of the linears.
+
+    An export records no bits per weight.
+    """
 
     files: int
     linears: int
     bits_per_weight: float | None
+    embeddings: int = 0
 
 
 def verify(folder: Path) -> Verified:
@@ -41,12 +45,13 @@ def verify(folder: Path) -> Verified:
     if not faults:
         for name in source.specs:
             source.quantized(name)  # refuses codes that do not fit their grid
-        bits = bits_per_weight(source.specs, source.shapes)
+        bits = linear_bits(source)
         if bits != manifest.bits_per_weight:
             faults.append(f"it has {bits} bits per weight, but the manifest says {manifest.bits_per_weight}")
     if faults:
         raise RunError(listing(f"{folder} has changed since it was written:", faults))
-    return Verified(len(found), len(source.specs), manifest.bits_per_weight)
+    embeddings = len(source.tables.embeddings)
+    return Verified(len(found), len(source.specs) - embeddings, manifest.bits_per_weight, embeddings)
 
 
 def _verify_export(folder: Path) -> Verified:

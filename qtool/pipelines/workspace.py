@@ -48,7 +48,8 @@ class RunWorkspace:
             return None
         shard = self._shard(index)
         if file_hashes(shard.parent, shard.name) != {shard.name: record.sha256}:
-            progress.note(f"{shard} has changed since it was written; block {index} is quantized again")
+            what = f"block {index}" if index < len(self.loaded.blocks()) else "the head"
+            progress.note(f"{shard} has changed since it was written; {what} is quantized again")
             return None
         files = SafetensorsFolder(shard.parent, shard.name)
         return FinishedBlock({name: files.tensor(name) for name in files.names}, record.figures, record.weight_errors)

@@ -23,6 +23,8 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
     """
 
     weight: Tensor
+    readers: tuple["TiedLinear", ...]
+    """The heads that compute with this table; in a tuple, so that they are no submodules."""
 
     @classmethod
     def like(cls, module: nn.Embedding, spec: QuantSpec) -> "PackedEmbedding":
@@ -38,6 +40,7 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         with torch.device(weight.device):
             layer.hold(module.embedding_dim, module.num_embeddings, spec)
         layer.mark(weight.dtype)
+        layer.readers = ()
         return layer
 
     def as_float(self, weight: Tensor) -> nn.Embedding:
@@ -46,10 +49,16 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         layer = own.__new__(own)
         for key, value in vars(self).items():
             vars(layer)[key] = value.copy() if isinstance(value, dict) else value
+        del layer.readers
         for part in PARTS:
             layer._buffers.pop(part, None)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer
+
+    def changed(self) -> None:
+        """Let the heads that read the table make their kernels again."""
+        for head in self.readers:
+            head.changed()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the tokens ``[...]``: ``[..., channels]``."""
@@ -106,6 +115,7 @@ class TiedLinear(PackedLinear):
         self.in_features, self.out_features, self.spec = table.in_features, table.out_features, table.spec
         self.kernels, self.bias = (), bias
         self._table = (table,)  # in a tuple, so that it is no submodule, and is saved and moved once
+        table.readers = (*table.readers, self)
 
     @property
     def table(self) -> PackedEmbedding:
@@ -119,9 +129,8 @@ class TiedLinear(PackedLinear):
         """Do nothing: the embedding has the dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        nn.Module._apply(self, fn, recurse)
-        self.changed()
-        return self
+        """Move the bias; the embedding moves the table, and lets this layer make its kernels again."""
+        return nn.Module._apply(self, fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)

@@ -136,6 +136,8 @@ class PackedWeight(nn.Module):
         size = max(1, size_for(scale.device, CHUNK_NUMBERS) // self.in_features)
         packed = self.weight_packed[rows]
         weight = torch.empty(len(packed), self.in_features, dtype=dtype, device=scale.device)
+        if not len(packed):  # a view of no rows has no shape to be found
+            return weight
         parts = (tensor.split(size) for tensor in (weight, packed, scale, zero_point))
         for part, words, row_scale, row_zero_point in zip(*parts, strict=True):
             codes = affine.grouped(unpack(words, self.spec.num_bits, self.in_features), self.spec).float()

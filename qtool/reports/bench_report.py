@@ -11,6 +11,7 @@ from qtool.system.environment import environment
 from qtool.system.units import size
 
 DENSE, FAST, EXACT = "dense", "fast", "exact"
+FLOAT_HEAD = "float head"
 PREFILL = "prefill"
 MIN_SPEEDUP = 1.05  # over the dense speed; below it the report says that low bits do not help
 
@@ -50,11 +51,11 @@ def speed(num_tokens: int, seconds: list[float], joules: list[float | None]) -> 
 class Variant(Record):
     """One way to store and multiply the same weights."""
 
-    name: str = Field(description="Name of the variant: dense, fast or exact.")
+    name: str = Field(description="Name of the variant: dense, fast, float head or exact.")
     title: str
     linears: str = Field(description="How many linears each kernel computes, and why the others have no kernel.")
     file_bytes: Count = Field(
-        description="Size of the weights on disk; for the dense variant, the size they would have."
+        description="Size of the weights on disk; for dense and float head, the size they would have."
     )
     weight_bytes: Count = Field(description="Size of the weights in memory, including the kernels' own layouts.")
     peak_bytes: int | None = Field(
@@ -103,10 +104,25 @@ class BenchReport(Record, Printable):
             lines.append(f"memory: low bits do not help on this machine, {size(fast)} against {size(dense)} dense")
         return lines
 
+    def of_head(self) -> list[str]:
+        """Return a line that compares decoding with a packed head to decoding with a float head, if that was measured.
+
+        All else is packed in both; if head and embedding are tied, both are float.
+        """
+        if FLOAT_HEAD not in {variant.name for variant in self.variants}:
+            return []
+        packed, float_ = self.variant(FAST).speeds, self.variant(FLOAT_HEAD).speeds
+        ratios = [
+            f"{measure} {packed[measure].tokens_per_second / float_[measure].tokens_per_second:.2f} x"
+            for measure in packed
+            if measure != PREFILL
+        ]
+        return [f"packed head against float head: {', '.join(ratios)}"]
+
     def notes(self) -> list[str]:
         """Return the notes under the table."""
         worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
-        lines = [*self.no_help(), f"fast: {self.variant(FAST).linears}"]
+        lines = [*self.no_help(), *self.of_head(), f"fast: {self.variant(FAST).linears}"]
         if self.logit_difference is not None:
             lines.append(f"the logits of fast and exact differ by {self.logit_difference:.2%} of the largest logit")
         lines.append(f"repeats of one measurement differ by up to {worst:.0%} of their median")
@@ -141,5 +157,8 @@ class BenchReport(Record, Printable):
     def document(self) -> Document:
         """Return the title, the table and its notes."""
         header, *rows = self.rows()
-        table = Table(header, rows, "l" + "r" * len(self.variants))
+        align = "l" + "r" * len(self.variants)
+        names = ["", *(variant.name for variant in self.variants)]
+        narrow = Table(names, rows, align) if len(self.variants) > 3 else None
+        table = Table(header, rows, align, narrow=narrow)
         return Document(title=self.title(), tables=[table], notes=self.notes(), environment=self.environment)

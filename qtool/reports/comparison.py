@@ -29,7 +29,7 @@ from qtool.reports.measures import (
     weight_bytes,
 )
 from qtool.reports.report import JSON_NAME, PLOTS_FOLDER, Report
-from qtool.reports.text import metric_name, number
+from qtool.reports.text import bits, megabytes, metric_name, number
 from qtool.reports.verdict import SIGMAS
 from qtool.system import reading
 from qtool.system.errors import InputError, listing
@@ -54,7 +54,13 @@ class Comparison(Printable):
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
-        return ["run", "method", "bits/weight", "MB", *map(self.title, self.measures), "quantize", "peak memory"]
+        whole = ["of file"] if self._knows_files() else []
+        sizes = ["bits/weight", *whole, "MB"]
+        return ["run", "method", *sizes, *map(self.title, self.measures), "quantize", "peak memory"]
+
+    def _knows_files(self) -> bool:
+        """Return whether the bits per weight of the whole file are known of any run."""
+        return any(run.report.file_bits_per_weight is not None for run in self.runs)
 
     def rows(self) -> list[list[str]]:
         """Return a row for each run with a cell for each of ``columns()``; the best numbers carry a mark."""
@@ -62,8 +68,8 @@ class Comparison(Printable):
         rows = []
         for index, run in enumerate(self.runs):
             report = run.report
-            bits = "" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
-            num_bytes = weight_bytes(report)
+            whole = [bits(report.file_bits_per_weight)] if self._knows_files() else []
+            sizes = [bits(report.bits_per_weight), *whole, megabytes(weight_bytes(report))]
             taken, held = report.seconds.get("quantize"), max(report.peak_bytes.values(), default=0)
             cells = [
                 number(row.value, row.stderr) + marks[measure].get(index, "")
@@ -71,7 +77,6 @@ class Comparison(Printable):
                 else ""
                 for measure in self.measures
             ]
-            sizes = [bits, "" if num_bytes is None else f"{num_bytes / 1e6:.2f}"]
             costs = ["" if taken is None else duration(taken), size(held) if held else ""]
             rows.append([f"{index + 1} {run.name}", run.grid, *sizes, *cells, *costs])
         return rows
@@ -154,6 +159,7 @@ class Comparison(Printable):
                 "method": run.report.method,
                 "label": run.report.label,
                 "bits_per_weight": run.report.bits_per_weight,
+                "file_bits_per_weight": run.report.file_bits_per_weight,
                 "bytes": weight_bytes(run.report),
                 "headline": run.report.headline(),
             }

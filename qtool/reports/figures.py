@@ -18,7 +18,7 @@ from qtool.reports.drawing import LIGHT, MAX_TICKS, Plot, blank, freeze_layout, 
 from qtool.reports.expert_figure import draw_coverage
 from qtool.reports.records import Linear, Series
 from qtool.reports.report import Report
-from qtool.reports.text import number
+from qtool.reports.text import number, relative
 from qtool.system.units import duration, size
 
 MAX_POINTS = 400  # points per curve; if there are more steps, each point is the mean of several
@@ -59,11 +59,6 @@ def linear_map(linears: Iterable[Linear]) -> LinearMap:
 def blocks_and_parts(linears: LinearMap) -> tuple[list[int], list[str]]:
     """Return the indices of the blocks, and the names of the linears in a block, in model order."""
     return sorted({block for _, block in linears}), list(dict.fromkeys(part for part, _ in linears))
-
-
-def relative(squared: float) -> float:
-    """Return the root of a recorded squared relative error, in percent."""
-    return 100 * math.sqrt(squared) if squared >= 0 else math.nan
 
 
 def by_block(report: Report, name: str) -> tuple[float, ...]:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qtool.reports import model_card
+from qtool.reports import model_card, parts
 from qtool.reports.document import Table
 from qtool.reports.quality import judge, loss
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
-from qtool.reports.text import PUBLISHED_COLUMNS, published_cells
+from qtool.reports.text import PUBLISHED_COLUMNS, published_cells, relative
 from qtool.reports.verdict import RULE, words
 from qtool.system.printable import shown
 from qtool.system.units import duration, size
@@ -57,6 +57,8 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
         judged=judge(report.shown()) is not None,
         rule=RULE,
         linears=_linears(report),
+        parts=parts.table(report),
+        float_lines=parts.float_lines(report),
         phases=_phases(report),
         published=_published(report),
         evaluating=f"qtool eval {shlex.quote(report.quantized)}" if report.quantized else None,
@@ -97,7 +99,9 @@ def _finalize(value: object) -> object:
 def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield name, number and remark of the most important numbers."""
     if report.bits_per_weight is not None:
-        yield "bits per weight", f"{report.bits_per_weight:.2f}", "scales and zero points counted"
+        whole = report.file_bits_per_weight
+        of_file = "" if whole is None else f"; whole file {whole:.2f}"
+        yield "bits per weight", f"{report.bits_per_weight:.2f}", f"scales and zero points counted{of_file}"
     if report.float_bytes and report.quantized_bytes:
         sizes = f"{report.float_bytes / 1e6:.2f} MB to {report.quantized_bytes / 1e6:.2f} MB"
         yield "size on disk", report.size_ratio(), sizes
@@ -144,7 +148,7 @@ def _linears(report: Report) -> Table | None:
             linear = linears.get((part, block))
             bits = "" if linear is None else "float" if linear.num_bits is None else str(linear.num_bits)
             error = None if linear is None else linear.weight_error
-            cells.append(bits if error is None else f"{bits} / {figures.relative(error):.2f}")
+            cells.append(bits if error is None else f"{bits} / {relative(error):.2f}")
         rows.append(cells)
     return Table(["linear", *(f"block {block}" for block in blocks)], rows, "l" + "r" * len(blocks))
 

@@ -171,7 +171,10 @@ class Series(Record):
     per: Literal["block", "expert", "step", "validation"] = Field(
         description="Whether there is one value per block, expert of a block, step or validation."
     )
-    at: tuple[Count, ...] = Field(description="Index of the block, or number of steps done, for each value.")
+    at: tuple[Count, ...] = Field(
+        description="Index of the block, or number of steps done, for each value; a head that the method quantizes is "
+        "one more block, after the last."
+    )
     values: tuple[Number, ...]
 
     @model_validator(mode="after")
@@ -193,7 +196,25 @@ class Linear(Record):
     weight_error: Number | None = Field(
         None,
         description="|Q(w) - w|**2 / |w|**2 with w the float weight, or what a method made of it before it was rounded "
-        "(AWQ's scales are part of w); null: not recorded.",
+        "(the scales of AWQ and SmoothQuant are part of w); null: not recorded.",
+    )
+
+
+class ModelTable(Record):
+    """An embedding or the output head of a model; a head that computes with the embedding is one with it."""
+
+    name: str
+    role: str = Field(description="embedding, head, embedding and head (tied), or embedding with the end of its name.")
+    shape: tuple[Count, Count] = Field(description="Rows, one for each token or position, and channels.")
+    num_bits: Annotated[int, Field(ge=1, le=32)] | None = Field(
+        None, description="Width of its codes; null: it stays in floating point."
+    )
+    grid: str = Field("", description="Short name of the grid, e.g. w8pc; in floating point the dtype, e.g. bfloat16.")
+    bits_per_weight: float = Field(ge=0, le=64, description="Average, including scales and zero points.")
+    num_bytes: Count = Field(description="Size in the weight files, scales and zero points included.")
+    weight_error: Number | None = Field(None, description="|Q(w) - w|**2 / |w|**2; null: not recorded.")
+    int8_bytes: Count | None = Field(
+        None, description="Size that it would have in 8 bits, with one scale per row; null: is or cannot be quantized."
     )
 
 

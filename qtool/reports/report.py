@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from qtool.reports import quality
+from qtool.reports import parts, quality
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
 from qtool.reports.records import (
@@ -15,6 +15,7 @@ from qtool.reports.records import (
     Exported,
     Linear,
     Lock,
+    ModelTable,
     Published,
     Record,
     Seconds,
@@ -44,6 +45,9 @@ class Report(Record, Printable):
     bits_per_weight: float | None = Field(
         None, ge=0, le=64, description="Average of the quantized linears, including scales and zero points."
     )
+    file_bits_per_weight: float | None = Field(
+        None, ge=0, le=64, description="Bits of all weight files for each weight of the float model; null: unknown."
+    )
     float_bytes: Count | None = Field(None, description="Size of the float model's weights on disk.")
     quantized_bytes: Count | None = Field(None, description="Size of the quantized model's weights on disk.")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="Wall time by phase.")
@@ -53,6 +57,7 @@ class Report(Record, Printable):
     results: tuple[TaskResult, ...] = ()
     expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, beside ours.")
     linears: tuple[Linear, ...] = Field((), description="The linears of all decoder blocks, in model order.")
+    tables: tuple[ModelTable, ...] = Field((), description="The embeddings and the output head.")
     series: tuple[Series, ...] = Field((), description="What the method recorded of each block, step or validation.")
     peak_bytes: dict[str, Count] = Field(
         default_factory=dict,
@@ -80,7 +85,12 @@ class Report(Record, Printable):
             headline=self.headline(),
             facts=self.facts(),
             warnings=self.warnings(),
-            tables=[*([_results(self)] if self.results else []), *([_published(self)] if self.expected else [])],
+            tables=[
+                *([_results(self)] if self.results else []),
+                *filter(None, [parts.table(self)]),
+                *([_published(self)] if self.expected else []),
+            ],
+            notes=parts.float_lines(self),
             environment=self.environment,
         )
 
@@ -125,7 +135,9 @@ class Report(Record, Printable):
         if self.quantized:
             facts.append(("quantized model", self.quantized))
         if self.bits_per_weight is not None:
-            facts.append(("bits per weight", f"{self.bits_per_weight:.3f} (scales and zero points counted)"))
+            whole = self.file_bits_per_weight
+            of_file = "" if whole is None else f"; whole file {whole:.3f}"
+            facts.append(("bits per weight", f"{self.bits_per_weight:.3f} (scales and zero points counted){of_file}"))
         sizes = [(self.float_bytes, "float"), (self.quantized_bytes, "quantized")]
         if known := [f"{count / 1e6:.2f} MB {name}" for count, name in sizes if count is not None]:
             facts.append(("weights on disk", ", ".join(known)))

@@ -39,6 +39,21 @@ def percent(share: float, stderr: float | None) -> str:
     return f"{100 * share:+.{decimals}f} % ± {100 * stderr:.{decimals}f} %"
 
 
+def bits(value: float | None) -> str:
+    """Return bits per weight with three decimals; empty if unknown."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def megabytes(num_bytes: float | None) -> str:
+    """Return a size in MB, without the unit; empty if unknown."""
+    return "" if num_bytes is None else f"{num_bytes / 1e6:.2f}"
+
+
+def relative(squared: float) -> float:
+    """Return the root of a recorded squared relative error, in percent."""
+    return 100 * math.sqrt(squared) if squared >= 0 else math.nan
+
+
 def number(value: float | None, stderr: float | None, sign: str = "") -> str:
     """Return ``34.07 ± 0.41``: two decimals, or more if the standard error is small."""
     if value is None:

@@ -164,6 +164,7 @@ def result(cell: Cell) -> CellResult:
         status="done",
         label=manifest.label,
         bits_per_weight=manifest.bits_per_weight,
+        file_bits_per_weight=report.file_bits_per_weight,
         float_bytes=manifest.float_bytes,
         quantized_bytes=manifest.quantized_bytes,
         seconds=report.seconds | manifest.seconds,

@@ -25,6 +25,9 @@ class CellResult(Record):
     method: str
     label: str | None = Field(None, description="Short name of the quantization grid, e.g. w4g128.")
     bits_per_weight: float | None = Field(None, description="Mean of quantized linears, with scales and zero points.")
+    file_bits_per_weight: float | None = Field(
+        None, description="Bits of all weight files for each weight of the float model."
+    )
     float_bytes: int | None = Field(None, description="Size of the float model's weights.")
     quantized_bytes: int | None = Field(None, description="Size of the quantized model's weights on disk.")
     seconds: dict[str, float] = Field(default_factory=dict, description="Wall time by phase.")
@@ -58,6 +61,7 @@ class CellGroup(Record):
     num_cells: int = Field(description="Number of cells that are done; the means are over these.")
     num_planned: int = Field(description="Number of cells, done or not.")
     bits_per_weight: float | None = None
+    file_bits_per_weight: float | None = None
     quantized_bytes: float | None = None
     seconds: Mean | None = Field(None, description="Wall time of quantization.")
     metrics: dict[str, Mean] = Field(default_factory=dict)
@@ -80,12 +84,14 @@ def _group(columns: dict[str, str], members: Sequence[CellResult]) -> CellGroup:
             values.setdefault(name, []).append(row.value)
     seconds = [cell.seconds["quantize"] for cell in done if "quantize" in cell.seconds]
     bits = [cell.bits_per_weight for cell in done if cell.bits_per_weight is not None]
+    whole = [cell.file_bits_per_weight for cell in done if cell.file_bits_per_weight is not None]
     sizes = [cell.quantized_bytes for cell in done if cell.quantized_bytes is not None]
     return CellGroup(
         columns=columns,
         num_cells=len(done),
         num_planned=len(members),
         bits_per_weight=fmean(bits) if bits else None,
+        file_bits_per_weight=fmean(whole) if whole else None,
         quantized_bytes=fmean(sizes) if sizes else None,
         seconds=_mean(seconds) if seconds else None,
         metrics={name: _mean(found) for name, found in values.items()},

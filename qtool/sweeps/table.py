@@ -10,14 +10,13 @@ from pydantic import Field
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Record, TaskResult
-from qtool.reports.text import note_of, number
+from qtool.reports.text import bits, megabytes, note_of, number
 from qtool.sweeps.results import CellGroup, CellResult
 from qtool.system.environment import environment
 from qtool.system.writing import write_text
 
 JSON_NAME = "sweep.json"
 MARKDOWN_NAME = "sweep.md"
-SIZES = ("bits/weight", "MB")
 SPEEDS = ("decode tokens/s", "prefill tokens/s", "decode J/token")
 
 
@@ -42,6 +41,16 @@ class SweepReport(Record, Printable):
         """Return the names of all metrics."""
         return list(dict.fromkeys(name for cell in self.cells for name, _ in cell.named()))
 
+    def sizes(self) -> list[str]:
+        """Return the names of the columns of sizes; the bits per weight of the whole file only where they are known."""
+        known = any(cell.file_bits_per_weight is not None for cell in self.cells)
+        return ["bits/weight", *(["of file"] if known else []), "MB"]
+
+    def _sizes(self, of: CellResult | CellGroup) -> list[str]:
+        """Return a cell for each of ``sizes()``."""
+        whole = [bits(of.file_bits_per_weight)] if len(self.sizes()) > 2 else []
+        return [bits(of.bits_per_weight), *whole, megabytes(of.quantized_bytes)]
+
     def columns(self) -> list[str]:
         """Return the names of the columns that vary."""
         return list(dict.fromkeys(name for cell in self.cells for name in cell.columns))
@@ -55,17 +64,18 @@ class SweepReport(Record, Printable):
         benches = any(cell.bench is not None for cell in self.cells)
         complete = all(cell.status == "done" for cell in self.cells)
         columns, metrics = self.columns(), self.metrics()
-        right = [*SIZES, *metrics, "quantize s", *(SPEEDS if benches else ()), *(() if complete else ("status",))]
+        right = [*self.sizes(), *metrics, "quantize s", *(SPEEDS if benches else ())]
+        right += [] if complete else ["status"]
         rows = []
         for label, cell in self._floats():
             found = {name: number(row.float_value, row.float_stderr) for name, row in cell.named()}
-            size = "" if cell.float_bytes is None else f"{cell.float_bytes / 1e6:.2f}"
-            row = [label, *[""] * len(columns[1:]), "", size, *(found.get(name, "") for name in metrics)]
+            row = [label, *[""] * len([*columns[1:], *self.sizes()[1:]]), megabytes(cell.float_bytes)]
+            row += [found.get(name, "") for name in metrics]
             rows.append([*row, *[""] * (len(columns) + len(right) - len(row))])
         for cell in self.cells:
             found = {name: _value(row) for name, row in cell.named()}
             row = [cell.columns.get(name, "") for name in columns]
-            row += [*_sizes(cell.bits_per_weight, cell.quantized_bytes), *(found.get(name, "") for name in metrics)]
+            row += [*self._sizes(cell), *(found.get(name, "") for name in metrics)]
             row += [_seconds(cell.seconds.get("quantize")), *(_speeds(cell.bench) if benches else ())]
             rows.append(row if complete else [*row, self._status(cell)])
         return _table("Cells", columns, right, rows)
@@ -99,11 +109,13 @@ class SweepReport(Record, Printable):
         for group in self.groups:
             few = "" if group.num_cells == group.num_planned else f" of {group.num_planned}"
             row = [*(group.columns.get(name, "") for name in columns), f"{group.num_cells}{few}"]
-            row += _sizes(group.bits_per_weight, group.quantized_bytes)
+            row += self._sizes(group)
             means = [group.metrics.get(name) for name in metrics]
             row += ["" if mean is None else number(mean.mean, mean.deviation) for mean in means]
             rows.append([*row, _seconds(group.seconds.mean if group.seconds else None)])
-        return _table(f"Over {', '.join(self.over)}", [*columns, "cells"], [*SIZES, *metrics, "quantize s"], rows)
+        return _table(
+            f"Over {', '.join(self.over)}", [*columns, "cells"], [*self.sizes(), *metrics, "quantize s"], rows
+        )
 
     def published_table(self) -> Table:
         """Return the table with a row for each published number."""
@@ -175,10 +187,6 @@ class SweepReport(Record, Printable):
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table with columns of labels, aligned left, and columns of numbers, aligned right."""
     return Table([*map(_short, left), *right], rows, "l" * len(left) + "r" * len(right), title)
-
-
-def _sizes(bits: float | None, size: float | None) -> list[str]:
-    return ["" if bits is None else f"{bits:.3f}", "" if size is None else f"{size / 1e6:.2f}"]
 
 
 def _seconds(value: float | None) -> str:

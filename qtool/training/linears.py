@@ -13,6 +13,9 @@ from qtool.config.training import EndToEnd, GridConfig, WeightsConfig
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import table_keys
+from qtool.quant.affine import QuantizedWeight, relative_error
+from qtool.quant.packed_embedding import PackedEmbedding
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system.errors import InputError
 from qtool.training.end_to_end import train_model
@@ -43,18 +46,23 @@ def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
 class Start:
     """A native checkpoint from which a training starts instead of the float weights, opened and checked."""
 
-    def __init__(self, folder: str, targets: Iterable[Target]) -> None:
-        """Open the checkpoint and compare its linears, grids and shapes with ``targets``.
+    def __init__(self, folder: str, job: Job) -> None:
+        """Open the checkpoint and compare its linears and tables, their grids and shapes with those of ``job``.
 
         Raises:
             InputError: They differ, or ``folder`` is not a native checkpoint.
         """
         self.source = NativeCheckpoint(resolve(folder, key="method.init_from"))
-        asked, found = {target.name: target for target in targets}, self.source.specs
+        asked = {target.name: target for target in (*job.tables.embeddings, *job.targets)}
+        found, wrong = self.source.specs, f"method.init_from: {folder} does not fit: "
         if asked.keys() != found.keys():
             odd = min(asked.keys() ^ found.keys())
             where = "only the recipe quantizes" if odd in asked else "the recipe leaves in floating point"
-            raise InputError(f"method.init_from: {folder} does not fit: {odd} is a linear that {where}")
+            kind = {"quant.embedding": "an embedding", "quant.head": "the output head"}
+            key = table_keys(job.loaded.model).get(odd, "")
+            has = found[odd].label() if odd in found else "float"
+            hint = f"; the checkpoint has it as {has}, and {key} must be the same" if key else ""
+            raise InputError(f"{wrong}{odd} is {kind.get(key, 'a linear')} that {where}{hint}")
         for name, target in asked.items():
             if found[name].weights_only != target.spec.weights_only:
                 raise InputError(
@@ -65,6 +73,21 @@ class Start:
                 raise InputError(
                     f"method.init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}"
                 )
+        if (tied := dict(self.source.tables.tied)) != dict(job.tables.tied):
+            raise InputError(f"{wrong}its tied heads are {tied or 'none'}, those of the model {dict(job.tables.tied)}")
+
+    def take_embeddings(self, job: Job) -> dict[str, float]:
+        """Put the checkpoint's codes into the packed embeddings of ``job``; return the error of each by name."""
+        errors = {}
+        for target in job.tables.embeddings:
+            layer, stored = job.loaded.model.get_submodule(target.name), self.source.quantized(target.name)
+            assert isinstance(layer, PackedEmbedding)
+            device = layer.weight.device
+            codes, scale, zero_point = (part.to(device) for part in stored[:3])
+            quantized = QuantizedWeight(codes, scale, zero_point, stored.spec)
+            errors[target.name] = relative_error(target.stored_weight.to(device), quantized)
+            layer.fill(quantized)
+        return errors
 
     def take_floats(self, loaded: LoadedModel, within: str = "") -> None:
         """Copy the checkpoint's tensors that are not quantized (norms, biases) into ``loaded``.
@@ -120,9 +143,10 @@ def train_linears(
     """
     loaded, total = job.loaded, plan_of(config, len(job.text)).total
     loaded.gather(on_device=config.sharding == "none")
-    start = None if config.init_from is None else Start(config.init_from, job.targets)
+    start = None if config.init_from is None else Start(config.init_from, job)
     teacher = None if config.loss == CE else loaded.float_copy()
     if start is not None:
+        start.take_embeddings(job)
         start.take_floats(loaded)
     layers: list[dict[str, L]] = []
 

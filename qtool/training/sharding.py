@@ -143,15 +143,17 @@ class _Shards:
         whole = cast("FSDPModule", unit)
         whole.unshard()
         pack()
-        for name, tensor in [*hollow.named_parameters(), *hollow.named_buffers()]:
+        sharded = dict(unit.named_parameters())
+        frozen = [(name, buffer) for name, buffer in hollow.named_buffers() if name in sharded]  # ``_freeze_buffers``
+        for name, tensor in [*hollow.named_parameters(), *frozen]:
             if not tensor.numel():
-                tensor.data = unit.get_parameter(name).detach().clone()
+                tensor.data = sharded[name].detach().clone()
         whole.reshard()
 
 
 def _hollow(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of ``model`` with empty parameters and packed weights; tied tensors stay tied."""
-    packed = [buffer for layer in packed_weights(model).values() for buffer in layer.buffers()]
+    packed = [buffer for layer in packed_weights(model).values() for buffer in layer.buffers() if buffer.dim() == 2]
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(buffer): buffer.new_empty(0) for buffer in packed}
     memo |= {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters()}

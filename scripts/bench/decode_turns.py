@@ -18,6 +18,8 @@ import transformers
 from qtool.config.sections import ModelConfig
 from qtool.evaluation import bench
 from qtool.models.backend import use_backend
+from qtool.models.expanded import expand
+from qtool.models.linears import packed_weights
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 
@@ -36,7 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     prompt = torch.randint(4096, (1, 32), generator=torch.Generator().manual_seed(0))
-    decoders = {"dense": bench._Decoder(bench._dense(load(args.folders[0])), prompt)}
+    dense = load(args.folders[0])
+    expand(dense.model, packed_weights(dense.model), dense.dtype)
+    decoders = {"dense": bench._Decoder(dense.model, prompt)}
     for folder in args.folders:
         model = load(folder).model
         print(f"{folder.name}: {use_backend(model, 'fast')}")

@@ -9,6 +9,7 @@ import pytest
 import qtool
 from qtool.blocks.job import load_method
 from qtool.config import files, recipe
+from qtool.config.quant import TableGrid
 
 FOLDER = Path(qtool.__file__).parent / "recipes"
 PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # tables are sweeps
@@ -21,7 +22,7 @@ def name(path: Path) -> str:
 
 
 def test_none_is_forgotten() -> None:
-    assert len(PATHS) == 13 + 44
+    assert len(PATHS) == 18 + 44
     assert len([path for path in PAPERS if path.parent.name == "efficientqat"]) == 5 * 4
     assert len([path for path in PAPERS if path.parent.name == "lrqat"]) == 4 * 6
     assert files.packaged() == {name(path): path for path in PATHS}
@@ -89,3 +90,15 @@ def test_each_has_an_output_of_its_own() -> None:
 def test_the_folder_at_the_top_is_the_packaged_one() -> None:
     top = Path(__file__).parents[2] / "recipes"
     assert sorted(top.resolve().rglob("*.yaml")) == sorted(path.resolve() for path in FOLDER.rglob("*.yaml"))
+
+
+def test_recipes_of_our_own_give_the_tables_8_bits_and_those_of_papers_keep_them_float() -> None:
+    """The tables of these models are more than a tenth of their weights; a budget chooses the width of its tables."""
+    floats = {"gptq-mixed-3bits"}
+    for path in PATHS:
+        quant = recipe.load(path).quant
+        if path.parent == FOLDER and path.stem not in floats and not quant.activations:
+            assert quant.table_spec(quant.embedding) == quant.table_spec(TableGrid(num_bits=8)), path.stem
+            assert quant.head == "same"
+        elif path.parent != FOLDER or path.stem in floats:
+            assert (quant.embedding, quant.head) in {("float", "same"), ("float", "float")}, path.stem

@@ -34,7 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrqat": {"name": "lrqat", "steps": 2, "tracker": "none"},
     "efficientqat": {"name": "efficientqat", "min_steps": 2, "epochs": 0.1, "e2e": {"steps": 2, "tracker": "none"}},
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
+    "smoothquant": {"name": "smoothquant"},
 }
+FOLDING = ("awq", "smoothquant")  # methods that scale weights before they round them
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_weight_of_zeros_has_no_error_or_an_infinite_one() -> None:
     assert relative_error(zeros, QuantizedWeight(quantize(ones, *grid, spec), *grid, spec)) == math.inf
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "awq"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in FOLDING])
 def test_the_report_has_the_error_of_what_is_on_the_disk(models: Path, tmp_path: Path, method: str) -> None:
     recipe = make(models, tmp_path / "out", method)
     found = errors(quantized(recipe))
@@ -102,8 +104,11 @@ def test_the_report_has_the_error_of_what_is_on_the_disk(models: Path, tmp_path:
     assert json.loads((recipe.output.path / "qtool.json").read_text())["weight_errors"] == found
 
 
-def test_scales_that_awq_folded_are_part_of_the_weight_it_rounded(models: Path, tmp_path: Path) -> None:
-    recipe = make(models, tmp_path / "out", "awq")
+@pytest.mark.parametrize("method", FOLDING)
+def test_scales_that_were_folded_are_part_of_the_weight_that_was_rounded(
+    models: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = make(models, tmp_path / "out", method)
     found = errors(quantized(recipe))
     floats, source = load_file(models / "llama" / "model.safetensors"), NativeCheckpoint(recipe.output.path)
     against_files = {name: relative_error(floats[f"{name}.weight"], source.quantized(name)) for name in found}

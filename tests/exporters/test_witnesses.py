@@ -12,6 +12,7 @@ import transformers
 from helpers import architectures, families, gguf_models, published, tiny, vocabularies
 from helpers.gguf_models import ROWS
 from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
+from helpers.packed_heads import HEADS, Tables
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
     return Natives(tmp_path_factory.mktemp("natives"))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    return Tables(tmp_path_factory.mktemp("tables"))
 
 
 def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) -> dict[str, Tensor]:
@@ -66,6 +72,31 @@ def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives
     folder, out = native(grid), native.export("auto-round", grid)
     witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
     check(folder, witness, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2", "auto-round"])
+@pytest.mark.parametrize("case", HEADS)
+def test_packed_heads_are_read_with_the_same_weights_and_logits(name: str, case: str, tables: Tables) -> None:
+    folder, out = tables(case), tables.export(name, case)
+    if name == "auto-round":
+        script = "witness/witness_auto_round.py"
+        witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", script, out)
+        return check(folder, witness, 1e-5)
+    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "bench/witness_gptq.py", out, "--weights")
+    check(folder, witness, 1e-4)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_transformers_reads_a_gptq_head_on_the_grid_of_the_linears_and_stops_at_others(
+    case: str, tables: Tables
+) -> None:
+    folder, out = tables(case), tables.export("gptq", case)
+    needs, options = "gptqmodel 7.x", ("--weights", "--transformers")
+    if case == "head as linears":
+        witness = witnessed("QTOOL_GPTQMODEL_PYTHON", needs, "bench/witness_gptq.py", out, *options)
+        return check(folder, witness, 1e-4)
+    with pytest.raises(AssertionError, match="mismatch"):
+        witnessed("QTOOL_GPTQMODEL_PYTHON", needs, "bench/witness_gptq.py", out, *options)
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])

@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from helpers import tiny
 from helpers.methods import by_name
 from qtool.blocks.job import Job, load_method
+from qtool.blocks.tables import pack_embeddings
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.methods.efficientqat import e2e_qp
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
-from qtool.models.linears import packed_linears
+from qtool.models.linears import packed_weights
 from qtool.models.loading import load_model
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
@@ -33,6 +34,7 @@ from qtool.training.fit import fit as fit_groups
 
 W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False, scale_dtype="float32")
 LEVELS = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
+TABLES = QuantConfig.model_validate(W2.model_dump(exclude={"overrides", "budget"}) | {"embedding": {"num_bits": 4}})
 STEPS = 4
 COMMON: dict[str, Any] = {"batch_size": 5, "steps": STEPS, "min_steps": 0, "save_every": 2, "tracker": "none"}
 # Adam divides by the size of a gradient and so makes much of rounding errors; with an eps as large as these it does not
@@ -70,7 +72,13 @@ CASES = {
     "codes": Case("lrqat", LOW_RANK | {"phi": "codes", "checkpoint_weights": False, "factors": "svd"}),
     "scales": Case("efficientqat", WATCHED | {"lr": 0.1}),
     "half": Case("lsq", LSQ | {"loss": "mixed"}, dtype="bfloat16"),
+    "table": Case("lsq", LSQ, quant=TABLES),
+    "places": Case("qat", WEIGHTS | {"loss": "cakld"}, quant=TABLES, family="gpt2"),
+    "head": Case("lsq", LSQ | WATCHED, quant=TABLES, family="untied"),
+    "head factors": Case("lrqat", LOW_RANK, quant=TABLES, family="untied"),
+    "head scales": Case("efficientqat", WATCHED | {"lr": 0.1}, quant=TABLES, family="untied"),
     "still": Case("lsq", {"init": "minmax", "steps": 0}),
+    "head still": Case("lsq", {"init": "minmax", "steps": 0}, quant=TABLES, family="untied"),
 }
 KILLED = "killed"  # the plain case, stopped after its third step and begun again
 
@@ -80,8 +88,9 @@ def tokens() -> Tensor:
 
 
 def models(folder: Path) -> None:
-    """Write the float models of all cases: tied embeddings and biases in one, transposed linears in the other."""
+    """Write the float models of all cases: tied embeddings and biases, an untied head, and transposed linears."""
     tiny.llama(folder / "llama", dtype=torch.float32, tied=True, bias=True)
+    tiny.llama(folder / "untied", dtype=torch.float32)
     tiny.gpt2(folder / "gpt2")
 
 
@@ -162,9 +171,9 @@ def train_case(case: Case, folder: Path, state: Path, split: str, device: str) -
         if case.method == "efficientqat":
             settings = {"epochs": 1, "min_steps": 1, "batch_size": 5, "e2e": settings}
         method = load_method(case.method)
-        job = replace(Job.select(loaded, case.quant, tokens()), workspace=tiny.Kept(state))
+        job = pack_embeddings(replace(Job.select(loaded, case.quant, tokens()), workspace=tiny.Kept(state)))
         found["series"] = by_name(method.run(job, method.config(**settings)).series)
-    weights = {name: layer.quantized[:3] for name, layer in packed_linears(loaded.model).items()}
+    weights = {name: layer.quantized[:3] for name, layer in packed_weights(loaded.model).items()}
     found["weights"] = {name: torch.cat([part.float().flatten() for part in parts]) for name, parts in weights.items()}
     found["rest"] = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     return found

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"name": "gptq"},
     "gptaq": {"name": "gptq", "gptaq": 0.25},
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
+    "smoothquant": {"name": "smoothquant", "weights": "gptq"},
     "signround": {"name": "signround", "iterations": 8},
     "hqq": {"name": "hqq"},
     "lsq": {"name": "lsq", "steps": 4, "save_every": 1, "validation_samples": 2, "validate_every": 2},

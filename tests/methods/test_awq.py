@@ -12,6 +12,7 @@ from helpers.methods import W4, correlated_inputs, generator, random_weight, run
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.folds import find_folds
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig, QuantSpec
@@ -90,7 +91,7 @@ def test_awq_judges_by_the_module_around_the_readers(llama: LoadedModel, tokens:
     found: list[dict[str, str]] = []
 
     def visit(task: BlockTask) -> None:
-        folds = awq.find_folds(task, task.inputs[0][:1])
+        folds = find_folds(task, task.inputs[0][:1])
         names = {module: name for name, module in task.block.named_modules()}
         found.append({names[fold.source]: names[awq.judged_module(task.block, fold)] for fold in folds})
         for target in task.targets:

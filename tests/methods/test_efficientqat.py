@@ -330,7 +330,7 @@ def test_packing_the_scales_changes_no_bit(bits: int, symmetric: bool, scale_dty
 # ------------------------------------------------------------------------------------------- where training starts
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "signround"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "smoothquant", "signround"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_starts_from_any_checkpoint(name: str, family: str, tmp_path: Path, tokens: Tensor) -> None:
     """At its very codes, grids, norms and biases."""

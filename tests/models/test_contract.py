@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.folds import find_folds
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
-from qtool.methods import awq, gptq, rtn
+from qtool.methods import gptq, rtn
 from qtool.models.linears import dense_weight, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
@@ -242,7 +243,7 @@ def test_awq_folds_where_it_can_and_leaves_the_output_as_it_was(
 ) -> None:
     def visit(task: BlockTask) -> None:
         state = {name: value.clone() for name, value in task.block.state_dict().items()}
-        folds = awq.find_folds(task, task.inputs[0][:1])
+        folds = find_folds(task, task.inputs[0][:1])
         found = {named(task, fold.source): " ".join(last(t.name) for t in fold.readers) for fold in folds}
         assert found == FOLDS[family]
         for name, value in task.block.state_dict().items():
@@ -270,7 +271,7 @@ def test_a_folded_norm_is_a_value_of_its_stored_dtype_and_the_readers_take_what_
 ) -> None:
     def visit(task: BlockTask) -> None:
         before = task.forward(task.inputs[0])
-        for fold in awq.find_folds(task, task.inputs[0][:1]):
+        for fold in find_folds(task, task.inputs[0][:1]):
             if fold.exact_source:
                 fold.apply(torch.exp2(torch.linspace(-1, 1, 64)), torch.bfloat16)
                 weight = fold.source.get_parameter("weight").detach()

@@ -18,7 +18,7 @@ from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.data.generated import generated_tokens
-from qtool.methods import awq, gptq, rtn, signround
+from qtool.methods import awq, gptq, rtn, signround, smoothquant
 from qtool.methods.efficientqat import block_ap
 from qtool.methods.efficientqat.config import BlockConfig
 from qtool.models import experts
@@ -186,6 +186,7 @@ METHODS: dict[str, Callable[[Job], object]] = {
     "gptq": lambda job: gptq.run(job, gptq.Config()),
     "gptaq": lambda job: gptq.run(job, gptq.Config(gptaq=0.5)),  # float forwards pause beside the quantized ones
     "awq": lambda job: awq.run(job, awq.Config()),
+    "smoothquant": lambda job: smoothquant.run(job, smoothquant.Config(weights="gptq")),
     "signround": lambda job: signround.run(job, signround.Config(iterations=2)),
     "block_ap": lambda job: run_blocks(
         job,

@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+TABLE = {"num_bits": 8}  # the grid of embeddings and head
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -88,6 +89,18 @@ def test_a_model_in_memory_gets_the_bits_that_a_run_writes(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert packed_linears(again).keys() == packed_linears(model).keys()
     assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_weights_that_were_changed_in_memory_are_the_ones_that_are_quantized(loaded: Model) -> None:
+    """As after merging an adapter: the files, into which the weights may be mapped, have other values."""
+    model, tokenizer = loaded
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    copied = copy.deepcopy(model)  # in ordinary memory
+    for each in (model, copied):
+        qtool.quantize_model(each, tokenizer, "rtn", num_bits=8, group_size=16, quant={"embedding": TABLE})
+    assert torch.equal(tiny.logits(model), tiny.logits(copied))
 
 
 def test_what_is_saved_can_be_exported_and_measured(loaded: Model, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("ptq", {}),
     "gptq": ("ptq", {}),
     "awq": ("ptq", {"search_samples": 2}),
+    "smoothquant": ("ptq", {}),
     "signround": ("ptq", {"iterations": 2}),
     "efficientqat": ("efficientqat", {"min_steps": 2, "epochs": 0.1, "e2e": {"steps": 2}}),
 }

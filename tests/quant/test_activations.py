@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config.quant import QuantSpec
-from qtool.quant.activations import round_tokens
+from qtool.config.quant import ActivationGrid, QuantSpec
+from qtool.quant.activations import round_symmetric, round_tokens
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.trained_linear import QuantLinear
 
@@ -73,20 +73,75 @@ def test_the_gradient_passes_unchanged() -> None:
     assert torch.equal(found, upstream)
 
 
+def test_a_symmetric_grid_has_its_largest_code_at_the_largest_value() -> None:
+    """Golden, by hand: 3 bits on values up to 3 have codes -3 .. 3 and a step of 1, and halves go to the even code."""
+    x = torch.tensor([[3.0, -0.5, 1.5, 0.4], [-3.0, 0.5, 2.5, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 3e-30, 0.0, 0.0]])
+    expected = [[3.0, 0.0, 2.0, 0.0], [-3.0, 0.0, 2.0, 0.0], [0.0] * 4, [0.0, 3e-30, 0.0, 0.0]]
+    assert round_symmetric(x, 3).tolist() == [pytest.approx(row) for row in expected]
+
+
+@given(st.integers(2, 8), st.sampled_from([1e-3, 1.0, 1e4]), st.integers(0, 999), st.integers(-20, 20))
+def test_symmetric_codes_and_their_laws(bits: int, magnitude: float, seed: int, power: int) -> None:
+    """The error is half a step, 0 and the largest value stay, and signs and powers of two pass through."""
+    x = magnitude * randn(3, 2, 16, seed=seed)
+    x[..., 3] = 0
+    rounded = round_symmetric(x, bits)
+    largest = x.double().abs().amax(-1, keepdim=True)
+    step = largest / (2 ** (bits - 1) - 1)
+    assert bool(((rounded.double() - x.double()).abs() <= step * 0.50001).all())
+    codes = rounded.double() / step
+    assert bool(((codes - codes.round()).abs() < 1e-4).all())
+    assert int(codes.round().abs().amax()) == 2 ** (bits - 1) - 1
+    assert torch.allclose(rounded.double().abs().amax(-1, keepdim=True), largest, rtol=1e-6, atol=0)
+    assert bool((rounded[..., 3] == 0).all())
+    assert torch.equal(round_symmetric(-x, bits), -rounded)
+    assert torch.equal(round_symmetric(x * 2.0**power, bits), rounded * 2.0**power)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_symmetric_grid_keeps_dtype_and_shape_and_passes_gradients(dtype: torch.dtype) -> None:
+    x = randn(2, 3, 16).to(dtype).requires_grad_()
+    rounded = round_symmetric(x.transpose(0, 1), 6)
+    assert (rounded.dtype, rounded.shape) == (dtype, (3, 2, 16))
+    if dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(rounded, round_symmetric(x.transpose(0, 1).float(), 6).to(dtype))
+    assert torch.equal(rounded[1], round_symmetric(x[:, 1], 6))  # tokens are independent
+    upstream = randn(3, 2, 16, seed=1).to(dtype)
+    assert torch.equal(torch.autograd.grad(rounded, x, upstream)[0], upstream.transpose(0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- the recipe
+
+
+def test_bits_alone_are_an_asymmetric_grid_and_are_written_that_way() -> None:
+    plain = QuantSpec.model_validate({"activations": 8})
+    assert plain == QuantSpec(activations=ActivationGrid(num_bits=8))
+    assert plain.model_dump()["activations"] == 8
+    symmetric = QuantSpec.model_validate({"activations": {"num_bits": 8, "symmetric": True}})
+    assert symmetric.model_dump()["activations"] == {"num_bits": 8, "symmetric": True}
+    assert QuantSpec(**symmetric.model_dump()) == symmetric != plain
+    assert (str(plain.activations), str(symmetric.activations)) == ("8", "8 sym")
+
+
 # ---------------------------------------------------------------------------------------------------- the layers
 
-LAYER = QuantSpec(num_bits=4, group_size=8, symmetric=False, activations=5, kv_cache=3, kv_group_size=4)
+LAYER = QuantSpec(
+    num_bits=4, group_size=8, symmetric=False, activations=ActivationGrid(num_bits=5), kv_cache=3, kv_group_size=4
+)
+SYMMETRIC = LAYER.model_copy(update={"activations": ActivationGrid(num_bits=5, symmetric=True)})
 
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor, spec: QuantSpec) -> Tensor:
     """Compute a linear on the grid ``spec`` step by step."""
-    x = x if spec.activations is None else round_tokens(x, spec.activations)
+    if spec.activations is not None:
+        x = (round_symmetric if spec.activations.symmetric else round_tokens)(x, spec.activations.num_bits)
     y = nn.functional.linear(x, weight, bias)
     return y if spec.kv_cache is None else round_tokens(y, spec.kv_cache, spec.kv_group_size)
 
 
 @pytest.mark.parametrize(
-    "spec", [LAYER, LAYER.model_copy(update={"kv_cache": None}), LAYER.model_copy(update={"activations": None})]
+    "spec",
+    [LAYER, SYMMETRIC, LAYER.model_copy(update={"kv_cache": None}), LAYER.model_copy(update={"activations": None})],
 )
 def test_both_layers_round_what_they_read_and_give(spec: QuantSpec) -> None:
     weight, bias, x = randn(12, 16), randn(12, seed=1), randn(2, 5, 16, seed=2)
@@ -108,7 +163,8 @@ def test_a_subclass_with_a_forward_of_its_own_rounds_too() -> None:
 
 
 def test_a_kernel_gets_the_rounded_input_and_its_product_is_rounded() -> None:
-    spec = QuantSpec(num_bits=4, group_size=32, symmetric=False, activations=3, kv_cache=3, kv_group_size=32)
+    grid = ActivationGrid(num_bits=3)
+    spec = QuantSpec(num_bits=4, group_size=32, symmetric=False, activations=grid, kv_cache=3, kv_group_size=32)
     layer = QuantLinear(randn(64, 64), None, spec).freeze()
     plain = PackedLinear.from_quantized(layer.quantized._replace(spec=spec.weights_only), None)
     if layer.accelerate():
@@ -119,19 +175,22 @@ def test_a_kernel_gets_the_rounded_input_and_its_product_is_rounded() -> None:
     assert torch.equal(layer(x), round_tokens(plain(round_tokens(x, 3)), 3, 32))
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-def test_a_compiled_layer_rounds_too(bits: int | None) -> None:
-    layer = QuantLinear(randn(12, 16), None, LAYER.model_copy(update={"activations": bits})).freeze()
+@pytest.mark.parametrize("grid", [None, ActivationGrid(num_bits=4), ActivationGrid(num_bits=4, symmetric=True)])
+def test_a_compiled_layer_rounds_too(grid: ActivationGrid | None) -> None:
+    layer = QuantLinear(randn(12, 16), None, LAYER.model_copy(update={"activations": grid})).freeze()
     x = randn(5, 16)
     compiled = torch.compile(nn.Sequential(layer), backend="eager")
     assert torch.equal(compiled(x), layer(x))
 
 
-def test_gradients_reach_weights_through_rounded_inputs() -> None:
-    spec = LAYER.model_copy(update={"kv_cache": None, "kv_group_size": None})
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradients_reach_weights_through_rounded_inputs(symmetric: bool) -> None:
+    grid = ActivationGrid(num_bits=5, symmetric=symmetric)
+    spec = LAYER.model_copy(update={"kv_cache": None, "kv_group_size": None, "activations": grid})
     layer, x, upstream = QuantLinear(randn(12, 16), None, spec), randn(5, 16).requires_grad_(), randn(5, 12, seed=1)
     layer(x).backward(upstream)
     weight = layer.quantized_weight()
-    (expected,) = torch.autograd.grad(weight, layer.weight, upstream.T @ round_tokens(x, 5))
+    rounded = round_symmetric(x, 5) if symmetric else round_tokens(x, 5)
+    (expected,) = torch.autograd.grad(weight, layer.weight, upstream.T @ rounded)
     assert torch.allclose(gradient(layer.weight), expected, rtol=1e-5, atol=1e-6)
     assert torch.allclose(gradient(x), upstream @ weight, rtol=1e-5, atol=1e-6)

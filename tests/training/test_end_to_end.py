@@ -294,12 +294,12 @@ def written(method: str, folder: Path, out: Path, tokens: Tensor, quant: QuantCo
     return loaded
 
 
-@pytest.mark.parametrize("other", ["gptq", "awq"])
+@pytest.mark.parametrize("other", ["gptq", "awq", "smoothquant"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_it_starts_at_exactly_the_codes_of_another_method(
     llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor, other: str, symmetric: bool
 ) -> None:
-    """AWQ changes norms too, and training starts from them."""
+    """AWQ and SmoothQuant change norms too, and training starts from them."""
     quant = QuantConfig(num_bits=3, group_size=16, symmetric=symmetric)
     before = written(other, llama_folder, tmp_path / "start", tokens, quant)
     found, _ = train(load_method("lsq"), llama, tokens, quant, steps=0, init_from=str(tmp_path / "start"))

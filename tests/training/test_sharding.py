@@ -91,8 +91,8 @@ def test_a_split_model_trains_as_a_whole_one_does(trained: Path, case: str) -> N
 
 def test_training_moved_what_is_compared(trained: Path) -> None:
     """Without this, the equalities above would say nothing."""
-    for case in set(CASES) - {"worse", "still"}:
-        losses = seen(trained, case)[0]["series"]["e2e_loss" if case == "scales" else "loss"]
+    for case in set(CASES) - {"worse", "still", "head still"}:
+        losses = seen(trained, case)[0]["series"]["e2e_loss" if CASES[case].method == "efficientqat" else "loss"]
         assert len(losses) == STEPS
         assert len(set(losses)) == STEPS, case
 
@@ -105,7 +105,9 @@ def test_the_best_state_is_that_of_all_parts(trained: Path) -> None:
     assert all(torch.equal(first["weights"][name], weight) for name, weight in still["weights"].items())
 
 
-@pytest.mark.parametrize("case", ["plain", "weights", "levels", "factors", "codes", "scales"])
+@pytest.mark.parametrize(
+    "case", ["plain", "weights", "levels", "factors", "codes", "scales", "table", "places", "head", "head scales"]
+)
 def test_each_process_holds_its_part_of_every_matrix(trained: Path, case: str) -> None:
     """The student's trained and frozen ones, codes of few bits and embeddings included, and the teacher's."""
     first, second = seen(trained, case)
@@ -119,7 +121,18 @@ def test_each_process_holds_its_part_of_every_matrix(trained: Path, case: str) -
             assert sum(here) == count, name
             assert case in ("factors", "codes") or here[0] == here[1], name  # three rows are two and one
     kinds = {name.rpartition(".")[2] for name in first["student"]["all"]}
-    assert {"codes": "kept", "factors": "kept", "scales": "weight_packed"}.get(case, "weight") in kinds
+    kept = {"codes": "kept", "factors": "kept", "scales": "weight_packed", "head scales": "weight_packed"}
+    assert kept.get(case, "weight") in kinds
+    if CASES[case].quant == sharded.TABLES:
+        tables = {"table": "model.embed_tokens", "places": "transformer.wpe"}.get(case, "lm_head")
+        assert f"{tables}.weight_packed" in first["student"]["all"] or case == "head"  # a head that trains has weights
+        assert "model.embed_tokens.weight" not in first["student"]["all"]
+
+
+def test_a_head_trains_in_shards_and_an_embedding_does_not(trained: Path) -> None:
+    moved, still = (seen(trained, case)[0]["weights"] for case in ("head", "head still"))
+    assert not torch.equal(moved["lm_head"], still["lm_head"])
+    assert torch.equal(moved["model.embed_tokens"], still["model.embed_tokens"])
 
 
 def test_nothing_keeps_the_whole_model(trained: Path) -> None:
@@ -160,7 +173,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(trained: Path) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize("case", ["plain", "weights", "factors", "scales"])
+@pytest.mark.parametrize("case", ["plain", "weights", "factors", "scales", "table", "places", "head", "head scales"])
 def test_what_is_packed_is_what_was_trained(trained: Path, case: str) -> None:
     for found in seen(trained, case):
         assert torch.equal(found["packed"], found["last"])

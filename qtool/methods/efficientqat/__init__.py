@@ -37,11 +37,12 @@ class Config(BlockConfig):
 
 def run(job: Job, config: Config) -> Result:
     """Run both phases on the text of the job, the second on its labels; the seed determines the windows of a step."""
-    start = None if config.init_from is None else Start(config.init_from, job.targets)
+    start = None if config.init_from is None else Start(config.init_from, job)
+    errors = {} if start is None else start.take_embeddings(job)
     step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed)
     result = run_blocks(job, step, with_float_states=True)
     if not trains_scales(config):
-        return result
+        return result._replace(weight_errors={**errors, **result.weight_errors})
     gather(job, on_device=config.e2e.sharding == "none")
     return Result(result.series + train_scales(job, config.e2e), {})
 

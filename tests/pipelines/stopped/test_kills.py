@@ -59,9 +59,9 @@ def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("method", [name for name in ("gptq", "awq", "signround") if name in METHODS])
+@pytest.mark.parametrize("method", [name for name in ("gptq", "awq", "smoothquant", "signround") if name in METHODS])
 def test_ten_random_kills_each(folder: Path, tmp_path: Path, whole: Whole, method: str) -> None:
-    """With all three methods that is thirty kills; a run may be killed several times before it may finish."""
+    """With all four methods that is forty kills; a run may be killed several times before it may finish."""
     expected = whole(method)
     start = time.monotonic()
     quantize(make(folder, tmp_path / "timed", method))

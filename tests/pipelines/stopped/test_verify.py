@@ -69,7 +69,7 @@ def test_a_manifest_of_an_earlier_version_still_verifies(written: Path) -> None:
 
 def test_verify_reads_an_export_too(written: Path) -> None:
     out = exporting.export(written, ExportConfig(format="gptq", path=written.with_name("gptq")), overwrite=False)
-    assert verify.verify(out)[1:] == (3 * 7, None)
+    assert verify.verify(out)[1:] == (3 * 7, None, 0)
     (out / "README.md").write_text("a card may be edited")
     verify.verify(out)
     (out / "huge.bin").touch()
