@@ -350,7 +350,7 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
         assert isinstance(opened, ScaledFolder)
         opened.check_copies(name, grid, group["targets"])
         scale = grid["weight_scale"].float().unsqueeze(-1)
-        codes = opened.tensor(f"{name}.weight").float().unflatten(1, (scale.shape[1], -1))
+        codes: Tensor = opened.tensor(f"{name}.weight").float().unflatten(1, (scale.shape[1], -1))
         if "weight_zero_point" in grid:
             codes.sub_(grid["weight_zero_point"].unsqueeze(-1))
         return codes.mul_(scale).flatten(1)
