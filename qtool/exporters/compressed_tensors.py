@@ -349,9 +349,11 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
         grid = {part: opened.tensor(f"{name}.{part}") for part in parts}
         assert isinstance(opened, ScaledFolder)
         opened.check_copies(name, grid, group["targets"])
-        codes = opened.tensor(f"{name}.weight").float()
-        wide = {part: each.float().repeat_interleave(codes.shape[1] // each.shape[1], 1) for part, each in grid.items()}
-        return (codes - wide.get("weight_zero_point", 0)) * wide["weight_scale"]
+        scale = grid["weight_scale"].float().unsqueeze(-1)
+        codes: Tensor = opened.tensor(f"{name}.weight").float().unflatten(1, (scale.shape[1], -1))
+        if "weight_zero_point" in grid:
+            codes.sub_(grid["weight_zero_point"].unsqueeze(-1))
+        return codes.mul_(scale).flatten(1)
     rows, columns = opened.tensor(f"{name}.weight_shape").tolist()
     scale = opened.tensor(f"{name}.weight_scale").float()
     codes = unpack_bits(opened.tensor(f"{name}.weight_packed"), weights["num_bits"], columns)

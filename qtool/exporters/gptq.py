@@ -190,11 +190,13 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
         notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
     elif not all(spec.symmetric for spec in specs):
         notes.append("vLLM and SGLang refuse asymmetric GPTQ; for them, export compressed-tensors")
-    if others := [linear for linear, spec in outside_blocks(source).items() if grid(spec) != grid(first)]:
+    sizes = (first.num_bits, first.group_size)
+    outside = outside_blocks(source).items()
+    if others := [linear for linear, spec in outside if (spec.num_bits, spec.group_size) != sizes]:
         notes.append(
-            f"{', '.join(others)} has another grid than the linears (dynamic in config.json): GPTQModel reads it, and "
-            "transformers stops, because it reads one grid; for transformers, quantize with head: float or with the "
-            "linears' grid"
+            f"{', '.join(others)} has other bits or groups than the linears (dynamic in config.json), which GPTQModel "
+            "reads; transformers stops, because it reads one grid: for it, give the head their bits and groups, or "
+            "quant.head: float"
         )
     if published_names(source).experts:
         notes.append(
