@@ -104,6 +104,7 @@ def test_recipe_keys() -> None:
         "quant": [
             *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
             *("activations.num_bits", "activations.symmetric", "kv_cache", "kv_group_size", "overrides"),
+            *("embedding", "head"),
             *("budget.average_bits", "budget.size", "budget.estimator", "budget.rounding", "budget.solver"),
             *("budget.choices", "budget.floors", "budget.pins", "budget.num_samples"),
             "preset",

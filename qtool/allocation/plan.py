@@ -1,37 +1,41 @@
 """Mixed precision under a budget: choose the width of each unit of the model.
 
 ``sensitivity`` measures the cost of each width of each unit, ``solvers`` finds the widths that fit at the least cost,
-and the result is a ``BitPlan``: data that becomes ``quant.overrides`` of a run, or a file that a person can read, edit
-and give to a recipe.
+and the result is a ``BitPlan``: data that becomes ``quant.overrides``, ``quant.embedding`` and ``quant.head`` of a run,
+or a file that a person can read, edit and give to a recipe.
 
-A budget counts stored sizes: for ``average_bits`` the codes, scales and zero points of the quantized weights; for
-``size`` the weight files, with embeddings and all other tensors that stay in floating point.
+A budget counts stored sizes: for ``average_bits`` the codes, scales and zero points of the quantized weights, tables
+included; for ``size`` the weight files, with all tensors that stay in floating point.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from pydantic import Field
 
-from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit, fused, measure_costs
+from qtool.allocation.sensitivity import COST_ESTIMATORS, measure_costs
 from qtool.allocation.solvers import SOLVERS
+from qtool.allocation.units import Unit, all_units
 from qtool.blocks.job import Job
 from qtool.checkpoints import sizes as checkpoint_sizes
 from qtool.config.budget import BudgetConfig
-from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec
+from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec, TableGrid
 from qtool.config.section import Section
+from qtool.models.linears import stored_weight
 from qtool.models.loaded import LoadedModel
-from qtool.models.targets import select_targets
+from qtool.models.tables import float_tables
 from qtool.system.errors import InputError, RunError, listing
 from qtool.system.version import __version__
 
+TABLES = ("embedding", "head")  # names of the units that are tables, and of their keys in section quant
+
 
 class Allotment(Section):
-    """The width of one unit."""
+    """The width of one unit; ``linears`` are the full names of its weights."""
 
     unit: str
     linears: tuple[str, ...]
@@ -44,9 +48,14 @@ class Allotment(Section):
         """The cost of the chosen width."""
         return self.costs[self.num_bits]
 
+    def described(self) -> str:
+        """Return the number of weights, and the cost of each width."""
+        costs = ", ".join(f"{bits}: {cost:.3g}" for bits, cost in self.costs.items())
+        return f"{self.num_weights:,} weights; {costs}"
+
 
 class BitPlan(Section):
-    """The widths of a model's linears."""
+    """The widths of a model's linears and quantized tables."""
 
     model: str
     budget: BudgetConfig
@@ -60,10 +69,39 @@ class BitPlan(Section):
         return sum(each.cost for each in self.allotments)
 
     def applied(self, quant: QuantConfig) -> QuantConfig:
-        """Return ``quant`` with these widths as overrides, and no budget."""
-        widths = {name: each.num_bits for each in self.allotments for name in each.linears}
+        """Return ``quant`` with these widths as overrides and in the grids of its tables, and no budget."""
+        widths = {name: each.num_bits for each in self.of_linears for name in each.linears}
         overrides = {name: QuantOverride.model_validate({"num_bits": bits}) for name, bits in widths.items()}
-        return quant.model_copy(update={"overrides": quant.overrides | overrides, "budget": None})
+        changes = {"overrides": quant.overrides | overrides, "budget": None}
+        return quant.model_copy(update=changes | self.table_grids(quant))
+
+    @property
+    def of_linears(self) -> list[Allotment]:
+        """The widths of the linears of the blocks."""
+        return [each for each in self.allotments if each.unit not in TABLES]
+
+    def table_grids(self, quant: QuantConfig) -> dict[str, TableGrid | str]:
+        """Return the keys ``embedding`` and ``head`` of ``quant`` with these widths, where a table is quantized."""
+        grids: dict[str, TableGrid | str] = {}
+        for each in self.allotments:
+            if each.unit in TABLES:
+                own = quant.head if each.unit == "head" and quant.head != "same" else quant.embedding
+                assert isinstance(own, TableGrid)
+                grids[each.unit] = own.model_copy(update={"num_bits": each.num_bits})
+        if "embedding" in grids and "head" not in grids and quant.head != "float":
+            grids["head"] = "same"  # tied, or there is no head
+        return grids
+
+    def _table_lines(self, quant: QuantConfig) -> Iterator[str]:
+        """Yield the lines of a plan file that give the grids of tables."""
+        tables = {each.unit: each for each in self.allotments if each.unit in TABLES}
+        for key, grid in self.table_grids(quant).items():
+            if isinstance(grid, TableGrid):
+                values = grid.model_dump(mode="json")
+                yield f"  # {', '.join(tables[key].linears)}: {tables[key].described()}"
+                yield f"  {key}: {{{', '.join(f'{name}: {json.dumps(value)}' for name, value in values.items())}}}"
+            elif grid != getattr(quant, key):
+                yield f"  {key}: {grid}"
 
     def table(self) -> str:
         """Return a text table with a line for each unit and one for the whole."""
@@ -86,14 +124,14 @@ class BitPlan(Section):
             "# Above each unit: the cost of each of its widths. To use this, as it is or edited: give the recipe",
             "# quant.overrides: PATH_OF_THIS_FILE, or paste the section into it, and leave out quant.budget.",
             "quant:",
-            "  overrides:",
         ]
+        lines += self._table_lines(quant)
+        lines.append("  overrides:")
         for pattern, override in quant.overrides.items():
             values = override.model_dump(mode="json", exclude_unset=True)
             lines.append(f"    {json.dumps(pattern)}: {json.dumps(values)}")
-        for each in self.allotments:
-            costs = ", ".join(f"{bits}: {cost:.3g}" for bits, cost in each.costs.items())
-            lines.append(f"    # {each.num_weights:,} weights; {costs}")
+        for each in self.of_linears:
+            lines.append(f"    # {each.described()}")
             for name in each.linears:
                 key = name if re.fullmatch(r"[\w.]*[a-zA-Z_]\w*", name) else json.dumps(name)
                 lines.append(f"    {key}: {{num_bits: {each.num_bits}}}")
@@ -125,7 +163,7 @@ def plan(job: Job, whole: Callable[[], LoadedModel], units: Sequence[Unit], quan
     budget = quant.budget
     assert budget is not None
     loaded, count = job.loaded, budget.num_samples
-    sizes, capacity = _sizes(loaded, units, budget)
+    sizes, capacity = _sizes(loaded, units, quant)
     some = job.first(count)
     if COST_ESTIMATORS[budget.estimator].whole:
         some = replace(some, loaded=whole(), workspace=None)
@@ -167,30 +205,46 @@ def units_of(loaded: LoadedModel, quant: QuantConfig) -> list[Unit]:
     """
     budget = quant.budget
     assert budget is not None
-    narrowest = min(*budget.choices, *budget.pins.values(), max(budget.choices))
-    targets = select_targets(loaded, quant.model_copy(update={"num_bits": narrowest, "budget": None}))
-    groups = fused(loaded, targets)
-    faults = [
-        f"quant.budget.{key}: no quantized linear matches '{pattern}'"
-        for key, patterns in (("floors", budget.floors), ("pins", budget.pins))
-        for pattern in patterns
-        if not any(fnmatchcase(target.name, pattern) for target in targets)
-    ]
+    groups = all_units(loaded, narrowest(quant))
+    faults = list(_unmatched(loaded, quant, {name for unit in groups for name in unit.weight_names}))
     units = []
     for group in groups:
-        floor = max((_last(budget.floors, target.name) or 0 for target in group), default=0)
-        pins = {pin for target in group if (pin := _last(budget.pins, target.name))}
-        unit = Unit(tuple(group), tuple(sorted(pins)) or tuple(b for b in budget.choices if b >= floor))
+        floor = max((_last(budget.floors, name) or 0 for name in group.weight_names), default=0)
+        pins = {pin for name in group.weight_names if (pin := _last(budget.pins, name))}
+        unit = group._replace(choices=tuple(sorted(pins)) or tuple(b for b in budget.choices if b >= floor))
+        named = f"{unit.name}: {', '.join(unit.weight_names)}" if unit.table else unit.name
         if len(pins) > 1:
-            faults.append(f"{unit.name} share one width, and quant.budget.pins gives them {_listed(pins)}")
+            faults.append(f"{named} share one width, and quant.budget.pins gives them {_listed(pins)}")
         elif not unit.choices or min(unit.choices) < floor:
             widths = f"pins them to {min(pins)}" if pins else f"has choices {_listed(budget.choices)}"
-            faults.append(f"{unit.name} have a floor of {floor} bits, and quant.budget {widths}")
+            faults.append(f"{named} have a floor of {floor} bits, and quant.budget {widths}")
         units.append(unit)
     if faults:
         raise InputError(listing(f"{loaded.path} cannot be allotted bits with this recipe:", faults))
-    _sizes(loaded, units, budget)
+    _sizes(loaded, units, quant)
     return units
+
+
+def narrowest(quant: QuantConfig) -> QuantConfig:
+    """Return ``quant`` without its budget, and with the narrowest width that the budget allows for all grids."""
+    budget = quant.budget
+    assert budget is not None
+    width = {"num_bits": min(*budget.choices, *budget.pins.values(), max(budget.choices))}
+    grids = {key: grid for key in TABLES if isinstance(grid := getattr(quant, key), TableGrid)}
+    tables = {key: grid.model_copy(update=width) for key, grid in grids.items()}
+    return quant.model_copy(update={"budget": None, **width, **tables})
+
+
+def _unmatched(loaded: LoadedModel, quant: QuantConfig, names: Collection[str]) -> Iterator[str]:
+    """Yield a fault for each floor and pin that matches none of ``names``."""
+    assert quant.budget is not None
+    tables = float_tables(loaded.model, names)
+    for key in ("floors", "pins"):
+        for pattern in getattr(quant.budget, key):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                found = [(name, own) for name, own in tables.items() if fnmatchcase(name, pattern)]
+                why = "".join(f"; {name} stays in floating point without a grid in {own}" for name, own in found)
+                yield f"quant.budget.{key}: no quantized linear matches '{pattern}'{why}"
 
 
 def _last(patterns: Mapping[str, int], name: str) -> int | None:
@@ -221,12 +275,14 @@ def shapes(units: Sequence[Unit]) -> dict[str, tuple[int, int]]:
     return {target.name: target.weight_shape for unit in units for target in unit.targets}
 
 
-def _sizes(loaded: LoadedModel, units: Sequence[Unit], budget: BudgetConfig) -> tuple[list[list[int]], int]:
+def _sizes(loaded: LoadedModel, units: Sequence[Unit], quant: QuantConfig) -> tuple[list[list[int]], int]:
     """Return the size of each width of each unit, and the capacity: in bits, or in bytes for ``size``.
 
     Raises:
         InputError: The smallest widths do not fit.
     """
+    budget = quant.budget
+    assert budget is not None
     if budget.size is None:
         assert budget.average_bits is not None
         sizes = [[_bits(unit, width) for width in unit.choices] for unit in units]
@@ -240,13 +296,24 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], budget: BudgetConfig) -> 
         rest = checkpoint_sizes.planned_bytes(loaded, specs(units, widest), shapes(units)) - packed
         capacity, smallest = budget.size - rest, sum(each[0] for each in sizes)
         least = f"{smallest + rest:,} bytes, of which {rest:,} are for all tensors but the packed weights"
-        asked = f"size is {budget.size:,}", least
+        asked = f"size is {budget.size:,}", least + _of_tables(loaded, units)
     if smallest > capacity:
         raise InputError(
             f"quant.budget.{asked[0]}, and the least that is possible is {asked[1]}; raise the budget, allow smaller "
             "choices, floors or pins, or use a larger quant.group_size"
         )
     return sizes, capacity
+
+
+def _of_tables(loaded: LoadedModel, units: Sequence[Unit]) -> str:
+    """Return a part of a sentence on the tables that stay in floating point, and the key that makes them smaller."""
+    tables = float_tables(loaded.model, {name for unit in units for name in unit.weight_names})
+    if not tables:
+        return ""
+    parameters = [(name, stored_weight(loaded.model.get_submodule(name))) for name in tables]
+    size = sum(w.numel() * loaded.file_dtypes.get(f"{name}.weight", w.dtype).itemsize for name, w in parameters)
+    key = "quant.embedding" if "quant.embedding" in tables.values() else "quant.head"
+    return f" ({', '.join(tables)}: {size:,} bytes in floating point, which {key}: {{num_bits: 8}} makes smaller)"
 
 
 def _bits(unit: Unit, width: int) -> int:
@@ -258,7 +325,7 @@ def _bits(unit: Unit, width: int) -> int:
 
 
 def _bytes(unit: Unit, width: int) -> int:
-    """Return the bytes of all tensors of the packed linears."""
+    """Return the bytes of all tensors of the packed weights."""
     found = shapes([unit])
     parts = (checkpoint_sizes.packed_parts(name, spec, found[name]) for name, spec in specs([unit], [width]).items())
     return sum(tensor.nbytes for each in parts for tensor in each.values())

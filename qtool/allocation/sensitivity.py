@@ -1,20 +1,18 @@
 """Sensitivity of a model to few bits: the cost of each unit at each width that it may have.
 
-A unit is a set of linears that engines fuse into one matrix, which therefore need one width: linears that read the same
-tensor (q, k, v; gate, up), and all experts of a mixture. Costs of units are added, as if the rounding of one unit did
-not change the effect of another's.
+Costs of units are added, as if the rounding of one unit did not change the effect of another's. A tied table is one
+unit, whose cost is that of both of its uses.
 
 The cost of a width depends on the rounding: by round-to-nearest, a unit with correlated inputs looks far worse than it
 is after a method that uses the correlations. So estimators that measure outputs use weights that GPTQ has rounded.
 Estimators that measure single weights use round-to-nearest, because GPTQ lets single errors grow where they cancel.
+Embeddings are always rounded to nearest, as runs round them.
 """
 
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,97 +20,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qtool.blocks.driver import TOKENS_PER_BATCH, group_inputs, walk
+from qtool.allocation.rounded import Changes, Weights, compensated, nearest, rounded_unit
+from qtool.allocation.tables import head_hessian, row_weights
+from qtool.allocation.units import Unit
+from qtool.blocks.driver import TOKENS_PER_BATCH, BlockStates, walk
 from qtool.blocks.job import Job
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
-from qtool.methods import gptq
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight, dequantize, quantize
-from qtool.quant.hessian import gram
-from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.training.losses import kl
 
 LOGIT_ROWS = 512  # number of tokens whose logits are compared at once
-EXPERTS = re.compile(r"(.*\.experts)\.")
-
-
-class Unit(NamedTuple):
-    """Linears that get the same width, in the order they run, and the widths that are possible."""
-
-    targets: tuple[Target, ...]
-    choices: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """The common prefix and the linears, such as ``model.layers.0.self_attn: q_proj, k_proj, v_proj``."""
-        names = [target.name for target in self.targets]
-        columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
-        shared = ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
-        return f"{shared}: {', '.join(name.removeprefix(f'{shared}.') for name in names)}"
-
-    @property
-    def num_weights(self) -> int:
-        """The number of weights in all linears of the unit."""
-        return sum(math.prod(target.weight_shape) for target in self.targets)
-
-
 Costs = list[dict[int, float]]  # costs of each unit, by width
-Weights = Callable[[Target, int], Tensor]  # returns the weight of a linear rounded to a width, float32 [out, in]
 
 
-def fused(loaded: LoadedModel, targets: Sequence[Target]) -> list[list[Target]]:
-    """Return the targets by unit, in the order they run, found by one forward of each block."""
-    window = torch.zeros(1, 2, dtype=torch.int64)
-    job = Job(loaded, tuple(targets), window)
-    return merged([group for task in walk(job) if task.targets for group in task.groups])
+class Energy(NamedTuple):
+    """The factors on squared errors of weights in the mean squared error of outputs per token.
+
+    A table that both embedding and head read has both.
+    """
+
+    channels: dict[str, Tensor]  # mean square [in] of the input channels of a linear: half the diagonal of its Hessian
+    rows: dict[str, Tensor]  # weights [rows] of the rows of an embedding
+
+    def of(self, target: Target, squares: Tensor) -> Tensor:
+        """Return the energy of outputs, of squares ``[out, in]`` in a weight; all channels count as their mean."""
+        parts = []
+        if target.name in self.channels:
+            parts.append(squares.sum() * self.channels[target.name].mean())
+        if target.name in self.rows:
+            parts.append(self.rows[target.name].to(squares) @ squares.sum(1))
+        return sum(parts[1:], parts[0])
 
 
-def merged(groups: Sequence[Sequence[Target]]) -> list[list[Target]]:
-    """Merge the groups of a layer's experts into one; ``groups`` are linears that read the same tensor."""
-    units: dict[str, list[Target]] = {}
-    for group in groups:
-        expert = EXPERTS.match(group[0].name)
-        units.setdefault(expert[1] if expert else group[0].name, []).extend(group)
-    return list(units.values())
-
-
-def nearest(target: Target, num_bits: int) -> Tensor:
-    """Return the weight ``[out, in]`` of ``target`` at another width, rounded to nearest in a searched range."""
-    spec = target.spec.model_copy(update={"num_bits": num_bits})
-    weight = target.weight
-    grid = search_qparams(weight, spec)
-    return dequantize(quantize(weight, *grid, spec), *grid, spec)
-
-
-def compensated(job: Job, units: Sequence[Unit]) -> Weights:
-    """Return the weights of each width, rounded by GPTQ on the float model's inputs; it keeps all codes in memory."""
-    found: dict[tuple[str, int], QuantizedWeight] = {}
-    choices = {target.name: unit.choices for unit in units for target in unit.targets}
-    config = gptq.Config()
-    for task in walk(job):
-        for group, inputs in group_inputs(task):
-            statistics = gptq.Statistics(gram(rows.x for rows in inputs), None)
-            for target in group:
-                specs = [target.spec.model_copy(update={"num_bits": bits}) for bits in choices[target.name]]
-                if num_experts(target.linear) > 1:
-                    solved = gptq.solve_experts(target, inputs, specs, config)
-                else:
-                    factor = gptq.factorise(statistics, target.spec, config, target.name)
-                    solved = [gptq.solve(target.weight, factor, spec, config) for spec in specs]
-                for codes, scale, zero_point, spec in solved:
-                    weight = QuantizedWeight(codes.cpu(), scale.cpu(), zero_point.cpu(), spec)
-                    found[target.name, spec.num_bits] = weight
-    return lambda target, num_bits: dequantize(*found[target.name, num_bits])
-
-
-def input_energy(job: Job) -> dict[str, Tensor]:
-    """Return the mean square ``[in]`` of each linear's input channels: half the diagonal of GPTQ's Hessian."""
+@torch.no_grad()
+def input_energy(job: Job, units: Sequence[Unit]) -> Energy:
+    """Return the energy of the inputs of all units."""
     found: dict[str, Tensor] = {}
-    for task in walk(job):
+    states = BlockStates(job, job.loaded.dtype, with_float_states=False)
+    rows = _rows_of(states, units)
+    for task in walk(job, states):
         names = {target.linear: target.name for target in task.targets}
 
         # Any: the arguments of whatever linear it is
@@ -124,7 +74,16 @@ def input_energy(job: Job) -> dict[str, Tensor]:
         task.outputs = task.inputs.like()
         for hidden in task.inputs:
             task.outputs.append(task.observe(names, visit, [hidden])[0])
-    return found
+    for unit in units:
+        if unit.makes_logits:
+            found[unit.targets[0].name] = head_hessian(states).diagonal() / 2
+    return Energy(found, rows)
+
+
+def _rows_of(states: BlockStates, units: Sequence[Unit]) -> dict[str, Tensor]:
+    """Return the weights of the rows of all embeddings; ``states`` are those before any block."""
+    embeddings = [target for unit in units if unit.table == "embedding" for target in unit.targets]
+    return row_weights(states, embeddings) if embeddings else {}
 
 
 def variance(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
@@ -132,29 +91,48 @@ def variance(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
 
     Nothing is rounded. This is the classical model of rate and distortion, with the two quantities by which arXiv
     2411.06084 chooses bits. Its optimum in real numbers is ``b = log2(alpha sigma**2) / 2`` plus a constant for all
-    units.
+    units. The variance of an embedding is that of the rows that are read.
     """
-    energy = input_energy(job)
+    channels, rows = input_energy(job, units)
     costs: Costs = []
     for unit in units:
-        spread = sum(float(energy[t.name].mean() * t.weight.var(correction=0)) * t.weight.numel() for t in unit.targets)
+        spread = sum(
+            float(channels[t.name].mean() * t.weight.var(correction=0)) * t.weight.numel()
+            for t in unit.targets
+            if t.name in channels
+        )
+        spread += sum(_spread(t.weight, rows[t.name]) for t in unit.targets if t.name in rows)
         costs.append({bits: spread * 4.0**-bits for bits in unit.choices})
     return costs
 
 
+def _spread(weight: Tensor, rows: Tensor) -> float:
+    """Return ``sum r |w - m|**2`` over the rows ``w`` of ``weight`` with their weights ``r``, and ``m`` their mean."""
+    rows = rows.to(weight)
+    mean = float(rows @ weight.mean(1) / rows.sum())
+    return float(rows @ (weight - mean).square().sum(1))
+
+
 def hessian(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """Return ``tr(H) / in * |Q(W) - W|**2``, the squared output error if all input channels had the same energy."""
-    energy = input_energy(job)
-    return _of_errors(job.loaded, units, weights, lambda t, error: error.square().sum() * energy[t.name].mean())
+    """Return ``tr(H) / in * |Q(W) - W|**2``, the squared output error if all input channels had the same energy.
+
+    Of an embedding, whose Hessian is diagonal, it is the squared output error itself.
+    """
+    energy = input_energy(job, units)
+    return _of_errors(job.loaded, units, weights, lambda t, error: energy.of(t, error.square()))
 
 
+@torch.no_grad()
 def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """Return ``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2`` with ``f`` the unit's block, residual stream included.
 
-    It is relative to the block's whole output, and therefore comparable between units.
+    It is relative to the block's whole output, and therefore comparable between units. Of embeddings it is the change
+    of their outputs, of a head that of the logits, and of a tied table the sum of both.
     """
     costs: Costs = [{} for _ in units]
-    for task in walk(job):
+    states = BlockStates(job, job.loaded.dtype, with_float_states=False)
+    rows = _rows_of(states, units)
+    for task in walk(job, states):
         task.outputs = task.through(task.inputs)
         energy = sum(float(out.float().square().sum()) for out in task.outputs)
         mine = [index for index, unit in enumerate(units) if unit.targets[0].block == task.index]
@@ -163,7 +141,26 @@ def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
             with rounded_unit(job.loaded, units[index], bits, weights):
                 found = zip(map(task.forward, task.inputs), task.outputs, strict=True)
                 costs[index][bits] = sum(float((a.float() - b.float()).square().sum()) for a, b in found) / energy
+    for unit, cost in zip(units, costs, strict=True):
+        if unit.table == "embedding":
+            cost |= _relative(job, unit, weights, lambda t, x: rows[t.name].to(x) @ x.square().sum(1))
+        if unit.makes_logits:
+            first = unit._replace(targets=unit.targets[:1])
+            logits = _relative(job, first, weights, partial(_output_energy, head_hessian(states)))
+            cost |= {bits: cost.get(bits, 0) + value for bits, value in logits.items()}
     return costs
+
+
+def _output_energy(hessian: Tensor, target: Target, weight: Tensor) -> Tensor:
+    """Return ``tr(w H w^T)`` of a weight ``w [out, in]``: the energy of its outputs, up to a factor."""
+    return ((weight @ hessian) * weight).sum()
+
+
+def _relative(job: Job, unit: Unit, weights: Weights, energy: Callable[[Target, Tensor], Tensor]) -> dict[int, float]:
+    """Return the energy of outputs made by the errors of a unit's weights, relative to that made by the weights."""
+    whole = sum(float(energy(t, t.weight.to(job.loaded.device))) for t in unit.targets)
+    (errors,) = _of_errors(job.loaded, [unit], weights, energy)
+    return {bits: error / whole for bits, error in errors.items()}
 
 
 def fisher(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
@@ -219,17 +216,17 @@ def _of_errors(
 ) -> Costs:
     """Return the sum of ``cost`` over the linears of each unit; ``cost`` gets the error of a weight at each width."""
     costs: Costs = []
+
+    def at(target: Target, bits: int) -> float:
+        return float(cost(target, (weights(target, bits) - target.weight).to(loaded.device)))
+
     for unit in progress.track(units, "rounding weights", len(units)):
-        errors = {
-            bits: [(t, (weights(t, bits) - t.weight).to(loaded.device)) for t in unit.targets] for bits in unit.choices
-        }
-        costs.append({bits: sum(float(cost(*each)) for each in pairs) for bits, pairs in errors.items()})
+        costs.append({bits: sum(at(target, bits) for target in unit.targets) for bits in unit.choices})
         if loaded.streaming:
             memory.Pages().drop(*(weight_of(target.linear) for target in unit.targets))
     return costs
 
 
-Changes = dict[Target, Tensor]  # rounded minus float weight of each linear, float32 [out, in]
 Measure = Callable[[Tensor, Tensor, Tensor, Changes], float]
 
 
@@ -251,25 +248,6 @@ def _one_at_a_time(job: Job, units: Sequence[Unit], weights: Weights, measure: M
             with rounded_unit(loaded, units[index], bits, weights) as change:
                 costs[index][bits] += measure(tokens, labels, teacher, change) / count
     return costs
-
-
-@contextmanager
-def rounded_unit(loaded: LoadedModel, unit: Unit, num_bits: int, weights: Weights = nearest) -> Iterator[Changes]:
-    """Round the linears of ``unit`` while the context lasts; yields the changes of their weights."""
-    kept: list[tuple[nn.Parameter, Tensor]] = []
-    changes: Changes = {}
-    try:
-        for target in unit.targets:
-            module = loaded.model.get_submodule(target.name)
-            parameter = weight_of(module)
-            weight = weights(target, num_bits).to(loaded.device)
-            changes[target] = weight - target.weight.to(loaded.device)
-            kept.append((parameter, parameter.data))
-            parameter.data = (weight.T if isinstance(module, Conv1D) else weight).to(parameter.dtype)
-        yield changes
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
 
 
 @contextmanager
@@ -343,7 +321,8 @@ COST_ESTIMATORS = {
 def measure_costs(job: Job, units: Sequence[Unit], config: BudgetConfig) -> Costs:
     """Measure costs on the text of the job by the estimator of ``config``; ``units`` may belong to another copy."""
     estimator = COST_ESTIMATORS[config.estimator]
-    units = [Unit(tuple(t.within(job.loaded.model) for t in unit.targets), unit.choices) for unit in units]
-    job = replace(job, targets=tuple(target for unit in units for target in unit.targets))
+    model = job.loaded.model
+    units = [unit._replace(targets=tuple(target.within(model) for target in unit.targets)) for unit in units]
+    job = replace(job, targets=tuple(target for unit in units if not unit.table for target in unit.targets))
     by_gptq = estimator.outputs and config.rounding == "gptq"
     return estimator.measure(job, units, compensated(job, units) if by_gptq else nearest)

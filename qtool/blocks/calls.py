@@ -276,6 +276,7 @@ def head_input(loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: 
     modules = [block for _, block in blocks]
     plain = hidden.as_subclass(Tensor) if isinstance(hidden, Batch) else hidden
     plain = plain.movedim(0, layout.dim) if layout.dim else plain
+    plain = plain.to("cpu" if loaded.streaming else loaded.device)  # where the final norm is
 
     def pass_on(index: int, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_hidden(layout.output, plain if index == len(modules) - 1 else before)
@@ -292,7 +293,7 @@ def head_input(loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: 
         handle.remove()
     if not found:
         raise InputError(f"{loaded.path} does not call its output head, so that nothing shows what it reads")
-    return found[0]
+    return found[0].to(loaded.device)
 
 
 @contextmanager

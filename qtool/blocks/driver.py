@@ -11,6 +11,7 @@ watching one forward of the block (``task.py``).
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -217,18 +218,17 @@ class BlockStates:
             size = units.size(state_bytes)
             progress.note(f"hidden states take {size}, more than data.memory_budget; they are kept on disk")
         folder = workspace.scratch if workspace and on_disk else None
-        self.inputs = self._entering(HiddenStates(folder, [first]))
+        self.inputs = HiddenStates(folder, chain([first], self.entering(1)))
         self.float_inputs = self.inputs if with_float_states else None
         if with_float_states and job.tables.floats:
             with unpacked(loaded.model, job.tables):
-                self.float_inputs = self._entering(HiddenStates(folder))
+                self.float_inputs = HiddenStates(folder, self.entering())
 
-    def _entering(self, states: HiddenStates) -> HiddenStates:
-        """Return ``states``, with the hidden states that enter the first block added for the batches they lack."""
+    def entering(self, start: int = 0) -> Iterator[Tensor]:
+        """Compute the hidden states that enter the first block, of each batch from ``start`` on."""
         with self._features.remembered():
-            for batch in self._batches[len(states) :]:
-                states.append(first_hidden(self._loaded, batch, self._blocks, self._layout))
-        return states
+            for batch in self._batches[start:]:
+                yield first_hidden(self._loaded, batch, self._blocks, self._layout)
 
     def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
         """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
@@ -328,13 +328,14 @@ def relative_change(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def walk(job: Job) -> Iterator[BlockTask]:
+def walk(job: Job, states: "BlockStates | None" = None) -> Iterator[BlockTask]:
     """Yield a task for each block of the float model; one block of a streamed model is in memory at a time.
 
-    Nothing is quantized or kept, and the model is unchanged afterwards.
+    Nothing is quantized or kept, and the model is unchanged afterwards. ``states``, if given, are those of the job
+    before the first block, and afterwards those that leave the last.
     """
     loaded = job.loaded
-    states = BlockStates(job, loaded.dtype, False)
+    states = states or BlockStates(job, loaded.dtype, False)
     blocks = loaded.blocks()
     for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
         stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]

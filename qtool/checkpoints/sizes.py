@@ -9,6 +9,7 @@ from torch import Tensor
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantSpec
 from qtool.models.loaded import LoadedModel
+from qtool.models.tables import head_of, tied_to
 from qtool.quant.packed_linear import PackedLinear
 
 HEADER_BYTES = 64  # most bytes of a safetensors header, without the list of tensors
@@ -45,10 +46,13 @@ def packed_parts(name: str, spec: QuantSpec, shape: tuple[int, int]) -> dict[str
 def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict[str, tuple[int, int]]) -> int:
     """Return an upper bound on the size of weight files with the grids ``specs``, headers included.
 
-    Norms and biases are counted in float32, since methods that change them may store float32.
+    Norms and biases are counted in float32, since methods that change them may store float32. A table that the head
+    computes with is counted once.
     """
     tensors: dict[str, Tensor] = {}
-    state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in specs}
+    head, tied = head_of(loaded.model), tied_to(loaded.model)
+    packed = {*specs, *(tied[:1] if tied is not None and tied[1] in specs else ())}
+    state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in packed}
     stored = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}  # tied tensors: the first name
     for name in stored.values():
         dtype = loaded.file_dtypes.get(name, state[name].dtype)
@@ -58,4 +62,5 @@ def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict
         tensors |= packed_parts(name, spec, shapes[name])
     size = sum(t.nbytes for t in tensors.values())
     listed = {name: {"dtype": "BF16", "shape": [*t.shape], "data_offsets": [size, size]} for name, t in tensors.items()}
-    return size + len(json.dumps(listed, separators=(",", ":"))) + HEADER_BYTES * (len(loaded.blocks()) + 1)
+    num_files = len(loaded.blocks()) + 1 + (head is not None and head[0] in specs)  # an untied head has its own
+    return size + len(json.dumps(listed, separators=(",", ":"))) + HEADER_BYTES * num_files

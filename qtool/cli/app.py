@@ -103,7 +103,7 @@ def plan(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Choose the bits of each linear under a quant.budget."""
+    """Choose the bits of each linear and table under a quant.budget."""
     from qtool.config.recipe import load
 
     checked = load(recipe, set_)
@@ -339,9 +339,11 @@ def verify(folder: Folder, as_json: Json = False) -> None:
     from qtool.pipelines import verify as pipeline
 
     found = pipeline.verify(folder)
-    embeddings = f" and {found.embeddings} embedding(s)" if found.embeddings else ""
-    text = f"{folder}: {found.files} file(s) and {found.linears} quantized linears{embeddings} are as they were written"
-    print_either({"path": str(folder), **found._asdict()}, text, as_json)
+    count, linears = found.embeddings, f"{found.linears} quantized linears"
+    text = f"{folder}: {found.files} file(s)" + (
+        f", {linears} and {count} embedding(s)" if count else f" and {linears}"
+    )
+    print_either({"path": str(folder), **found._asdict()}, f"{text} are as they were written", as_json)
 
 
 @app.command()

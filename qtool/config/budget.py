@@ -12,14 +12,17 @@ Solver = Literal["dp", "lagrangian", "greedy"]
 
 
 class BudgetConfig(Section):
-    """Mixed precision: choose the width of each group of fused linears, within a size limit and at the least cost."""
+    """Mixed precision: choose the width of each group of fused linears, and of tables that get a grid.
+
+    The widths are those of the least cost within a size limit.
+    """
 
     average_bits: float | None = Field(
         None,
         ge=1,
         allow_inf_nan=False,
-        description="Limit: stored bits per quantized weight on average, including scales and zero points, as in "
-        "reports. Give this or size.",
+        description="Limit: stored bits per quantized weight on average, including scales and zero points, and the "
+        "tables that are quantized. Give this or size.",
     )
     size: ByteSize | None = Field(
         None,
@@ -49,12 +52,13 @@ class BudgetConfig(Section):
     )
     floors: dict[str, Width] = Field(
         default_factory=dict,
-        description="Pattern of full linear names -> minimum number of bits, also for the linears that are fused with "
-        "a match.",
+        description="Pattern of full names of linears or tables -> minimum number of bits, also for the linears that "
+        "are fused with a match.",
     )
     pins: dict[str, Width] = Field(
         default_factory=dict,
-        description="Pattern of full linear names -> bits, also for the linears that are fused with a match.",
+        description="Pattern of full names of linears or tables -> bits, also for the linears that are fused with a "
+        "match; e.g. {lm_head: 8}.",
     )
     num_samples: int = Field(16, ge=1, description="Calibration windows to measure the costs on, at most.")
 

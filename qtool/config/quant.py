@@ -192,15 +192,18 @@ class QuantConfig(QuantSpec):
     )
     embedding: Annotated[TableGrid | Literal["float"], BeforeValidator(_grid_or("float"))] = Field(
         "float",
-        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized.",
+        description="Grid of the embedding: num_bits, group_size, symmetric, e.g. {num_bits: 8}; float: not quantized. "
+        "With a budget, num_bits is chosen.",
     )
     head: Annotated[TableGrid | Literal["same", "float"], BeforeValidator(_grid_or("same", "float"))] = Field(
         "same",
         description="Grid of the output head. same: that of the embedding, which is also the head of many models (tied "
-        "weights). An untied head is quantized by the method.",
+        "weights). An untied head is quantized by the method. With a budget, num_bits is chosen.",
     )
     budget: BudgetConfig | None = Field(
-        None, description="Size limit, within which num_bits is chosen for each linear; unset: num_bits for all."
+        None,
+        description="Size limit, within which num_bits is chosen for each linear, and for embedding and head if they "
+        "have a grid; unset: num_bits for all.",
     )
     preset: Literal["a8", "a8kv4", "a4kv4"] | None = Field(
         None,

@@ -165,17 +165,30 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
 
 
 def with_plan(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return ``raw``; if ``quant.overrides`` names a file, the overrides of that file take its place."""
+    """Return ``raw``; if ``quant.overrides`` names a file, the overrides of that file take its place.
+
+    The grids of embedding and head that the file gives replace those of ``raw``.
+
+    Raises:
+        InputError: the file has no overrides, or gives a grid to a table that ``raw`` keeps in floating point.
+    """
     quant = raw.get("quant")
     if not isinstance(quant, dict) or not isinstance(quant.get("overrides"), str):
         return raw
-    planned = read_yaml(quant["overrides"]).get("quant")
-    overrides = planned.get("overrides") if isinstance(planned, dict) else None
+    section = read_yaml(quant["overrides"]).get("quant")
+    planned = section if isinstance(section, dict) else {}
+    overrides = planned.get("overrides")
     if not isinstance(overrides, dict):
         raise InputError(
             f"quant.overrides: {quant['overrides']} has no overrides in its section quant; give a file of qtool plan"
         )
-    return {**raw, "quant": {**quant, "overrides": overrides}}
+    grids = {key: planned[key] for key in ("embedding", "head") if key in planned}
+    for key, grid in grids.items():
+        if quant.get(key) == "float" != grid:
+            raise InputError(
+                f"quant.{key} is float, and {quant['overrides']} gives it the grid {grid}; leave one of them out"
+            )
+    return {**raw, "quant": {**quant, "overrides": overrides, **grids}}
 
 
 class _OneExport(Section):

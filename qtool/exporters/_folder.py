@@ -1,6 +1,6 @@
 """The parts that export formats share: writing and reading folders, float tensors, and reasons to refuse."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qtool.models.loaded import most_common
 from qtool.quant.affine import QuantizedWeight
 from qtool.system.errors import InputError, first_line
 
+CHUNK_NUMBERS = 1 << 22  # number of weights unpacked or compared at once
 NONE: Mapping[str, Tensor] = {}  # no tensors: a folder is written without its weights
 
 
@@ -175,11 +176,21 @@ def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
     """Return the largest change by rounding to ``dtype``, relative to the largest value of its tensor; 0 if exact."""
     worst = 0.0
     for tensor in tensors:
-        exact = tensor if tensor.dtype == torch.float64 else tensor.float()
-        change = (tensor.to(getattr(torch, dtype)).to(exact) - exact).abs()
-        if change.any():
-            worst = max(worst, float(change.amax() / exact.abs().amax()))
+        change = largest = 0.0
+        for rows in row_parts(tensor):
+            part = tensor[rows] if tensor.dtype == torch.float64 else tensor[rows].float()
+            change = max(change, float((part.to(getattr(torch, dtype)).to(part) - part).abs().amax()))
+            largest = max(largest, float(part.abs().amax()))
+        if change:
+            worst = max(worst, change / largest)
     return worst
+
+
+def row_parts(tensor: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows of ``tensor``, a few at a time: a table of embeddings may have 2**28 numbers."""
+    size = max(1, CHUNK_NUMBERS // max(1, tensor[:1].numel()))
+    for start in range(0, len(tensor), size):
+        yield slice(start, start + size)
 
 
 def skeleton(folder: Path) -> nn.Module:
@@ -222,6 +233,19 @@ def transposed(source: NativeCheckpoint) -> set[str]:
     if not has_class(source):
         return set()
     return {name for name, module in skeleton(source.folder).named_modules() if isinstance(module, Conv1D)}
+
+
+def packed_tables(source: NativeCheckpoint) -> dict[str, str]:
+    """Return the quantized tables: the name of each embedding and of an untied head -> the key of its grid."""
+    heads = {name for name in source.specs if f"{name}.weight" in head_names(source.folder)}
+    return {**dict.fromkeys(source.tables.embeddings, "quant.embedding"), **dict.fromkeys(heads, "quant.head")}
+
+
+def regroup(source: NativeCheckpoint, name: str) -> str:
+    """Return what to do about groups of ``name`` that are no multiple of 32."""
+    if (key := packed_tables(source).get(name)) is not None:
+        return f"give it a multiple of 32 as group_size, or leave it in floating point ({key})"
+    return "quantize with a multiple of 32 as group_size, for all linears or for this one in quant.overrides"
 
 
 def conv1d(source: NativeCheckpoint, why: str) -> str | None:
@@ -303,7 +327,7 @@ def split_rows(source: NativeCheckpoint, format: str) -> str | None:
 
 def block_prefixes(source: NativeCheckpoint) -> tuple[str, str]:
     """Return the prefixes of the names of all decoder blocks, such as ``model.layers.``: in memory, and published."""
-    first = next(iter(source.specs))
+    first = next(name for name in source.specs if any(part.isdigit() for part in name.split(".")))
     found = []
     for name in (first, published_names(source).modules(first)[0]):
         parts = name.split(".")
@@ -319,9 +343,14 @@ def float_in_blocks(source: NativeCheckpoint, *, routers: bool = False) -> list[
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
-    """Unpack ``count`` codes of each row of ``words`` int32 ``[rows, w]`` bit by bit, with no code of the packer."""
-    rows = []
-    for row in words.numpy().astype("<i4"):
-        bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: count * num_bits].reshape(count, num_bits)
-        rows.append((bits * (1 << np.arange(num_bits))).sum(1))
-    return torch.from_numpy(np.stack(rows)).float()
+    """Unpack ``count`` codes of each row of ``words`` int32 ``[rows, w]`` bit by bit, with no code of the packer.
+
+    The result is float32 ``[rows, count]``. Few rows are unpacked at once, as a bit takes a byte meanwhile.
+    """
+    found = torch.empty(len(words), count)
+    stream = words.numpy().astype("<i4").view(np.uint8)
+    for rows in row_parts(found):
+        bits = np.unpackbits(stream[rows], axis=1, bitorder="little")[:, : count * num_bits]
+        codes = sum(bits[:, i::num_bits] << i for i in range(num_bits))
+        found[rows] = torch.from_numpy(codes)
+    return found

@@ -46,6 +46,8 @@ class Place(NamedTuple):
 
     def gather(self, weight: Callable[[str], Tensor]) -> Tensor:
         """Return the rows ``[rows, n]`` of the tensor; ``weight`` returns those of a linear, by its name in memory."""
+        if self.whole is not None:
+            return weight(self.whole)  # no copy: a table of embeddings may be the most of a model
         parts = {name: weight(name)[rows] for name, (_, rows) in self.linears.items()}
         first = next(iter(parts.values()))
         found = first.new_empty(self.num_rows, first.shape[1])
@@ -55,6 +57,9 @@ class Place(NamedTuple):
 
     def scatter(self, rows: Tensor, weights: dict[str, Tensor], sizes: Mapping[str, int]) -> None:
         """Put ``rows`` ``[rows, n]`` of the tensor into the ``weights`` of linears, of ``sizes`` rows each."""
+        if self.whole is not None:
+            weights[self.whole] = rows
+            return
         for name, (positions, own) in self.linears.items():
             if name not in weights:
                 weights[name] = rows.new_full((sizes[name], rows.shape[1]), torch.nan)

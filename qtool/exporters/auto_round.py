@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
-from qtool.config.quant import BITS, QuantSpec
+from qtool.config.quant import BITS
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
@@ -37,7 +37,8 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import gathered
-from qtool.exporters.gptq import LAYOUT, layout_floats, layout_refuses, packed, unpacked
+from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
+from qtool.exporters.gptq import LAYOUT, grid, layout_floats, layout_refuses, packed, unpacked
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
@@ -46,9 +47,10 @@ OFFSETS = {"auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0
 
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
-    """Refuse float zero points, ``Conv1D`` layers, odd shapes, and scales or biases that float16 does not hold."""
+    """Refuse float zero points, packed embeddings, ``Conv1D``, odd shapes, and scales or biases that float16 lacks."""
     return (
         float_zeros(source, "auto-round")
+        or refused_embedding(source, "auto-round 0.16 reads no packed embedding")
         or layout_refuses(source, "auto-round")
         or _experts_refuse(source)
         or unfit(source, config)
@@ -72,27 +74,26 @@ def _experts_refuse(source: NativeCheckpoint) -> str | None:
     return None
 
 
-def settings(spec: QuantSpec) -> dict[str, Any]:
-    """Return ``spec`` in the keys of auto-round."""
-    return {"bits": spec.num_bits, "group_size": spec.group_size, "sym": spec.symmetric}
-
-
 def section(source: NativeCheckpoint) -> dict[str, Any]:
-    """Return the ``quantization_config``: the most common grid, and by full name each linear that differs."""
-    common = Counter(source.specs.values()).most_common(1)[0][0]
+    """Return the ``quantization_config``: the most common grid, and by full name each linear that differs.
+
+    A packed head is named whatever its grid: auto-round looks for it only then.
+    """
+    common = Counter(in_blocks(source).values()).most_common(1)[0][0]
     prefixes = dict.fromkeys(prefix.removesuffix(".") for prefix in block_prefixes(source))
     left = float_in_blocks(source, routers=True)
     named = grids(source, packed_places(source))
     named |= {name: spec for name, spec in source.specs.items() if name not in published_names(source).experts}
-    differ = {name: settings(spec) for name, spec in named.items() if settings(spec) != settings(common)}
+    outside = names_of(source, *outside_blocks(source))
+    listed = {name: grid(spec) for name, spec in named.items() if grid(spec) != grid(common) or name in outside}
     symmetric = all(spec.symmetric for spec in source.specs.values())
     return {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq" if symmetric else "auto_round:gptqmodel",
-        **settings(common),
+        **grid(common),
         "data_type": "int",
         "block_name_to_quantize": ",".join(prefixes),
-        "extra_config": differ | {name: {"bits": 16} for name in left},
+        "extra_config": listed | {name: {"bits": 16} for name in left},
         "quantizer": f"qtool:{__version__}",
     }
 

@@ -5,17 +5,21 @@ left out, and the config has another section. Weights of 8 bits in one symmetric
 too (W8A8) are written as ``int-quantized``, which int8 kernels read: ``weight`` int8 and ``weight_scale`` ``[out, 1]``.
 Each config group names its format.
 
+Embeddings are ``int-quantized`` too, a byte for each code whatever their grid: transformers reads them, and stops at
+packed ones. A head that computes with the same table has a copy of its scales, ``lm_head.weight_scale``, and no codes.
+(vLLM reads embeddings as ``pack-quantized``, which is another folder.)
+
 A scale is written in the dtype that it was rounded to. Engines cast scales to the model's dtype, so the model is
 written in one that holds them. Known faults of readers are returned as notes.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
@@ -30,7 +34,6 @@ from qtool.exporters._folder import (
     float_linears,
     float_tensors,
     float_zeros,
-    grids,
     inexact,
     names_method,
     packed_places,
@@ -43,6 +46,15 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import Place, gathered
+from qtool.exporters._tables import (
+    ScaledFolder,
+    embedding_at,
+    float_embeddings,
+    in_blocks,
+    names_of,
+    outside_blocks,
+    signed,
+)
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packed_weight import PARTS
@@ -67,7 +79,7 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     only_linear = "and compressed-tensors replaces nn.Linear only"
     if refusal := float_zeros(source, "compressed-tensors") or conv1d(source, only_linear):
         return refusal
-    if refusal := split_rows(source, "compressed-tensors") or _experts_refuse(source):
+    if refusal := split_rows(source, "compressed-tensors") or _experts_refuse(source) or _embedding_refuses(source):
         return refusal
     scales = (source.tensor(f"{name}.weight_scale") for name in source.specs)
     if config.dtype != "auto" and inexact(scales, config.dtype):
@@ -113,6 +125,27 @@ def _experts_refuse(source: NativeCheckpoint) -> str | None:
     return None
 
 
+def _embedding_refuses(source: NativeCheckpoint) -> str | None:
+    """Return the reason why transformers, for which packed embeddings are written, would not load them, or ``None``."""
+    tables = source.tables.embeddings
+    linear = next((name for name, spec in in_blocks(source).items() if not spec.symmetric), None) if tables else None
+    if linear is not None:
+        return (
+            f"{linear} has an asymmetric grid, which transformers with compressed-tensors 0.18 to 0.20 loads only with "
+            f"dequantize=True, and that cannot read {tables[0]} (quant.embedding) beside it; quantize with "
+            "symmetric: true or quant.embedding: float, or export mlx, gguf or dense"
+        )
+    for name in tables:
+        module = published_names(source).model.get_submodule(name)
+        if len(inspect.signature(module.forward).parameters) > 1:
+            return (
+                f"{name} is quantized (quant.embedding), and compressed-tensors 0.20 calls an embedding with one "
+                f"argument, where {type(module).__name__} needs more; quantize with quant.embedding: float, or export "
+                "dense"
+            )
+    return None
+
+
 def model_dtype(source: NativeCheckpoint) -> str:
     """Return the smallest dtype that holds scales and every other tensor; the checkpoint's own is preferred."""
     names = [*(f"{name}.weight_scale" for name in source.specs), *source.float_names()]
@@ -121,10 +154,14 @@ def model_dtype(source: NativeCheckpoint) -> str:
     return next((d for d in candidates if not inexact((source.tensor(name) for name in names), d)), "float32")
 
 
-def layout(spec: QuantSpec) -> str:
-    """Return the format of a config group of linears with the grid ``spec``."""
-    whole_rows = spec.num_bits == 8 and spec.group_size == -1 and spec.symmetric
-    return INT_QUANTIZED if whole_rows and spec.activations is not None else PACK_QUANTIZED
+def layout(source: NativeCheckpoint, name: str) -> str:
+    """Return the format of the config group of a linear or embedding, by its name in memory."""
+    spec, tables = source.specs[name], source.tables.embeddings
+    if spec.num_bits == 8 and spec.group_size == -1 and spec.symmetric and spec.activations is not None:
+        return INT_QUANTIZED
+    # transformers reads packed zero points of nothing, and embeddings are for transformers
+    head = bool(tables) and not spec.symmetric and name in outside_blocks(source)
+    return INT_QUANTIZED if name in tables or head else PACK_QUANTIZED
 
 
 def scheme(spec: QuantSpec) -> dict[str, Any]:
@@ -145,31 +182,41 @@ def scheme(spec: QuantSpec) -> dict[str, Any]:
 def section(source: NativeCheckpoint) -> dict[str, Any]:
     """Return the ``quantization_config``; if there are several grids, each lists its linears by full name.
 
-    The experts of a layer are listed by one pattern: so transformers finds their group.
+    The experts of a layer are listed by one pattern: so transformers finds their group. Embeddings are selected by
+    class, and come first: readers warn of a head that an earlier group has taken.
     """
-    by_spec: dict[QuantSpec, list[str]] = {}
-    for name, spec in grids(source, packed_places(source)).items():
-        by_spec.setdefault(spec, []).append(name)
+    linears: dict[tuple[QuantSpec, str], list[str]] = {}
+    names, embeddings = published_names(source), source.tables.embeddings
+    for name, place in packed_places(source).items():
+        if place.linears.keys().isdisjoint(embeddings):
+            first = next(iter(place.linears))
+            linears.setdefault((source.specs[first], layout(source, first)), []).append(name)
     for name, spec in source.specs.items():  # as transformers calls it
-        if name not in by_spec[spec] and name not in published_names(source).experts:
-            by_spec[spec].append(name)
-    groups = {
-        f"group_{i}": {
-            "targets": ["Linear"] if len(by_spec) == 1 else _patterns(names),
-            "format": layout(spec),
-            "input_activations": None if spec.activations is None else ARGUMENTS,
-            "output_activations": None,
-            "weights": scheme(spec),
-        }
-        for i, (spec, names) in enumerate(by_spec.items())
-    }
-    formats = {layout(spec) for spec in by_spec}
+        if name not in (*embeddings, *names.experts) and name not in (group := linears[spec, layout(source, name)]):
+            group.append(name)
+    by_class = len(linears) == 1 and not (embeddings and names.experts)
+    groups = [(spec, form, ["Linear"] if by_class else _patterns(each)) for (spec, form), each in linears.items()]
+    ignored = both_names(float_linears(source, routers=True))
+    if embeddings:
+        heads = names_of(source, *source.tables.tied)
+        groups.insert(0, (source.specs[embeddings[0]], layout(source, embeddings[0]), ["Embedding", *heads]))
+        ignored += float_embeddings(source)
+    formats = {form for _, form, _ in groups}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": _patterns(both_names(float_linears(source, routers=True))),
+        "config_groups": {
+            f"group_{i}": {
+                "targets": targets,
+                "format": form,
+                "input_activations": None if spec.activations is None else ARGUMENTS,
+                "output_activations": None,
+                "weights": scheme(spec),
+            }
+            for i, (spec, form, targets) in enumerate(groups)
+        },
+        "ignore": _patterns(ignored),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -188,15 +235,11 @@ def _patterns(names: Iterable[str]) -> list[str]:
 
 
 def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], QuantizedWeight]) -> dict[str, Tensor]:
-    """Return the tensors of a published linear by their names there."""
-    if layout(source.specs[next(iter(place.linears))]) == INT_QUANTIZED:
-        weight = gathered(place, read)
-        codes = weight.codes.to(torch.int16) - weight.spec.middle
-        return {
-            "weight": codes.to(torch.int8),
-            "weight_scale": weight.scale.to(getattr(torch, weight.spec.scale_dtype)),
-        }
-    if (whole := place.whole) is not None:
+    """Return the tensors of a published linear or embedding by their names there."""
+    first, whole = next(iter(place.linears)), place.whole
+    if layout(source, first) == INT_QUANTIZED:
+        return signed(gathered(place, read))
+    if whole is not None:
         parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
         return {part: source.tensor(f"{whole}.{part}") for part in parts}
     layer = PackedLinear.from_quantized(gathered(place, read), None)
@@ -205,19 +248,35 @@ def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], Quantiz
 
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
-    own = stored_dtype(source)
     floats, dtype = float_tensors(source, config, model_dtype(source))
-    tensors, read = published_names(source).floats(floats), reader(source)
+    names, read = published_names(source), reader(source)
+    tensors, tables = names.floats(floats), dict[str, Tensor]()
     for name, place in packed_places(source).items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(source, place, read).items()}
+        parts = {f"{name}.{part}": tensor for part, tensor in _parts(source, place, read).items()}
+        tensors |= parts
+        if source.tables.embeddings and place.linears.keys() <= set(source.tables.embeddings):
+            tables |= parts
+    for head, table in source.tables.tied.items():
+        for there, here in zip(names.modules(head), names.modules(table), strict=True):
+            copied = {
+                key.replace(here, there): each for key, each in tables.items() if key.startswith(f"{here}.weight_")
+            }
+            tensors |= {key: each.clone() for key, each in copied.items()}
     write_folder(source.folder, out, tensors, section(source), dtype)
-    notes = []
+    return _notes(source, config, dtype, tables)
+
+
+def _notes(source: NativeCheckpoint, config: ExportConfig, dtype: str, tables: Mapping[str, Tensor]) -> list[str]:
+    """Return the notes of a written folder; ``tables`` are the tensors of its packed embeddings."""
+    own, notes = stored_dtype(source), []
     if dtype != own and config.dtype == "auto":
         notes.append(
             f"the model is written in {dtype}, because {own} does not hold its scales; "
             f"for a smaller file, quantize with scale_dtype: {own}"
         )
-    specs = set(source.specs.values())
+    linears = {name: spec for name, spec in source.specs.items() if name not in source.tables.embeddings}
+    forms = {(spec, layout(source, name)) for name, spec in linears.items()}
+    specs = {spec for spec, _ in forms}
     if not published_names(source).experts.keys().isdisjoint(source.specs):
         notes.append("transformers expands experts while it loads them, and rounds them to the dtype of their scales")
     if any(spec.num_bits == 3 for spec in specs):
@@ -225,36 +284,46 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
             "3-bit codes are packed without gaps: readers need compressed-tensors 0.18 or later; check that vLLM reads "
             "them on your GPU"
         )
-    if not all(spec.symmetric for spec in specs):
+    several = len(forms) + bool(tables) > 1
+    if any(form == PACK_QUANTIZED and not spec.symmetric for spec, form in forms):
+        alone = "only with CompressedTensorsConfig(dequantize=True), which multiplies in the dtype of the scales"
+        way = "does not load this folder, which is for vLLM" if several else f"loads this folder {alone}"
+        notes.append(f"asymmetric grids: transformers with compressed-tensors 0.18 to 0.20 {way}")
+    notes += [NOTES[form] for form in sorted({form for spec, form in forms if spec.activations is not None})]
+    if tables:
+        count = sum(each.numel() for key, each in tables.items() if key.endswith(".weight"))
+        bits = 8 * sum(each.nbytes for each in tables.values()) / count
         notes.append(
-            "asymmetric grids: transformers with compressed-tensors 0.18 to 0.20 loads this folder only with "
-            "CompressedTensorsConfig(dequantize=True), which multiplies in the dtype of the scales"
+            f"embeddings take {bits:.2f} bits per weight: they are written as int-quantized, a byte for each code, for "
+            "transformers with compressed-tensors, which stops at packed ones; vLLM reads packed ones only"
         )
-    notes += [NOTES[form] for form in sorted({layout(spec) for spec in specs if spec.activations is not None})]
-    if len(specs) > 1:
+    if several:
         notes.append("several grids: never load this with dequantize=True, which applies the first grid to all linears")
     return notes
 
 
 def _matches(target: str, name: str) -> bool:
-    """Return whether a target of a config group selects the linear ``name``: by class, by pattern or by name."""
+    """Return whether a target of a config group selects a module by its name or by a pattern."""
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
-    return target in ("Linear", name)
+    return target == name
 
 
 def _group(opened: WrittenFolder, name: str) -> dict[str, Any]:
-    """Return the config group of the linear ``name``, with its format.
+    """Return the config group of the linear or embedding ``name``, by name or else by class, with its format.
 
     Raises:
         InputError: there is none, or it is one that qtool cannot read.
     """
     config = opened.config["quantization_config"]
-    groups = config.get("config_groups", {}).values()
-    group: dict[str, Any] = next((g for g in groups if any(_matches(target, name) for target in g["targets"])), {})
+    groups = list(config.get("config_groups", {}).values())
+    kind = "Linear" if embedding_at(opened.folder, name) is None else "Embedding"
+    selected = [g for g in groups if any(_matches(target, name) for target in g["targets"])]
+    selected += [g for g in groups if kind in g["targets"]]
+    group: dict[str, Any] = next(iter(selected), {})
     weights, form = group.get("weights") or {}, group.get("format") or config.get("format")
     known = config.get("format") in (PACK_QUANTIZED, INT_QUANTIZED, MIXED) and weights.get("num_bits") in BITS
-    held = form == PACK_QUANTIZED or (form == INT_QUANTIZED and weights.get("symmetric"))
+    held = form in (PACK_QUANTIZED, INT_QUANTIZED)
     if not known or not held or weights.get("type", "int") != "int":
         raise InputError(f"{opened.folder}: {name} is in a format of compressed-tensors that qtool cannot read")
     return {**group, "format": form}
@@ -276,8 +345,13 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
     group = _group(opened, name)
     weights = group["weights"]
     if group["format"] == INT_QUANTIZED:
-        codes, scale = opened.tensor(f"{name}.weight").float(), opened.tensor(f"{name}.weight_scale").float()
-        return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+        parts = ["weight_scale"] if weights.get("symmetric", True) else ["weight_scale", "weight_zero_point"]
+        grid = {part: opened.tensor(f"{name}.{part}") for part in parts}
+        assert isinstance(opened, ScaledFolder)
+        opened.check_copies(name, grid, group["targets"])
+        codes = opened.tensor(f"{name}.weight").float()
+        wide = {part: each.float().repeat_interleave(codes.shape[1] // each.shape[1], 1) for part, each in grid.items()}
+        return (codes - wide.get("weight_zero_point", 0)) * wide["weight_scale"]
     rows, columns = opened.tensor(f"{name}.weight_shape").tolist()
     scale = opened.tensor(f"{name}.weight_scale").float()
     codes = unpack_bits(opened.tensor(f"{name}.weight_packed"), weights["num_bits"], columns)
@@ -297,7 +371,7 @@ EXPORTER = Exporter(
     lambda source, out, dtype: write_folder(source.folder, out, {}, section(source), dtype),
     read,
     "Load it with vLLM, or with `transformers` and `compressed-tensors` installed.",
-    partial(WrittenFolder, marker="weight_scale"),
+    ScaledFolder,
     recognises=partial(names_method, "compressed-tensors"),
     rounds=rounds,
     needs_class=False,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import NativeCheckpoint
-from qtool.config.quant import BITS
+from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
@@ -44,6 +44,7 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import gathered
+from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import WORD, pack
 from qtool.system.errors import InputError
@@ -59,9 +60,10 @@ LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a lin
 
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, mixed grids, linears left in float in some blocks, odd shapes, and inexact scales."""
-    specs = {(s.num_bits, s.group_size, s.symmetric) for s in source.specs.values()}
-    if refusal := float_zeros(source, "GPTQ"):
+    reader = "GPTQModel 7.7 reads embeddings with scales of groups of tokens, where this one has scales of each token"
+    if refusal := float_zeros(source, "GPTQ") or refused_embedding(source, reader):
         return refusal
+    specs = {tuple(grid(spec).values()) for spec in in_blocks(source).values()}
     if len(specs) > 1:
         return (
             f"its linears have {len(specs)} different grids, and a GPTQ config for transformers states only one; "
@@ -75,6 +77,11 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
                 "config cannot express; export auto-round or compressed-tensors instead"
             )
     return layout_refuses(source, "GPTQ") or unfit(source, config)
+
+
+def grid(spec: QuantSpec) -> dict[str, Any]:
+    """Return ``spec`` in the keys of GPTQ."""
+    return {"bits": spec.num_bits, "group_size": spec.group_size, "sym": spec.symmetric}
 
 
 def layout_refuses(source: NativeCheckpoint, format: str) -> str | None:
@@ -104,7 +111,8 @@ def kinds(source: NativeCheckpoint) -> tuple[list[str], dict[str, str]]:
     def kind(name: str) -> str:
         return name.removeprefix(own).removeprefix(published).partition(".")[2]
 
-    kept = both_names({linear: [] if linear in names.experts else names.modules(linear) for linear in source.specs})
+    linears = in_blocks(source)
+    kept = both_names({linear: [] if linear in names.experts else names.modules(linear) for linear in linears})
     return list(dict.fromkeys(map(kind, kept))), {name: kind(name) for name in float_in_blocks(source)}
 
 
@@ -112,28 +120,33 @@ def section(source: NativeCheckpoint, version: int) -> dict[str, Any]:
     """Return the ``quantization_config``, which is also written as ``quantize_config.json``.
 
     Linears of the blocks that are left in floating point are named twice: GPTQModel and SGLang read ``dynamic``,
-    transformers (optimum) ``modules_in_block_to_quantize``, and vLLM both.
+    transformers (optimum) ``modules_in_block_to_quantize``, and vLLM both. A packed head is named twice too: optimum
+    looks for it only if its search is not limited to the blocks.
     """
-    spec, name = next(iter(source.specs.values())), "gptq" if version == 1 else "gptq_v2"
+    spec, name = next(iter(in_blocks(source).values())), "gptq" if version == 1 else "gptq_v2"
     kept, left = kinds(source)
-    skipped: dict[str, Any] = {}
-    if left:
-        patterns = dict.fromkeys(rf"-:.*\.{re.escape(kind)}$" for kind in left.values())
-        skipped = {"dynamic": {pattern: {} for pattern in patterns}, "modules_in_block_to_quantize": [kept]}
+    outside = outside_blocks(source)
+    dynamic: dict[str, Any] = {rf"-:.*\.{re.escape(kind)}$": {} for kind in left.values()}
+    for linear, own in outside.items():
+        if grid(own) != grid(spec):
+            dynamic |= {f"+:^{re.escape(each)}$": grid(own) for each in names_of(source, linear)}
+    named: dict[str, Any] = {"dynamic": dynamic} if dynamic else {}
+    if left or outside:
+        named["modules_in_block_to_quantize"] = [[*kept, *names_of(source, *outside)]]
+    if outside:
+        named["block_name_to_quantize"] = ""
     return {
         "quant_method": "gptq",
-        "bits": spec.num_bits,
-        "group_size": spec.group_size,
-        "sym": spec.symmetric,
+        **grid(spec),
         "desc_act": False,
-        "lm_head": False,
+        "lm_head": bool(outside),
         "checkpoint_format": name,
         "format": name,
         "pack_dtype": "int32",
         "true_sequential": True,
         "damp_percent": 0.01,
         "meta": {"quantizer": [f"qtool:{__version__}"]},
-    } | skipped
+    } | named
 
 
 def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
@@ -163,20 +176,26 @@ def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, ver
     """Write the folder in ``version`` 1 or 2; see ``Exporter.write``."""
     floats, dtype = float_tensors(source, config, stored_dtype(source))
     tensors, read = layout_floats(source, floats), reader(source)
-    spec = next(iter(source.specs.values()))
     for name, place in packed_places(source).items():
         quantized = gathered(place, read)
         tensors |= {f"{name}.{part}": tensor for part, tensor in packed(quantized, version).items()}
-        columns = quantized.codes.shape[1]
+        spec, columns = quantized.spec, quantized.codes.shape[1]
         tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // (columns // spec.num_groups(columns))
     describe_version(source, out, dtype, version, tensors)
-    notes = [f"written as {section(source, version)['format']}"]
+    notes, first = [f"written as {section(source, version)['format']}"], next(iter(in_blocks(source).values()))
     if left := kinds(source)[1]:
         notes.append(f"{len(left)} linear(s) of the blocks are left in floating point (dynamic in config.json)")
-    if spec.num_bits in (2, 3):
+    specs = source.specs.values()
+    if any(spec.num_bits in (2, 3) for spec in specs):
         notes.append("vLLM and SGLang have no 2- or 3-bit GPTQ kernels; for them, export compressed-tensors")
-    elif not spec.symmetric:
+    elif not all(spec.symmetric for spec in specs):
         notes.append("vLLM and SGLang refuse asymmetric GPTQ; for them, export compressed-tensors")
+    if others := [linear for linear, spec in outside_blocks(source).items() if grid(spec) != grid(first)]:
+        notes.append(
+            f"{', '.join(others)} has another grid than the linears (dynamic in config.json): GPTQModel reads it, and "
+            "transformers stops, because it reads one grid; for transformers, quantize with head: float or with the "
+            "linears' grid"
+        )
     if published_names(source).experts:
         notes.append(
             "transformers itself unpacks no experts of GPTQ folders: load this one with GPTQModel, vLLM or SGLang"
@@ -194,8 +213,8 @@ def describe_version(
 
 
 def version_of(source: NativeCheckpoint) -> int:
-    """Return the version in which ``gptq`` writes a checkpoint: 1 if the grid is symmetric, else 2."""
-    return 1 if next(iter(source.specs.values())).symmetric else 2
+    """Return the version in which ``gptq`` writes a checkpoint: 1 if its grids are symmetric, else 2."""
+    return 1 if all(spec.symmetric for spec in source.specs.values()) else 2
 
 
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
@@ -206,14 +225,21 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
 def read(opened: WrittenFolder, name: str) -> Tensor:
     """Return the weight float32 ``[out, in]`` of the linear ``name``, unpacked bit by bit."""
     config = opened.config["quantization_config"]
-    kind = config.get("checkpoint_format", "gptq")
-    if kind not in ("gptq", "gptq_v2") or config.get("bits") not in BITS:
+    kind, bits = config.get("checkpoint_format", "gptq"), _bits(config, name)
+    if kind not in ("gptq", "gptq_v2") or bits not in BITS:
         raise InputError(
-            f"{opened.folder} is in GPTQ's format {kind!r} with {config.get('bits')} bits, which qtool cannot read"
+            f"{opened.folder}: {name} is in GPTQ's format {kind!r} with {bits} bits, which qtool cannot read"
         )
-    bits, offset = config["bits"], 1 if kind == "gptq" else 0
     parts = {part: opened.tensor(f"{name}.{part}") for part in (*LAYOUT, "g_idx")}
-    return unpacked(parts, bits, offset, parts["g_idx"].long())
+    return unpacked(parts, bits, 1 if kind == "gptq" else 0, parts["g_idx"].long())
+
+
+def _bits(config: dict[str, Any], name: str) -> Any:
+    """Return the bits of a linear: those of the first pattern of ``dynamic`` that matches it, or of all linears."""
+    for pattern, changes in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            return changes.get("bits", config.get("bits"))
+    return config.get("bits")
 
 
 def unpacked(parts: dict[str, Tensor], bits: int, offset: int, groups: Tensor | None = None) -> Tensor:

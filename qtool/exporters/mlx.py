@@ -8,6 +8,8 @@ MLX dequantizes in the dtype of its scales. A float16 scale has 11 significant b
 so products are exact in float32 and rounded in 16 bits, where biases alone would change weights by up to 6e-4 of their
 size. So scales and biases are written in float32, and only scales whose products float32 does not hold are refused.
 
+Embeddings and heads are packed in the same way; a head that computes with the embedding's table is not written.
+
 MLX multiplies groups of 32, 64 and 128 channels. A larger group, or a whole row, that one of these divides is written
 as several groups with the same scale, which changes no weight.
 """
@@ -35,9 +37,11 @@ from qtool.exporters._folder import (
     float_zeros,
     grids,
     packed_places,
+    packed_tables,
     published_names,
     quantization_section,
     reader,
+    regroup,
     stored_dtype,
     unfit,
     unpack_bits,
@@ -74,6 +78,8 @@ RENAMED = {
         ".feed_forward.w3.": ".feed_forward.up_proj.",
     },
 }
+# models of which mlx-lm multiplies by the embedding's weight itself, which are codes if it is packed, to get logits
+BY_WEIGHT = ("llama4_text", "seed_oss")
 # models whose kv_b_proj mlx-lm cuts in two when it loads them, and rounds both halves if it is quantized
 LATENT = ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash")
 
@@ -111,6 +117,19 @@ def _experts_refuse(source: NativeCheckpoint) -> str | None:
     return None
 
 
+def _tables_refuse(source: NativeCheckpoint) -> str | None:
+    """Return the reason why mlx-lm does not compute with a packed embedding, or ``None``."""
+    model: Any = published_names(source).model
+    for head, table in source.tables.tied.items():
+        if model.config.model_type in BY_WEIGHT:
+            return (
+                f"{head} computes with the packed table {table} (tied weights), and mlx-lm multiplies by its codes as "
+                f"they are in a {model.config.model_type} model; leave it in floating point (quant.embedding: float), "
+                "or export dense"
+            )
+    return None
+
+
 def written_group(spec: QuantSpec, columns: int) -> int | None:
     """Return the largest group of MLX that divides a group of ``spec`` in rows of ``columns``, or ``None``."""
     group = columns // spec.num_groups(columns)
@@ -132,15 +151,14 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse float zero points, ``Conv1D`` layers, group sizes that MLX lacks, and scales of too many bits."""
     if refusal := float_zeros(source, "MLX") or conv1d(source, "and MLX packs nn.Linear only"):
         return refusal
-    if refusal := _experts_refuse(source):
+    if refusal := _experts_refuse(source) or _tables_refuse(source):
         return refusal
     for name, spec in source.specs.items():
         columns = int(source.tensor(f"{name}.weight_shape")[1])
         if written_group(spec, columns) is None:
             return (
                 f"{name} has groups of {columns // spec.num_groups(columns)} input channels, and MLX multiplies groups "
-                "of 32, 64 and 128; quantize with a multiple of 32 as group_size, for all linears or for this one in "
-                "quant.overrides"
+                f"of 32, 64 and 128; {regroup(source, name)}"
             )
         if not exact(source.tensor(f"{name}.weight_scale"), spec):
             return (
@@ -156,7 +174,10 @@ def settings(spec: QuantSpec, columns: int) -> dict[str, Any]:
 
 
 def section(source: NativeCheckpoint) -> dict[str, Any]:
-    """Return the config's ``quantization``: the most common grid, linears that differ, ``False`` for float linears."""
+    """Return the config's ``quantization``: the most common grid, what differs, ``False`` for float linears.
+
+    A float embedding needs no entry: mlx-lm packs nothing that has no scales in the files.
+    """
     found, shapes = grids(source, _packed(source)), source.shapes
     own = {name: next(iter(place.linears)) for name, place in _packed(source).items()}
     held = {name: settings(spec, shapes[own[name]][1]) for name, spec in found.items()}
@@ -195,21 +216,22 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     floats, dtype = float_tensors(source, config, stored_dtype(source))
     names = published_names(source)
     tensors, weight = names.floats(floats, places(names)), reader(source)
-    size = bits = 0
-    split = set()
+    sizes, bits, split = Counter[str](), Counter[str](), set()
+    tables = packed_tables(source)
     for name, place in _packed(source).items():
         quantized = gathered(place, weight)
         parts = packed(quantized)
         tensors |= {f"{name}.{part}": rows.unflatten(0, place.shape) for part, rows in parts.items()}
-        size += quantized.codes.numel()
-        bits += 8 * sum(tensor.nbytes for tensor in parts.values())
+        linear = next(iter(place.linears))
+        part = linear if linear in tables else ""  # linears are counted together
+        sizes[part] += quantized.codes.numel()
+        bits[part] += 8 * sum(tensor.nbytes for tensor in parts.values())
         if parts["scales"].shape != quantized.scale.shape:
             split.add(quantized.spec.label())
     describe(source, out, dtype, tensors)
-    notes = [
-        f"{bits / size:.2f} bits per weight as written: scales and biases are float32, because 16 bits would change "
-        "weights; MLX computes these linears in float32"
-    ]
+    each = {part: f"{bits[part] / sizes[part]:.2f} bits per weight as written" for part in sizes}
+    why = "scales and biases are float32, because 16 bits would change weights; MLX computes with them in float32"
+    notes = [f"{part}: {said}" if part else f"{said}: {why}" for part, said in each.items()]
     if split:
         notes.append(f"groups of {', '.join(sorted(split))} are written as smaller ones with the same scale")
     return notes
@@ -231,9 +253,9 @@ def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
     """Unpack the weight float32 ``[out, in]`` from the tensors that ``packed`` makes, bit by bit."""
     words, scales, biases = parts["weight"].view(torch.int32), parts["scales"].float(), parts["biases"].float()
     columns = words.shape[1] * WORD // bits
-    repeat = columns // scales.shape[1]
-    codes = unpack_bits(words, bits, columns)
-    return codes * scales.repeat_interleave(repeat, 1) + biases.repeat_interleave(repeat, 1)
+    weight = unpack_bits(words, bits, columns)
+    weight.view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).add_(biases.unsqueeze(-1))
+    return weight
 
 
 def recognises(folder: Path) -> bool:

@@ -7,7 +7,7 @@ the head then computes with the embedding's table, which is quantized and stored
 Embeddings are quantized by searched ranges, and an untied head by the method, as a linear after the last block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -96,6 +96,15 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next((name, head) for name, module in model.named_modules() if module is head)
 
 
+def float_tables(model: nn.Module, quantized: Collection[str]) -> dict[str, str]:
+    """Return the tables that are not among ``quantized`` but can be, each with the recipe key that gives it a grid."""
+    found = {name: "quant.embedding" for name, module in embeddings_of(model).items() if can_stand_for(module)}
+    head = head_of(model)
+    if head is not None and isinstance(head[1], nn.Linear) and tied_to(model) is None:
+        found[head[0]] = "quant.head"
+    return {name: key for name, key in found.items() if name not in quantized}
+
+
 def table_keys(model: nn.Module) -> dict[str, str]:
     """Return the key of a recipe that has the grid of each embedding and of the output head, by name."""
     head = head_of(model)
@@ -159,7 +168,7 @@ def _said(spec: QuantSpec | None) -> str:
 
 
 def tied_to(model: nn.Module) -> tuple[str, str] | None:
-    """Return the name of the head and that of the embedding whose table it reads, packed or not, or ``None``."""
+    """Return the name of the head and that of the embedding whose table it reads, or ``None``."""
     head = head_of(model)
     if head is None:
         return None

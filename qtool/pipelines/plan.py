@@ -5,7 +5,7 @@ A run keeps its plan in its folder, because a later start must use the same widt
 
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.plan import BitPlan
-from qtool.allocation.sensitivity import Unit
+from qtool.allocation.units import Unit
 from qtool.blocks.job import Job
 from qtool.checkpoints.files import write_durably
 from qtool.config.recipe import Recipe

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from qtool.allocation.plan import BitPlan, mixed, units_of
+from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints import files, native, output_folder, side_files, sizes
@@ -157,12 +157,12 @@ def prepare(run: Run) -> Prepared:
         if recipe.eval is not None:
             tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
-        targets = select_targets(loaded, quant) if units is None else tuple(t for unit in units for t in unit.targets)
-        tables = select_tables(loaded, quant)
+        start = quant if units is None else narrowest(quant)
+        targets, tables = select_targets(loaded, start), select_tables(loaded, start)
     num_parts = len(loaded.blocks()) + len(tables.of_method)
     workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts)
     shapes = {target.name: target.weight_shape for target in targets} | tables.shapes
-    specs = (_specs(targets) if units is None else mixed(units)) | tables.specs
+    specs = _specs(targets) | tables.specs | ({} if units is None else mixed(units))
     planned = PlannedCheckpoint(loaded, specs, shapes, tables)
     float_bytes = _check_space_and_exports(recipe, loaded, planned)
     if distributed.is_first():
@@ -177,11 +177,15 @@ def prepare(run: Run) -> Prepared:
     if units is not None:
         with timer.phase("allocate", "choosing bit widths"):
             plan = kept_plan(recipe, run.state, job, units)
-        job = replace(job, targets=select_targets(loaded, plan.applied(quant)) + tables.of_method)
+        chosen = plan.applied(quant)
+        tables = select_tables(loaded, chosen)
+        job = replace(job, targets=select_targets(loaded, chosen) + tables.of_method, tables=tables)
+        specs = _specs(job.targets) | tables.specs
+        check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes, tables))  # they may refuse a width
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
     linears = weights.block_linears(loaded)
-    return Prepared(job, text, plan, _specs(job.targets) | tables.specs, shapes, linears, float_bytes)
+    return Prepared(job, text, plan, specs, shapes, linears, float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:

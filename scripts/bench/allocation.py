@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from qtool.allocation import plan as bit_plan
-from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit
+from qtool.allocation.sensitivity import COST_ESTIMATORS
+from qtool.allocation.units import Unit
 from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
 from qtool.config.budget import BudgetConfig

@@ -23,14 +23,18 @@ import torch
 from gptqmodel import BACKEND, GPTQModel, __version__
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def load_float32(folder: Path) -> PreTrainedModel:
+def load_float32(folder: Path, *, by_transformers: bool = False) -> PreTrainedModel:
     """Load a GPTQ-format folder, with packed linears that compute in float32 on the CPU."""
-    loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
-    model: PreTrainedModel = loaded.model.eval().float()
+    if by_transformers:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+        nn.Module.float(model.eval())  # model.float() refuses quantized models
+    else:
+        loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+        model = loaded.model.eval().float()
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored.update(load_file(file))
@@ -58,9 +62,10 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("--tokens", type=Path, help="a .npy of windows [b, t]; default: two of 64 drawn with seed 0")
     parser.add_argument("--weights", action="store_true", help="also write the dequantized weights")
+    parser.add_argument("--transformers", action="store_true", help="load with transformers, which reads by optimum")
     args = parser.parse_args()
 
-    model = load_float32(args.folder)
+    model = load_float32(args.folder, by_transformers=args.transformers)
     if args.tokens is None:
         tokens = fixed_tokens(model.config.vocab_size, num_windows=2, seq_len=64)
     else:

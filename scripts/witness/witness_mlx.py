@@ -4,8 +4,9 @@ Run by an interpreter that has mlx and mlx-lm (`pip install "mlx[cpu]" mlx-lm` w
 
     <python of that environment> witness_mlx.py FOLDER WITNESS.safetensors
 
-The written file holds `tokens` int64 [b, t], `logits` float32 [b, t, vocabulary], and the weight `<linear>.weight`
-[out, in] of every packed linear, or [experts, out, in] of a stack of experts, in the dtype that MLX dequantizes it to.
+The written file holds `tokens` int64 [b, t], `logits` float32 [b, t, vocabulary], and the weight `<module>.weight`
+[out, in] of every packed linear or embedding, or [experts, out, in] of a stack of experts, in the dtype that MLX
+dequantizes it to.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import load_model
 
-PACKED = (nn.QuantizedLinear, QuantizedSwitchLinear)
+PACKED = (nn.QuantizedEmbedding, nn.QuantizedLinear, QuantizedSwitchLinear)
 
 
 def dense_weight(layer: nn.Module) -> mx.array:

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.allocation.plan import BitPlan, check, units_of
-from qtool.allocation.sensitivity import COST_ESTIMATORS, fused, merged
+from qtool.allocation.sensitivity import COST_ESTIMATORS
 from qtool.allocation.solvers import SOLVERS
+from qtool.allocation.units import fused, merged
 from qtool.checkpoints.files import folder_bytes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.cli import main

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qtool.allocation import sensitivity
 from qtool.allocation.plan import units_of
-from qtool.allocation.sensitivity import COST_ESTIMATORS, Unit, compensated, nearest, rounded_unit
+from qtool.allocation.rounded import compensated, nearest, rounded_unit
+from qtool.allocation.sensitivity import COST_ESTIMATORS
+from qtool.allocation.units import Unit
 from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig
 from qtool.evaluation import perplexity

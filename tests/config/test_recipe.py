@@ -132,6 +132,20 @@ group_size: 4
 
 
 @pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("9", ".num_bits: should be less than or equal to 8; found 9"),
+        ("fast", '.num_bits: should be a whole number; found "fast"'),
+        ("[8]", ".num_bits: should be a whole number; found [8]"),
+        ("{num_bits: 8, sym: true}", ".sym: unknown key; known: num_bits, symmetric; found true"),
+        ("{num_bits: 8, symmetric: yes please}", '.symmetric: should be true or false; found "yes please"'),
+    ],
+)
+def test_bits_of_activations_are_a_number_or_a_grid(write: Write, value: str, fault: str) -> None:
+    assert faults_of(write(f"{GOOD}\nquant: {{activations: {value}}}\n")) == [f"quant.activations{fault}"]
+
+
+@pytest.mark.parametrize(
     ("method", "fault"),
     [
         ("{name: deom}", 'method.name: no such method; the nearest is demo; known: demo; found "deom"'),

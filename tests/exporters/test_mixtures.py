@@ -201,6 +201,21 @@ def test_compressed_tensors_refuses_experts_that_transformers_would_not_read(
     assert torch.equal(read_back(out), tiny.logits(architectures.load("qwen3_moe", folder)[0]))
 
 
+def test_compressed_tensors_refuses_experts_that_round_their_inputs(mixtures: Mixtures, tmp_path: Path) -> None:
+    """The rest of the model may round: its group of the config says so."""
+    grid = {"num_bits": 8, "symmetric": True}
+    with pytest.raises(InputError, match=r"experts\.gate_up_proj rounds activations, and transformers reads experts"):
+        exported(mixtures("qwen3_moe", activations=grid), "compressed-tensors", tmp_path / "out")
+    folder = mixtures("qwen3_moe", activations=grid, overrides={"*.experts.*": {"activations": None}})
+    out = exported(folder, "compressed-tensors", tmp_path / "out")
+    assert torch.equal(read_back(out), tiny.logits(architectures.load("qwen3_moe", folder)[0]))
+    groups = read_config(out)["quantization_config"]["config_groups"].values()
+    assert {any("experts" in target for target in g["targets"]): g["input_activations"] is None for g in groups} == {
+        True: True,
+        False: False,
+    }
+
+
 def test_mlx_has_the_experts_of_a_layer_in_stacks(mixtures: Mixtures, tmp_path: Path) -> None:
     folder = mixtures("granitemoe")
     source, stored = NativeCheckpoint(folder), tiny.stored(exported(folder, "mlx", tmp_path / "out"))

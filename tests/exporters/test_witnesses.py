@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import architectures, gguf_models, published, tiny, vocabularies
+import transformers
+from helpers import architectures, families, gguf_models, published, tiny, vocabularies
 from helpers.gguf_models import ROWS
 from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
+from helpers.packed_heads import HEADS, Tables
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -27,6 +29,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Natives:
     return Natives(tmp_path_factory.mktemp("natives"))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    return Tables(tmp_path_factory.mktemp("tables"))
 
 
 def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) -> dict[str, Tensor]:
@@ -67,12 +74,71 @@ def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives
     check(folder, witness, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2", "auto-round"])
+@pytest.mark.parametrize("case", HEADS)
+def test_packed_heads_are_read_with_the_same_weights_and_logits(name: str, case: str, tables: Tables) -> None:
+    folder, out = tables(case), tables.export(name, case)
+    if name == "auto-round":
+        script = "witness/witness_auto_round.py"
+        witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", script, out)
+        return check(folder, witness, 1e-5)
+    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "bench/witness_gptq.py", out, "--weights")
+    check(folder, witness, 1e-4)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_transformers_reads_a_gptq_head_on_the_grid_of_the_linears_and_stops_at_others(
+    case: str, tables: Tables
+) -> None:
+    folder, out = tables(case), tables.export("gptq", case)
+    needs, options = "gptqmodel 7.x", ("--weights", "--transformers")
+    if case == "head as linears":
+        witness = witnessed("QTOOL_GPTQMODEL_PYTHON", needs, "bench/witness_gptq.py", out, *options)
+        return check(folder, witness, 1e-4)
+    with pytest.raises(AssertionError, match="mismatch"):
+        witnessed("QTOOL_GPTQMODEL_PYTHON", needs, "bench/witness_gptq.py", out, *options)
+
+
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
 def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
     folder, out = native(grid), native.export("mlx", grid)
     witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
     assert all(tensor.dtype == torch.float32 for name, tensor in witness.items() if name.endswith("_proj.weight"))
     check(folder, witness, 1e-5)
+
+
+TABLES: dict[str, tuple[bool, dict[str, object]]] = {  # embeddings and heads: of a tied model, then of another
+    "8 bits a row": (True, {"embedding": {"num_bits": 8}}),
+    "4 bits": (True, {"embedding": {"num_bits": 4, "group_size": 64, "symmetric": False}}),
+    "both": (False, {"embedding": {"num_bits": 8}}),
+    "embedding only": (False, {"embedding": {"num_bits": 8, "group_size": 32}, "head": "float"}),
+    "head only": (False, {"head": {"num_bits": 3, "symmetric": False}}),
+    "differ": (False, {"embedding": {"num_bits": 4, "group_size": 32}, "head": {"num_bits": 8}}),
+}
+
+
+def with_tables(floats: Path, at: Path, tables: dict[str, object]) -> Path:
+    """Write a native checkpoint of 4 bits below ``at``, whose embedding or head is quantized too."""
+    tiny.quantize(floats, at / "q", QuantConfig.model_validate({"num_bits": 4, "group_size": 32} | tables))
+    return at / "q"
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_mlx_lm_reads_the_same_tables_and_logits(case: str, tmp_path: Path) -> None:
+    tied, tables = TABLES[case]
+    folder = with_tables(tiny.llama(tmp_path / "float", tied=tied), tmp_path, tables)
+    out = exported(folder, "mlx", tmp_path / "mlx")
+    check(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out), 1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gemma 3", "phi 3"])
+def test_mlx_lm_computes_the_same_with_tables_of_other_families(family: str, tied: bool, tmp_path: Path) -> None:
+    kind, values, rope, _ = published.MODELS[family]
+    config = getattr(transformers, kind)(**values | {"tie_word_embeddings": tied}, rope_parameters=rope)
+    folder = with_tables(families.write(config, tmp_path / "float"), tmp_path, TABLES["8 bits a row"][1])
+    out = exported(folder, "mlx", tmp_path / "mlx")
+    check(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out), 1e-5)
 
 
 def perplexity(logits: Tensor, tokens: Tensor) -> float:
@@ -180,6 +246,22 @@ def test_llama_cpp_computes_the_types_of_256_weights(quant: str, tmp_path: Path)
     out = exported(tmp_path / "q", "gguf", tmp_path / "out")
     assert f"as {quant} (" in (out / "README.md").read_text()
     assert near(tmp_path / "q", logits_of_llama_cpp(out))
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_llama_cpp_computes_tables_up_to_its_activations(case: str, tmp_path: Path) -> None:
+    tied, tables = TABLES[case]
+    folder = with_tables(tiny.llama(tmp_path / "float", tied=tied), tmp_path, tables)
+    assert near(folder, logits_of_llama_cpp(exported(folder, "gguf", tmp_path / "out")))
+
+
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_llama_cpp_computes_a_table_in_every_type(kind: str, tmp_path: Path) -> None:
+    grid = ROWS[kind].model_dump(include={"num_bits", "group_size", "symmetric"})
+    folder = with_tables(tiny.BUILTIN, tmp_path, {"embedding": grid})
+    out = exported(folder, "gguf", tmp_path / "out")
+    assert f"as {kind} (" in (out / "README.md").read_text()
+    assert near(folder, logits_of_llama_cpp(out))
 
 
 @pytest.mark.parametrize("name", list(gguf_models.CHANGES))

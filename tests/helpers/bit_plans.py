@@ -6,8 +6,10 @@ from qtool.allocation import plan
 from qtool.allocation.plan import BitPlan, units_of
 from qtool.blocks.job import Job
 from qtool.config.budget import BudgetConfig
-from qtool.config.quant import QuantConfig
+from qtool.config.quant import QuantConfig, TableGrid
 from qtool.models.loaded import LoadedModel
+
+TABLE = TableGrid(group_size=-1)  # one scale for each row
 
 
 def budgeted(quant: QuantConfig | None = None, **budget: object) -> QuantConfig:

@@ -29,6 +29,7 @@ from transformers import (
 
 import qtool
 from qtool.blocks.job import FinishedBlock, Job
+from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints import native, output_folder
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ModelConfig
@@ -150,19 +151,24 @@ def load(folder: Path) -> LoadedModel:
     return load_model(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
 
 
+def _rounded(folder: Path, quant: QuantConfig) -> Job:
+    """Return the finished job of rounding the model of ``folder``, tables too, to nearest."""
+    job = pack_embeddings(Job.select(load(folder), quant))
+    rtn.run(job, rtn.Config())
+    return job
+
+
 def packed(folder: Path, quant: QuantConfig) -> LoadedModel:
     """Load the model of ``folder`` and round it to nearest."""
-    loaded = load(folder)
-    rtn.run(Job.select(loaded, quant), rtn.Config())
-    return loaded
+    return _rounded(folder, quant).loaded
 
 
 def quantize(folder: Path, out: Path, quant: QuantConfig) -> LoadedModel:
     """Write a native checkpoint (without manifest and model card) and return the model it was written from."""
-    loaded = packed(folder, quant)
+    job = _rounded(folder, quant)
     with output_folder.atomic_folder(out, overwrite=False) as partial:
-        native.save(partial, loaded, specs(loaded))
-    return loaded
+        native.save(partial, job.loaded, specs(job.loaded) | job.tables.specs, job.tables)
+    return job.loaded
 
 
 def text(folder: Path, lines: int = 60) -> Path:

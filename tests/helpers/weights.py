@@ -82,3 +82,21 @@ def gradient(of: Tensor) -> Tensor:
 def per_weight(values: Tensor, columns: int) -> Tensor:
     """Expand ``[out, groups]`` to float64 ``[out, in]``."""
     return values.double().repeat_interleave(columns // values.shape[1], dim=1)
+
+
+def random_weight(spec: QuantSpec, rows: int, columns: int, seed: int = 0) -> QuantizedWeight:
+    """Return random codes, random zero points that the grid allows, and scales of several magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = spec.num_groups(columns)
+    codes = torch.randint(0, spec.qmax + 1, (rows, columns), dtype=torch.uint8, generator=generator)
+    scale = affine.stored_scale(0.01 * torch.randn(rows, groups, generator=generator).exp(), spec)
+    zero_point = torch.full((rows, groups), float(spec.middle))
+    if not spec.symmetric:
+        zero_point = torch.randint(0, spec.qmax + 1, (rows, groups), generator=generator).float()
+    return QuantizedWeight(codes, scale, zero_point, spec)
+
+
+def w(num_bits: int, group_size: int = 64, symmetric: bool = True, scale_dtype: str = "float16") -> QuantSpec:
+    return QuantSpec.model_validate(
+        {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+    )

@@ -22,7 +22,7 @@ from qtool.blocks.driver import run_blocks
 from qtool.blocks.folds import find_folds
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
-from qtool.config.quant import QuantConfig
+from qtool.config.quant import ActivationGrid, QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.methods import smoothquant
 from qtool.methods.smoothquant import largest_inputs, smooth, smoothing_scale
@@ -33,7 +33,7 @@ from qtool.models.targets import select_targets
 from qtool.system import progress
 from qtool.system.errors import InputError
 
-W8A8 = QuantConfig(num_bits=8, group_size=-1, activations=8)
+W8A8 = QuantConfig(num_bits=8, group_size=-1, activations=ActivationGrid(num_bits=8))
 LOUD = torch.tensor([3, 17, 40])  # channels of a planted outlier
 
 
@@ -228,14 +228,19 @@ def test_where_an_outlier_lies_makes_no_difference(
         assert torch.equal(ours.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weights", ["rtn", "gptq"])
-def test_w8a8_survives_planted_outliers(make_llama: Callable[[], LoadedModel], tokens: Tensor, weights: str) -> None:
+def test_w8a8_survives_planted_outliers(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, weights: str, symmetric: bool
+) -> None:
     """They cost more than a hundred times the squared error; scaled into the weights they cost nothing."""
+    inputs = ActivationGrid(num_bits=8, symmetric=symmetric)
+    quant = W8A8.model_copy(update={"activations": inputs})
 
     def error(method: str, factor: float, **settings: Any) -> float:
         chosen, loaded = load_method(method), split(make_llama(), factor)
         # every block is judged on text: rtn reads none by itself
-        result = chosen.run(Job.select(loaded, W8A8, tokens), chosen.config(**settings))
+        result = chosen.run(Job.select(loaded, quant, tokens), chosen.config(**settings))
         return max(result.values("block_error"))
 
     plain, planted = error(weights, 1), error(weights, 64)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.weights import gradient
+from helpers.weights import gradient, random_weight, w
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
-from qtool.quant import affine, kernels, packed_weight
+from qtool.quant import affine, kernels
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 
@@ -28,26 +28,8 @@ class Case(NamedTuple):
     x: Tensor
 
 
-def random_weight(spec: QuantSpec, rows: int, columns: int, seed: int = 0) -> QuantizedWeight:
-    """Return random codes, random zero points that the grid allows, and scales of several magnitudes."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = spec.num_groups(columns)
-    codes = torch.randint(0, spec.qmax + 1, (rows, columns), dtype=torch.uint8, generator=generator)
-    scale = affine.stored_scale(0.01 * torch.randn(rows, groups, generator=generator).exp(), spec)
-    zero_point = torch.full((rows, groups), float(spec.middle))
-    if not spec.symmetric:
-        zero_point = torch.randint(0, spec.qmax + 1, (rows, groups), generator=generator).float()
-    return QuantizedWeight(codes, scale, zero_point, spec)
-
-
 def layer_of(weight: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
     return PackedLinear.from_quantized(weight, bias)
-
-
-def w(num_bits: int, group_size: int = 64, symmetric: bool = True, scale_dtype: str = "float16") -> QuantSpec:
-    return QuantSpec.model_validate(
-        {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
-    )
 
 
 specs = st.builds(
@@ -182,33 +164,6 @@ def test_zero_points_between_codes_are_kept(num_bits: int, group_size: int) -> N
     assert kernel is not None, reason
     x = probe(3, 96)
     assert ((kernel(x) - exact(weight, None, x)).abs() <= bound(weight, x)).all()
-
-
-# the exact path
-
-
-@pytest.mark.parametrize("numbers", [1, 200, 512, 10**6])
-@pytest.mark.parametrize(
-    "spec", [w(b, g, s) for b in BITS for g in (-1, 16) for s in (True, False)], ids=QuantSpec.label
-)
-def test_a_weight_is_the_same_however_many_rows_are_expanded_at_once(
-    spec: QuantSpec, numbers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed_weight, "CHUNK_NUMBERS", {"cpu": numbers})
-    weight = random_weight(spec, 23, 80)
-    layer, dense = layer_of(weight), affine.dequantize(*weight)
-    assert torch.equal(layer.dequantized(), dense)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(layer.dequantized(dtype), dense.to(dtype))
-
-
-def test_an_expanded_weight_passes_gradients_to_its_scale() -> None:
-    layer = layer_of(random_weight(w(3, 16), 8, 32))
-    layer.weight_scale = layer.weight_scale.float().requires_grad_()
-    layer(probe(2, 32)).sum().backward()
-    steps = layer.quantized.codes.float() - 4
-    expected = (steps * probe(2, 32).sum(0)).view(8, 2, 16).sum(-1)
-    assert torch.allclose(gradient(layer.weight_scale), expected, atol=1e-4)
 
 
 # limits of the kernels

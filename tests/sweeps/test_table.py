@@ -74,6 +74,23 @@ def test_a_mean_tells_of_how_many_cells_it_is() -> None:
         assert part in file.getvalue()
 
 
+def test_the_bits_of_whole_files_have_a_column_where_they_are_known() -> None:
+    known = {"bits_per_weight": 2.25, "quantized_bytes": 3_000_000}
+    cells = (
+        result("a", {"bits": "2", "seed": "0"}, 10.0, **known, file_bits_per_weight=4.0),
+        result("b", {"bits": "2", "seed": "1"}, 12.0, **known, file_bits_per_weight=5.0),
+        result("c", {"bits": "3", "seed": "0"}, 12.0, **known),
+    )
+    made = SweepReport(name="s", over=("seed",), cells=cells, groups=groups(cells, ["seed"]))
+    text = made.markdown()
+    assert "| bits | cells | bits/weight | of file | MB | wikitext2 perplexity | quantize s |" in text
+    assert "| 2 | 2 | 2.250 | 4.500 | 3.00 | 11.00 ± 1.41 |" in text
+    assert "| 3 | 1 | 2.250 |  | 3.00 | 12 |" in text
+    assert "| 2 | 1 | 2.250 | 5.000 | 3.00 | 12.00 ± 0.50 |" in text
+    assert "| float |  |  |  |  | 9 |  |" in text
+    assert SweepReport.model_validate_json(made.model_dump_json()) == made
+
+
 def test_float_models_and_other_machines_are_told_apart() -> None:
     cells = (
         result("a", {"model": "x"}, 10.0, model="x", machine="one, 1 threads"),

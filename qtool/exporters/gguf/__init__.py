@@ -1,9 +1,10 @@
 """``gguf``: one file for llama.cpp and software built on it, for Llama, Mistral, Mixtral, and Qwen 2 and 3.
 
-Each linear is written in the smallest type of GGUF that holds its codes, scales and zero points exactly
-(``blocks.py``), so linears may have different types; a linear that no type holds is refused. The types are coarse: 2
-and 3 bits in groups of fewer than 256 channels take the 4.5 bits of Q4_0, which a note says. Norms and biases are
-float32, as llama.cpp needs them; embeddings and the head keep their dtype.
+Each linear, and an embedding or head that is quantized, is written in the smallest type of GGUF that holds its codes,
+scales and zero points exactly (``blocks.py``), so they may have different types; a weight that no type holds is
+refused. The types are coarse: 2 and 3 bits in groups of fewer than 256 channels take the 4.5 bits of Q4_0, which a note
+says. Norms and biases are float32, as llama.cpp needs them; float embeddings and heads keep their dtype. A head that
+computes with the embedding's table is not written: llama.cpp reads the table in its place.
 
 Tensor names come from the ``gguf`` package, which also writes the container. For Llama and Mistral, llama.cpp expects
 the two channels of a rotary pair next to each other, where transformers has them half a head apart: there the rows of
@@ -24,7 +25,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
-from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
@@ -33,9 +33,11 @@ from qtool.exporters._folder import (
     float_zeros,
     inexact,
     packed_places,
+    packed_tables,
     published_names,
     quantization_section,
     reader,
+    regroup,
     skeleton,
     stored_dtype,
     unfit,
@@ -69,8 +71,8 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     for name in (*keys, *(f"{name}.weight" for name in _packed(source))):
         if name not in there:
             return f"GGUF has no tensor for {name} in a {_model(source.folder).model_type} model; export dense instead"
-    for name, spec in source.specs.items():
-        if refusal := _misfit(name, spec, int(source.tensor(f"{name}.weight_shape")[1])):
+    for name in source.specs:
+        if refusal := _misfit(source, name):
             return refusal
         if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
             return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
@@ -79,18 +81,19 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     return unfit(source, config) or tokenizer.refuses(source.folder, _model(source.folder).vocab_size)
 
 
-def _misfit(name: str, spec: QuantSpec, columns: int) -> str | None:
+def _misfit(source: NativeCheckpoint, name: str) -> str | None:
+    """Return the reason why no type holds the weight ``name``, and what to do, or ``None``."""
+    spec, columns = source.specs[name], int(source.tensor(f"{name}.weight_shape")[1])
     if blocks.choose(spec, columns) is not None:
         return None
     group = columns // spec.num_groups(columns)
     if group % 32:
         return (
-            f"{name} has groups of {group} input channels, and blocks of GGUF have 32 or 256; quantize with a multiple "
-            "of 32 as group_size, for all linears or for this one in quant.overrides"
+            f"{name} has groups of {group} input channels, and blocks of GGUF have 32 or 256; {regroup(source, name)}"
         )
     return (
         f"{name} is {spec.label()}, and no type of GGUF holds {spec.num_bits} bits with a zero point exactly; quantize "
-        "it with symmetric: true, or with at most 4 bits (quant.overrides)"
+        f"it with symmetric: true, or with at most 4 bits ({packed_tables(source).get(name, 'quant.overrides')})"
     )
 
 
@@ -156,8 +159,8 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     factors = rope_factors(model)
     if factors is not None:
         _add(writer, "rope_freqs.weight", factors, "F32", None)
-    sizes: Counter[tuple[str, blocks.Block]] = Counter()
-    weight = reader(source)
+    sizes: dict[str, Counter[tuple[str, blocks.Block]]] = {}
+    weight, tables = reader(source), packed_tables(source)
     for name, place in _packed(source).items():
         quantized = gathered(place, weight)
         block = blocks.choose(quantized.spec, quantized.codes.shape[1])
@@ -166,9 +169,12 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
         order = _row_order(f"{name}.weight", len(packed), model)
         rows = (packed if order is None else packed[order]).unflatten(0, place.shape)
         _add(writer, there[f"{name}.weight"], rows, block.name, None)
-        sizes[quantized.spec.label(), block] += quantized.codes.numel()
+        linear = next(iter(place.linears))
+        part = linear if linear in tables else ""  # linears are counted together
+        sizes.setdefault(part, Counter())[quantized.spec.label(), block] += quantized.codes.numel()
     types: Counter[str] = Counter()
-    for (_, block), size in sizes.items():
+    # llama.cpp, too, names a file by its linears: a Q4_0 file has tables of 6 or 8 bits
+    for (_, block), size in sizes.get("", next(iter(sizes.values()))).items():
         types[block.name] += size
     common = types.most_common(1)[0][0]
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{common}" + ("_S" if common in ("Q3_K", "Q4_K") else "")])
@@ -216,15 +222,17 @@ def _add(writer: Any, name: str, tensor: Tensor, kind: str, order: Tensor | None
     writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
-def _notes(source: NativeCheckpoint, model: Any, sizes: Counter[tuple[str, blocks.Block]]) -> list[str]:
-    """Return the notes for users of the file."""
-    found = {name: source.tensor(f"{name}.weight_shape").tolist() for name in source.specs}
-    shapes = {name: (rows, columns) for name, (rows, columns) in found.items()}
-    written = sum(block.bits * size for (_, block), size in sizes.items()) / sizes.total()
-    own = bits_per_weight(source.specs, shapes)
-    kinds = ", ".join(f"{label} as {block.name} ({block.bits:g})" for label, block in sizes)
-    notes = [f"{written:.2f} bits per weight as written, {own:.2f} in the checkpoint: {kinds}"]
-    if any(block.name == "Q4_0" and not label.startswith("w4") for label, block in sizes):
+def _notes(source: NativeCheckpoint, model: Any, sizes: dict[str, Counter[tuple[str, blocks.Block]]]) -> list[str]:
+    """Return the notes for users of the file; ``sizes`` are the weights by table, and under ``""`` those of linears."""
+    notes, shapes, tables = [], source.shapes, packed_tables(source)
+    for part, counts in sorted(sizes.items()):
+        specs = {name: spec for name, spec in source.specs.items() if name == part or (not part and name not in tables)}
+        own = bits_per_weight(specs, {name: shapes[name] for name in specs})
+        written = sum(block.bits * size for (_, block), size in counts.items()) / counts.total()
+        kinds = ", ".join(f"{label} as {block.name} ({block.bits:g})" for label, block in counts)
+        said = f"{written:.2f} bits per weight as written, {own:.2f} in the checkpoint: {kinds}"
+        notes.append(f"{part}: {said}" if part else said)
+    if any(block.name == "Q4_0" and not label.startswith("w4") for counts in sizes.values() for label, block in counts):
         notes.append(
             "2 and 3 bits fill 4.5 in Q4_0; with one group per row, or groups of a multiple of 256 channels, 2 bits "
             "would take 2.06 bits (asymmetric: 2.63), and 3 symmetric bits 3.44"
@@ -268,7 +276,7 @@ class GGUFFolder(WrittenFolder):
         import gguf
 
         found = self._tensors[self._places[name]]
-        values = torch.from_numpy(np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32))
+        values = torch.from_numpy(np.require(gguf.dequantize(found.data, found.tensor_type), np.float32, "W"))
         config = _model(self.folder)
         if name.endswith("shared_expert_gate.weight"):
             return values.unsqueeze(0)

@@ -109,6 +109,9 @@ def test_a_known_model_gets_the_tensors_of_an_ordinary_run(
     assert one is not None
     assert other is not None
     assert one.bits_per_weight == other.bits_per_weight
+    assert one.file_bits_per_weight == pytest.approx(other.file_bits_per_weight, rel=0.05), "headers differ"
+    float_tables = [each.model_copy(update={"int8_bytes": None}) for each in other.tables]
+    assert list(one.tables) == float_tables, "found by name; only a run with the class can quantize them"
     errors = {each.name: each.weight_error for each in other.linears if each.num_bits}
     assert {each.name: each.weight_error for each in one.linears if each.num_bits} == pytest.approx(errors, rel=1e-5)
 
@@ -243,6 +246,8 @@ def test_weights_that_names_and_shapes_do_not_explain_are_refused(
         ({"method": {"name": "gptq"}}, "method gptq runs the model, which needs its class; use hqq or rtn"),
         ({"eval": {"tasks": ["generated"]}}, "an evaluation runs the model"),
         ({"quant": {"budget": {"average_bits": 4}}}, "quant.budget measures the model"),
+        ({"quant": {"embedding": {"num_bits": 8}}}, "quant.embedding needs the model's class"),
+        ({"quant": {"head": {"num_bits": 8}}}, "let quant.overrides quantize a head by its name: {lm_head: {skip: "),
         ({"quant": {"preset": "a8"}}, "quant has activations"),
         ({"quant": {"overrides": {"*q_proj": {"kv_cache": 4}}}}, r"quant.overrides '*q_proj' has kv_cache"),
         ({"quant": {"overrides": {"*q_prj": {"num_bits": 8}}}}, "no linear matches '*q_prj'"),
