@@ -64,8 +64,7 @@ def run_blocks(
     kept = _kept(workspace, job.num_parts)
     compute = compute or loaded.dtype
     states = None if job.tokens is None or all(kept) else BlockStates(job, compute, with_float_states)
-    figures: list[Figures] = []
-    weight_errors: dict[str, float] = {}
+    found: list[tuple[Figures, dict[str, float]]] = []
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         done = kept[index]
         if done is None or states:
@@ -85,8 +84,7 @@ def run_blocks(
                 _free(task.floats)
         if workspace:
             _free([block])
-        figures.append(done.figures)
-        weight_errors |= done.weight_errors
+        found.append((done.figures, done.weight_errors))
     if job.tables.head is not None:
         done = kept[-1]
         if done is None:
@@ -94,12 +92,11 @@ def run_blocks(
                 done = _quantize_head(job, quantize_block, states, compute)
         if workspace:
             _free([loaded.model.get_submodule(job.tables.head.name)])
-        figures.append(done.figures)
-        weight_errors |= done.weight_errors
-    series = block_series(figures)
+        found.append((done.figures, done.weight_errors))
+    series = block_series(figures for figures, _ in found)
     if (seen := coverage(series)) is not None:
         progress.note(f"calibration of experts: {seen}")
-    return Result(series, weight_errors)
+    return Result(series, {name: error for _, errors in found for name, error in errors.items()})
 
 
 def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | None]:

@@ -339,11 +339,7 @@ def verify(folder: Folder, as_json: Json = False) -> None:
     from qtool.pipelines import verify as pipeline
 
     found = pipeline.verify(folder)
-    count, linears = found.embeddings, f"{found.linears} quantized linears"
-    text = f"{folder}: {found.files} file(s)" + (
-        f", {linears} and {count} embedding(s)" if count else f" and {linears}"
-    )
-    print_either({"path": str(folder), **found._asdict()}, f"{text} are as they were written", as_json)
+    print_either({"path": str(folder), **found._asdict()}, f"{folder}: {found} are as they were written", as_json)
 
 
 @app.command()

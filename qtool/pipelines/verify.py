@@ -25,6 +25,10 @@ class Verified(NamedTuple):
     bits_per_weight: float | None
     embeddings: int = 0
 
+    def __str__(self) -> str:
+        files, linears = f"{self.files} file(s)", f"{self.linears} quantized linears"
+        return f"{files}, {linears} and {self.embeddings} embedding(s)" if self.embeddings else f"{files} and {linears}"
+
 
 def verify(folder: Path) -> Verified:
     """Compare the hash of every file that a reader computes with, the codes and the bits per weight with the manifest.
