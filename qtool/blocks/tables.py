@@ -34,12 +34,13 @@ def pack_embeddings(job: Job) -> Job:
     for target in progress.track(job.tables.embeddings, "quantizing embeddings", len(job.tables.embeddings)):
         module = target.linear
         assert isinstance(module, nn.Embedding)
-        layer = PackedEmbedding.like(module, target.spec).to(loaded.device)
+        layer = PackedEmbedding.like(module, target.spec)  # where the model is: a streamed one is on the CPU
         quantized = nearest(target, loaded.device)
         errors[target.name] = relative_error(target.stored_weight.to(loaded.device), quantized)
         if loaded.streaming:
             memory.Pages().drop(target.stored_weight)
-        layer.fill(quantized)
+        codes, scale, zero_point = (part.to(layer.weight.device) for part in quantized[:3])
+        layer.fill(QuantizedWeight(codes, scale, zero_point, target.spec))
         layer.mark(loaded.dtype)
         layers[target.name] = layer
     replaced = put_packed(loaded.model, job.tables, layers)

@@ -103,7 +103,7 @@ def plan(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Choose the bits of each linear under a quant.budget."""
+    """Choose the bits of each linear and table under a quant.budget."""
     from qtool.config.recipe import load
 
     checked = load(recipe, set_)

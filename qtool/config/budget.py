@@ -21,8 +21,8 @@ class BudgetConfig(Section):
         None,
         ge=1,
         allow_inf_nan=False,
-        description="Limit: stored bits per quantized weight on average, including scales and zero points, as in "
-        "reports; embedding and head count if they are quantized. Give this or size.",
+        description="Limit: stored bits per quantized weight on average, including scales and zero points, and the "
+        "tables that are quantized. Give this or size.",
     )
     size: ByteSize | None = Field(
         None,

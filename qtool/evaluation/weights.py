@@ -92,9 +92,15 @@ def _table(
     name, spec = names[0], source.specs.get(names[0])
     if spec is not None:
         size = _packed_bytes(name, spec, shape)
-        bits, error = spec.num_bits, errors.get(name)
         return ModelTable(
-            name=name, role=role, shape=shape, num_bits=bits, grid=spec.label(), num_bytes=size, weight_error=error
+            name=name,
+            role=role,
+            shape=shape,
+            num_bits=spec.num_bits,
+            grid=spec.label(),
+            bits_per_weight=spec.bits_per_weight(shape[1]),
+            num_bytes=size,
+            weight_error=errors.get(name),
         )
     stored = next((f"{each}.weight" for each in names if f"{each}.weight" in source.float_names()), None)
     if stored is None:
@@ -102,8 +108,15 @@ def _table(
     tensor = source.tensor(stored)
     rows = QuantSpec(num_bits=8, group_size=-1, scale_dtype=next(iter(source.specs.values())).scale_dtype)
     small = _packed_bytes(name, rows, shape) if can_be_packed else None
-    grid = dtype_name(tensor.dtype)
-    return ModelTable(name=name, role=role, shape=shape, grid=grid, num_bytes=tensor.nbytes, int8_bytes=small)
+    return ModelTable(
+        name=name,
+        role=role,
+        shape=shape,
+        grid=dtype_name(tensor.dtype),
+        bits_per_weight=8 * tensor.itemsize,
+        num_bytes=tensor.nbytes,
+        int8_bytes=small,
+    )
 
 
 def _packed_bytes(name: str, spec: QuantSpec, shape: tuple[int, int]) -> int:

@@ -177,8 +177,8 @@ def inexact(tensors: Iterable[Tensor], dtype: str) -> float:
     worst = 0.0
     for tensor in tensors:
         change = largest = 0.0
-        for rows in row_parts(tensor):
-            part = tensor[rows] if tensor.dtype == torch.float64 else tensor[rows].float()
+        for some in tensor.flatten().split(CHUNK_NUMBERS) if tensor.numel() else ():
+            part = some if some.dtype == torch.float64 else some.float()
             change = max(change, float((part.to(getattr(torch, dtype)).to(part) - part).abs().amax()))
             largest = max(largest, float(part.abs().amax()))
         if change:
@@ -237,7 +237,8 @@ def transposed(source: NativeCheckpoint) -> set[str]:
 
 def packed_tables(source: NativeCheckpoint) -> dict[str, str]:
     """Return the quantized tables: the name of each embedding and of an untied head -> the key of its grid."""
-    heads = {name for name in source.specs if f"{name}.weight" in head_names(source.folder)}
+    # of files alone, a head is a linear that an override has named
+    heads = [] if source.free else [name for name in source.specs if f"{name}.weight" in head_names(source.folder)]
     return {**dict.fromkeys(source.tables.embeddings, "quant.embedding"), **dict.fromkeys(heads, "quant.head")}
 
 

@@ -185,7 +185,7 @@ def prepare(run: Run) -> Prepared:
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
     linears = weights.block_linears(loaded)
-    return Prepared(job, text, plan, _specs(job.targets) | tables.specs, shapes, linears, float_bytes)
+    return Prepared(job, text, plan, specs, shapes, linears, float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:

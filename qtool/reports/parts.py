@@ -22,13 +22,19 @@ def table(report: "Report") -> Table | None:
         return None
     linears = [linear for linear in report.linears if linear.num_bits is not None]
     grids = {linear.grid for linear in linears}
-    linear_bytes = round(report.bits_per_weight * sum(prod(linear.shape) for linear in linears) / 8)
+    count = sum(prod(linear.shape) for linear in linears)
+    linear_bytes = round(report.bits_per_weight * count / 8)
     others = total - linear_bytes - sum(each.num_bytes for each in report.tables)
     rows = [_row("linears", grids.pop() if len(grids) == 1 else "mixed", report.bits_per_weight, linear_bytes, total)]
     for each in report.tables:
         error = "" if each.weight_error is None else f"{text.relative(each.weight_error):.2f} %"
-        rows.append(_row(each.role, each.grid, 8 * each.num_bytes / prod(each.shape), each.num_bytes, total, error))
+        rows.append(_row(each.role, each.grid, each.bits_per_weight, each.num_bytes, total, error))
     rows.append(_row("other tensors", "", None, others, total))
+    if packed := [each for each in report.tables if each.num_bits is not None]:
+        size = linear_bytes + sum(each.num_bytes for each in packed)
+        bits = report.bits_per_weight * count + sum(each.bits_per_weight * prod(each.shape) for each in packed)
+        weights = count + sum(prod(each.shape) for each in packed)
+        rows.append(_row("all quantized", "", bits / weights, size, total))
     rows.append(_row("whole file", "", report.file_bits_per_weight, total, total))
     columns = ["weights on disk", "grid", "bits/weight", "MB", "of file", "weight error"]
     return Table(columns, rows, "llrrrr")

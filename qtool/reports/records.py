@@ -210,6 +210,7 @@ class ModelTable(Record):
         None, description="Width of its codes; null: it stays in floating point."
     )
     grid: str = Field("", description="Short name of the grid, e.g. w8pc; in floating point the dtype, e.g. bfloat16.")
+    bits_per_weight: float = Field(ge=0, le=64, description="Average, including scales and zero points.")
     num_bytes: Count = Field(description="Size in the weight files, scales and zero points included.")
     weight_error: Number | None = Field(None, description="|Q(w) - w|**2 / |w|**2; null: not recorded.")
     int8_bytes: Count | None = Field(

@@ -27,6 +27,7 @@ ROWS, CHANNELS = tiny.VOCABULARY, tiny.HIDDEN
 PACKED_8 = ROWS * CHANNELS + 2 * ROWS + 17  # codes, float16 scales, the shape and one byte
 PACKED_4 = ROWS * CHANNELS // 2 + 2 * ROWS * 2 + 17
 FLOAT = 2 * ROWS * CHANNELS  # the Llamas are bfloat16, GPT-2 is float32
+FLOAT_BYTES = {"bfloat16": 2, "float32": 4}
 EIGHT = {"num_bits": 8}
 # family and grids -> label, and name, role, grid, bytes, bytes in 8 bits of each table
 CASES: dict[str, tuple[str, dict[str, Any], str, list[tuple[str, str, str, int, int | None]]]] = {
@@ -132,6 +133,10 @@ def test_embeddings_and_head_have_rows_of_their_own(case: str, folders: dict[str
     source = NativeCheckpoint(folders[case])
     stored = {name: tensor.nbytes for name, tensor in tiny.stored(folders[case]).items()}
     for each in report.tables:
+        bits = (
+            8.0 * FLOAT_BYTES[each.grid] if each.num_bits is None else source.specs[each.name].bits_per_weight(CHANNELS)
+        )
+        assert each.bits_per_weight == bits
         assert each.num_bytes == sum(size for name, size in stored.items() if name.startswith(f"{each.name}."))
         assert (each.num_bits is None) == (each.name not in source.specs)
 
@@ -169,6 +174,12 @@ def test_an_evaluation_of_the_folder_reports_the_same_sizes(case: str, folders: 
     (row,) = found.results
     assert row.value is not None
     assert 0 < row.value < 10 * tiny.VOCABULARY
+
+
+def test_all_quantized_weights_have_the_bits_that_a_budget_counts(folders: dict[str, Path]) -> None:
+    report, source = report_of(folders["untied, each its own"]), NativeCheckpoint(folders["untied, each its own"])
+    (row,) = (row for table in report.document().tables for row in table.rows if row[0] == "all quantized")
+    assert row[2] == f"{sizes.bits_per_weight(source.specs, source.shapes):.3f}"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -174,6 +174,14 @@ def test_rows_are_unpacked_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.undo()
 
 
+def test_tensors_of_any_shape_are_compared_some_numbers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_folder, "CHUNK_NUMBERS", 4)
+    exact, rounded = torch.tensor([1.0] * 6 + [2.0]), torch.tensor([1.0] * 6 + [2.0 + 2.0**-10])
+    assert _folder.inexact([exact, torch.tensor(1.5), torch.empty(0), torch.empty(3, 0)], "bfloat16") == 0
+    assert _folder.inexact([rounded, exact], "bfloat16") == 2.0**-10 / (2.0 + 2.0**-10)
+    assert _folder.inexact([torch.tensor(1.0 + 2.0**-20)], "float16") == 2.0**-20 / (1.0 + 2.0**-20)
+
+
 # mlx
 
 

@@ -80,7 +80,7 @@ CASES = {
     "still": Case("lsq", {"init": "minmax", "steps": 0}),
     "head still": Case("lsq", {"init": "minmax", "steps": 0}, quant=TABLES, family="untied"),
 }
-KILLED = "killed"  # the plain case, stopped after its third step and begun again
+KILLED = {"killed": "plain", "killed head": "head factors"}  # cases stopped after their third step and begun again
 
 
 def tokens() -> Tensor:
@@ -211,12 +211,13 @@ def main(folder: Path, device: str) -> None:
     for name, case in CASES.items():
         found = train_case(case, folder, state / f"{name}-{distributed.world_size()}", "full", device)
         torch.save(found, folder / f"{name}-{distributed.rank()}.pt")
-    again = state / f"{KILLED}-{distributed.world_size()}"
-    with pytest.raises(Stopped), stopping(after=3):
-        train_case(CASES["plain"], folder, again, "full", device)
-    killed = sorted(file.name for file in (again / "training").iterdir())
-    found = train_case(CASES["plain"], folder, again, "full", device)
-    torch.save(found | {"files": killed}, folder / f"{KILLED}-{distributed.rank()}.pt")
+    for name, whole in KILLED.items():
+        again = state / f"{name}-{distributed.world_size()}"
+        with pytest.raises(Stopped), stopping(after=3):
+            train_case(CASES[whole], folder, again, "full", device)
+        killed = sorted(file.name for file in (again / "training").iterdir())
+        found = train_case(CASES[whole], folder, again, "full", device)
+        torch.save(found | {"files": killed}, folder / f"{name}-{distributed.rank()}.pt")
     distributed.finish()
 
 

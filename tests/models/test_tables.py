@@ -11,12 +11,20 @@ from helpers import tables, tiny
 from helpers.notes import Notes
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
 from qtool.blocks.job import Job
 from qtool.config import recipe
 from qtool.config.quant import QuantConfig
 from qtool.config.recipe import Recipe
+from qtool.models.linears import text_decoder
 from qtool.models.loaded import LoadedModel
 from qtool.models.tables import embeddings_of, head_of, select_tables, unpacked
 from qtool.models.targets import select_targets
@@ -77,6 +85,17 @@ def test_position_embeddings_are_found_and_small_ones_are_not(tmp_path: Path) ->
     few = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=64, intermediate_size=64, num_hidden_layers=1))
     with pytest.raises(InputError, match=r"model\.embed_tokens cannot be quantized: it is no table of 32 rows"):
         select_tables(in_memory(few), tables.config(head="float"))
+
+
+def test_a_model_that_calls_its_head_decoder_is_not_taken_for_its_head() -> None:
+    """``get_decoder`` returns the head there, whose table is that of the embedding."""
+    sizes: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
+    config = ModernBertDecoderConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+    loaded = in_memory(ModernBertDecoderForCausalLM(config))
+    assert text_decoder(loaded.model) == ("", loaded.model)
+    found = select_tables(loaded, tables.config())
+    assert found.tied == {"decoder": "model.embeddings.tok_embeddings"}
+    assert set(found.specs) == {"model.embeddings.tok_embeddings"}
 
 
 class _Scaled(nn.Linear):

@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "signround": ("ptq", {"iterations": 2}),
     "efficientqat": ("efficientqat", {"min_steps": 2, "epochs": 0.1, "e2e": {"steps": 2}}),
 }
+TABLES: dict[str, Any] = {"num_bits": 4, "group_size": 16, "embedding": {"num_bits": 8}}
 PROSE = "\n".join(tiny.PROSE * 12)
 FAST = ("llava", "qwen2_vl", "qwen3_5", "gemma3_large")
 
@@ -126,8 +127,10 @@ def rows_with_pictures(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["llava", pytest.param("idefics3", marks=pytest.mark.slow)])
 def test_pictures_calibrate(floats: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """They calibrate an untied head too, whose inputs are those of whole windows."""
     data = {"source": str(rows_with_pictures(tmp_path)), "num_samples": 4, "seq_len": 48}
-    assert main(["ptq", recipe(tmp_path, floats(name), "gptq", data=data), "--quiet"]) == 0
+    assert main(["ptq", recipe(tmp_path, floats(name), "gptq", data=data, quant=TABLES), "--quiet"]) == 0
+    assert "lm_head.weight_packed" in tiny.stored(tmp_path / "q")
     manifest = read_manifest(tmp_path / "q")
     assert manifest is not None
     assert manifest.data is not None
@@ -150,13 +153,14 @@ def test_training_of_the_whole_model_refuses_pictures_in_one_line(
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("quant", [{"num_bits": 4, "group_size": 16}, TABLES], ids=["linears", "tables"])
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForMultimodalLM])
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
 def test_other_auto_classes_load_the_checkpoint(
-    floats: Callable[[str], Path], tmp_path: Path, name: str, auto: Any
+    floats: Callable[[str], Path], tmp_path: Path, name: str, auto: Any, quant: dict[str, Any]
 ) -> None:
-    """AutoModelForCausalLM loads of Qwen3.5 the language model alone, whose linears have other names."""
-    assert main(["ptq", recipe(tmp_path, floats(name), "rtn"), "--quiet"]) == 0
+    """AutoModelForCausalLM loads of Qwen3.5 the language model alone, whose linears and tables have other names."""
+    assert main(["ptq", recipe(tmp_path, floats(name), "rtn", quant=quant), "--quiet"]) == 0
     tokens = torch.arange(1, 20)[None]
     with torch.no_grad():
         whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "q", dtype=torch.float32)(input_ids=tokens)

@@ -13,8 +13,14 @@ from qtool.reports.records import Linear, ModelTable
 from qtool.reports.report import Report
 
 SHAPE = (1000, 100)
-FLOAT: dict[str, Any] = {"grid": "float16", "num_bytes": 200_000, "int8_bytes": 102_017}
-PACKED: dict[str, Any] = {"grid": "w8pc", "num_bits": 8, "num_bytes": 102_017, "weight_error": 0.0004}
+FLOAT: dict[str, Any] = {"grid": "float16", "bits_per_weight": 16.0, "num_bytes": 200_000, "int8_bytes": 102_017}
+PACKED: dict[str, Any] = {
+    "grid": "w8pc",
+    "num_bits": 8,
+    "bits_per_weight": 8.16,
+    "num_bytes": 102_017,
+    "weight_error": 0.0004,
+}
 
 
 def table(role: str = "embedding and head (tied)", **fields: Any) -> ModelTable:
@@ -37,11 +43,14 @@ def rows(of: Report) -> dict[str, list[str]]:
 def test_the_parts_add_up_to_the_file() -> None:
     assert rows(report(table(**PACKED))) == {
         "linears": ["w4g64", "4.250", "0.02", "8 %", ""],
-        "embedding and head (tied)": ["w8pc", "8.161", "0.10", "41 %", "2.00 %"],
+        "embedding and head (tied)": ["w8pc", "8.160", "0.10", "41 %", "2.00 %"],
         "other tensors": ["", "", "0.13", "51 %", ""],
+        "all quantized": ["", f"{(0.4 * 4.25 + 8.16) / 1.4:.3f}", "0.12", "49 %", ""],
         "whole file": ["", "14.100", "0.25", "100 %", ""],
     }
-    assert rows(report(table(**FLOAT)))["embedding and head (tied)"] == ["float16", "16.000", "0.20", "80 %", ""]
+    found = rows(report(table(**FLOAT)))
+    assert found["embedding and head (tied)"] == ["float16", "16.000", "0.20", "80 %", ""]
+    assert "all quantized" not in found, "it would be the linears again"
 
 
 def test_linears_on_several_grids_are_mixed() -> None:
