@@ -20,7 +20,7 @@ HEAD: dict[str, Any] = {"quant__head": {"num_bits": 4, "group_size": 32}}
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("method", ["gptq", "lsq", "efficientqat"])
 def test_a_gpu_packs_embedding_and_head(tmp_path: Path, tied: bool, method: str) -> None:
-    """The embedding has the bits of a run on the CPU, whose search it repeats; the head reads the same hidden states."""
+    """The embedding has the bits of a run on the CPU, and the whole model about the same logits."""
     tiny.llama(tmp_path / "float", tied=tied)
     (tmp_path / "text.txt").write_text("\n".join(tiny.PROSE * 40), encoding="utf-8")
     logits, tables = {}, {}
