@@ -26,10 +26,12 @@ def worthwhile(spec: QuantSpec, group_size: int, norm: float) -> tuple[float, ..
 
     On a symmetric grid that is not shrunk, each error is at most half a step, ``m / qmax`` for the largest absolute
     weight ``m``; shrunk by ``f``, that weight alone has the error ``(1 - f) m``. Factors that cannot win are not tried.
+    The rounding of scales changes both by ``eps m`` at most, if scales are normal numbers of their dtype.
     """
     if not spec.symmetric:  # the rounding of zero points moves the ends
         return SHRINKS
-    most = group_size ** (1 / norm) / spec.qmax * (1 + 1 / 64) + 1 / 64  # with room for the rounding of scales
+    eps = torch.finfo(getattr(torch, spec.scale_dtype)).eps
+    most = 1.01 * (group_size ** (1 / norm) * (1 / spec.qmax + eps) + eps)
     return tuple(factor for factor in SHRINKS if 1 - factor <= most)
 
 
@@ -60,7 +62,8 @@ def search_qparams(
     scale, zero_point = minmax_qparams(weight, spec)
     best = range_error(groups, scale, zero_point, spec, norm, h)
     best_low, best_high = low, high
-    whole = SHRINKS if importance is not None else worthwhile(spec, groups.shape[-1], norm)
+    normal = bool((scale >= torch.finfo(getattr(torch, spec.scale_dtype)).smallest_normal).all())
+    whole = worthwhile(spec, groups.shape[-1], norm) if importance is None and normal else SHRINKS
 
     def consider(lows: Tensor, highs: Tensor) -> None:
         """Try candidates ``[c, out, groups]``; a candidate that is better replaces the best so far."""
@@ -75,6 +78,8 @@ def search_qparams(
         best_high = torch.where(better, highs.gather(0, index)[0], best_high)
 
     def shrink(factors: tuple[float, ...], shrink_low: bool, shrink_high: bool) -> None:
+        if not factors:
+            return
         shrinks = torch.tensor(factors, device=weight.device).view(-1, 1, 1)
         from_low, from_high = (low if shrink_low else best_low), (high if shrink_high else best_high)
         for some in shrinks.split(max(1, NUMBERS_AT_ONCE // weight.numel())):

@@ -30,7 +30,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 def load_float32(folder: Path, *, by_transformers: bool = False) -> PreTrainedModel:
     """Load a GPTQ-format folder, with packed linears that compute in float32 on the CPU."""
     if by_transformers:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float16, device_map="cpu", trust_remote_code=False
+        )
         nn.Module.float(model.eval())  # model.float() refuses quantized models
     else:
         loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)

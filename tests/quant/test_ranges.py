@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers.weights import w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.config.quant import QuantSpec
+from qtool.config.quant import SCALE_BITS, QuantSpec
 from qtool.quant import ranges
 from qtool.quant.ranges import SHRINKS, search_qparams, worthwhile
 
@@ -13,17 +14,18 @@ from qtool.quant.ranges import SHRINKS, search_qparams, worthwhile
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_bits=st.sampled_from([2, 3, 4, 8]),
-    group_size=st.sampled_from([16, 64, -1]),
+    group_size=st.sampled_from([1, 16, 64, -1]),
     symmetric=st.booleans(),
     norm=st.sampled_from([1.0, 2.0, 2.4, 4.0]),
     power=st.sampled_from([1, 3]),
-    spread=st.floats(-4, 4),
+    spread=st.floats(-7, 4),
+    scale_dtype=st.sampled_from(sorted(SCALE_BITS)),
 )
 def test_candidates_that_are_left_out_would_not_win(
-    seed: int, num_bits: int, group_size: int, symmetric: bool, norm: float, power: int, spread: float
+    seed: int, num_bits: int, group_size: int, symmetric: bool, norm: float, power: int, spread: float, scale_dtype: str
 ) -> None:
     """The grid is that of a search over all candidates, bit for bit."""
-    spec = QuantSpec.model_validate({"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric})
+    spec = w(num_bits, group_size, symmetric, scale_dtype)
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(seed)) ** power * 10**spread
     found = search_qparams(weight, spec, norm)
     with pytest.MonkeyPatch.context() as patch:
