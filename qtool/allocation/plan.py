@@ -27,7 +27,7 @@ from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec, TableGrid
 from qtool.config.section import Section
 from qtool.models.linears import stored_weight
 from qtool.models.loaded import LoadedModel
-from qtool.models.tables import float_tables
+from qtool.models.tables import float_tables, table_keys
 from qtool.system.errors import InputError, RunError, listing
 from qtool.system.version import __version__
 
@@ -238,13 +238,13 @@ def narrowest(quant: QuantConfig) -> QuantConfig:
 def _unmatched(loaded: LoadedModel, quant: QuantConfig, names: Collection[str]) -> Iterator[str]:
     """Yield a fault for each floor and pin that matches none of ``names``."""
     assert quant.budget is not None
-    tables = float_tables(loaded.model, names)
+    tables = {name: key for name, key in table_keys(loaded.model).items() if name not in names}
     for key in ("floors", "pins"):
         for pattern in getattr(quant.budget, key):
             if not any(fnmatchcase(name, pattern) for name in names):
                 found = [(name, own) for name, own in tables.items() if fnmatchcase(name, pattern)]
                 why = "".join(f"; {name} stays in floating point without a grid in {own}" for name, own in found)
-                yield f"quant.budget.{key}: no quantized linear matches '{pattern}'{why}"
+                yield f"quant.budget.{key}: no quantized linear or table matches '{pattern}'{why}"
 
 
 def _last(patterns: Mapping[str, int], name: str) -> int | None:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool.checkpoints.quantization_config import specs_of, tables_of
 from qtool.models import experts
-from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear
+from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear, refuse_resizing
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packed_weight import PackedWeight
 from qtool.system.errors import InputError
@@ -93,6 +93,7 @@ class QtoolQuantizer(HfQuantizer):
         with torch.device("meta"):
             layer = PackedEmbedding.like(module, self.quantization_config.specs[full_name])
         model.set_submodule(name, layer)
+        refuse_resizing(model)
         for head, table in tables_of(self.quantization_config.section).tied.items():
             own = _name_within(model, head, modules)
             if table == full_name and own in modules:  # AutoModel has no head

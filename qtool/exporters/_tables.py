@@ -31,8 +31,8 @@ def refused_embedding(source: NativeCheckpoint, reader: str) -> str | None:
     head = next((head for head, table in source.tables.tied.items() if table == name), None)
     also = "" if head is None else f" ({head} computes with the same table)"
     return (
-        f"{name}{also} is quantized, and {reader}; quantize with quant.embedding: float, or export compressed-tensors, "
-        "mlx, gguf or dense"
+        f"{name}{also} is quantized, and {reader}; quantize with quant.embedding: float, or export another format, for "
+        "example dense"
     )
 
 
@@ -75,7 +75,7 @@ def signed(quantized: QuantizedWeight) -> dict[str, Tensor]:
         "weight": (codes.to(torch.int16) - spec.middle).to(torch.int8),
         "weight_scale": scale.to(getattr(torch, spec.scale_dtype)),
     }
-    zeros = {} if spec.symmetric else {"weight_zero_point": (zero_point - spec.middle).to(torch.int8)}
+    zeros = {} if spec.symmetric else {"weight_zero_point": (zero_point - spec.middle).to(torch.int8).contiguous()}
     return parts | zeros
 
 

@@ -133,7 +133,7 @@ def _embedding_refuses(source: NativeCheckpoint) -> str | None:
         return (
             f"{linear} has an asymmetric grid, which transformers with compressed-tensors 0.18 to 0.20 loads only with "
             f"dequantize=True, and that cannot read {tables[0]} (quant.embedding) beside it; quantize with "
-            "symmetric: true or quant.embedding: float, or export mlx, gguf or dense"
+            "symmetric: true or quant.embedding: float, or export another format, for example dense"
         )
     for name in tables:
         module = published_names(source).model.get_submodule(name)
@@ -289,13 +289,15 @@ def _notes(source: NativeCheckpoint, config: ExportConfig, dtype: str, tables: M
         alone = "only with CompressedTensorsConfig(dequantize=True), which multiplies in the dtype of the scales"
         way = "does not load this folder, which is for vLLM" if several else f"loads this folder {alone}"
         notes.append(f"asymmetric grids: transformers with compressed-tensors 0.18 to 0.20 {way}")
-    notes += [NOTES[form] for form in sorted({form for spec, form in forms if spec.activations is not None})]
+    rounding = sorted({form for spec, form in forms if spec.activations is not None})
+    notes += [ONE_GRID] * bool(rounding) if tables else [NOTES[form] for form in rounding]
     if tables:
         count = sum(each.numel() for key, each in tables.items() if key.endswith(".weight"))
         bits = 8 * sum(each.nbytes for each in tables.values()) / count
         notes.append(
             f"embeddings take {bits:.2f} bits per weight: they are written as int-quantized, a byte for each code, for "
-            "transformers with compressed-tensors, which stops at packed ones; vLLM reads packed ones only"
+            "transformers with compressed-tensors, which stops at packed ones; vLLM reads packed ones only, and so not "
+            "this folder: for vLLM, quantize with quant.embedding: float"
         )
     if several:
         notes.append("several grids: never load this with dequantize=True, which applies the first grid to all linears")

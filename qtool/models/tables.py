@@ -21,7 +21,7 @@ from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.models.linears import Target, decoder_blocks, text_decoder, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import check_weight
-from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear, can_stand_for
+from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear, can_stand_for, refuse_resizing
 from qtool.system import memory, progress
 from qtool.system.errors import InputError
 
@@ -109,7 +109,7 @@ def table_keys(model: nn.Module) -> dict[str, str]:
     """Return the key of a recipe that has the grid of each embedding and of the output head, by name."""
     head = head_of(model)
     found = dict.fromkeys(embeddings_of(model), "quant.embedding")
-    return found if head is None else found | {head[0]: "quant.head"}
+    return found if head is None else found | {head[0]: "quant.embedding" if tied_to(model) else "quant.head"}
 
 
 def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
@@ -123,10 +123,10 @@ def select_tables(loaded: LoadedModel, quant: QuantConfig) -> Tables:
     head, tied = head_of(loaded.model), tied_to(loaded.model)
     head_spec = asked if quant.head == "same" else quant.table_spec(quant.head)
     if tied is not None and head_spec != asked:
+        way = "give this grid to quant.embedding" if asked is None else "give both the same grid"
         raise InputError(
             f"{loaded.path}: its output head {tied[0]} computes with the embedding {tied[1]} (tied weights), and "
-            f"quant.head is {_said(head_spec)} where quant.embedding is {_said(asked)}; leave quant.head out, or give "
-            "both the same grid"
+            f"quant.head is {_said(head_spec)} where quant.embedding is {_said(asked)}; leave quant.head out, or {way}"
         )
     embeddings = tuple(_embeddings(loaded, asked)) if asked is not None else ()
     needed = embedding_name(loaded.model) if tied is None else tied[1]
@@ -218,7 +218,7 @@ def _checked(loaded: LoadedModel, name: str, module: nn.Module, spec: QuantSpec,
     """Return the target of a table whose weight fits its grid."""
     weight = weight_of(module)
     try:
-        check_weight(weight.detach(), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"))
+        check_weight(weight.detach(), spec, f"{name}.weight", loaded.extremes.get(f"{name}.weight"), overrides=False)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
     if loaded.streaming:  # another weight may have been changed in memory, and is not in its file then
@@ -228,6 +228,7 @@ def _checked(loaded: LoadedModel, name: str, module: nn.Module, spec: QuantSpec,
 
 def put_packed(model: nn.Module, tables: Tables, layers: Mapping[str, PackedEmbedding]) -> dict[str, nn.Module]:
     """Put packed embeddings, and heads that read them, in their places; return the modules replaced, by name."""
+    refuse_resizing(model)
     replaced: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         replaced[name] = model.get_submodule(name)

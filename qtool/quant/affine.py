@@ -141,19 +141,22 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     return change / total if total else math.inf if change else 0.0
 
 
-def check_weight(weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[float, float] | None = None) -> None:
+def check_weight(
+    weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[float, float] | None = None, *, overrides: bool = True
+) -> None:
     """Refuse a ``weight`` ``[out, in]`` that a grid of ``spec`` cannot hold; ``name`` is for the message.
 
-    ``extremes`` are its lowest and its highest value, where they are known; then the weight is not read.
+    ``extremes`` are its lowest and its highest value, where they are known; then the weight is not read. ``overrides``
+    says that overrides of a recipe can give it a grid of its own.
 
     Raises:
         InputError: NaN or infinite values, a group size that does not divide, or a scale above its stored dtype.
     """
-    in_features = weight.shape[1]
+    in_features, other = weight.shape[1], ", or give this linear another one in quant.overrides" if overrides else ""
     if spec.group_size != -1 and in_features % spec.group_size:
         raise InputError(
             f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that number; "
-            "choose a divisor as group_size, or give this linear another one in quant.overrides"
+            f"choose a divisor as group_size{other}"
         )
     if extremes is None:
         low, high = (float(end) for end in weight.detach().aminmax())  # takes no memory, and NaN passes through
@@ -167,5 +170,6 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[flo
     if 2 * largest / spec.qmax > limit:
         raise InputError(
             f"{name} has weights up to {largest:.3g}: their scale is above the largest {spec.scale_dtype} number "
-            f"({limit:.3g}); set quant.scale_dtype: float32, for all linears or for this one in quant.overrides"
+            f"({limit:.3g}); set quant.scale_dtype: float32"
+            + (", for all linears or for this one in quant.overrides" if overrides else "")
         )

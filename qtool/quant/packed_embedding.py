@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtool.config.quant import QuantSpec
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.packed_weight import PARTS, PackedWeight
+from qtool.system.errors import InputError
 
 
 class PackedEmbedding(PackedWeight, nn.Embedding):
@@ -78,6 +79,17 @@ def _derived(kind: type[nn.Embedding], base: type[nn.Embedding]) -> Any:  # Any:
 def _packed_class(kind: Any) -> Any:  # Any: classes
     """Return the class of a packed embedding for a model's class ``kind``; one for each, so that types compare."""
     return _derived(kind, PackedEmbedding)
+
+
+def refuse_resizing(model: Any) -> None:  # Any: a method of transformers' models is replaced
+    """Let ``model.resize_token_embeddings`` say that a packed table cannot be resized."""
+    model.resize_token_embeddings = _refused
+
+
+def _refused(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "the embedding of this model is packed and cannot be resized; resize the float model, then quantize it"
+    )
 
 
 class _Reached(Exception):

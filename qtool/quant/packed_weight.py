@@ -41,6 +41,11 @@ def empty_parts(in_features: int, out_features: int, spec: QuantSpec) -> dict[st
     return parts | {"weight_shape": torch.tensor([out_features, in_features])}
 
 
+def _rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return rows of ``tensor``; a number below 0 is an error, as in a float embedding."""
+    return tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows]
+
+
 class PackedWeight(nn.Module):
     """The base of layers that hold a weight ``[out, in]`` as packed codes.
 
@@ -111,11 +116,11 @@ class PackedWeight(nn.Module):
 
     def qparams(self, rows: slice | Tensor = ALL) -> tuple[Tensor, Tensor]:
         """Return scale and zero point of ``rows``, a slice or numbers ``[n]``, float32 ``[n, groups]``."""
-        scale = self.weight_scale[rows].float()
+        scale = _rows(self.weight_scale, rows).float()
         if self.spec.symmetric:
             return scale, torch.full_like(scale, self.spec.middle)
         if self.spec.float_zero:
-            return scale, self.weight_zero_point[rows].float()
+            return scale, _rows(self.weight_zero_point, rows).float()
         words, bits = self.weight_zero_point, self.spec.num_bits
         if isinstance(rows, Tensor):
             return scale, unpack_at(words, bits, rows).float()
@@ -134,7 +139,7 @@ class PackedWeight(nn.Module):
         if scale.requires_grad and torch.is_grad_enabled():
             return affine.dequantize(*self.quantized).to(dtype)[rows]
         size = max(1, size_for(scale.device, CHUNK_NUMBERS) // self.in_features)
-        packed = self.weight_packed[rows]
+        packed = _rows(self.weight_packed, rows)
         weight = torch.empty(len(packed), self.in_features, dtype=dtype, device=scale.device)
         if not len(packed):  # a view of no rows has no shape to be found
             return weight

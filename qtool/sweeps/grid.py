@@ -263,7 +263,8 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
                 yield f"grid.{axis}: not a key of a recipe, so it needs {{label: {{key: value}}}}{hint}"
             for value in values:
                 if isinstance(value, dict | list):
-                    yield f"grid.{axis}: {validation.found(value)} needs a label: write {{label: value, ...}}"
+                    written = f"write the axis as a mapping, {axis}: {{label: value, ...}}"
+                    yield f"grid.{axis}: {validation.found(value)} needs a label: {written}"
         elif not _is_key(axis):
             for label, value in values.items():
                 if not isinstance(value, dict):

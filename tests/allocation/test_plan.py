@@ -108,8 +108,8 @@ def test_pins_and_floors_hold_for_all_that_is_fused(llama: LoadedModel, tokens: 
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"pins": {"*.w_proj": 4}}, r"quant\.budget\.pins: no quantized linear matches '\*\.w_proj'"),
-        ({"floors": {"*.w_proj": 4}}, r"quant\.budget\.floors: no quantized linear matches"),
+        ({"pins": {"*.w_proj": 4}}, r"quant\.budget\.pins: no quantized linear or table matches '\*\.w_proj'"),
+        ({"floors": {"*.w_proj": 4}}, r"quant\.budget\.floors: no quantized linear or table matches"),
         ({"pins": {"*q_proj": 4, "*k_proj": 3}}, r"q_proj, k_proj, v_proj share one width, and .* gives them 3, 4"),
         (
             {"pins": {"*q_proj": 3}, "floors": {"*v_proj": 4}},

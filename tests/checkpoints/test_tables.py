@@ -176,6 +176,12 @@ def test_state_dicts_of_two_models_are_exchanged(job: Job, folder: Path) -> None
     assert torch.equal(tiny.logits(model), tiny.logits(job.loaded.model))
 
 
+def test_a_packed_table_is_not_resized(job: Job, folder: Path) -> None:
+    for model in (job.loaded.model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(job))):
+        with pytest.raises(InputError, match="is packed and cannot be resized; resize the float model"):
+            model.resize_token_embeddings(tiny.VOCABULARY + 8)
+
+
 def test_text_is_written_with_a_cache(job: Job, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(job))
     prompt = tiny.probe()[:, :8]

@@ -94,7 +94,7 @@ def test_the_folder_at_the_top_is_the_packaged_one() -> None:
 
 def test_recipes_of_our_own_give_the_tables_8_bits_and_those_of_papers_keep_them_float() -> None:
     """The tables of these models are more than a tenth of their weights; a budget chooses the width of its tables."""
-    floats = {"gptq-mixed-3bits"}
+    floats = {"gptq-mixed-3bits", "builtin-w8a8", "builtin-w4a8", "gptq-w8a8", "gptq-w4a8g64"}  # or exports for vLLM
     for path in PATHS:
         quant = recipe.load(path).quant
         if path.parent == FOLDER and path.stem not in floats:

@@ -18,6 +18,7 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
     "tied w8": {"embedding": ROWS},
     "tied w4g64": {"embedding": G64},
     "tied w4g64 asym": {"embedding": {**G64, "symmetric": False}},
+    "tied w4g16 asym": {"embedding": {"num_bits": 4, "group_size": 16, "symmetric": False}},
     "tied as linears": {"embedding": GRID},
     "both w8": {"embedding": ROWS},
     "both asym": {"embedding": {**G64, "symmetric": False}},

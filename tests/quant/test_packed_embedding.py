@@ -74,6 +74,16 @@ def test_rows_expanded_are_rows_of_the_expanded_table(case: Case, seed: int, dty
         assert torch.equal(out, nn.functional.embedding(ids, table))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_token_that_has_no_row_is_an_error(symmetric: bool) -> None:
+    """As in a float embedding: a negative number does not count from the end, and bytes are no mask of rows."""
+    spec = QuantSpec(num_bits=4, group_size=16, symmetric=symmetric)
+    layer = filled(Case(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), spec))
+    for wrong in (torch.tensor([-1]), torch.tensor([40]), torch.tensor([1], dtype=torch.uint8)):
+        with pytest.raises((IndexError, RuntimeError)):
+            layer(wrong)
+
+
 @given(cases(-3, 2))
 def test_a_packed_embedding_keeps_codes_scales_and_zero_points(case: Case) -> None:
     assert same(filled(case).quantized, rounded_to_nearest(*case))

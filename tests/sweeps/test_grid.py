@@ -130,7 +130,10 @@ def test_all_faults_of_all_cells_are_said_at_once_and_each_once(tmp_path: Path) 
     [
         ({"grids": {}}, "grids: unknown key; the nearest is grid"),
         ({"grid": {"quan.num_bits": [2]}}, "grid.quan.num_bits: not a key of a recipe.*nearest section is quant"),
-        ({"grid": {"quant": [{"num_bits": 2}]}}, "needs a label: write {label: value, ...}"),
+        (
+            {"grid": {"quant": [{"num_bits": 2}]}},
+            "needs a label: write the axis as a mapping, quant: {label: value, ...}",
+        ),
         ({"grid": {"size": {"small": 3}}}, "grid.size.small: should be a mapping of changes"),
         ({"grid": {"seed": []}}, "grid.seed: no values"),
         ({"grid": {"seed": [1, 1]}}, "grid.seed: 2 values are called 1; give them labels"),
