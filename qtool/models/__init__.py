@@ -2,5 +2,5 @@
 
 May import ``quant``, ``config`` and ``system``.
 Begin with ``loading.py``; ``linears.py`` finds blocks and linears in the module tree, ``targets.py`` selects those to
-quantize. ``builtin/`` holds the built-in model.
+quantize, ``tables.py`` embeddings and the head. ``builtin/`` holds the built-in model.
 """
