@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtool.checkpoints import written_config
 from qtool.checkpoints.native import NativeCheckpoint
@@ -26,17 +26,14 @@ from qtool.exporters._folder import (
     skeleton,
     write_folder,
 )
-from qtool.exporters._published import Place, Published, published
-from qtool.models.experts import ExpertsLinear
+from qtool.exporters._published import Place, published
+from qtool.models.expanded import put_float
 from qtool.models.folders import read_config, resolve
-from qtool.models.linears import packed_weights, replace_linear
+from qtool.models.linears import packed_weights
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, compute_dtype, load_model
 from qtool.models.quantized_sources import is_expandable
 from qtool.quant.affine import QuantizedWeight, dequantize
-from qtool.quant.packed_embedding import PackedEmbedding, TiedLinear
-from qtool.quant.packed_linear import PackedLinear
-from qtool.quant.packed_weight import PackedWeight
 from qtool.system.errors import InputError, RunError, first_line
 from qtool.system.scratch import temporary_folder
 from qtool.system.tensors import dtype_name
@@ -75,7 +72,7 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
         if grid != source.specs[name].activations:
             raise RunError(f"{name} rounds its input otherwise after export; the export was not kept")
         if loaded is not None:
-            _put(loaded.model, name, layers[name], weight, names)
+            put_float(loaded.model, name, layers[name], weight)
             if grid is not None:
                 round_inputs(loaded.model.get_submodule(name), grid)
     other = None if may_round else _other_float(source, opened, exporter)
@@ -102,19 +99,6 @@ def _difference(weight: Tensor, expected: QuantizedWeight) -> float:
         for rows in row_parts(weight)
     ]
     return float(torch.stack(parts).amax())
-
-
-def _put(model: nn.Module, name: str, layer: PackedWeight, weight: Tensor, names: Published) -> None:
-    """Put a float layer with ``weight``, as it was read, in the place of ``layer`` and of a head that reads it."""
-    experts = names.experts.get(name)
-    if isinstance(layer, PackedEmbedding):
-        for head, module in list(model.named_modules()):
-            if isinstance(module, TiedLinear) and module.table is layer:
-                replace_linear(model, head, _linear(weight, module.bias))
-        model.set_submodule(name, layer.as_float(weight))
-    elif isinstance(layer, PackedLinear):
-        dense = _linear(weight, layer.bias) if experts is None else ExpertsLinear(weight, experts.shape[0])
-        replace_linear(model, name, dense)
 
 
 def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
@@ -251,16 +235,6 @@ def _published(opened: WrittenFolder, exporter: Exporter) -> dict[str, Tensor]:
         for key, place in names.places.items()
         if place.linears.keys() <= weights.keys()
     }
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear with ``weight`` ``[out, in]`` and ``bias`` ``[out]`` in the dtype of the weight."""
-    with torch.device("meta"):  # no random weights are drawn
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return linear
 
 
 def _seeded() -> torch.Generator:

@@ -13,10 +13,13 @@ from qtool.blocks.job import Job
 from qtool.checkpoints.native import NativeCheckpoint, PlannedCheckpoint
 from qtool.config import catalog
 from qtool.config.quant import QuantConfig
-from qtool.config.sections import ExportConfig
+from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _base
 from qtool.exporters._folder import published_names
+from qtool.models.expanded import expand
 from qtool.models.folders import read_config
+from qtool.models.linears import packed_weights
+from qtool.models.loading import load_model
 from qtool.pipelines.verify import verify
 from qtool.quant.affine import QuantizedWeight, dequantize
 from qtool.system.errors import InputError
@@ -79,6 +82,16 @@ def expert(source: NativeCheckpoint, linear: str, index: int, part: str) -> Quan
     half = len(rows) // 2
     rows = {"gate": rows[:half], "up": rows[half:], "down": rows}[part]
     return QuantizedWeight(codes[rows], scale[rows], zero_point[rows], spec)
+
+
+def test_ordinary_experts_in_the_place_of_packed_ones_compute_the_same(mixtures: Mixtures) -> None:
+    model = load_model(
+        ModelConfig(path=str(mixtures("qwen3_moe")), dtype="float32", device="cpu"), quantized=True
+    ).model
+    expected = tiny.logits(model)
+    expand(model, packed_weights(model), torch.float32)
+    assert packed_weights(model) == {}
+    assert torch.allclose(tiny.logits(model), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
