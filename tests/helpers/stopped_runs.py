@@ -1,10 +1,11 @@
 """Recipes of runs that are stopped, and functions that stop them."""
 
+import itertools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,23 @@ def killed_at_rename(checked: Recipe, number: int, after: bool) -> int:
         quantize(checked)
 
     return wait(in_child(work))
+
+
+def after_each_kill(make_at: Callable[[Path], Recipe], folder: Path, after: bool, expected: object) -> Iterator[Path]:
+    """Kill a run at its first rename, another at its second and so on, and let each go on to the ``expected`` hashes.
+
+    Yield the output of each, until a run has no such rename any more. ``make_at`` returns the recipe for an output.
+    """
+    for number in itertools.count():
+        output = folder / f"out-{number}"
+        checked = make_at(output)
+        status = killed_at_rename(checked, number, after)
+        if status == 0:
+            return
+        assert status == -signal.SIGKILL
+        quantize(checked)
+        assert hashes(output) == expected, number
+        yield output
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:

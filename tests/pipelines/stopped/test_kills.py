@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.stopped_runs import METHODS, Whole, hashes, in_child, killed_at_rename, make, quantize, wait
+from helpers.stopped_runs import METHODS, Whole, after_each_kill, hashes, in_child, make, quantize, wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
@@ -19,16 +19,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, whole: Whole, after: bool, method: str
 ) -> None:
-    expected, number = whole(method), 0
-    while True:
-        output = tmp_path / f"out-{number}"
-        checked = make(folder, output, method)
-        status = killed_at_rename(checked, number, after)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-        quantize(checked)
-        assert hashes(output) == expected, number
+    number = 0
+    for output in after_each_kill(lambda output: make(folder, output, method), tmp_path, after, whole(method)):
         assert {path.name for path in output.iterdir()} >= {"qtool.json", "report.json", "report.html", "README.md"}
         assert [path.name for path in tmp_path.glob(f"{output.name}*/")] == [output.name], number
         number += 1

@@ -1,6 +1,5 @@
 """Runs with packed tables may be killed before, during and after the head's part, and go on to the same bytes."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.methods import recorded
-from helpers.stopped_runs import Killed, hashes, killed_at_rename, make, quantize, stop_after
+from helpers.stopped_runs import Killed, after_each_kill, hashes, make, quantize, stop_after
 
 from qtool.blocks import tables
 from qtool.blocks.job import Job
@@ -62,16 +61,10 @@ def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_run_killed_where_any_file_gets_its_name_goes_on_to_the_same_bytes(
     models: dict[str, Path], tmp_path: Path, whole: Any, kind: str, method: str, after: bool
 ) -> None:
-    expected, number = whole(kind, method), 0
-    while True:
-        output = tmp_path / f"out-{number}"
-        checked = recipe(models, kind, output, method)
-        status = killed_at_rename(checked, number, after)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-        quantize(checked)
-        assert hashes(output) == expected, number
+    number = 0
+    for output in after_each_kill(
+        lambda output: recipe(models, kind, output, method), tmp_path, after, whole(kind, method)
+    ):
         verify.verify(output)
         number += 1
     # a record and a shard for the head too
