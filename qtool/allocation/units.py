@@ -29,7 +29,7 @@ class Unit(NamedTuple):
     targets: tuple[Target, ...]
     choices: tuple[int, ...]
     table: Literal["", "embedding", "head"] = ""
-    tied: str = ""  # of embeddings: name of the head that computes with the first of them
+    tied: str = ""  # the name of the head that computes with the first embedding, if this is the unit of embeddings
 
     @property
     def makes_logits(self) -> bool:

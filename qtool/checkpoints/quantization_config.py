@@ -62,7 +62,8 @@ def section_of(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) ->
 
 def tables_of(section: dict[str, Any]) -> PackedTables:
     """Return the packed embeddings that a ``quantization_config`` lists."""
-    outside = (name for name in section["linears"] if not any(map(str.isdigit, name.split("."))))  # of the blocks
+    # the name of a linear in a block has the block's number
+    outside = (name for name in section["linears"] if not any(map(str.isdigit, name.split("."))))
     head = "" if FREE in section else next(outside, "")
     return PackedTables(tuple(section.get("embeddings", ())), dict(section.get("tied", {})), head)
 

@@ -237,7 +237,7 @@ def transposed(source: NativeCheckpoint) -> set[str]:
 
 def packed_tables(source: NativeCheckpoint) -> dict[str, str]:
     """Return the quantized tables: the name of each embedding and of an untied head -> the key of its grid."""
-    # of files alone, a head is a linear that an override has named
+    # in a checkpoint of model.free, the head is a linear that an override has named
     heads = [] if source.free else [name for name in source.specs if f"{name}.weight" in head_names(source.folder)]
     return {**dict.fromkeys(source.tables.embeddings, "quant.embedding"), **dict.fromkeys(heads, "quant.head")}
 

@@ -66,7 +66,7 @@ ONE_GRID = (
     "inputs are rounded for each token by its largest absolute value / 127, as in vLLM's int8 kernels; transformers "
     "with compressed-tensors 0.20 divides by 127.5, in the dtype of the model, so that its logits differ a little"
 )
-NOTES = {  # of linears that round their inputs, by the format of their group
+NOTES = {  # what users are told of linears that round their inputs, by the format of the linears' group
     INT_QUANTIZED: f"{ONE_GRID}; vLLM computes it on NVIDIA GPUs from Turing to Hopper (not Blackwell) and x86 CPUs",
     PACK_QUANTIZED: f"{ONE_GRID}; vLLM multiplies packed weights by int8 inputs on NVIDIA GPUs from Turing, since its "
     "pull request 46390 of June 2026, but on Hopper it takes inputs of 4-bit groups for FP8, and its kernels for Arm "

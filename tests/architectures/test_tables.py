@@ -21,7 +21,7 @@ REFUSED = {  # families that other tests of this folder take, and whose tables c
     "olmo": "no weight would stay in floating point, *; set quant.head: float",
     "nanochat": "no weight would stay in floating point, *; set quant.head: float",
 }
-EMBEDDINGS = {  # of families that have more than that of the tokens
+EMBEDDINGS = {  # the embeddings of families that have more of them than that of the tokens
     "gpt2": ["transformer.wte", "transformer.wpe"],
     "opt": ["model.decoder.embed_tokens", "model.decoder.embed_positions"],
     "gemma3n_text": ["model.embed_tokens", "model.embed_tokens_per_layer"],
