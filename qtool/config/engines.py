@@ -73,6 +73,8 @@ class Reads(NamedTuple):
     """The grids of a quantized output head with a table of its own; empty: none."""
     packages: tuple[str, ...] = ()
     """Packages that the engine needs besides itself."""
+    on_request: bool = False
+    """True if it is used only where a recipe names it in ``export``: another format suits the engine better."""
     note: str = ""
     """What a user must know: processors, and conditions."""
 
@@ -178,9 +180,10 @@ READS = (
         "vllm 0.33.0",
         NO_TQ2_0,
         packages=("vllm-gguf-plugin",),
+        on_request=True,
         note="experimental, says vLLM",
     ),
-    Reads("vllm", "dense", VLLM, "docs", "vllm 0.33.0"),
+    Reads("vllm", "dense", VLLM, "docs", "vllm 0.33.0", on_request=True),
     Reads(
         "sglang",
         "compressed-tensors",
@@ -205,9 +208,10 @@ READS = (
         "sglang 0.5.23",
         NO_TQ2_0,
         packages=("gguf",),
+        on_request=True,
         note=GPU,
     ),
-    Reads("sglang", "dense", SGLANG, "docs", "sglang 0.5.23"),
+    Reads("sglang", "dense", SGLANG, "docs", "sglang 0.5.23", on_request=True),
     Reads(
         "llama.cpp",
         "gguf",
@@ -217,7 +221,7 @@ READS = (
         note="llama.cpp rounds the input of each linear to 8 bits",
     ),
     Reads("mlx", "mlx", MLX, "run", "mlx 0.32.4, mlx-lm 0.32.2", note="Apple machines, and any other that has MLX"),
-    Reads("mlx", "dense", MLX, "run", "mlx 0.32.4, mlx-lm 0.32.2"),
+    Reads("mlx", "dense", MLX, "run", "mlx 0.32.4, mlx-lm 0.32.2", on_request=True),
     Reads(
         "transformers",
         "compressed-tensors",
@@ -249,10 +253,11 @@ READS = (
         "run",
         "transformers 5.24, gguf 0.19",
         packages=("gguf",),
+        on_request=True,
         note="expanded to floating point; biases and scaled rotary frequencies of Llama are left out",
     ),
     Reads("transformers", "native", f"import qtool\n{TRANSFORMERS}", "run", "transformers 5.24", packages=("qtool",)),
-    Reads("transformers", "dense", TRANSFORMERS, "run", "transformers 5.24"),
+    Reads("transformers", "dense", TRANSFORMERS, "run", "transformers 5.24", on_request=True),
     Reads("onnxruntime", "onnx", ONNX, "run", "onnxruntime 1.32", note="processors"),
 )
 
