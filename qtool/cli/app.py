@@ -15,6 +15,7 @@ import typer
 from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
+from qtool.cli.plan import plan
 from qtool.cli.session import running
 from qtool.config import catalog
 from qtool.system import distributed
@@ -91,36 +92,7 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
         show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
 
 
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    set_: Set = [],  # noqa: B006 (typer copies it)
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="YAML file to write, for quant.overrides.", parser=path),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Choose the bits of each linear and table under a quant.budget."""
-    from qtool.config.recipe import load
-
-    checked = load(recipe, set_)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"{output} cannot be written: {output.absolute().parent} is no folder")
-    if output is not None and output.exists() and not overwrite:
-        raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
-    with running(quiet, None):
-        from qtool.pipelines import plan as pipeline
-
-        found = pipeline.plan(checked)
-    if output is not None:
-        from qtool.system.writing import write_text
-
-        write_text(output, found.yaml(checked.quant))
-    text = found.table() + (f"\n\n{output}" if output is not None else "")
-    print_either(found.model_dump(mode="json"), text, as_json, indent=2)
+app.command()(plan)
 
 
 @app.command("eval", cls=DescribedCommand)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
-from qtool.config.quant import ActivationGrid
+from qtool.config.quant import ActivationGrid, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
@@ -53,6 +53,9 @@ class Exporter(NamedTuple):
     rounds: Callable[[WrittenFolder, str], ActivationGrid | None] | None = None
     """Returns the grid by which readers round the input of a linear of a written folder; ``None``: the format has no
     word for that."""
+    bits: Callable[[QuantSpec, tuple[int, int], bool], float] | None = None
+    """Returns the bits per weight of a quantized linear ``(out, in)``, or with ``True`` of an embedding, as written,
+    scales and zero points counted; ``None``: those of the checkpoint."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

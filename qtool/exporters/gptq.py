@@ -214,6 +214,17 @@ def describe_version(
     write_json(out / "quantize_config.json", described)
 
 
+def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight of a linear: codes, scales and zero points, and the group of each channel."""
+    rows, columns = shape
+    return packed_bits(spec, columns) + 32 / rows
+
+
+def packed_bits(spec: QuantSpec, columns: int) -> float:
+    """Return the bits per weight of codes, float16 scales and zero points, which symmetric grids have too."""
+    return spec.num_bits + (16 + spec.num_bits) * spec.num_groups(columns) / columns
+
+
 def version_of(source: NativeCheckpoint) -> int:
     """Return the version in which ``gptq`` writes a checkpoint: 1 if its grids are symmetric, else 2."""
     return 1 if all(spec.symmetric for spec in source.specs.values()) else 2
@@ -267,4 +278,5 @@ EXPORTER = Exporter(
     LOADING,
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "gptq"),
+    bits=bits,
 )

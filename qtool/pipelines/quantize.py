@@ -29,6 +29,7 @@ from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
 from qtool.models import quantized_sources
 from qtool.models.auto_class import is_multimodal
+from qtool.models.described import keep_first
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
@@ -67,6 +68,7 @@ class Run:
     method: Method[MethodConfig]
     state: RunState
     timer: PhaseTimer
+    first_blocks: int | None = None  # a probe quantizes the first blocks only (probe.py)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def prepare(run: Run) -> Prepared:
     recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
+        if run.first_blocks is not None:
+            keep_first(loaded, run.first_blocks)
         if recipe.eval is not None:
             tasks.check_model(recipe.eval, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)

@@ -327,4 +327,7 @@ EXPORTER = Exporter(
     recognises,
     library="gguf",
     weight_files="*.gguf",
+    bits=lambda spec, shape, table: (
+        block.bits if (block := blocks.choose(spec, shape[1])) else spec.bits_per_weight(shape[1])
+    ),
 )
