@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from qtool.models.cache_argument import with_cache
 from qtool.system.errors import InputError, first_line
 
 BYTES = 2  # of a number of the cache in 16 bits, which engines use by default
@@ -36,7 +37,7 @@ def cache_size(model: nn.Module, num_tokens: int) -> CacheSize:
     cache = DynamicCache(config=config)
     tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
     try:
-        owner(input_ids=tokens, use_cache=True, past_key_values=cache)
+        owner(input_ids=tokens, **with_cache(model, cache))
     except Exception as error:  # an architecture can fail in any way, for example by a branch on a value
         return _of_attention(config, num_tokens, error)
     layers, size = dict[str, int](), 0

@@ -62,7 +62,7 @@ def of_recipe(
             seconds, peak, took = probe(recipe)
         disk = sum(each.num_bytes for each in made) + _states(recipe, loaded)
         cost = Cost(seconds=seconds, peak_bytes=peak, disk_bytes=disk, probe_seconds=took)
-    return _of_model(loaded, memory, context).model_copy(
+    return _of_model(loaded, memory, context, shown=memory is not None or context is not None).model_copy(
         update={
             "method": recipe.method.name,
             "label": grids_label(planned.specs, planned.tables),
@@ -104,7 +104,9 @@ def of_model(
     return found.model_copy(update={"target": engine.said, "refused": refused})
 
 
-def _of_model(loaded: LoadedModel, memory: int | None, context: int | None, engine: str | None = None) -> Forecast:
+def _of_model(
+    loaded: LoadedModel, memory: int | None, context: int | None, engine: str | None = None, *, shown: bool = True
+) -> Forecast:
     """Return what is known of a model without a recipe."""
     weights = _num_weights(loaded)
     cache = None if context is None else cache_size(loaded.model, context)
@@ -116,7 +118,7 @@ def _of_model(loaded: LoadedModel, memory: int | None, context: int | None, engi
         context=context,
         cache_bytes=None if cache is None else cache.num_bytes,
         cache_layers={} if cache is None else cache.layers,
-        grids=tuple(_grids(loaded, memory, 0 if cache is None else cache.num_bytes, engine)),
+        grids=tuple(_grids(loaded, memory, 0 if cache is None else cache.num_bytes, engine)) if shown else (),
     )
 
 

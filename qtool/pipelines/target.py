@@ -98,10 +98,10 @@ def _on_request(engine: str, format: str) -> bool:
 def checked(engine: str, format: str, found: Selection) -> Verdict:
     """Return the verdict on a format: of the facts about the engine, then of the exporter."""
     said = verdict(engine, format, found.weights)
+    if format not in ("native", *catalog.export_formats()):
+        return said._replace(reasons=(f"this version of qtool writes no {format}",))
     if not said.loads or format == "native":
         return said
-    if format not in catalog.export_formats():
-        return said._replace(reasons=(f"this version of qtool writes no {format}",))
     entry = ExportConfig.model_construct(format=format, path=found.planned.folder, dtype="auto")
     reason = _base.refusal(format, found.planned, entry)
     return said if reason is None else said._replace(reasons=(reason,))
@@ -111,7 +111,7 @@ def refusal(recipe: Recipe, found: Verdict) -> str:
     """Return the message that the target does not load the result: why, and what it loads."""
     assert recipe.target is not None
     engine = recipe.target.engine
-    head = f"target: {engine} does not load what this recipe makes as {found.format}:"
+    head = f"target: {engine} does not load this recipe's result as {found.format}:"
     written = {"native", *catalog.export_formats()}
     rows = [row for row in READS if row.engine == engine and not row.on_request and row.format in written]
     return listing(head, [*found.reasons, f"{engine} loads:", *(f"  {row.format} with {allowed(row)}" for row in rows)])
