@@ -39,7 +39,8 @@ from qtool.system import peaks, progress
 from qtool.system.errors import InputError, QtoolError, RunError
 from qtool.training.plan import plan_of
 
-WINDOWS = 8  # windows of the smaller probes
+TOKENS = 4096  # of the smaller probes
+WIDER = 4  # least factor between the windows of the smaller probes and of the larger one
 SECONDS = 8.0  # about the time of the probe with more windows
 STEPS = 2, 8  # steps of training of the smaller and the larger probe
 ITERATIONS = 10, 30  # the same for a method that trains each block for a number of iterations
@@ -101,14 +102,15 @@ def predict(recipe: Recipe, folder: Path) -> tuple[dict[str, float], int]:
     names = [*linears_of(loaded)]
     count, text = recipe.data.num_samples, needs_text(recipe)
     small, large = _steps(recipe.method)
-    first = min(count, max(WINDOWS, getattr(recipe.method, "batch_size", 0))) if text else 1
+    least = getattr(_training(recipe.method) or recipe.method, "batch_size", 1)  # a step on fewer windows is shorter
+    first = min(count, max(1, TOKENS // recipe.data.seq_len, least)) if text else 1
 
     def run(blocks: int, num_windows: int, steps: int) -> Measured:
         return forked(lambda: measure(recipe, Point(blocks, num_windows, steps), names, folder), folder)
 
     data = forked(lambda: _data(recipe), folder) if text else None
     one = run(1, first, small)
-    more = min(count, max(2 * first, int(first * SECONDS / max(0.01, one.seconds["quantize"]))))
+    more = min(count, max(WIDER * first, int(first * SECONDS / max(0.01, one.seconds["quantize"]))))
     two = run(2, first, small) if len(sizes) > 1 else one
     wide = run(1, more, small) if text and more > first else one
     long = (run(1, first, large), run(2, first, large) if len(sizes) > 1 else one) if large > small else None
@@ -273,11 +275,15 @@ def forked(work: Any, folder: Path) -> Measured:
         return made
     file = folder / "measured.json"
     file.unlink(missing_ok=True)
+    libraries = peaks.status_bytes("RssFile") or 0
     pid = os.fork()
     if pid == 0:
         try:
             try:
-                found: dict[str, Any] = work()._asdict()
+                measured: Measured = work()
+                # a fork begins without the pages of libraries, and touches only some of them again
+                lost = max(0, libraries - (peaks.status_bytes("RssFile") or 0))
+                found: dict[str, Any] = measured._replace(peak_bytes=measured.peak_bytes + lost)._asdict()
             except QtoolError as error:
                 found = {"error": str(error), "exit_code": error.exit_code}
             file.write_text(json.dumps(found, default=dict), encoding="utf-8")

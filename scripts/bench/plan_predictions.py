@@ -40,7 +40,8 @@ def row(name: str, folder: Path) -> list[str]:
     changes = ["eval=null", "data.source=wikitext2", f"output.path={folder / 'out'}", *RUNS[name]]
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        "model: {path: 'builtin:wiki-llama-3m'}\nmethod: {name: rtn}\nquant: {group_size: 64, embedding: {num_bits: 8}}\n"
+        "model: {path: 'builtin:wiki-llama-3m'}\nmethod: {name: rtn}\n"
+        "quant: {group_size: 64, embedding: {num_bits: 8}}\n"
         "data: {num_samples: 128, seq_len: 512}\noutput: {path: out}\n"
     )
     given = [part for change in changes for part in ("--set", change)]
