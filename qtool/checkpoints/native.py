@@ -258,8 +258,8 @@ class PlannedCheckpoint(NativeCheckpoint):
 
     def largest(self, name: str) -> float:
         """Return the largest absolute value of a tensor, or of the float weight of a linear; 0 if it is not known."""
-        if name in self.specs:
-            low, high = self._extremes.get(f"{name}.weight", (0.0, 0.0))
+        if name in self.specs or self._tensors[name].is_meta:
+            low, high = self._extremes.get(f"{name}.weight" if name in self.specs else name, (0.0, 0.0))
             return max(-low, high)
         return super().largest(name)
 
