@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from qtool.config.engines import ENGINES, FORMATS, K_QUANTS, READS, Grids, Reads, formats_of, reads
+from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, formats_of, reads
+from qtool.config.grids import BLOCK_GRIDS
 from qtool.config.quant import ActivationGrid, QuantSpec
 
 SHOWN = 3  # most kinds of linears in a line
@@ -114,9 +115,8 @@ def _of_grid(row: Reads, spec: QuantSpec) -> Iterator[str]:
         yield "no rounding of keys and values: leave out quant.kv_cache"
     if spec.activations is not None and not holder.any_activations:
         yield from _of_inputs(row, spec)
-    kind = _kind(spec)
-    if kind in K_QUANTS and not (holder.k_quants and row.k_quants):
-        yield f"no grid {kind}: give quant.grid: affine"
+    if spec.blocks is not None and not (holder.k_quants and row.k_quants):
+        yield f"no grid {spec.grid}: give quant.grid: affine"
 
 
 def _of_sizes(row: Reads, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _of_sizes(row: Reads, specs: Mapping[str, QuantSpec], shapes: Mapping[str, t
     for name, spec in specs.items():
         shape = shapes.get(name)
         found = ([*holder.grids], [*row.grids])
-        if _kind(spec) not in K_QUANTS and not all(any(_holds(grid, spec, shape) for grid in each) for each in found):
+        if spec.blocks is None and not all(any(_holds(grid, spec, shape) for grid in each) for each in found):
             wrong.setdefault(spec.label(), []).append(name)
         if shape is not None and any(size % holder.alignment for size in shape):
             yield f"{name} is {shape[0]} x {shape[1]}, and multiples of {holder.alignment} are needed: skip it"
@@ -163,11 +163,7 @@ def _of_tables(row: Reads, weights: Weights, packed: Mapping[str, QuantSpec]) ->
 
 
 def _weight_grid(spec: QuantSpec) -> tuple[object, ...]:
-    return _kind(spec), spec.num_bits, spec.group_size, spec.symmetric
-
-
-def _kind(spec: QuantSpec) -> str:
-    return str(getattr(spec, "grid", "affine"))
+    return spec.grid, spec.num_bits, spec.group_size, spec.symmetric
 
 
 def unfused(linears: Mapping[str, QuantSpec | None]) -> Iterator[str]:
@@ -194,11 +190,13 @@ def _holds(grid: Grids, spec: QuantSpec, shape: tuple[int, int] | None) -> bool:
 
 
 def allowed(row: Reads) -> str:
-    """Return the keys and values of affine grids that an engine reads in a format, such as ``quant.num_bits: 4``."""
+    """Return the keys and values of the grids that an engine reads in a format, such as ``quant.num_bits: 4``."""
     ways = [
         ", ".join(f"quant.{key}: {values}" for key, values in _keys(grid).items())
         for grid in (row.grids if row.grids != (Grids(),) else FORMATS[row.format].grids)
     ]
+    if row.format == "gguf" and row.k_quants:  # the format that engines multiply these grids in
+        ways.append(f"quant.grid: {_listed([*BLOCK_GRIDS])}")
     return "; or ".join(ways)
 
 

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
+from qtool.config.engines import FORMATS
 from qtool.config.quant import ActivationGrid, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
 from qtool.exporters._published import Place, Published
 
-BLOCK_FORMATS = ("gguf", "dense")  # formats that hold scales by blocks
+# formats that hold scales by blocks, GGUF first: there they are multiplied as they are
+BLOCK_FORMATS = sorted((name for name, holds in FORMATS.items() if holds.k_quants and name != "native"), reverse=True)
 
 
 class Exporter(NamedTuple):

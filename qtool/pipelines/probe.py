@@ -145,8 +145,10 @@ def _time(one: Measured, two: Measured, wide: Measured, sizes: list[int], probed
     """Return the seconds of the phase ``quantize`` with all blocks and windows, and as few steps as ``one``."""
     first, more = probed
     took = one.seconds["quantize"]
-    each = max(0.0, two.seconds["quantize"] - took) / (sizes[1] if len(sizes) > 1 else 1)  # for each weight
-    slope = max(0.0, wide.seconds["quantize"] - took) / (more - first) / sizes[0] if more > first else 0.0
+    # no block and no window takes more than the probe that has them, whatever else the machine did meanwhile
+    each = min(took, max(0.0, two.seconds["quantize"] - took)) / (sizes[1] if len(sizes) > 1 else 1)
+    grown = max(0.0, wide.seconds["quantize"] - took) / (more - first) if more > first else 0.0
+    slope = min(grown, took / first) / sizes[0]
     return took + each * sum(sizes[1:]) + slope * (count - first) * sum(sizes)
 
 

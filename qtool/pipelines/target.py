@@ -11,7 +11,7 @@ from qtool.allocation.plan import narrowest
 from qtool.checkpoints.native import PlannedCheckpoint
 from qtool.config import catalog
 from qtool.config.budget import BudgetConfig
-from qtool.config.engines import READS
+from qtool.config.engines import READS, formats_of
 from qtool.config.loadable import Verdict, Weights, allowed, best, verdict, version_note
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe
@@ -81,6 +81,8 @@ def loads(recipe: Recipe, found: Selection) -> Verdict:
     assert recipe.target is not None
     engine, named = recipe.target.engine, tuple(entry.format for entry in recipe.export)
     nearest = best(engine, found.weights, named or None)
+    if nearest.format not in formats_of(engine):  # the engine reads none of the exports
+        return nearest
     tried = [row.format for row in READS if row.engine == engine and row.format != nearest.format]
     for name in (nearest.format, *(name for name in tried if not named or name in named)):
         each = checked(engine, name, found)
@@ -125,8 +127,7 @@ def _check_named(recipe: Recipe) -> None:
     """
     assert recipe.target is not None
     engine, named = recipe.target.engine, [entry.format for entry in recipe.export]
-    spec = recipe.quant.weights_only
-    found = best(engine, Weights({"every linear": QuantConfig.model_validate(spec.model_dump())}), named or None)
+    found = best(engine, Weights({"each linear": recipe.quant.spec_for("each linear")}), named or None)
     if not named:
         raise InputError(f"target: {engine} with model.free needs an export in the recipe; for example {found.format}")
     if not found.loads:

@@ -106,7 +106,7 @@ def test_rows_of_the_table_name_known_formats_and_say_how_they_are_known() -> No
 
 
 def test_a_pair_that_is_not_read_has_no_command() -> None:
-    with pytest.raises(KeyError, match="llama.cpp does not read gptq"):
+    with pytest.raises(KeyError, match=r"llama\.cpp does not read gptq"):
         load_commands("gptq", "llama.cpp")
 
 
