@@ -171,7 +171,7 @@ def test_a_name_implies_the_other_keys(name: str) -> None:
 def test_a_contradiction_is_refused_and_says_what_to_leave_out() -> None:
     with pytest.raises(ValidationError, match=r"grid: q4_k has group_size: 32.*leave out group_size"):
         QuantSpec(grid="q4_k", group_size=64)
-    with pytest.raises(ValidationError, match=r"6 bits exist only as a grid of GGUF: write grid: q6_k"):
+    with pytest.raises(ValidationError, match=r"should be 2, 3, 4 or 8; 6 bits are a grid of GGUF: grid: q6_k"):
         QuantSpec(num_bits=6)
 
 
