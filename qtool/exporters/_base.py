@@ -53,6 +53,9 @@ class Exporter(NamedTuple):
     rounds: Callable[[WrittenFolder, str], ActivationGrid | None] | None = None
     """Returns the grid by which readers round the input of a linear of a written folder; ``None``: the format has no
     word for that."""
+    runs: Callable[[Path, Tensor], Tensor] | None = None
+    """Returns the logits float32 ``[1, t, vocabulary]`` of tokens ``[1, t]`` as the engine computes them with a folder;
+    of a format whose engine is installed with what writes it, so that each export is run before it is kept."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 
