@@ -34,6 +34,7 @@ from qtool.system.scratch import temporary_folder
 OPTIONS = ("fuse_qkv=false", "fuse_mlp_gate_up=false", "windowed_kv_cache=false", "hf_token=false")
 TRANSPOSED, PLUS_ONE = ".transposed", ".plus_one"  # ends of the names of float tensors that the builder changed
 DOMAIN = "com.microsoft"
+INLINE = 64  # bytes of the smallest tensor in the file beside the graph; shapes must be in the graph
 Graph = Any  # an onnx_ir.Model; the package carries types, but is optional
 
 
@@ -126,7 +127,7 @@ def _put_codes(graph: Graph, source: NativeCheckpoint, marks: Marks) -> None:
             continue
         rows = marks.find(value.const_value.numpy(), place[1])
         if rows is not None:
-            missing[rows.name] -= rows.count
+            missing[rows.name] -= rows.length
             (_to_matmul if node.op_type == "MatMul" else _to_gather)(graph, node, source, rows)
             if not value.uses():
                 graph.graph.initializers.pop(value.name)
@@ -139,7 +140,7 @@ def _to_matmul(graph: Graph, node: Any, source: NativeCheckpoint, rows: Rows) ->
     """Let a ``MatMul`` multiply by codes; sums are in float32 (``accuracy_level`` 0)."""
     parts, bits, block = _parts(graph, source, rows)
     columns = source.shapes[rows.name][1]
-    sizes = {"K": columns, "N": rows.count, "bits": bits, "block_size": block, "accuracy_level": 0}
+    sizes = {"K": columns, "N": rows.length, "bits": bits, "block_size": block, "accuracy_level": 0}
     _become(node, "MatMulNBits", [node.inputs[0], *parts], sizes)
 
 
@@ -181,18 +182,18 @@ def _parts(graph: Graph, source: NativeCheckpoint, rows: Rows) -> tuple[list[Any
     @lru_cache(maxsize=1)
     def made() -> dict[str, Tensor]:
         quantized = source.quantized(rows.name)
-        own = slice(rows.start, rows.start + rows.count)
+        own = slice(rows.start, rows.start + rows.length)
         cut = quantized._replace(
             codes=quantized.codes[own], scale=quantized.scale[own], zero_point=quantized.zero_point[own]
         )
         return packing.packed(cut, bits, zeros=table)
 
     name = published_names(source).modules(rows.name)[0]
-    stem = name if rows.count == total else f"{name}.rows_{rows.start}"
+    stem = name if rows.length == total else f"{name}.rows_{rows.start}"
     shapes = {
-        "qweight": ((rows.count, blocks, block * bits // 8), torch.uint8),
-        "scales": ((rows.count, blocks), torch.float32),
-        "qzeros": ((rows.count, -(-blocks * bits // 8)), torch.uint8),
+        "qweight": ((rows.length, blocks, block * bits // 8), torch.uint8),
+        "scales": ((rows.length, blocks), torch.float32),
+        "qzeros": ((rows.length, -(-blocks * bits // 8)), torch.uint8),
     }
     if spec.symmetric and not table:
         del shapes["qzeros"]
@@ -260,4 +261,4 @@ def save(graph: Graph, file: Path) -> None:
 
     graph.producer_name = "qtool"
     graph.graph.sort()
-    ir.save(graph, file, external_data=f"{file.name}.data", size_threshold_bytes=0)
+    ir.save(graph, file, external_data=f"{file.name}.data", size_threshold_bytes=INLINE)

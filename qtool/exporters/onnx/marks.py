@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     name: str
     start: int
-    count: int
+    length: int
 
 
 class Marks:

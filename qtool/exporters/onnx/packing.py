@@ -59,7 +59,8 @@ def unpacked(qweight: np.ndarray, scales: np.ndarray, qzeros: np.ndarray | None,
     else:
         zeros = torch.from_numpy(_digits(qzeros.reshape(rows, -1), bits)[:, :blocks].copy()).float()
     steps = codes.unflatten(1, (blocks, -1)) - zeros.unsqueeze(-1)
-    return (steps * torch.from_numpy(scales.copy()).unsqueeze(-1)).flatten(1)
+    weight: Tensor = (steps * torch.from_numpy(scales.copy()).unsqueeze(-1)).flatten(1)
+    return weight
 
 
 def _digits(stream: np.ndarray, bits: int) -> np.ndarray:
