@@ -27,6 +27,7 @@ from qtool.exporters._folder import (
     published_names,
     regroup,
     skeleton,
+    unfit,
     write_folder,
 )
 from qtool.exporters.onnx import building, packing
@@ -49,6 +50,8 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     if refusal := _model_refuses(skeleton(source.folder)):
         return refusal
     if refusal := float_zeros(source, "the onnx export") or conv1d(source, "whose weight is transposed"):
+        return refusal
+    if refusal := unfit(source, config):
         return refusal
     if config.dtype not in ("auto", "float32"):
         return f"its graph computes in float32, so that dtype: {config.dtype} would change nothing; use dtype: auto"
@@ -83,15 +86,16 @@ def _model_refuses(model: Any) -> str | None:
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write the folder; see ``Exporter.write``."""
     graph, genai = building.build(source)
-    describe(source, out, "float32")
+    write_folder(source.folder, out, {}, None, "float32")
     write_json(out / GENAI, genai)
     building.save(graph, out / FILE)
     return _notes(source)
 
 
 def describe(source: NativeCheckpoint, out: Path, dtype: str) -> None:
-    """Write the config and the tokenizer; see ``Exporter.describe``."""
+    """Write the configs and the tokenizer, after building the graph without weights; see ``Exporter.describe``."""
     write_folder(source.folder, out, {}, None, dtype)
+    write_json(out / GENAI, building.plan(source))
 
 
 def _notes(source: NativeCheckpoint) -> list[str]:

@@ -7,6 +7,7 @@ tensors get their published names; that of a tensor which the builder stored oth
 """
 
 import contextlib
+import copy
 import io
 import json
 import sys
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.sections import ModelConfig
-from qtool.exporters._folder import published_names, write_folder
+from qtool.exporters._folder import published_names, skeleton, write_folder
 from qtool.exporters.onnx import packing
 from qtool.exporters.onnx.marks import Marks, Rows
 from qtool.models.expanded import put_float
+from qtool.models.folders import read_config
 from qtool.models.linears import packed_weights
 from qtool.models.loading import load_model
-from qtool.system.errors import RunError
+from qtool.system.errors import RunError, first_line
 from qtool.system.scratch import temporary_folder
 
 # of the builder: each linear by itself, and keys of all tokens, also where a window hides some
@@ -42,21 +44,30 @@ def build(source: NativeCheckpoint) -> tuple[Graph, dict[str, Any]]:
     """Return the graph of ``source`` with its codes, and the content of ``genai_config.json``.
 
     Raises:
-        RunError: the builder left a weight out, or stored it in a form that is not known.
+        RunError: the builder stopped, left a weight out, or stored it in a form that is not known.
     """
+    model = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True).model
     marks = Marks(source.shapes)
-    graph, config = _marked_graph(source, marks)
+    for name, layer in packed_weights(model).items():
+        put_float(model, name, layer, marks.of(name))
+    graph, config = _built(source, model)
     _put_codes(graph, source, marks)
     _name_floats(graph, source)
     return graph, config
 
 
-def _marked_graph(source: NativeCheckpoint, marks: Marks) -> tuple[Graph, dict[str, Any]]:
-    """Return the graph that the builder makes of the model with marks, and its config."""
-    model = load_model(ModelConfig(path=str(source.folder), dtype="float32", device="cpu"), quantized=True).model
-    for name, layer in packed_weights(model).items():
-        put_float(model, name, layer, marks.of(name))
-    shared = "false" if source.tables.embeddings else str(bool(source.config.get("tie_word_embeddings"))).lower()
+def plan(source: NativeCheckpoint) -> dict[str, Any]:
+    """Return the content of ``genai_config.json``, from a graph whose weights are never read.
+
+    Raises:
+        RunError: the builder stopped.
+    """
+    return _built(source, copy.deepcopy(skeleton(source.folder)))[1]
+
+
+def _built(source: NativeCheckpoint, model: nn.Module) -> tuple[Graph, dict[str, Any]]:
+    """Return the graph that the builder makes of ``model``, and its config."""
+    tied = not source.tables.embeddings and read_config(source.folder).get("tie_word_embeddings")
     with temporary_folder() as scratch, _builder() as builder:
         folder, out = scratch / "model", scratch / "out"
         folder.mkdir()
@@ -69,9 +80,17 @@ def _marked_graph(source: NativeCheckpoint, marks: Marks) -> tuple[Graph, dict[s
             return model
 
         with _replaced(builder.Model, load_weights=load, save_model=lambda self, _out: found.append(self.model)):
-            options = builder.parse_extra_options(*given, [*OPTIONS, f"shared_embeddings={shared}"])
-            _spell_out(options["hf_details"]["hf_config"])
-            builder.create_model(*given, **options)
+            try:
+                options = builder.parse_extra_options(
+                    *given, [*OPTIONS, f"shared_embeddings={str(bool(tied)).lower()}"]
+                )
+                _spell_out(options["hf_details"]["hf_config"])
+                builder.create_model(*given, **options)
+            except Exception as error:  # errors of many kinds, for a model that it does not know after all
+                raise RunError(
+                    f"the builder of onnxruntime-genai stopped at this model: {type(error).__name__}: "
+                    f"{first_line(error)}; export another format, for example dense"
+                ) from error
         return found[0], json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
 
 
