@@ -51,6 +51,7 @@ def build(source: NativeCheckpoint) -> tuple[Graph, dict[str, Any]]:
     for name, layer in packed_weights(model).items():
         put_float(model, name, layer, marks.of(name))
     graph, config = _built(source, model)
+    _size_caches(graph, config["model"]["decoder"]["head_size"])
     _put_codes(graph, source, marks)
     _name_floats(graph, source)
     return graph, config
@@ -134,6 +135,15 @@ def _embedding_scale(model: Any, given: float) -> float:
     """Return the factor of the embedding in float32: the builder rounds that of Gemma to two decimals."""
     scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", None)
     return float(given) if scale is None else float(np.float32(scale))
+
+
+def _size_caches(graph: Graph, head_size: int) -> None:
+    """Say how many channels keys and values have, which the builder leaves open for quantized ones."""
+    import onnx_ir as ir
+
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.shape = ir.Shape([*value.shape[:-1], head_size])
 
 
 def _put_codes(graph: Graph, source: NativeCheckpoint, marks: Marks) -> None:

@@ -1,6 +1,5 @@
 """Reading an ONNX folder: its tensors with the ``onnx`` package, and its logits with ONNX Runtime."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,9 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
-    size = json.loads((folder / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
     inputs = {each.name: each for each in session.get_inputs()}
     caches = {
-        name: np.zeros((1, each.shape[1], 0, size), np.float32)
+        name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
         for name, each in inputs.items()
         if name.startswith("past_key_values.")
     }
