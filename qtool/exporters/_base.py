@@ -60,6 +60,9 @@ class Exporter(NamedTuple):
     bits: Callable[[QuantSpec, tuple[int, int], bool], float] | None = None
     """Returns the bits per weight of a quantized linear ``(out, in)``, or with ``True`` of an embedding, as written,
     scales and zero points counted; ``None``: those of the checkpoint."""
+    runs: Callable[[Path, Tensor], Tensor] | None = None
+    """Returns the logits float32 ``[1, t, vocabulary]`` of tokens ``[1, t]`` as the engine computes them with a folder;
+    of a format whose engine is installed with what writes it, so that each export is run before it is kept."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

@@ -21,6 +21,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
+from qtool.exporters._float16 import layout_floats
 from qtool.exporters._folder import (
     WrittenFolder,
     block_prefixes,
@@ -38,7 +39,7 @@ from qtool.exporters._folder import (
 )
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
-from qtool.exporters.gptq import LAYOUT, grid, layout_floats, layout_refuses, packed, packed_bits, unpacked
+from qtool.exporters.gptq import LAYOUT, grid, layout_refuses, packed, packed_bits, unpacked
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 

@@ -57,10 +57,10 @@ from qtool.exporters._tables import (
 )
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
-from qtool.quant.packed_weight import PARTS
 from qtool.system.errors import InputError
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+COPIED = ("weight_packed", "weight_scale", "weight_shape")  # tensors that both formats hold in the same form
 MIXED = "mixed-precision"  # the format of a folder whose groups have several
 ONE_GRID = (
     "inputs are rounded for each token by its largest absolute value / 127, as in vLLM's int8 kernels; transformers "
@@ -240,8 +240,8 @@ def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], Quantiz
     if layout(source, first) == INT_QUANTIZED:
         return signed(gathered(place, read))
     if whole is not None:
-        parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
-        return {part: source.tensor(f"{whole}.{part}") for part in parts}
+        zeros = [] if source.specs[whole].symmetric else ["weight_zero_point"]
+        return {part: source.tensor(f"{whole}.{part}") for part in (*COPIED, *zeros)}
     layer = PackedLinear.from_quantized(gathered(place, read), None)
     return {part: tensor.contiguous() for part, tensor in layer.named_buffers() if part != "weight"}
 
