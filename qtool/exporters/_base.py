@@ -18,6 +18,7 @@ from qtool.config.quant import ActivationGrid
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, Published
 
 
@@ -53,6 +54,10 @@ class Exporter(NamedTuple):
     rounds: Callable[[WrittenFolder, str], ActivationGrid | None] | None = None
     """Returns the grid by which readers round the input of a linear of a written folder; ``None``: the format has no
     word for that."""
+    reader: Runner | None = None
+    """The program with which other software unpacks the weights of a written folder; ``None``: there is none."""
+    reads_with: str = ""
+    """The package that unpacks weights for ``read``, of a format whose ``read`` is the independent reader."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

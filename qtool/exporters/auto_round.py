@@ -36,6 +36,7 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
 from qtool.exporters.gptq import LAYOUT, grid, layout_floats, layout_refuses, packed, unpacked
@@ -145,4 +146,5 @@ EXPORTER = Exporter(
     "Load it with `transformers` and `auto-round` installed.",
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "auto-round"),
+    reader=Runner("auto_round", ("auto-round", "transformers")),
 )

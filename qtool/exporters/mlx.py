@@ -47,6 +47,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, Published, gathered
 from qtool.models.folders import read_config
 from qtool.quant.affine import QuantizedWeight
@@ -276,4 +277,5 @@ EXPORTER = Exporter(
     recognises,
     library="mlx",
     config_keys=("quantization",),
+    reader=Runner("mlx", ("mlx",), "'mlx[cpu]'"),
 )

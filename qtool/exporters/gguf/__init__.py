@@ -327,4 +327,5 @@ EXPORTER = Exporter(
     recognises,
     library="gguf",
     weight_files="*.gguf",
+    reads_with="gguf",
 )
