@@ -7,6 +7,7 @@ that the engine reads best.
 
 from typing import NamedTuple
 
+from qtool.allocation import k_mixture
 from qtool.allocation.plan import narrowest
 from qtool.checkpoints.native import PlannedCheckpoint
 from qtool.config import catalog
@@ -47,7 +48,7 @@ def applied(recipe: Recipe) -> Recipe:
     loaded = described_model(recipe.model)
     if recipe.quant.budget is not None:
         recipe = _narrowed(recipe, loaded, recipe.quant.budget)
-    found = loads(recipe, selection(loaded, _widest(recipe.quant)))
+    found = loads(recipe, selection(loaded, _widest(k_mixture.quant_of(recipe, loaded))))
     if not found.loads:
         raise InputError(refusal(recipe, found))
     if recipe.export or found.format == "native":
