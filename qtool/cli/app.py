@@ -17,6 +17,7 @@ from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.plan import plan
 from qtool.cli.session import running
+from qtool.cli.verify import verify
 from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
@@ -305,13 +306,7 @@ def compare(
             print_text(f"\n{output}")
 
 
-@app.command()
-def verify(folder: Folder, as_json: Json = False) -> None:
-    """Check a checkpoint's files against its manifest."""
-    from qtool.pipelines import verify as pipeline
-
-    found = pipeline.verify(folder)
-    print_either({"path": str(folder), **found._asdict()}, f"{folder}: {found} are as they were written", as_json)
+app.command()(verify)
 
 
 @app.command()

@@ -37,6 +37,7 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
 from qtool.exporters.gptq import LAYOUT, grid, layout_refuses, packed, packed_bits, unpacked
@@ -147,4 +148,5 @@ EXPORTER = Exporter(
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "auto-round"),
     bits=lambda spec, shape, table: packed_bits(spec, shape[1]),
+    reader=Runner("auto_round", ("auto-round", "transformers")),
 )

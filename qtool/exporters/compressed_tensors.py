@@ -45,6 +45,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, gathered
 from qtool.exporters._tables import (
     ScaledFolder,
@@ -386,4 +387,5 @@ EXPORTER = Exporter(
     rounds=rounds,
     needs_class=False,
     bits=bits,
+    reader=Runner("compressed_tensors", ("compressed-tensors",)),
 )

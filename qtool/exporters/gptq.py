@@ -43,6 +43,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
 from qtool.quant.affine import QuantizedWeight
@@ -55,6 +56,7 @@ LOADING = (
     "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 bits when "
     "symmetric."
 )
+READER = Runner("gptqmodel", ("gptqmodel",))
 LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a linear
 
 
@@ -263,4 +265,5 @@ EXPORTER = Exporter(
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "gptq"),
     bits=bits,
+    reader=READER,
 )

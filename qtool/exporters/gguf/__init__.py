@@ -330,4 +330,5 @@ EXPORTER = Exporter(
     bits=lambda spec, shape, table: (
         block.bits if (block := blocks.choose(spec, shape[1])) else spec.bits_per_weight(shape[1])
     ),
+    reads_with="gguf",
 )
