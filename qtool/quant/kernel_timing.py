@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.config.quant import QuantSpec
-from qtool.quant import kernels
+from qtool.quant import affine, kernels
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 
@@ -56,7 +56,7 @@ class Timing(NamedTuple):
 
 def is_dense(name: str) -> bool:
     """Return whether the way of this name multiplies by an expanded weight that is held."""
-    return name.startswith("dense ")
+    return name.startswith(kernels.DENSE)
 
 
 def ranked(seconds: Mapping[str, float], possible: Collection[str]) -> list[str]:
@@ -77,7 +77,7 @@ def backends_for(dtype: torch.dtype, device: torch.device, experts: int = 1) -> 
         for backend in kernels.BACKENDS
         if backend.runs_on(device)
         and (experts == 1 or backend.of_experts)
-        and not (backend.library == "dense" and backend.dtype != dtype and torch.finfo(backend.dtype).bits <= wide)
+        and not (backend.library == kernels.DENSE and backend.dtype != dtype and torch.finfo(backend.dtype).bits <= wide)
     ]
 
 
@@ -110,11 +110,9 @@ def _timing(
 
 
 def _random(spec: QuantSpec, out_features: int, in_features: int, device: torch.device) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(spec.qmax + 1, (out_features, in_features), dtype=torch.uint8, generator=generator)
-    scale = torch.full((out_features, spec.num_groups(in_features)), 2.0**-7)
-    zero_point = torch.full_like(scale, spec.middle)
-    return QuantizedWeight(codes.to(device), scale.to(device), zero_point.to(device), spec)
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)).to(device)
+    scale, zero_point = affine.minmax_qparams(weight, spec)
+    return QuantizedWeight(affine.quantize(weight, scale, zero_point, spec), scale, zero_point, spec)
 
 
 def _measure(ways: Mapping[str, Sequence[Callable[[], Tensor]]], device: torch.device) -> dict[str, float]:

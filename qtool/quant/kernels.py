@@ -24,6 +24,7 @@ PROBED_NUMBERS = 1 << 24  # number of weights that are expanded at once for a te
 PROBE_CHANNELS = 4  # nonzero channels of such a row, on average: few, so that the tolerance is tight
 ALL_CHANNELS = 1 << 62
 ALL_ROWS = 1 << 62
+DENSE = "dense"  # the library of backends that hold the expanded weight
 
 
 # fault of a backend by grid, shape and device; "" if it passed its test
@@ -106,7 +107,7 @@ def prepare(weight: QuantizedWeight, among: Sequence[Backend] | None = None) -> 
 @torch.no_grad()
 def attempt(backend: Backend, weight: QuantizedWeight) -> tuple[Kernel | None, str]:
     """Return a kernel of ``backend``, or its fault; the first weight of each shape is multiplied and compared."""
-    if reason := backend.refuses(weight.spec, *weight.codes.shape) or backend.missing():
+    if reason := unfit(backend, weight.spec, *weight.codes.shape):
         return None, reason
     key = (backend, weight.spec, weight.codes.shape, weight.codes.device)
     kernel = None
@@ -118,6 +119,13 @@ def attempt(backend: Backend, weight: QuantizedWeight) -> tuple[Kernel | None, s
         except Exception as problem:  # a library's own kernel, on a machine that it may not have been made for
             _found[key] = f"failed when it was tried: {type(problem).__name__}: {problem}"
     return (None, _found[key]) if _found[key] else (kernel, "")
+
+
+def unfit(backend: Backend, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
+    """Return the reason why ``backend`` cannot hold a weight of this shape on this machine, or ``None``."""
+    if spec.blocks is not None and backend.library != DENSE:
+        return f"no kernel multiplies by codes of {spec.grid}; llama.cpp does, from a GGUF export"
+    return backend.refuses(spec, out_features, in_features) or backend.missing()
 
 
 def wrong(kernel: Kernel, weight: QuantizedWeight) -> str:
@@ -270,7 +278,7 @@ BACKENDS = (
     *(
         Backend(
             name=f"dense {name}",
-            library="dense",
+            library=DENSE,
             device="",
             serves="every grid",
             error=error,

@@ -81,8 +81,7 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map ``x [rows, in]`` float32 to ``[rows, out]``; neither is copied."""
-        y: Tensor = torch.from_numpy(self.session.run(["y"], {"x": x.detach().numpy()})[0])
-        return y
+        return torch.from_numpy(self.session.run(["y"], {"x": x.detach().numpy()})[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Product":
         return self
@@ -172,8 +171,7 @@ def _held_outside(name: str, array: Any) -> Any:
 
 def matmul(x: Tensor, product: Product) -> Tensor:
     """Map ``x [rows, in]`` float32 to ``[rows, out]``."""
-    y: Tensor = product(x)
-    return y
+    return product(x)
 
 
 def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:

@@ -157,8 +157,9 @@ def expand(dtype: torch.dtype, weight: QuantizedWeight) -> tuple[Any, ...]:
     """Return the weight ``[out, in]`` in ``dtype``, computed in float32, some rows at a time."""
     expanded = torch.empty(weight.codes.shape, dtype=dtype, device=weight.codes.device)
     rows = max(1, CHUNK_NUMBERS // expanded.shape[1])
-    for part, *each in zip(*(tensor.split(rows) for tensor in (expanded, *weight[:3])), strict=True):
-        part.copy_(affine.dequantize(*each, weight.spec))
+    parts = (tensor.split(rows) for tensor in (expanded, *weight[:3]))
+    for part, codes, scale, zero_point in zip(*parts, strict=True):
+        part.copy_(affine.dequantize(codes, scale, zero_point, weight.spec))
     return (expanded,)
 
 
