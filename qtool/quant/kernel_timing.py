@@ -77,7 +77,9 @@ def backends_for(dtype: torch.dtype, device: torch.device, experts: int = 1) -> 
         for backend in kernels.BACKENDS
         if backend.runs_on(device)
         and (experts == 1 or backend.of_experts)
-        and not (backend.library == kernels.DENSE and backend.dtype != dtype and torch.finfo(backend.dtype).bits <= wide)
+        and not (
+            backend.library == kernels.DENSE and backend.dtype != dtype and torch.finfo(backend.dtype).bits <= wide
+        )
     ]
 
 

@@ -80,8 +80,9 @@ class Product:
         self.session, self.nbytes = session, nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map ``x [rows, in]`` float32 to ``[rows, out]``; neither is copied."""
-        return torch.from_numpy(self.session.run(["y"], {"x": x.detach().numpy()})[0])
+        """Map ``x [rows, in]`` float32 to ``[rows, out]``; ONNX Runtime reads and torch gets the same memory."""
+        outputs = self.session.run(["y"], {"x": x.detach().numpy()})
+        return torch.from_numpy(outputs[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Product":
         return self
@@ -171,7 +172,8 @@ def _held_outside(name: str, array: Any) -> Any:
 
 def matmul(x: Tensor, product: Product) -> Tensor:
     """Map ``x [rows, in]`` float32 to ``[rows, out]``."""
-    return product(x)
+    y: Tensor = product(x)
+    return y
 
 
 def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
