@@ -66,7 +66,7 @@ class Backends:
             f"{len(names)} by the exact path ({names[0]}{', ...' if names[1:] else ''}: {reason})"
             for reason, names in self.exact.items()
         ]
-        errors = "".join(f"; {name}: {self.errors[name]}" for name in self.kernels if self.errors.get(name))
+        errors = "".join(f"; {name}: {error}" for name, error in self.errors.items())
         held = f"; {units.size(self.num_bytes)} beside the packed weights" if self.num_bytes else ""
         return ", ".join(parts) + errors + held
 
@@ -108,7 +108,7 @@ def use_backend(model: nn.Module, name: str) -> Backends:
         backend = layer.kernel.backend
         served_by = f"{backend.name} ({layer.weight_packed.device.type})"
         found.kernels[served_by] += 1
-        errors[served_by] = backend.error
+        errors[backend.name] = backend.error
         by = served_by if head is not None and layer is head[1] else by
     return Backends(found.kernels, found.exact, held_bytes(model), by, errors, tuple(choosing.choices.values()))
 
@@ -129,6 +129,11 @@ class _Choosing:
         if self.name == "fast":
             return self._fastest(layer, experts, dtype, able)
         among = [backend for backend in able if backend.library == self.name]
+        if not among:
+            device = layer.weight_packed.device
+            elsewhere = not any(backend.runs_on(device) for backend in kernels.of_library(self.name))
+            what = f"devices of type {device.type}" if elsewhere else "the stacked experts of a layer"
+            return f"{self.name} has no kernel for {what}"
         if self.name == kernels.DENSE:
             among.sort(key=lambda backend: backend.dtype != dtype)
         return layer.accelerate(experts, among)

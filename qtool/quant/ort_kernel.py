@@ -182,4 +182,5 @@ def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
     dense = affine.dequantize(*weight)
     sigma = x.abs().amax(-1, keepdim=True) / 127 / sqrt(12) * dense.norm(dim=1)
     terms = scale.unsqueeze(-1) * (affine.grouped(codes, spec).float() + zero_point.unsqueeze(-1))
-    return SIGMAS * sigma + FLOAT_ERROR * x.abs() @ terms.flatten(1).T
+    found: Tensor = SIGMAS * sigma + FLOAT_ERROR * x.abs() @ terms.flatten(1).T
+    return found
