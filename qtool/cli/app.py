@@ -199,6 +199,7 @@ def bench(
     repeats: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME")] = "fast",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -208,8 +209,8 @@ def bench(
     from qtool.config.recipe import check
     from qtool.config.sweep import BenchConfig
 
-    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
-    given = {name: value for name, value in asked.items() if value is not None}
+    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    given = {name: value for name, value in asked.items() if value is not None} | {"dtype": dtype, "backend": backend}
     options = check(BenchConfig, given, "the command line")
     with running(quiet, None):
         from qtool.evaluation.bench import bench as run_bench
