@@ -58,7 +58,7 @@ def test_the_text_is_that_of_a_model_without_a_cache(name: str, monkeypatch: pyt
     loaded, sink = make(name), Notes()
     with progress.use(sink):
         tokens = generated_tokens(loaded, 3, 20, 0)
-    monkeypatch.setattr(generated, "_cache", lambda *_: None)
+    monkeypatch.setattr(generated, "find_cache", lambda *_: None)
     assert torch.equal(tokens, generated_tokens(loaded, 3, 20, 0))
     said = [line for line in sink.texts if "with a KV cache than without one" in line]
     assert len(said) == (name in WITHOUT)
