@@ -110,7 +110,7 @@ def test_recipe_keys() -> None:
             "preset",
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
-        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
+        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend", "continuations"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite", "plots"],

@@ -104,6 +104,12 @@ class EvalConfig(Section):
         description="Arithmetic of packed linears. exact: dequantize the weight for each product; fast: this "
         "machine's kernels where the input has few rows.",
     )
+    continuations: int = Field(
+        3,
+        ge=0,
+        le=3,
+        description="Prompts that both models continue, for the report: 40 tokens each, the most likely ones. 0: none.",
+    )
 
 
 # metrics of the tasks that qtool measures itself; every other task is lm-eval's
