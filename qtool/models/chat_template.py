@@ -3,6 +3,8 @@
 Templates are programs of the model's authors, and raise errors of any kind; transformers runs them in a sandbox.
 """
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from qtool.models.loaded import LoadedModel
@@ -26,8 +28,8 @@ def rendered(
         InputError: the template refuses the conversation, or leaves out its last message.
     """
     template = ("" if today else SAME_DAY) + tokenizer.get_chat_template()
-    date = {} if today else {"date_string": DATE}
-    parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+    date: dict[str, Any] = {} if today else {"date_string": DATE}
+    parts: Any = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
     fault: Exception | None = None
     for form in (messages, parts):  # templates of multimodal models may read lists of parts only, and skip a text
         try:

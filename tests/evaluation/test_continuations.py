@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import multimodal, tiny
 from helpers.notes import Notes
+from torch import Tensor, nn
 
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import EvalConfig, ModelConfig
@@ -43,7 +44,7 @@ def test_each_text_is_that_of_transformers_for_the_prompt_alone(family: str, tmp
     found = continuations(loaded, EVAL, None)
     assert [each.prompt for each in found] == list(SENTENCES)
     assert [each.text for each in found] == [alone(loaded, prompt) for prompt in SENTENCES]
-    assert all(each.float_text is each.num_same is None for each in found)
+    assert all(each.float_text is None and each.num_same is None for each in found)
     assert len({len(loaded.tokenizer(prompt)["input_ids"]) for prompt in SENTENCES}) > 1, "no row is longer"
 
 
@@ -96,7 +97,11 @@ def test_a_chat_model_answers_questions_and_the_day_does_not_matter(llama: Loade
     llama.tokenizer.chat_template = TEMPLATE
     llama.model.config.max_position_embeddings = 512
     seen: list[str] = []
-    llama.model.register_forward_pre_hook(lambda _, args: seen.append(llama.tokenizer.decode(args[0][0].tolist())))
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(str(llama.tokenizer.decode(args[0][0].tolist())))
+
+    llama.model.register_forward_pre_hook(see)
     found = continuations(llama, EvalConfig(continuations=2), None)
     assert [each.prompt for each in found] == list(QUESTIONS[:2])
     assert f"<user>{QUESTIONS[0]}<|endoftext|><assistant>26 Jul 202426 Jul 2024" in "".join(seen)

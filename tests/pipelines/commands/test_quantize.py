@@ -24,6 +24,7 @@ from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.config.sections import ModelConfig
 from qtool.data import windows
 from qtool.evaluation import tasks as evaluation
+from qtool.evaluation.continuations import continuations
 from qtool.models.linears import packed_linears
 from qtool.models.loading import load_model
 from qtool.pipelines import export as exporting
@@ -351,10 +352,9 @@ def test_a_run_that_was_stopped_after_its_tasks_reports_the_same_texts(
     expected = json.loads(whole.out)["report"]["continuations"]
     assert [each["num_tokens"] > 0 and each["float_text"] is not None for each in expected] == [True] * 3
     monkeypatch.chdir(work)
-    written = pipeline.continuations
 
     def stopped(*args: Any) -> None:
-        written(*args)
+        continuations(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
