@@ -25,6 +25,7 @@ from qtool.config.sections import (
     ModelConfig,
     OutputConfig,
 )
+from qtool.config.target import TargetConfig
 from qtool.system import paths
 from qtool.system.errors import InputError, listing, nearest
 
@@ -79,6 +80,9 @@ class Recipe(Section):
     quant: QuantConfig = Field(default_factory=QuantConfig, description="The grid of the quantized weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration text.")
     eval: EvalConfig | None = Field(None, description="Evaluation after quantization; left out: none.")
+    target: TargetConfig | None = Field(
+        None, description="The engine that will load the result; left out: no grid is refused for an engine's sake."
+    )
     export: tuple[Export, ...] = Field((), description="A list of exports to write after quantization.")
     expected: tuple[ExpectedConfig, ...] = Field(
         (), description="Published numbers, which the report shows beside the measured ones."

@@ -37,7 +37,7 @@ from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
-from qtool.pipelines import model_free, trial
+from qtool.pipelines import model_free, target, trial
 from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -102,6 +102,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     timer = PhaseTimer()
     if recipe.model.free:
         model_free.check(recipe)
+    recipe = target.applied(recipe)
     check_early(recipe)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
