@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
+from qtool.cli.chat import chat
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.plan import plan
@@ -217,6 +218,9 @@ def bench(
 
         report = run_bench(path_text(folder), device, options)
     show(report, as_json, seconds=report.seconds)
+
+
+app.command("chat")(chat)
 
 
 @app.command("sweep", cls=SweepCommand)

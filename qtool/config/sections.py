@@ -106,6 +106,12 @@ class EvalConfig(Section):
         "few rows, what is the fastest for each shape on this machine; dense: hold the dequantized weights; torch, "
         "ort, gemlite: for inputs of few rows, the kernels of that library.",
     )
+    continuations: int = Field(
+        3,
+        ge=0,
+        le=3,
+        description="Prompts that both models continue, for the report: 40 tokens each, the most likely ones. 0: none.",
+    )
 
 
 # metrics of the tasks that qtool measures itself; every other task is lm-eval's

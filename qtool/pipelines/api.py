@@ -21,6 +21,7 @@ from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
 from qtool.evaluation import tasks as evaluation_tasks
+from qtool.evaluation.continuations import continuations
 from qtool.models import backend
 from qtool.models.backend import Backends
 from qtool.models.linears import packed_linears
@@ -250,6 +251,7 @@ def _measured(
     report = Report(
         model=loaded.path,
         results=tuple(results),
+        continuations=continuations(loaded, recipe.eval, other),
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
         backend=recipe.eval.backend if packed_linears(loaded.model) else None,

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from qtool.reports import parts, quality
+from qtool.reports import parts, quality, samples
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
+    Continuation,
     Count,
     Exported,
     Linear,
@@ -55,6 +56,9 @@ class Report(Record, Printable):
         None, description="Text that the method learned from; null: none, or unknown."
     )
     results: tuple[TaskResult, ...] = ()
+    continuations: tuple[Continuation, ...] = Field(
+        (), description="Text that the model writes after fixed prompts, beside the float model's."
+    )
     expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, beside ours.")
     linears: tuple[Linear, ...] = Field((), description="The linears of all decoder blocks, in model order.")
     tables: tuple[ModelTable, ...] = Field((), description="The embeddings and the output head.")
@@ -91,6 +95,7 @@ class Report(Record, Printable):
                 *([_published(self)] if self.expected else []),
             ],
             notes=parts.float_lines(self),
+            samples=[*filter(None, [samples.table(self.continuations)])],
             environment=self.environment,
         )
 
@@ -160,6 +165,8 @@ class Report(Record, Printable):
             facts.append(
                 ("already in the calibration text", f"{parts} (fraction of its sequences of {OVERLAP_TOKENS} tokens)")
             )
+        if agreement := samples.agreement(self.continuations):
+            facts.append(("same text as the float model", agreement))
         return [*facts, ("date", self.date)]
 
     def warnings(self) -> list[str]:
