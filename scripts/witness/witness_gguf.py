@@ -2,10 +2,11 @@
 
 Run by an interpreter that has llama-cpp-python, gguf and safetensors:
 
-    <python of that environment> witness_gguf.py FOLDER WITNESS.safetensors [--float32] [--text FILE]
+    <python of that environment> witness_gguf.py FOLDER WITNESS.safetensors [--float32] [--text FILE] [--texts FILE]
 
 The written file holds `tokens` int64 [1, t], `logits` float32 [1, t, vocabulary], and with `--text` the `text_tokens`
-int64 [n] that llama.cpp makes of the file; with `--texts`, a JSON list of texts, `text_0`, `text_1`, ... instead.
+int64 [n] that llama.cpp makes of the file. `--texts` names a JSON list of texts; then the file needs no weights, and what
+is written is `text_0`, `text_1`, ... int64 [n], without logits.
 llama.cpp rounds inputs of quantized linears to 8 bits; `--float32` gives it the dequantized weights in float32 and
 keys and values in float32, so that only the order of sums differs, and GELU, which it takes from a table of float16.
 """
@@ -45,10 +46,16 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("--float32", action="store_true", help="compute with the dequantized weights in float32")
     parser.add_argument("--text", type=Path, help="a text to read")
-    parser.add_argument("--texts", type=Path, help="a JSON list of texts to read")
+    parser.add_argument("--texts", type=Path, help="a JSON list of texts to read, without logits")
     args = parser.parse_args()
-    options = {"n_ctx": 64, "n_batch": 64, "n_threads": 1, "logits_all": True, "verbose": False}
     file = args.folder / "model.gguf"
+    if args.texts is not None:
+        vocabulary = Llama(str(file), vocab_only=True, verbose=False)
+        texts = [text.encode("utf-8") for text in json.loads(args.texts.read_text(encoding="utf-8"))]
+        found = [vocabulary.tokenize(text, add_bos=True, special=True) for text in texts]
+        save_file({f"text_{index}": np.array(ids, np.int64) for index, ids in enumerate(found)}, args.output)
+        return
+    options = {"n_ctx": 64, "n_batch": 64, "n_threads": 1, "logits_all": True, "verbose": False}
     if args.float32:
         file = widened(file, args.output.with_suffix(".gguf"))
         options |= {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
@@ -57,10 +64,6 @@ def main() -> None:
     model.eval(tokens.tolist())
     logits = np.array(model.scores[: len(tokens)], dtype=np.float32)
     witness: dict[str, np.ndarray] = {"tokens": tokens[None], "logits": logits[None]}
-    texts = json.loads(args.texts.read_text(encoding="utf-8")) if args.texts else []
-    for index, text in enumerate(texts):
-        found = model.tokenize(text.encode("utf-8"), add_bos=True, special=True)
-        witness[f"text_{index}"] = np.array(found, dtype=np.int64)
     if args.text is not None:
         witness["text_tokens"] = np.array(model.tokenize(args.text.read_bytes(), add_bos=True, special=True))
     save_file(witness, args.output)

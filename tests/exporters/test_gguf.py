@@ -155,13 +155,13 @@ def test_transformers_reads_the_same_tokenizer(kind: str, native: Natives, tmp_p
     out = exported(tmp_path / "q", "gguf", tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
     assert theirs(vocabularies.TEXT)["input_ids"] == ours(vocabularies.TEXT)["input_ids"]
-    name = "default" if kind == "sentencepiece" else kind
+    name = "default" if kind in ("sentencepiece", "gemma") else kind
     fields = {key: field.contents() for key, field in gguf.GGUFReader(out / "model.gguf").fields.items()}
     assert fields["tokenizer.ggml.pre"] == name
     assert fields.get("tokenizer.ggml.add_space_prefix", False) == (kind == "sentencepiece")
-    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece"))
+    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece", "gemma"))
     assert fields["tokenizer.ggml.add_eos_token"] is False
-    assert ("composes characters" in (out / "README.md").read_text()) == (kind == "qwen2")
+    assert ("composes characters" in (out / "README.md").read_text()) == (kind in ("qwen2", "qwen35"))
 
 
 # rows, frequencies, figures
@@ -360,6 +360,21 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(
     assert "its tokenizer prepares text in a way that has no known name in llama.cpp" in refusal(
         folder, tmp_path / "out"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda bpe: bpe["merges"].reverse(), "merges are not in the order of the tokens that they make"),
+        (lambda bpe: bpe["merges"].pop(40), "its tokenizer does not merge"),
+    ],
+)
+def test_merges_that_llama_cpp_would_make_otherwise_are_refused(
+    change: Callable[[Any], object], words: str, native: Natives, tmp_path: Path
+) -> None:
+    folder = tiny.copied(native(), tmp_path / "q")
+    vocabularies.save("sentencepiece", folder)
+    assert words in refusal(tokenizer_with(folder, lambda found: change(found["model"])), tmp_path / "out")
 
 
 def test_tokens_beyond_the_embedding_are_refused(native: Natives, tmp_path: Path) -> None:

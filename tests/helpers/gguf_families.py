@@ -59,6 +59,7 @@ CASES = {
     "phi3": Case("phi3"),
     "phi3, partial": Case("phi3_partial"),
     "phi3, longrope": Case("phi3", {"rope_parameters": LONG}),
+    "phi3, longrope, long": Case("phi3", {"rope_parameters": LONG | {"original_max_position_embeddings": 32}}),
     "smollm3": Case("smollm3", FOUR | {"no_rope_layers": [1, 1, 1, 0]}),
     "olmo": Case("olmo"),
     "olmo2": Case("olmo2"),

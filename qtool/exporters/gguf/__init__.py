@@ -191,7 +191,7 @@ def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
     model = _model(folder)
     family = FAMILIES[model.model_type]
     writer = gguf.GGUFWriter(out / FILE, family.architecture)
-    writer.add_name(f"{model.model_type} quantized by qtool {__version__}")
+    writer.add_name(f"{tokenizer.model_name(folder, model.model_type)} quantized by qtool {__version__}")
     for key, kind, value in metadata(model):
         if (figure := value(model)) is not None:
             getattr(writer, f"add_{kind}")(f"{family.architecture}.{key}", figure)
@@ -243,6 +243,8 @@ def _notes(source: NativeCheckpoint, model: Any, sizes: dict[str, Counter[tuple[
         notes.append("transformers' own reader of GGUF leaves out biases and scaled rotary frequencies of Llama")
     if tokenizer.composes(source.folder):
         notes.append("the tokenizer composes characters (Unicode NFC) first, and llama.cpp does not: give it NFC text")
+    if unstripped := tokenizer.unstripped(source.folder):
+        notes.append(f"llama.cpp leaves spaces beside {', '.join(unstripped)} in the text: write none there")
     return notes
 
 

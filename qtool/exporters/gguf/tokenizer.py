@@ -116,6 +116,26 @@ def _spaces(found: dict[str, Any]) -> bool | None:
     return None
 
 
+PHI_3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks up in models that are named phi-3
+
+
+def model_name(folder: Path, model_type: str) -> str:
+    """Return a name for the model of ``folder``; by it, llama.cpp chooses whether control tokens take spaces after them.
+
+    It does if the name contains ``phi-3`` or ``phi3``: all control tokens but the last three of ``PHI_3``.
+    """
+    found = description(folder)
+    takes = {token["content"] for token in found["added_tokens"] if token["rstrip"]} & set(PHI_3)
+    return "phi-3" if takes == {"</s>"} and _ids(found).keys() >= set(PHI_3) else model_type.replace("phi3", "phi 3")
+
+
+def unstripped(folder: Path) -> list[str]:
+    """Return the added tokens that take the spaces beside them, which llama.cpp leaves in the text."""
+    phi = model_name(folder, "") == "phi-3"
+    tokens = [token for token in description(folder)["added_tokens"] if token["lstrip"] or (token["rstrip"] and not phi)]
+    return [token["content"] for token in tokens]
+
+
 def composes(folder: Path) -> bool:
     """Return whether the tokenizer of ``folder`` composes characters (Unicode NFC), which llama.cpp does not do."""
     return "NFC" in [step["type"] for step in _steps(description(folder)["normalizer"], "normalizers")]
@@ -156,7 +176,8 @@ def _unmerged(found: dict[str, Any]) -> str | None:
             "export dense instead"
         )
     known, added = set(pairs), {token["content"] for token in found["added_tokens"]}
-    for token in vocab.keys() - added:
+    # added tokens are found before texts are merged, but not where the normalizer makes them of spaces
+    for token in vocab.keys() - added | {token for token in added if SPACE in token}:
         for at in range(1, len(token)):
             pair = token[:at], token[at:]
             if pair[0] in vocab and pair[1] in vocab and pair not in known:
