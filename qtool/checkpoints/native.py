@@ -5,6 +5,8 @@ files. ``qtool.json`` is written last, so its presence means that the folder is 
 ``b`` bits is ``p.weight_packed`` int32 ``[out, ceil(in b / 32)]``, ``p.weight_scale`` ``[out, groups]``,
 ``p.weight_shape`` int64 ``[2]``, and, if the grid is asymmetric, ``p.weight_zero_point`` int32
 ``[ceil(out b / 32), groups]`` (packed along rows): the names and layout of ``pack-quantized`` in compressed-tensors.
+On a grid of GGUF scales are stored by blocks: ``p.weight_scale`` and ``p.weight_minimum``, float16 ``[out, blocks]``,
+and the integers of groups, ``p.weight_scale_integers`` and ``p.weight_minimum_integers``, int32 (packed along rows).
 ``p.weight`` is one byte that makes other loaders stop.
 """
 
@@ -203,7 +205,9 @@ class NativeCheckpoint:
         """
         if name in self.specs:
             # twice the range of codes is more than any code is away from its zero point
-            bound = float(self.tensor(f"{name}.weight_scale").double().abs().max()) * 2 * self.specs[name].qmax
+            blocks = self.specs[name].blocks
+            factor = 2 * self.specs[name].qmax * (1 if blocks is None else blocks.largest)
+            bound = float(self.tensor(f"{name}.weight_scale").double().abs().max()) * factor
             if bound <= torch.finfo(torch.float16).max:
                 return bound
             return float(dequantize(*self.quantized(name)).abs().max())
@@ -254,8 +258,8 @@ class PlannedCheckpoint(NativeCheckpoint):
 
     def largest(self, name: str) -> float:
         """Return the largest absolute value of a tensor, or of the float weight of a linear; 0 if it is not known."""
-        if name in self.specs:
-            low, high = self._extremes.get(f"{name}.weight", (0.0, 0.0))
+        if name in self.specs or self._tensors[name].is_meta:
+            low, high = self._extremes.get(f"{name}.weight" if name in self.specs else name, (0.0, 0.0))
             return max(-low, high)
         return super().largest(name)
 

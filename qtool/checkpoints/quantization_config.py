@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
-from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION, TABLES_VERSION
+from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION, GRIDS_VERSION, TABLES_VERSION
 from qtool.system.errors import InputError
 
 SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
@@ -41,18 +41,24 @@ def section_of(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) ->
 
     ``specs`` are the grids of linears and of the embeddings of ``tables``.
     """
-    common = Counter(specs.values()).most_common(1)[0][0].model_dump()
+    by_blocks = any(spec.blocks is not None for spec in specs.values())
+
+    def keys(spec: QuantSpec) -> dict[str, Any]:
+        return spec.model_dump() | ({"grid": spec.grid} if by_blocks else {})
+
+    common = keys(Counter(specs.values()).most_common(1)[0][0])
     rounding = any(getattr(spec, key) is not None for spec in specs.values() for key in ACTIVATION_KEYS)
     if not rounding:
         common = {key: value for key, value in common.items() if key not in ACTIVATION_KEYS}
     overrides = {
-        name: {key: value for key, value in spec.model_dump().items() if value != common.get(key)}
+        name: {key: value for key, value in keys(spec).items() if value != common.get(key)}
         for name, spec in specs.items()
     }
     version = ACTIVATIONS_VERSION if rounding else FORMAT_VERSION
+    version = TABLES_VERSION if tables.embeddings else version
     section = {
         "quant_method": "qtool",
-        "format_version": TABLES_VERSION if tables.embeddings else version,
+        "format_version": GRIDS_VERSION if by_blocks else version,
         **common,
         "linears": [name for name in specs if name not in tables.embeddings],
         "overrides": {name: changes for name, changes in overrides.items() if changes},
@@ -104,13 +110,13 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
     if section.get("quant_method") != "qtool":
         raise InputError(f"quantization_config names {section.get('quant_method')!r}, not a qtool checkpoint")
     version = section.get("format_version")
-    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION, TABLES_VERSION):
+    if version not in (FORMAT_VERSION, ACTIVATIONS_VERSION, TABLES_VERSION, GRIDS_VERSION):
         raise InputError(
-            f"the checkpoint has format version {version}; this qtool reads up to {TABLES_VERSION}: upgrade qtool"
+            f"the checkpoint has format version {version}; this qtool reads up to {GRIDS_VERSION}: upgrade qtool"
         )
     try:
         # folders of earlier versions lack these keys
-        section = {"float_zero": False, **dict.fromkeys(ACTIVATION_KEYS), **section}
+        section = {"grid": "affine", "float_zero": False, **dict.fromkeys(ACTIVATION_KEYS), **section}
         common = {key: section[key] for key in SPEC_KEYS}
         names = [*section["linears"], *tables_of(section).embeddings]
         specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in names}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -14,7 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from qtool.config import grids
 from qtool.config.budget import BudgetConfig
+from qtool.config.grids import BLOCK_GRIDS, BlockGrid, GridName, NumBits
 from qtool.config.section import Section
 from qtool.system.errors import InputError
 
@@ -22,6 +24,13 @@ ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
 ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # bits of activations, of kv_cache
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
+BITS = grids.BITS  # widths of an affine grid
+TABLE_IMPLIED = ("num_bits", "group_size", "symmetric")  # keys that the name of a grid implies
+IMPLIED = (*TABLE_IMPLIED, "scale_dtype", "float_zero")
+GRID_HELP = (
+    "affine: the width, groups and zero points that the other keys say; q2_k to q6_k, q4_1, q5_1: the grid of that "
+    "type of GGUF, for llama.cpp, whose name implies these keys."
+)
 
 
 def _check_group_size(value: int) -> int:
@@ -68,7 +77,8 @@ class QuantSpec(Section):
     A grid also gives the bits that its linear rounds its input to and, in key and value projections, its output.
     """
 
-    num_bits: Literal[2, 3, 4, 8] = Field(4, description="Bits per code.")
+    grid: GridName = Field("affine", description=GRID_HELP)
+    num_bits: NumBits = Field(4, description="Bits per code; 5 and 6 only in grids of GGUF.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
         128,
         description="Input channels that share one scale; must divide the number of input channels. -1: one group per "
@@ -99,8 +109,21 @@ class QuantSpec(Section):
         None, ge=1, description="Channels of keys and values that share one range; unset: all channels of a head."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_grid(cls, values: Any) -> Any:
+        return grids.filled(values, IMPLIED)
+
+    @model_serializer(mode="wrap")
+    def _without_usual_grid(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """Leave out ``grid: affine``, which earlier versions do not know."""
+        values = handler(self)
+        return {key: value for key, value in values.items() if (key, value) != ("grid", "affine")}
+
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
+        if reason := grids.conflict(self.grid, {key: getattr(self, key) for key in IMPLIED}):
+            raise ValueError(reason)
         if self.float_zero and self.symmetric:
             raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
         if self.kv_group_size is not None and self.kv_cache is None:
@@ -111,6 +134,17 @@ class QuantSpec(Section):
     def weights_only(self) -> "QuantSpec":
         """The grid of the weight alone."""
         return QuantSpec(**self.model_dump(include=set(QuantSpec.model_fields), exclude=set(ACTIVATION_KEYS)))
+
+    @property
+    def blocks(self) -> BlockGrid | None:
+        """How scales are stored by blocks, as in GGUF's types; ``None``: on an affine grid, each by itself."""
+        return BLOCK_GRIDS.get(self.grid)
+
+    @property
+    def free(self) -> "QuantSpec":
+        """The affine grid with the same codes and groups whose scales and zero points are any float32 numbers."""
+        changes = {"grid": "affine", "scale_dtype": "float32", "float_zero": not self.symmetric}
+        return self.model_copy(update=changes)
 
     @property
     def qmin(self) -> int:
@@ -131,14 +165,22 @@ class QuantSpec(Section):
         """The number of groups in one row of ``in_features`` weights."""
         return 1 if self.group_size == -1 else in_features // self.group_size
 
+    def columns_together(self, in_features: int) -> int:
+        """The number of input channels whose scales are stored together: a group, or a block of GGUF's types."""
+        return in_features // self.num_groups(in_features) if self.blocks is None else self.blocks.block
+
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits per weight, including scales and zero points: ``b + (b + 16) / g``."""
+        if self.blocks is not None:
+            return self.blocks.bits_per_weight
         zero_bits = SCALE_BITS[self.scale_dtype] if self.float_zero else self.num_bits
         per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else zero_bits)
         return self.num_bits + per_group * self.num_groups(in_features) / in_features
 
     def label(self) -> str:
-        """The usual short name, e.g. ``w4g128``, ``w2g64 asym`` or ``w4g64 float zero``."""
+        """The usual short name, e.g. ``w4g128``, ``w2g64 asym``, ``w4g64 float zero`` or ``q4_k``."""
+        if self.blocks is not None:
+            return self.grid
         group = "pc" if self.group_size == -1 else f"g{self.group_size}"
         kind = " float zero" if self.float_zero else " asym"
         return f"w{self.num_bits}{group}" + ("" if self.symmetric else kind)
@@ -153,6 +195,10 @@ class QuantOverride(QuantSpec):
         "unset: quantize them, but for routers and linears of fewer than 32 rows.",
     )
 
+    @model_serializer(mode="wrap")
+    def _without_usual_grid(self, handler: SerializerFunctionWrapHandler) -> Any:
+        return handler(self)  # grid: affine may replace the grid of the section
+
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
         return self  # an override is a part of a grid, which is checked when the section's own keys complete it
@@ -161,13 +207,30 @@ class QuantOverride(QuantSpec):
 class TableGrid(Section):
     """The grid of an embedding or of the output head; its scales have the dtype of the section's ``scale_dtype``."""
 
-    num_bits: Literal[2, 3, 4, 8] = Field(8, description="Bits per code.")
+    grid: GridName = Field("affine", description=GRID_HELP)
+    num_bits: NumBits = Field(8, description="Bits per code; 5 and 6 only in grids of GGUF.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
         -1, description="Channels of a row that share one scale; must divide the number of channels. -1: one per row."
     )
     symmetric: bool = Field(
         True, description="Fix the zero point at the middle code and store none; false: store one per group."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_grid(cls, values: Any) -> Any:
+        return grids.filled(values, TABLE_IMPLIED)
+
+    @model_serializer(mode="wrap")
+    def _without_usual_grid(self, handler: SerializerFunctionWrapHandler) -> Any:
+        values = handler(self)
+        return {key: value for key, value in values.items() if (key, value) != ("grid", "affine")}
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        if reason := grids.conflict(self.grid, {key: getattr(self, key) for key in TABLE_IMPLIED}):
+            raise ValueError(reason)
+        return self
 
 
 def _grid_or(*words: str) -> Callable[[Any], Any]:
@@ -211,6 +274,12 @@ class QuantConfig(QuantSpec):
         "a4kv4: 4 and 4.",
     )
 
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if self.budget is not None and self.blocks is not None:
+            raise ValueError(f"a budget chooses num_bits, and grid: {self.grid} has one width; leave out one of them")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
@@ -221,7 +290,8 @@ class QuantConfig(QuantSpec):
         """The grid of an embedding or head that ``grid`` describes; ``None``: it stays in floating point."""
         if isinstance(grid, str):
             return None
-        return QuantSpec(**grid.model_dump(), scale_dtype=self.scale_dtype)
+        own = {} if grid.grid != "affine" else {"scale_dtype": self.scale_dtype}
+        return QuantSpec(**grid.model_dump(), **own)
 
     def skips(self, name: str) -> bool | None:
         """The ``skip`` of the last override that matches the weight ``name`` and says it; ``None``: none does."""
@@ -241,6 +311,3 @@ class QuantConfig(QuantSpec):
             return None if self.skips(name) else QuantSpec(**values)
         except ValidationError as error:  # each override is valid, their combination is not
             raise InputError(f"quant.overrides that match {name}: {error.errors()[0]['msg']}") from None
-
-
-BITS: tuple[int, ...] = get_args(QuantSpec.model_fields["num_bits"].annotation)

@@ -146,6 +146,17 @@ class ExportConfig(Section):
     )
 
 
+class GgufConfig(Section):
+    """The grids of a run whose result is for llama.cpp."""
+
+    grid: Literal["keep", "k_m"] = Field(
+        "keep",
+        description="keep: the grids that section quant says. k_m: the mixture that llama.cpp makes around quant.grid "
+        "(q2_k, q3_k, q4_k or q5_k), with more bits for the values of attention and the second linear of MLPs; methods "
+        "round to it. quant.overrides, and a grid for quant.embedding, still count.",
+    )
+
+
 class OutputConfig(Section):
     """The folder of the checkpoint."""
 

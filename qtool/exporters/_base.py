@@ -20,6 +20,8 @@ from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
 from qtool.exporters._published import Place, Published
 
+BLOCK_FORMATS = ("gguf", "dense")  # formats that hold scales by blocks
+
 
 class Exporter(NamedTuple):
     """An export format; its file assigns one to ``EXPORTER``."""
@@ -71,6 +73,13 @@ def refusal(name: str, source: NativeCheckpoint, config: ExportConfig) -> str | 
             f"{source.stacked[0]} holds the experts of a layer, and transformers has no class that says how they are "
             "published; use the native checkpoint"
         )
+    if name not in BLOCK_FORMATS:
+        for linear, spec in source.specs.items():
+            if spec.blocks is not None:
+                return (
+                    f"{linear} is on the grid {spec.grid} of GGUF, which {name} cannot hold; export "
+                    f"{' or '.join(BLOCK_FORMATS)}, or quantize with quant.grid: affine"
+                )
     if get(name).needs_class and not has_class(source):
         free = [each for each in catalog.export_formats() if not get(each).needs_class]
         return (

@@ -41,6 +41,7 @@ from qtool.quant.affine import (
     quantize,
     round_to_codes,
     scale_and_zero_point,
+    settled,
     to_grid,
 )
 
@@ -134,6 +135,7 @@ def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Ten
     ``moment`` ``[groups, g, g]`` is the sum of ``x x^T``.
     """
     spec = target.spec
+    tried = spec if spec.blocks is None else spec.free
     weight = grouped(target.weight, spec)
     largest = weight.abs().amax(-1)
     scale, zero_point = minmax_qparams(target.weight, spec)
@@ -143,14 +145,14 @@ def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Ten
     for i in range(config.clip_steps):
         bound = largest * (1 - i / 20)
         low, high = torch.maximum(weight.amin(-1), -bound), torch.minimum(weight.amax(-1), bound)
-        grid = scale_and_zero_point(low.clamp(max=0), high.clamp(min=0), spec)
-        codes = round_to_codes(to_grid(target.weight, *grid, spec), spec)
-        change = grouped(from_codes(codes, *grid), spec) - weight
+        grid = scale_and_zero_point(low.clamp(max=0), high.clamp(min=0), tried)
+        codes = round_to_codes(to_grid(target.weight, *grid, tried), tried)
+        change = grouped(from_codes(codes, *grid, tried), tried) - weight
         error = torch.einsum("rgi,gij,rgj->rg", change, moment, change)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero_point = torch.where(better, grid[0], scale), torch.where(better, grid[1], zero_point)
-    return scale, zero_point
+    return (scale, zero_point) if tried is spec else settled(scale, zero_point, spec)
 
 
 def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found: Found) -> None:

@@ -154,13 +154,16 @@ def _reverse(matrix: Tensor) -> None:
 
 
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
-    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``."""
+    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
+
+    So do the blocks of GGUF's types.
+    """
     if kind == "off":
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if kind == "full":
         return torch.argsort(diagonal, descending=True, stable=True)
-    by_group = diagonal.view(spec.num_groups(diagonal.numel()), -1)
-    size = by_group.shape[1]
+    size = spec.columns_together(diagonal.numel())
+    by_group = diagonal.view(-1, size)
     groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
     inside = torch.argsort(by_group, dim=1, descending=True, stable=True)
     return (groups.unsqueeze(1) * size + inside[groups]).flatten()
@@ -263,14 +266,15 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     num_groups = spec.num_groups(columns)
     group_size = columns // num_groups
     group_of = (factor.order // group_size).tolist()  # group of each column, in the order of rounding
-    width = next(w for w in range(min(config.block_size, group_size), 0, -1) if group_size % w == 0)
+    together = spec.columns_together(columns)  # columns whose grids are fitted at the same time
+    width = next(w for w in range(min(config.block_size, together), 0, -1) if together % w == 0)
     cost = factor.upper.diagonal().square().reciprocal()
     if config.static_groups:
-        found = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
-        scale, zero_point = (side.T.contiguous() for side in found)
+        ends = fit_grid(weight, cost[torch.argsort(factor.order)], spec, config)
+        scale, zero_point = (side.T.contiguous() for side in ends)
     else:
         scale, zero_point = weight.new_empty(num_groups, rows), weight.new_empty(num_groups, rows)
-    column_spec = spec.model_copy(update={"group_size": -1})
+    fitted = spec if spec.blocks is not None else spec.model_copy(update={"group_size": -1})
     current = weight.T.index_select(0, factor.order)
     del weight
     codes = torch.empty_like(current, dtype=torch.uint8)
@@ -278,10 +282,16 @@ def solve(weight: Tensor, factor: Factor, spec: QuantSpec, config: Config) -> Qu
     before = None if factor.drift is None else torch.empty_like(errors)
     for start in range(0, columns, width):
         done, rest = slice(start, start + width), slice(start + width, columns)
-        if start % group_size == 0 and not config.static_groups:
-            group, whole = group_of[start], slice(start, start + group_size)
-            ends = fit_grid(current[whole].T.contiguous(), cost[whole], column_spec, config)
-            scale[group], zero_point[group] = ends[0][:, 0], ends[1][:, 0]
+        if start % together == 0 and not config.static_groups:
+            whole = slice(start, start + together)
+            columns_now, cost_now = current[whole], cost[whole]
+            if spec.blocks is not None:  # a block has several groups, whose columns must follow each other
+                places = torch.argsort(factor.order[whole])
+                columns_now, cost_now = columns_now[places], cost_now[places]
+            first = int(factor.order[whole].min()) // group_size
+            ends = fit_grid(columns_now.T.contiguous(), cost_now, fitted, config)
+            for side, end in zip((scale, zero_point), ends, strict=True):
+                side[first : first + end.shape[1]] = end.T
         work = Work(current, codes, start, errors, before)
         compensate(work, lambda i: (scale[group_of[i]], zero_point[group_of[i]]), factor, start, start + width, spec)
         current[rest].addmm_(factor.upper[done, rest].T, errors, alpha=-1)

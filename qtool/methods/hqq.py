@@ -35,6 +35,7 @@ from qtool.quant.affine import (
     minmax_qparams,
     quantize,
     round_to_codes,
+    settled,
     stored_scale,
     stored_zero_point,
     to_grid,
@@ -78,9 +79,13 @@ class Grid(NamedTuple):
 
 
 def objective(weight: Tensor, grid: Grid, spec: QuantSpec, norm: float) -> Tensor:
-    """Return ``sum |w - Q(w)|**norm`` of each group, ``[out, groups]``."""
+    """Return ``sum |w - Q(w)|**norm`` of each group, ``[out, groups]``; of a block, if scales are stored by blocks."""
     rounded = dequantize(quantize(weight, *grid, spec), *grid, spec)
-    return grouped(weight - rounded, spec).abs().pow(norm).sum(-1)
+    errors: Tensor = grouped(weight - rounded, spec).abs().pow(norm).sum(-1)
+    if spec.blocks is None:
+        return errors
+    by_block: Tensor = errors.unflatten(1, (-1, spec.blocks.groups))
+    return by_block.sum(-1, keepdim=True).expand_as(by_block).flatten(1)
 
 
 def shrink(error: Tensor, norm: float, beta: float) -> Tensor:
@@ -116,7 +121,8 @@ def alternate(weight: Tensor, start: Grid, spec: QuantSpec, config: Config) -> G
     best = tried = start
     for iteration in range(config.iterations):
         tried = improve(weight, tried, spec, config.norm, config.beta * config.beta_growth**iteration)
-        stored = Grid(stored_scale(tried.scale, spec), stored_zero_point(tried.zero_point, spec))
+        scale = stored_scale(tried.scale, spec)
+        stored = Grid(scale, stored_zero_point(tried.zero_point, scale, spec))
         best = better(weight, best, stored, spec, config.norm)
     return best
 
@@ -131,11 +137,14 @@ def optimise(weight: Tensor, spec: QuantSpec, config: Config) -> tuple[Quantized
 
     Also return the float32 weight ``[out, in]`` on the grid whose zero points may lie between codes.
     """
-    free = spec if spec.symmetric else spec.model_copy(update={"float_zero": True})
+    if spec.blocks is not None:
+        free = spec.free
+    else:
+        free = spec if spec.symmetric else spec.model_copy(update={"float_zero": True})
     best = alternate(weight, initial(weight, free, config), free, config)
     unsnapped = dequantize(quantize(weight, *best, free), *best, free)
     if free != spec:
-        snapped = alternate(weight, Grid(best.scale, stored_zero_point(best.zero_point, spec)), spec, config)
+        snapped = alternate(weight, Grid(*settled(*best, spec)), spec, config)
         best = better(weight, initial(weight, spec, config), snapped, spec, config.norm)
     return QuantizedWeight(quantize(weight, *best, spec), *best, spec), unsnapped
 
@@ -146,7 +155,8 @@ def run(job: Job, config: Config) -> Result:
     The series ``weight_error`` has ``|Q(w) - w|**2 / |w|**2`` over the linears of each block; where zero points are
     rounded to integers, ``float_zero_error`` has the error before that.
     """
-    snapping = not all(target.spec.symmetric or target.spec.float_zero for target in job.targets)
+    specs = {target.spec for target in job.targets}
+    snapping = not all(spec.symmetric or spec.float_zero or spec.blocks is not None for spec in specs)
 
     def quantize_block(task: BlockTask) -> dict[str, float]:
         after = before = total = 0.0

@@ -203,7 +203,7 @@ class LowRankLinear(QuantLinear):
         Raises:
             InputError: ``quantized`` has another grid.
         """
-        weight = affine.from_codes(affine.grouped(self.phi(), self.spec), self.scale, self.zero_point)
+        weight = affine.from_codes(affine.grouped(self.phi(), self.spec), self.scale, self.zero_point, self.spec)
         moved = QuantLinear(weight, None, self.spec)
         moved.start_from(quantized)
         self.scale.copy_(moved.scale)

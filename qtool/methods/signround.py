@@ -118,7 +118,7 @@ class SignRoundLinear(QuantLinear):
             return stored_scale(self.scale * self.factors[0], self.spec), self.zero_point
         below, above = self.factors[0] * self.zero_point, self.factors[1] * (self.spec.qmax - self.zero_point)
         scale = stored_scale(self.scale * ((below + above) / self.spec.qmax), self.spec)
-        return scale, stored_zero_point(below * self.scale / scale, self.spec)
+        return scale, stored_zero_point(below * self.scale / scale, scale, self.spec)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the weight in grid units plus its offset, ``[out, groups, group_size]``."""

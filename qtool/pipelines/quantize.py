@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.blocks.tables import pack_embeddings
@@ -36,7 +37,7 @@ from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
-from qtool.pipelines import model_free, trial
+from qtool.pipelines import model_free, target, trial
 from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -101,6 +102,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     timer = PhaseTimer()
     if recipe.model.free:
         model_free.check(recipe)
+    recipe = target.applied(recipe)
     check_early(recipe)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
@@ -151,11 +153,12 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
 
 def prepare(run: Run) -> Prepared:
     """Load the model, select its targets, check disk and exports, read calibration text and choose bit widths."""
-    recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
+    recipe, timer = run.recipe, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
         if recipe.eval is not None:
             tasks.check_model(recipe.eval, loaded)
+        quant = k_mixture.quant_of(recipe, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
         start = quant if units is None else narrowest(quant)
         targets, tables = select_targets(loaded, start), select_tables(loaded, start)

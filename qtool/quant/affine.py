@@ -3,6 +3,7 @@
 Symmetric means that the zero point is held at the middle code ``2**(num_bits - 1)``; nothing else differs.
 A weight ``[out, in]`` is cut into groups of ``group_size`` consecutive input channels. Each group has one scale and one
 zero point, ``[out, groups]``; the zero point is an integer on the grid unless ``float_zero`` lets it lie between codes.
+GGUF's types store scales by blocks, and minima in the place of zero points (``block_scales.py``).
 All arithmetic is in the dtype of the scales, which is float32. Every scale and zero point is rounded to its stored
 dtype *before* it is used, so that the weight in training, on disk and in an engine has the same bits.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
+from qtool.quant import block_scales
 from qtool.quant.rounding import PLAIN, round_and_clamp, straight_through
 from qtool.system.errors import InputError
 
@@ -26,7 +28,7 @@ class QuantizedWeight(NamedTuple):
 
     codes: Tensor  # [out, in] uint8
     scale: Tensor  # [out, groups] float32, holding values of spec.scale_dtype
-    zero_point: Tensor  # [out, groups] float32, holding integers 0 .. qmax, or with float_zero values of scale_dtype
+    zero_point: Tensor  # [out, groups] float32: integers 0 .. qmax; float_zero: values of scale_dtype; or minimum/scale
     spec: QuantSpec
 
 
@@ -47,18 +49,23 @@ def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     Scales below the smallest positive number of the stored dtype become that number: a stored zero would lose the
     whole group.
     """
+    if spec.blocks is not None and spec.blocks.integer_bits:
+        return straight_through(scale, block_scales.nearest(scale.detach(), spec.blocks, 1))
     dtype = getattr(torch, spec.scale_dtype)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     rounded = scale.detach().to(dtype).to(_working(scale)).clamp(min=smallest)
     return straight_through(scale, rounded)
 
 
-def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Round ``zero_point`` to what is stored, kept in float32; the gradient passes unchanged.
+def stored_zero_point(zero_point: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Round ``zero_point`` to what is stored beside ``scale``, kept in float32; the gradient passes unchanged.
 
-    That is the nearest code or, with ``float_zero``, the nearest value of ``spec.scale_dtype``.
+    That is the nearest code or, with ``float_zero``, the nearest value of ``spec.scale_dtype``. GGUF's types store the
+    minimum ``scale * zero_point`` instead.
     """
-    if spec.float_zero:
+    if spec.blocks is not None and not spec.symmetric:
+        rounded = block_scales.stored_minimum(zero_point.detach() * scale.detach(), spec.blocks) / scale.detach()
+    elif spec.float_zero:
         rounded = zero_point.detach().to(getattr(torch, spec.scale_dtype)).to(_working(zero_point))
     else:
         rounded = zero_point.detach().round().clamp(spec.qmin, spec.qmax)
@@ -79,7 +86,18 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
         scale = stored_scale(torch.maximum(-low, high) * (2 / spec.qmax), spec)
         return scale, torch.full_like(scale, spec.middle)
     scale = stored_scale(high / spec.qmax - low / spec.qmax, spec)  # divided first: no overflow
-    return scale, stored_zero_point(-low / scale, spec)
+    return scale, stored_zero_point(-low / scale, scale, spec)
+
+
+def settled(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return ``scale`` and ``zero_point`` ``[out, groups]`` of ``spec.free`` as ``spec`` stores them.
+
+    The scale is rounded first. Types of GGUF then keep the end of the range, ``scale * zero_point``.
+    """
+    stored = stored_scale(scale, spec)
+    if spec.blocks is not None and not spec.symmetric:
+        zero_point = zero_point * scale / stored
+    return stored, stored_zero_point(zero_point, stored, spec)
 
 
 def minmax_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -104,8 +122,11 @@ def round_to_codes(grid: Tensor, spec: QuantSpec, rounding: RoundingConfig = PLA
     return round_and_clamp(grid, spec.qmin, spec.qmax, rounding)
 
 
-def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in all arguments."""
+def from_codes(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the weight ``[out, in]`` of float codes ``[out, groups, group_size]``; differentiable in the tensors."""
+    if spec.blocks is not None and not spec.symmetric:
+        minimum = block_scales.minimum(scale, zero_point)
+        return (codes * scale.unsqueeze(-1) - minimum.unsqueeze(-1)).flatten(1)  # as engines compute it
     return ((codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
 
 
@@ -116,12 +137,12 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Return the weight ``[out, in]`` of ``codes``, float32 like ``scale``, with gradients to scale and zero point."""
-    return from_codes(grouped(codes, spec).to(scale.dtype), scale, zero_point)
+    return from_codes(grouped(codes, spec).to(scale.dtype), scale, zero_point, spec)
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Return ``dequantize(quantize(weight))``, bit for bit, with gradients to the first three arguments."""
-    return from_codes(round_to_codes(to_grid(weight, scale, zero_point, spec), spec), scale, zero_point)
+    return from_codes(round_to_codes(to_grid(weight, scale, zero_point, spec), spec), scale, zero_point, spec)
 
 
 @torch.no_grad()
@@ -153,6 +174,11 @@ def check_weight(
         InputError: NaN or infinite values, a group size that does not divide, or a scale above its stored dtype.
     """
     in_features, other = weight.shape[1], ", or give this linear another one in quant.overrides" if overrides else ""
+    if spec.blocks is not None and in_features % spec.blocks.block:
+        raise InputError(
+            f"{name} has {in_features} input channels, and blocks of {spec.grid} have {spec.blocks.block}; choose a "
+            f"grid of smaller blocks, such as q5_1 or grid: affine with group_size: 32{other}"
+        )
     if spec.group_size != -1 and in_features % spec.group_size:
         raise InputError(
             f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that number; "

@@ -85,6 +85,8 @@ class Kernel:
 @torch.no_grad()
 def prepare(weight: QuantizedWeight) -> tuple[Kernel | None, str]:
     """Return a kernel of the first backend that takes ``weight`` and passes its test, or ``None`` and the reasons."""
+    if weight.spec.blocks is not None:
+        return None, f"no kernel multiplies by codes of {weight.spec.grid}; llama.cpp does, from a GGUF export"
     reasons = []
     for backend in BACKENDS:
         if backend.device != weight.codes.device.type:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.config.quant import QuantSpec
-from qtool.quant import affine
+from qtool.quant import affine, block_scales
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import WORD, num_words, pack, unpack, unpack_at
 from qtool.system.errors import InputError
@@ -20,7 +20,12 @@ from qtool.system.tensors import size_for
 FORMAT_VERSION = 1  # version of the native checkpoint's format
 ACTIVATIONS_VERSION = 2  # version of a checkpoint that rounds activations or the KV cache: older readers must stop
 TABLES_VERSION = 3  # version of a checkpoint with a packed embedding: older readers must stop
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # buffers of a packed weight
+GRIDS_VERSION = 4  # version of a checkpoint with a grid of GGUF: older readers must stop
+INTEGERS = ("weight_scale_integers", "weight_minimum_integers")  # of the scales and minima that are stored by blocks
+PARTS = (  # buffers of a packed weight
+    *("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+    *("weight_minimum", *INTEGERS),
+)
 
 ALL = slice(None)  # all rows of a weight
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26}  # number of weights expanded at once; a CPU's caches hold 2**19
@@ -34,7 +39,13 @@ def empty_parts(in_features: int, out_features: int, spec: QuantSpec) -> dict[st
         "weight_packed": torch.zeros(out_features, num_words(in_features, spec.num_bits), dtype=torch.int32),
         "weight_scale": torch.zeros(out_features, groups, dtype=scale_dtype),
     }
-    if spec.float_zero:
+    if spec.blocks is not None:
+        number = torch.zeros(out_features, in_features // spec.blocks.block, dtype=torch.float16)
+        integers = torch.zeros(num_words(out_features, spec.blocks.integer_bits), groups, dtype=torch.int32)
+        for name, by_group in zip(("weight_scale", "weight_minimum"), INTEGERS, strict=True):
+            if name == "weight_scale" or not spec.symmetric:
+                parts |= {name: number.clone(), **({by_group: integers.clone()} if spec.blocks.integer_bits else {})}
+    elif spec.float_zero:
         parts["weight_zero_point"] = torch.zeros(out_features, groups, dtype=scale_dtype)
     elif not spec.symmetric:
         parts["weight_zero_point"] = torch.zeros(num_words(out_features, spec.num_bits), groups, dtype=torch.int32)
@@ -44,6 +55,22 @@ def empty_parts(in_features: int, out_features: int, spec: QuantSpec) -> dict[st
 def _rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     """Return rows of ``tensor``; a number below 0 is an error, as in a float embedding."""
     return tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows]
+
+
+def _pack_down(values: Tensor, num_bits: int) -> Tensor:
+    """Pack integers ``[out, groups]`` along the rows, to int32 words ``[ceil(out b / 32), groups]``."""
+    return pack(values.to(torch.uint8).T.contiguous(), num_bits).T.contiguous()
+
+
+def _unpack_down(words: Tensor, bits: int, rows: slice | Tensor, out_features: int) -> Tensor:
+    """Return ``rows`` of integers that are packed along the rows, float32 ``[n, groups]``."""
+    if isinstance(rows, Tensor):
+        return unpack_at(words, bits, rows).float()
+    start, stop, _ = rows.indices(out_features)
+    first = start * bits // WORD if start * bits % WORD == 0 else 0  # rows before the first word are not unpacked
+    words = words[first : num_words(stop, bits)].T.contiguous()
+    skipped = first * WORD // bits
+    return unpack(words, bits, stop - skipped)[:, start - skipped :].T.float()
 
 
 class PackedWeight(nn.Module):
@@ -73,6 +100,9 @@ class PackedWeight(nn.Module):
         """Pack ``weight`` into the buffers, which share no memory with it."""
         codes, scale, zero_point, spec = weight
         self.weight_packed = pack(codes, spec.num_bits)
+        if spec.blocks is not None:
+            self._fill_blocks(scale, zero_point)
+            return
         self.weight_scale = scale.to(self.weight_scale.dtype, copy=True)
         assert torch.equal(self.weight_scale.float(), scale), "a scale that its stored dtype does not hold"
         if spec.symmetric:
@@ -81,7 +111,30 @@ class PackedWeight(nn.Module):
             self.weight_zero_point = zero_point.to(self.weight_zero_point.dtype, copy=True)
             assert torch.equal(self.weight_zero_point.float(), zero_point), "a zero point that its dtype does not hold"
         else:
-            self.weight_zero_point = pack(zero_point.to(torch.uint8).T.contiguous(), spec.num_bits).T.contiguous()
+            self.weight_zero_point = _pack_down(zero_point, spec.num_bits)
+
+    def _fill_blocks(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Store scales and minima ``[out, groups]`` by blocks."""
+        grid, values = self.spec.blocks, {"weight_scale": scale}
+        assert grid is not None
+        if not self.spec.symmetric:
+            values["weight_minimum"] = block_scales.minimum(scale, zero_point)
+        for least, (name, by_group) in zip((1, 0), zip(values, INTEGERS, strict=False), strict=False):
+            number, integers = values[name], None
+            if grid.integer_bits:
+                number, integers = block_scales.split(number, grid, least)
+                setattr(self, by_group, _pack_down(integers, grid.integer_bits))
+            setattr(self, name, number.to(torch.float16, copy=True))
+            assert torch.equal(self._by_blocks(name, by_group, ALL), values[name]), "a number that blocks do not hold"
+
+    def _by_blocks(self, name: str, by_group: str, rows: slice | Tensor) -> Tensor:
+        """Return the stored scales or minima of ``rows``, float32 ``[n, groups]``."""
+        grid, number = self.spec.blocks, _rows(getattr(self, name), rows).float()
+        assert grid is not None
+        if not grid.integer_bits:
+            return number
+        integers = _unpack_down(getattr(self, by_group), grid.integer_bits, rows, self.out_features)
+        return block_scales.joined(number, integers, grid)
 
     def check(self, name: str) -> None:
         """Refuse loaded tensors that do not fit the grid.
@@ -116,19 +169,17 @@ class PackedWeight(nn.Module):
 
     def qparams(self, rows: slice | Tensor = ALL) -> tuple[Tensor, Tensor]:
         """Return scale and zero point of ``rows``, a slice or numbers ``[n]``, float32 ``[n, groups]``."""
-        scale = _rows(self.weight_scale, rows).float()
+        if self.spec.blocks is not None:
+            scale = self._by_blocks("weight_scale", INTEGERS[0], rows)
+            if not self.spec.symmetric:
+                return scale, self._by_blocks("weight_minimum", INTEGERS[1], rows) / scale
+        else:
+            scale = _rows(self.weight_scale, rows).float()
         if self.spec.symmetric:
             return scale, torch.full_like(scale, self.spec.middle)
         if self.spec.float_zero:
             return scale, _rows(self.weight_zero_point, rows).float()
-        words, bits = self.weight_zero_point, self.spec.num_bits
-        if isinstance(rows, Tensor):
-            return scale, unpack_at(words, bits, rows).float()
-        start, stop, _ = rows.indices(self.out_features)
-        first = start * bits // WORD if start * bits % WORD == 0 else 0  # rows before the first word are not unpacked
-        words = words[first : num_words(stop, bits)].T.contiguous()
-        skipped = first * WORD // bits
-        return scale, unpack(words, bits, stop - skipped)[:, start - skipped :].T.float()
+        return scale, _unpack_down(self.weight_zero_point, self.spec.num_bits, rows, self.out_features)
 
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor = ALL) -> Tensor:
         """Return ``rows`` of the weight ``[out, in]``, computed in float32 and rounded to ``dtype``, some at a time.
@@ -146,8 +197,11 @@ class PackedWeight(nn.Module):
         parts = (tensor.split(size) for tensor in (weight, packed, scale, zero_point))
         for part, words, row_scale, row_zero_point in zip(*parts, strict=True):
             codes = affine.grouped(unpack(words, self.spec.num_bits, self.in_features), self.spec).float()
-            codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # affine.dequantize, in place
-            part.copy_(codes.flatten(1))
+            if self.spec.blocks is None:
+                codes.sub_(row_zero_point.unsqueeze(-1)).mul_(row_scale.unsqueeze(-1))  # affine.dequantize, in place
+                part.copy_(codes.flatten(1))
+            else:
+                part.copy_(affine.from_codes(codes, row_scale, row_zero_point, self.spec))
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

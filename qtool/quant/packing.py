@@ -59,8 +59,12 @@ def unpack(words: Tensor, num_bits: int, num_codes: int) -> Tensor:
     step = per_period
     while step > 1:
         step //= 2
-        lanes = lanes | lanes << step * (8 - num_bits)
-        lanes &= sum((2 ** (step * num_bits) - 1) << 8 * i for i in range(0, per_period, step))
+        half, shift = 2 ** (step * num_bits) - 1, step * (8 - num_bits)
+        low = sum(half << 8 * i for i in range(0, per_period, 2 * step))
+        if num_bits > 4:  # the halves overlap their new places
+            lanes = lanes & low | lanes << shift & low << 8 * step
+        else:
+            lanes = (lanes | lanes << shift) & (low | low << 8 * step)
     return lanes.contiguous().view(torch.uint8)[:, :num_codes].contiguous()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.config.quant import QuantSpec
-from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point
+from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point, settled
 
 SHRINKS = tuple(1 - i / 50 for i in range(1, 40))  # factors on the range that are tried, beside 1
 NUMBERS_AT_ONCE = 1 << 21  # number of weights times candidates evaluated together
@@ -56,6 +56,8 @@ def search_qparams(
 
     ``importance`` ``[in]`` is ``h``. The error is never above that of ``minmax_qparams``.
     """
+    if spec.blocks is not None:
+        return _by_blocks(weight, spec, norm, importance)
     groups = grouped(weight.float(), spec)
     h = groups.new_ones(1) if importance is None else importance.float().view(1, groups.shape[1], -1)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -91,3 +93,16 @@ def search_qparams(
         shrink(SHRINKS, True, False)
         shrink(SHRINKS, False, True)
     return scale, zero_point
+
+
+def _by_blocks(weight: Tensor, spec: QuantSpec, norm: float, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Search the range of each group by itself, and store the result by blocks where that lowers a block's error."""
+    groups, grid = grouped(weight.float(), spec), spec.blocks
+    assert grid is not None
+    h = groups.new_ones(1) if importance is None else importance.float().view(1, groups.shape[1], -1)
+    searched = settled(*search_qparams(weight, spec.free, norm, importance), spec)
+    plain = minmax_qparams(weight, spec)
+    errors = (range_error(groups, *found, spec, norm, h).unflatten(1, (-1, grid.groups)) for found in (searched, plain))
+    after, before = (error.sum(-1) for error in errors)
+    better = (after < before).repeat_interleave(grid.groups, 1)
+    return torch.where(better, searched[0], plain[0]), torch.where(better, searched[1], plain[1])

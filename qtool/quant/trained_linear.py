@@ -68,7 +68,8 @@ class QuantLinear(ActivationRounding):
         target = affine.grouped(codes, spec).to(scale.dtype)
         grid = affine.to_grid(self.weight, scale, zero_point, spec)
         inside = grid.clamp(target - HALF_CODE, target + HALF_CODE)
-        self.weight.copy_(affine.from_codes(torch.where((grid - target).abs() <= 1, inside, target), scale, zero_point))
+        near = torch.where((grid - target).abs() <= 1, inside, target)
+        self.weight.copy_(affine.from_codes(near, scale, zero_point, spec))
 
     @property
     def scale_gradient_factor(self) -> float:
@@ -78,7 +79,8 @@ class QuantLinear(ActivationRounding):
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point as they are stored, ``[out, groups]``, with straight-through gradients."""
-        return affine.stored_scale(self.scale, self.spec), affine.stored_zero_point(self.zero_point, self.spec)
+        scale = affine.stored_scale(self.scale, self.spec)
+        return scale, affine.stored_zero_point(self.zero_point, scale, self.spec)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the weight in grid units, before rounding: ``[out, groups, group_size]``."""
@@ -90,7 +92,7 @@ class QuantLinear(ActivationRounding):
         if self.rounding.scale_gradient == "lsq":
             scale = scaled_gradient(scale, self.scale_gradient_factor)
         codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec, self.surrogate)
-        return affine.from_codes(codes, scale, zero_point)
+        return affine.from_codes(codes, scale, zero_point, self.spec)
 
     def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""

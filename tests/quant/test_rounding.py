@@ -376,7 +376,7 @@ def test_a_layer_starts_from_exactly_the_codes_given(spec: QuantSpec, seed: int,
     scale = affine.stored_scale(torch.rand(3, groups, generator=generator) * magnitude + 1e-5, spec)
     zero_point = torch.full((3, groups), float(spec.middle))
     if not spec.symmetric:
-        zero_point = affine.stored_zero_point(torch.rand(3, groups, generator=generator) * spec.qmax, spec)
+        zero_point = affine.stored_zero_point(torch.rand(3, groups, generator=generator) * spec.qmax, scale, spec)
     given_weight = QuantizedWeight(codes, scale, zero_point, spec)
     layer = QuantLinear(randn(3, 16, seed=seed) * magnitude, None, spec)
     before = layer.weight.detach().clone()

@@ -84,8 +84,8 @@ class ScaleLinear(PackedLinear):
 
     def qparams(self, rows: slice | Tensor = ALL) -> tuple[Tensor, Tensor]:
         """Return scale and zero point as they are stored, float32 ``[out, groups]``, with gradients to the masters."""
-        scale, zero_point = self.scale[rows], self.zero_point[rows]
-        return affine.stored_scale(scale, self.spec), affine.stored_zero_point(zero_point, self.spec)
+        scale = affine.stored_scale(self.scale[rows], self.spec)
+        return scale, affine.stored_zero_point(self.zero_point[rows], scale, self.spec)
 
     def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``."""
