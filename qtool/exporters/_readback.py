@@ -113,9 +113,10 @@ def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Expo
             own = floats[f"{linear}.weight"].float()
             if not torch.equal(own, _read(opened, exporter, linear, own.shape[1], names.rows, places)):
                 return linear
-    return next(
-        (key for key, each in written.items() if not torch.equal(each.float(), opened.tensor(key).float())), None
-    )
+    for key, each in written.items():
+        if not torch.equal(exporter.stored(source, key, each.float()), opened.tensor(key).float()):
+            return key
+    return None
 
 
 def _read(

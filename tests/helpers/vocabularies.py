@@ -42,6 +42,19 @@ def byte_level(kind: str) -> Tokenizer:
     return bpe
 
 
+def all_merges(bpe: Tokenizer) -> None:
+    """Let ``bpe`` merge any two tokens that make a token, as SentencePiece does."""
+    vocab = bpe.get_vocab(with_added_tokens=False)
+    merges = [
+        (token[:at], token[at:])
+        for token in sorted(vocab, key=vocab.__getitem__)
+        if token not in BYTES
+        for at in range(1, len(token))
+        if token[:at] in vocab and token[at:] in vocab
+    ]
+    bpe.model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+
+
 def sentencepiece() -> Tokenizer:
     """Return Llama 2's kind of tokenizer: BPE on characters with byte fallback and SentencePiece's spaces."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -51,6 +64,7 @@ def sentencepiece() -> Tokenizer:
         vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False
     )
     bpe.train_from_iterator(PROSE, trainer)
+    all_merges(bpe)
     bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B:1", [("<s>", 1)])
     return bpe
 
