@@ -24,6 +24,7 @@ import qtool
 from qtool.config.sections import DataConfig, ModelConfig
 from qtool.data import windows
 from qtool.exporters import gguf
+from qtool.exporters._folder import skeleton
 from qtool.exporters.gguf import layout, rotary
 from qtool.models.loading import load_model
 from qtool.system.tensors import dtype_name
@@ -88,7 +89,7 @@ def grids(folder: Path, grid: str, mixture: bool) -> dict[str, Any]:
     """Return the section ``quant`` of a run: the types that llama.cpp gives the tensors of the model."""
     if mixture:
         return {"grid": grid}
-    model = gguf.skeleton(folder)
+    model: Any = skeleton(folder)
     columns = {name: module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     short = {
         name: {"grid": "affine", "symmetric": True, **SHORT[grid]}
@@ -106,9 +107,7 @@ def main() -> None:
     parser.add_argument("--engine", required=True, help="an interpreter with llama-cpp-python")
     parser.add_argument("--grids", nargs="+", default=["q2_k", "q4_k"], choices=FILE_TYPES)
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq", "efficientqat"])
-    parser.add_argument(
-        "--checkpoints", nargs="*", default=[], help="GRID=FOLDER of a gguf export that is there already"
-    )
+    parser.add_argument("--checkpoints", nargs="*", default=[], help="GRID=FOLDER of gguf exports")
     parser.add_argument("--mixture", action="store_true")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
@@ -126,9 +125,8 @@ def main() -> None:
     rows = [row("float", float_gguf, args)]
     for grid in args.grids:
         out = args.work / f"llama-{grid}.gguf"
-        engine(
-            args.engine, "quantize", float_gguf, out, FILE_TYPES[grid], matrix, *([] if args.mixture else ["--pure"])
-        )
+        pure = [] if args.mixture else ["--pure"]
+        engine(args.engine, "quantize", float_gguf, out, FILE_TYPES[grid], matrix, *pure)
         rows.append(row(f"{FILE_TYPES[grid]}, llama.cpp with importance matrix", out, args))
         for method in args.methods:
             folder = args.work / f"{method}-{grid}"
