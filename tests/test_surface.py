@@ -59,7 +59,19 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 def test_commands() -> None:
     commands = group().commands
-    others = ["eval", "export", "bench", "chat", "sweep", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
+    others = [
+        "eval",
+        "export",
+        "bench",
+        "chat",
+        "sweep",
+        "compare",
+        "verify",
+        "reproduce",
+        "recipes",
+        "schema",
+        "doctor",
+    ]
     assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 

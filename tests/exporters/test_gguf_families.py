@@ -12,10 +12,7 @@ from helpers.gguf_families import CASES
 from helpers.native_checkpoints import GRIDS, exported, plain
 from torch import Tensor
 
-from qtool.checkpoints.native import NativeCheckpoint
 from qtool.exporters.gguf import families
-from qtool.exporters.gguf.layout import row_order
-from qtool.quant.affine import dequantize
 
 gguf = pytest.importorskip("gguf")
 ACTIVATIONS = 0.05  # relative error of logits where llama.cpp rounds inputs of linears to 8 bits

@@ -48,9 +48,7 @@ def _every(pattern: int) -> Any:
 def _scaled_by(big: int) -> Any:
     """Return the divisor of attention scores that Gemma's code in llama.cpp takes; ``big``: the blocks of the 27B."""
     return lambda config: (
-        config.hidden_size // config.num_attention_heads
-        if config.num_hidden_layers == big
-        else rotary.head_dim(config)
+        config.hidden_size // config.num_attention_heads if config.num_hidden_layers == big else rotary.head_dim(config)
     )
 
 
@@ -122,7 +120,9 @@ FAMILIES = {  # by model_type
     "olmo": Family("olmo", figures.OLMO, rows="pairs"),
     "olmo2": OLMO2,
     "olmo3": OLMO2._replace(figures=(*figures.RMS_NORM, *figures.WINDOW), windows=True, ropes=("default",)),
-    "olmoe": Family("olmoe", (*figures.RMS_NORM, *figures.EXPERTS), head="own", needs={"norm_topk_prob": False, "clip_qkv": None}),
+    "olmoe": Family(
+        "olmoe", (*figures.RMS_NORM, *figures.EXPERTS), head="own", needs={"norm_topk_prob": False, "clip_qkv": None}
+    ),
     "gpt2": Family(
         "gpt2",
         figures.LAYER_NORM,
@@ -172,9 +172,7 @@ FAMILIES = {  # by model_type
         needs={},
     ),
     "granite": GRANITE,
-    "granitemoe": GRANITE._replace(
-        architecture="granitemoe", figures=(*GRANITE.figures, *figures.EXPERTS)
-    ),
+    "granitemoe": GRANITE._replace(architecture="granitemoe", figures=(*GRANITE.figures, *figures.EXPERTS)),
     "glm": GLM,
     "glm4": GLM._replace(architecture="glm4"),
     "exaone": Family("exaone"),
