@@ -5,7 +5,7 @@ cannot hold exactly is refused with the reason. An export is read back (``_readb
 its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,8 @@ class Exporter(NamedTuple):
     bits: Callable[[QuantSpec, tuple[int, int], bool], float] | None = None
     """Returns the bits per weight of a quantized linear ``(out, in)``, or with ``True`` of an embedding, as written,
     scales and zero points counted; ``None``: those of the checkpoint."""
+    float_dtype: Callable[[Iterable[QuantSpec], str], str] = lambda specs, own: own
+    """Returns the dtype of float tensors of a model whose own dtype is ``own``, as far as grids alone show it."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

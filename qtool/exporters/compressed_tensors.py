@@ -57,7 +57,6 @@ from qtool.exporters._tables import (
 )
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
-from qtool.quant.packed_weight import PARTS
 from qtool.system.errors import InputError
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
@@ -240,7 +239,8 @@ def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], Quantiz
     if layout(source, first) == INT_QUANTIZED:
         return signed(gathered(place, read))
     if whole is not None:
-        parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
+        zeros = () if source.specs[whole].symmetric else ("weight_zero_point",)
+        parts = ("weight_packed", "weight_scale", *zeros, "weight_shape")
         return {part: source.tensor(f"{whole}.{part}") for part in parts}
     layer = PackedLinear.from_quantized(gathered(place, read), None)
     return {part: tensor.contiguous() for part, tensor in layer.named_buffers() if part != "weight"}
@@ -374,6 +374,11 @@ def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
     return as_bytes.bits_per_weight(shape[1])
 
 
+def float_dtype(specs: Iterable[QuantSpec], own: str) -> str:
+    """Return ``own`` if it holds the scales, else float32: the other dtype of 16 bits seldom holds a model's values."""
+    return own if {spec.scale_dtype for spec in specs} <= {own} else "float32"
+
+
 EXPORTER = Exporter(
     "compressed-tensors pack-quantized and int-quantized, for vLLM and transformers",
     refuses,
@@ -386,4 +391,5 @@ EXPORTER = Exporter(
     rounds=rounds,
     needs_class=False,
     bits=bits,
+    float_dtype=float_dtype,
 )

@@ -48,9 +48,10 @@ def planned(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, d
     ("quant", "formats"),
     [
         ({"num_bits": 4, "group_size": 64}, FORMATS),
-        ({"num_bits": 3, "group_size": 32, "symmetric": False}, ("gptq", "auto-round", "mlx")),
-        ({"num_bits": 2, "group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}}, ("mlx", "gguf")),
-        ({"group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}}, ("compressed-tensors",)),
+        (
+            {"num_bits": 2, "group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}},
+            ("compressed-tensors", "mlx", "gguf"),
+        ),
         ({"grid": "q4_k"}, ("gguf",)),
     ],
 )
