@@ -78,7 +78,8 @@ def test_options() -> None:
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
-    assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
+    own = ["--target", "--memory", "--context", "--probe", "--output", "--overwrite"]
+    assert options["plan"] == ["what", "--set", *own, "--quiet", "--json"]
     assert options["compare"] == ["runs", "--output", "--json"]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
@@ -111,6 +112,7 @@ def test_recipe_keys() -> None:
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
+        "target": ["engine", "version"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite", "plots"],
