@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
+from qtool.cli.chat import chat
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.plan import plan
 from qtool.cli.session import running
+from qtool.cli.verify import verify
 from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
@@ -198,6 +200,7 @@ def bench(
     repeats: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME")] = "fast",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -207,14 +210,17 @@ def bench(
     from qtool.config.recipe import check
     from qtool.config.sweep import BenchConfig
 
-    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
-    given = {name: value for name, value in asked.items() if value is not None}
+    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    given = {name: value for name, value in asked.items() if value is not None} | {"dtype": dtype, "backend": backend}
     options = check(BenchConfig, given, "the command line")
     with running(quiet, None):
         from qtool.evaluation.bench import bench as run_bench
 
         report = run_bench(path_text(folder), device, options)
     show(report, as_json, seconds=report.seconds)
+
+
+app.command("chat")(chat)
 
 
 @app.command("sweep", cls=SweepCommand)
@@ -305,13 +311,7 @@ def compare(
             print_text(f"\n{output}")
 
 
-@app.command()
-def verify(folder: Folder, as_json: Json = False) -> None:
-    """Check a checkpoint's files against its manifest."""
-    from qtool.pipelines import verify as pipeline
-
-    found = pipeline.verify(folder)
-    print_either({"path": str(folder), **found._asdict()}, f"{folder}: {found} are as they were written", as_json)
+app.command()(verify)
 
 
 @app.command()

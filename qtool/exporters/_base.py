@@ -19,6 +19,7 @@ from qtool.config.quant import ActivationGrid, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, Published
 
 # formats that hold scales by blocks, GGUF first: there they are multiplied as they are
@@ -62,6 +63,13 @@ class Exporter(NamedTuple):
     scales and zero points counted; ``None``: those of the checkpoint."""
     float_dtype: Callable[[Iterable[QuantSpec], str], str] = lambda specs, own: own
     """Returns the dtype of float tensors of a model whose own dtype is ``own``, as far as grids alone show it."""
+    runs: Callable[[Path, Tensor], Tensor] | None = None
+    """Returns the logits float32 ``[1, t, vocabulary]`` of tokens ``[1, t]`` as the engine computes them with a folder;
+    of a format whose engine is installed with what writes it, so that each export is run before it is kept."""
+    reader: Runner | None = None
+    """The program with which other software unpacks the weights of a written folder; ``None``: there is none."""
+    reads_with: str = ""
+    """The package that unpacks weights for ``read``, of a format whose ``read`` is the independent reader."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

@@ -45,6 +45,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, gathered
 from qtool.exporters._tables import (
     ScaledFolder,
@@ -60,6 +61,7 @@ from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+COPIED = ("weight_packed", "weight_scale", "weight_shape")  # tensors that both formats hold in the same form
 MIXED = "mixed-precision"  # the format of a folder whose groups have several
 ONE_GRID = (
     "inputs are rounded for each token by its largest absolute value / 127, as in vLLM's int8 kernels; transformers "
@@ -239,9 +241,8 @@ def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], Quantiz
     if layout(source, first) == INT_QUANTIZED:
         return signed(gathered(place, read))
     if whole is not None:
-        zeros = () if source.specs[whole].symmetric else ("weight_zero_point",)
-        parts = ("weight_packed", "weight_scale", *zeros, "weight_shape")
-        return {part: source.tensor(f"{whole}.{part}") for part in parts}
+        zeros = [] if source.specs[whole].symmetric else ["weight_zero_point"]
+        return {part: source.tensor(f"{whole}.{part}") for part in (*COPIED, *zeros)}
     layer = PackedLinear.from_quantized(gathered(place, read), None)
     return {part: tensor.contiguous() for part, tensor in layer.named_buffers() if part != "weight"}
 
@@ -392,4 +393,5 @@ EXPORTER = Exporter(
     needs_class=False,
     bits=bits,
     float_dtype=float_dtype,
+    reader=Runner("compressed_tensors", ("compressed-tensors",)),
 )

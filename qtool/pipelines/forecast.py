@@ -11,6 +11,7 @@ from itertools import groupby
 
 import torch
 
+from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan
 from qtool.checkpoints import sizes
 from qtool.checkpoints.native import PlannedCheckpoint
@@ -19,7 +20,7 @@ from qtool.config.engines import ENGINES, READS
 from qtool.config.loadable import best, version_note
 from qtool.config.quant import QuantConfig, QuantSpec, TableGrid
 from qtool.config.recipe import Recipe
-from qtool.config.sections import ModelConfig
+from qtool.config.sections import GgufConfig, ModelConfig
 from qtool.config.target import TargetConfig
 from qtool.data import sources
 from qtool.evaluation import tasks
@@ -55,6 +56,7 @@ def of_recipe(
     except InputError as error:
         refused = str(error)
     loaded = described_model(recipe.model)
+    recipe = recipe.model_copy(update={"quant": k_mixture.quant_of(recipe, loaded), "gguf": GgufConfig()})
     found = target.selection(loaded, recipe.quant)
     planned = found.planned
     data = tuple(_data(recipe))

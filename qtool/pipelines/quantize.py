@@ -28,6 +28,7 @@ from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.evaluation.continuations import continuations
 from qtool.models import quantized_sources
 from qtool.models.auto_class import is_multimodal
 from qtool.models.described import keep_first
@@ -335,7 +336,8 @@ def evaluate(run: Run) -> None:
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             done, keep = state.measured(asked), partial(state.keep_task, asked)
             results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen, done, keep)
-        found = {"results": tuple(results), "backend": recipe.eval.backend}
+            texts = continuations(written, recipe.eval, reference)
+        found = {"results": tuple(results), "continuations": texts, "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
     report = run.timer.added_to(report)
     state.keep_evaluated(asked, report)
