@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 WRITER = ROOT / "scripts" / "make_engine_tables.py"
 
 
-def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, code: str = "pass") -> subprocess.CompletedProcess[str]:
     """Run the writer of the tables after ``code``, in a process of its own."""
     start = f"import sys, runpy; {code}; sys.argv[1:] = {[*arguments]!r}; "
     command = start + f"runpy.run_path({str(WRITER)!r}, run_name='__main__')"
