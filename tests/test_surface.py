@@ -90,7 +90,8 @@ def test_options() -> None:
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
-    assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
+    own = ["--target", "--memory", "--context", "--probe", "--keep", "--output", "--overwrite"]
+    assert options["plan"] == ["what", "--set", *own, "--quiet", "--json"]
     assert options["compare"] == ["runs", "--output", "--json"]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
@@ -119,7 +120,7 @@ def test_recipe_keys() -> None:
         "model": ["path", "dtype", "device", "free"],
         "method": ["name"],
         "quant": [
-            *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
+            *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
             *("activations.num_bits", "activations.symmetric", "kv_cache", "kv_group_size", "overrides"),
             *("embedding", "head"),
             *("budget.average_bits", "budget.size", "budget.estimator", "budget.rounding", "budget.solver"),
@@ -128,6 +129,8 @@ def test_recipe_keys() -> None:
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend", "continuations"],
+        "target": ["engine", "version"],
+        "gguf": ["grid"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite", "plots"],

@@ -44,6 +44,7 @@ from qtool.pipelines.checks import check_early, check_exports, check_pictures, n
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
+from qtool.pipelines.kept_forecast import kept
 from qtool.pipelines.lock import LOCKED_SECTIONS, differences, lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
@@ -285,6 +286,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
         tables=weights.table_records(loaded, source, weight_errors),
         series=result.series,
+        planned=kept(recipe),
         lock=run.state.lock,
         **run.timer.measured(),
     )
