@@ -76,10 +76,10 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             put_float(loaded.model, name, layers[name], weight)
             if grid is not None:
                 round_inputs(loaded.model.get_submodule(name), grid)
-    other = None if may_round else _other_float(source, opened, exporter)
+    other = None if may_round else other_float(source, opened, exporter)
     if other is not None:
         raise RunError(f"{other} differs after export; the export was not kept")
-    if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
+    if (key := config_fault(opened, source, exporter.config_keys)) is not None:
         raise RunError(f"config.json differs after export, in {key}; the export was not kept")
     if loaded is None:
         return {"weight_difference": worst, "logit_difference": None}
@@ -118,7 +118,7 @@ def _difference(weight: Tensor, expected: QuantizedWeight) -> float:
     return float(torch.stack(parts).amax())
 
 
-def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
+def other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
     """Return the name of a tensor outside quantized weights that an export holds otherwise, or ``None``."""
     names = published_names(source)
     places = exporter.places(names)
@@ -168,7 +168,7 @@ def _rounding(
     return found.pop()
 
 
-def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
+def config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
     """Return a key of the written config by which some reader computes another model, or ``None``.
 
     ``own`` are keys that the format adds. Older keys may be added too, but must say the same; and a head in the files

@@ -37,9 +37,10 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
-from qtool.exporters.gptq import LAYOUT, grid, layout_refuses, packed, unpacked
+from qtool.exporters.gptq import LAYOUT, grid, layout_refuses, packed, packed_bits, unpacked
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
@@ -146,4 +147,6 @@ EXPORTER = Exporter(
     "Load it with `transformers` and `auto-round` installed.",
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "auto-round"),
+    bits=lambda spec, shape, table: packed_bits(spec, shape[1]),
+    reader=Runner("auto_round", ("auto-round", "transformers")),
 )

@@ -45,6 +45,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, gathered
 from qtool.exporters._tables import (
     ScaledFolder,
@@ -368,6 +369,12 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
     return (codes - zeros.repeat_interleave(repeat, 1)) * scale.repeat_interleave(repeat, 1)
 
 
+def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight of a linear as in the checkpoint; a code and a zero point of an embedding have 8."""
+    as_bytes = spec.model_copy(update={"num_bits": 8}) if table else spec
+    return as_bytes.bits_per_weight(shape[1])
+
+
 EXPORTER = Exporter(
     "compressed-tensors pack-quantized and int-quantized, for vLLM and transformers",
     refuses,
@@ -379,4 +386,6 @@ EXPORTER = Exporter(
     recognises=partial(names_method, "compressed-tensors"),
     rounds=rounds,
     needs_class=False,
+    bits=bits,
+    reader=Runner("compressed_tensors", ("compressed-tensors",)),
 )

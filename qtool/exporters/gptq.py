@@ -43,6 +43,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
 from qtool.quant.affine import QuantizedWeight
@@ -55,6 +56,7 @@ LOADING = (
     "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 bits when "
     "symmetric."
 )
+READER = Runner("gptqmodel", ("gptqmodel",))
 LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a linear
 
 
@@ -198,6 +200,17 @@ def describe_version(
     write_json(out / "quantize_config.json", described)
 
 
+def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight of a linear: codes, scales and zero points, and the group of each channel."""
+    rows, columns = shape
+    return packed_bits(spec, columns) + 32 / rows
+
+
+def packed_bits(spec: QuantSpec, columns: int) -> float:
+    """Return the bits per weight of codes, float16 scales and zero points, which symmetric grids have too."""
+    return spec.num_bits + (16 + spec.num_bits) * spec.num_groups(columns) / columns
+
+
 def version_of(source: NativeCheckpoint) -> int:
     """Return the version in which ``gptq`` writes a checkpoint: 1 if its grids are symmetric, else 2."""
     return 1 if all(spec.symmetric for spec in source.specs.values()) else 2
@@ -251,4 +264,6 @@ EXPORTER = Exporter(
     LOADING,
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "gptq"),
+    bits=bits,
+    reader=READER,
 )
