@@ -17,11 +17,13 @@ from qtool.system.version import __version__
 
 OPTIONAL = {
     "compressed-tensors": "reads our folders without qtool",
-    "gptqmodel": "outside reader of gptq exports",
+    "gptqmodel": "outside reader of gptq and awq exports",
     "auto-round": "outside reader of auto-round and gptq exports",
     "gguf": "writes and reads gguf exports",
     "llama-cpp-python": "runs gguf exports",
     "mlx-lm": "runs mlx exports",
+    "onnx": "reads onnx exports back",
+    "onnxruntime-genai": "builds the graphs of onnx exports, and runs them",
     "bitsandbytes": "8-bit optimizers",
     "gemlite": "fast kernels on CUDA",
     "submitit": "sweeps on a Slurm cluster",
