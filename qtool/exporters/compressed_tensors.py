@@ -58,7 +58,6 @@ from qtool.exporters._tables import (
 )
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
-from qtool.quant.packed_weight import PARTS
 from qtool.system.errors import InputError
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
@@ -241,7 +240,8 @@ def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], Quantiz
     if layout(source, first) == INT_QUANTIZED:
         return signed(gathered(place, read))
     if whole is not None:
-        parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
+        zeros = () if source.specs[whole].symmetric else ("weight_zero_point",)
+        parts = ("weight_packed", "weight_scale", *zeros, "weight_shape")
         return {part: source.tensor(f"{whole}.{part}") for part in parts}
     layer = PackedLinear.from_quantized(gathered(place, read), None)
     return {part: tensor.contiguous() for part, tensor in layer.named_buffers() if part != "weight"}

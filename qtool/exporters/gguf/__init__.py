@@ -44,7 +44,7 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import Place, Published, gathered, published
-from qtool.exporters.gguf import blocks, families, tokenizer
+from qtool.exporters.gguf import blocks, families, sampling, tokenizer
 from qtool.exporters.gguf.families import FAMILIES, head_dim, metadata
 from qtool.models.folders import read_config
 from qtool.system.tensors import dtype_name
@@ -200,6 +200,7 @@ def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
         add = writer.add_uint32 if integer else writer.add_float32
         add(f"{family.architecture}.{key}", value(model))
     tokenizer.add(writer, folder, model.vocab_size)
+    sampling.add(writer, folder)
     return writer
 
 
