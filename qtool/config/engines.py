@@ -11,7 +11,6 @@ engines: ``Engine.version`` is the version that they are about. Needs only the s
 
 from typing import Literal, NamedTuple
 
-K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1")  # grids of llama.cpp, which only GGUF holds
 BOTH = (True, False)
 ANY_BITS = (2, 3, 4, 8)
 
@@ -39,7 +38,7 @@ class Format(NamedTuple):
     float_zeros: bool = False
     """True if it holds zero points between codes."""
     k_quants: bool = False
-    """True if it holds the grids of ``K_QUANTS``."""
+    """True if it holds the grids of ``grids.BLOCK_GRIDS``, those of llama.cpp's own types."""
     int8: bool = False
     """True if it says that inputs are rounded to 8 bits, symmetrically, with a range for each token."""
     any_activations: bool = False

@@ -276,6 +276,7 @@ EXPORTER = Exporter(
     places,
     recognises,
     library="mlx",
+    bits=lambda spec, shape, table: spec.num_bits + 64 / (written_group(spec, shape[1]) or shape[1]),
     config_keys=("quantization",),
     reader=Runner("mlx", ("mlx",), "'mlx[cpu]'"),
 )

@@ -130,6 +130,16 @@ class CalibrationText(Record):
     seq_len: Count
 
 
+class Continuation(Record):
+    """What a model and the float model it was made from write after the same prompt: the most likely tokens."""
+
+    prompt: str
+    text: str = Field(description="Text of the evaluated model.")
+    num_tokens: Count = Field(description="Number of tokens of text, a token that ends the text included.")
+    float_text: str | None = Field(None, description="Text of the float model; null: there is none to compare with.")
+    num_same: Count | None = Field(None, description="First tokens that both texts have in common; null: likewise.")
+
+
 class Published(Record):
     """A published number, and ours beside it."""
 
