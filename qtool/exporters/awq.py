@@ -41,6 +41,7 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import pack
@@ -207,4 +208,5 @@ EXPORTER = Exporter(
     "Load it with vLLM or SGLang, or with `transformers` and `gptqmodel` installed.",
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "awq"),
+    reader=Runner("awq", ("gptqmodel", "transformers")),
 )
