@@ -21,6 +21,7 @@ def _distribution(monkeypatch: pytest.MonkeyPatch, requires: list[str], versions
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(doctor, "_devices", lambda: (DEVICES, None))
     monkeypatch.setattr(doctor, "_data", lambda: {"folder": None, "found": []})
+    monkeypatch.setattr(doctor, "_speeds", list)
 
 
 DEVICES: dict[str, Any] = {
