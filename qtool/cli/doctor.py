@@ -200,6 +200,12 @@ def _reached(hub: dict[str, Any]) -> str:
     return f"{hub['address']} {answer}"
 
 
+def _kernel_name(row: dict[str, Any]) -> str:
+    """Return the library, as ``--backend`` names it, the kernel and the device."""
+    own = row["name"] if row["name"].startswith(row["library"]) else f"{row['library']}: {row['name']}"
+    return f"{own}, {row['device'] or 'any'}"
+
+
 def render(found: dict[str, Any]) -> str:
     """Return the findings of ``doctor`` as text."""
     devices, data, hub = found["devices"], found["data"], found["hub"]
@@ -224,8 +230,7 @@ def render(found: dict[str, Any]) -> str:
             *([] if gpus else [("GPU", no_gpu, "")]),
         ],
         "packed kernels (qtool.use_backend, --backend NAME)": [
-            (f"{row['name']}, {row['device'] or 'any'}", row["serves"], row["reason"] or f"active; {row['error']}")
-            for row in found["kernels"]
+            (_kernel_name(row), row["serves"], row["reason"] or f"active; {row['error']}") for row in found["kernels"]
         ],
         f"one row times a weight of {TIMED_SIZE} x {TIMED_SIZE}, groups of {TIMED_GROUP}, against the faster dense "
         "product; backend fast takes the fastest": [
@@ -241,7 +246,8 @@ def render(found: dict[str, Any]) -> str:
     lines = []
     for title, rows in sections.items():
         lines.append(title)
+        names = max(20, *(len(name) + 2 for name, _, _ in rows), 0)
         wide = max((len(value) for _, value, note in rows if note), default=0)
-        lines += [f"  {name:<20}{value:<{wide}}  {note}".rstrip() for name, value, note in rows]
+        lines += [f"  {name:<{names}}{value:<{wide}}  {note}".rstrip() for name, value, note in rows]
     lines += ["problems", *[f"  {line}" for line in found["problems"]]] if found["problems"] else ["all is well"]
     return "\n".join(lines)

@@ -106,7 +106,7 @@ def test_ways_take_turns_and_the_shortest_time_counts(monkeypatch: pytest.Monkey
 
         return [lambda: ran.append(f"warm {name}"), timed]
 
-    monkeypatch.setattr(kernel_timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("qtool.quant.kernel_timing.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(kernel_timing, "EVICTING", 1)
     found = kernel_timing._measure({name: way(name) for name in durations}, CPU)
     assert found == {EXACT: 9.0, "int4": 1.0, "ort": 0.5}
