@@ -59,8 +59,20 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 def test_commands() -> None:
     commands = group().commands
-    others = ["eval", "export", "bench", "chat", "sweep", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
-    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
+    others = [
+        "eval",
+        "export",
+        "bench",
+        "chat",
+        "sweep",
+        "compare",
+        "verify",
+        "reproduce",
+        "recipes",
+        "schema",
+        "doctor",
+    ]
+    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others, "doctor"]
     assert not any(command.hidden for command in commands.values())
 
 
@@ -73,7 +85,8 @@ def test_every_command_has_a_method_and_every_method_a_command() -> None:
 def test_options() -> None:
     commands = group().commands
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
-    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
+    hub = ["--push-to-hub", "--private"]
+    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", *hub, "--quiet", "--json"]
     evaluation = (
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
@@ -82,7 +95,8 @@ def test_options() -> None:
     assert options["compare"] == ["runs", "--output", "--json"]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
-    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
+    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", *hub, "--quiet", "--json"]
+    assert options["push"] == ["folder", "repo", "--private", "--quiet", "--json"]
 
 
 def test_options_of_chat() -> None:

@@ -56,6 +56,7 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
             loading=exporter.loading,
             notes=notes,
             differences=differences,
+            licence=model_card.licence_of(folder),
         )
         exported = Exported(
             format=config.format,
