@@ -64,6 +64,7 @@ def test_commands() -> None:
         "export",
         "bench",
         "chat",
+        "push",
         "sweep",
         "compare",
         "verify",
@@ -72,7 +73,7 @@ def test_commands() -> None:
         "schema",
         "doctor",
     ]
-    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others, "doctor"]
+    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
 

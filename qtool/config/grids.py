@@ -7,7 +7,9 @@ way, with a float16 number of their own: ``w = d k code - d_min k_min``. The typ
 """
 
 import json
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, ValidationInfo
 
 GridName = Literal["affine", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1"]
 
@@ -53,6 +55,9 @@ BLOCK_GRIDS: dict[str, BlockGrid] = {
     "q5_1": BlockGrid(5, 32, False, 32, 0, 1),
 }
 
+MIXED_GRIDS = ("q2_k", "q3_k", "q4_k", "q5_k")  # grids around which llama.cpp makes mixtures
+BITS = (2, 3, 4, 8)  # widths of an affine grid
+
 
 def filled(values: Any, keys: tuple[str, ...]) -> Any:
     """Return the ``values`` of a section with those of ``keys`` that the name of its grid implies, where left out."""
@@ -61,16 +66,24 @@ def filled(values: Any, keys: tuple[str, ...]) -> Any:
     return values if grid is None else {key: grid.implied[key] for key in keys} | values
 
 
+def check_width(num_bits: int, info: ValidationInfo) -> int:
+    """Refuse the widths that only grids of GGUF have, on an affine grid."""
+    if num_bits in BITS or info.data.get("grid", "affine") != "affine":
+        return num_bits
+    others = [name for name, grid in BLOCK_GRIDS.items() if grid.num_bits == num_bits]
+    raise ValueError(f"should be 2, 3, 4 or 8; {num_bits} bits are a grid of GGUF: grid: {' or '.join(others)}")
+
+
 def conflict(name: str, values: dict[str, Any]) -> str | None:
     """Return what in ``values`` contradicts the grid ``name``, and what to do; ``None``: nothing does."""
     grid = BLOCK_GRIDS.get(name)
     if grid is None:
-        others = [each for each, its in BLOCK_GRIDS.items() if its.num_bits == values["num_bits"]]
-        if others and values["num_bits"] in (5, 6):
-            return f"{values['num_bits']} bits exist only as a grid of GGUF: write grid: {' or '.join(others)}"
         return None
     wrong = [key for key, value in grid.implied.items() if values.get(key, value) != value]
     if not wrong:
         return None
     said, implied = (", ".join(f"{key}: {json.dumps(each[key])}" for key in wrong) for each in (values, grid.implied))
     return f"grid: {name} has {implied}, and {said} was given; leave out {', '.join(wrong)}, or the grid"
+
+
+NumBits = Annotated[Literal[2, 3, 4, 5, 6, 8], AfterValidator(check_width)]

@@ -16,7 +16,7 @@ from pydantic import (
 
 from qtool.config import grids
 from qtool.config.budget import BudgetConfig
-from qtool.config.grids import BLOCK_GRIDS, BlockGrid, GridName
+from qtool.config.grids import BLOCK_GRIDS, BlockGrid, GridName, NumBits
 from qtool.config.section import Section
 from qtool.system.errors import InputError
 
@@ -24,7 +24,7 @@ ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
 ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # bits of activations, of kv_cache
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
-BITS = (2, 3, 4, 8)  # widths of an affine grid
+BITS = grids.BITS  # widths of an affine grid
 TABLE_IMPLIED = ("num_bits", "group_size", "symmetric")  # keys that the name of a grid implies
 IMPLIED = (*TABLE_IMPLIED, "scale_dtype", "float_zero")
 GRID_HELP = (
@@ -78,7 +78,7 @@ class QuantSpec(Section):
     """
 
     grid: GridName = Field("affine", description=GRID_HELP)
-    num_bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per code; 5 and 6 only in grids of GGUF.")
+    num_bits: NumBits = Field(4, description="Bits per code; 5 and 6 only in grids of GGUF.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
         128,
         description="Input channels that share one scale; must divide the number of input channels. -1: one group per "
@@ -208,7 +208,7 @@ class TableGrid(Section):
     """The grid of an embedding or of the output head; its scales have the dtype of the section's ``scale_dtype``."""
 
     grid: GridName = Field("affine", description=GRID_HELP)
-    num_bits: Literal[2, 3, 4, 5, 6, 8] = Field(8, description="Bits per code; 5 and 6 only in grids of GGUF.")
+    num_bits: NumBits = Field(8, description="Bits per code; 5 and 6 only in grids of GGUF.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
         -1, description="Channels of a row that share one scale; must divide the number of channels. -1: one per row."
     )
@@ -273,6 +273,12 @@ class QuantConfig(QuantSpec):
         description="Bits of activations and kv_cache where these keys are not given: a8: 8 and 8; a8kv4: 8 and 4; "
         "a4kv4: 4 and 4.",
     )
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if self.budget is not None and self.blocks is not None:
+            raise ValueError(f"a budget chooses num_bits, and grid: {self.grid} has one width; leave out one of them")
+        return self
 
     @model_validator(mode="before")
     @classmethod

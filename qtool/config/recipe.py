@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from qtool.config import catalog, plugins, validation
 from qtool.config.files import read_yaml
+from qtool.config.grids import MIXED_GRIDS
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
 from qtool.config.section import SEED_LIMIT, Section
@@ -21,6 +22,7 @@ from qtool.config.sections import (
     EvalConfig,
     ExpectedConfig,
     ExportConfig,
+    GgufConfig,
     MethodConfig,
     ModelConfig,
     OutputConfig,
@@ -84,6 +86,7 @@ class Recipe(Section):
         None, description="The engine that will load the result; left out: no grid is refused for an engine's sake."
     )
     export: tuple[Export, ...] = Field((), description="A list of exports to write after quantization.")
+    gguf: GgufConfig = Field(GgufConfig(), description="The mixture of grids for a GGUF file.")
     expected: tuple[ExpectedConfig, ...] = Field(
         (), description="Published numbers, which the report shows beside the measured ones."
     )
@@ -94,6 +97,17 @@ class Recipe(Section):
         lt=SEED_LIMIT,
         description="Seed of all random numbers: the same recipe on the same machine gives the same bits.",
     )
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> "Recipe":
+        if self.gguf.grid == "k_m" and self.quant.grid not in MIXED_GRIDS:
+            raise ValueError(
+                f"gguf.grid: k_m makes a mixture around a grid, and quant.grid is {self.quant.grid}; set quant.grid to "
+                f"one of {', '.join(MIXED_GRIDS)}, or gguf.grid: keep"
+            )
+        if self.gguf.grid == "k_m" and self.model.free:
+            raise ValueError("gguf.grid: k_m needs the model's class; with model.free, name grids in quant.overrides")
+        return self
 
     @model_validator(mode="after")
     def _fill_data(self) -> "Recipe":

@@ -60,7 +60,7 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
     tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
     check_ids(tokens[:, : len(prefix)], loaded, "the token that begins every text")
     tokens[:, len(prefix)] = start
-    batches = torch.arange(num).split(_batch_size(loaded, length))
+    batches = torch.arange(num).split(batch_size(loaded, length))
     begin = find_cache(loaded, tokens[: len(batches[0]), : len(prefix) + 1], length)
     if begin is None:
         progress.note(
@@ -113,7 +113,7 @@ def _sampler(
     return draw
 
 
-def _batch_size(loaded: LoadedModel, length: int) -> int:
+def batch_size(loaded: LoadedModel, length: int) -> int:
     """Return how many sequences of ``length`` tokens have a KV cache within ``CACHE_BYTES``."""
     config = loaded.model.config.get_text_config()
     layers, width = (config_value(config, name) or 0 for name in ("num_hidden_layers", "hidden_size"))

@@ -344,9 +344,11 @@ def compare(runs: str | Path | Sequence[str | Path]) -> Comparison:
 
 
 def use_backend(model: nn.Module, name: str = "fast") -> Backends:
-    """Let a loaded model decode with this machine's packed kernels (``fast``), or exactly again (``exact``).
+    """Let a loaded model decode with this machine's kernels, or exactly again (``exact``).
 
-    Returns which kernels serve which linears; a linear without a kernel stays exact, and a warning says so.
+    ``fast`` times what there is for each shape of the model, and takes the fastest; ``dense``, ``torch``, ``ort`` and
+    ``gemlite`` use the kernels of that library. Returns which kernels serve which linears; a linear without a kernel
+    stays exact, and a warning says so.
 
     Raises:
         InputError: ``name`` is unknown, or ``model`` has no packed linears or weights that are not in memory.
@@ -354,6 +356,6 @@ def use_backend(model: nn.Module, name: str = "fast") -> Backends:
     if not isinstance(model, nn.Module):
         raise InputError(f"model: found {type(model).__name__}; give a loaded model")
     found = backend.use_backend(model, name)
-    if name == "fast" and found.exact:
+    if name != "exact" and found.exact:
         warnings.warn(f"qtool.use_backend: {found}", stacklevel=2)
     return found

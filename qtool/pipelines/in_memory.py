@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qtool.allocation import k_mixture
 from qtool.blocks.job import Job, Result, load_method
 from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints.native import as_listed
@@ -118,7 +119,7 @@ def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
     """Return the job of a recipe on a model in memory; ``tokens``, if given, are the calibration text."""
     method = load_method(recipe.method.name)
     loaded.model.eval()
-    job = Job.select(loaded, recipe.quant, seed=recipe.seed)
+    job = Job.select(loaded, k_mixture.quant_of(recipe, loaded), seed=recipe.seed)
     text: tuple[Tensor | None, Tensor | None] = (tokens, None)
     if not method.needs_data(recipe.method):
         text = (None, None)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.blocks.tables import pack_embeddings
@@ -30,6 +31,7 @@ from qtool.evaluation.contamination import CalibrationSeen
 from qtool.evaluation.continuations import continuations
 from qtool.models import quantized_sources
 from qtool.models.auto_class import is_multimodal
+from qtool.models.described import keep_first
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
@@ -68,6 +70,7 @@ class Run:
     method: Method[MethodConfig]
     state: RunState
     timer: PhaseTimer
+    first_blocks: int | None = None  # a probe quantizes the first blocks only (probe.py)
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,14 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
 
 def prepare(run: Run) -> Prepared:
     """Load the model, select its targets, check disk and exports, read calibration text and choose bit widths."""
-    recipe, quant, timer = run.recipe, run.recipe.quant, run.timer
+    recipe, timer = run.recipe, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
+        if run.first_blocks is not None:
+            keep_first(loaded, run.first_blocks)
         if recipe.eval is not None:
             tasks.check_model(recipe.eval, loaded)
+        quant = k_mixture.quant_of(recipe, loaded)
         units = None if quant.budget is None else units_of(loaded, quant)
         start = quant if units is None else narrowest(quant)
         targets, tables = select_targets(loaded, start), select_tables(loaded, start)

@@ -129,11 +129,11 @@ class PackedWeight(nn.Module):
 
     def _by_blocks(self, name: str, by_group: str, rows: slice | Tensor) -> Tensor:
         """Return the stored scales or minima of ``rows``, float32 ``[n, groups]``."""
-        grid, number = self.spec.blocks, _rows(self.get_buffer(name), rows).float()
+        grid, number = self.spec.blocks, _rows(getattr(self, name), rows).float()
         assert grid is not None
         if not grid.integer_bits:
             return number
-        integers = _unpack_down(self.get_buffer(by_group), grid.integer_bits, rows, self.out_features)
+        integers = _unpack_down(getattr(self, by_group), grid.integer_bits, rows, self.out_features)
         return block_scales.joined(number, integers, grid)
 
     def check(self, name: str) -> None:

@@ -75,7 +75,7 @@ class Report(Record, Printable):
     dtype: str | None = Field(None, description="Precision of computation, for both models.")
     device: str | None = None
     backend: str | None = Field(
-        None, description="Arithmetic of packed linears: exact or fast; null: no packed linears."
+        None, description="Arithmetic of packed linears, by its name: exact, fast, ort, ...; null: no packed linears."
     )
     seed: Count | None = None
     licence: dict[str, str] = Field(
@@ -154,7 +154,7 @@ class Report(Record, Printable):
         peaks = [(self.peak_bytes, ""), (self.peak_gpu_bytes, " on the GPU")]
         if held := [f"{size(max(peak.values()))}{where}" for peak, where in peaks if peak]:
             facts.append(("peak memory", ", ".join(held)))
-        fast = "with fast kernels" if self.backend == "fast" else None
+        fast = f"with {self.backend} kernels" if self.backend not in (None, "exact") else None
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))

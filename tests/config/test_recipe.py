@@ -109,12 +109,12 @@ group_size: 4
         'model.pth: unknown key; the nearest is model.path; found "x"',
         "method.damp: should be greater than 0; found -1",
         "method.dmp: unknown key; the nearest is method.damp; found 0.1",
-        "quant.num_bits: should be 2, 3, 4 or 8; found 5",
-        "quant.overrides.*.q_proj.num_bits: should be 2, 3, 4 or 8; found 7",
-        "quant.overrides.*.q_proj.foo: unknown key; known: num_bits, group_size, symmetric, scale_dtype, float_zero, "
-        "activations, kv_cache, kv_group_size, skip; found 1",
+        "quant.num_bits: should be 2, 3, 4 or 8; 5 bits are a grid of GGUF: grid: q5_k or q5_1; found 5",
+        "quant.overrides.*.q_proj.num_bits: should be 2, 3, 4, 5, 6 or 8; found 7",
+        "quant.overrides.*.q_proj.foo: unknown key; known: grid, num_bits, group_size, symmetric, scale_dtype, "
+        "float_zero, activations, kv_cache, kv_group_size, skip; found 1",
         "quant.overrides.b.c: should be a mapping with keys "
-        "num_bits, group_size, symmetric, scale_dtype, float_zero, "
+        "grid, num_bits, group_size, symmetric, scale_dtype, float_zero, "
         "activations, kv_cache, kv_group_size, skip; found 3",
         "quant.num_bit: unknown key; the nearest is quant.num_bits; found 4",
         'data: should be a mapping with keys source, num_samples, seq_len, memory_budget; found "nope"',

@@ -13,19 +13,22 @@ from helpers import gguf_models, tiny, vocabularies
 from helpers.gguf_models import CHANGES, ROWS, quantized
 from helpers.native_checkpoints import GRIDS, Natives, exported, plain, read_back
 from helpers.packed import WEIGHTS, Weight
+from helpers.weights import make_weight
 from hypothesis import assume
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.grids import BLOCK_GRIDS
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters.gguf import blocks, families, tokenizer
 from qtool.models.folders import read_config
 from qtool.models.targets import select_targets
-from qtool.quant.affine import dequantize
+from qtool.quant.affine import QuantizedWeight, dequantize, quantize
+from qtool.quant.ranges import search_qparams
 from qtool.system.errors import InputError, RunError
 
 gguf = pytest.importorskip("gguf")
@@ -121,6 +124,38 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
         assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
 
 
+@pytest.mark.parametrize("name", BLOCK_GRIDS)
+def test_the_package_dequantizes_the_weights_of_block_grids(name: str) -> None:
+    spec = QuantSpec.model_validate({"grid": name})
+    for seed, magnitude in enumerate([1e-5, 0.02, 3.0]):
+        weight = make_weight(8, 768, "normal", magnitude, seed)
+        grid = search_qparams(weight, spec, 2.0)
+        found = QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
+        block = blocks.choose(spec, 768)
+        assert block is not None
+        assert block.name == name.upper()
+        rows = gguf.dequantize(blocks.pack(found, block).numpy(), gguf.GGMLQuantizationType[block.name])
+        assert torch.equal(torch.from_numpy(rows), dequantize(*found))
+
+
+@pytest.mark.parametrize("name", BLOCK_GRIDS)
+def test_a_checkpoint_on_a_block_grid_is_written_and_read_back(name: str, tmp_path: Path) -> None:
+    quant = QuantConfig.model_validate({"grid": name, "embedding": {"grid": "q6_k"}})
+    tiny.quantize(tiny.BUILTIN, tmp_path / "q", quant)
+    out = exported(tmp_path / "q", "gguf", tmp_path / "out")
+    kinds = in_file(out)
+    assert {kinds[f"blk.{i}.{part}.weight"] for i in range(4) for part in ("attn_q", "ffn_down")} == {name.upper()}
+    assert kinds["token_embd.weight"] == "Q6_K"
+    source, opened = NativeCheckpoint(tmp_path / "q"), _base.get("gguf").open(out)
+    for linear in source.specs:
+        assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
+    model = as_transformers_reads(out)
+    assert torch.equal(tiny.logits(model), tiny.logits(plain(tmp_path / "q")))
+    with pytest.raises(InputError, match=r"is on the grid \w+ of GGUF, which mlx cannot hold; export gguf or dense"):
+        exported(tmp_path / "q", "mlx", tmp_path / "mlx")
+    exported(tmp_path / "q", "dense", tmp_path / "dense")
+
+
 # transformers' own reader of GGUF
 
 
@@ -155,13 +190,13 @@ def test_transformers_reads_the_same_tokenizer(kind: str, native: Natives, tmp_p
     out = exported(tmp_path / "q", "gguf", tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
     assert theirs(vocabularies.TEXT)["input_ids"] == ours(vocabularies.TEXT)["input_ids"]
-    name = "default" if kind == "sentencepiece" else kind
+    name = "default" if kind in ("sentencepiece", "gemma") else kind
     fields = {key: field.contents() for key, field in gguf.GGUFReader(out / "model.gguf").fields.items()}
     assert fields["tokenizer.ggml.pre"] == name
     assert fields.get("tokenizer.ggml.add_space_prefix", False) == (kind == "sentencepiece")
-    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece"))
+    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece", "gemma"))
     assert fields["tokenizer.ggml.add_eos_token"] is False
-    assert ("composes characters" in (out / "README.md").read_text()) == (kind == "qwen2")
+    assert ("composes characters" in (out / "README.md").read_text()) == (kind in ("qwen2", "qwen35"))
 
 
 # rows, frequencies, figures
@@ -185,15 +220,12 @@ def test_rows_and_biases_of_query_and_key_pair_neighbours_in_llama_only(tmp_path
         assert torch.equal(torch.from_numpy(found), dequantize(*source.quantized(name))[order])
 
 
-@pytest.mark.parametrize(("name", "changed"), [("llama", False), ("llama 3", True), ("llama, linear", True)])
-def test_scaled_frequencies_are_divided_by_what_the_file_says(name: str, changed: bool, tmp_path: Path) -> None:
-    out = exported(quantized(name, tmp_path), "gguf", tmp_path / "out")
+def test_llama_3_frequencies_are_divided_by_what_the_file_says(tmp_path: Path) -> None:
+    out = exported(quantized("llama 3", tmp_path), "gguf", tmp_path / "out")
     stored = {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(out / "model.gguf").tensors}
-    assert ("rope_freqs.weight" in stored) == changed
-    if changed:
-        frequencies = plain(tmp_path / "q").get_buffer("model.rotary_emb.inv_freq")
-        exponents = torch.arange(0, 16, 2) / 16
-        assert torch.allclose(500.0**-exponents / stored["rope_freqs.weight"], frequencies, rtol=1e-6)
+    frequencies = plain(tmp_path / "q").get_buffer("model.rotary_emb.inv_freq")
+    exponents = torch.arange(0, 16, 2) / 16
+    assert torch.allclose(500.0**-exponents / stored["rope_freqs.weight"], frequencies, rtol=1e-6)
 
 
 def test_the_figures_of_a_model_are_in_the_file(tmp_path: Path) -> None:
@@ -201,7 +233,7 @@ def test_the_figures_of_a_model_are_in_the_file(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(out / "model.gguf")
     found = {key.removeprefix("qwen3."): field.contents() for key, field in reader.fields.items()}
     assert found["general.architecture"] == "qwen3"
-    assert {key: found[key] for key, *_ in families.COMMON} == {
+    assert {key: found.get(key) for key, *_ in families.metadata(gguf_models.config("qwen3")) if key in found} == {
         "context_length": 128,
         "embedding_length": 64,
         "block_count": 2,
@@ -313,8 +345,11 @@ def test_grids_that_no_type_holds_are_refused_with_what_to_do(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_act": "gelu"}, "its activation is gelu, and llama.cpp computes SiLU for llama"),
-        ({"rope_parameters": {"rope_type": "yarn", **gguf_models.ROPE}}, "its rotary embedding is yarn, and GGUF is"),
+        ({"hidden_act": "gelu"}, "its activation is gelu, and llama.cpp computes silu for llama"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", **gguf_models.ROPE}},
+            "its rotary embedding is dynamic, and GGUF is written with default, linear, yarn, llama3, longrope",
+        ),
     ],
 )
 def test_models_that_llama_cpp_would_compute_otherwise_are_refused(
@@ -325,15 +360,15 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused(
 
 def test_biases_are_refused_where_the_engine_does_not_read_them(tmp_path: Path) -> None:
     folder = quantized("qwen3", tmp_path, attention_bias=True)
-    assert "its attention has biases, which llama.cpp does not read for qwen3" in refusal(folder, tmp_path / "out")
+    words = "llama.cpp does not read model.layers.0.self_attn.o_proj.bias of a qwen3 model; export dense instead"
+    assert words in refusal(folder, tmp_path / "out")
 
 
 def test_a_scaled_rotary_embedding_is_refused_where_the_engine_does_not_read_it(tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", **gguf_models.ROPE}
+    rope = {"rope_type": "llama3", **gguf_models.ROPE, **gguf_models.LLAMA_3}
     folder = quantized("qwen2", tmp_path, rope_parameters=rope)
-    assert "its rotary embedding is linear, and GGUF is written with default for qwen2" in refusal(
-        folder, tmp_path / "o"
-    )
+    words = "its rotary embedding is llama3, and GGUF is written with default, linear, yarn for qwen2"
+    assert words in refusal(folder, tmp_path / "o")
 
 
 def tokenizer_with(folder: Path, change: Callable[[Any], object]) -> Path:
@@ -360,6 +395,21 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(
     assert "its tokenizer prepares text in a way that has no known name in llama.cpp" in refusal(
         folder, tmp_path / "out"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda bpe: bpe["merges"].reverse(), "merges are not in the order of the tokens that they make"),
+        (lambda bpe: bpe["merges"].pop(), "its tokenizer does not merge"),
+    ],
+)
+def test_merges_that_llama_cpp_would_make_otherwise_are_refused(
+    change: Callable[[Any], object], words: str, native: Natives, tmp_path: Path
+) -> None:
+    folder = tiny.copied(native(), tmp_path / "q")
+    vocabularies.save("sentencepiece", folder)
+    assert words in refusal(tokenizer_with(folder, lambda found: change(found["model"])), tmp_path / "out")
 
 
 def test_tokens_beyond_the_embedding_are_refused(native: Natives, tmp_path: Path) -> None:

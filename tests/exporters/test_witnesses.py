@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import architectures, families, gguf_models, published, tiny, vocabularies
+from helpers import architectures, families, gguf_models, published, tiny
 from helpers.gguf_models import ROWS
 from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
 from helpers.packed_heads import HEADS, Tables
@@ -271,14 +271,3 @@ def test_llama_cpp_computes_a_table_in_every_type(kind: str, tmp_path: Path) -> 
 def test_llama_cpp_computes_every_family_and_rotary_embedding(name: str, tmp_path: Path) -> None:
     folder = gguf_models.quantized(name, tmp_path)
     assert near(folder, logits_of_llama_cpp(exported(folder, "gguf", tmp_path / "out")))
-
-
-@pytest.mark.parametrize("kind", vocabularies.KINDS)
-def test_llama_cpp_reads_the_same_tokens(kind: str, native: Natives, tmp_path: Path) -> None:
-    floats = tiny.copied(native.floats(), tmp_path / "float")
-    tokenizer = vocabularies.save(kind, floats)
-    tiny.quantize(floats, tmp_path / "q", GRIDS["w4g32"])
-    text = tmp_path / "text.txt"
-    text.write_bytes(vocabularies.TEXT.encode())
-    witness = logits_of_llama_cpp(exported(tmp_path / "q", "gguf", tmp_path / "out"), "--text", str(text))
-    assert witness["text_tokens"].tolist() == tokenizer(vocabularies.TEXT)["input_ids"]

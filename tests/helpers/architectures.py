@@ -90,7 +90,7 @@ def write(name: str, folder: Path) -> Path:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     else:
         model = getattr(transformers, row.model_class)(config)
-    _move(model)
+    move(model)
     kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for parameter_name, parameter in model.named_parameters():
         if not any(each in parameter_name for each in kept):
@@ -104,7 +104,7 @@ def write(name: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def _move(model: nn.Module) -> None:
+def move(model: nn.Module) -> None:
     """Move parameters from the values that would hide a fault: norms of one, biases of zero, tiny matrices."""
     generator = torch.Generator().manual_seed(1)
 

@@ -1,4 +1,4 @@
-"""``gguf``: one file for llama.cpp and software built on it, for Llama, Mistral, Mixtral, and Qwen 2 and 3.
+"""``gguf``: one file for llama.cpp and software built on it, for the models of ``families.py``.
 
 Each linear, and an embedding or head that is quantized, is written in the smallest type of GGUF that holds its codes,
 scales and zero points exactly (``blocks.py``), so they may have different types; a weight that no type holds is
@@ -6,9 +6,9 @@ refused. The types are coarse: 2 and 3 bits in groups of fewer than 256 channels
 says. Norms and biases are float32, as llama.cpp needs them; float embeddings and heads keep their dtype. A head that
 computes with the embedding's table is not written: llama.cpp reads the table in its place.
 
-Tensor names come from the ``gguf`` package, which also writes the container. For Llama and Mistral, llama.cpp expects
-the two channels of a rotary pair next to each other, where transformers has them half a head apart: there the rows of
-query and key, and their biases, are reordered.
+Tensor names come from the ``gguf`` package, which also writes the container. For some models llama.cpp expects rows in
+another order than transformers, and norms with what the model adds to them (``layout.py``): for Llama, the two channels
+of a rotary pair lie next to each other, and for transformers they are half a head apart.
 """
 
 import os
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.sizes import bits_per_weight
@@ -44,14 +43,14 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import Place, Published, gathered, published
-from qtool.exporters.gguf import blocks, families, tokenizer
-from qtool.exporters.gguf.families import FAMILIES, head_dim, metadata
+from qtool.exporters.gguf import blocks, families, layout, rotary, tokenizer
+from qtool.exporters.gguf.families import FAMILIES, metadata
+from qtool.exporters.gguf.layout import ROUTER, row_order
 from qtool.models.folders import read_config
 from qtool.system.tensors import dtype_name
 from qtool.system.version import __version__
 
 FILE = "model.gguf"  # the file of an export that holds everything
-ROUTER = "ffn_gate_inp"  # part of the names of tensors that choose experts
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # types of GGUF by dtype
 
 
@@ -71,6 +70,10 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     for name in (*keys, *(f"{name}.weight" for name in _packed(source))):
         if name not in there:
             return f"GGUF has no tensor for {name} in a {_model(source.folder).model_type} model; export dense instead"
+    read = FAMILIES[_model(source.folder).model_type].biases
+    for name in keys:
+        if name.endswith(".bias") and there[name].split(".")[-2] not in read:
+            return f"llama.cpp does not read {name} of a {_model(source.folder).model_type} model; export dense instead"
     for name in source.specs:
         if refusal := _misfit(source, name):
             return refusal
@@ -124,25 +127,6 @@ def _tensor_map(model: nn.Module) -> dict[str, str]:
     return {name: there for name, there in found.items() if there is not None}
 
 
-def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
-    """Return the order in which the rows of ``name`` are written, if it is a query or key; ``None``: as they are."""
-    part = name.rpartition(".")[0].rpartition(".")[2]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part)
-    if heads is None or not FAMILIES[config.model_type].interleaved:
-        return None
-    return torch.flatten(torch.arange(rows).unflatten(0, (heads, 2, -1)).transpose(1, 2))
-
-
-def rope_factors(config: Any) -> Tensor | None:
-    """Return the divisors of the rotary frequencies, float32 ``[head_dim / 2]``; ``None`` if there is no scaling."""
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind == "default":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
-    exponents = torch.arange(0, head_dim(config), 2, dtype=torch.int64).float() / head_dim(config)
-    return torch.pow(config.rope_parameters["rope_theta"], -exponents) / scaled
-
-
 def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str]:
     """Write ``model.gguf``, and beside it the config and tokenizer of the checkpoint; see ``Exporter.write``."""
     import gguf
@@ -152,13 +136,11 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     write_folder(source.folder, out, {}, None, dtype)
     writer = _begun(source.folder, out)
     for name, tensor in names.floats(floats, places(names)).items():
-        small = tensor.dim() == 1 or ROUTER in there[name]
-        held = tensor.squeeze().float() if small else tensor  # the gate of a shared expert has one row
-        kind = "F32" if small else FLOATS[dtype_name(tensor.dtype)]
-        _add(writer, there[name], held.contiguous(), kind, _row_order(name, len(held), model))
-    factors = rope_factors(model)
-    if factors is not None:
-        _add(writer, "rope_freqs.weight", factors, "F32", None)
+        held = _held(there[name], tensor.T if name in _transposed(source.folder) else tensor, model)
+        kind = FLOATS[dtype_name(held.dtype)]
+        _add(writer, there[name], held.contiguous(), kind, row_order(there[name], len(held), model))
+    for name, tensor in rotary.tensors(model).items():
+        _add(writer, name, tensor, "F32", None)
     sizes: dict[str, Counter[tuple[str, blocks.Block]]] = {}
     weight, tables = reader(source), packed_tables(source)
     for name, place in _packed(source).items():
@@ -166,7 +148,7 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
         block = blocks.choose(quantized.spec, quantized.codes.shape[1])
         assert block is not None, name
         packed = blocks.pack(quantized, block)
-        order = _row_order(f"{name}.weight", len(packed), model)
+        order = row_order(there[f"{name}.weight"], len(packed), model)
         rows = (packed if order is None else packed[order]).unflatten(0, place.shape)
         _add(writer, there[f"{name}.weight"], rows, block.name, None)
         linear = next(iter(place.linears))
@@ -188,6 +170,20 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     return _notes(source, model, sizes)
 
 
+def _held(there: str, tensor: Tensor, model: Any) -> Tensor:
+    """Return a float tensor as the file holds it under the name ``there``, with its rows in the model's order."""
+    if not layout.is_small(there, tensor):
+        return tensor
+    added = tensor.float() + layout.offset(there, model)
+    return added.squeeze(0) if ROUTER in there else added  # the gate of a shared expert has one row
+
+
+def _transposed(folder: Path) -> set[str]:
+    """Return the published names of weights that the float model stores as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+    names = published(skeleton(folder))
+    return {key for key, place in names.places.items() if place.column == 0 and len(place.shape) == 1}
+
+
 def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
     """Return a writer of ``model.gguf`` with the metadata of the model in ``folder``, and no tensors."""
     import gguf
@@ -195,10 +191,10 @@ def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
     model = _model(folder)
     family = FAMILIES[model.model_type]
     writer = gguf.GGUFWriter(out / FILE, family.architecture)
-    writer.add_name(f"{model.model_type} quantized by qtool {__version__}")
-    for key, integer, value in metadata(model):
-        add = writer.add_uint32 if integer else writer.add_float32
-        add(f"{family.architecture}.{key}", value(model))
+    writer.add_name(f"{tokenizer.model_name(folder, model.model_type)} quantized by qtool {__version__}")
+    for key, kind, value in metadata(model):
+        if (figure := value(model)) is not None:
+            getattr(writer, f"add_{kind}")(f"{family.architecture}.{key}", figure)
     tokenizer.add(writer, folder, model.vocab_size)
     return writer
 
@@ -241,12 +237,14 @@ def _notes(source: NativeCheckpoint, model: Any, sizes: dict[str, Counter[tuple[
         "llama.cpp rounds the input of each linear to 8 bits, so its results differ a little from other readers'"
     )
     window = getattr(model, "sliding_window", None)
-    if window and window < model.max_position_embeddings:
+    if window and window < model.max_position_embeddings and not FAMILIES[model.model_type].windows:
         notes.append(f"llama.cpp attends to the whole text, and this model over {window} tokens: keep texts that short")
-    if rope_factors(model) is not None or getattr(model, "attention_bias", False):
+    if rotary.tensors(model) or getattr(model, "attention_bias", False):
         notes.append("transformers' own reader of GGUF leaves out biases and scaled rotary frequencies of Llama")
     if tokenizer.composes(source.folder):
         notes.append("the tokenizer composes characters (Unicode NFC) first, and llama.cpp does not: give it NFC text")
+    if unstripped := tokenizer.unstripped(source.folder):
+        notes.append(f"llama.cpp leaves spaces beside {', '.join(unstripped)} in the text: write none there")
     return notes
 
 
@@ -271,19 +269,28 @@ class GGUFFolder(WrittenFolder):
         kinds = {name: self._tensors[self._places[name]].tensor_type.name for name in self.names()}
         return {name.removesuffix(".weight") for name, kind in kinds.items() if kind not in FLOATS.values()}
 
-    def tensor(self, name: str) -> Tensor:
+    def rows(self, name: str) -> Tensor:
         """Return a tensor in float32, dequantized by the ``gguf`` package, with its rows in the float model's order."""
         import gguf
 
-        found = self._tensors[self._places[name]]
+        there = self._places[name]
+        found = self._tensors[there]
         values = torch.from_numpy(np.require(gguf.dequantize(found.data, found.tensor_type), np.float32, "W"))
-        config = _model(self.folder)
+        order = row_order(there, len(values), _model(self.folder))
+        return values if order is None else values[torch.argsort(order)]
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in float32 as the float model holds it."""
+        values = self.rows(name) - layout.offset(self._places[name], _model(self.folder))
         if name.endswith("shared_expert_gate.weight"):
             return values.unsqueeze(0)
-        if _row_order(name, len(values), config) is None:
-            return values
-        heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
-        return torch.flatten(values.unflatten(0, (heads, -1, 2)).transpose(1, 2), 0, 2)
+        return values.T.contiguous() if name in _transposed(self.folder) else values
+
+    def same(self, name: str, tensor: Tensor) -> bool:
+        """Return whether the file holds ``tensor``, or the sum of it and the offset of a norm, which loses bits of it."""
+        added = layout.offset(self._places[name], _model(self.folder))
+        held = tensor.float() + added - added if added else tensor.float()
+        return torch.equal(held, self.tensor(name).float())
 
     def dtype(self) -> torch.dtype:
         """Return the dtype that ``config.json`` names: dequantized tensors are float32, whatever the file holds."""
@@ -296,17 +303,20 @@ class GGUFFolder(WrittenFolder):
         model = _model(self.folder)
         prefix = FAMILIES[model.model_type].architecture
         found = {}
-        for key, _, value in metadata(model):
+        for key, kind, value in metadata(model):
             field = self.reader.fields.get(f"{prefix}.{key}")
-            stored = None if field is None else field.contents()
-            if stored is None or np.float32(stored) != np.float32(value(model)):
+            stored, figure = None if field is None else field.contents(), value(model)
+            if kind == "float32" and figure is not None:
+                figure = float(np.float32(figure))
+            if stored != figure:
                 found[key] = stored
         return read_config(self.folder) | found
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
     """Return the float32 rows ``[rows, in]`` of the linear, or of the stack of experts, ``name``."""
-    return opened.tensor(f"{name}.weight").flatten(0, -2)
+    assert isinstance(opened, GGUFFolder)
+    return opened.rows(f"{name}.weight").flatten(0, -2)
 
 
 def recognises(folder: Path) -> bool:
@@ -327,4 +337,8 @@ EXPORTER = Exporter(
     recognises,
     library="gguf",
     weight_files="*.gguf",
+    bits=lambda spec, shape, table: (
+        block.bits if (block := blocks.choose(spec, shape[1])) else spec.bits_per_weight(shape[1])
+    ),
+    reads_with="gguf",
 )

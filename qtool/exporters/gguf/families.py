@@ -1,79 +1,205 @@
-"""The models that llama.cpp computes as transformers does: their architectures there, their metadata, and refusals."""
+"""The models that llama.cpp computes as transformers does: their architectures there, what it reads, and refusals.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+Each row says what llama.cpp's source (``src/models``, ``src/llama-model.cpp``) does for an architecture; the tests
+load a model of each row in llama.cpp and compare its logits.
+"""
 
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-class Figure(NamedTuple):
-    """A figure of a model in the metadata of its file."""
+from qtool.exporters.gguf import figures, rotary
+from qtool.exporters.gguf.figures import Figure
 
-    key: str
-    """Its key, without the prefix of the architecture."""
-    integer: bool
-    value: Callable[[Any], float]
-    """Returns the figure, of a model's config."""
+QKV, OUT, FEED_FORWARD = ("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up", "ffn_down")
+NORMS = ("attn_norm", "attn_norm_2", "ffn_norm", "output_norm")
 
 
 class Family(NamedTuple):
     """llama.cpp's architecture for a ``model_type``, and what it does there."""
 
     architecture: str
-    interleaved: bool = False
-    """True if the two channels of a rotary pair lie next to each other."""
-    optional: bool = False
-    """True if llama.cpp reads optional tensors: biases of linears, and divisors of the rotary frequencies."""
-    experts: tuple[Figure, ...] = ()
-    """Metadata of a mixture of experts."""
-    needs: tuple[tuple[str, Any], ...] = ()
-    """Values that keys of the config must have, because llama.cpp computes nothing else."""
+    figures: tuple[Figure, ...] = figures.RMS_NORM
+    """Metadata beside ``figures.COMMON``."""
+    rows: Literal["", "pairs", "groups"] = ""
+    """The order of rows. ``pairs``: the two channels of a rotary pair of query and key lie next to each other.
+    ``groups``: in the fused tensor of query, key and value, the heads of each follow each other."""
+    biases: tuple[str, ...] = ()
+    """Tensors of a block whose biases are read."""
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    """Ways of scaling the rotary embedding that are computed."""
+    partial: bool = False
+    """True if a part of the channels of a head may rotate."""
+    norm_offset: int = 0
+    """What the model adds to the weights of its norms, and llama.cpp does not: the file holds the sum."""
+    activation: str = "silu"
+    head: Literal["", "own", "tied"] = ""
+    """``own``: llama.cpp needs a head of its own; ``tied``: it always computes with the embedding's table."""
+    windows: bool = False
+    """True if blocks attend to a window of tokens where the model does."""
+    needs: Mapping[str, Any] = {}
+    """Values that keys of the config must have, because llama.cpp computes nothing else. A callable returns the value,
+    of the config."""
 
 
-def head_dim(config: Any) -> int:
-    """Return the number of channels of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _every(pattern: int) -> Any:
+    return lambda config: [int((index + 1) % pattern != 0) for index in range(config.num_hidden_layers)]
 
 
-COMMON = (
-    Figure("context_length", True, lambda config: config.max_position_embeddings),
-    Figure("embedding_length", True, lambda config: config.hidden_size),
-    Figure("block_count", True, lambda config: config.num_hidden_layers),
-    Figure("feed_forward_length", True, lambda config: config.intermediate_size),
-    Figure("attention.head_count", True, lambda config: config.num_attention_heads),
-    Figure("attention.head_count_kv", True, lambda config: config.num_key_value_heads),
-    Figure("attention.key_length", True, head_dim),
-    Figure("attention.value_length", True, head_dim),
-    Figure("rope.dimension_count", True, head_dim),
-    Figure("vocab_size", True, lambda config: config.vocab_size),
-    Figure("attention.layer_norm_rms_epsilon", False, lambda config: config.rms_norm_eps),
-    Figure("rope.freq_base", False, lambda config: config.rope_parameters["rope_theta"]),
-)
-USED = Figure("expert_used_count", True, lambda config: config.num_experts_per_tok)
-MIXTRAL = (Figure("expert_count", True, lambda config: config.num_local_experts), USED)
-QWEN = (
-    Figure("expert_count", True, lambda config: config.num_experts),
-    USED,
-    Figure("expert_feed_forward_length", True, lambda config: config.moe_intermediate_size),
-)
-SHARED = Figure("expert_shared_feed_forward_length", True, lambda config: config.shared_expert_intermediate_size)
+def _scaled_by(big: int) -> Any:
+    """Return the divisor of attention scores that Gemma's code in llama.cpp takes; ``big``: the blocks of the 27B."""
+    return lambda config: (
+        config.hidden_size // config.num_attention_heads if config.num_hidden_layers == big else rotary.head_dim(config)
+    )
+
+
 # each block has experts
-EVERY_LAYER: tuple[tuple[str, Any], ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
+EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+LLAMA = Family(
+    "llama", rows="pairs", biases=(*QKV, *OUT, *FEED_FORWARD), ropes=("default", "linear", "yarn", "llama3", "longrope")
+)
+GEMMA = Family(
+    "gemma", norm_offset=1, activation="gelu_pytorch_tanh", head="tied", needs={"use_bidirectional_attention": False}
+)
+QWEN = Family("qwen2", biases=QKV)
+LAYER_NORMS = Family("stablelm", figures.LAYER_NORM, biases=(*NORMS, *QKV), partial=True)
+OLMO2 = Family("olmo2", head="own")
+COHERE = Family(
+    "command-r", (*figures.LAYER_NORM, *figures.LOGIT_SCALE), biases=QKV, head="tied", needs={"use_qk_norm": False}
+)
+GLM = Family("chatglm", biases=QKV, ropes=("default",), partial=True)
+GRANITE = LLAMA._replace(architecture="granite", figures=(*figures.RMS_NORM, *figures.GRANITE))
 
 FAMILIES = {  # by model_type
-    "llama": Family("llama", interleaved=True, optional=True),
-    "mistral": Family("llama", interleaved=True, optional=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "mixtral": Family("llama", interleaved=True, optional=True, experts=MIXTRAL),
-    "qwen2_moe": Family(
-        "qwen2moe", experts=(*QWEN, SHARED), needs=(*EVERY_LAYER, ("norm_topk_prob", False), ("qkv_bias", True))
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": LLAMA._replace(figures=(*figures.RMS_NORM, *figures.EXPERTS)),
+    "qwen2": QWEN,
+    "qwen3": QWEN._replace(architecture="qwen3"),
+    "qwen2_moe": QWEN._replace(
+        architecture="qwen2moe",
+        figures=(*figures.RMS_NORM, *figures.WIDE_EXPERTS, figures.SHARED),
+        head="own",
+        needs=EVERY_LAYER | {"norm_topk_prob": False, "qkv_bias": True},
     ),
-    "qwen3_moe": Family("qwen3moe", experts=QWEN, needs=(*EVERY_LAYER, ("norm_topk_prob", True))),
+    "qwen3_moe": QWEN._replace(
+        architecture="qwen3moe",
+        figures=(*figures.RMS_NORM, *figures.WIDE_EXPERTS),
+        needs=EVERY_LAYER | {"norm_topk_prob": True},
+    ),
+    "gemma": GEMMA,
+    "gemma2": GEMMA._replace(
+        architecture="gemma2",
+        figures=(*figures.RMS_NORM, *figures.WINDOW, *figures.SOFTCAPS),
+        windows=True,
+        ropes=("default", "linear"),
+        needs={"use_bidirectional_attention": False, "query_pre_attn_scalar": _scaled_by(46)},
+    ),
+    "gemma3_text": GEMMA._replace(
+        architecture="gemma3",
+        figures=(*figures.RMS_NORM, *figures.WINDOW, *figures.SOFTCAPS[1:]),
+        windows=True,
+        ropes=("default", "linear"),
+        head="",
+        needs={
+            "use_bidirectional_attention": False,
+            "query_pre_attn_scalar": _scaled_by(62),
+            "attn_logit_softcapping": None,
+        },
+    ),
+    "phi3": Family("phi3", ropes=("default", "linear", "longrope"), partial=True),
+    "phi": LAYER_NORMS._replace(
+        architecture="phi2",
+        biases=(*NORMS, *QKV, *OUT, *FEED_FORWARD, "output"),
+        activation="gelu_new",
+        head="own",
+        needs={"qk_layernorm": False},
+    ),
+    "smollm3": LLAMA._replace(
+        architecture="smollm3", biases=QKV, ropes=("default", "linear", "yarn"), needs={"no_rope_layers": _every(4)}
+    ),
+    "olmo": Family("olmo", figures.OLMO, rows="pairs"),
+    "olmo2": OLMO2,
+    "olmo3": OLMO2._replace(figures=(*figures.RMS_NORM, *figures.WINDOW), windows=True, ropes=("default",)),
+    "olmoe": Family(
+        "olmoe", (*figures.RMS_NORM, *figures.EXPERTS), head="own", needs={"norm_topk_prob": False, "clip_qkv": None}
+    ),
+    "gpt2": Family(
+        "gpt2",
+        figures.LAYER_NORM,
+        biases=("attn_norm", "ffn_norm", "output_norm", "attn_qkv", *OUT, *FEED_FORWARD),
+        activation="gelu_new",
+        needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
+    "gpt_neox": Family(
+        "gptneox",
+        (*figures.LAYER_NORM, *figures.PARALLEL),
+        rows="groups",
+        biases=("attn_norm", "ffn_norm", "output_norm", "attn_qkv", *OUT, *FEED_FORWARD),
+        partial=True,
+        activation="gelu",
+        head="own",
+        needs={"attention_bias": True},
+    ),
+    "falcon": Family(
+        "falcon",
+        figures.LAYER_NORM,
+        rows="groups",
+        biases=NORMS,
+        activation="gelu",
+        needs={"alibi": False, "parallel_attn": True},
+    ),
+    "starcoder2": Family(
+        "starcoder2",
+        figures.LAYER_NORM,
+        biases=(*NORMS, *QKV, *OUT, *FEED_FORWARD),
+        activation="gelu_pytorch_tanh",
+        needs={"use_bias": True},
+    ),
+    "stablelm": LAYER_NORMS._replace(head="own", needs={"qk_layernorm": False}),
+    "nemotron": LAYER_NORMS._replace(
+        architecture="nemotron",
+        biases=(*NORMS, *QKV, *OUT, "ffn_up", "ffn_down"),
+        norm_offset=1,
+        activation="relu2",
+        head="own",
+    ),
+    "cohere": COHERE,
+    "cohere2": COHERE._replace(
+        architecture="cohere2",
+        figures=(*COHERE.figures, *figures.WINDOW),
+        windows=True,
+        ropes=("default",),
+        needs={},
+    ),
+    "granite": GRANITE,
+    "granitemoe": GRANITE._replace(architecture="granitemoe", figures=(*GRANITE.figures, *figures.EXPERTS)),
+    "glm": GLM,
+    "glm4": GLM._replace(architecture="glm4"),
+    "exaone": Family("exaone"),
+    "exaone4": Family(
+        "exaone4",
+        (*figures.RMS_NORM, *figures.WINDOW),
+        windows=True,
+        ropes=("default", "llama3"),
+        needs={"sliding_window": lambda config: config.sliding_window if config.num_hidden_layers == 64 else None},
+    ),
+    "arcee": LLAMA._replace(
+        architecture="arcee", biases=QKV, ropes=("default", "linear", "yarn", "llama3"), activation="relu2"
+    ),
+    "seed_oss": Family("seed_oss", biases=QKV),
+    "ernie4_5": Family("ernie4_5", biases=(*QKV, *OUT)),
 }
 
 
 def metadata(config: Any) -> tuple[Figure, ...]:
     """Return the figures of a model in the metadata of its file."""
-    return COMMON + FAMILIES[config.model_type].experts
+    return figures.COMMON + FAMILIES[config.model_type].figures
+
+
+def same_activation(found: str, computed: str) -> bool:
+    """Return whether an activation is the ``computed`` one; llama.cpp has one GELU, by the hyperbolic tangent."""
+    names = {"swish": "silu"} | dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu"), "gelu")
+    return names.get(found, found) == names.get(computed, computed)
 
 
 def refuses(model: Any) -> str | None:
@@ -87,26 +213,28 @@ def refuses(model: Any) -> str | None:
             "export dense, and convert the result with llama.cpp's convert_hf_to_gguf.py"
         )
     family = FAMILIES[model.model_type]
-    if model.hidden_act not in ("silu", "swish"):
+    activation = figures.first(model, "hidden_activation", "hidden_act", "activation_function", "activation")
+    if not same_activation(activation, family.activation):
         return (
-            f"its activation is {model.hidden_act}, and llama.cpp computes SiLU for {model.model_type}; "
+            f"its activation is {activation}, and llama.cpp computes {family.activation} for {model.model_type}; "
             "export dense instead"
         )
-    if getattr(model, "attention_bias", False) and not family.optional:
-        return f"its attention has biases, which llama.cpp does not read for {model.model_type}; export dense instead"
-    for key, needed in family.needs:
-        value = getattr(model, key, None)
-        if value is not None and value != needed:
+    if family.head and (family.head == "tied") != bool(model.tie_word_embeddings):
+        reads = "always computes with" if family.head == "tied" else "needs a head beside"
+        return (
+            f"its tie_word_embeddings is {model.tie_word_embeddings}, and llama.cpp {reads} the table of the "
+            f"embedding for {model.model_type}; export dense instead"
+        )
+    for key, needed in family.needs.items():
+        value, computed = getattr(model, key, None), needed(model) if callable(needed) else needed
+        if value is not None and value != computed:
             return (
-                f"its {key} is {value}, and llama.cpp computes {model.model_type} models with {needed}; "
+                f"its {key} is {value}, and llama.cpp computes {model.model_type} models with {computed}; "
                 "export dense instead"
             )
-    rope = model.rope_parameters
-    kind = rope.get("rope_type", "default")
-    known = ("default", "linear", "llama3") if family.optional else ("default",)
-    if kind not in known or rope.get("partial_rotary_factor", 1) != 1:
+    if any(figures.sliding(model)) and not family.windows:
         return (
-            f"its rotary embedding is {kind}, and GGUF is written with {', '.join(known)} for {model.model_type}; "
+            f"its layer_types has sliding_attention, and llama.cpp attends to all tokens for {model.model_type}; "
             "export dense instead"
         )
-    return None
+    return rotary.refuses(model, family.ropes, partial=family.partial)

@@ -19,13 +19,19 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = WORDS + r"|\p{N}{1,3}" + REST
 QWEN_2 = WORDS + r"|\p{N}" + REST
+MARKS = WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")  # with combining marks
+QWEN_35 = MARKS + r"|\p{N}" + REST.replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # True: also splits with GPT-2's regular expression
-# pre-tokenizer steps -> (llama.cpp's name, whether llama.cpp looks up whole words before merging)
-SPLITS: dict[tuple[tuple[str, Any], ...], tuple[str, bool]] = {
-    (BYTES_OF_WORDS,): ("gpt-2", False),
-    (("Digits", True), BYTES_OF_WORDS): ("smollm", False),
-    (("Split", LLAMA_3), BYTES): ("llama-bpe", True),
-    (("Split", QWEN_2), BYTES): ("qwen2", False),
+FALCON = (("Punctuation", "Contiguous"), BYTES_OF_WORDS, ("Split", "[0-9][0-9][0-9]"))
+# pre-tokenizer steps, and whether whole words are looked up before merging -> llama.cpp's name
+SPLITS: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
+    ((BYTES_OF_WORDS,), False): "gpt-2",
+    ((("Digits", True), BYTES_OF_WORDS), False): "smollm",
+    ((("Split", LLAMA_3), BYTES), True): "llama-bpe",
+    ((("Split", LLAMA_3), BYTES), False): "smaug-bpe",
+    ((("Split", QWEN_2), BYTES), False): "qwen2",
+    ((("Split", QWEN_35), BYTES), False): "qwen35",
+    (FALCON, False): "falcon",
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
@@ -61,6 +67,8 @@ def _split(step: dict[str, Any]) -> tuple[str, Any]:
         return kind, step.get("use_regex", True)
     if kind == "Digits":
         return kind, step["individual_digits"]
+    if kind == "Punctuation":
+        return kind, step["behavior"]
     if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return kind, step["pattern"].get("Regex")
     return kind, None
@@ -82,10 +90,16 @@ def kind_of(found: dict[str, Any]) -> tuple[str, str] | None:
     if model.get("byte_fallback") and _spaces(found) is not None:
         return "llama", "default"
     steps = tuple(_split(step) for step in _steps(found["pre_tokenizer"], "pretokenizers"))
-    name, whole_words = SPLITS.get(steps, ("", False))
-    if not name or normalizers not in ([], ["NFC"]) or bool(model.get("ignore_merges")) != whole_words:
-        return None
-    return "gpt2", name
+    name = SPLITS.get((steps, bool(model.get("ignore_merges"))))
+    return None if name is None or normalizers not in ([], ["NFC"]) else ("gpt2", name)
+
+
+# Gemma's step, which finds no space after a normalizer has replaced all
+AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+
+
+def _without_defaults(step: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in step.items() if (key, value) != ("invert", False)}
 
 
 def _spaces(found: dict[str, Any]) -> bool | None:
@@ -95,11 +109,33 @@ def _spaces(found: dict[str, Any]) -> bool | None:
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if not steps and normalizers == [{"type": "Prepend", "prepend": SPACE}, replaced]:
         return True
-    if not steps and normalizers == [replaced]:
+    if normalizers == [replaced] and [_without_defaults(step) for step in steps] in ([], [AT_SPACES]):
         return False
     if not normalizers and len(steps) == 1 and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == SPACE:
         return {"first": True, "always": True, "never": False}.get(steps[0]["prepend_scheme"])
     return None
+
+
+PHI_3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks up in models that are named phi-3
+
+
+def model_name(folder: Path, model_type: str) -> str:
+    """Return a name for the model of ``folder``; by it, llama.cpp chooses whether control tokens take spaces after them.
+
+    It does if the name contains ``phi-3`` or ``phi3``: all control tokens but the last three of ``PHI_3``.
+    """
+    found = description(folder)
+    takes = {token["content"] for token in found["added_tokens"] if token["rstrip"]} & set(PHI_3)
+    return "phi-3" if takes == {"</s>"} and _ids(found).keys() >= set(PHI_3) else model_type.replace("phi3", "phi 3")
+
+
+def unstripped(folder: Path) -> list[str]:
+    """Return the added tokens that take the spaces beside them, which llama.cpp leaves in the text."""
+    phi = model_name(folder, "") == "phi-3"
+    tokens = [
+        token for token in description(folder)["added_tokens"] if token["lstrip"] or (token["rstrip"] and not phi)
+    ]
+    return [token["content"] for token in tokens]
 
 
 def composes(folder: Path) -> bool:
@@ -118,25 +154,40 @@ def refuses(folder: Path, size: int) -> str | None:
     if kind_of(found) is None:
         return (
             "its tokenizer prepares text in a way that has no known name in llama.cpp, which would read other tokens; "
-            f"known are byte-level BPE as in {', '.join(name for name, _ in SPLITS.values())}, and SentencePiece's "
+            f"known are byte-level BPE as in {', '.join(SPLITS.values())}, and SentencePiece's "
             "BPE; export dense instead"
         )
     before, after = found["around"]
     special = found["special"]
     if before not in ([], [special["bos"]]) or after not in ([], [special["eos"]]):
         return "its tokenizer puts more around a text than BOS and EOS, which GGUF cannot express; export dense instead"
-    if kind_of(found) == ("llama", "default") and not _by_rank(found["model"]):
+    return _unmerged(found) if kind_of(found) == ("llama", "default") else None
+
+
+def _unmerged(found: dict[str, Any]) -> str | None:
+    """Return the reason why llama.cpp would merge otherwise than a tokenizer like SentencePiece's, or ``None``.
+
+    llama.cpp merges any two tokens that make a token, by a score of that token.
+    """
+    vocab = found["model"]["vocab"]
+    pairs = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in found["model"]["merges"]]
+    made = [vocab["".join(pair)] for pair in pairs]
+    if made != sorted(made):
         return (
             "its tokenizer's merges are not in the order of the tokens that they make, which llama.cpp relies on; "
             "export dense instead"
         )
+    known, added = set(pairs), {token["content"] for token in found["added_tokens"]}
+    # added tokens are found before texts are merged, but not where the normalizer makes them of spaces
+    for token in vocab.keys() - added | {token for token in added if SPACE in token}:
+        for at in range(1, len(token)):
+            pair = token[:at], token[at:]
+            if pair[0] in vocab and pair[1] in vocab and pair not in known:
+                return (
+                    f"its tokenizer does not merge {pair[0]!r} and {pair[1]!r}, and llama.cpp would, because it has "
+                    f"{token!r}; export dense instead"
+                )
     return None
-
-
-def _by_rank(model: dict[str, Any]) -> bool:
-    """Return whether merges are in the order of the tokens they make: llama.cpp merges by a score for each token."""
-    made = [model["vocab"]["".join(pair if isinstance(pair, list) else pair.split(" "))] for pair in model["merges"]]
-    return made == sorted(made)
 
 
 def _ids(found: dict[str, Any]) -> dict[str, int]:

@@ -1,0 +1,91 @@
+"""Figures of a model in the metadata of a GGUF file: keys, types, and where a config of transformers has them."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from qtool.exporters.gguf import rotary
+
+Kind = Literal["uint32", "float32", "bool", "string", "array"]
+
+
+class Figure(NamedTuple):
+    """A figure of a model in the metadata of its file."""
+
+    key: str
+    """Its key, without the prefix of the architecture."""
+    kind: Kind
+    value: Callable[[Any], Any]
+    """Returns the figure, of a model's config; ``None`` if the file has no such key."""
+
+
+def first(config: Any, *names: str) -> Any:
+    """Return the value of the first of ``names`` that a config has and that is not ``None``; else ``None``."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _count(key: str, *names: str) -> Figure:
+    return Figure(key, "uint32", lambda config: first(config, *names))
+
+
+def _real(key: str, *names: str) -> Figure:
+    return Figure(key, "float32", lambda config: first(config, *names))
+
+
+def num_kv_heads(config: Any) -> int:
+    """Return the number of heads of keys and values."""
+    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        return 1
+    return int(first(config, "num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+
+
+def sliding(config: Any) -> list[bool]:
+    """Return for each block whether it attends to a window of tokens only."""
+    return [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
+
+
+COMMON = (
+    _count("context_length", "max_position_embeddings"),
+    _count("embedding_length", "hidden_size"),
+    _count("block_count", "num_hidden_layers"),
+    Figure(
+        "feed_forward_length",
+        "uint32",
+        lambda config: first(config, "intermediate_size", "n_inner", "ffn_hidden_size") or 4 * config.hidden_size,
+    ),
+    _count("attention.head_count", "num_attention_heads"),
+    Figure("attention.head_count_kv", "uint32", num_kv_heads),
+    Figure("attention.key_length", "uint32", rotary.head_dim),
+    Figure("attention.value_length", "uint32", rotary.head_dim),
+    _count("vocab_size", "vocab_size"),
+    *(Figure(key, kind, value) for key, kind, value in rotary.FIGURES),
+)
+RMS_NORM = (_real("attention.layer_norm_rms_epsilon", "rms_norm_eps", "layer_norm_epsilon"),)
+LAYER_NORM = (
+    _real("attention.layer_norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+)
+OLMO = (
+    Figure("attention.layer_norm_epsilon", "float32", lambda config: 1e-5),  # fixed in the model's code
+    _real("attention.clamp_kqv", "clip_qkv"),
+)
+USED = _count("expert_used_count", "num_experts_per_tok")
+EXPERTS = (_count("expert_count", "num_experts", "num_local_experts"), USED)
+WIDE_EXPERTS = (*EXPERTS, _count("expert_feed_forward_length", "moe_intermediate_size"))
+SHARED = _count("expert_shared_feed_forward_length", "shared_expert_intermediate_size")
+WINDOW = (
+    Figure(
+        "attention.sliding_window", "uint32", lambda config: config.sliding_window if any(sliding(config)) else None
+    ),
+    Figure("attention.sliding_window_pattern", "array", lambda config: sliding(config) or None),
+)
+SOFTCAPS = (
+    _real("attn_logit_softcapping", "attn_logit_softcapping"),
+    _real("final_logit_softcapping", "final_logit_softcapping"),
+)
+LOGIT_SCALE = (_real("logit_scale", "logit_scale"),)
+GRANITE = (
+    _real("attention.scale", "attention_multiplier"),
+    _real("embedding_scale", "embedding_multiplier"),
+    _real("residual_scale", "residual_multiplier"),
+    _real("logit_scale", "logits_scaling"),
+)
+PARALLEL = (Figure("use_parallel_residual", "bool", lambda config: bool(config.use_parallel_residual)),)
