@@ -1,9 +1,6 @@
 """Pushing to the hub: checked before the run, whole and byte for byte after it, and the token is nowhere."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +15,10 @@ from helpers.hub import TOKEN, Hub, Repository
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-import qtool
 from qtool.cli.main import main
 from qtool.pipelines import push as pipeline
 from qtool.reports import model_card
+from qtool.system.errors import RunError
 
 # huggingface_hub 2.4 gives the library below it content under a name of former times
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -92,36 +89,43 @@ def test_a_second_push_replaces_weights_that_are_gone(
     assert served.repositories["lab/tiny"].files == contents(made / "q") | {"notes.txt": b"kept"}
 
 
-def test_a_run_pushes_its_folder_and_the_token_is_nowhere(made: Path, served: Hub, tmp_path: Path) -> None:
-    """The whole command in a process of its own, with the token in the file that ``hf auth login`` writes."""
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "token").write_text(TOKEN)
-    environment = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    environment |= {"HF_ENDPOINT": served.address, "HF_HOME": str(tmp_path / "home"), "QTOOL_DATA_DIR": ""}
-    environment["PYTHONPATH"] = str(Path(qtool.__file__).parents[1])
-    override = ["--set", f"output.path={tmp_path / 'q'}"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "qtool", "ptq", str(made / "r.yaml")),
-            *override,
-            "--push-to-hub",
-            "ada/run",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["pushed"] == f"{served.address}/ada/run"
-    assert f"was pushed to {served.address}/ada/run" in done.stderr
+def test_a_run_pushes_its_folder_and_the_token_is_nowhere(
+    made: Path,
+    served: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)  # as hf auth login keeps it
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    where = ("--set", f"output.path={tmp_path / 'q'}")
+    code, out, err = run(capsys, "ptq", made / "r.yaml", *where, "--push-to-hub", "ada/run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["pushed"] == f"{served.address}/ada/run"
+    assert f"was pushed to {served.address}/ada/run" in err
     files = contents(tmp_path / "q")
     assert served.repositories["ada/run"].files == files | {".gitattributes": b""}
-    assert TOKEN not in done.stdout + done.stderr
     assert not [name for name, content in files.items() if TOKEN.encode() in content]
-    first = served.requests.index("POST /api/repos/create")
-    assert "GET /api/whoami-v2" in served.requests[:first]
+    assert served.refused == 0
+
+
+def test_a_message_of_the_hub_with_the_token_hides_it(
+    made: Path, served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+
+    def fail(*args: object, **keys: object) -> None:
+        raise ValueError(f"Bearer {TOKEN} and {TOKEN}")
+
+    monkeypatch.setattr(pipeline.HfApi, "create_commit", fail)
+    with pytest.raises(RunError) as caught:
+        pipeline.push(made / "q", pipeline.Destination("ada/x", False))
+    assert TOKEN not in str(caught.value)
+    assert "***" in str(caught.value)
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize("format", ["dense", "gptq"])
