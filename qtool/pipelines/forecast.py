@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
+from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan
 from qtool.checkpoints import sizes
 from qtool.checkpoints.native import PlannedCheckpoint
@@ -17,7 +18,7 @@ from qtool.config.engines import ENGINES, READS
 from qtool.config.loadable import best, version_note
 from qtool.config.quant import QuantConfig, QuantSpec, TableGrid
 from qtool.config.recipe import Recipe
-from qtool.config.sections import ModelConfig
+from qtool.config.sections import GgufConfig, ModelConfig
 from qtool.config.target import TargetConfig
 from qtool.data import sources
 from qtool.evaluation import tasks
@@ -52,6 +53,7 @@ def of_recipe(
     except InputError as error:
         refused = str(error)
     loaded = described_model(recipe.model)
+    recipe = recipe.model_copy(update={"quant": k_mixture.quant_of(recipe, loaded), "gguf": GgufConfig()})
     found = target.selection(loaded, recipe.quant)
     planned = found.planned
     data = tuple(_data(recipe))
