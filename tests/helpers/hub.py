@@ -105,7 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if path.endswith(".git/info/lfs/objects/batch"):
             objects = [
-                {**each, "actions": {"upload": {"href": f"{hub.address}/large/{each['oid']}"}}}
+                each
+                if each["oid"] in hub.large
+                else {**each, "actions": {"upload": {"href": f"{hub.address}/large/{each['oid']}"}}}
                 for each in json.loads(body)["objects"]
             ]
             return 200, {"transfer": "basic", "objects": objects}

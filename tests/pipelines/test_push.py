@@ -275,5 +275,9 @@ def test_a_fault_after_the_run_loses_nothing_and_says_how_to_push_again(
     assert main(["verify", str(tmp_path / "q")]) == 0
     assert "qtool.json" not in served.repositories.get("ada/x", Repository()).files
     served.fails.clear()
+    uploaded = len(served.large)
+    served.requests.clear()
     assert run(capsys, "push", tmp_path / "q", "ada/x")[0] == 0
+    again = sum(request.startswith("PUT ") for request in served.requests)
+    assert again == len(served.large) - uploaded  # what was uploaded is not uploaded again
     assert served.repositories["ada/x"].files == contents(tmp_path / "q") | {".gitattributes": b""}
