@@ -19,7 +19,7 @@ from qtool.quant.affine import dequantize
 
 gguf = pytest.importorskip("gguf")
 ACTIVATIONS = 0.05  # relative error of logits where llama.cpp rounds inputs of linears to 8 bits
-OTHER_EXPERTS = 0.15  # the same, of mixtures: a token may get another expert
+MORE = 0.15  # the same, where a token may get another expert, or a state adds up errors
 FLOATS = 1e-5  # relative error of logits in float32: sums in another order
 GELU = 2e-3  # the same, where llama.cpp takes GELU from a table of float16
 
@@ -47,7 +47,7 @@ def relative(folder: Path, witness: dict[str, Tensor]) -> float:
 def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     folder = gguf_families.quantized(name, tmp_path)
     out = exported(folder, "gguf", tmp_path / "out")
-    tolerance = OTHER_EXPERTS if "moe" in name or name == "mixtral" else ACTIVATIONS
+    tolerance = MORE if "moe" in name or name == "mixtral" or name.startswith("qwen3_5") else ACTIVATIONS
     assert relative(folder, logits_of_llama_cpp(out)) < tolerance
     kind = gguf_families.architectures.architectures()[CASES[name].row].model_type
     tolerance = GELU if families.FAMILIES[kind].activation.startswith("gelu") else FLOATS

@@ -16,6 +16,8 @@ LLAMA_3 |= {"original_max_position_embeddings": 16}
 LONG = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 64}
 LONG |= {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.5 * i for i in range(8)]}
 FOUR = {"num_hidden_layers": 4}
+DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 64}
+FOUR_LINEAR = FOUR | {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 SCALE = {"query_pre_attn_scalar": 16}  # of heads of 16 channels
 
 
@@ -41,6 +43,9 @@ CASES = {
     "qwen3": Case("qwen3"),
     "qwen2_moe": Case("qwen2_moe"),
     "qwen3_moe": Case("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_5": Case("qwen3_5_text", DELTA | FOUR_LINEAR),
+    "qwen3_5, as many heads": Case("qwen3_5_text", DELTA | FOUR_LINEAR | {"linear_num_value_heads": 2}),
+    "qwen3_5_moe": Case("qwen3_5_moe_text", DELTA),
     "gemma": Case("gemma"),
     "gemma2": Case("gemma2", SCALE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": Case("gemma3_text", SCALE),

@@ -20,9 +20,10 @@ class Family(NamedTuple):
     architecture: str
     figures: tuple[Figure, ...] = figures.RMS_NORM
     """Metadata beside ``figures.COMMON``."""
-    rows: Literal["", "pairs", "groups"] = ""
+    rows: Literal["", "pairs", "groups", "tiles"] = ""
     """The order of rows. ``pairs``: the two channels of a rotary pair of query and key lie next to each other.
-    ``groups``: in the fused tensor of query, key and value, the heads of each follow each other."""
+    ``groups``: in the fused tensor of query, key and value, the heads of each follow each other. ``tiles``: of linear
+    attention, the value heads of a key head are not neighbours."""
     biases: tuple[str, ...] = ()
     """Tensors of a block whose biases are read."""
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
@@ -48,9 +49,7 @@ def _every(pattern: int) -> Any:
 def _scaled_by(big: int) -> Any:
     """Return the divisor of attention scores that Gemma's code in llama.cpp takes; ``big``: the blocks of the 27B."""
     return lambda config: (
-        config.hidden_size // config.num_attention_heads
-        if config.num_hidden_layers == big
-        else rotary.head_dim(config)
+        config.hidden_size // config.num_attention_heads if config.num_hidden_layers == big else rotary.head_dim(config)
     )
 
 
@@ -63,6 +62,19 @@ GEMMA = Family(
     "gemma", norm_offset=1, activation="gelu_pytorch_tanh", head="tied", needs={"use_bidirectional_attention": False}
 )
 QWEN = Family("qwen2", biases=QKV)
+QWEN_35 = Family(
+    "qwen35",
+    (*figures.RMS_NORM, *figures.DELTA_NET),
+    rows="tiles",
+    biases=("ssm_dt",),
+    ropes=("default",),
+    partial=True,
+    norm_offset=1,
+    needs={
+        "linear_value_head_dim": lambda config: config.linear_key_head_dim,
+        "layer_types": lambda config: figures.every(figures.interval(config), "linear_attention", config),
+    },
+)
 LAYER_NORMS = Family("stablelm", figures.LAYER_NORM, biases=(*NORMS, *QKV), partial=True)
 OLMO2 = Family("olmo2", head="own")
 COHERE = Family(
@@ -87,6 +99,10 @@ FAMILIES = {  # by model_type
         architecture="qwen3moe",
         figures=(*figures.RMS_NORM, *figures.WIDE_EXPERTS),
         needs=EVERY_LAYER | {"norm_topk_prob": True},
+    ),
+    "qwen3_5_text": QWEN_35,
+    "qwen3_5_moe_text": QWEN_35._replace(
+        architecture="qwen35moe", figures=(*QWEN_35.figures, *figures.WIDE_EXPERTS, figures.SHARED)
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA._replace(
@@ -122,7 +138,9 @@ FAMILIES = {  # by model_type
     "olmo": Family("olmo", figures.OLMO, rows="pairs"),
     "olmo2": OLMO2,
     "olmo3": OLMO2._replace(figures=(*figures.RMS_NORM, *figures.WINDOW), windows=True, ropes=("default",)),
-    "olmoe": Family("olmoe", (*figures.RMS_NORM, *figures.EXPERTS), head="own", needs={"norm_topk_prob": False, "clip_qkv": None}),
+    "olmoe": Family(
+        "olmoe", (*figures.RMS_NORM, *figures.EXPERTS), head="own", needs={"norm_topk_prob": False, "clip_qkv": None}
+    ),
     "gpt2": Family(
         "gpt2",
         figures.LAYER_NORM,
@@ -172,9 +190,7 @@ FAMILIES = {  # by model_type
         needs={},
     ),
     "granite": GRANITE,
-    "granitemoe": GRANITE._replace(
-        architecture="granitemoe", figures=(*GRANITE.figures, *figures.EXPERTS)
-    ),
+    "granitemoe": GRANITE._replace(architecture="granitemoe", figures=(*GRANITE.figures, *figures.EXPERTS)),
     "glm": GLM,
     "glm4": GLM._replace(architecture="glm4"),
     "exaone": Family("exaone"),

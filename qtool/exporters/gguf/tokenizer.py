@@ -132,7 +132,9 @@ def model_name(folder: Path, model_type: str) -> str:
 def unstripped(folder: Path) -> list[str]:
     """Return the added tokens that take the spaces beside them, which llama.cpp leaves in the text."""
     phi = model_name(folder, "") == "phi-3"
-    tokens = [token for token in description(folder)["added_tokens"] if token["lstrip"] or (token["rstrip"] and not phi)]
+    tokens = [
+        token for token in description(folder)["added_tokens"] if token["lstrip"] or (token["rstrip"] and not phi)
+    ]
     return [token["content"] for token in tokens]
 
 
