@@ -56,8 +56,8 @@ class Exporter(NamedTuple):
     """Returns the grid by which readers round the input of a linear of a written folder; ``None``: the format has no
     word for that."""
     stored: Callable[[NativeCheckpoint, str, Tensor], Tensor] = lambda source, name, tensor: tensor
-    """Returns a float32 tensor outside quantized weights, by its published name, as ``open`` gives it back: a format that
-    holds the sum of a norm's weight and 1 loses bits of the weight, and none of the sum that the model computes with."""
+    """Returns a float32 tensor outside quantized weights, by its published name, as ``open`` gives it back: a format
+    that holds the sum of a norm's weight and 1 loses bits of the weight, and none of the sum that the model needs."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

@@ -5,8 +5,8 @@ Run by an interpreter that has llama-cpp-python, gguf and safetensors:
     <python of that environment> witness_gguf.py FOLDER WITNESS.safetensors [--float32] [--text FILE] [--texts FILE]
 
 The written file holds `tokens` int64 [1, t], `logits` float32 [1, t, vocabulary], and with `--text` the `text_tokens`
-int64 [n] that llama.cpp makes of the file. `--texts` names a JSON list of texts; then the file needs no weights, and what
-is written is `text_0`, `text_1`, ... int64 [n], without logits.
+int64 [n] that llama.cpp makes of the file. `--texts` names a JSON list of texts; then the file needs no weights, and
+`text_0`, `text_1`, ... int64 [n] are written, without logits.
 llama.cpp rounds inputs of quantized linears to 8 bits; `--float32` gives it the dequantized weights in float32 and
 keys and values in float32, so that only the order of sums differs, and GELU, which it takes from a table of float16.
 """

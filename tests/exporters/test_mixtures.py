@@ -43,7 +43,7 @@ REFUSED = {
     },
     **{
         (family, "gguf"): TYPE.format(family)
-        for family in ("deepseek_v3", "gpt_oss", "granitemoe", "qwen3_5_moe_text", "nemotron_h")
+        for family in ("deepseek_v3", "gpt_oss", "nemotron_h")
     },
 }
 FAST = ("qwen3_moe", "mixtral", "gpt_oss")

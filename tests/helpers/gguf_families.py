@@ -1,10 +1,12 @@
 """Tiny random models of every architecture that a GGUF file is written for, as ``tests/architectures`` has them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from helpers import architectures, tiny
 from qtool.config.quant import QuantConfig
@@ -25,7 +27,7 @@ class Case(NamedTuple):
     """A row of ``tests/architectures``, and values of its configuration instead of the row's."""
 
     row: str
-    changes: dict[str, Any] = {}
+    changes: Mapping[str, Any] = MappingProxyType({})
 
 
 CASES = {
@@ -94,12 +96,23 @@ CASES = {
 }
 
 
+def model_type(name: str) -> str:
+    """Return the model type of a case."""
+    return architectures.architectures()[CASES[name].row].model_type
+
+
+def make_config(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
+    """Return the configuration of a case, with further ``changes``."""
+    row, own = CASES[name]
+    found = architectures.architectures()[row]
+    config: PreTrainedConfig = CONFIG_MAPPING[found.model_type](**(found.values | dict(own) | dict(changes)))
+    return config
+
+
 def write(name: str, folder: Path) -> Path:
     """Save a random float32 model of a case and its tokenizer as Hugging Face does."""
-    row, changes = CASES[name]
-    found = architectures.architectures()[row]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[found.model_type](**(found.values | changes)))
+    model = AutoModelForCausalLM.from_config(make_config(name))
     architectures.move(model)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)

@@ -43,7 +43,7 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import Place, Published, gathered, published
-from qtool.exporters.gguf import blocks, families, figures, layout, rotary, tokenizer
+from qtool.exporters.gguf import blocks, families, layout, rotary, tokenizer
 from qtool.exporters.gguf.families import FAMILIES, metadata
 from qtool.exporters.gguf.layout import ROUTER, row_order
 from qtool.models.folders import read_config
@@ -187,7 +187,7 @@ def _moved(packed: Tensor, order: Tensor | None, block: blocks.Block) -> Tensor:
     if order is None:
         return packed
     parts = packed.unflatten(1, (-1, block.num_bytes))
-    return parts[:, order[:: block.length] // block.length].flatten(1)
+    return torch.flatten(parts[:, order[:: block.length] // block.length], 1)
 
 
 def _transposed(folder: Path) -> set[str]:

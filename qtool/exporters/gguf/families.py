@@ -5,6 +5,7 @@ load a model of each row in llama.cpp and compare its logits.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from qtool.exporters.gguf import figures, rotary
@@ -37,7 +38,7 @@ class Family(NamedTuple):
     """``own``: llama.cpp needs a head of its own; ``tied``: it always computes with the embedding's table."""
     windows: bool = False
     """True if blocks attend to a window of tokens where the model does."""
-    needs: Mapping[str, Any] = {}
+    needs: Mapping[str, Any] = MappingProxyType({})
     """Values that keys of the config must have, because llama.cpp computes nothing else. A callable returns the value,
     of the config."""
 

@@ -50,7 +50,7 @@ def interval(config: Any) -> int:
 
 
 def every(distance: int, other: str, config: Any) -> list[str]:
-    """Return the kinds of blocks of which one in ``distance`` attends to all tokens, and those between are ``other``."""
+    """Return the kinds of blocks of which one in ``distance`` attends to all tokens, and others are ``other``."""
     return [other if (index + 1) % distance else "full_attention" for index in range(config.num_hidden_layers)]
 
 

@@ -45,13 +45,13 @@ def _offset(there: str, config: Any) -> int:
 def row_order(there: str, rows: int, config: Any) -> Tensor | None:
     """Return the order in which ``rows`` rows of a tensor of a model are written; ``None``: as they are.
 
-    Only the order of the rows of a tensor differs, so it is the same for weights, biases, codes, scales and zero points.
+    Weights, biases, codes, scales and zero points have the same order.
     """
     part = there.split(".")[2] if there.startswith("blk.") else ""
     kind, heads, kv_heads = FAMILIES[config.model_type].rows, config.num_attention_heads, figures.num_kv_heads(config)
     count = {"attn_q": heads, "attn_k": kv_heads}.get(part)
     if kind == "pairs" and count is not None:
-        return torch.arange(rows).unflatten(0, (count, 2, -1)).transpose(1, 2).flatten()
+        return torch.flatten(torch.arange(rows).unflatten(0, (count, 2, -1)).transpose(1, 2))
     if kind == "groups" and part == "attn_qkv":
         groups = torch.arange(rows).unflatten(0, (kv_heads, heads // kv_heads + 2, -1))
         return torch.cat([groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()])
@@ -72,9 +72,6 @@ def column_order(there: str, columns: int, config: Any) -> Tensor | None:
 
 def _tiles(count: int, config: Any) -> Tensor:
     """Return the order of ``count`` channels of value heads: a head of each key head, then the next of each."""
-    return (
-        torch.arange(count)
-        .unflatten(0, (config.linear_num_key_heads, -1, count // config.linear_num_value_heads))
-        .transpose(0, 1)
-        .flatten()
-    )
+    size = count // config.linear_num_value_heads
+    heads = torch.arange(count).unflatten(0, (config.linear_num_key_heads, -1, size))
+    return torch.flatten(heads.transpose(0, 1))
