@@ -59,7 +59,19 @@ def test_reading_a_recipe_needs_no_torch_until_its_method_is_known() -> None:
 
 def test_commands() -> None:
     commands = group().commands
-    others = ["eval", "export", "bench", "sweep", "compare", "verify", "reproduce", "recipes", "schema", "doctor"]
+    others = [
+        "eval",
+        "export",
+        "bench",
+        "chat",
+        "sweep",
+        "compare",
+        "verify",
+        "reproduce",
+        "recipes",
+        "schema",
+        "doctor",
+    ]
     assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
@@ -83,6 +95,11 @@ def test_options() -> None:
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
+
+
+def test_options_of_chat() -> None:
+    own = ["--prompt", "--system", "--max-new-tokens", "--temperature", "--seed", "--device"]
+    assert [param.opts[0] for param in group().commands["chat"].params] == ["model", *own, "--quiet", "--json"]
 
 
 def test_sweep_keys() -> None:
@@ -110,7 +127,7 @@ def test_recipe_keys() -> None:
             "preset",
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
-        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend"],
+        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend", "continuations"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite", "plots"],

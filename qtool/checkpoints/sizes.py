@@ -52,8 +52,13 @@ def planned_bytes(loaded: LoadedModel, specs: dict[str, QuantSpec], shapes: dict
     tensors: dict[str, Tensor] = {}
     head, tied = head_of(loaded.model), tied_to(loaded.model)
     packed = {*specs, *(tied[:1] if tied is not None and tied[1] in specs else ())}
-    state = {name: t for name, t in loaded.model.state_dict().items() if name.removesuffix(".weight") not in packed}
-    stored = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}  # tied tensors: the first name
+    state = {
+        name: t
+        for name, t in loaded.model.state_dict(keep_vars=True).items()
+        if name.removesuffix(".weight") not in packed
+    }
+    # tied tensors count once, under the first name; on the meta device none has an address
+    stored = {(id(t) if t.is_meta else t.data_ptr(), t.shape): name for name, t in reversed(state.items())}
     for name in stored.values():
         dtype = loaded.file_dtypes.get(name, state[name].dtype)
         grows = dtype.is_floating_point and state[name].dim() < 2

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
+from qtool.cli.chat import chat
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
+from qtool.cli.plan import plan
 from qtool.cli.session import running
+from qtool.cli.verify import verify
 from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
@@ -91,36 +94,7 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
         show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
 
 
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    set_: Set = [],  # noqa: B006 (typer copies it)
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="YAML file to write, for quant.overrides.", parser=path),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Choose the bits of each linear and table under a quant.budget."""
-    from qtool.config.recipe import load
-
-    checked = load(recipe, set_)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"{output} cannot be written: {output.absolute().parent} is no folder")
-    if output is not None and output.exists() and not overwrite:
-        raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
-    with running(quiet, None):
-        from qtool.pipelines import plan as pipeline
-
-        found = pipeline.plan(checked)
-    if output is not None:
-        from qtool.system.writing import write_text
-
-        write_text(output, found.yaml(checked.quant))
-    text = found.table() + (f"\n\n{output}" if output is not None else "")
-    print_either(found.model_dump(mode="json"), text, as_json, indent=2)
+app.command()(plan)
 
 
 @app.command("eval", cls=DescribedCommand)
@@ -226,6 +200,7 @@ def bench(
     repeats: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME")] = "fast",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -235,14 +210,17 @@ def bench(
     from qtool.config.recipe import check
     from qtool.config.sweep import BenchConfig
 
-    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "dtype": dtype}
-    given = {name: value for name, value in asked.items() if value is not None}
+    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    given = {name: value for name, value in asked.items() if value is not None} | {"dtype": dtype, "backend": backend}
     options = check(BenchConfig, given, "the command line")
     with running(quiet, None):
         from qtool.evaluation.bench import bench as run_bench
 
         report = run_bench(path_text(folder), device, options)
     show(report, as_json, seconds=report.seconds)
+
+
+app.command("chat")(chat)
 
 
 @app.command("sweep", cls=SweepCommand)
@@ -333,13 +311,7 @@ def compare(
             print_text(f"\n{output}")
 
 
-@app.command()
-def verify(folder: Folder, as_json: Json = False) -> None:
-    """Check a checkpoint's files against its manifest."""
-    from qtool.pipelines import verify as pipeline
-
-    found = pipeline.verify(folder)
-    print_either({"path": str(folder), **found._asdict()}, f"{folder}: {found} are as they were written", as_json)
+app.command()(verify)
 
 
 @app.command()

@@ -11,7 +11,6 @@ engines: ``Engine.version`` is the version that they are about. Needs only the s
 
 from typing import Literal, NamedTuple
 
-K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_1", "q5_1")  # grids of llama.cpp, which only GGUF holds
 BOTH = (True, False)
 ANY_BITS = (2, 3, 4, 8)
 
@@ -39,7 +38,7 @@ class Format(NamedTuple):
     float_zeros: bool = False
     """True if it holds zero points between codes."""
     k_quants: bool = False
-    """True if it holds the grids of ``K_QUANTS``."""
+    """True if it holds the grids of ``grids.BLOCK_GRIDS``, those of llama.cpp's own types."""
     int8: bool = False
     """True if it says that inputs are rounded to 8 bits, symmetrically, with a range for each token."""
     any_activations: bool = False
@@ -261,10 +260,25 @@ READS = (
     Reads("onnxruntime", "onnx", ONNX, "run", "onnxruntime 1.32", note="processors"),
 )
 
+GPTQMODEL_LOAD = 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{folder}")'
+# Libraries that load folders, and are no target of a recipe: ``qtool verify --engine`` runs them too.
+LIBRARIES = (
+    Reads("gptqmodel", "gptq", GPTQMODEL_LOAD, "run", "gptqmodel 7.7", packages=("gptqmodel",)),
+    Reads("gptqmodel", "gptq-v2", GPTQMODEL_LOAD, "run", "gptqmodel 7.7", packages=("gptqmodel",)),
+    Reads("gptqmodel", "awq", GPTQMODEL_LOAD, "docs", "gptqmodel 7.7", AWQ_GROUPS, packages=("gptqmodel",)),
+    Reads("auto-round", "auto-round", TRANSFORMERS, "run", "auto-round 0.16.1", packages=("transformers",)),
+)
+# transformers and compressed-tensors 0.18 to 0.20, of a folder with one asymmetric grid
+DEQUANTIZED = TRANSFORMERS.replace("import Auto", "import CompressedTensorsConfig, Auto").replace(
+    'from_pretrained("{folder}")\nt',
+    'from_pretrained(\n    "{folder}", quantization_config=CompressedTensorsConfig(dequantize=True)\n)\nt',
+)
+
 
 def reads(engine: str, format: str) -> Reads | None:
-    """Return what the engine reads of the format; ``None``: nothing."""
-    return next((row for row in READS if (row.engine, row.format) == (engine, format)), None)
+    """Return what the engine, or the library, reads of the format; ``None``: nothing."""
+    rows = (*READS, *LIBRARIES)
+    return next((row for row in rows if (row.engine, row.format) == (engine, format)), None)
 
 
 def formats_of(engine: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from qtool.config.engines import ENGINES, FORMATS, K_QUANTS, READS, Grids, Reads, formats_of, reads
+from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, formats_of, reads
+from qtool.config.grids import BLOCK_GRIDS
 from qtool.config.quant import ActivationGrid, QuantSpec
 
 SHOWN = 3  # most kinds of linears in a line
@@ -81,38 +82,41 @@ def best(engine: str, weights: Weights, among: Sequence[str] | None = None) -> V
 
 def _reasons(row: Reads, weights: Weights) -> Iterator[str]:
     packed = {name: spec for name, spec in weights.linears.items() if spec is not None}
-    tables = {"the embedding": weights.embedding, "the head": weights.head}
+    holder, tables = FORMATS[row.format], dict[str, QuantSpec | None]()
+    if holder.embedding and row.embedding:  # else one reason is enough
+        tables["the embedding"] = weights.embedding
+    if holder.head and row.head:
+        tables["the head"] = weights.head
     everything = packed | {name: spec for name, spec in tables.items() if spec is not None}
     for spec in dict.fromkeys(everything.values()):
         yield from _of_grid(row, spec)
     yield from _of_sizes(row, everything, weights.shapes)
     yield from _of_tables(row, weights, packed)
     if ENGINES[row.engine].fused and row.format != "dense":
-        yield from unfused(weights.linears, row.engine)
-    if not FORMATS[row.format].mixed and len({_weight_grid(spec) for spec in packed.values()}) > 1:
+        yield from unfused(weights.linears)
+    if not holder.mixed and len({_weight_grid(spec) for spec in packed.values()}) > 1:
         labels = sorted({spec.label() for spec in packed.values()})
-        yield f"{row.format} holds one grid, and the linears have {_listed(labels, 'and')} (quant.overrides)"
-    if not FORMATS[row.format].asymmetric_experts:
+        yield f"one grid for all linears, and they have {_listed(labels, 'and')}: leave out quant.overrides"
+    if not holder.asymmetric_experts:
         odd = next((name for name, spec in packed.items() if ".experts" in name and not spec.symmetric), None)
         if odd is not None:
-            yield f"{row.format} holds no zero points of experts, such as {odd}: give quant.symmetric: true"
+            yield f"no zero points of experts, such as {odd}: give quant.symmetric: true"
 
 
 def _of_grid(row: Reads, spec: QuantSpec) -> Iterator[str]:
     """Yield what an engine or a format lacks of a grid besides bits and groups, with the key that would change that."""
     holder = FORMATS[row.format]
     if spec.float_zero and not holder.float_zeros:
-        yield f"{row.format} holds no zero points between codes: give quant.float_zero: false"
+        yield "no zero points between codes: give quant.float_zero: false"
     if spec.scale_dtype not in holder.scale_dtypes:
         found = _listed(holder.scale_dtypes)
-        yield f"{row.format} may not hold scales in {spec.scale_dtype}: give quant.scale_dtype: {found}"
+        yield f"scales of {spec.scale_dtype} may not fit: give quant.scale_dtype: {found}"
     if spec.kv_cache is not None and not holder.any_activations:
-        yield f"{row.format} holds no rounding of keys and values: leave out quant.kv_cache"
+        yield "no rounding of keys and values: leave out quant.kv_cache"
     if spec.activations is not None and not holder.any_activations:
         yield from _of_inputs(row, spec)
-    kind = _kind(spec)
-    if kind in K_QUANTS and not (holder.k_quants and row.k_quants):
-        yield f"{row.engine} reads {row.format} without the grid {kind}: give quant.grid: affine"
+    if spec.blocks is not None and not (holder.k_quants and row.k_quants):
+        yield f"no grid {spec.grid}: give quant.grid: affine"
 
 
 def _of_sizes(row: Reads, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
@@ -122,57 +126,48 @@ def _of_sizes(row: Reads, specs: Mapping[str, QuantSpec], shapes: Mapping[str, t
     for name, spec in specs.items():
         shape = shapes.get(name)
         found = ([*holder.grids], [*row.grids])
-        if _kind(spec) not in K_QUANTS and not all(any(_holds(grid, spec, shape) for grid in each) for each in found):
+        if spec.blocks is None and not all(any(_holds(grid, spec, shape) for grid in each) for each in found):
             wrong.setdefault(spec.label(), []).append(name)
         if shape is not None and any(size % holder.alignment for size in shape):
-            yield f"{name} is {shape[0]} x {shape[1]}, and {row.format} needs multiples of {holder.alignment}"
+            yield f"{name} is {shape[0]} x {shape[1]}, and multiples of {holder.alignment} are needed: skip it"
     for label, names in wrong.items():
         kinds = list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in names))
         more = f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
         are = "are" if len(kinds) > 1 else "is"
-        yield (
-            f"{', '.join(kinds[:SHOWN])}{more} {are} {label}, and {row.engine} reads {row.format} with {allowed(row)}"
-        )
+        yield f"{', '.join(kinds[:SHOWN])}{more} {are} {label}: give {allowed(row)}"
 
 
 def _of_inputs(row: Reads, spec: QuantSpec) -> Iterator[str]:
     """Yield why an engine does not round the inputs of a linear as its grid says."""
     int8 = "quant.activations: {num_bits: 8, symmetric: true}"
     if not FORMATS[row.format].int8 or not row.int8:
-        yield f"{row.engine} rounds no inputs that {row.format} names: leave out quant.activations"
+        yield "no rounding of inputs: leave out quant.activations"
     elif spec.activations != INT8:
-        yield f"inputs are rounded to {spec.activations} bits, and {row.engine} computes 8 symmetric ones: give {int8}"
+        yield f"inputs are rounded to {spec.activations} bits, and the engine computes 8 symmetric ones: give {int8}"
     elif not any(_holds(grid, spec, None) for grid in row.int8):
         found = " or ".join(map(described, row.int8))
-        yield f"{row.engine} multiplies inputs of 8 bits by weights with {found} only: leave out quant.activations"
+        yield f"inputs of 8 bits are multiplied by weights with {found} only: leave out quant.activations"
 
 
 def _of_tables(row: Reads, weights: Weights, packed: Mapping[str, QuantSpec]) -> Iterator[str]:
     holder = FORMATS[row.format]
     if weights.embedding is not None and not (holder.embedding and row.embedding):
-        yield f"{row.engine} reads no quantized embedding in {row.format}: give quant.embedding: float"
+        yield "no quantized embedding: give quant.embedding: float"
     if weights.head is None:
         return
     if not (holder.head and row.head):
-        yield f"{row.engine} reads no quantized head in {row.format}: give quant.head: float"
+        yield "no quantized head: give quant.head: float"
     grids = {_weight_grid(spec) for spec in packed.values()}
     if row.head == "as linears" and grids != {_weight_grid(weights.head)}:
-        yield (
-            f"{row.engine} reads a head in {row.format} with the bits and groups of the linears only: give quant.head "
-            "these, or float"
-        )
+        yield "a head with the bits and groups of the linears only: give quant.head these, or float"
 
 
 def _weight_grid(spec: QuantSpec) -> tuple[object, ...]:
-    return _kind(spec), spec.num_bits, spec.group_size, spec.symmetric
+    return spec.grid, spec.num_bits, spec.group_size, spec.symmetric
 
 
-def _kind(spec: QuantSpec) -> str:
-    return str(getattr(spec, "grid", "affine"))
-
-
-def unfused(linears: Mapping[str, QuantSpec | None], engine: str) -> Iterator[str]:
-    """Yield a reason for the first linears that ``engine`` makes one matrix of, but that have different grids."""
+def unfused(linears: Mapping[str, QuantSpec | None]) -> Iterator[str]:
+    """Yield a reason for the first linears that become one matrix, but have different grids."""
     for name, spec in linears.items():
         before, _, last = name.rpartition(".")
         for group in (each for each in FUSED if each[0] == last):
@@ -180,8 +175,8 @@ def unfused(linears: Mapping[str, QuantSpec | None], engine: str) -> Iterator[st
                 if other in linears and linears[other] != spec:
                     grids = " and ".join("float" if each is None else each.label() for each in (spec, linears[other]))
                     yield (
-                        f"{engine} makes one matrix of {_listed(group, 'and')}, and {name} and {other} have the grids "
-                        f"{grids}: give all of them one (quant.overrides)"
+                        f"{_listed(group, 'and')} become one matrix, and {name} and {other} have the grids {grids}: "
+                        "give all of them one (quant.overrides)"
                     )
                     return
 
@@ -195,11 +190,13 @@ def _holds(grid: Grids, spec: QuantSpec, shape: tuple[int, int] | None) -> bool:
 
 
 def allowed(row: Reads) -> str:
-    """Return the keys and values of affine grids that an engine reads in a format, such as ``quant.num_bits: 4``."""
+    """Return the keys and values of the grids that an engine reads in a format, such as ``quant.num_bits: 4``."""
     ways = [
         ", ".join(f"quant.{key}: {values}" for key, values in _keys(grid).items())
         for grid in (row.grids if row.grids != (Grids(),) else FORMATS[row.format].grids)
     ]
+    if row.format == "gguf" and row.k_quants:  # the format that engines multiply these grids in
+        ways.append(f"quant.grid: {_listed([*BLOCK_GRIDS])}")
     return "; or ".join(ways)
 
 

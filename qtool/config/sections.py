@@ -11,6 +11,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from qtool.config.section import OutputPath, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BackendName = Literal["exact", "fast", "dense", "torch", "ort", "gemlite"]
 MAX_TOKENS = 2**31  # most calibration tokens; they are held in memory as int64
 IGNORED = -100  # label of a token that is not learned; the default of torch's cross entropy
 
@@ -99,10 +100,17 @@ class EvalConfig(Section):
         "auto", description="Windows or lm-eval requests in one forward pass; auto: as many as fit the memory."
     )
     context: int = Field(2048, ge=2, description="Perplexity window in tokens; at most the model's maximum.")
-    backend: Literal["exact", "fast"] = Field(
+    backend: BackendName = Field(
         "exact",
-        description="Arithmetic of packed linears. exact: dequantize the weight for each product; fast: this "
-        "machine's kernels where the input has few rows.",
+        description="Arithmetic of packed linears. exact: dequantize the weight for each product; fast: for inputs of "
+        "few rows, what is the fastest for each shape on this machine; dense: hold the dequantized weights; torch, "
+        "ort, gemlite: for inputs of few rows, the kernels of that library.",
+    )
+    continuations: int = Field(
+        3,
+        ge=0,
+        le=3,
+        description="Prompts that both models continue, for the report: 40 tokens each, the most likely ones. 0: none.",
     )
 
 

@@ -96,6 +96,11 @@ class BenchConfig(Section):
     new_tokens: int = Field(32, ge=1, description="Tokens decoded in each repeat.")
     repeats: int = Field(5, ge=1, description="Measurements of each number; the median is shown.")
     dtype: Dtype = Field("bfloat16", description="Precision of computation.")
+    backend: Literal["fast", "dense", "torch", "ort", "gemlite"] = Field(
+        "fast",
+        description="Kernels of the packed model. fast: what is the fastest for each shape on this machine; dense: "
+        "hold the dequantized weights; torch, ort, gemlite: those of that library.",
+    )
 
 
 class SweepConfig(Section):

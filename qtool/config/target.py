@@ -41,3 +41,8 @@ class TargetConfig(Section):
             hint = nearest(value, ENGINES, "the nearest is {}; ")
             raise ValueError(f"no such engine; {hint}known: {', '.join(ENGINES)}")
         return value
+
+    @property
+    def said(self) -> str:
+        """The engine in short, with its version if the recipe names one."""
+        return self.engine if self.version is None else f"{self.engine} {self.version}"

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtool.config.sections import IGNORED
 from qtool.data.readers import check_text
+from qtool.models.chat_template import DATE, Message
 from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError
@@ -42,9 +43,6 @@ PLAIN = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
 )
-DATE = "26 Jul 2024"  # date for templates that print today's: tokens must not depend on the day
-
-Message = dict[str, str]  # role and content
 
 
 class Packed(NamedTuple):

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qtool.data.conversations import DATE, PLAIN
+from qtool.data.conversations import PLAIN
 from qtool.data.pictures import conversation_of
+from qtool.models.chat_template import DATE
 from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError, first_line

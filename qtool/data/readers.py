@@ -16,21 +16,23 @@ LONGEST_LINE = 1 << 28  # most bytes of a line that is read: a compressed file c
 SURROGATE = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs
 
 
-def check_file(path: Path, known: Sequence[str]) -> None:
+def check_file(path: Path, known: Sequence[str], key: str = "data.source") -> None:
     """Refuse a file of text or tokens that cannot be read, without reading it; ``known`` are the suffixes.
+
+    ``key`` names the option or recipe key in messages.
 
     Raises:
         InputError: ``path`` does not exist, is a folder, is empty, or has another suffix.
     """
     if not path.exists():
-        raise InputError(f"data.source: there is no file {path}")
+        raise InputError(f"{key}: there is no file {path}")
     if not path.is_file():
         kind = kind_of(path.stat().st_mode)
-        raise InputError(f"data.source: {path} is {kind}; give a file that ends in {', '.join(known)}")
+        raise InputError(f"{key}: {path} is {kind}; give a file that ends in {', '.join(known)}")
     if not path.name.endswith(tuple(known)):
-        raise InputError(f"data.source: {path} has a suffix that cannot be read; known are {', '.join(known)}")
+        raise InputError(f"{key}: {path} has a suffix that cannot be read; known are {', '.join(known)}")
     if not path.stat().st_size:
-        raise InputError(f"data.source: {path} is empty")
+        raise InputError(f"{key}: {path} is empty")
 
 
 def check_text(text: str, place: str) -> None:

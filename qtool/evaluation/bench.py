@@ -1,8 +1,8 @@
 """``qtool bench``: the speed, memory and energy of a checkpoint, beside those of the same weights in dense linears.
 
 The weights of one folder are measured in several ways: ``dense`` (expanded once to the model's dtype, ordinary linears
-and embeddings), ``fast`` (packed, with this machine's kernels), ``exact`` (packed, as ``from_pretrained`` gives it),
-and, if the head is packed, ``float head``: as ``fast``, but with an ordinary head, and embedding if the two are tied.
+and embeddings), ``fast`` (packed, with the kernels that ``plan.backend`` names), ``exact`` (packed, as
+``from_pretrained`` gives it), and, if the head is packed, ``float head``: as ``fast``, but with an ordinary head, and embedding if the two are tied.
 Every number comes from forwards of the transformers model with its KV cache: prefill is one forward over a prompt, a
 decode step is one forward of one token for each sequence. Repeats of all but exact take turns, so that a machine whose
 speed drifts slows them alike. The exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
@@ -109,15 +109,16 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
         with progress.stage("exact"):
             speeds |= _measure([exact], tokens, plan, clock)
             logits = _next_logits(loaded.model, tokens)
-        serving = use_backend(loaded.model, FAST)
-        fast = subject(FAST, f"{grid} fast", loaded.model, source.num_bytes(), str(serving))
+        serving = use_backend(loaded.model, plan.backend)
+        shapes = tuple(map(str, serving.choices))
+        fast = subject(FAST, f"{grid} {plan.backend}", loaded.model, source.num_bytes(), str(serving))
         difference = (_next_logits(loaded.model, tokens) - logits).abs().max() / logits.abs().max()
         beside = []
         if _holding_head(loaded.model):
             held.begin()
             model, grown = _expanded(config, FLOAT_HEAD, _holding_head)
-            serving, size = use_backend(model, FAST), source.num_bytes() + grown
-            beside.append(subject(FLOAT_HEAD, f"{grid} fast, float head", model, size, str(serving)))
+            serving, size = use_backend(model, plan.backend), source.num_bytes() + grown
+            beside.append(subject(FLOAT_HEAD, f"{grid} {plan.backend}, float head", model, size, str(serving)))
         held.begin()
         model, _ = _expanded(config, DENSE, packed_weights)
         size = _num_bytes(model.state_dict().values())
@@ -134,6 +135,7 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
         prompt_tokens=plan.prompt_tokens,
         variants=tuple(each.variant(speeds[each.name]) for each in (dense, fast, *beside, exact)),
         logit_difference=difference.item(),
+        shapes=shapes,
         energy=clock.meter.source,
         remarks=tuple(_remarks(loaded)),
         seconds=round(time.perf_counter() - started, 3),

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
-from qtool.config.quant import ActivationGrid
+from qtool.config.engines import FORMATS
+from qtool.config.quant import ActivationGrid, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _activations
 from qtool.exporters._folder import WrittenFolder, has_class
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, Published
 
-BLOCK_FORMATS = ("gguf", "dense")  # formats that hold scales by blocks
+# formats that hold scales by blocks, GGUF first: there they are multiplied as they are
+BLOCK_FORMATS = sorted((name for name, holds in FORMATS.items() if holds.k_quants and name != "native"), reverse=True)
 
 
 class Exporter(NamedTuple):
@@ -55,9 +58,16 @@ class Exporter(NamedTuple):
     rounds: Callable[[WrittenFolder, str], ActivationGrid | None] | None = None
     """Returns the grid by which readers round the input of a linear of a written folder; ``None``: the format has no
     word for that."""
-    stored: Callable[[NativeCheckpoint, str, Tensor], Tensor] = lambda source, name, tensor: tensor
-    """Returns a float32 tensor outside quantized weights, by its published name, as ``open`` gives it back: a format
-    that holds the sum of a norm's weight and 1 loses bits of the weight, and none of the sum that the model needs."""
+    bits: Callable[[QuantSpec, tuple[int, int], bool], float] | None = None
+    """Returns the bits per weight of a quantized linear ``(out, in)``, or with ``True`` of an embedding, as written,
+    scales and zero points counted; ``None``: those of the checkpoint."""
+    runs: Callable[[Path, Tensor], Tensor] | None = None
+    """Returns the logits float32 ``[1, t, vocabulary]`` of tokens ``[1, t]`` as the engine computes them with a folder;
+    of a format whose engine is installed with what writes it, so that each export is run before it is kept."""
+    reader: Runner | None = None
+    """The program with which other software unpacks the weights of a written folder; ``None``: there is none."""
+    reads_with: str = ""
+    """The package that unpacks weights for ``read``, of a format whose ``read`` is the independent reader."""
     dtype_may_round: bool = False
     """``True``: a dtype that the user names may round weights, and the differences are reported instead of refused."""
 

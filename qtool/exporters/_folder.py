@@ -49,6 +49,10 @@ class WrittenFolder:
         """Return a tensor outside quantized weights, with the values of the float model."""
         return self._files.tensor(name)
 
+    def same(self, name: str, tensor: Tensor) -> bool:
+        """Return whether the files hold the values of ``tensor``, which is outside quantized weights."""
+        return torch.equal(tensor.float(), self.tensor(name).float())
+
     def packed(self) -> set[str]:
         """Return the names of the quantized linears."""
         return {name.rpartition(".")[0] for name in self.names() if self._marker and name.endswith(f".{self._marker}")}

@@ -4,7 +4,7 @@ The readers share no code with the writers. They also read the folders of other 
 an export without its engine being installed.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from qtool.system.scratch import temporary_folder
 from qtool.system.tensors import dtype_name
 
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit: equal weights, sums in another order
+ENGINE_TOLERANCE = 1e-4  # the same for an engine, whose functions (softmax, sigmoid) are others too
 
 
 @torch.no_grad()
@@ -75,10 +76,10 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             put_float(loaded.model, name, layers[name], weight)
             if grid is not None:
                 round_inputs(loaded.model.get_submodule(name), grid)
-    other = None if may_round else _other_float(source, opened, exporter)
+    other = None if may_round else other_float(source, opened, exporter)
     if other is not None:
         raise RunError(f"{other} differs after export; the export was not kept")
-    if (key := _config_fault(opened, source, exporter.config_keys)) is not None:
+    if (key := config_fault(opened, source, exporter.config_keys)) is not None:
         raise RunError(f"config.json differs after export, in {key}; the export was not kept")
     if loaded is None:
         return {"weight_difference": worst, "logit_difference": None}
@@ -88,7 +89,23 @@ def read_back(source: NativeCheckpoint, out: Path, exporter: Exporter, *, may_ro
             f"logits differ after export by {logits:.3g} of the largest logit, but at most {TOLERANCE:g} is allowed; "
             "the export was not kept"
         )
+    if exporter.runs is not None:
+        _run(exporter.runs, out, probe, ours)
     return {"weight_difference": worst, "logit_difference": logits}
+
+
+def _run(runs: Callable[[Path, Tensor], Tensor], out: Path, probe: Tensor, ours: Tensor) -> None:
+    """Let an engine compute the logits of ``probe``, and compare them with ``ours``.
+
+    Raises:
+        RunError: they differ by more than sums in another order do.
+    """
+    found = float((runs(out, probe) - ours).abs().max() / ours.abs().max())
+    if not found <= ENGINE_TOLERANCE:
+        raise RunError(
+            f"the engine computes logits that differ by {found:.3g} of the largest logit, but at most "
+            f"{ENGINE_TOLERANCE:g} is allowed; the export was not kept"
+        )
 
 
 def _difference(weight: Tensor, expected: QuantizedWeight) -> float:
@@ -101,7 +118,7 @@ def _difference(weight: Tensor, expected: QuantizedWeight) -> float:
     return float(torch.stack(parts).amax())
 
 
-def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
+def other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Exporter) -> str | None:
     """Return the name of a tensor outside quantized weights that an export holds otherwise, or ``None``."""
     names = published_names(source)
     places = exporter.places(names)
@@ -113,10 +130,7 @@ def _other_float(source: NativeCheckpoint, opened: WrittenFolder, exporter: Expo
             own = floats[f"{linear}.weight"].float()
             if not torch.equal(own, _read(opened, exporter, linear, own.shape[1], names.rows, places)):
                 return linear
-    for key, each in written.items():
-        if not torch.equal(exporter.stored(source, key, each.float()), opened.tensor(key).float()):
-            return key
-    return None
+    return next((key for key, each in written.items() if not opened.same(key, each)), None)
 
 
 def _read(
@@ -154,7 +168,7 @@ def _rounding(
     return found.pop()
 
 
-def _config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
+def config_fault(opened: WrittenFolder, source: NativeCheckpoint, own: Collection[str]) -> str | None:
     """Return a key of the written config by which some reader computes another model, or ``None``.
 
     ``own`` are keys that the format adds. Older keys may be added too, but must say the same; and a head in the files

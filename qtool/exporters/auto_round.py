@@ -21,6 +21,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
+from qtool.exporters._float16 import layout_floats
 from qtool.exporters._folder import (
     WrittenFolder,
     block_prefixes,
@@ -36,9 +37,10 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
-from qtool.exporters.gptq import LAYOUT, grid, layout_floats, layout_refuses, packed, unpacked
+from qtool.exporters.gptq import LAYOUT, grid, layout_refuses, packed, packed_bits, unpacked
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
@@ -145,4 +147,6 @@ EXPORTER = Exporter(
     "Load it with `transformers` and `auto-round` installed.",
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "auto-round"),
+    bits=lambda spec, shape, table: packed_bits(spec, shape[1]),
+    reader=Runner("auto_round", ("auto-round", "transformers")),
 )

@@ -45,6 +45,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, gathered
 from qtool.exporters._tables import (
     ScaledFolder,
@@ -57,10 +58,10 @@ from qtool.exporters._tables import (
 )
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
-from qtool.quant.packed_weight import PARTS
 from qtool.system.errors import InputError
 
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+COPIED = ("weight_packed", "weight_scale", "weight_shape")  # tensors that both formats hold in the same form
 MIXED = "mixed-precision"  # the format of a folder whose groups have several
 ONE_GRID = (
     "inputs are rounded for each token by its largest absolute value / 127, as in vLLM's int8 kernels; transformers "
@@ -240,8 +241,8 @@ def _parts(source: NativeCheckpoint, place: Place, read: Callable[[str], Quantiz
     if layout(source, first) == INT_QUANTIZED:
         return signed(gathered(place, read))
     if whole is not None:
-        parts = [part for part in PARTS[1:] if part != "weight_zero_point" or not source.specs[whole].symmetric]
-        return {part: source.tensor(f"{whole}.{part}") for part in parts}
+        zeros = [] if source.specs[whole].symmetric else ["weight_zero_point"]
+        return {part: source.tensor(f"{whole}.{part}") for part in (*COPIED, *zeros)}
     layer = PackedLinear.from_quantized(gathered(place, read), None)
     return {part: tensor.contiguous() for part, tensor in layer.named_buffers() if part != "weight"}
 
@@ -368,6 +369,12 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
     return (codes - zeros.repeat_interleave(repeat, 1)) * scale.repeat_interleave(repeat, 1)
 
 
+def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight of a linear as in the checkpoint; a code and a zero point of an embedding have 8."""
+    as_bytes = spec.model_copy(update={"num_bits": 8}) if table else spec
+    return as_bytes.bits_per_weight(shape[1])
+
+
 EXPORTER = Exporter(
     "compressed-tensors pack-quantized and int-quantized, for vLLM and transformers",
     refuses,
@@ -379,4 +386,6 @@ EXPORTER = Exporter(
     recognises=partial(names_method, "compressed-tensors"),
     rounds=rounds,
     needs_class=False,
+    bits=bits,
+    reader=Runner("compressed_tensors", ("compressed-tensors",)),
 )

@@ -83,5 +83,6 @@ EXPORTER = Exporter(
     read,
     "Any software that reads Hugging Face folders loads it; nothing of qtool is needed.",
     needs_class=False,
+    bits=lambda spec, shape, table: 32.0,
     dtype_may_round=True,
 )

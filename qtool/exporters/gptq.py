@@ -23,6 +23,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
+from qtool.exporters._float16 import layout_floats, unheld
 from qtool.exporters._folder import (
     NONE,
     WrittenFolder,
@@ -32,7 +33,6 @@ from qtool.exporters._folder import (
     float_in_blocks,
     float_tensors,
     float_zeros,
-    inexact,
     names_method,
     packed_places,
     published_names,
@@ -43,6 +43,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.exporters._tables import in_blocks, names_of, outside_blocks, refused_embedding
 from qtool.quant.affine import QuantizedWeight
@@ -55,6 +56,7 @@ LOADING = (
     "Load it with `transformers` and `gptqmodel` (or `auto-round`) installed; vLLM and SGLang read 4 and 8 bits when "
     "symmetric."
 )
+READER = Runner("gptqmodel", ("gptqmodel",))
 LAYOUT = ("qweight", "qzeros", "scales")  # tensors that packed() makes of a linear
 
 
@@ -95,12 +97,7 @@ def layout_refuses(source: NativeCheckpoint, format: str) -> str | None:
         rows, columns = place.num_rows, shapes[next(iter(place.linears))][1]
         if rows % ALIGNMENT or columns % ALIGNMENT:
             return f"{name} is {rows} x {columns}, and {format} readers need multiples of {ALIGNMENT}"
-    for name in source.specs:
-        if inexact([source.tensor(f"{name}.weight_scale")], "float16"):
-            return f"{name}.weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
-        if f"{name}.bias" in source.float_names() and source.largest(f"{name}.bias") > torch.finfo(torch.float16).max:
-            return f"{name}.bias has values that float16 does not hold; export compressed-tensors instead"
-    return None
+    return unheld(source)
 
 
 def kinds(source: NativeCheckpoint) -> tuple[list[str], dict[str, str]]:
@@ -161,17 +158,6 @@ def packed(quantized: QuantizedWeight, version: int) -> dict[str, Tensor]:
     }
 
 
-def layout_floats(source: NativeCheckpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ``tensors`` outside quantized weights by published name.
-
-    A bias of a quantized linear is in float16 if that holds it exactly.
-    """
-    biases = {f"{name}.bias" for name in source.specs}
-    small = {name for name, tensor in tensors.items() if name in biases and not inexact([tensor], "float16")}
-    held = {name: tensor.to(torch.float16) if name in small else tensor for name, tensor in tensors.items()}
-    return published_names(source).floats(held)
-
-
 def write_version(source: NativeCheckpoint, out: Path, config: ExportConfig, version: int) -> list[str]:
     """Write the folder in ``version`` 1 or 2; see ``Exporter.write``."""
     floats, dtype = float_tensors(source, config, stored_dtype(source))
@@ -212,6 +198,17 @@ def describe_version(
     described = section(source, version)
     write_folder(source.folder, out, tensors, described, dtype)
     write_json(out / "quantize_config.json", described)
+
+
+def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight of a linear: codes, scales and zero points, and the group of each channel."""
+    rows, columns = shape
+    return packed_bits(spec, columns) + 32 / rows
+
+
+def packed_bits(spec: QuantSpec, columns: int) -> float:
+    """Return the bits per weight of codes, float16 scales and zero points, which symmetric grids have too."""
+    return spec.num_bits + (16 + spec.num_bits) * spec.num_groups(columns) / columns
 
 
 def version_of(source: NativeCheckpoint) -> int:
@@ -267,4 +264,6 @@ EXPORTER = Exporter(
     LOADING,
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "gptq"),
+    bits=bits,
+    reader=READER,
 )

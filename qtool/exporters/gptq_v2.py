@@ -4,7 +4,7 @@ from functools import partial
 
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import WrittenFolder
-from qtool.exporters.gptq import LOADING, describe_version, read, refuses, write_version
+from qtool.exporters.gptq import LOADING, READER, bits, describe_version, read, refuses, write_version
 
 EXPORTER = Exporter(
     "GPTQ version 2: zero points stored as they are",
@@ -14,4 +14,6 @@ EXPORTER = Exporter(
     read,
     LOADING,
     partial(WrittenFolder, marker="scales"),
+    bits=bits,
+    reader=READER,
 )

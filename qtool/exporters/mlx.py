@@ -47,6 +47,7 @@ from qtool.exporters._folder import (
     unpack_bits,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import Place, Published, gathered
 from qtool.models.folders import read_config
 from qtool.quant.affine import QuantizedWeight
@@ -275,5 +276,7 @@ EXPORTER = Exporter(
     places,
     recognises,
     library="mlx",
+    bits=lambda spec, shape, table: spec.num_bits + 64 / (written_group(spec, shape[1]) or shape[1]),
     config_keys=("quantization",),
+    reader=Runner("mlx", ("mlx",), "'mlx[cpu]'"),
 )

@@ -6,6 +6,11 @@ from typing import Any
 from torch import nn
 
 
+def takes_cache(model: nn.Module) -> bool:
+    """Return whether ``model`` takes a KV cache as an argument, as all but a few recurrent and old models do."""
+    return not {"cache", "past_key_values"}.isdisjoint(inspect.signature(model.forward).parameters)
+
+
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:  # Any: models have caches of many classes
     """Return the keyword argument that gives ``model`` its KV cache; ``None``: the model makes one."""
     new = "cache" in inspect.signature(model.forward).parameters

@@ -17,7 +17,7 @@ from qtool.config.sections import ModelConfig
 from qtool.models import experts, quantized_sources
 from qtool.models.auto_class import auto_class
 from qtool.models.folders import read_config, resolve
-from qtool.models.linears import stored_weight
+from qtool.models.linears import decoder_blocks, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.tables import Tables, select_tables
 from qtool.models.targets import select_targets
@@ -25,6 +25,7 @@ from qtool.models.uncalled import no_plain_linears
 from qtool.system import progress
 from qtool.system.errors import InputError, first_line
 
+CONFIGS = ["config.json", "generation_config.json"]  # files of a model that are enough to describe it
 KNOWN = (-1.0, 1.0)  # extremes of a weight that is not read: those of an ordinary one
 
 
@@ -46,13 +47,15 @@ def skeleton(folder: Path) -> Any:  # Any: models have no common class
         ) from error
 
 
-def described_model(config: ModelConfig) -> LoadedModel:
+def described_model(config: ModelConfig, *, weights: bool = True) -> LoadedModel:
     """Return the model of a recipe on the meta device, without a tokenizer.
+
+    Without ``weights``, only the configs of a model of the hub are downloaded.
 
     Raises:
         InputError: there is no such model, it is quantized already, or transformers makes no model of it.
     """
-    folder = resolve(config.path)
+    folder = resolve(config.path) if weights else resolve(config.path, files=CONFIGS)
     raw = read_config(folder)
     quantized_sources.refuse_quantized(config.path, raw)
     model = skeleton(folder)
@@ -104,3 +107,8 @@ def linears_of(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
                 rows, columns = stored_weight(module).shape
                 found[f"{block_name}.{name}"] = (rows, columns)
     return found
+
+
+def keep_first(loaded: LoadedModel, count: int) -> None:
+    """Leave the first ``count`` decoder blocks in the model: a probe of what one block costs."""
+    del decoder_blocks(loaded.model)[1][count:]

@@ -7,6 +7,7 @@ device until memory is full, and raise errors of many kinds.
 import os
 import re
 import stat
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -50,8 +51,8 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # files of weights that can run 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
-    """Return the local folder of a model; a model of the hub is downloaded into the hub's cache.
+def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Sequence[str] = HUB_FILES) -> Path:
+    """Return the local folder of a model; a model of the hub, or its ``files``, is downloaded into the hub's cache.
 
     Without ``fetch``, a model of the hub must be in the cache already. ``key`` is the recipe key that holds ``path``.
 
@@ -71,7 +72,7 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path") -> Path:
     if path.startswith((".", "/", "~", "$")) or not HUB_NAME.fullmatch(path):
         raise InputError(f"{key}: there is no folder {path}")
     try:
-        return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=not fetch))
+        return Path(snapshot_download(path, allow_patterns=[*files], local_files_only=not fetch))
     except Exception as error:  # errors of many kinds: no such model, no permission, no network
         raise InputError(
             f"{key}: there is no folder {path}, and the hub does not give a model of that name: {first_line(error)}"

@@ -21,6 +21,7 @@ from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
 from qtool.evaluation import tasks as evaluation_tasks
+from qtool.evaluation.continuations import continuations
 from qtool.models import backend
 from qtool.models.backend import Backends
 from qtool.models.linears import packed_linears
@@ -250,6 +251,7 @@ def _measured(
     report = Report(
         model=loaded.path,
         results=tuple(results),
+        continuations=continuations(loaded, recipe.eval, other),
         dtype=dtype_name(loaded.dtype),
         device=str(loaded.device),
         backend=recipe.eval.backend if packed_linears(loaded.model) else None,
@@ -342,9 +344,11 @@ def compare(runs: str | Path | Sequence[str | Path]) -> Comparison:
 
 
 def use_backend(model: nn.Module, name: str = "fast") -> Backends:
-    """Let a loaded model decode with this machine's packed kernels (``fast``), or exactly again (``exact``).
+    """Let a loaded model decode with this machine's kernels, or exactly again (``exact``).
 
-    Returns which kernels serve which linears; a linear without a kernel stays exact, and a warning says so.
+    ``fast`` times what there is for each shape of the model, and takes the fastest; ``dense``, ``torch``, ``ort`` and
+    ``gemlite`` use the kernels of that library. Returns which kernels serve which linears; a linear without a kernel
+    stays exact, and a warning says so.
 
     Raises:
         InputError: ``name`` is unknown, or ``model`` has no packed linears or weights that are not in memory.
@@ -352,6 +356,6 @@ def use_backend(model: nn.Module, name: str = "fast") -> Backends:
     if not isinstance(model, nn.Module):
         raise InputError(f"model: found {type(model).__name__}; give a loaded model")
     found = backend.use_backend(model, name)
-    if name == "fast" and found.exact:
+    if name != "exact" and found.exact:
         warnings.warn(f"qtool.use_backend: {found}", stacklevel=2)
     return found

@@ -12,6 +12,7 @@ from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
 from qtool.data import sources, windows
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.evaluation.continuations import continuations
 from qtool.exporters._base import recognised
 from qtool.exporters._readback import load_exported
 from qtool.models.auto_class import is_multimodal
@@ -62,11 +63,13 @@ def evaluate(
         reference = _reference(origin, model, required=float_model is not None)
     with timer.phase("eval", "evaluating"):
         results = tasks.evaluate(loaded, config, reference, seed, _seen(manifest, loaded, config))
+        texts = continuations(loaded, config, reference)
     report = _report(model.path, folder, origin, manifest, loaded)
     published = expected or (manifest.recorded.expected if manifest else ())
     measured = {
         "float_bytes": files.folder_bytes(reference.folder) if reference else None,
         "results": tuple(results),
+        "continuations": texts,
         "expected": beside_published(published, results),
         "backend": config.backend if packed_linears(loaded.model) else None,
         "seed": seed,

@@ -53,7 +53,6 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
             label=manifest.label if manifest else "quantized",
             format=config.format,
             library=exporter.library,
-            loading=exporter.loading,
             notes=notes,
             differences=differences,
         )

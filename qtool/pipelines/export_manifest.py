@@ -10,16 +10,18 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from qtool.checkpoints import side_files
 from qtool.checkpoints.files import changed_files, file_hashes, write_json
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.config import catalog
 from qtool.config.sections import ExportConfig
-from qtool.reports.records import Exported, FileName, Sha256
+from qtool.reports.records import Exported, FileName, FilePath, Sha256
 from qtool.system import reading
 from qtool.system.errors import InputError
 from qtool.system.version import __version__
 
 EXPORT_MANIFEST = "qtool_export.json"
+VERIFIED = "qtool_verified.json"  # what qtool verify found of an export, written after it
 FORMAT_VERSION = 1
 
 
@@ -33,7 +35,7 @@ class ExportManifest(BaseModel):
     dtype: str  # the dtype that was asked for, or auto
     source: dict[FileName, Sha256]  # SHA-256 of the files of the checkpoint with weights and config
     exported: Exported  # the record of the report
-    files: dict[FileName, Sha256]  # SHA-256 of the files of the export, but for this one
+    files: dict[FilePath, Sha256]  # SHA-256 of the files of the export, but for this one
 
     @field_validator("exported")
     @classmethod
@@ -82,11 +84,13 @@ def exported_already(source: Path, config: ExportConfig) -> Exported | None:
 
 
 def files_of(folder: Path, known: Collection[str] | None = None) -> dict[str, str]:
-    """Return the hashes of the files of an export, without its manifest and its model card, which a user may edit.
+    """Return the hashes of the files of an export, by their paths below ``folder``.
 
-    Files that are not ``known`` are not read: they have no hash.
+    Its manifest, its model card, which a user may edit, and the record of ``qtool verify`` are left out. Files that are
+    not ``known`` are not read: they have no hash.
     """
-    names = {file.name for file in folder.iterdir() if file.is_file()} - {EXPORT_MANIFEST, "README.md"}
+    files = {file.name for file in folder.iterdir() if file.is_file()} - {EXPORT_MANIFEST, VERIFIED, "README.md"}
+    names = files | {name for name in side_files.names(folder) if "/" in name}
     read = names if known is None else names & set(known)
     return dict.fromkeys(names, "") | file_hashes(folder, *map(glob.escape, read))
 

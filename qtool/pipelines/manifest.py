@@ -18,7 +18,7 @@ from qtool.config import plugins
 from qtool.config.recipe import Recipe, check
 from qtool.config.section import SEED_LIMIT
 from qtool.config.sections import DataConfig, ExpectedConfig
-from qtool.reports.records import Count, FileName, Lock, Number, Seconds, Series, Sha256
+from qtool.reports.records import Count, FilePath, Lock, Number, Seconds, Series, Sha256
 from qtool.system import reading
 from qtool.system.errors import InputError
 from qtool.system.printable import without_secrets
@@ -80,7 +80,7 @@ class Manifest(BaseModel):
     command: str
     lock: Lock
     # SHA-256 of each file that a reader computes with (of earlier versions: safetensors files)
-    files: dict[FileName, Sha256]
+    files: dict[FilePath, Sha256]
 
     @cached_property
     def recorded(self) -> RecordedRecipe:

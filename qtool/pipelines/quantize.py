@@ -28,8 +28,10 @@ from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
+from qtool.evaluation.continuations import continuations
 from qtool.models import quantized_sources
 from qtool.models.auto_class import is_multimodal
+from qtool.models.described import keep_first
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
@@ -68,6 +70,7 @@ class Run:
     method: Method[MethodConfig]
     state: RunState
     timer: PhaseTimer
+    first_blocks: int | None = None  # a probe quantizes the first blocks only (probe.py)
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ def prepare(run: Run) -> Prepared:
     recipe, timer = run.recipe, run.timer
     with timer.phase("load", f"loading {recipe.model.path}"):
         loaded = load_model(recipe.model, streamed=True)
+        if run.first_blocks is not None:
+            keep_first(loaded, run.first_blocks)
         if recipe.eval is not None:
             tasks.check_model(recipe.eval, loaded)
         quant = k_mixture.quant_of(recipe, loaded)
@@ -331,7 +336,8 @@ def evaluate(run: Run) -> None:
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             done, keep = state.measured(asked), partial(state.keep_task, asked)
             results = tasks.evaluate(written, recipe.eval, reference, recipe.seed, seen, done, keep)
-        found = {"results": tuple(results), "backend": recipe.eval.backend}
+            texts = continuations(written, recipe.eval, reference)
+        found = {"results": tuple(results), "continuations": texts, "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
     report = run.timer.added_to(report)
     state.keep_evaluated(asked, report)

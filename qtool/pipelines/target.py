@@ -12,7 +12,7 @@ from qtool.allocation.plan import narrowest
 from qtool.checkpoints.native import PlannedCheckpoint
 from qtool.config import catalog
 from qtool.config.budget import BudgetConfig
-from qtool.config.engines import READS
+from qtool.config.engines import READS, formats_of
 from qtool.config.loadable import Verdict, Weights, allowed, best, verdict, version_note
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe
@@ -82,6 +82,8 @@ def loads(recipe: Recipe, found: Selection) -> Verdict:
     assert recipe.target is not None
     engine, named = recipe.target.engine, tuple(entry.format for entry in recipe.export)
     nearest = best(engine, found.weights, named or None)
+    if nearest.format not in formats_of(engine):  # the engine reads none of the exports
+        return nearest
     tried = [row.format for row in READS if row.engine == engine and row.format != nearest.format]
     for name in (nearest.format, *(name for name in tried if not named or name in named)):
         each = checked(engine, name, found)
@@ -99,10 +101,10 @@ def _on_request(engine: str, format: str) -> bool:
 def checked(engine: str, format: str, found: Selection) -> Verdict:
     """Return the verdict on a format: of the facts about the engine, then of the exporter."""
     said = verdict(engine, format, found.weights)
+    if format not in ("native", *catalog.export_formats()):
+        return said._replace(reasons=(f"this version of qtool writes no {format}",))
     if not said.loads or format == "native":
         return said
-    if format not in catalog.export_formats():
-        return said._replace(reasons=(f"this version of qtool writes no {format}",))
     entry = ExportConfig.model_construct(format=format, path=found.planned.folder, dtype="auto")
     reason = _base.refusal(format, found.planned, entry)
     return said if reason is None else said._replace(reasons=(reason,))
@@ -112,7 +114,7 @@ def refusal(recipe: Recipe, found: Verdict) -> str:
     """Return the message that the target does not load the result: why, and what it loads."""
     assert recipe.target is not None
     engine = recipe.target.engine
-    head = f"target: {engine} does not load what this recipe makes as {found.format}:"
+    head = f"target: {engine} does not load this recipe's result as {found.format}:"
     written = {"native", *catalog.export_formats()}
     rows = [row for row in READS if row.engine == engine and not row.on_request and row.format in written]
     return listing(head, [*found.reasons, f"{engine} loads:", *(f"  {row.format} with {allowed(row)}" for row in rows)])
@@ -126,8 +128,7 @@ def _check_named(recipe: Recipe) -> None:
     """
     assert recipe.target is not None
     engine, named = recipe.target.engine, [entry.format for entry in recipe.export]
-    spec = recipe.quant.weights_only
-    found = best(engine, Weights({"every linear": QuantConfig.model_validate(spec.model_dump())}), named or None)
+    found = best(engine, Weights({"each linear": recipe.quant.spec_for("each linear")}), named or None)
     if not named:
         raise InputError(f"target: {engine} with model.free needs an export in the recipe; for example {found.format}")
     if not found.loads:

@@ -1,4 +1,7 @@
-"""``qtool verify``: compare the files of a checkpoint, or of an export, with its manifest."""
+"""``qtool verify``: compare the files of a checkpoint, or of an export, with its manifest.
+
+An export can also be compared with the checkpoint it was made from, by other software, and be loaded in its engine.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +11,13 @@ from qtool.checkpoints.files import changed_files, file_hashes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.checkpoints.sizes import linear_bits
 from qtool.exporters import _base
-from qtool.models.folders import check_readable
+from qtool.exporters._against import against_float, against_native, find_reader
+from qtool.models.folders import check_readable, read_config
+from qtool.pipelines import verified
 from qtool.pipelines.export_manifest import EXPORT_MANIFEST, files_of, read_export_manifest
 from qtool.pipelines.manifest import Manifest, read_manifest
+from qtool.pipelines.verify_engine import Text, in_engine, loading, software, today
+from qtool.reports.verification import Verification
 from qtool.system.errors import InputError, RunError, listing
 
 
@@ -28,6 +35,56 @@ class Verified(NamedTuple):
     def __str__(self) -> str:
         files, linears = f"{self.files} file(s)", f"{self.linears} quantized linears"
         return f"{files}, {linears} and {self.embeddings} embedding(s)" if self.embeddings else f"{files} and {linears}"
+
+
+def verify_export(
+    folder: Path,
+    *,
+    against: Path | None = None,
+    engine: str | None = None,
+    python: Path | None = None,
+    text: Text | None = None,
+) -> Verification:
+    """Compare the files of an export with its manifest, and then do what is asked for; what was found is recorded.
+
+    ``against`` is the checkpoint that it was made from, or the float model: weights are compared, as the format's
+    independent reader unpacks them if it is installed. ``engine`` loads the export and computes on ``text``. ``python``
+    is that of the environment of the engine, or else of the reader. Without either, the result says which software
+    reads the export, and what of it is installed.
+
+    Raises:
+        InputError: the folder is no export of qtool, or what is asked for cannot be done here.
+        RunError: a file differs from the manifest, or the software failed.
+    """
+    manifest = read_export_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder} is no export of qtool, which has a {EXPORT_MANIFEST}; qtool export writes one")
+    format = manifest.exported.format
+    exporter = _base.get(format)
+    if engine is not None:
+        loading(engine, format, folder)
+    counts = _verify_export(folder)
+    record = verified.read(folder)
+    if against is not None:
+        by = find_reader(exporter, python if engine is None else None)
+        if (read_config(against).get("quantization_config") or {}).get("quant_method") == "qtool":
+            check = against_native(folder, exporter, NativeCheckpoint(against), by, manifest.dtype)
+        else:
+            check = against_float(folder, exporter, against, by)
+        record = record.model_copy(update={"against": check.model_copy(update={"date": today()})})
+    if engine is not None:
+        record = record.with_engine(in_engine(folder, format, engine, python, text or Text()))
+    if against is not None or engine is not None:
+        verified.write(folder, record)
+    return Verification(
+        path=str(folder),
+        format=format,
+        files=counts.files,
+        linears=counts.linears,
+        software=() if against is not None or engine is not None else software(format),
+        against=record.against,
+        engines=record.engines,
+    )
 
 
 def verify(folder: Path) -> Verified:

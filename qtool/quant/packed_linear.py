@@ -43,18 +43,19 @@ class PackedLinear(ActivationRounding, PackedWeight):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
 
-    def accelerate(self, experts: int = 1) -> str:
+    def accelerate(self, experts: int = 1, among: Sequence[kernels.Backend] | None = None) -> str:
         """Prepare a kernel for inputs of few rows; return the reason if there is none, else an empty string.
 
         The kernel holds a second copy of the weight in its own layout; the state dict does not change. Each of
-        ``experts`` whose weights are stacked gets a kernel of its own.
+        ``experts`` whose weights are stacked gets a kernel of its own. ``among`` are the backends to try, in order;
+        ``None``: see ``kernels.prepare``.
         """
         self.kernels = ()
         codes, scale, zero_point, spec = self.quantized
         parts = zip(codes.chunk(experts), scale.chunk(experts), zero_point.chunk(experts), strict=True)
         found = []
         for part in parts:
-            kernel, reason = kernels.prepare(QuantizedWeight(*part, spec))
+            kernel, reason = kernels.prepare(QuantizedWeight(*part, spec), among)
             if kernel is None:
                 return reason
             found.append(kernel)
@@ -93,10 +94,11 @@ class PackedLinear(ActivationRounding, PackedWeight):
         return by_parts(x, counts, multiply)
 
     def changed(self) -> None:
-        """Make the kernel again, after the buffers have changed or moved."""
-        experts, self.kernels = len(self.kernels), ()
-        if experts and self.weight_scale.device.type != "meta":
-            self.accelerate(experts)
+        """Make the kernel again by the same library, after the buffers have changed or moved."""
+        before, self.kernels = self.kernels, ()
+        if before and self.weight_scale.device.type != "meta":
+            first = before[0].backend
+            self.accelerate(len(before), [first, *kernels.of_library(first.library)])
 
     def extra_repr(self) -> str:
         """Return shape and grid, for ``print(model)``."""

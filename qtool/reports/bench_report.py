@@ -77,6 +77,9 @@ class BenchReport(Record, Printable):
     logit_difference: Number | None = Field(
         None, description="Largest difference of a token's logits between fast and exact, over the largest logit."
     )
+    shapes: tuple[str, ...] = Field(
+        (), description="One line for each shape and grid: one row times a weight in each way, and which was chosen."
+    )
     energy: str = Field(description="Energy counters that were read, or why none was.")
     remarks: tuple[str, ...] = Field((), description="Further notes.")
     seconds: Seconds = 0.0
@@ -122,7 +125,7 @@ class BenchReport(Record, Printable):
     def notes(self) -> list[str]:
         """Return the notes under the table."""
         worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
-        lines = [*self.no_help(), *self.of_head(), f"fast: {self.variant(FAST).linears}"]
+        lines = [*self.no_help(), *self.of_head(), f"fast: {self.variant(FAST).linears}", *self.shapes]
         if self.logit_difference is not None:
             lines.append(f"the logits of fast and exact differ by {self.logit_difference:.2%} of the largest logit")
         lines.append(f"repeats of one measurement differ by up to {worst:.0%} of their median")

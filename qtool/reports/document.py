@@ -46,6 +46,7 @@ class Document:
     tables: Sequence[Table] = ()
     legend: str = ""  # explains the marks of the tables
     notes: Sequence[str] = ()
+    samples: Sequence[Table] = ()  # tables of long texts; not in a terminal
     environment: Mapping[str, str] = field(default_factory=dict)  # software versions; in Markdown only
 
 
@@ -99,16 +100,22 @@ def _markdown_blocks(document: Document) -> Iterator[str]:
     yield _bullets(f"{name}: {text}" for name, text in document.facts)
     yield from (f"> **Warning:** {as_markdown(warning)}" for warning in document.warnings)
     for table in document.tables:
-        yield f"## {as_markdown(table.title)}" if table.title else ""
-        rule = "| " + " | ".join("---" if side == "l" else "---:" for side in table.align) + " |"
-        header, *rows = map(_markdown_row, (table.columns, *table.rows))
-        yield "\n".join([header, rule, *rows])
-        yield "\n".join(_numbered([as_markdown(note) for note in table.footnotes]))
+        yield from _markdown_table(table)
     yield as_markdown(document.legend)
     yield _bullets(document.notes)
+    for table in document.samples:
+        yield from _markdown_table(table)
     if document.environment:
         software = ", ".join(f"{name} {text}" for name, text in document.environment.items())
         yield as_markdown(f"Environment: {software}.")
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    yield f"## {as_markdown(table.title)}" if table.title else ""
+    rule = "| " + " | ".join("---" if side == "l" else "---:" for side in table.align) + " |"
+    header, *rows = map(_markdown_row, (table.columns, *table.rows))
+    yield "\n".join([header, rule, *rows])
+    yield "\n".join(_numbered([as_markdown(note) for note in table.footnotes]))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -129,7 +136,7 @@ def _html_blocks(document: Document) -> Iterator[Markup]:
     yield from (Markup("<p><b>{}</b></p>").format(line) for line in (document.headline, document.status) if line)
     yield _html_list("ul", [f"{name}: {text}" for name, text in document.facts])
     yield from (Markup("<p><b>Warning: {}</b></p>").format(warning) for warning in document.warnings)
-    for table in document.tables:
+    for table in (*document.tables, *document.samples):
         yield Markup("<h4>{}</h4>").format(table.title) if table.title else Markup("")
         head = _html_row("th", table.columns, table.align)
         rows = Markup("").join(_html_row("td", row, table.align) for row in table.rows)

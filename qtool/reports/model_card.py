@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from qtool.config.engines import READS
 from qtool.reports.document import as_markdown
 from qtool.reports.report import Report
-from qtool.system.printable import one_line, printable, redacted, shown
+from qtool.reports.verification import EngineCheck, ReaderCheck
+from qtool.system.printable import one_line, printable, redacted
+from qtool.system.reading import read_text
 from qtool.system.version import __version__
 from qtool.system.writing import write_text
 
@@ -18,6 +21,9 @@ FREE_LOADING = (
     "It was made from the model's files alone (model.free). transformers loads it if it has a class whose linears are "
     "named as in these files; for other software, export it as compressed-tensors or dense."
 )
+
+# marks of the part of an export's card that qtool verify writes
+BEGIN, END = "<!-- qtool verify: begin -->", "<!-- qtool verify: end -->"
 
 
 def loading_code(name: str, multimodal: bool = False) -> str:
@@ -75,14 +81,13 @@ def write_export(
     label: str,
     format: str,
     library: str,
-    loading: str,
     notes: list[str],
     differences: Mapping[str, float | None],
 ) -> None:
-    """Write ``README.md`` of an export: how to load it, notes, and the differences found when it was read back.
+    """Write ``README.md`` of an export: notes, the software that reads it, and what was compared after writing.
 
-    ``base`` is the float model, ``label`` the quantization grid, ``library`` the software that loads the format, and
-    ``loading`` a text on how to load it.
+    ``base`` is the float model, ``label`` the quantization grid, and ``library`` the software that loads the format. No
+    way of loading it is named before it was tried: ``update_verified`` adds those.
     """
     logits = differences["logit_difference"]
     compared = "logits not compared, since transformers has no class for the model"
@@ -95,13 +100,75 @@ def write_export(
         [
             f"# {as_markdown(one_line(f'{base}, {label}, as {format}'))}",
             "",
-            *([shown(loading), ""] if loading else []),
             *(f"* {one_line(note)}." for note in notes),
             f"* Read back after writing: largest weight difference {differences['weight_difference']:.3g}, {compared}.",
+            "",
+            *_readers(format),
+            BEGIN,
+            *_verified(None, ()),
+            END,
             "",
             f"Exported by qtool {__version__} from integer codes, without quantizing again.",
         ],
     )
+
+
+def _readers(format: str) -> list[str]:
+    """Return a list of the software that reads ``format``, and of how that is known."""
+    words = {
+        "run": "tried by qtool with",
+        "source": "as its source code says, of",
+        "docs": "as its documentation says, of",
+    }
+    lines = []
+    for row in READS:
+        if row.format == format:
+            also = [each for each in row.packages if each not in ("qtool", row.engine)]
+            name = f"{row.engine} with {' and '.join(also)}" if also else row.engine
+            lines.append(f"* {name}, {words[row.how]} {row.versions}" + (f": {row.note}" if row.note else "") + ".")
+    return [f"Software that reads {format}, if it reads these bits and groups:", "", *lines, ""] if lines else []
+
+
+def update_verified(folder: Path, against: ReaderCheck | None, engines: Sequence[EngineCheck]) -> None:
+    """Write what was verified of an export into its model card; without a card, do nothing.
+
+    Only the part between two marks is changed, or added at the end: the rest may have been edited.
+    """
+    card = folder / "README.md"
+    try:
+        text = read_text(card)
+    except FileNotFoundError:
+        return
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        before, after = f"{text.rstrip()}\n\n", "\n"
+    part = "\n".join([BEGIN, *_verified(against, engines), END])
+    write_text(card, f"{before}{part}{after}")
+
+
+def _verified(against: ReaderCheck | None, engines: Sequence[EngineCheck]) -> list[str]:
+    """Return the part of the card between its marks."""
+    lines = []
+    if against is not None and against.ok:
+        lines += [f"* Weights as {against.by} reads them: {against.sentence()} ({against.date}).", ""]
+    good = [each for each in engines if each.ok]
+    for each in good:
+        lines += [
+            f"## Load it with {each.engine}",
+            "",
+            f"```{each.language}",
+            each.load.replace("{folder}", "."),
+            "```",
+            "",
+            f"Verified on {each.date} with {each.by}: logits differ from torch's with the same weights by "
+            f"{each.logit_difference:.1e} (allowed: {each.logit_tolerance:g}), perplexity {each.perplexity:.4f} and "
+            f"{each.torch_perplexity:.4f} ({each.text}, {each.windows} x {each.context} tokens).",
+            "",
+        ]
+    if not good:
+        lines += ["No engine has loaded this folder yet; `qtool verify FOLDER --engine NAME` tries one.", ""]
+    return ["", *lines]
 
 
 def _write(folder: Path, base: str, library: str, lines: list[str]) -> None:

@@ -38,6 +38,12 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _file_path(path: str) -> str:
+    for part in path.split("/"):
+        _file_name(part)
+    return path
+
+
 # JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
 Number = Annotated[
     float, BeforeValidator(_number), PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")
@@ -46,6 +52,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]  # a number of things or bytes
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_file_name)]
+FilePath = Annotated[str, AfterValidator(_file_path)]  # of a file below a folder, with "/"
 
 
 class Record(BaseModel):
@@ -121,6 +128,16 @@ class CalibrationText(Record):
     source: str
     num_samples: Count
     seq_len: Count
+
+
+class Continuation(Record):
+    """What a model and the float model it was made from write after the same prompt: the most likely tokens."""
+
+    prompt: str
+    text: str = Field(description="Text of the evaluated model.")
+    num_tokens: Count = Field(description="Number of tokens of text, a token that ends the text included.")
+    float_text: str | None = Field(None, description="Text of the float model; null: there is none to compare with.")
+    num_same: Count | None = Field(None, description="First tokens that both texts have in common; null: likewise.")
 
 
 class Published(Record):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from qtool.reports import parts, quality
+from qtool.reports import parts, quality, samples
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
+    Continuation,
     Count,
     Exported,
     Linear,
@@ -55,6 +56,9 @@ class Report(Record, Printable):
         None, description="Text that the method learned from; null: none, or unknown."
     )
     results: tuple[TaskResult, ...] = ()
+    continuations: tuple[Continuation, ...] = Field(
+        (), description="Text that the model writes after fixed prompts, beside the float model's."
+    )
     expected: tuple[Published, ...] = Field((), description="Published numbers that the recipe names, beside ours.")
     linears: tuple[Linear, ...] = Field((), description="The linears of all decoder blocks, in model order.")
     tables: tuple[ModelTable, ...] = Field((), description="The embeddings and the output head.")
@@ -71,7 +75,7 @@ class Report(Record, Printable):
     dtype: str | None = Field(None, description="Precision of computation, for both models.")
     device: str | None = None
     backend: str | None = Field(
-        None, description="Arithmetic of packed linears: exact or fast; null: no packed linears."
+        None, description="Arithmetic of packed linears, by its name: exact, fast, ort, ...; null: no packed linears."
     )
     seed: Count | None = None
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
@@ -91,6 +95,7 @@ class Report(Record, Printable):
                 *([_published(self)] if self.expected else []),
             ],
             notes=parts.float_lines(self),
+            samples=[*filter(None, [samples.table(self.continuations)])],
             environment=self.environment,
         )
 
@@ -146,7 +151,7 @@ class Report(Record, Printable):
         peaks = [(self.peak_bytes, ""), (self.peak_gpu_bytes, " on the GPU")]
         if held := [f"{size(max(peak.values()))}{where}" for peak, where in peaks if peak]:
             facts.append(("peak memory", ", ".join(held)))
-        fast = "with fast kernels" if self.backend == "fast" else None
+        fast = f"with {self.backend} kernels" if self.backend not in (None, "exact") else None
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
@@ -160,6 +165,8 @@ class Report(Record, Printable):
             facts.append(
                 ("already in the calibration text", f"{parts} (fraction of its sequences of {OVERLAP_TOKENS} tokens)")
             )
+        if agreement := samples.agreement(self.continuations):
+            facts.append(("same text as the float model", agreement))
         return [*facts, ("date", self.date)]
 
     def warnings(self) -> list[str]:

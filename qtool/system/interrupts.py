@@ -72,6 +72,16 @@ def deferred() -> Iterator[None]:
         check()
 
 
+@contextmanager
+def as_exceptions() -> Iterator[None]:
+    """Let each Ctrl-C inside the ``with`` block raise ``KeyboardInterrupt``, without a request to end the process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def finish() -> None:
     """Let signals no longer interrupt: the work is done, and only its result or an error is still to be printed."""
     global _deferred

@@ -9,6 +9,7 @@ import ctypes
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENOUGH = 3 * 2**28  # resident bytes below which nothing is returned; Python and torch take half of them
+GROUP_LIMITS = (  # files with the limit and the use of memory of the process's control group
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # MADV_WILLNEED and MADV_DONTNEED of Linux's madvise
 
 
@@ -50,6 +55,19 @@ class Pages:
             at = bisect_right(self._starts, start) - 1
             if start < end and at >= 0 and end <= self._ends[at]:  # in ordinary memory the values would be lost
                 _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
+
+
+def free_bytes() -> int:
+    """Return the memory in bytes that the process may still take, within the limit of its group; 0: unknown."""
+    free = 0
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    for limit, used in GROUP_LIMITS:
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            room = int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))
+            free = min(free or sys.maxsize, max(0, room))
+    return free
 
 
 def return_freed() -> None:

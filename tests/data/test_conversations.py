@@ -21,6 +21,7 @@ from qtool.config.sections import IGNORED, DataConfig
 from qtool.data import conversations, sources, windows
 from qtool.data.conversations import encode, messages_of, pack
 from qtool.methods import rtn
+from qtool.models import chat_template
 from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize
 from qtool.pipelines.run_state import RunState
@@ -114,7 +115,7 @@ def test_a_template_that_rewrites_the_beginning_is_refused() -> None:
 
 def test_templates_that_print_the_day_give_the_same_tokens_every_day() -> None:
     dated = tokenizer("{{ date_string if date_string else strftime_now('%f') }}" + CHATML)
-    assert dated.decode(encode(TWO_TURNS, dated, "here")[0]).startswith(conversations.DATE)
+    assert dated.decode(encode(TWO_TURNS, dated, "here")[0]).startswith(chat_template.DATE)
 
 
 def test_what_a_template_refuses_is_told_with_its_place() -> None:

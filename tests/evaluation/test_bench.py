@@ -29,7 +29,7 @@ from qtool.system.energy import Counter, Meter
 from qtool.system.errors import InputError
 
 MEASURES = ["decode, batch 1", "decode, batch 8", "prefill"]
-SMALL = BenchConfig(prompt_tokens=8, new_tokens=4, repeats=3, dtype="float32")
+SMALL = BenchConfig(prompt_tokens=8, new_tokens=4, repeats=3, dtype="float32", backend="torch")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def report(folder: Path) -> BenchReport:
 
 def test_the_report_has_every_number(report: BenchReport, folder: Path) -> None:
     assert [variant.name for variant in report.variants] == [DENSE, FAST, EXACT]
-    assert [variant.title for variant in report.variants] == ["dense float32", "w4g32 fast", "w4g32 exact"]
+    assert [variant.title for variant in report.variants] == ["dense float32", "w4g32 torch", "w4g32 exact"]
     for variant in report.variants:
         assert list(variant.speeds) == MEASURES
         tokens = {name: found.num_tokens for name, found in variant.speeds.items()}
@@ -108,8 +108,8 @@ def test_the_report_survives_json(report: BenchReport) -> None:
     text = report.model_dump_json()
     assert BenchReport.model_validate_json(text) == report
     assert set(json.loads(text)) == {
-        "path", "label", "dtype", "device", "threads", "prompt_tokens", "variants", "logit_difference", "energy",
-        "remarks", "seconds", "environment", "date",
+        "path", "label", "dtype", "device", "threads", "prompt_tokens", "variants", "logit_difference", "shapes",
+        "energy", "remarks", "seconds", "environment", "date",
     }  # fmt: skip
     assert set(json.loads(text)["variants"][0]) == {
         "name", "title", "linears", "file_bytes", "weight_bytes", "peak_bytes", "speeds",

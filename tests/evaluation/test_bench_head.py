@@ -14,7 +14,7 @@ from qtool.models.linears import packed_weights
 from qtool.reports import bench_report
 from qtool.reports.bench_report import DENSE, EXACT, FAST, FLOAT_HEAD, PREFILL, BenchReport, Variant, decode
 
-PLAN = BenchConfig(prompt_tokens=8, new_tokens=2, repeats=1, dtype="float32")
+PLAN = BenchConfig(prompt_tokens=8, new_tokens=2, repeats=1, dtype="float32", backend="torch")
 ROWS = tiny.VOCABULARY * tiny.HIDDEN  # weights of an embedding, and of a head
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("tied", {"embedding": {"num_bits": 8}}),
@@ -44,8 +44,8 @@ def test_a_packed_head_is_measured_beside_a_float_one(case: str, table: int, rep
     report = reports[case]
     assert [variant.name for variant in report.variants] == [DENSE, FAST, FLOAT_HEAD, EXACT]
     fast, other = report.variant(FAST), report.variant(FLOAT_HEAD)
-    assert fast.title == "w4g32 fast"
-    assert other.title == "w4g32 fast, float head"
+    assert fast.title == "w4g32 torch"
+    assert other.title == "w4g32 torch, float head"
     assert other.file_bytes == fast.file_bytes - table + 4 * ROWS
     assert "the head" in fast.linears
     assert "the head" not in other.linears

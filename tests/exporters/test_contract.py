@@ -33,9 +33,16 @@ def same_floats(name: str, folder: Path, out: Path) -> bool:
 
 
 def refused(name: str, grid: str) -> bool:
-    """True if a format cannot hold a grid: GPTQ holds only one grid, GGUF no 8 bits with a zero point."""
+    """True if a format cannot hold a grid.
+
+    GPTQ holds only one grid, GGUF no 8 bits with a zero point, AWQ no 8 bits, and gemma symmetric rows only.
+    """
     if name == "gguf":
         return grid in ("w8pc-asym", "w8g32-asym", "mixed-asym")
+    if name == "awq":
+        return grid.startswith(("w8", "mixed"))
+    if name == "gemma":
+        return "pc" not in grid or "asym" in grid
     return name.startswith("gptq") and grid in MIXED
 
 
@@ -43,7 +50,8 @@ def refused(name: str, grid: str) -> bool:
 
 
 def test_the_formats_are_the_files() -> None:
-    assert catalog.export_formats() == ("auto-round", "compressed-tensors", "dense", "gguf", "gptq", "gptq-v2", "mlx")
+    engines = ("auto-round", "awq", "compressed-tensors", "dense", "gemma", "gguf", "gptq", "gptq-v2", "mlx", "onnx")
+    assert catalog.export_formats() == engines
     for name in catalog.export_formats():
         assert len(_base.get(name).summary) > 10
 
@@ -69,7 +77,7 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
     for linear in source.specs:
         assert torch.equal(exporter.read(opened, linear), dequantize(*source.quantized(linear))), linear
     assert same_floats(name, folder, out)
-    if name != "dense" and "pc" not in grid:
+    if name != "dense" and ("pc" not in grid or name == "gemma"):
         assert torch.equal(read_back(out), native.logits[folder])
 
 
@@ -78,9 +86,9 @@ def test_an_export_holds_the_same_weights_or_is_refused_with_the_reason(
 def test_biases_and_transposed_linears_are_exported_or_refused(
     name: str, family: str, native: Natives, tmp_path: Path
 ) -> None:
-    folder, out = native("w4g32-asym", family), tmp_path / "out"
-    if name != "dense" and (family == "gpt2") != (name == "gguf"):
-        with pytest.raises(InputError, match=r"(is a Conv1D|its model_type is opt), .*; export dense"):
+    folder, out = native("w4pc" if name == "gemma" else "w4g32-asym", family), tmp_path / "out"
+    if (family, name) != ("gpt2", "gguf") and name != "dense" and (family == "gpt2" or name in ("gguf", "onnx")):
+        with pytest.raises(InputError, match=r"(is a Conv1D|its model_type is (gpt2|opt)), .*; export dense"):
             exported(folder, name, out)
         assert not out.exists()
         return
@@ -92,16 +100,15 @@ def test_biases_and_transposed_linears_are_exported_or_refused(
 
 @pytest.mark.parametrize("name", catalog.export_formats())
 def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives) -> None:
-    folder, out = native(), native.export(name)
+    folder, out = native.plain(name), native.export(name)
     files = {file.name for file in out.iterdir()}
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    weights = "model.gguf" if name == "gguf" else "model.safetensors"
-    assert files == kept | {weights, "README.md", "qtool_export.json"} | (
-        {"quantize_config.json"} if "gptq" in name else set()
-    )
+    weights = {"gguf": {"model.gguf"}, "onnx": {"model.onnx", "model.onnx.data", "genai_config.json"}}
+    own = weights.get(name, {"model.safetensors"}) | ({"quantize_config.json"} if "gptq" in name else set())
+    assert files == kept | own | {"README.md", "qtool_export.json"}
     config, ours = read_config(out), read_config(folder)
     section = config.pop("quantization_config", None)
-    assert (section is None) == (name in ("dense", "gguf"))
+    assert (section is None) == (name in ("dense", "gguf", "onnx"))
     assert config.pop("quantization", None) == (section if name == "mlx" else None)
     assert "qtool" not in json.dumps(config)
     assert config["torch_dtype"] == config["dtype"]
@@ -117,8 +124,9 @@ def test_an_export_has_all_that_a_model_folder_needs(name: str, native: Natives)
 
 def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
     tiny.quantize(tiny.llama(tmp_path / "float", tied=True), tmp_path / "q", QuantConfig(group_size=32))
+    tiny.quantize(tmp_path / "float", tmp_path / "rows", QuantConfig(group_size=-1))
     for name in catalog.export_formats():
-        out = exported(tmp_path / "q", name, tmp_path / name)
+        out = exported(tmp_path / ("rows" if name == "gemma" else "q"), name, tmp_path / name)
         stored = _base.get(name).open(out).names()
         assert "model.embed_tokens.weight" in stored
         assert "lm_head.weight" not in stored
@@ -128,7 +136,7 @@ def test_an_export_of_tied_embeddings_stores_them_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", catalog.export_formats())
 def test_a_norm_that_a_method_left_in_float32_is_exported_as_it_is(name: str, native: Natives, tmp_path: Path) -> None:
-    folder = tiny.copied(native(), tmp_path / "q")
+    folder = tiny.copied(native.plain(name), tmp_path / "q")
     norm = "model.layers.0.input_layernorm.weight"
     tiny.change(folder, **{norm: tiny.stored(folder)[norm].float() + 2.0**-16})
     out = exported(folder, name, tmp_path / "out")

@@ -118,7 +118,7 @@ def test_a_config_that_makes_another_model_of_the_weights_is_found(
 
     plant(name, monkeypatch, damage)
     with pytest.raises(RunError, match="differ"):
-        exported(native(), name, tmp_path / "out")
+        exported(native.plain(name), name, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -30,12 +30,18 @@ def native_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.model", "preprocessor_config.json"):
         (folder / name).write_bytes(b"{ }\r\n")
     tiny.quantize(folder, at / "q", GRIDS["w4g32"])
+    tiny.quantize(folder, at / "rows", GRIDS["w4pc"])
     return at / "q"
+
+
+def held_by(name: str, native_llama: Path) -> Path:
+    """Return the checkpoint with a grid that the format holds."""
+    return native_llama.parent / "rows" if name == "gemma" else native_llama
 
 
 @pytest.mark.parametrize("name", catalog.export_formats())
 def test_every_format_carries_the_older_keys_and_the_files(name: str, native_llama: Path, tmp_path: Path) -> None:
-    out = exported(native_llama, name, tmp_path / "out")
+    out = exported(held_by(name, native_llama), name, tmp_path / "out")
     source, config = read_config(native_llama.parent / "float"), read_config(out)
     assert {key: config[key] for key in ("rope_theta", "rope_scaling")} == published.MODELS["llama 3"][3]
     assert source["rope_theta"] == config["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -46,7 +52,7 @@ def test_every_format_carries_the_older_keys_and_the_files(name: str, native_lla
 
 @pytest.mark.parametrize("name", catalog.export_formats())
 def test_files_of_unknown_names_and_links_are_not_exported(name: str, native_llama: Path, tmp_path: Path) -> None:
-    folder = tiny.copied(native_llama, tmp_path / "q")
+    folder = tiny.copied(held_by(name, native_llama), tmp_path / "q")
     (tmp_path / "secret").write_text("TOPSECRET")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
     out = exported(folder, name, tmp_path / "out")
@@ -115,7 +121,7 @@ def test_a_dtype_that_a_norm_exceeds_is_refused_with_the_value(name: str, tmp_pa
     norm = tiny.stored(floats)[NORM]
     norm[3] = -HUGE
     tiny.change(floats, **{NORM: norm})
-    tiny.quantize(floats, tmp_path / "q", GRIDS["w4g32"])
+    tiny.quantize(floats, tmp_path / "q", GRIDS["w4pc" if name == "gemma" else "w4g32"])
     expected = f"{NORM} has values of up to {HUGE:g}, and float16 holds none above 65504; use dtype: auto"
     with pytest.raises(InputError, match=re.escape(expected)):
         exported(tmp_path / "q", name, tmp_path / "out", "float16")
@@ -164,7 +170,7 @@ def test_a_change_of_float64_values_beyond_float32_is_seen() -> None:
 def test_what_is_written_before_the_first_block_is_what_the_export_has(
     name: str, native_llama: Path, tmp_path: Path
 ) -> None:
-    floats = native_llama.parent / "float"
+    floats, native_llama = native_llama.parent / "float", held_by(name, native_llama)
     specs = NativeCheckpoint(native_llama).specs
     loaded = tiny.load(floats)
     (tmp_path / "q").mkdir()

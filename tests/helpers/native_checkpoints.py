@@ -37,6 +37,7 @@ MIXED = {
     ),
     "skipped": QuantConfig.model_validate({"group_size": 32, "overrides": {"*.1.mlp.up_proj": {"skip": True}}}),
 }
+PLAIN = {"gemma": "w4pc"}  # a grid of 4 symmetric bits that a format holds, where that is not w4g32
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -62,8 +63,13 @@ class Natives:
             self.logits[out] = tiny.logits(written.model)
         return out
 
-    def export(self, name: str, grid: str = "w4g32") -> Path:
+    def plain(self, name: str) -> Path:
+        """Return the checkpoint that ``export`` takes for the format ``name`` without a grid."""
+        return self(PLAIN.get(name, "w4g32"))
+
+    def export(self, name: str, grid: str = "") -> Path:
         """Return the folder of an undamaged export; only read it."""
+        grid = grid or PLAIN.get(name, "w4g32")
         out = self.at / "exports" / f"{grid}-{name}"
         return out if out.exists() else exported(self(grid), name, out)
 

@@ -67,6 +67,10 @@ class Program:
                     return
                 self.terminal.feed(data)
 
+    def write(self, text: str) -> None:
+        """Type ``text``; control characters are keys, such as Ctrl-C."""
+        os.write(self._fd, text.encode())
+
     def hang_up(self) -> None:
         """Close the terminal."""
         os.close(self._fd)

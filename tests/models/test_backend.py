@@ -59,7 +59,7 @@ def generate(model: PreTrainedModel, tokens: int = 12) -> Tensor:
 def test_generate_writes_what_the_exact_model_finds_likeliest(folder: Path, dtype: torch.dtype) -> None:
     """Each token is the exact model's first choice, or as likely as that up to the error of the kernels."""
     model = load(folder, dtype)
-    found = qtool.use_backend(model)
+    found = qtool.use_backend(model, "torch")
     assert (dict(found.kernels), found.exact) == (SERVING, {})
     written = generate(model)
     qtool.use_backend(model, "exact")
@@ -75,7 +75,7 @@ def test_fast_differs_from_exact_by_little_and_exact_comes_back(folder: Path) ->
     prompt = tiny.probe()[:, :9]  # 18 rows
     with torch.no_grad():
         before = model(prompt).logits
-        qtool.use_backend(model)
+        qtool.use_backend(model, "torch")
         fast = model(prompt).logits
         found = qtool.use_backend(model, "exact")
         after = model(prompt).logits
@@ -88,7 +88,7 @@ def test_fast_differs_from_exact_by_little_and_exact_comes_back(folder: Path) ->
 def test_the_checkpoint_is_the_same_while_kernels_are_active(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     keys, footprint = list(model.state_dict()), model.get_memory_footprint()
-    found = qtool.use_backend(model)
+    found = qtool.use_backend(model, "torch")
     assert list(model.state_dict()) == keys
     assert model.get_memory_footprint() == footprint
     model.save_pretrained(tmp_path / "again")
@@ -102,7 +102,7 @@ def test_what_stays_exact_is_counted_and_warned_about(folder: Path, tmp_path: Pa
     quant = QuantConfig.model_validate({"group_size": 16, "overrides": {"*.mlp.*": {"group_size": 32}}})
     model = tiny.packed(tiny.llama(tmp_path / "float"), quant).model
     with pytest.warns(UserWarning, match="8 by the exact path .*groups of 16 channels are not a multiple of 32"):
-        found = qtool.use_backend(model)
+        found = qtool.use_backend(model, "torch")
     assert dict(found.kernels) == {"int4 (cpu)": 6}
     ((reason, names),) = found.exact.items()
     assert "groups of 16" in reason
@@ -110,17 +110,17 @@ def test_what_stays_exact_is_counted_and_warned_about(folder: Path, tmp_path: Pa
     assert "6 linears by int4 (cpu), 8 by the exact path (model.layers.0.self_attn.q_proj, ...: int4: " in str(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qtool.use_backend(load(folder))
+        qtool.use_backend(load(folder), "torch")
         qtool.use_backend(model, "exact")
 
 
 def test_what_cannot_be_is_refused(folder: Path, llama_folder: Path) -> None:
-    with pytest.raises(InputError, match="'quick' is not known; use one of exact, fast"):
+    with pytest.raises(InputError, match="'quick' is not known; use one of exact, fast, dense, torch, ort, gemlite"):
         qtool.use_backend(load(folder), "quick")
     with pytest.raises(InputError, match="LlamaForCausalLM has no packed linears"):
-        qtool.use_backend(tiny.load(llama_folder).model)
+        qtool.use_backend(tiny.load(llama_folder).model, "torch")
     with pytest.raises(InputError, match=r"q_proj are not in memory; load the model without offloading"):
-        qtool.use_backend(tiny.moved(load(folder), "meta"))
+        qtool.use_backend(tiny.moved(load(folder), "meta"), "torch")
 
 
 def test_a_backend_is_used_inside_a_block_only_and_said(folder: Path, llama_folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_backend_is_used_inside_a_block_only_and_said(folder: Path, llama_fold
         raise ZeroDivisionError
 
     with progress.use(notes):
-        with pytest.raises(ZeroDivisionError), backend.using(model, "fast"):
+        with pytest.raises(ZeroDivisionError), backend.using(model, "torch"):
             fail()
         with backend.using(model, "exact"):
             assert not any(layer.kernel for layer in packed_linears(model).values())
@@ -139,11 +139,11 @@ def test_a_backend_is_used_inside_a_block_only_and_said(folder: Path, llama_fold
             pass
     assert not any(layer.kernel for layer in packed_linears(model).values())
     serving, none = notes.texts
-    assert serving.startswith("backend fast: 10 linears by int4 (cpu), ")
+    assert serving.startswith("backend torch: 10 linears by int4 (cpu), ")
     assert none == "backend fast: LlamaForCausalLM has no packed linears, so this changes nothing"
 
 
-@pytest.mark.parametrize("name", ["exact", "fast"])
+@pytest.mark.parametrize("name", ["exact", "torch"])
 def test_eval_uses_the_exact_path_unless_told_otherwise(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,12 +157,12 @@ def test_eval_uses_the_exact_path_unless_told_otherwise(
     monkeypatch.setattr(tasks, "_own_tasks", watched)
     config = EvalConfig(tasks=("generated",), **({} if name == "exact" else {"backend": name}))
     tasks.evaluate(loaded, config, None, 0)
-    assert seen == [{name == "fast"}]
+    assert seen == [{name == "torch"}]
     assert not any(layer.kernel for layer in packed_linears(loaded.model).values())
 
 
 def test_the_report_of_an_evaluation_says_which(folder: Path) -> None:
-    for name, words in (("exact", "float32 on cpu"), ("fast", "float32 on cpu with fast kernels")):
+    for name, words in (("exact", "float32 on cpu"), ("torch", "float32 on cpu with torch kernels")):
         config = EvalConfig(tasks=("generated",), limit=1, context=16, backend=name)
         model = ModelConfig(path=str(folder), dtype="float32", device="cpu")
         report = run_evaluate(model, config).report

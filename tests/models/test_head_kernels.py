@@ -60,7 +60,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_the_head_has_a_kernel_and_logits_differ_by_little(case: str, folders: dict[str, Path]) -> None:
     model = load(folders[case])
     before, keys, embedded = logits(model), list(model.state_dict()), table_of(model)(tiny.probe())
-    found = qtool.use_backend(model)
+    found = qtool.use_backend(model, "torch")
     count = len([layer for layer in packed_weights(model).values() if isinstance(layer, PackedLinear)])
     assert found.head == CASES[case][2]
     assert found.exact == {}
@@ -83,7 +83,7 @@ def test_the_head_has_a_kernel_and_logits_differ_by_little(case: str, folders: d
 @pytest.mark.parametrize("case", CASES)
 def test_a_copy_has_its_own_tie_and_its_own_kernels(case: str, folders: dict[str, Path]) -> None:
     model = load(folders[case])
-    qtool.use_backend(model)
+    qtool.use_backend(model, "torch")
     hidden = torch.ones(1, head_of(model).in_features)
     expected = head_of(model)(hidden)
     other = copy.deepcopy(model)
@@ -111,7 +111,7 @@ def test_kernels_of_a_tied_head_follow_the_table(
         modules = model._modules
         modules |= {name: modules.pop(name)} | {other: modules.pop(other) for other in list(modules) if other != name}
         assert next(iter(modules)) == name
-    qtool.use_backend(model)
+    qtool.use_backend(model, "torch")
     expected, kernels = logits(model), head_of(model).kernels
     nn.Module.to(model, torch.bfloat16)
     assert head_of(model).kernels is kernels, "another dtype changes no grid"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
-from qtool.quant import affine, kernels
+from qtool.quant import affine, kernels, torch_kernels
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packed_linear import PackedLinear
 
@@ -283,9 +283,9 @@ def fails(*_: object) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"matmul": lambda *args: 1.1 * kernels._int4_cpu(*args)}, "times its tolerance on a weight 48 x 128"),
-        ({"matmul": lambda *args: kernels._int4_cpu(*args).roll(1, -1)}, "times its tolerance"),
-        ({"matmul": lambda *args: torch.nan * kernels._int4_cpu(*args)}, "off by nan times its tolerance"),
+        ({"matmul": lambda *args: 1.1 * torch_kernels.int4_cpu(*args)}, "times its tolerance on a weight 48 x 128"),
+        ({"matmul": lambda *args: torch_kernels.int4_cpu(*args).roll(1, -1)}, "times its tolerance"),
+        ({"matmul": lambda *args: torch.nan * torch_kernels.int4_cpu(*args)}, "off by nan times its tolerance"),
         ({"matmul": fails}, "int4: failed when it was tried: RuntimeError: no image for this machine"),
         ({"prepare": fails}, "int4: failed when it was tried: RuntimeError: no image for this machine"),
         ({"missing": lambda: "torch has no such product"}, "int4: torch has no such product"),
@@ -308,7 +308,7 @@ def test_one_wrong_row_is_found_however_few_are_compared_at_once(
     row: int, broken: kernels.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changed(*args: Any) -> Tensor:
-        y = kernels._int4_cpu(*args)
+        y = torch_kernels.int4_cpu(*args)
         y[:, row] += y.abs().max()
         return y
 

@@ -67,6 +67,13 @@ def test_a_narrow_table_stands_in_for_the_wide_one_in_a_terminal_only() -> None:
     assert "wide" not in printed(sheet)
 
 
+def test_samples_of_text_are_not_printed_in_a_terminal() -> None:
+    sheet = Sheet(notes=["a note"], samples=[Table(["prompt"], [["one\ntwo"]], "l", title="texts")])
+    assert sheet.markdown().endswith("* a note\n\n## texts\n\n| prompt |\n| --- |\n| one\\ntwo |\n")
+    assert "one\\ntwo" in sheet._repr_html_()
+    assert "texts" not in printed(sheet)
+
+
 def test_what_markdown_or_rich_would_take_for_markup_is_text() -> None:
     sheet = Sheet(tables=[Table(["a|b"], [["[red]c|d *"]], "l")], legend="* best", notes=["[bold]n"])
     assert "| a\\|b |" in sheet.markdown()

@@ -14,7 +14,17 @@ from matplotlib import colormaps, colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from qtool.reports import drawing, figures, html
-from qtool.reports.records import CalibrationText, Exported, Linear, Metric, Published, Series, TaskResult, task_result
+from qtool.reports.records import (
+    CalibrationText,
+    Continuation,
+    Exported,
+    Linear,
+    Metric,
+    Published,
+    Series,
+    TaskResult,
+    task_result,
+)
 from qtool.reports.report import Report
 from qtool.reports.text import number
 
@@ -62,6 +72,10 @@ def full(name: str = "some/model") -> Report:
             row(name, "acc", 0.25, 0.26, num_fewshot=5, limit=20, higher_is_better=True),
             row("mmlu_part", "acc", 0.2525, detail=True, higher_is_better=True),
             TaskResult(task="generated", metric="perplexity", value=None, note="not measured: no reason"),
+        ),
+        continuations=(
+            Continuation(prompt=name, text=f"{name}\n  two", num_tokens=9, float_text=f"{name} one", num_same=4),
+            Continuation(prompt="?", text="", num_tokens=1, float_text="", num_same=1),
         ),
         expected=(Published(task="wikitext2", metric="perplexity", value=35.0, source=name, measured=35.1),),
         linears=linears(name),
@@ -177,6 +191,24 @@ def test_every_metric_is_there_with_its_error(report: Report, made: str) -> None
         assert " ".join(warning.split()) in text.replace(html.NBSP, " ")
     for published in report.expected:
         assert number(published.measured, published.stderr) in text
+
+
+def test_texts_of_both_models_are_beside_each_other(report: Report, made: str) -> None:
+    tree = Tree(made)
+    for each in report.continuations:
+        for text in filter(None, (each.prompt, each.text, each.float_text)):
+            assert " ".join(text.split()) in tree.text
+        assert f"first {each.num_same} of {each.num_tokens} tokens" in tree.text
+    grids = [attrs for tag, attrs in tree.tags if attrs.get("class") == "texts"]
+    assert len(grids) == len(report.continuations)
+
+
+def test_text_of_a_model_alone_is_one_column() -> None:
+    continuation = Continuation(prompt="The river", text=" runs", num_tokens=1)
+    tree = Tree(html.page(alone().model_copy(update={"continuations": (continuation,)}), []))
+    assert "this model runs" in tree.text
+    assert "What it writes" in tree.text
+    assert "those of the float model" not in tree.text
 
 
 def test_figures_have_words_and_tables_have_headers(made: str) -> None:

@@ -298,6 +298,13 @@ class GGUFFolder(WrittenFolder):
         values = layout.given_back(self._places[name], self.rows(name), _model(self.folder))
         return values.T.contiguous() if name in _transposed(self.folder) else values
 
+    def same(self, name: str, tensor: Tensor) -> bool:
+        """Return whether the file holds what is written of ``tensor``, for example the sum of a norm's weight and 1."""
+        there, model = self._places[name], _model(self.folder)
+        return torch.equal(
+            layout.given_back(there, layout.held(there, tensor, model), model), self.tensor(name).float()
+        )
+
     def dtype(self) -> torch.dtype:
         """Return the dtype that ``config.json`` names: dequantized tensors are float32, whatever the file holds."""
         found: torch.dtype = getattr(torch, read_config(self.folder)["dtype"])
@@ -325,12 +332,6 @@ def read(opened: WrittenFolder, name: str) -> Tensor:
     return opened.rows(f"{name}.weight").flatten(0, -2)
 
 
-def stored(source: NativeCheckpoint, name: str, tensor: Tensor) -> Tensor:
-    """Return a float32 tensor as the file gives it back, which for example holds the sum of a norm's weight and 1."""
-    there, model = tensor_map(source.folder)[name], _model(source.folder)
-    return layout.given_back(there, layout.held(there, tensor, model), model)
-
-
 def recognises(folder: Path) -> bool:
     """Return whether ``model.gguf`` is all that a folder has of weights."""
     quantized = quantization_section(folder) or read_config(folder).get("quantization")
@@ -348,6 +349,9 @@ EXPORTER = Exporter(
     places,
     recognises,
     library="gguf",
-    stored=stored,
     weight_files="*.gguf",
+    bits=lambda spec, shape, table: (
+        block.bits if (block := blocks.choose(spec, shape[1])) else spec.bits_per_weight(shape[1])
+    ),
+    reads_with="gguf",
 )

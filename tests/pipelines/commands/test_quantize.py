@@ -24,6 +24,7 @@ from qtool.checkpoints.native import MANIFEST, NativeCheckpoint
 from qtool.config.sections import ModelConfig
 from qtool.data import windows
 from qtool.evaluation import tasks as evaluation
+from qtool.evaluation.continuations import continuations
 from qtool.models.linears import packed_linears
 from qtool.models.loading import load_model
 from qtool.pipelines import export as exporting
@@ -338,3 +339,27 @@ def test_a_task_that_was_measured_is_not_measured_again(
         (name, float("inf")) for name in ("one", "two", "three")
     ]
     assert [row.task for row in report.results] == ["one", "generated", "two", "three"]
+
+
+def test_a_run_that_was_stopped_after_its_tasks_reports_the_same_texts(
+    qtool_: Callable[..., Result],
+    recipe: Callable[..., str],
+    gptq: dict[str, Any],
+    whole: Result,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = json.loads(whole.out)["report"]["continuations"]
+    assert [each["num_tokens"] > 0 and each["float_text"] is not None for each in expected] == [True] * 3
+    monkeypatch.chdir(work)
+
+    def stopped(*args: Any) -> None:
+        continuations(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "continuations", stopped)
+        assert qtool_("ptq", recipe(**gptq)).code == 130
+    assert qtool_("ptq", "r.yaml").code == 0
+    assert json.loads(Path("out/q/report.json").read_text())["continuations"] == expected
+    assert "## What both models write" in Path("out/q/README.md").read_text(encoding="utf-8")

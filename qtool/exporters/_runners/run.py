@@ -1,0 +1,85 @@
+"""Open a folder in one engine, and write what it computes to standard output: weights, logits, tokens of a text.
+
+Run by the Python of the engine's environment, which needs numpy and the engine:
+
+    python run.py RUNNER FOLDER [--needs PACKAGE ...] [--weights] [--tokens FILE.npy] [--text FILE]
+
+RUNNER is a file beside this one, without ``.py``. Output is a sequence of records: a line of JSON, and where it has a
+``shape``, the bytes of a float32 array. The first record has the versions of PACKAGEs; if one is not
+installed it is the only one, and names it. All that engines print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib import metadata, util
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.pop(0)  # this folder, where files have the names of packages
+import numpy as np
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    args = _arguments()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    versions: dict[str, str] = {}
+    for package in args.needs:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            _write(out, {"missing": package})
+            return
+    _write(out, {"python": platform.python_version(), "versions": versions})
+    runner = _runner(args.runner)
+    if args.weights:
+        for name, array in runner.weights(args.folder):
+            _write(out, {"weight": name}, array)
+    model = runner.load(args.folder) if args.tokens or args.text else None
+    if args.tokens:
+        for index, tokens in enumerate(np.load(args.tokens)):
+            _write(out, {"logits": index}, runner.logits(model, tokens))
+    if args.text:
+        reads = getattr(runner, "text_tokens", None)
+        text = args.text.read_text(encoding="utf-8")
+        _write(out, {"text_tokens": None if reads is None else list(map(int, reads(model, text)))})
+    _write(out, {"done": True})
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runner", help="a file beside this one, without .py")
+    parser.add_argument("folder", type=Path, help="the folder of the export")
+    parser.add_argument("--needs", nargs="*", default=[], metavar="PACKAGE", help="packages that must be installed")
+    parser.add_argument("--weights", action="store_true", help="write the weight of each packed linear")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="a .npy of tokens [n, t]: write their logits")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text: write the tokens of the engine for it")
+    return parser.parse_args()
+
+
+def _runner(name: str) -> Any:
+    """Import the file ``name`` beside this one, under a name that no package has."""
+    spec = util.spec_from_file_location(f"qtool_runner_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write(out: IO[bytes], record: dict[str, Any], array: Any = None) -> None:
+    found = None if array is None else np.ascontiguousarray(array, dtype="<f4")
+    out.write(json.dumps(record | {"shape": None if found is None else found.shape}).encode() + b"\n")
+    if found is not None:
+        out.write(found.data)
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

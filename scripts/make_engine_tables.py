@@ -1,0 +1,133 @@
+"""Write the tables of engines and formats into README.md and docs/engines.md, from ``qtool/config/engines.py``.
+
+    python scripts/make_engine_tables.py [--check]
+
+With ``--check`` nothing is written, and the exit code is 1 if a table differs from what the code knows.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, load_commands
+from qtool.config.loadable import described
+
+ROOT = Path(__file__).parents[1]
+TABLES = {"README.md": ("formats",), "docs/engines.md": ("engines", "pairs", "loading")}  # tables of each page, by mark
+EXTRA = {"gguf": "gguf", "onnx": "onnx"}  # extras of qtool that formats need
+HOW = {"run": "run", "source": "source read", "docs": "documented"}
+
+
+def main() -> int:
+    """Write the tables, or compare them."""
+    check, wrong = "--check" in sys.argv[1:], []
+    for page, marks in TABLES.items():
+        file = ROOT / page
+        before = file.read_text(encoding="utf-8")
+        after = before
+        for mark in marks:
+            after = replaced(after, mark, "\n".join(WRITERS[mark]()))
+        if after != before:
+            wrong.append(page)
+            if not check:
+                file.write_text(after, encoding="utf-8")
+    if check and wrong:
+        print(f"{' and '.join(wrong)} differ from qtool/config/engines.py; run scripts/make_engine_tables.py")
+    return int(check and bool(wrong))
+
+
+def replaced(page: str, mark: str, table: str) -> str:
+    """Return a page with ``table`` between its marks."""
+    start, end = f"<!-- {mark}: made by scripts/make_engine_tables.py -->", f"<!-- end of {mark} -->"
+    before, rest = page.split(start)
+    return f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+
+
+def formats() -> Iterator[str]:
+    """Yield the lines of the table of formats: what each holds, and which engines load it."""
+    yield "| written as | holds | loads in |"
+    yield "|---|---|---|"
+    for name in FORMATS:
+        rows = [row for row in READS if row.format == name]
+        yield f"| {_named(name)} | {_held(name)} | {'; '.join(_loads(rows)) or 'nothing that is known'} |"
+
+
+def ways(grids: tuple[Grids, ...]) -> str:
+    """Return grids in words."""
+    return "; or ".join(map(described, grids))
+
+
+def _named(name: str) -> str:
+    extra = f" (`pip install qtool[{EXTRA[name]}]`)" if name in EXTRA else ""
+    return f"`{name}`{extra}" if name != "native" else "native"
+
+
+def _held(name: str) -> str:
+    holds = FORMATS[name]
+    parts = [ways(holds.grids)]
+    parts += ["mixed" if holds.mixed else "one grid for all linears"]
+    parts += ["grids of llama.cpp"] if holds.k_quants else []
+    parts += ["inputs of 8 bits"] if holds.int8 else []
+    parts += [holds.note] if holds.note else []
+    return ". ".join(parts)
+
+
+def _loads(rows: list[Reads]) -> Iterator[str]:
+    """Yield the engines that load a format, those with the same conditions together."""
+    for condition, group in groupby(sorted(rows, key=_condition), _condition):
+        engines = ", ".join(row.engine for row in group)
+        yield engines + (f" ({condition})" if condition else "")
+
+
+def _condition(row: Reads) -> str:
+    parts = [] if row.grids == (Grids(),) else [ways(row.grids) if len(row.grids) == 1 else "some of these grids"]
+    parts += [f"with {', '.join(row.packages)}"] if row.packages else []
+    return "; ".join(parts)
+
+
+def engines() -> Iterator[str]:
+    """Yield the lines of the table of engines."""
+    yield "| engine | facts about | formats, the best first | one grid for q, k, v and for gate, up |"
+    yield "|---|---|---|---|"
+    for engine in ENGINES.values():
+        names = ", ".join(row.format for row in READS if row.engine == engine.name and not row.on_request)
+        asked = ", ".join(row.format for row in READS if row.engine == engine.name and row.on_request)
+        also = f"; if `export` names them: {asked}" if asked else ""
+        about = f"{engine.package} {engine.version}"
+        yield f"| `{engine.name}` | {about} | {names}{also} | {'yes' if engine.fused else 'no'} |"
+
+
+def pairs() -> Iterator[str]:
+    """Yield the lines of the table of each pair of an engine and a format."""
+    yield "| engine | written as | grids | inputs of 8 bits | embedding | head | needs | known by | note |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in READS:
+        holds = FORMATS[row.format]
+        grids = ways(row.grids if row.grids != (Grids(),) else holds.grids)
+        kinds = "; grids of llama.cpp" if holds.k_quants and row.k_quants else ""
+        int8 = ways(row.int8) if holds.int8 and row.int8 else "no"
+        embedding = "yes" if holds.embedding and row.embedding else "no"
+        head = row.head if holds.head and row.head else "no"
+        cells = [row.engine, row.format, grids + kinds, int8, embedding, head, ", ".join(row.packages)]
+        yield f"| {' | '.join(cells)} | {HOW[row.how]}: {row.versions} | {row.note} |"
+
+
+def loading() -> Iterator[str]:
+    """Yield how each engine loads a folder of each format."""
+    for engine, group in groupby(READS, lambda row: row.engine):
+        rows = list(group)
+        yield f"`{engine}`:"
+        for text, same in groupby(sorted(rows, key=lambda row: row.load), lambda row: row.load):
+            names = ", ".join(row.format for row in same)
+            yield f"\n{names}:\n\n```{ENGINES[engine].code}"
+            prompt = "$ " if ENGINES[engine].code == "console" else ""
+            yield prompt + load_commands(next(row.format for row in rows if row.load == text), engine)
+            yield "```"
+        yield ""
+
+
+WRITERS = {"formats": formats, "engines": engines, "pairs": pairs, "loading": loading}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

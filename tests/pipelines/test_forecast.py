@@ -1,0 +1,195 @@
+"""``qtool plan`` without a budget: its sizes are those of the files, its laws of time and memory are exact on a law."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.checkpoints.files import folder_bytes
+from qtool.cli import main
+from qtool.config import recipe as recipes
+from qtool.config.recipe import Recipe
+from qtool.config.sections import ModelConfig
+from qtool.exporters import _base
+from qtool.pipelines import forecast, probe, quantize
+from qtool.pipelines.probe import Measured
+from qtool.reports.forecast import Forecast
+from qtool.system.errors import InputError
+
+FORMATS = ("compressed-tensors", "gptq", "auto-round", "mlx", "gguf")
+
+
+def written(tmp_path: Path, **sections: Any) -> str:
+    """A recipe of the built-in model."""
+    raw = {
+        "model": {"path": "builtin:wiki-llama-3m", "device": "cpu"},
+        "method": {"name": "rtn"},
+        "quant": {"num_bits": 4, "group_size": 64},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw | sections))
+    return str(file)
+
+
+def planned(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    """The exit code of ``qtool plan`` and its JSON."""
+    code = main.main(["plan", *arguments, "-q", "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("quant", "formats"),
+    [
+        ({"num_bits": 4, "group_size": 64}, FORMATS),
+        ({"num_bits": 3, "group_size": 32, "symmetric": False}, ("gptq", "auto-round", "mlx")),
+        ({"num_bits": 2, "group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}}, ("mlx", "gguf")),
+        ({"group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}}, ("compressed-tensors",)),
+        ({"grid": "q4_k"}, ("gguf",)),
+    ],
+)
+def test_the_planned_sizes_are_those_of_the_files(
+    tmp_path: Path, quant: dict[str, Any], formats: tuple[str, ...]
+) -> None:
+    exports = [{"format": name, "path": str(tmp_path / name)} for name in formats]
+    recipe = recipes.load(written(tmp_path, quant=quant, export=exports))
+    found = forecast.of_recipe(recipe, probed=False)
+    report = quantize.quantize(recipe)
+    assert report is not None
+    sizes = {each.name: each.num_bytes for each in found.sizes}
+    assert sizes["checkpoint"] == pytest.approx(folder_bytes(tmp_path / "out"), rel=0.02)
+    for name in formats:
+        own = folder_bytes(tmp_path / name, _base.get(name).weight_files)
+        # of a GGUF file a sixth is the vocabulary of the built-in model
+        assert sizes[name] == pytest.approx(own, rel=0.2 if name == "gguf" else 0.03), name
+    assert found.bits_per_weight == pytest.approx(report.report.bits_per_weight)
+    assert found.file_bits_per_weight == pytest.approx(report.report.file_bits_per_weight, rel=0.02)
+    assert found.label == report.report.label
+    parts = sum(part.num_bytes for part in found.parts)
+    assert parts == pytest.approx(sizes["checkpoint"], rel=0.02)
+    assert sum(part.num_weights for part in found.parts) == found.num_weights
+
+
+def test_the_target_decides_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = written(tmp_path, quant={"num_bits": 3, "group_size": 64})
+    assert planned(recipe, "--no-probe", capsys=capsys)[0] == 0
+    code, found = planned(recipe, "--no-probe", "--target", "sglang", capsys=capsys)
+    assert (code, found["usable"]) == (2, False)
+    assert "quant.num_bits: 4 or 8" in found["refused"]
+    loads = {(each["engine"], each["format"]): each["loads"] for each in found["engines"]}
+    assert loads["vllm", "compressed-tensors"]
+    assert not loads["sglang", "compressed-tensors"]
+    code, found = planned(recipe, "--no-probe", "--target", "mlx", capsys=capsys)
+    assert (code, [each["name"] for each in found["sizes"]]) == (0, ["checkpoint", "mlx"])
+    assert main.main(["plan", recipe, "--target", "vlm", "-q"]) == 2
+    assert "the nearest is vllm" in capsys.readouterr().err
+
+
+def test_text_that_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(tmp_path / "text.txt")
+    recipe = written(tmp_path, method={"name": "gptq"}, data={"source": text})
+    _, found = planned(recipe, "--no-probe", capsys=capsys)
+    assert [each["there"] for each in found["data"]] == [False]
+    assert text in found["data"][0]["said"]
+    assert found["cost"] is None
+
+
+def test_a_model_is_planned_from_its_config_alone(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m").mkdir()
+    shutil.copy(llama_folder / "config.json", tmp_path / "m")
+    code, found = planned(str(tmp_path / "m"), "--memory", "110kB", "--context", "32", capsys=capsys)
+    assert code == 0
+    assert found["num_weights"] == sum(p.numel() for p in tiny.load(llama_folder).model.parameters())
+    assert found["cache_bytes"] == 2 * 2 * 2 * 16 * 32 * 2  # keys and values, blocks, heads, channels, tokens, bytes
+    for each in found["grids"]:
+        assert each["fits"] == (each["num_bytes"] + found["cache_bytes"] <= 110_000)
+        assert each["fits_with_tables"] == (each["with_tables"] + found["cache_bytes"] <= 110_000)
+    assert {each["fits_with_tables"] for each in found["grids"]} == {True, False}
+    assert "w4g128" not in {each["grid"] for each in found["grids"]}  # rows of 64 channels
+    sizes = [each["num_bytes"] for each in found["grids"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_size_of_a_grid_is_that_of_a_checkpoint(tmp_path: Path) -> None:
+    found = {each.grid: each for each in forecast.of_model(ModelConfig(path="builtin:wiki-llama-3m")).grids}
+    quantize.quantize(recipes.load(written(tmp_path)))
+    assert found["w4g64"].num_bytes == pytest.approx(folder_bytes(tmp_path / "out"), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["builtin:wiki-llama-3m", "--memory", "much"], "'much' is no size; write for example 24GB"),
+        (["builtin:wiki-llama-3m", "--set", "seed=1"], "is a model, and --set and --output are for recipes"),
+        (["builtin:wiki"], "there is no model builtin:wiki"),
+        (["quickstart", "-o", "plan.yaml"], "the recipe has no quant.budget"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["plan", *arguments, "-q"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_is_read_at_80_columns(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    found = forecast.of_recipe(recipes.load(written(tmp_path)), probed=False, memory=10**7, context=100)
+    console = Console(width=80, record=True, file=(tmp_path / "shown.txt").open("w"))
+    found.render(console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("mlp.down_proj x 4", "llama.cpp 0.3.36", "cache of 100 tokens", "fits"):
+        assert words in text
+    assert Forecast.model_validate(found.model_dump()) == found
+
+
+costs = st.floats(0.01, 10)
+
+
+def law(sizes: list[int], values: tuple[float, ...], blocks: int, windows: int, steps: int) -> Measured:
+    """Seconds that follow the law exactly, and memory that does not matter."""
+    c, a, b, d, e = values
+    weights = sum(sizes[:blocks])
+    return Measured({"quantize": c + weights * (a + b * windows) + steps * (d + e * weights)}, 0)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.tuples(costs, costs, costs, costs, costs))
+def test_time_that_follows_the_law_is_predicted_exactly(
+    sizes: list[int], values: tuple[float, float, float, float, float]
+) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": "x"},
+            "method": {"name": "lsq", "steps": 100, "validation_samples": 0},
+            "output": {"path": "y"},
+        }
+    )
+    equal = [sizes[0]] * len(sizes)  # a block takes at most the time of its probe, so blocks must be alike
+    one, two, wide = (law(equal, values, *point) for point in ((1, 4, 2), (2, 4, 2), (1, 16, 2)))
+    long = law(equal, values, 1, 4, 8), law(equal, values, 2, 4, 8)
+    took = probe._time(one, two, wide, equal, (4, 16), 64) + probe._trained(recipe, one, two, long, equal, (2, 8))
+    assert took == pytest.approx(law(equal, values, len(equal), 64, 100).seconds["quantize"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "signround", "efficientqat", "lsq"])
+def test_a_probe_of_a_run_says_its_phases(method: str, tmp_path: Path) -> None:
+    text = str(tiny.text(tmp_path))
+    data = {"source": text, "num_samples": 8, "seq_len": 32}
+    recipe = recipes.load(written(tmp_path, method={"name": method}, data=data))
+    seconds, peak, _ = probe.probe(recipe)
+    assert list(seconds) == ["load", "data", "quantize", "save"]
+    assert all(value >= 0 for value in seconds.values())
+    assert peak > 10**8
+    with pytest.raises(InputError, match="missing"):
+        probe.probe(recipes.load(written(tmp_path, method={"name": method}, data={"source": text + "/missing.txt"})))
