@@ -64,6 +64,7 @@ def test_commands() -> None:
         "export",
         "bench",
         "chat",
+        "push",
         "sweep",
         "compare",
         "verify",
@@ -85,7 +86,8 @@ def test_every_command_has_a_method_and_every_method_a_command() -> None:
 def test_options() -> None:
     commands = group().commands
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
-    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
+    hub = ["--push-to-hub", "--private"]
+    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", *hub, "--quiet", "--json"]
     evaluation = (
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
@@ -95,7 +97,8 @@ def test_options() -> None:
     assert options["compare"] == ["runs", "--output", "--json"]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
-    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
+    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", *hub, "--quiet", "--json"]
+    assert options["push"] == ["folder", "repo", "--private", "--quiet", "--json"]
 
 
 def test_options_of_chat() -> None:

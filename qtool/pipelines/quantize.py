@@ -260,6 +260,7 @@ def _keep(
     plan: BitPlan | None = None,
 ) -> None:
     """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
+    report = report.model_copy(update={"licence": model_card.licence_of(resolve(run.recipe.model.path))})
     _manifest(run, report, weight_errors, text, plan).write(run.state.model)
     model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
     run.state.keep_written(report)

@@ -80,6 +80,9 @@ class Report(Record, Printable):
         None, description="Arithmetic of packed linears, by its name: exact, fast, ort, ...; null: no packed linears."
     )
     seed: Count | None = None
+    licence: dict[str, str] = Field(
+        default_factory=dict, description="Keys license, license_name and license_link of the float model's card."
+    )
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
