@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -18,12 +17,11 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._published import Place, Published, linears_only, published
-from qtool.models.auto_class import auto_class
+from qtool.models import described
 from qtool.models.experts import fused_parameters
 from qtool.models.folders import check_files, check_readable, read_config
 from qtool.models.loaded import most_common
 from qtool.quant.affine import QuantizedWeight
-from qtool.system.errors import InputError, first_line
 
 CHUNK_NUMBERS = 1 << 22  # number of weights unpacked or compared at once
 NONE: Mapping[str, Tensor] = {}  # no tensors: a folder is written without its weights
@@ -204,16 +202,7 @@ def skeleton(folder: Path) -> nn.Module:
 
 @lru_cache(maxsize=2)  # called once per linear; with the text as key, a folder that was written anew is read anew
 def _skeleton(folder: Path, config_text: bytes) -> nn.Module:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers raises errors of many kinds for a config that it cannot use
-        raise InputError(
-            f"{folder}: transformers makes no model of its config.json: {first_line(error):.200}"
-        ) from error
+    model: nn.Module = described.skeleton(folder)
     return model
 
 
