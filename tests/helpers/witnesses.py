@@ -14,6 +14,7 @@ from qtool.exporters._folder import skeleton
 from qtool.exporters._outside import Runner, python_for, running, variable
 
 PACKAGES = {  # of each program, those that its environment must have
+    "awq": ("gptqmodel",),
     "gptqmodel": ("gptqmodel",),
     "auto_round": ("auto-round", "transformers"),
     "mlx": ("mlx", "mlx-lm"),

@@ -16,6 +16,6 @@ def weights(folder: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     for name, module in model.named_modules():
         if type(module).__name__ == "QuantizedLinear":
-            yield name, module._dequantize_weights().float().numpy()
+            yield name, module._dequantize_weights().detach().float().numpy()
         elif type(module).__name__ == "QuantizedEmbedding":
-            yield name, module.weight.float().numpy()
+            yield name, module.weight.detach().float().numpy()
