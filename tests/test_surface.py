@@ -92,6 +92,8 @@ def test_options() -> None:
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
     assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
     assert options["compare"] == ["runs", "--output", "--json"]
+    others = ["--against", "--engine", "--python", "--text", "--limit", "--context", "--quiet", "--json"]
+    assert options["verify"] == ["folder", *others]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
