@@ -46,10 +46,7 @@ REFUSED = {
     **{(family, "onnx"): f"its model_type is {family}, and qtool writes ONNX graphs of " for family in (*FAST, *SLOW)},
     **{(family, "gemma"): r"is w4g32, and the gemma quantizer has one scale" for family in (*FAST, *SLOW)},
     **{(family, "awq"): ONE_TENSOR.format(family) for family in ("gpt_oss", "granitemoe")},
-    **{
-        (family, "gguf"): TYPE.format(family)
-        for family in ("deepseek_v3", "gpt_oss", "granitemoe", "qwen3_5_moe_text", "nemotron_h")
-    },
+    **{(family, "gguf"): TYPE.format(family) for family in ("deepseek_v3", "gpt_oss", "nemotron_h")},
 }
 SLOW_GPTQ = ("qwen3_moe", "nemotron_h")
 SLOW_READ = ("qwen3_moe", "deepseek_v3", "nemotron_h")

@@ -65,6 +65,13 @@ def test_gptqmodel_reads_the_same_weights_and_logits(name: str, grid: str, nativ
     check(folder, witness, 1e-4)
 
 
+@pytest.mark.parametrize("grid", ["w2g32", "w3g32-asym", "w4g32", "w4g32-asym", "w4pc", "skipped"])
+def test_gptqmodel_reads_the_same_weights_of_awq_and_logits_up_to_float16(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("awq", grid)
+    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "witness/witness_awq.py", out)
+    check(folder, witness, 2e-3)  # its kernel multiplies in float16
+
+
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
 def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
     folder, out = native(grid), native.export("auto-round", grid)

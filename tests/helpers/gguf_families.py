@@ -1,10 +1,12 @@
 """Tiny random models of every architecture that a GGUF file is written for, as ``tests/architectures`` has them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from helpers import architectures, tiny
 from qtool.config.quant import QuantConfig
@@ -16,6 +18,8 @@ LLAMA_3 |= {"original_max_position_embeddings": 16}
 LONG = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 64}
 LONG |= {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.5 * i for i in range(8)]}
 FOUR = {"num_hidden_layers": 4}
+DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 64}
+FOUR_LINEAR = FOUR | {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 SCALE = {"query_pre_attn_scalar": 16}  # of heads of 16 channels
 
 
@@ -23,7 +27,7 @@ class Case(NamedTuple):
     """A row of ``tests/architectures``, and values of its configuration instead of the row's."""
 
     row: str
-    changes: dict[str, Any] = {}
+    changes: Mapping[str, Any] = MappingProxyType({})
 
 
 CASES = {
@@ -41,6 +45,9 @@ CASES = {
     "qwen3": Case("qwen3"),
     "qwen2_moe": Case("qwen2_moe"),
     "qwen3_moe": Case("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_5": Case("qwen3_5_text", DELTA | FOUR_LINEAR),
+    "qwen3_5, as many heads": Case("qwen3_5_text", DELTA | FOUR_LINEAR | {"linear_num_value_heads": 2}),
+    "qwen3_5_moe": Case("qwen3_5_moe_text", DELTA),
     "gemma": Case("gemma"),
     "gemma2": Case("gemma2", SCALE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": Case("gemma3_text", SCALE),
@@ -89,12 +96,23 @@ CASES = {
 }
 
 
+def model_type(name: str) -> str:
+    """Return the model type of a case."""
+    return architectures.architectures()[CASES[name].row].model_type
+
+
+def make_config(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
+    """Return the configuration of a case, with further ``changes``."""
+    row, own = CASES[name]
+    found = architectures.architectures()[row]
+    config: PreTrainedConfig = CONFIG_MAPPING[found.model_type](**(found.values | dict(own) | dict(changes)))
+    return config
+
+
 def write(name: str, folder: Path) -> Path:
     """Save a random float32 model of a case and its tokenizer as Hugging Face does."""
-    row, changes = CASES[name]
-    found = architectures.architectures()[row]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[found.model_type](**(found.values | changes)))
+    model = AutoModelForCausalLM.from_config(make_config(name))
     architectures.move(model)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)

@@ -64,7 +64,7 @@ def byte_level(kind: str) -> Tokenizer:
         "qwen35": pre_tokenizers.Split(Regex(QWEN_35), "isolated"),
         "falcon": pre_tokenizers.Punctuation("contiguous"),
     }.get(kind)
-    steps = [split] if before is None else [before, split]
+    steps: list[pre_tokenizers.PreTokenizer] = [split] if before is None else [before, split]
     if kind == "falcon":
         steps.append(pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else split

@@ -1,31 +1,23 @@
-"""GPTQModel unpacks the weights of AWQ's gemm layout, in the linears that transformers puts into the model."""
+"""GPTQModel's own function for AWQ's gemm layout, which unpacks the tensors of the files."""
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute and may fuse roundings
-
 import numpy.typing as npt
-import torch
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
-from transformers import AutoModelForCausalLM, AwqConfig
+from safetensors.torch import load_file
 
 
-@torch.inference_mode()
 def weights(folder: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yield the weight float32 ``[out, in]`` of every packed linear by its name in memory."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float16,
-        device_map="cpu",
-        trust_remote_code=False,
-        quantization_config=AwqConfig(backend="torch_awq"),
-    )
-    for name, layer in model.named_modules():
-        if hasattr(layer, "qweight"):
-            parts = layer.qweight, layer.qzeros, layer.scales.float()
-            yield name, dequantize_gemm(*parts, layer.bits, layer.group_size).T.contiguous().numpy()
+    """Yield the weight float32 ``[out, in]`` of every packed linear by its published name."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    for name in [each.removesuffix(".qweight") for each in stored if each.endswith(".qweight")]:
+        codes, zeros, scales = (stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+        group = len(codes) // len(scales)
+        weight = dequantize_gemm(codes, zeros, scales.float(), config["bits"], group)
+        yield name, weight.T.contiguous().float().numpy()

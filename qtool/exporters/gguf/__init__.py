@@ -87,8 +87,16 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
 def _misfit(source: NativeCheckpoint, name: str) -> str | None:
     """Return the reason why no type holds the weight ``name``, and what to do, or ``None``."""
     spec, columns = source.specs[name], int(source.tensor(f"{name}.weight_shape")[1])
-    if blocks.choose(spec, columns) is not None:
-        return None
+    if (block := blocks.choose(spec, columns)) is not None:
+        there = tensor_map(source.folder).get(f"{published_names(source).modules(name)[0]}.weight", "")
+        order = layout.column_order(there, columns, _model(source.folder))
+        if order is None or all(part.max() - part.min() == block.length - 1 for part in order.split(block.length)):
+            return None
+        return (
+            f"llama.cpp expects the input channels of {name} in another order, by heads of linear attention, and "
+            f"{block.name} has blocks of {block.length} channels that lie in several heads; give it groups of at most "
+            f"{_model(source.folder).linear_value_head_dim} channels on an affine grid (quant.overrides)"
+        )
     group = columns // spec.num_groups(columns)
     if group % 32:
         return (
@@ -123,7 +131,8 @@ def _tensor_map(model: nn.Module) -> dict[str, str]:
     names = gguf.get_tensor_name_map(architectures[FAMILIES[config.model_type].architecture], config.num_hidden_layers)
     known = published(model)
     tensors = {known.name(name) for name in model.state_dict() if name not in known.experts} | places(known).keys()
-    found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in sorted(tensors)}
+    known_as = {name: name.replace(".dt_bias", ".dt_proj.bias") for name in sorted(tensors)}
+    found = {name: names.get_name(key, try_suffixes=(".weight", ".bias")) for name, key in known_as.items()}
     return {name: there for name, there in found.items() if there is not None}
 
 
@@ -136,7 +145,9 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     write_folder(source.folder, out, {}, None, dtype)
     writer = _begun(source.folder, out)
     for name, tensor in names.floats(floats, places(names)).items():
-        held = _held(there[name], tensor.T if name in _transposed(source.folder) else tensor, model)
+        held = layout.held(there[name], tensor.T if name in _transposed(source.folder) else tensor, model)
+        if (columns := layout.column_order(there[name], held.shape[-1], model)) is not None:
+            held = held[:, columns]
         kind = FLOATS[dtype_name(held.dtype)]
         _add(writer, there[name], held.contiguous(), kind, row_order(there[name], len(held), model))
     for name, tensor in rotary.tensors(model).items():
@@ -147,7 +158,8 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
         quantized = gathered(place, weight)
         block = blocks.choose(quantized.spec, quantized.codes.shape[1])
         assert block is not None, name
-        packed = blocks.pack(quantized, block)
+        columns = layout.column_order(there[f"{name}.weight"], quantized.codes.shape[1], model)
+        packed = _moved(blocks.pack(quantized, block), columns, block)
         order = row_order(there[f"{name}.weight"], len(packed), model)
         rows = (packed if order is None else packed[order]).unflatten(0, place.shape)
         _add(writer, there[f"{name}.weight"], rows, block.name, None)
@@ -170,12 +182,12 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     return _notes(source, model, sizes)
 
 
-def _held(there: str, tensor: Tensor, model: Any) -> Tensor:
-    """Return a float tensor as the file holds it under the name ``there``, with its rows in the model's order."""
-    if not layout.is_small(there, tensor):
-        return tensor
-    added = tensor.float() + layout.offset(there, model)
-    return added.squeeze(0) if ROUTER in there else added  # the gate of a shared expert has one row
+def _moved(packed: Tensor, order: Tensor | None, block: blocks.Block) -> Tensor:
+    """Return ``packed`` with its input channels in ``order``, which moves whole blocks (``_misfit``)."""
+    if order is None:
+        return packed
+    parts = packed.unflatten(1, (-1, block.num_bytes))
+    return torch.flatten(parts[:, order[:: block.length] // block.length], 1)
 
 
 def _transposed(folder: Path) -> set[str]:
@@ -278,20 +290,21 @@ class GGUFFolder(WrittenFolder):
         found = self._tensors[there]
         values = torch.from_numpy(np.require(gguf.dequantize(found.data, found.tensor_type), np.float32, "W"))
         order = row_order(there, len(values), _model(self.folder))
-        return values if order is None else values[torch.argsort(order)]
+        columns = layout.column_order(there, values.shape[-1], _model(self.folder))
+        values = values if order is None else values[torch.argsort(order)]
+        return values if columns is None else values[:, torch.argsort(columns)]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in float32 as the float model holds it."""
-        values = self.rows(name) - layout.offset(self._places[name], _model(self.folder))
-        if name.endswith("shared_expert_gate.weight"):
-            return values.unsqueeze(0)
+        values = layout.given_back(self._places[name], self.rows(name), _model(self.folder))
         return values.T.contiguous() if name in _transposed(self.folder) else values
 
     def same(self, name: str, tensor: Tensor) -> bool:
-        """Return whether the file holds ``tensor``, or the sum of it and the offset of a norm, which loses bits of it."""
-        added = layout.offset(self._places[name], _model(self.folder))
-        held = tensor.float() + added - added if added else tensor.float()
-        return torch.equal(held, self.tensor(name).float())
+        """Return whether the file holds what is written of ``tensor``, for example the sum of a norm's weight and 1."""
+        there, model = self._places[name], _model(self.folder)
+        return torch.equal(
+            layout.given_back(there, layout.held(there, tensor, model), model), self.tensor(name).float()
+        )
 
     def dtype(self) -> torch.dtype:
         """Return the dtype that ``config.json`` names: dequantized tensors are float32, whatever the file holds."""

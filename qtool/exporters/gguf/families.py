@@ -5,6 +5,7 @@ load a model of each row in llama.cpp and compare its logits.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from qtool.exporters.gguf import figures, rotary
@@ -20,9 +21,10 @@ class Family(NamedTuple):
     architecture: str
     figures: tuple[Figure, ...] = figures.RMS_NORM
     """Metadata beside ``figures.COMMON``."""
-    rows: Literal["", "pairs", "groups"] = ""
+    rows: Literal["", "pairs", "groups", "tiles"] = ""
     """The order of rows. ``pairs``: the two channels of a rotary pair of query and key lie next to each other.
-    ``groups``: in the fused tensor of query, key and value, the heads of each follow each other."""
+    ``groups``: in the fused tensor of query, key and value, the heads of each follow each other. ``tiles``: of linear
+    attention, the value heads of a key head are not neighbours."""
     biases: tuple[str, ...] = ()
     """Tensors of a block whose biases are read."""
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
@@ -36,7 +38,7 @@ class Family(NamedTuple):
     """``own``: llama.cpp needs a head of its own; ``tied``: it always computes with the embedding's table."""
     windows: bool = False
     """True if blocks attend to a window of tokens where the model does."""
-    needs: Mapping[str, Any] = {}
+    needs: Mapping[str, Any] = MappingProxyType({})
     """Values that keys of the config must have, because llama.cpp computes nothing else. A callable returns the value,
     of the config."""
 
@@ -61,6 +63,19 @@ GEMMA = Family(
     "gemma", norm_offset=1, activation="gelu_pytorch_tanh", head="tied", needs={"use_bidirectional_attention": False}
 )
 QWEN = Family("qwen2", biases=QKV)
+QWEN_35 = Family(
+    "qwen35",
+    (*figures.RMS_NORM, *figures.DELTA_NET),
+    rows="tiles",
+    biases=("ssm_dt",),
+    ropes=("default",),
+    partial=True,
+    norm_offset=1,
+    needs={
+        "linear_value_head_dim": lambda config: config.linear_key_head_dim,
+        "layer_types": lambda config: figures.every(figures.interval(config), "linear_attention", config),
+    },
+)
 LAYER_NORMS = Family("stablelm", figures.LAYER_NORM, biases=(*NORMS, *QKV), partial=True)
 OLMO2 = Family("olmo2", head="own")
 COHERE = Family(
@@ -85,6 +100,10 @@ FAMILIES = {  # by model_type
         architecture="qwen3moe",
         figures=(*figures.RMS_NORM, *figures.WIDE_EXPERTS),
         needs=EVERY_LAYER | {"norm_topk_prob": True},
+    ),
+    "qwen3_5_text": QWEN_35,
+    "qwen3_5_moe_text": QWEN_35._replace(
+        architecture="qwen35moe", figures=(*QWEN_35.figures, *figures.WIDE_EXPERTS, figures.SHARED)
     ),
     "gemma": GEMMA,
     "gemma2": GEMMA._replace(

@@ -43,6 +43,22 @@ def sliding(config: Any) -> list[bool]:
     return [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
 
 
+def interval(config: Any) -> int:
+    """Return the distance of blocks that attend to all tokens: the number of the first one."""
+    kinds = config.layer_types
+    return int(kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1)
+
+
+def every(distance: int, other: str, config: Any) -> list[str]:
+    """Return the kinds of blocks of which one in ``distance`` attends to all tokens, and others are ``other``."""
+    return [other if (index + 1) % distance else "full_attention" for index in range(config.num_hidden_layers)]
+
+
+def _sections(config: Any) -> list[int]:
+    """Return the rotary pairs for time, height and width, which have the same position in a text."""
+    return [*rotary.parameters(config).get("mrope_section", (11, 11, 10)), 0]
+
+
 COMMON = (
     _count("context_length", "max_position_embeddings"),
     _count("embedding_length", "hidden_size"),
@@ -89,3 +105,12 @@ GRANITE = (
     _real("logit_scale", "logits_scaling"),
 )
 PARALLEL = (Figure("use_parallel_residual", "bool", lambda config: bool(config.use_parallel_residual)),)
+DELTA_NET = (
+    Figure("rope.dimension_sections", "array", _sections),
+    Figure("full_attention_interval", "uint32", interval),
+    _count("ssm.conv_kernel", "linear_conv_kernel_dim"),
+    _count("ssm.state_size", "linear_key_head_dim"),
+    _count("ssm.group_count", "linear_num_key_heads"),
+    _count("ssm.time_step_rank", "linear_num_value_heads"),
+    Figure("ssm.inner_size", "uint32", lambda config: config.linear_value_head_dim * config.linear_num_value_heads),
+)

@@ -22,7 +22,8 @@ def head_dim(config: Any) -> int:
 def parameters(config: Any) -> dict[str, Any]:
     """Return the rotary embedding of a config, of blocks that attend to all tokens; empty if there is none."""
     found: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    return found["full_attention"] if "full_attention" in found else found
+    own: dict[str, Any] = found.get("full_attention", found)
+    return own
 
 
 def kind(config: Any) -> str:

@@ -120,7 +120,7 @@ PHI_3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # tokens that llama.cpp looks
 
 
 def model_name(folder: Path, model_type: str) -> str:
-    """Return a name for the model of ``folder``; by it, llama.cpp chooses whether control tokens take spaces after them.
+    """Return a name for the model of ``folder``, by which llama.cpp chooses if control tokens take spaces after them.
 
     It does if the name contains ``phi-3`` or ``phi3``: all control tokens but the last three of ``PHI_3``.
     """
