@@ -95,6 +95,8 @@ def test_options() -> None:
     own = ["--target", "--memory", "--context", "--probe", "--keep", "--output", "--overwrite"]
     assert options["plan"] == ["what", "--set", *own, "--quiet", "--json"]
     assert options["compare"] == ["runs", "--output", "--json"]
+    others = ["--against", "--engine", "--python", "--text", "--limit", "--context", "--quiet", "--json"]
+    assert options["verify"] == ["folder", *others]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
     assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", *hub, "--quiet", "--json"]

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -70,6 +71,11 @@ def python_for(name: str, given: Path | None) -> Path:
 
 def versions(runner: Runner, python: Path) -> dict[str, str] | None:
     """Return the versions of the packages that ``runner`` needs, or ``None`` if one is not installed."""
+    if _is_this(python):
+        try:
+            return {package: metadata.version(package) for package in runner.packages}
+        except metadata.PackageNotFoundError:
+            return None
     code = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
     command = [str(python), "-c", code, *runner.packages]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(python), check=False)
@@ -152,5 +158,9 @@ def _last_lines(errors: IO[bytes]) -> str:
 
 def _environment(python: Path) -> dict[str, str]:
     """Return the variables of the process: of another Python than this one, without this one's ``PYTHONPATH``."""
-    same = python.absolute() == Path(sys.executable).absolute()
+    same = _is_this(python)
     return {key: value for key, value in os.environ.items() if same or key != "PYTHONPATH"}
+
+
+def _is_this(python: Path) -> bool:
+    return python.absolute() == Path(sys.executable).absolute()

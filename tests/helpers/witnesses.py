@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ def witnessed(
     if variable(name) not in os.environ:
         pytest.skip(f"set {variable(name)} to the Python of an environment with {name}")
     there = python_for(name, None)
-    size = skeleton(out).config.get_text_config().vocab_size
-    tokens = torch.randint(size, (2, 64), generator=torch.Generator().manual_seed(0))
+    config: Any = skeleton(out).config
+    tokens = torch.randint(config.get_text_config().vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     file, words = out.with_name(f"{out.name}.tokens.npy"), out.with_name(f"{out.name}.texts.json")
     np.save(file, tokens.numpy())
     words.write_text(json.dumps(list(texts)), encoding="utf-8")

@@ -27,11 +27,12 @@ from qtool.system.errors import InputError, RunError
 W4 = QuantConfig(num_bits=4, group_size=32)
 LINEAR = "model.layers.1.mlp.gate_proj"
 SHORT = Text("built-in", 2, 64)
+RUN = _outside.RUN
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a float model, ``q``, its checkpoint, and exports; only read it."""
+    """A folder with a float model, ``q``, its checkpoint, and exports, whose records a test may write."""
     at = tmp_path_factory.mktemp("made")
     tiny.quantize(tiny.llama(at / "float"), at / "q", W4)
     for name in ("compressed-tensors", "gptq", "mlx", "gguf", "dense"):
@@ -232,7 +233,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: dict[str, Any])
     def put(change: str = "found", tokens: str = "[]", packages: tuple[str, ...] = ("numpy",)) -> None:
         folder = tmp_path / "runners"
         folder.mkdir(exist_ok=True)
-        shutil.copy(_outside.RUN, folder / "run.py")
+        shutil.copy(RUN, folder / "run.py")
         np.savez(folder / "logits.npz", **known)
         text = FAKE.replace("CHANGE", change).replace("TOKENS", tokens)
         if tokens == "[]":
@@ -307,14 +308,16 @@ def test_an_engine_that_stops_is_a_run_error_with_its_last_words(made: Path, fak
 
 
 def test_an_engine_that_is_not_installed_is_refused_with_what_to_do(
-    made: Path, fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    export: Callable[[str], Path], fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = export("dense")
+    (out / VERIFIED).unlink(missing_ok=True)
     fake(packages=("no-such-engine",))
-    assert main.main(["verify", str(made / "dense"), "--engine", "transformers"]) == 2
+    assert main.main(["verify", str(out), "--engine", "transformers"]) == 2
     said = capsys.readouterr().err
     assert "has no package no-such-engine; install it with: pip install no-such-engine" in said
     assert "QTOOL_TRANSFORMERS_PYTHON" in said
-    assert not (made / "dense" / VERIFIED).exists()
+    assert not (out / VERIFIED).exists()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ def load(folder: Path) -> Any:
     if not section and not any(folder.glob("*.safetensors")):
         options["gguf_file"] = "model.gguf"
     if method == "awq":
-        options["quantization_config"] = transformers.AwqConfig(backend="torch_awq")
+        made: Any = transformers.AwqConfig  # its backend is typed as an enumeration, and any of its values is taken
+        options["quantization_config"] = made(backend="torch_awq")
     several = getattr(transformers.models.auto.modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING", ())  # not in version 4
     kind = transformers.AutoModelForMultimodalLM if type(config) in several else transformers.AutoModelForCausalLM
     model = kind.from_pretrained(folder, device_map="cpu", trust_remote_code=False, **options).eval()
