@@ -64,6 +64,7 @@ def test_commands() -> None:
         "export",
         "bench",
         "chat",
+        "push",
         "sweep",
         "compare",
         "verify",
@@ -85,16 +86,19 @@ def test_every_command_has_a_method_and_every_method_a_command() -> None:
 def test_options() -> None:
     commands = group().commands
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
-    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", "--quiet", "--json"]
+    hub = ["--push-to-hub", "--private"]
+    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", *hub, "--quiet", "--json"]
     evaluation = (
         "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
     )
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
-    assert options["plan"] == ["recipe", "--set", "--output", "--overwrite", "--quiet", "--json"]
+    own = ["--target", "--memory", "--context", "--probe", "--keep", "--output", "--overwrite"]
+    assert options["plan"] == ["what", "--set", *own, "--quiet", "--json"]
     assert options["compare"] == ["runs", "--output", "--json"]
     own = ["--jobs", "--output", "--max-cells", "--allow-launcher-commands"]
     assert options["sweep"] == ["file", "--set", "--fresh", *own, "--quiet", "--json"]
-    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", "--quiet", "--json"]
+    assert options["export"] == ["folder", "--format", "--output", "--dtype", "--overwrite", *hub, "--quiet", "--json"]
+    assert options["push"] == ["folder", "repo", "--private", "--quiet", "--json"]
 
 
 def test_options_of_chat() -> None:
@@ -119,7 +123,7 @@ def test_recipe_keys() -> None:
         "model": ["path", "dtype", "device", "free"],
         "method": ["name"],
         "quant": [
-            *("num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
+            *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
             *("activations.num_bits", "activations.symmetric", "kv_cache", "kv_group_size", "overrides"),
             *("embedding", "head"),
             *("budget.average_bits", "budget.size", "budget.estimator", "budget.rounding", "budget.solver"),
@@ -128,6 +132,8 @@ def test_recipe_keys() -> None:
         ],
         "data": ["source", "num_samples", "seq_len", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend", "continuations"],
+        "target": ["engine", "version"],
+        "gguf": ["grid"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite", "plots"],

@@ -17,6 +17,7 @@ from qtool.cli.chat import chat
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.plan import plan
+from qtool.cli.push import Private, Repo, destination, push, pushed
 from qtool.cli.session import running
 from qtool.cli.verify import verify
 from qtool.config import catalog
@@ -68,17 +69,29 @@ def _add_method_command(name: str, summary: str) -> None:
         set_: Set = [],  # noqa: B006 (typer copies it)
         overwrite: Overwrite = False,
         fresh: Fresh = False,
+        repo: Repo = None,
+        private: Private = False,
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        _quantize(name, recipe, [*set_, *(["output.overwrite=true"] if overwrite else [])], fresh, quiet, as_json)
+        overrides = [*set_, *(["output.overwrite=true"] if overwrite else [])]
+        _quantize(name, recipe, overrides, fresh, repo, private, quiet, as_json)
 
 
 for _name in dict.fromkeys([*SUMMARIES, *sorted(catalog.commands())]):
     _add_method_command(_name, SUMMARIES.get(_name, f"Quantize a model with {', '.join(catalog.commands()[_name])}."))
 
 
-def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, quiet: bool, as_json: bool) -> None:
+def _quantize(
+    command: str,
+    path: str,
+    overrides: Sequence[str],
+    fresh: bool,
+    repo: str | None,
+    private: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     from qtool.config import plugins
     from qtool.config.recipe import load
 
@@ -89,9 +102,14 @@ def _quantize(command: str, path: str, overrides: Sequence[str], fresh: bool, qu
     with running(quiet or not distributed.is_first(), checked.output.path):
         from qtool.pipelines import quantize
 
+        to = destination(repo, private)
         outcome = quantize.quantize(checked, fresh)
+        address, fault = pushed(checked.output.path, to)
     if outcome is not None:  # else another of several processes shows it
-        show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
+        more = {} if to is None else {"pushed": address}
+        show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds, more)
+    if fault is not None:
+        raise fault
 
 
 app.command()(plan)
@@ -175,6 +193,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", parser=path)],
     dtype: Dtype = None,
     overwrite: Overwrite = False,
+    repo: Repo = None,
+    private: Private = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -188,8 +208,13 @@ def export(
     with running(quiet, output):
         from qtool.pipelines import export as pipeline
 
+        to = destination(repo, private)
         path = pipeline.export(folder, config, overwrite)
-    print_either({"path": str(path), "format": config.format}, str(path), as_json)
+        address, fault = pushed(path, to)
+    more = {} if to is None else {"pushed": address}
+    print_either({"path": str(path), "format": config.format, **more}, str(path), as_json)
+    if fault is not None:
+        raise fault
 
 
 @app.command("bench", cls=DescribedCommand)
@@ -221,6 +246,7 @@ def bench(
 
 
 app.command("chat")(chat)
+app.command("push")(push)
 
 
 @app.command("sweep", cls=SweepCommand)

@@ -15,15 +15,20 @@ from qtool.system.environment import processor
 from qtool.system.units import size
 from qtool.system.version import __version__
 
+TIMED_SIZE, TIMED_GROUP = 4096, 128  # channels of the weights that kernels are timed on, and of their groups
+
 OPTIONAL = {
     "compressed-tensors": "reads our folders without qtool",
-    "gptqmodel": "outside reader of gptq exports",
+    "gptqmodel": "outside reader of gptq and awq exports",
     "auto-round": "outside reader of auto-round and gptq exports",
     "gguf": "writes and reads gguf exports",
     "llama-cpp-python": "runs gguf exports",
     "mlx-lm": "runs mlx exports",
+    "onnx": "reads onnx exports back",
+    "onnxruntime-genai": "builds the graphs of onnx exports, and runs them",
     "bitsandbytes": "8-bit optimizers",
     "gemlite": "fast kernels on CUDA",
+    "onnxruntime": "fast kernels on a processor: pip install 'qtool[ort]'",
     "submitit": "sweeps on a Slurm cluster",
     "ray": "sweeps on a Ray cluster",
     "tensorboard": "training curves",
@@ -51,6 +56,7 @@ def doctor() -> dict[str, Any]:
         "packages": packages,
         "devices": devices,
         "kernels": _kernels() if fault is None else [],
+        "speeds": _speeds() if fault is None else [],
         "data": _data(),
         "hub": _hub(),
         "optional": {name: _version(name) for name in OPTIONAL},
@@ -131,6 +137,31 @@ def _kernels() -> list[dict[str, Any]]:
     return kernels.examine()
 
 
+def _speeds() -> list[dict[str, Any]]:
+    """Return how many times as fast as the dense product each kernel is, for one row and a weight of each width."""
+    try:
+        import torch
+
+        from qtool.config.quant import BITS, QuantSpec
+        from qtool.quant import kernel_timing
+    except ImportError:  # a missing package is already among the problems
+        return []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for num_bits in BITS:
+        spec = QuantSpec(num_bits=num_bits, group_size=TIMED_GROUP)
+        timing = kernel_timing.timing(spec, TIMED_SIZE, TIMED_SIZE, torch.bfloat16, device)
+        order = kernel_timing.ranked(timing.seconds, timing.seconds)
+        rows.append(
+            {
+                "num_bits": num_bits,
+                "speedups": {name: timing.speedup(name) for name in [*order, kernel_timing.EXACT]},
+                "fastest": order[0] if order else kernel_timing.EXACT,
+            }
+        )
+    return rows
+
+
 def _data() -> dict[str, Any]:
     """Return the folder with data sets, and the names of the sets in it."""
     try:
@@ -171,6 +202,12 @@ def _reached(hub: dict[str, Any]) -> str:
     return f"{hub['address']} {answer}"
 
 
+def _kernel_name(row: dict[str, Any]) -> str:
+    """Return the library, as ``--backend`` names it, the kernel and the device."""
+    own = row["name"] if row["name"].startswith(row["library"]) else f"{row['library']}: {row['name']}"
+    return f"{own}, {row['device'] or 'any'}"
+
+
 def render(found: dict[str, Any]) -> str:
     """Return the findings of ``doctor`` as text."""
     devices, data, hub = found["devices"], found["data"], found["hub"]
@@ -194,8 +231,13 @@ def render(found: dict[str, Any]) -> str:
             *[(f"GPU {i}", gpu, "") for i, gpu in enumerate(gpus)],
             *([] if gpus else [("GPU", no_gpu, "")]),
         ],
-        "packed kernels (qtool.use_backend, --backend fast)": [
-            (f"{row['name']}, {row['device']}", row["serves"], row["reason"] or "active") for row in found["kernels"]
+        "packed kernels (qtool.use_backend, --backend NAME)": [
+            (_kernel_name(row), row["serves"], row["reason"] or f"active; {row['error']}") for row in found["kernels"]
+        ],
+        f"one row times a weight of {TIMED_SIZE} x {TIMED_SIZE}, groups of {TIMED_GROUP}, against the faster dense "
+        "product; backend fast takes the fastest": [
+            (f"{row['num_bits']} bits", ", ".join(f"{name} {x:.2f} x" for name, x in row["speedups"].items()), "")
+            for row in found["speeds"]
         ],
         "data": [
             ("local", where, ""),
@@ -206,7 +248,8 @@ def render(found: dict[str, Any]) -> str:
     lines = []
     for title, rows in sections.items():
         lines.append(title)
+        names = max(20, *(len(name) + 2 for name, _, _ in rows), 0)
         wide = max((len(value) for _, value, note in rows if note), default=0)
-        lines += [f"  {name:<20}{value:<{wide}}  {note}".rstrip() for name, value, note in rows]
+        lines += [f"  {name:<{names}}{value:<{wide}}  {note}".rstrip() for name, value, note in rows]
     lines += ["problems", *[f"  {line}" for line in found["problems"]]] if found["problems"] else ["all is well"]
     return "\n".join(lines)

@@ -44,6 +44,9 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure time and memory on one block, for up to a minute.")
     ] = True,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep time and memory in OUTPUT.plan.json, for the report of the run.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +75,10 @@ def plan(
         from qtool.pipelines import forecast
 
         found = forecast.of_recipe(recipe, probed=probe, memory=num_bytes, context=context)
+        if keep:
+            from qtool.pipelines import kept_forecast
+
+            kept_forecast.keep(recipe, found)
     _show(found, as_json)
 
 

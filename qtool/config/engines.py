@@ -98,7 +98,7 @@ ENGINES = {
         Engine("llama.cpp", "llama-cpp-python", "0.3.36", False, "python"),
         Engine("mlx", "mlx-lm", "0.32", False, "console"),
         Engine("transformers", "transformers", "5.24", False, "python"),
-        Engine("onnxruntime", "onnxruntime", "1.31", False, "python"),
+        Engine("onnxruntime", "onnxruntime", "1.32", False, "python"),
     )
 }
 
@@ -115,11 +115,13 @@ FORMATS = {
         Format("gptq", GPTQ_GRIDS, mixed=False, scale_dtypes=("float16",), alignment=32),
         Format("gptq-v2", GPTQ_GRIDS, mixed=False, scale_dtypes=("float16",), alignment=32),
         Format("auto-round", GPTQ_GRIDS, scale_dtypes=("float16",), alignment=32),
-        Format("awq", (Grids((4,)),), mixed=False, scale_dtypes=("float16",), head=False, alignment=32),
+        Format(
+            "awq", (Grids((2, 3, 4), BOTH, (), 16),), scale_dtypes=("float16",), head=False, note="2 and 3 bits take 4"
+        ),
         Format("gguf", GGUF_GRIDS, scale_dtypes=("float16",), k_quants=True, embedding=True),
         Format("mlx", (Grids(multiple_of=32),), scale_dtypes=("float16", "bfloat16"), embedding=True),
-        Format("onnx", (Grids(sizes=(-1, 16, 32, 64, 128, 256)),), note="3 bits take 4"),
-        Format("gemma", (Grids((2, 4, 8), (True,), (-1,)),), head=False),
+        Format("onnx", (Grids(multiple_of=16),), embedding=True, note="3 bits take 4; scales of 32 bits"),
+        Format("gemma", (Grids(ANY_BITS, (True,), (-1,)),), note="3 bits take 4"),
     )
 }
 
@@ -243,8 +245,23 @@ READS = (
     ),
     Reads("transformers", "gptq-v2", TRANSFORMERS, "run", "gptqmodel 7.7", head="as linears", packages=GPTQMODEL),
     Reads("transformers", "gptq", TRANSFORMERS, "run", "gptqmodel 7.7", head="as linears", packages=GPTQMODEL),
-    Reads("transformers", "awq", TRANSFORMERS, "run", "gptqmodel 7.7", AWQ_GROUPS, packages=GPTQMODEL),
-    Reads("transformers", "gemma", TRANSFORMERS, "run", "transformers 5.23"),
+    Reads(
+        "transformers",
+        "awq",
+        TRANSFORMERS,
+        "run",
+        "gptqmodel 7.7, transformers 5.24",
+        (Grids((2, 3, 4), BOTH, (), 32),),
+        packages=GPTQMODEL,
+    ),
+    Reads(
+        "transformers",
+        "gemma",
+        TRANSFORMERS,
+        "run",
+        "transformers 5.24",
+        note="weights are unpacked at each use, in the dtype of the model: float32, unless another is asked for",
+    ),
     Reads(
         "transformers",
         "gguf",
@@ -257,7 +274,14 @@ READS = (
     ),
     Reads("transformers", "native", f"import qtool\n{TRANSFORMERS}", "run", "transformers 5.24", packages=("qtool",)),
     Reads("transformers", "dense", TRANSFORMERS, "run", "transformers 5.24", on_request=True),
-    Reads("onnxruntime", "onnx", ONNX, "run", "onnxruntime 1.32", note="processors"),
+    Reads(
+        "onnxruntime",
+        "onnx",
+        ONNX,
+        "run",
+        "onnxruntime 1.32, onnxruntime-genai 0.18",
+        note="processors; Ernie 4.5, Gemma 1 to 3, Granite, Llama, Mistral, Phi-3, Qwen 2 and 3",
+    ),
 )
 
 GPTQMODEL_LOAD = 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{folder}")'

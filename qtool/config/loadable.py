@@ -92,7 +92,7 @@ def _reasons(row: Reads, weights: Weights) -> Iterator[str]:
         yield from _of_grid(row, spec)
     yield from _of_sizes(row, everything, weights.shapes)
     yield from _of_tables(row, weights, packed)
-    if ENGINES[row.engine].fused and row.format != "dense":
+    if row.engine in ENGINES and ENGINES[row.engine].fused and row.format != "dense":
         yield from unfused(weights.linears)
     if not holder.mixed and len({_weight_grid(spec) for spec in packed.values()}) > 1:
         labels = sorted({spec.label() for spec in packed.values()})

@@ -2,10 +2,11 @@
 
 The weights of one folder are measured in several ways: ``dense`` (expanded once to the model's dtype, ordinary linears
 and embeddings), ``fast`` (packed, with the kernels that ``plan.backend`` names), ``exact`` (packed, as
-``from_pretrained`` gives it), and, if the head is packed, ``float head``: as ``fast``, but with an ordinary head, and embedding if the two are tied.
-Every number comes from forwards of the transformers model with its KV cache: prefill is one forward over a prompt, a
-decode step is one forward of one token for each sequence. Repeats of all but exact take turns, so that a machine whose
-speed drifts slows them alike. The exact path is measured by itself, on as few tokens as fill ``ENOUGH`` seconds.
+``from_pretrained`` gives it), and, if the head is packed, ``float head``: as ``fast``, but with an ordinary head, and
+embedding if the two are tied. Every number comes from forwards of the transformers model with its KV cache: prefill is
+one forward over a prompt, a decode step is one forward of one token for each sequence. Repeats of all but exact take
+turns, so that a machine whose speed drifts slows them alike. The exact path is measured by itself, on as few tokens as
+fill ``ENOUGH`` seconds.
 """
 
 import inspect

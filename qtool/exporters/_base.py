@@ -5,7 +5,7 @@ cannot hold exactly is refused with the reason. An export is read back (``_readb
 its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,8 @@ class Exporter(NamedTuple):
     bits: Callable[[QuantSpec, tuple[int, int], bool], float] | None = None
     """Returns the bits per weight of a quantized linear ``(out, in)``, or with ``True`` of an embedding, as written,
     scales and zero points counted; ``None``: those of the checkpoint."""
+    float_dtype: Callable[[Iterable[QuantSpec], str], str] = lambda specs, own: own
+    """Returns the dtype of float tensors of a model whose own dtype is ``own``, as far as grids alone show it."""
     runs: Callable[[Path, Tensor], Tensor] | None = None
     """Returns the logits float32 ``[1, t, vocabulary]`` of tokens ``[1, t]`` as the engine computes them with a folder;
     of a format whose engine is installed with what writes it, so that each export is run before it is kept."""

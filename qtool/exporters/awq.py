@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._float16 import layout_floats, unheld
@@ -41,6 +42,7 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.packing import pack
@@ -198,6 +200,13 @@ def _nibbles(words: Tensor) -> Tensor:
     return torch.from_numpy(found.reshape(len(words), -1))
 
 
+def _bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight of a linear whose own groups are written, or groups of 128 if those are larger."""
+    group = shape[1] // spec.num_groups(shape[1])
+    written = group if spec.group_size == -1 else next((size for size in GROUPS if group % size == 0), group)
+    return BITS + (16 + BITS) / written
+
+
 EXPORTER = Exporter(
     "AWQ's gemm layout: 4 bits, with zero points or without",
     refuses,
@@ -207,4 +216,6 @@ EXPORTER = Exporter(
     "Load it with vLLM or SGLang, or with `transformers` and `gptqmodel` installed.",
     partial(WrittenFolder, marker="scales"),
     recognises=partial(names_method, "awq"),
+    bits=_bits,
+    reader=Runner("awq", ("gptqmodel",)),
 )

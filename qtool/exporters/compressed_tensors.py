@@ -375,6 +375,11 @@ def bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
     return as_bytes.bits_per_weight(shape[1])
 
 
+def float_dtype(specs: Iterable[QuantSpec], own: str) -> str:
+    """Return ``own`` if it holds the scales, else float32: the other dtype of 16 bits seldom holds a model's values."""
+    return own if {spec.scale_dtype for spec in specs} <= {own} else "float32"
+
+
 EXPORTER = Exporter(
     "compressed-tensors pack-quantized and int-quantized, for vLLM and transformers",
     refuses,
@@ -387,5 +392,6 @@ EXPORTER = Exporter(
     rounds=rounds,
     needs_class=False,
     bits=bits,
+    float_dtype=float_dtype,
     reader=Runner("compressed_tensors", ("compressed-tensors",)),
 )

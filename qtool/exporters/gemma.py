@@ -43,6 +43,7 @@ from qtool.exporters._folder import (
     unfit,
     write_folder,
 )
+from qtool.exporters._outside import Runner
 from qtool.exporters._published import gathered, published
 from qtool.exporters._tables import float_embeddings, names_of
 from qtool.quant.affine import QuantizedWeight
@@ -235,4 +236,6 @@ EXPORTER = Exporter(
     "Load it with `transformers` 5.12 or later; nothing else is needed.",
     GemmaFolder,
     recognises=partial(names_method, "gemma"),
+    bits=lambda spec, shape, table: HELD[spec.num_bits] + 32 / shape[1],
+    reader=Runner("gemma", ("transformers",)),
 )

@@ -157,7 +157,8 @@ class _Choosing:
         self.choices.setdefault((*timing[:3], dtype, device, chosen), choice)
         if layer.kernel is not None:
             return ""
-        return "; ".join([*(f"{name}: {why}" for name, why in reasons.items()), *([reason] if order else [])])
+        none = reason if order else "no way that was tried is faster on this machine"
+        return "; ".join([none, *(f"{name}: {why}" for name, why in reasons.items())])
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -55,6 +55,7 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
             library=exporter.library,
             notes=notes,
             differences=differences,
+            licence=model_card.licence_of(folder),
         )
         exported = Exported(
             format=config.format,

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
+import torch
+
 from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan
 from qtool.checkpoints import sizes
@@ -33,6 +35,7 @@ from qtool.pipelines.target import Selection
 from qtool.reports.forecast import Cost, Data, Fits, Forecast, Loads, Part, Size
 from qtool.system import progress
 from qtool.system.errors import InputError
+from qtool.system.tensors import dtype_name
 
 # the grids that a model's sizes are shown for: bits and group size
 GRIDS = ((8, -1), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 64), (2, 128))
@@ -207,15 +210,18 @@ def _sizes(recipe: Recipe, loaded: LoadedModel, found: Selection) -> tuple[Size,
     packed = sum(
         math.prod(shapes[name]) * spec.bits_per_weight(shapes[name][1]) for name, spec in planned.specs.items()
     )
+    floats = _num_weights(loaded) - sum(math.prod(shapes[name]) for name in planned.specs)
+    own = dtype_name(loaded.storage_dtype)
     for entry in recipe.export:
-        bits = _base.get(entry.format).bits
-        written = packed
-        if bits is not None:
+        exporter, written = _base.get(entry.format), packed
+        if (bits := exporter.bits) is not None:
             written = sum(
                 math.prod(shapes[name]) * bits(spec, shapes[name], name in tables)
                 for name, spec in planned.specs.items()
             )
-        made.append(Size(name=entry.format, num_bytes=whole + round((written - packed) / 8)))
+        dtype = exporter.float_dtype(planned.specs.values(), own) if entry.dtype == "auto" else entry.dtype
+        wider = (getattr(torch, dtype).itemsize - loaded.storage_dtype.itemsize) * floats
+        made.append(Size(name=entry.format, num_bytes=whole + round((written - packed) / 8) + wider))
     return tuple(made)
 
 

@@ -44,6 +44,7 @@ from qtool.pipelines.checks import check_early, check_exports, check_pictures, n
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
+from qtool.pipelines.kept_forecast import kept
 from qtool.pipelines.lock import LOCKED_SECTIONS, differences, lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
@@ -259,6 +260,7 @@ def _keep(
     plan: BitPlan | None = None,
 ) -> None:
     """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
+    report = report.model_copy(update={"licence": model_card.licence_of(resolve(run.recipe.model.path))})
     _manifest(run, report, weight_errors, text, plan).write(run.state.model)
     model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
     run.state.keep_written(report)
@@ -285,6 +287,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
         tables=weights.table_records(loaded, source, weight_errors),
         series=result.series,
+        planned=kept(recipe),
         lock=run.state.lock,
         **run.timer.measured(),
     )

@@ -150,6 +150,7 @@ def examine() -> list[dict[str, Any]]:
     return [
         {
             "name": backend.name,
+            "library": backend.library,
             "device": backend.device,
             "serves": backend.serves,
             "error": backend.error,

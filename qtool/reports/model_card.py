@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -11,11 +12,15 @@ from qtool.config.engines import READS
 from qtool.reports.document import as_markdown
 from qtool.reports.report import Report
 from qtool.reports.verification import EngineCheck, ReaderCheck
+from qtool.system.errors import InputError
 from qtool.system.printable import one_line, printable, redacted
 from qtool.system.reading import read_text
 from qtool.system.version import __version__
 from qtool.system.writing import write_text
 
+HEADER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.S)  # the YAML header of a model card
+# its lines with a licence; texts only, with or without quotes
+LICENCE = re.compile(r"""^(license(?:_name|_link)?):[ \t]*["']?([\w.:/-][^\n"'#]*?)["']?[ \t]*$""", re.M)
 # how to load a checkpoint that was made without the model's class
 FREE_LOADING = (
     "It was made from the model's files alone (model.free). transformers loads it if it has a class whose linears are "
@@ -57,6 +62,7 @@ def write(folder: Path, report: Report, manifest: str, name: str) -> None:
         folder,
         report.model,
         "transformers",
+        report.licence,
         [
             report.markdown().rstrip(),
             "",
@@ -83,11 +89,13 @@ def write_export(
     library: str,
     notes: list[str],
     differences: Mapping[str, float | None],
+    licence: Mapping[str, str],
 ) -> None:
     """Write ``README.md`` of an export: notes, the software that reads it, and what was compared after writing.
 
     ``base`` is the float model, ``label`` the quantization grid, and ``library`` the software that loads the format. No
-    way of loading it is named before it was tried: ``update_verified`` adds those.
+    way of loading it is named before it was tried: ``update_verified`` adds those. ``licence`` is what ``licence_of``
+    returned.
     """
     logits = differences["logit_difference"]
     compared = "logits not compared, since transformers has no class for the model"
@@ -97,6 +105,7 @@ def write_export(
         folder,
         base,
         library,
+        licence,
         [
             f"# {as_markdown(one_line(f'{base}, {label}, as {format}'))}",
             "",
@@ -111,6 +120,16 @@ def write_export(
             f"Exported by qtool {__version__} from integer codes, without quantizing again.",
         ],
     )
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """Return the keys ``license``, ``license_name`` and ``license_link`` of the model card in ``folder``, if any."""
+    try:
+        text = read_text(folder / "README.md")
+    except (FileNotFoundError, InputError):
+        return {}
+    header = HEADER.match(text)
+    return {} if header is None else dict(LICENCE.findall(header[1]))
 
 
 def _readers(format: str) -> list[str]:
@@ -171,8 +190,9 @@ def _verified(against: ReaderCheck | None, engines: Sequence[EngineCheck]) -> li
     return ["", *lines]
 
 
-def _write(folder: Path, base: str, library: str, lines: list[str]) -> None:
+def _write(folder: Path, base: str, library: str, licence: Mapping[str, str], lines: list[str]) -> None:
     """Write the card: the YAML header for the Hugging Face hub, then ``lines``."""
     is_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base, re.ASCII) and not Path(base).exists()
-    header = ModelCardData(base_model=base if is_hub_name else None, library_name=library, tags=["qtool"]).to_yaml()
+    data: dict[str, Any] = {"base_model": base if is_hub_name else None, **licence}
+    header = ModelCardData(**data, library_name=library, tags=["qtool"]).to_yaml()
     write_text(folder / "README.md", "\n".join(["---", header, "---", *lines]) + "\n")

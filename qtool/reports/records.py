@@ -65,6 +65,14 @@ class Record(BaseModel):
         return json.dumps(without_secrets(self.model_dump(mode="json")), indent=2) + "\n"
 
 
+class Planned(Record):
+    """What ``qtool plan --keep`` predicted of a run."""
+
+    num_bytes: Count = Field(description="Weight files of the checkpoint.")
+    peak_bytes: Count = Field(description="Peak memory, without evaluation and exports.")
+    seconds: dict[str, Seconds] = Field(description="Wall time by phase, without evaluation and exports.")
+
+
 class Metric(Record):
     """A measured number."""
 

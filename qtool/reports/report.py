@@ -17,6 +17,7 @@ from qtool.reports.records import (
     Linear,
     Lock,
     ModelTable,
+    Planned,
     Published,
     Record,
     Seconds,
@@ -26,7 +27,7 @@ from qtool.reports.records import (
 from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
 from qtool.system import reading
 from qtool.system.environment import environment
-from qtool.system.units import size
+from qtool.system.units import duration, size
 from qtool.system.writing import write_text
 
 JSON_NAME = "report.json"
@@ -70,6 +71,7 @@ class Report(Record, Printable):
     peak_gpu_bytes: dict[str, Count] = Field(
         default_factory=dict, description="Peak memory allocated by torch on one GPU, likewise."
     )
+    planned: Planned | None = Field(None, description="What qtool plan --keep predicted; null: nothing was kept.")
     exports: tuple[Exported, ...] = ()
     lock: Lock | None = Field(None, description="What the bytes of the quantized model depend on.")
     dtype: str | None = Field(None, description="Precision of computation, for both models.")
@@ -78,6 +80,9 @@ class Report(Record, Printable):
         None, description="Arithmetic of packed linears, by its name: exact, fast, ort, ...; null: no packed linears."
     )
     seed: Count | None = None
+    licence: dict[str, str] = Field(
+        default_factory=dict, description="Keys license, license_name and license_link of the float model's card."
+    )
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -152,6 +157,7 @@ class Report(Record, Printable):
         if held := [f"{size(max(peak.values()))}{where}" for peak, where in peaks if peak]:
             facts.append(("peak memory", ", ".join(held)))
         fast = f"with {self.backend} kernels" if self.backend not in (None, "exact") else None
+        facts += self._planned()
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
@@ -168,6 +174,20 @@ class Report(Record, Printable):
         if agreement := samples.agreement(self.continuations):
             facts.append(("same text as the float model", agreement))
         return [*facts, ("date", self.date)]
+
+    def _planned(self) -> list[tuple[str, str]]:
+        """Return the fact that says what was planned, beside what was measured of the same phases."""
+        if (plan := self.planned) is None:
+            return []
+        phases = [name for name in plan.seconds if name in self.seconds]
+        peaks = [self.peak_bytes[name] for name in phases if name in self.peak_bytes]
+        pairs = [(size(plan.peak_bytes), size(max(peaks)))] if peaks else []
+        if self.quantized_bytes is not None:
+            pairs.insert(0, (f"{plan.num_bytes / 1e6:.2f} MB on disk", f"{self.quantized_bytes / 1e6:.2f} MB"))
+        if phases:
+            taken = sum(self.seconds[name] for name in phases)
+            pairs.append((duration(sum(plan.seconds[name] for name in phases)), duration(taken)))
+        return [("planned (and measured)", ", ".join(f"{ours} ({real})" for ours, real in pairs))]
 
     def warnings(self) -> list[str]:
         """Return warnings of evaluation text that occurs in the calibration text."""

@@ -43,7 +43,7 @@ def float_file(folder: Path, out: Path) -> Path:
     for name, tensor in loaded.model.state_dict().items():
         if name == "lm_head.weight" and model.tie_word_embeddings:
             continue
-        held = gguf._held(there[name], tensor, model)
+        held = layout.held(there[name], tensor, model)
         order = layout.row_order(there[name], len(held), model)
         gguf._add(writer, there[name], held.contiguous(), gguf.FLOATS[dtype_name(held.dtype)], order)
     for name, tensor in rotary.tensors(model).items():

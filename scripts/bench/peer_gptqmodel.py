@@ -6,11 +6,15 @@ with fewer than four cores needs GPTQMODEL_CPU_WORKERS=2 in the environment (`pe
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
+import torch
 from peer import run
 from safetensors.torch import save_file
+
+RUNNER = Path(__file__).parents[2] / "qtool" / "exporters" / "_runners" / "gptqmodel.py"  # it unpacks weights
 
 
 def quantize(model: Path, tokens: Path, output: Path, num_bits: int, group_size: int) -> None:
@@ -26,10 +30,13 @@ def quantize(model: Path, tokens: Path, output: Path, num_bits: int, group_size:
 
 def expand(folder: Path, dense_file: Path) -> None:
     """Write each packed weight of ``folder`` as float32 ``[out, in]``, unpacked by GPTQModel itself."""
-    # Not at the top: this module turns torch.compile off, and the timed run must keep the library's default.
-    from witness_gptq import dense_weights, load_float32
-
-    save_file(dense_weights(load_float32(folder)), dense_file)
+    # Not at the top: this file turns torch.compile off, and the timed run must keep the library's default.
+    spec = importlib.util.spec_from_file_location("runner", RUNNER)
+    assert spec is not None
+    assert spec.loader is not None
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    save_file({f"{name}.weight": torch.from_numpy(rows) for name, rows in runner.weights(folder)}, dense_file)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from qtool.models.linears import Target
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
 from qtool.pipelines import plan as planning
+from qtool.reports.forecast import Forecast
 from qtool.system.errors import InputError
 
 MIXED = ("auto-round", "compressed-tensors", "dense", "gguf", "mlx")  # formats that hold several widths
@@ -299,14 +300,15 @@ def test_patterns_with_dots_can_be_set(tmp_path: Path) -> None:
     assert (budget.floors, budget.pins) == ({"*.down_proj": 3}, {"model.layers.0.*": 4})
 
 
-def test_plan_prints_json_and_asks_for_a_budget(
+def test_plan_prints_json_and_the_forecast_of_a_recipe_without_a_budget(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(make(models, tmp_path / "out", budget={"average_bits": 3, "estimator": "variance"}))
     assert main.main(["plan", file, "-q", "--json"]) == 0
     found = BitPlan.model_validate_json(capsys.readouterr().out)
     assert found.bits_per_weight <= 3
-    assert main.main(["plan", file, "-q", "--set", "quant.budget=null"]) == 2
+    assert main.main(["plan", file, "-q", "--json", "--set", "quant.budget=null", "--no-probe"]) == 0
+    assert Forecast.model_validate_json(capsys.readouterr().out).label == "w4g32"
 
 
 @pytest.mark.parametrize(("number", "after"), [(1, True), (2, False), (2, True), (4, False)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.timings import told
 
 from qtool.cli import doctor, main
 
@@ -21,6 +22,7 @@ def _distribution(monkeypatch: pytest.MonkeyPatch, requires: list[str], versions
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(doctor, "_devices", lambda: (DEVICES, None))
     monkeypatch.setattr(doctor, "_data", lambda: {"folder": None, "found": []})
+    monkeypatch.setattr(doctor, "_speeds", list)
 
 
 DEVICES: dict[str, Any] = {
@@ -57,6 +59,27 @@ def test_doctor_is_content_where_all_is_there(
     for each in ("A GPU, 24.0 GB, 20.0 GB free", "2 cores, 2 threads, 16.0 GB", "set QTOOL_DATA_DIR", "all is well"):
         assert each in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_doctor_shows_which_kernel_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without instructions for bfloat16: torch's int4 product is slower than the dense one."""
+    speeds, ways = (
+        doctor._speeds,
+        {"dense float32": 0.09, "dense bfloat16": 0.2, "int4": 0.2, "ort": 0.03, "exact": 0.9},
+    )
+    _distribution(monkeypatch, [], {})
+    told(monkeypatch, ways)
+    monkeypatch.setattr(doctor, "_speeds", speeds)
+    found = doctor.doctor()
+    assert [row["fastest"] for row in found["speeds"]] == ["ort"] * 4
+    assert found["speeds"][2]["speedups"]["int4"] == pytest.approx(0.45)
+    lines = doctor.render(found).splitlines()
+    assert (
+        "  4 bits" + " " * 14 + "ort 3.00 x, dense float32 1.00 x, int4 0.45 x, dense bfloat16 0.45 x, exact 0.10 x"
+        in lines
+    )
+    assert any(line.startswith("  torch: int4, cpu ") and "active; input and scales" in line for line in lines)
+    assert any(line.startswith("  ort, cpu ") and "not exact: input rounded to 8 bits" in line for line in lines)
 
 
 def test_doctor_says_when_torch_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:

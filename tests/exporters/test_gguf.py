@@ -13,22 +13,19 @@ from helpers import gguf_models, tiny, vocabularies
 from helpers.gguf_models import CHANGES, ROWS, quantized
 from helpers.native_checkpoints import GRIDS, Natives, exported, plain, read_back
 from helpers.packed import WEIGHTS, Weight
-from helpers.weights import make_weight
 from hypothesis import assume
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import NativeCheckpoint
-from qtool.config.grids import BLOCK_GRIDS
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
 from qtool.exporters.gguf import blocks, families, tokenizer
 from qtool.models.folders import read_config
 from qtool.models.targets import select_targets
-from qtool.quant.affine import QuantizedWeight, dequantize, quantize
-from qtool.quant.ranges import search_qparams
+from qtool.quant.affine import dequantize
 from qtool.system.errors import InputError, RunError
 
 gguf = pytest.importorskip("gguf")
@@ -122,38 +119,6 @@ def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_pat
     source, opened = NativeCheckpoint(tmp_path / "q"), _base.get("gguf").open(out)
     for linear in source.specs:
         assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
-
-
-@pytest.mark.parametrize("name", BLOCK_GRIDS)
-def test_the_package_dequantizes_the_weights_of_block_grids(name: str) -> None:
-    spec = QuantSpec.model_validate({"grid": name})
-    for seed, magnitude in enumerate([1e-5, 0.02, 3.0]):
-        weight = make_weight(8, 768, "normal", magnitude, seed)
-        grid = search_qparams(weight, spec, 2.0)
-        found = QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
-        block = blocks.choose(spec, 768)
-        assert block is not None
-        assert block.name == name.upper()
-        rows = gguf.dequantize(blocks.pack(found, block).numpy(), gguf.GGMLQuantizationType[block.name])
-        assert torch.equal(torch.from_numpy(rows), dequantize(*found))
-
-
-@pytest.mark.parametrize("name", BLOCK_GRIDS)
-def test_a_checkpoint_on_a_block_grid_is_written_and_read_back(name: str, tmp_path: Path) -> None:
-    quant = QuantConfig.model_validate({"grid": name, "embedding": {"grid": "q6_k"}})
-    tiny.quantize(tiny.BUILTIN, tmp_path / "q", quant)
-    out = exported(tmp_path / "q", "gguf", tmp_path / "out")
-    kinds = in_file(out)
-    assert {kinds[f"blk.{i}.{part}.weight"] for i in range(4) for part in ("attn_q", "ffn_down")} == {name.upper()}
-    assert kinds["token_embd.weight"] == "Q6_K"
-    source, opened = NativeCheckpoint(tmp_path / "q"), _base.get("gguf").open(out)
-    for linear in source.specs:
-        assert torch.equal(_base.get("gguf").read(opened, linear), dequantize(*source.quantized(linear)))
-    model = as_transformers_reads(out)
-    assert torch.equal(tiny.logits(model), tiny.logits(plain(tmp_path / "q")))
-    with pytest.raises(InputError, match=r"is on the grid \w+ of GGUF, which mlx cannot hold; export gguf or dense"):
-        exported(tmp_path / "q", "mlx", tmp_path / "mlx")
-    exported(tmp_path / "q", "dense", tmp_path / "dense")
 
 
 # transformers' own reader of GGUF

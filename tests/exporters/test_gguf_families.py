@@ -1,6 +1,5 @@
 """Every architecture in a GGUF file: its tensors and metadata, and the same logits in llama.cpp and transformers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +147,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert relative(folder, logits_of_llama_cpp(out)) < tolerance
     activation = families.FAMILIES[gguf_families.model_type(name)].activation
     tolerance = GELU if activation.startswith("gelu") else FLOATS
-    assert relative(folder, logits_of_llama_cpp(out, "--float32")) < tolerance
+    assert relative(folder, logits_of_llama_cpp(out, float32=True)) < tolerance
 
 
 @pytest.mark.slow
@@ -158,7 +157,6 @@ def test_llama_cpp_reads_texts_as_the_same_tokens(kind: str, tmp_path: Path) -> 
     ours = vocabularies.save(kind, floats)
     tiny.quantize(floats, tmp_path / "q", GRIDS["w4g32"])
     out = exported(tmp_path / "q", "gguf", tmp_path / "out")
-    (tmp_path / "texts.json").write_text(json.dumps(vocabularies.TEXTS))
-    witness = logits_of_llama_cpp(out, "--texts", str(tmp_path / "texts.json"))
+    witness = logits_of_llama_cpp(out, texts=vocabularies.TEXTS)
     for index, text in enumerate(vocabularies.TEXTS):
         assert witness[f"text_{index}"].tolist() == ours(text)["input_ids"], text

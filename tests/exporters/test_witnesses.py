@@ -2,8 +2,7 @@
 variable; without it the test is skipped.
 """
 
-import os
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from helpers import architectures, families, gguf_models, published, tiny
 from helpers.gguf_models import ROWS
 from helpers.native_checkpoints import GRIDS, MIXED, Natives, exported, plain
 from helpers.packed_heads import HEADS, Tables
-from safetensors.torch import load_file
+from helpers.witnesses import witnessed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -21,8 +20,8 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig
 from qtool.exporters.mlx import SWITCH
 from qtool.quant.affine import dequantize
+from qtool.system.errors import RunError
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 pytestmark = pytest.mark.slow
 
 
@@ -36,17 +35,16 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     return Tables(tmp_path_factory.mktemp("tables"))
 
 
-def witnessed(variable: str, needs: str, script: str, out: Path, *options: str) -> dict[str, Tensor]:
-    """Return the tensors that a witness read from ``out``; ``variable`` names its interpreter."""
-    python = os.environ.get(variable)
-    if not python:
-        pytest.skip(f"set {variable} to the Python of an environment with {needs}")
-    file = out.with_name(f"{out.name}.witness.safetensors")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # it has its own packages
-    command = [python, str(SCRIPTS / script), str(out), str(file), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return load_file(file)
+def by_gptqmodel(out: Path) -> dict[str, Tensor]:
+    return witnessed("gptqmodel", out, weights="gptqmodel", logits="gptqmodel")
+
+
+def by_auto_round(out: Path) -> dict[str, Tensor]:
+    return witnessed("auto-round", out, weights="auto_round", logits="transformers")
+
+
+def by_mlx(out: Path) -> dict[str, Tensor]:
+    return witnessed("mlx", out, weights="mlx", logits="mlx")
 
 
 def check(folder: Path, witness: dict[str, Tensor], tolerance: float) -> None:
@@ -63,14 +61,21 @@ def check(folder: Path, witness: dict[str, Tensor], tolerance: float) -> None:
 @pytest.mark.parametrize("grid", ["w2g32", "w3g32", "w4g32", "w8g32", "w4pc", "w2g32-asym", "w3g32-asym", "w4g32-asym"])
 def test_gptqmodel_reads_the_same_weights_and_logits(name: str, grid: str, native: Natives) -> None:
     folder, out = native(grid), native.export(name, grid)
-    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "bench/witness_gptq.py", out, "--weights")
+    witness = by_gptqmodel(out)
     check(folder, witness, 1e-4)
+
+
+@pytest.mark.parametrize("grid", ["w2g32", "w3g32-asym", "w4g32", "w4g32-asym", "w4pc", "skipped"])
+def test_gptqmodel_reads_the_same_weights_of_awq_and_logits_up_to_float16(grid: str, native: Natives) -> None:
+    folder, out = native(grid), native.export("awq", grid)
+    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "witness/witness_awq.py", out)
+    check(folder, witness, 2e-3)  # its kernel multiplies in float16
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
 def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
     folder, out = native(grid), native.export("auto-round", grid)
-    witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
+    witness = by_auto_round(out)
     check(folder, witness, 1e-5)
 
 
@@ -79,10 +84,9 @@ def test_auto_round_reads_the_same_weights_and_logits(grid: str, native: Natives
 def test_packed_heads_are_read_with_the_same_weights_and_logits(name: str, case: str, tables: Tables) -> None:
     folder, out = tables(case), tables.export(name, case)
     if name == "auto-round":
-        script = "witness/witness_auto_round.py"
-        check(folder, witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", script, out), 1e-5)
+        check(folder, by_auto_round(out), 1e-5)
         return
-    witness = witnessed("QTOOL_GPTQMODEL_PYTHON", "gptqmodel 7.x", "bench/witness_gptq.py", out, "--weights")
+    witness = by_gptqmodel(out)
     check(folder, witness, 1e-4)
 
 
@@ -91,22 +95,20 @@ def test_transformers_reads_a_gptq_head_with_the_bits_and_groups_of_the_linears_
     case: str, tables: Tables
 ) -> None:
     folder, out = tables(case), tables.export("gptq", case)
-    needs, options = "gptqmodel 7.x", ("--transformers",)
     if case in ("head as linears", "head asym"):
-        witness = witnessed("QTOOL_GPTQMODEL_PYTHON", needs, "bench/witness_gptq.py", out, *options)
+        witness = witnessed("gptqmodel", out, logits="transformers")
         with torch.no_grad():
             ours = plain(folder)(witness["tokens"]).logits
         assert torch.allclose(witness["logits"], ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
         return
-    with pytest.raises(AssertionError, match="mismatch"):
-        witnessed("QTOOL_GPTQMODEL_PYTHON", needs, "bench/witness_gptq.py", out, *options)
+    with pytest.raises(RunError, match="mismatch"):
+        witnessed("gptqmodel", out, logits="transformers")
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, *MIXED])
 def test_mlx_lm_reads_the_same_weights_and_logits(grid: str, native: Natives) -> None:
     folder, out = native(grid), native.export("mlx", grid)
-    witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
-    assert all(tensor.dtype == torch.float32 for name, tensor in witness.items() if name.endswith("_proj.weight"))
+    witness = by_mlx(out)
     check(folder, witness, 1e-5)
 
 
@@ -131,7 +133,7 @@ def test_mlx_lm_reads_the_same_tables_and_logits(case: str, tmp_path: Path) -> N
     tied, tables = TABLES[case]
     folder = with_tables(tiny.llama(tmp_path / "float", tied=tied), tmp_path, tables)
     out = exported(folder, "mlx", tmp_path / "mlx")
-    check(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out), 1e-5)
+    check(folder, by_mlx(out), 1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -141,7 +143,7 @@ def test_mlx_lm_computes_the_same_with_tables_of_other_families(family: str, tie
     config = getattr(transformers, kind)(**values | {"tie_word_embeddings": tied}, rope_parameters=rope)
     folder = with_tables(families.write(config, tmp_path / "float"), tmp_path, TABLES["8 bits a row"][1])
     out = exported(folder, "mlx", tmp_path / "mlx")
-    check(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out), 1e-5)
+    check(folder, by_mlx(out), 1e-5)
 
 
 def perplexity(logits: Tensor, tokens: Tensor) -> float:
@@ -162,14 +164,13 @@ def same_model(folder: Path, witness: dict[str, Tensor]) -> bool:
 def test_transformers_4_computes_the_same_model(name: str, older: bool, tmp_path: Path) -> None:
     folder = published.quantized(name, tmp_path, older=older)
     out = exported(folder, "dense", tmp_path / "dense")
-    text = tmp_path / "text.txt"
-    text.write_text(tiny.PROSE[0], encoding="utf-8")
-    options = ("--text", str(text)) if older else ()  # the other names a class of tokenizer of transformers 5
-    needs, script = "transformers 4 and safetensors", "witness/witness_transformers4.py"
-    witness = witnessed("QTOOL_TRANSFORMERS4_PYTHON", needs, script, out, *options)
+    # the other names a class of tokenizer of transformers 5
+    texts = tiny.PROSE[:1] if older else ()
+    witness = witnessed("transformers4", out, logits="transformers", texts=texts)
+    assert witness["logits"].isfinite().all()
     assert same_model(folder, witness)
     if older:
-        assert witness["text_tokens"].tolist() == tiny.tokenizer()(tiny.PROSE[0])["input_ids"]
+        assert witness["text_0"].tolist() == tiny.tokenizer()(tiny.PROSE[0])["input_ids"]
 
 
 @pytest.mark.parametrize("older", [True, False], ids=["published", "written by transformers 5"])
@@ -177,7 +178,7 @@ def test_transformers_4_computes_the_same_model(name: str, older: bool, tmp_path
 def test_mlx_lm_computes_the_same_model(name: str, older: bool, tmp_path: Path) -> None:
     folder = published.quantized(name, tmp_path, older=older)
     out = exported(folder, "mlx", tmp_path / "mlx")
-    assert same_model(folder, witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out))
+    assert same_model(folder, by_mlx(out))
 
 
 # keys of published configs that transformers 5 names otherwise in its own, by family
@@ -202,7 +203,7 @@ def mixture(name: str, at: Path) -> Path:
 def test_mlx_lm_computes_the_same_mixture(name: str, tmp_path: Path) -> None:
     folder = mixture(name, tmp_path)
     out = exported(folder, "mlx", tmp_path / "mlx")
-    witness = witnessed("QTOOL_MLX_PYTHON", "mlx and mlx-lm", "witness/witness_mlx.py", out)
+    witness = by_mlx(out)
     with torch.no_grad():
         ours = plain(folder)(witness["tokens"].long()).logits
     tolerance = SCAN if name == "nemotron_h" else 1e-5
@@ -215,7 +216,7 @@ def test_mlx_lm_computes_the_same_mixture(name: str, tmp_path: Path) -> None:
 def test_auto_round_computes_the_same_mixture(name: str, tmp_path: Path) -> None:
     folder = mixture(name, tmp_path)
     out = exported(folder, "auto-round", tmp_path / "auto-round")
-    witness = witnessed("QTOOL_AUTO_ROUND_PYTHON", "auto-round and transformers", "witness/witness_auto_round.py", out)
+    witness = by_auto_round(out)
     with torch.no_grad():
         ours = plain(folder)(witness["tokens"]).logits
     assert torch.allclose(witness["logits"], ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
@@ -226,9 +227,8 @@ GGUF_GRIDS = [grid for grid in (*GRIDS, *MIXED) if grid not in ("w8pc-asym", "w8
 ACTIVATIONS = 0.05
 
 
-def logits_of_llama_cpp(out: Path, *options: str) -> dict[str, Tensor]:
-    needs = "llama-cpp-python and safetensors"
-    return witnessed("QTOOL_LLAMA_CPP_PYTHON", needs, "witness/witness_gguf.py", out, *options)
+def logits_of_llama_cpp(out: Path, *, texts: Sequence[str] = (), float32: bool = False) -> dict[str, Tensor]:
+    return witnessed("llama.cpp", out, logits="llama_cpp", texts=texts, float32=float32)
 
 
 def near(folder: Path, witness: dict[str, Tensor]) -> bool:

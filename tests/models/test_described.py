@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,13 +54,14 @@ def test_the_cache_has_the_size_of_one_that_is_filled(name: str, num_tokens: int
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, num_tokens, dtype=torch.int64), **with_cache(model, cache))
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    layers: Any = cache.layers
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
     found = cache_size(described_model(config_only(folder, tmp_path / "config")).model, num_tokens)
     assert found.num_bytes == BYTES * held
     assert found.layers == ({"sliding": 1, "full": 1} if name == "gemma3" else {"full": 2})
 
 
-def test_the_first_blocks_are_left(make_llama: object, tmp_path: Path, llama_folder: Path) -> None:
+def test_the_first_blocks_are_left(tmp_path: Path, llama_folder: Path) -> None:
     loaded: LoadedModel = described_model(config_only(llama_folder, tmp_path / "config"))
     keep_first(loaded, 1)
     assert [name for name, _ in loaded.blocks()] == ["model.layers.0"]

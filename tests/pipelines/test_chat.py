@@ -42,7 +42,7 @@ def opened(folder: Path, options: Options = GREEDY, template: str | None = TEMPL
 def said(chat: Chat, prompt: str) -> tuple[Answer, str]:
     """Return an answer, and the pieces that were shown, joined."""
     pieces: list[str] = []
-    given = answer(chat, prompt, lambda text: pieces.append(text) is None)
+    given = answer(chat, prompt, lambda text: not pieces.append(text))
     return given, "".join(pieces)
 
 

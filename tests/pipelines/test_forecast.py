@@ -17,9 +17,9 @@ from qtool.config import recipe as recipes
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base
-from qtool.pipelines import forecast, probe, quantize
+from qtool.pipelines import forecast, kept_forecast, probe, quantize
 from qtool.pipelines.probe import Measured
-from qtool.reports.forecast import Forecast
+from qtool.reports.forecast import Cost, Forecast
 from qtool.system.errors import InputError
 
 FORMATS = ("compressed-tensors", "gptq", "auto-round", "mlx", "gguf")
@@ -48,9 +48,10 @@ def planned(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, d
     ("quant", "formats"),
     [
         ({"num_bits": 4, "group_size": 64}, FORMATS),
-        ({"num_bits": 3, "group_size": 32, "symmetric": False}, ("gptq", "auto-round", "mlx")),
-        ({"num_bits": 2, "group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}}, ("mlx", "gguf")),
-        ({"group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}}, ("compressed-tensors",)),
+        (
+            {"num_bits": 2, "group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}},
+            ("compressed-tensors", "mlx", "gguf"),
+        ),
         ({"grid": "q4_k"}, ("gguf",)),
     ],
 )
@@ -151,6 +152,26 @@ def test_a_plan_is_read_at_80_columns(tmp_path: Path) -> None:
     for words in ("mlp.down_proj x 4", "llama.cpp 0.3.36", "cache of 100 tokens", "fits"):
         assert words in text
     assert Forecast.model_validate(found.model_dump()) == found
+
+
+def test_what_was_kept_is_shown_beside_what_was_measured(tmp_path: Path) -> None:
+    recipe = recipes.load(written(tmp_path))
+    found = forecast.of_recipe(recipe, probed=False)
+    with pytest.raises(InputError, match="--keep needs the time and memory of a probe"):
+        kept_forecast.keep(recipe, found)
+    cost = Cost(seconds={"load": 1.0, "quantize": 61.0}, peak_bytes=5 * 10**8, disk_bytes=10**7, probe_seconds=3)
+    kept_forecast.keep(recipe, found.model_copy(update={"cost": cost}))
+    other = recipe.model_copy(update={"seed": 1})
+    assert kept_forecast.kept(other) is None
+    made = quantize.quantize(recipe)
+    assert made is not None
+    report = made.report
+    assert report.planned is not None
+    row = dict(report.facts())["planned (and measured)"]
+    size, peak, time = row.split(", ")
+    assert size.startswith("3.37 MB on disk (3.3")
+    assert peak.startswith("500 MB (")
+    assert time.startswith("1:02 (")
 
 
 costs = st.floats(0.01, 10)

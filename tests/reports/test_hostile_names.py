@@ -79,7 +79,7 @@ def test_a_model_card_has_a_header_and_code_that_can_be_read(report: Report, tmp
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     names = [ast.literal_eval(call.args[0]) for call in calls]
     assert names == ['a"; import os #\n```\x1b[2J\udc80'] * 2
-    base = {"base": HOSTILE, "label": "w4", "format": "gptq", "library": "x", "loading": "", "notes": [HOSTILE]}
+    base = {"base": HOSTILE, "label": "w4", "format": "gptq", "library": "x", "notes": [HOSTILE], "licence": {}}
     model_card.write_export(tmp_path, **base, differences={"weight_difference": 0, "logit_difference": 0})  # type: ignore[arg-type] # of several types
     check((tmp_path / "README.md").read_text(encoding="utf-8"))
 

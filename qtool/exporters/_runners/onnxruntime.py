@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-FILE = "model.onnx"
+FILE, GENAI = "model.onnx", "genai_config.json"
 DTYPES = {"int64": np.int64, "int32": np.int32, "float": np.float32, "float16": np.float16}
 
 
-def load(folder: Path) -> Any:
-    """Return the session of the graph."""
-    return onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+class Model(NamedTuple):
+    """A session of the graph, and the channels of a head of keys and values."""
+
+    session: Any
+    channels: int
 
 
-def logits(model: Any, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def load(folder: Path) -> Model:
+    """Return the model."""
+    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    decoder = json.loads((folder / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
+    return Model(session, decoder["head_size"])
+
+
+def logits(model: Model, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the logits ``[t, vocabulary]`` of ``tokens`` ``[t]``, with an empty cache of keys and values."""
     length = len(tokens)
     known = {
@@ -27,10 +37,11 @@ def logits(model: Any, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         "position_ids": np.arange(length, dtype=np.int64)[None],
     }
     feeds = {}
-    for each in model.get_inputs():
+    for each in model.session.get_inputs():
         dtype = DTYPES[each.type.removeprefix("tensor(").removesuffix(")")]
-        # of a cache [batch, heads, past, channels] only heads and channels are numbers
-        empty = [size if isinstance(size, int) else int(d == 0) for d, size in enumerate(each.shape)]
-        feeds[each.name] = known[each.name].astype(dtype) if each.name in known else np.zeros(empty, dtype=dtype)
-    found: npt.NDArray[Any] = model.run(["logits"], feeds)[0][0].astype(np.float32)
+        if each.name in known:
+            feeds[each.name] = known[each.name].astype(dtype)
+        else:
+            feeds[each.name] = np.zeros((1, each.shape[1], 0, model.channels), dtype=dtype)
+    found: npt.NDArray[Any] = model.session.run(["logits"], feeds)[0][0].astype(np.float32)
     return found

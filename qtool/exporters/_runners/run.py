@@ -2,7 +2,8 @@
 
 Run by the Python of the engine's environment, which needs numpy and the engine:
 
-    python run.py RUNNER FOLDER [--needs PACKAGE ...] [--weights] [--tokens FILE.npy] [--text FILE]
+    python run.py RUNNER FOLDER [--needs PACKAGE ...] [--weights] [--tokens FILE.npy] [--texts FILE.json]
+        [--float32]
 
 RUNNER is a file beside this one, without ``.py``. Output is a sequence of records: a line of JSON, and where it has a
 ``shape``, the bytes of a float32 array. The first record has the versions of PACKAGEs; if one is not
@@ -41,14 +42,14 @@ def main() -> None:
     if args.weights:
         for name, array in runner.weights(args.folder):
             _write(out, {"weight": name}, array)
-    model = runner.load(args.folder) if args.tokens or args.text else None
+    options = {"float32": True} if args.float32 else {}
+    model = runner.load(args.folder, **options) if args.tokens or args.texts else None
     if args.tokens:
         for index, tokens in enumerate(np.load(args.tokens)):
             _write(out, {"logits": index}, runner.logits(model, tokens))
-    if args.text:
-        reads = getattr(runner, "text_tokens", None)
-        text = args.text.read_text(encoding="utf-8")
-        _write(out, {"text_tokens": None if reads is None else list(map(int, reads(model, text)))})
+    reads = getattr(runner, "text_tokens", None)
+    for index, text in enumerate(json.loads(args.texts.read_text(encoding="utf-8")) if args.texts else ()):
+        _write(out, {"text": index, "tokens": None if reads is None else list(map(int, reads(model, text)))})
     _write(out, {"done": True})
 
 
@@ -59,7 +60,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--needs", nargs="*", default=[], metavar="PACKAGE", help="packages that must be installed")
     parser.add_argument("--weights", action="store_true", help="write the weight of each packed linear")
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="a .npy of tokens [n, t]: write their logits")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="a text: write the tokens of the engine for it")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="a JSON list of texts: write the engine's tokens")
+    parser.add_argument("--float32", action="store_true", help="round no inputs, of an engine that does (llama.cpp)")
     return parser.parse_args()
 
 

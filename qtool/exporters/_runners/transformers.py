@@ -33,8 +33,10 @@ def load(folder: Path) -> Any:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     if not section and not any(folder.glob("*.safetensors")):
         options["gguf_file"] = "model.gguf"
-    multimodal = type(config) in transformers.models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING
-    kind = transformers.AutoModelForMultimodalLM if multimodal else transformers.AutoModelForCausalLM
+    if method == "awq":
+        options["quantization_config"] = transformers.AwqConfig(backend="torch_awq")
+    several = getattr(transformers.models.auto.modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING", ())  # not in version 4
+    kind = transformers.AutoModelForMultimodalLM if type(config) in several else transformers.AutoModelForCausalLM
     model = kind.from_pretrained(folder, device_map="cpu", trust_remote_code=False, **options).eval()
     return in_float32(model, folder) if method in THROUGH_HALF else model
 
@@ -49,6 +51,13 @@ def in_float32(model: Any, folder: Path) -> Any:
         if name in stored:  # embeddings and norms: float16 has rounded their smallest values
             parameter.data = stored[name].float()
     return model
+
+
+def text_tokens(model: Any, text: str) -> list[int]:
+    """Return the tokens that the tokenizer in the folder makes of a text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
+    found: list[int] = tokenizer(text)["input_ids"]
+    return found
 
 
 def logits(model: Any, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -43,7 +43,7 @@ from qtool.exporters._folder import (
     write_folder,
 )
 from qtool.exporters._published import Place, Published, gathered, published
-from qtool.exporters.gguf import blocks, families, layout, rotary, tokenizer
+from qtool.exporters.gguf import blocks, families, layout, rotary, sampling, tokenizer
 from qtool.exporters.gguf.families import FAMILIES, metadata
 from qtool.exporters.gguf.layout import ROUTER, row_order
 from qtool.models.folders import read_config
@@ -208,6 +208,7 @@ def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
         if (figure := value(model)) is not None:
             getattr(writer, f"add_{kind}")(f"{family.architecture}.{key}", figure)
     tokenizer.add(writer, folder, model.vocab_size)
+    sampling.add(writer, folder)
     return writer
 
 

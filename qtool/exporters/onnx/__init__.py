@@ -8,7 +8,7 @@ scale. Scales are float32, as the graph's numbers are. Before the folder gets it
 it, of a prompt and of tokens after it.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.checkpoints.files import write_json
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import QuantSpec
 from qtool.config.sections import ExportConfig
 from qtool.exporters._base import Exporter
 from qtool.exporters._folder import (
@@ -105,20 +106,22 @@ def _notes(source: NativeCheckpoint) -> list[str]:
         source.shapes,
         packed_tables(source),
     )
-    sizes, bits = Counter[str](), Counter[str]()
+    sizes, bits = Counter[str](), defaultdict[str, float](float)
     for name, spec in source.specs.items():
-        rows, columns = shapes[name]
-        held = (packing.GATHER if name in source.tables.embeddings else packing.MATMUL)[spec.num_bits]
-        block = packing.block_size(spec, columns)
-        assert block is not None
-        zeros = 0 if spec.symmetric and name not in source.tables.embeddings else held
-        part = name if name in tables else "linears"
-        sizes[part] += rows * columns
-        bits[part] += rows * columns * held + rows * columns // block * (32 + zeros)
+        part, count = name if name in tables else "linears", shapes[name][0] * shapes[name][1]
+        sizes[part] += count
+        bits[part] += count * _bits(spec, shapes[name], name in source.tables.embeddings)
     notes += [f"{part}: {bits[part] / sizes[part]:.2f} bits per weight as written" for part in sizes]
     if any(spec.num_bits == 3 for spec in source.specs.values()):
         notes.append("3-bit codes are written as 4-bit ones, which changes no weight")
     return notes
+
+
+def _bits(spec: QuantSpec, shape: tuple[int, int], table: bool) -> float:
+    """Return the bits per weight as written; an embedding of any grid has zero points."""
+    held = (packing.GATHER if table else packing.MATMUL)[spec.num_bits]
+    block = packing.block_size(spec, shape[1]) or shape[1]
+    return held + (32 + (0 if spec.symmetric and not table else held)) / block
 
 
 def read(opened: WrittenFolder, name: str) -> Tensor:
@@ -143,5 +146,6 @@ EXPORTER = Exporter(
     recognises=recognises,
     library="onnx",
     weight_files=f"{FILE}*",
+    bits=_bits,
     runs=logits,
 )
