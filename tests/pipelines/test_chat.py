@@ -42,7 +42,12 @@ def opened(folder: Path, options: Options = GREEDY, template: str | None = TEMPL
 def said(chat: Chat, prompt: str) -> tuple[Answer, str]:
     """Return an answer, and the pieces that were shown, joined."""
     pieces: list[str] = []
-    given = answer(chat, prompt, lambda text: not pieces.append(text))
+
+    def show(text: str) -> bool:
+        pieces.append(text)
+        return True
+
+    given = answer(chat, prompt, show)
     return given, "".join(pieces)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import HfApi
 import yaml
 from helpers import hub, tiny
 from helpers.hub import TOKEN, Hub, Repository
@@ -120,7 +121,7 @@ def test_a_message_of_the_hub_with_the_token_hides_it(
     def fail(*args: object, **keys: object) -> None:
         raise ValueError(f"Bearer {TOKEN} and {TOKEN}")
 
-    monkeypatch.setattr(pipeline.HfApi, "create_commit", fail)
+    monkeypatch.setattr(HfApi, "create_commit", fail)
     with pytest.raises(RunError) as caught:
         pipeline.push(made / "q", pipeline.Destination("ada/x", False))
     assert TOKEN not in str(caught.value)
