@@ -9,11 +9,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import HfApi
 import yaml
 from helpers import hub, tiny
 from helpers.hub import TOKEN, Hub, Repository
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 
 from qtool.cli.main import main
