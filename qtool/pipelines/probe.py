@@ -1,9 +1,9 @@
 """What a run will take: a few runs of the same recipe on one and two blocks, few windows and few steps, extrapolated.
 
-A run's time is taken as ``c + B (a + b n) + s (d + e B)``, with ``B`` blocks, ``n`` windows of text and ``s`` steps of
-training; blocks count by the weights of their linears. Peak memory grows with the windows until their hidden states
-exceed ``data.memory_budget``, and in a training of the whole model with its blocks. Each probe is a process of its own,
-so that its peak is its own, and reads random tokens in place of the text; the text is timed by itself.
+A run's time is taken as ``c + d n + (B - 1) (a + b n) + s (e + f B)``, with ``B`` blocks, ``n`` windows of text and
+``s`` steps of training; blocks count by the weights of their linears. Peak memory grows with the windows until their hidden
+states exceed ``data.memory_budget``, and in a training of the whole model with its blocks. Each probe is a process of its
+own, so that its peak is its own, and reads random tokens in place of the text; the text is timed by itself.
 
 ``python -m qtool.pipelines.probe`` reads a recipe as JSON from standard input, and writes ``Cost`` into the file that
 its argument names.
@@ -113,11 +113,12 @@ def predict(recipe: Recipe, folder: Path) -> tuple[dict[str, float], int]:
     more = min(count, max(WIDER * first, int(first * SECONDS / max(0.01, one.seconds["quantize"]))))
     two = run(2, first, small) if len(sizes) > 1 else one
     wide = run(1, more, small) if text and more > first else one
+    wider = run(2, more, small) if wide is not one and two is not one else two
     long = (run(1, first, large), run(2, first, large) if len(sizes) > 1 else one) if large > small else None
     seconds = {"load": one.seconds["load"]}
     if data is not None:
         seconds["data"] = data.seconds["data"]
-    quantized = _time(one, two, wide, sizes, (first, more), count)
+    quantized = _time(one, two, wide, wider, sizes, (count - first) / (more - first) if more > first else 0.0)
     peak = float(one.peak_bytes)
     if wide is not one:
         slope = max(0, wide.peak_bytes - one.peak_bytes) / (more - first)
@@ -141,15 +142,17 @@ def _block_sizes(shapes: Mapping[str, tuple[int, int]], blocks: Sequence[str]) -
     ]
 
 
-def _time(one: Measured, two: Measured, wide: Measured, sizes: list[int], probed: tuple[int, int], count: int) -> float:
-    """Return the seconds of the phase ``quantize`` with all blocks and windows, and as few steps as ``one``."""
-    first, more = probed
-    took = one.seconds["quantize"]
-    # no block and no window takes more than the probe that has them, whatever else the machine did meanwhile
-    each = min(took, max(0.0, two.seconds["quantize"] - took)) / (sizes[1] if len(sizes) > 1 else 1)
-    grown = max(0.0, wide.seconds["quantize"] - took) / (more - first) if more > first else 0.0
-    slope = min(grown, took / first) / sizes[0]
-    return took + each * sum(sizes[1:]) + slope * (count - first) * sum(sizes)
+def _time(one: Measured, two: Measured, wide: Measured, wider: Measured, sizes: list[int], further: float) -> float:
+    """Return the seconds of the phase ``quantize`` with all blocks and windows, and as few steps as ``one``.
+
+    ``wide`` and ``wider`` are the probes of one and two blocks with more windows than ``one`` and ``two``, and
+    ``further`` is how far the run is beyond ``one``, in units of what ``wide`` has more. The first block of a process
+    takes longer than the others, because it is the first to touch the memory.
+    """
+    alone = [each.seconds["quantize"] for each in (one, wide)]
+    second = [max(0.0, both.seconds["quantize"] - took) for both, took in zip((two, wider), alone, strict=True)]
+    first, rest = (max(few, few + (many - few) * further) for few, many in (alone, second))
+    return first + rest * sum(sizes[1:]) / (sizes[1] if len(sizes) > 1 else 1)
 
 
 def _trained(
