@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from exporters.test_witnesses import logits_of_llama_cpp
-from helpers import gguf_families, tiny, vocabularies
+from helpers import architectures, gguf_families, tiny, vocabularies
 from helpers.gguf_families import CASES
 from helpers.native_checkpoints import GRIDS, exported, plain
 from torch import Tensor
@@ -129,6 +129,11 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name: str, changes: dict[s
     config = gguf_families.make_config(name, changes)
     assert words in str(families.refuses(config))
     assert families.refuses(gguf_families.make_config(name)) is None
+
+
+def test_gemma_4_is_refused_with_the_reason() -> None:
+    config = architectures.make_config("gemma4_text")
+    assert "qtool writes no Gemma 4 to GGUF, because its file would lack" in str(families.refuses(config))
 
 
 def relative(folder: Path, witness: dict[str, Tensor]) -> float:

@@ -226,6 +226,11 @@ def refuses(model: Any) -> str | None:
 
     ``model`` is the config of a model.
     """
+    if model.model_type == "gemma4_text":
+        return (
+            "qtool writes no Gemma 4 to GGUF, because its file would lack the factors of blocks (layer_scalar) that "
+            "llama.cpp multiplies by; export dense, and convert the result with llama.cpp's convert_hf_to_gguf.py"
+        )
     if model.model_type not in FAMILIES:
         return (
             f"its model_type is {model.model_type}, and qtool writes GGUF for {', '.join(FAMILIES)}; "
