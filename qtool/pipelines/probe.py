@@ -1,9 +1,10 @@
 """What a run will take: a few runs of the same recipe on one and two blocks, few windows and few steps, extrapolated.
 
 A run's time is taken as ``c + d n + (B - 1) (a + b n) + s (e + f B)``, with ``B`` blocks, ``n`` windows of text and
-``s`` steps of training; blocks count by the weights of their linears. Peak memory grows with the windows until their hidden
-states exceed ``data.memory_budget``, and in a training of the whole model with its blocks. Each probe is a process of its
-own, so that its peak is its own, and reads random tokens in place of the text; the text is timed by itself.
+``s`` steps of training; blocks count by the weights of their linears. Peak memory grows with the windows until their
+hidden states exceed ``data.memory_budget``, and in a training of the whole model with its blocks. Each probe is a
+process of its own, so that its peak is its own, and reads random tokens in place of the text; the text is timed by
+itself.
 
 ``python -m qtool.pipelines.probe`` reads a recipe as JSON from standard input, and writes ``Cost`` into the file that
 its argument names.
