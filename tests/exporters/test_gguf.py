@@ -159,7 +159,7 @@ def test_transformers_reads_the_same_tokenizer(kind: str, native: Natives, tmp_p
     fields = {key: field.contents() for key, field in gguf.GGUFReader(out / "model.gguf").fields.items()}
     assert fields["tokenizer.ggml.pre"] == name
     assert fields.get("tokenizer.ggml.add_space_prefix", False) == (kind == "sentencepiece")
-    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece", "gemma"))
+    assert fields["tokenizer.ggml.add_bos_token"] == (kind in ("llama-bpe", "sentencepiece", "gemma", "gemma4"))
     assert fields["tokenizer.ggml.add_eos_token"] is False
     assert ("composes characters" in (out / "README.md").read_text()) == (kind in ("qwen2", "qwen35"))
 

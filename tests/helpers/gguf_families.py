@@ -20,6 +20,11 @@ LONG |= {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.
 FOUR = {"num_hidden_layers": 4}
 DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 64}
 FOUR_LINEAR = FOUR | {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+LOCAL_LINEAR = {
+    "sliding_attention": LINEAR,
+    "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+}
+GLOBAL = {"head_dim": 64, "num_key_value_heads": 1}
 SCALE = {"query_pre_attn_scalar": 16}  # of heads of 16 channels
 
 
@@ -62,6 +67,17 @@ CASES = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma4": Case("gemma4_text"),
+    "gemma4, keys as values": Case(
+        "gemma4_text",
+        {
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+            "per_layer_config": {"1": GLOBAL, "3": GLOBAL},
+        },
+    ),
+    "gemma4, shared": Case("gemma4_e"),
     "phi": Case("phi"),
     "phi3": Case("phi3"),
     "phi3, partial": Case("phi3_partial"),
@@ -114,6 +130,9 @@ def write(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config(name))
     architectures.move(model)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("layer_scalar"):  # Gemma 4's, of one
+            buffer.mul_(torch.rand(1) + 0.5)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder

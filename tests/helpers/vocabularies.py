@@ -1,5 +1,6 @@
 """Small tokenizers of every kind that llama.cpp has a name for, and a text that tells them apart."""
 
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -96,32 +97,38 @@ def all_merges(bpe: Tokenizer) -> None:
     bpe.model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
 
 
-def sentencepiece(gemma: bool = False) -> Tokenizer:
+def sentencepiece(kind: str) -> Tokenizer:
     """Return Llama 2's or Gemma's kind: BPE on characters with byte fallback and SentencePiece's spaces."""
+    gemma = kind != "sentencepiece"
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     if gemma:  # no space before the text, and user-defined tokens
         bpe.normalizer = normalizers.Replace(" ", "\u2581")
         bpe.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    own = ("\n\n", "[multimodal]") if gemma else ()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False
+        vocab_size=VOCABULARY - len(own), special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False
     )
     bpe.train_from_iterator(PROSE, trainer)
     all_merges(bpe)
+    if kind == "gemma4":  # merges in another order than tokens, and some are missing
+        model = json.loads(bpe.to_str())["model"]
+        merges = [tuple(pair) for pair in model["merges"]]
+        bpe.model = models.BPE(model["vocab"], merges[::-1][1:], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     if gemma:
-        bpe.add_tokens([AddedToken(each, normalized=False) for each in ("\n\n", "[multimodal]")])
+        bpe.add_tokens([AddedToken(each, normalized=False) for each in own])
     bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B:1", [("<s>", 1)])
     return bpe
 
 
-KINDS = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "falcon", "sentencepiece", "gemma")
+KINDS = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "falcon", "sentencepiece", "gemma", "gemma4")
 
 
 def save(kind: str, folder: Path) -> PreTrainedTokenizerFast:
     """Replace the tokenizer in ``folder`` by one of ``kind``."""
-    pieces = kind in ("sentencepiece", "gemma")
-    made = sentencepiece(kind == "gemma") if pieces else byte_level(kind)
+    pieces = kind in ("sentencepiece", "gemma", "gemma4")
+    made = sentencepiece(kind) if pieces else byte_level(kind)
     unknown = {"unk_token": "<unk>"} if pieces else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", **unknown)
     tokenizer.save_pretrained(folder)

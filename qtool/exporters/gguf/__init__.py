@@ -131,7 +131,10 @@ def _tensor_map(model: nn.Module) -> dict[str, str]:
     names = gguf.get_tensor_name_map(architectures[FAMILIES[config.model_type].architecture], config.num_hidden_layers)
     known = published(model)
     tensors = {known.name(name) for name in model.state_dict() if name not in known.experts} | places(known).keys()
-    known_as = {name: name.replace(".dt_bias", ".dt_proj.bias") for name in sorted(tensors)}
+    known_as = {
+        name: name.replace(".dt_bias", ".dt_proj.bias").replace(".layer_scalar", ".layer_scalar.weight")
+        for name in sorted(tensors)
+    }
     found = {name: names.get_name(key, try_suffixes=(".weight", ".bias")) for name, key in known_as.items()}
     return {name: there for name, there in found.items() if there is not None}
 

@@ -20,7 +20,7 @@ class Family(NamedTuple):
 
     architecture: str
     figures: tuple[Figure, ...] = figures.RMS_NORM
-    """Metadata beside ``figures.COMMON``."""
+    """Metadata beside ``figures.COMMON``, or instead of figures there that have the same key."""
     rows: Literal["", "pairs", "groups", "tiles"] = ""
     """The order of rows. ``pairs``: the two channels of a rotary pair of query and key lie next to each other.
     ``groups``: in the fused tensor of query, key and value, the heads of each follow each other. ``tiles``: of linear
@@ -52,6 +52,17 @@ def _scaled_by(big: int) -> Any:
     return lambda config: (
         config.hidden_size // config.num_attention_heads if config.num_hidden_layers == big else rotary.head_dim(config)
     )
+
+
+def _shared_blocks(config: Any) -> int:
+    """Return the number of last blocks that may reuse keys and values in llama.cpp.
+
+    It takes those of the last block that has its own for blocks that attend to all tokens, and of the block before it
+    for blocks with a window.
+    """
+    count = int(config.num_kv_shared_layers)
+    own = config.layer_types[: config.num_hidden_layers - count]
+    return count if own[-2:] == ["sliding_attention", "full_attention"] else 0
 
 
 # each block has experts
@@ -123,6 +134,21 @@ FAMILIES = {  # by model_type
             "use_bidirectional_attention": False,
             "query_pre_attn_scalar": _scaled_by(62),
             "attn_logit_softcapping": None,
+        },
+    ),
+    "gemma4_text": Family(
+        "gemma4",
+        (*figures.RMS_NORM, *figures.GEMMA_4),
+        ropes=("proportional",),
+        partial=True,
+        activation="gelu_pytorch_tanh",
+        windows=True,
+        needs={
+            "use_bidirectional_attention": "vision",  # as None, in a text
+            "num_kv_shared_layers": _shared_blocks,
+            "vocab_size_per_layer_input": lambda config: (
+                config.vocab_size if config.hidden_size_per_layer_input else config.vocab_size_per_layer_input
+            ),
         },
     ),
     "phi3": Family("phi3", ropes=("default", "linear", "longrope"), partial=True),
@@ -212,7 +238,9 @@ FAMILIES = {  # by model_type
 
 def metadata(config: Any) -> tuple[Figure, ...]:
     """Return the figures of a model in the metadata of its file."""
-    return figures.COMMON + FAMILIES[config.model_type].figures
+    own = FAMILIES[config.model_type].figures
+    replaced = {figure.key for figure in own}
+    return (*(figure for figure in figures.COMMON if figure.key not in replaced), *own)
 
 
 def same_activation(found: str, computed: str) -> bool:
@@ -226,11 +254,6 @@ def refuses(model: Any) -> str | None:
 
     ``model`` is the config of a model.
     """
-    if model.model_type == "gemma4_text":
-        return (
-            "qtool writes no Gemma 4 to GGUF, because its file would lack the factors of blocks (layer_scalar) that "
-            "llama.cpp multiplies by; export dense, and convert the result with llama.cpp's convert_hf_to_gguf.py"
-        )
     if model.model_type not in FAMILIES:
         return (
             f"its model_type is {model.model_type}, and qtool writes GGUF for {', '.join(FAMILIES)}; "

@@ -59,6 +59,16 @@ def _sections(config: Any) -> list[int]:
     return [*rotary.parameters(config).get("mrope_section", (11, 11, 10)), 0]
 
 
+def _local_head_dim(config: Any) -> int:
+    return rotary.head_dim(config, "sliding_attention")
+
+
+def _widths(config: Any) -> list[int]:
+    """Return the inner channels of each block of Gemma 4: twice as many where it has no keys and values of its own."""
+    wide = [config.use_double_wide_mlp and mode == "reuse" for mode in config.kv_sharing_modes]
+    return [config.intermediate_size * (2 if each else 1) for each in wide]
+
+
 COMMON = (
     _count("context_length", "max_position_embeddings"),
     _count("embedding_length", "hidden_size"),
@@ -96,6 +106,18 @@ WINDOW = (
 SOFTCAPS = (
     _real("attn_logit_softcapping", "attn_logit_softcapping"),
     _real("final_logit_softcapping", "final_logit_softcapping"),
+)
+GEMMA_4 = (  # llama.cpp needs all of them, and without the last one takes 30
+    Figure("attention.head_count_kv", "array", lambda config: [num_kv_heads(each) for each in config.per_layer_config]),
+    Figure("attention.key_length_swa", "uint32", _local_head_dim),
+    Figure("attention.value_length_swa", "uint32", _local_head_dim),
+    Figure("rope.dimension_count_swa", "uint32", _local_head_dim),
+    Figure("feed_forward_length", "array", _widths),
+    _count("attention.shared_kv_layers", "num_kv_shared_layers"),
+    Figure("embedding_length_per_layer_input", "uint32", lambda config: config.hidden_size_per_layer_input or 0),
+    _count("attention.sliding_window", "sliding_window"),
+    *WINDOW[1:],
+    Figure("final_logit_softcapping", "float32", lambda config: config.final_logit_softcapping or 0.0),
 )
 LOGIT_SCALE = (_real("logit_scale", "logit_scale"),)
 GRANITE = (

@@ -47,6 +47,8 @@ def row_order(there: str, rows: int, config: Any) -> Tensor | None:
 
     Weights, biases, codes, scales and zero points have the same order.
     """
+    if not FAMILIES[config.model_type].rows:
+        return None
     part = there.split(".")[2] if there.startswith("blk.") else ""
     kind, heads, kv_heads = FAMILIES[config.model_type].rows, config.num_attention_heads, figures.num_kv_heads(config)
     count = {"attn_q": heads, "attn_k": kv_heads}.get(part)

@@ -1,7 +1,7 @@
 """Rotary embeddings in a GGUF file: base, channels and scaling, as metadata or as tensors of factors.
 
 llama.cpp divides all frequencies by one factor (linear), interpolates between that and none (YaRN), or divides each by
-a factor from a tensor (Llama 3, LongRoPE).
+a factor from a tensor (Llama 3, LongRoPE, and Gemma 4's proportional embedding, of which a part of the pairs rests).
 """
 
 import math
@@ -12,10 +12,14 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 BETAS = {"beta_fast": 32, "beta_slow": 1}  # YaRN's; llama.cpp reads others for few architectures
+AT_REST = 1e30  # divisor of the frequency of a pair that does not rotate
 
 
-def head_dim(config: Any) -> int:
-    """Return the number of channels of an attention head."""
+def head_dim(config: Any, layers: str = "full_attention") -> int:
+    """Return the number of channels of an attention head, in ``layers`` of that kind if kinds differ."""
+    if config.is_heterogeneous:  # transformers then refuses to give one value
+        kinds = dict(zip(config.layer_types, config.per_layer_config, strict=True))
+        config = kinds.get(layers, config.per_layer_config[-1])
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -32,7 +36,9 @@ def kind(config: Any) -> str:
 
 
 def num_channels(config: Any) -> int:
-    """Return the number of channels of a head that rotate."""
+    """Return the number of channels of a head that rotate, or that a tensor of factors says not to."""
+    if kind(config) == "proportional":
+        return head_dim(config)
     return int(head_dim(config) * parameters(config).get("partial_rotary_factor", 1))
 
 
@@ -89,11 +95,12 @@ def tensors(config: Any) -> dict[str, Tensor]:
             f"rope_factors_{length}.weight": torch.tensor(found[f"{length}_factor"], dtype=torch.float32)
             for length in ("long", "short")
         }
-    if kind(config) != "llama3":
+    if kind(config) not in ("llama3", "proportional"):
         return {}
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    layers = "full_attention" if "full_attention" in config.rope_parameters else None
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind(config)](config, device="cpu", layer_type=layers)
     exponents = torch.arange(0, num_channels(config), 2, dtype=torch.int64).float() / num_channels(config)
-    return {"rope_freqs.weight": torch.pow(found["rope_theta"], -exponents) / scaled}
+    return {"rope_freqs.weight": (torch.pow(found["rope_theta"], -exponents) / scaled).clamp(max=AT_REST)}
 
 
 def refuses(config: Any, known: tuple[str, ...], *, partial: bool) -> str | None:
@@ -103,6 +110,12 @@ def refuses(config: Any, known: tuple[str, ...], *, partial: bool) -> str | None
     channels.
     """
     found = parameters(config)
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {}).get("rope_type", "default")
+    if local != "default":
+        return (
+            f"its rotary embedding is {local} in sliding_attention, and llama.cpp does not scale it there for "
+            f"{config.model_type}; export dense instead"
+        )
     if kind(config) not in known:
         return (
             f"its rotary embedding is {kind(config)}, and GGUF is written with {', '.join(known)} for "

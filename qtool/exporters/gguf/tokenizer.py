@@ -6,7 +6,7 @@ and any other is refused. The tokens that a tokenizer puts around a text (BOS, E
 """
 
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ SPACE = "\u2581"  # the character that SentencePiece writes for a space
 def description(folder: Path) -> dict[str, Any]:
     """Return the content of ``tokenizer.json``, with the ids ``around`` every text and those of ``special`` tokens.
 
+    Of a tokenizer like SentencePiece's also the reason why llama.cpp would merge otherwise (``unmerged``, ``None`` if
+    there is none), and whether each run of line breaks that is a token is read as that token (``whole_runs``).
+
     Raises:
         InputError: the tokenizer has no ``tokenizer.json``.
     """
@@ -57,6 +60,11 @@ def _description(folder: Path, stamp: object) -> dict[str, Any]:
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     found["around"] = whole[:start], whole[start + len(bare) :]
     found["special"] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    if found["model"].get("byte_fallback") and _spaces(found) is not None:
+        found["unmerged"] = _unmerged(found)
+        runs = {token: index for token, index in _ids(found).items() if set(token) == {"\n"}}
+        encode = partial(tokenizer.backend_tokenizer.encode, add_special_tokens=False)
+        found["whole_runs"] = all(encode(token).ids == [index] for token, index in runs.items())
     return found
 
 
@@ -88,10 +96,22 @@ def kind_of(found: dict[str, Any]) -> tuple[str, str] | None:
     if model["type"] != "BPE":
         return None
     if model.get("byte_fallback") and _spaces(found) is not None:
-        return "llama", "default"
+        return ("gemma4", "gemma4") if found["unmerged"] and _by_rank(found) else ("llama", "default")
     steps = tuple(_split(step) for step in _steps(found["pre_tokenizer"], "pretokenizers"))
     name = SPLITS.get((steps, bool(model.get("ignore_merges"))))
     return None if name is None or normalizers not in ([], ["NFC"]) else ("gpt2", name)
+
+
+def _by_rank(found: dict[str, Any]) -> bool:
+    """Return whether llama.cpp reads text with the rules of Gemma 4 as the tokenizer does, which puts BOS before it.
+
+    They merge by rank as any BPE does, but lines and runs of line breaks each by itself, and such a run that is a token
+    at once.
+    """
+    vocab, bos = found["model"]["vocab"], found["special"]["bos"]
+    alone = all(set(token) == {"\n"} for token in vocab if "\n" in token)
+    whole = all(f"<0x{byte:02X}>" in vocab for byte in range(256)) and not found["model"].get("ignore_merges")
+    return not _spaces(found) and found["around"][0] == [bos] and alone and whole and bool(found["whole_runs"])
 
 
 # Gemma's step, which finds no space after a normalizer has replaced all
@@ -161,7 +181,7 @@ def refuses(folder: Path, size: int) -> str | None:
     special = found["special"]
     if before not in ([], [special["bos"]]) or after not in ([], [special["eos"]]):
         return "its tokenizer puts more around a text than BOS and EOS, which GGUF cannot express; export dense instead"
-    return _unmerged(found) if kind_of(found) == ("llama", "default") else None
+    return found["unmerged"] if kind_of(found) == ("llama", "default") else None
 
 
 def _unmerged(found: dict[str, Any]) -> str | None:
@@ -226,7 +246,7 @@ def add(writer: Any, folder: Path, size: int) -> None:  # Any: the gguf package 
         writer.add_token_scores([-float(index) for index in range(size)])
         writer.add_add_space_prefix(bool(_spaces(found)))
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=kind[0] == "gpt2", n_vocab=size)
+    special = gguf.SpecialVocab(folder, load_merges=kind[0] != "llama", n_vocab=size)
     before, after = found["around"]
     special.add_special_token |= {"bos": bool(before), "eos": bool(after)}
     special.add_to_gguf(writer, quiet=True)
