@@ -139,6 +139,7 @@ def test_the_figures_of_an_architecture_are_in_the_file(name: str, tmp_path: Pat
     ("name", "changes", "words"),
     [
         ("gemma3", {"query_pre_attn_scalar": 64}, "its query_pre_attn_scalar is 64, and llama.cpp computes"),
+        ("gemma2", {"final_logit_softcapping": None}, "its final_logit_softcapping is unset, and llama.cpp takes"),
         ("olmo2", {"tie_word_embeddings": True}, "llama.cpp needs a head beside the table of the embedding for olmo2"),
         (
             "gemma",

@@ -41,6 +41,8 @@ class Family(NamedTuple):
     needs: Mapping[str, Any] = MappingProxyType({})
     """Values that keys of the config must have, because llama.cpp computes nothing else. A callable returns the value,
     of the config."""
+    required: tuple[str, ...] = ()
+    """Keys that must have a number, because llama.cpp computes with a number of its own where a file has none."""
 
 
 def _every(pattern: int) -> Any:
@@ -123,6 +125,7 @@ FAMILIES = {  # by model_type
         windows=True,
         ropes=("default", "linear"),
         needs={"use_bidirectional_attention": False, "query_pre_attn_scalar": _scaled_by(46)},
+        required=("attn_logit_softcapping", "final_logit_softcapping"),
     ),
     "gemma3_text": GEMMA._replace(
         architecture="gemma3",
@@ -278,6 +281,12 @@ def refuses(model: Any) -> str | None:
             return (
                 f"its {key} is {value}, and llama.cpp computes {model.model_type} models with {computed}; "
                 "export dense instead"
+            )
+    for key in family.required:
+        if getattr(model, key, None) is None:
+            return (
+                f"its {key} is unset, and llama.cpp takes a number of its own for {model.model_type} models without "
+                "one; export dense instead"
             )
     if any(figures.sliding(model)) and not family.windows:
         return (
