@@ -47,8 +47,9 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run
 	$(BIN)/qtool ptq recipes/quickstart.yaml --overwrite
 
+# one process for each core, each with one thread of its own
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

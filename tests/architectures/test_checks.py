@@ -52,7 +52,7 @@ def test_hidden_states_of_another_window_are_found(trial: Trial, monkeypatch: py
 
 
 def test_text_written_without_its_context_is_found(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generated, "_cache", lambda *args: lambda: {"use_cache": False})
+    monkeypatch.setattr(generated, "find_cache", lambda *args: lambda: {"use_cache": False})
     with pytest.raises(Wrong, match="is not the one that the model writes without a cache"):
         checks.text(trial)
 
