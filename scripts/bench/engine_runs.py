@@ -57,8 +57,12 @@ GRIDS = {
     "w4g64": {"num_bits": 4, "group_size": 64, "symmetric": True},
     "w4g64 asym": {"num_bits": 4, "group_size": 64, "symmetric": False},
     "w2g64": {"num_bits": 2, "group_size": 64, "symmetric": True},
+    "w4pc": {
+        "num_bits": 4,
+        "group_size": -1,
+        "symmetric": True,
+    },  # what the format gemma holds
 }
-ROWS = {"num_bits": 4, "group_size": -1, "symmetric": True}  # for the format gemma, which has one scale for each row
 
 
 def random_model(name: str, folder: Path) -> Path:
@@ -73,14 +77,14 @@ def random_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def cells(model: str, work: Path, text: Text) -> Iterator[tuple[str, ...]]:
+def cells(model: str, work: Path, grids: list[str], text: Text) -> Iterator[tuple[str, ...]]:
     """Yield a row for each grid, format and engine of a model."""
     path = str(random_model(model, work / "float")) if model in RANDOM else model
     path = "builtin:wiki-llama-3m" if model == "builtin" else path
-    for label, grid in {**GRIDS, "w4pc": ROWS}.items():
+    for label in grids:
         made = work / label.replace(" ", "-")
         recipe = {"model": {"path": path}, "method": {"name": "rtn", "range": "search"}, "output": {"path": str(made)}}
-        qtool.quantize({**recipe, "quant": grid})
+        qtool.quantize({**recipe, "quant": GRIDS[label]})
         for name, engines in PAIRS.items():
             if (name == "gemma") != (label == "w4pc"):
                 continue
@@ -110,14 +114,16 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["builtin", *RANDOM])
+    parser.add_argument("--grids", nargs="+", default=[*GRIDS], choices=GRIDS)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
     os.environ.setdefault("QTOOL_TRANSFORMERS_PYTHON", sys.executable)
     print("| model | grid | format | engine | weights | logits differ by | perplexity, torch's | |\n|" + "---|" * 8)
+    text = Text("wikitext2", args.windows, args.context)
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
-            for row in cells(model, Path(folder) / Path(model).name, Text("wikitext2", args.windows, args.context)):
+            for row in cells(model, Path(folder) / Path(model).name, args.grids, text):
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
