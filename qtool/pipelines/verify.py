@@ -13,6 +13,7 @@ from qtool.checkpoints.sizes import linear_bits
 from qtool.exporters import _base
 from qtool.exporters._against import against_float, against_native, find_reader
 from qtool.models.folders import check_readable, read_config
+from qtool.models.quiet import without_progress_bars
 from qtool.pipelines import verified
 from qtool.pipelines.export_manifest import EXPORT_MANIFEST, files_of, read_export_manifest
 from qtool.pipelines.manifest import Manifest, read_manifest
@@ -37,6 +38,7 @@ class Verified(NamedTuple):
         return f"{files}, {linears} and {self.embeddings} embedding(s)" if self.embeddings else f"{files} and {linears}"
 
 
+@without_progress_bars()
 def verify_export(
     folder: Path,
     *,

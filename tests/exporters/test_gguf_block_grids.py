@@ -51,3 +51,11 @@ def test_a_checkpoint_on_a_block_grid_is_written_and_read_back(name: str, tmp_pa
     with pytest.raises(InputError, match=r"is on the grid \w+ of GGUF, which mlx cannot hold; export gguf or dense"):
         exported(tmp_path / "q", "mlx", tmp_path / "mlx")
     exported(tmp_path / "q", "dense", tmp_path / "dense")
+
+
+@pytest.mark.parametrize(("overrides", "name"), [({}, "Q4_K_S"), ({"*.v_proj": {"grid": "q6_k"}}, "Q4_K_M")])
+def test_the_file_type_says_whether_grids_are_mixed(overrides: dict[str, object], name: str, tmp_path: Path) -> None:
+    quant = QuantConfig.model_validate({"grid": "q4_k", "overrides": overrides})
+    tiny.quantize(tiny.BUILTIN, tmp_path / "q", quant)
+    reader = gguf.GGUFReader(exported(tmp_path / "q", "gguf", tmp_path / "out") / "model.gguf")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{name}"]

@@ -174,7 +174,8 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     for (_, block), size in sizes.get("", next(iter(sizes.values()))).items():
         types[block.name] += size
     common = types.most_common(1)[0][0]
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{common}" + ("_S" if common in ("Q3_K", "Q4_K", "Q5_K") else "")])
+    kind = "" if common not in ("Q3_K", "Q4_K", "Q5_K") else "_S" if len(types) == 1 else "_M"  # M: a mixture
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{common}{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
