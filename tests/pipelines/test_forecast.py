@@ -195,11 +195,12 @@ def test_time_that_follows_the_law_is_predicted_exactly(
             "output": {"path": "y"},
         }
     )
-    equal = [sizes[0]] * len(sizes)  # a block takes at most the time of its probe, so blocks must be alike
-    one, two, wide = (law(equal, values, *point) for point in ((1, 4, 2), (2, 4, 2), (1, 16, 2)))
-    long = law(equal, values, 1, 4, 8), law(equal, values, 2, 4, 8)
-    took = probe._time(one, two, wide, equal, (4, 16), 64) + probe._trained(recipe, one, two, long, equal, (2, 8))
-    assert took == pytest.approx(law(equal, values, len(equal), 64, 100).seconds["quantize"])
+    sizes[0] = sizes[1]  # the first two blocks are probed as if they were alike
+    one, two, wide, wider = (law(sizes, values, *point) for point in ((1, 4, 2), (2, 4, 2), (1, 16, 2), (2, 16, 2)))
+    long = law(sizes, values, 1, 4, 8), law(sizes, values, 2, 4, 8)
+    took = probe._time(one, two, wide, wider, sizes, (64 - 4) / (16 - 4))
+    took += probe._trained(recipe, one, two, long, sizes, (2, 8))
+    assert took == pytest.approx(law(sizes, values, len(sizes), 64, 100).seconds["quantize"])
 
 
 @pytest.mark.slow
