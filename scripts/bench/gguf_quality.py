@@ -126,6 +126,7 @@ def main() -> None:
     for grid in args.grids:
         out = args.work / f"llama-{grid}.gguf"
         pure = [] if args.mixture else ["--pure"]
+        pure += [] if loaded.model.config.hidden_size % 256 == 0 else ["--table", "Q8_0"]
         engine(args.engine, "quantize", float_gguf, out, FILE_TYPES[grid], matrix, *pure)
         rows.append(row(f"{FILE_TYPES[grid]}, llama.cpp with importance matrix", out, args))
         for method in args.methods:

@@ -20,14 +20,12 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-Q6_K = 14  # GGML_TYPE_Q6_K
 
-
-def quantize(source: Path, out: Path, kind: str, imatrix: Path, pure: bool) -> None:
+def quantize(source: Path, out: Path, kind: str, imatrix: Path, table: str, pure: bool) -> None:
     """Write ``out``; tensors of the same name as an array of ``imatrix`` are quantized with its weights."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1, pure
-    params.token_embedding_type = Q6_K  # as in a mixture; a type of shorter blocks where 256 does not divide a row
+    params.token_embedding_type = {"Q6_K": 14, "Q8_0": 8}[table]  # ggml's numbers
     arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in np.load(imatrix).items()}
     entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))()  # the last one, without a name, ends the list
     for entry, (name, values) in zip(entries, arrays.items(), strict=False):
@@ -61,13 +59,14 @@ def main() -> None:
     made = commands.add_parser("quantize")
     for name in ("source", "out", "kind", "imatrix"):
         made.add_argument(name, type=str if name == "kind" else Path)
+    made.add_argument("--table", default="Q6_K", choices=["Q6_K", "Q8_0"], help="the embedding's type, as in a mixture")
     made.add_argument("--pure", action="store_true", help="one type for all, instead of a mixture")
     measured = commands.add_parser("perplexity")
     measured.add_argument("file", type=Path)
     measured.add_argument("windows", type=Path)
     args = parser.parse_args()
     if args.command == "quantize":
-        quantize(args.source, args.out, args.kind, args.imatrix, args.pure)
+        quantize(args.source, args.out, args.kind, args.imatrix, args.table, args.pure)
     else:
         print(json.dumps({"perplexity": perplexity(args.file, args.windows)}))
 
