@@ -103,7 +103,9 @@ def predict(recipe: Recipe, folder: Path) -> tuple[dict[str, float], int]:
     names = [*linears_of(loaded)]
     count, text = recipe.data.num_samples, needs_text(recipe)
     small, large = _steps(recipe.method)
-    least = getattr(_training(recipe.method) or recipe.method, "batch_size", 1)  # a step on fewer windows is shorter
+    # a step, a search or a check on fewer windows than these is shorter
+    own = [getattr(recipe.method, key, 1) for key in ("search_samples", "check_samples", "validation_samples")]
+    least = max(getattr(_training(recipe.method) or recipe.method, "batch_size", 1), *(each or 1 for each in own))
     first = min(count, max(1, TOKENS // recipe.data.seq_len, least)) if text else 1
 
     def run(blocks: int, num_windows: int, steps: int) -> Measured:
