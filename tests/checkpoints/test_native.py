@@ -20,7 +20,7 @@ from qtool.checkpoints.quantization_config import section_of, specs_of
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.models.folders import read_config
 from qtool.models.linears import packed_linears
-from qtool.quant.packed_weight import TABLES_VERSION
+from qtool.quant.packed_weight import GRIDS_VERSION
 from qtool.system.errors import InputError, RunError
 
 MIXED = QuantConfig.model_validate(
@@ -178,9 +178,9 @@ def test_one_grid_is_written_once(spec: QuantSpec, count: int) -> None:
 
 def test_a_newer_format_is_refused_by_its_number(mixed: Path, tmp_path: Path) -> None:
     folder = tiny.copied(mixed, tmp_path / "newer")
-    set_section(folder, format_version=TABLES_VERSION + 1)
+    set_section(folder, format_version=GRIDS_VERSION + 1)
     with pytest.raises(
-        InputError, match=rf"newer: .*version {TABLES_VERSION + 1}.*reads up to {TABLES_VERSION}.*upgrade"
+        InputError, match=rf"newer: .*version {GRIDS_VERSION + 1}.*reads up to {GRIDS_VERSION}.*upgrade"
     ):
         NativeCheckpoint(folder)
 

@@ -25,7 +25,7 @@ from qtool.models.folders import read_config
 from qtool.models.linears import packed_linears, replace_linear
 from qtool.models.loading import load_model
 from qtool.quant.affine import dequantize
-from qtool.quant.packed_weight import TABLES_VERSION
+from qtool.quant.packed_weight import GRIDS_VERSION
 from qtool.system.errors import InputError
 
 MIXED = QuantConfig.model_validate(
@@ -285,8 +285,8 @@ def test_the_config_can_be_printed_copied_and_written(llama: Native) -> None:
 def test_a_config_of_another_version_or_method_is_refused(llama: Native) -> None:
     section = section_of(llama.specs)
     assert transformers_hook.QtoolConfig(**section).to_dict() == section
-    with pytest.raises(InputError, match=f"format version {TABLES_VERSION + 1}.*upgrade qtool"):
-        transformers_hook.QtoolConfig(**section | {"format_version": TABLES_VERSION + 1})
+    with pytest.raises(InputError, match=f"format version {GRIDS_VERSION + 1}.*upgrade qtool"):
+        transformers_hook.QtoolConfig(**section | {"format_version": GRIDS_VERSION + 1})
     with pytest.raises(InputError, match="format version None"):
         transformers_hook.QtoolConfig(**{key: value for key, value in section.items() if key != "format_version"})
     with pytest.raises(InputError, match="'gptq', not a qtool checkpoint"):
@@ -295,7 +295,7 @@ def test_a_config_of_another_version_or_method_is_refused(llama: Native) -> None
 
 def test_a_newer_checkpoint_is_refused_by_from_pretrained(damaged: Path) -> None:
     config = read_config(damaged)
-    config["quantization_config"]["format_version"] = TABLES_VERSION + 1
+    config["quantization_config"]["format_version"] = GRIDS_VERSION + 1
     write_json(damaged / "config.json", config)
     with pytest.raises(InputError, match="upgrade qtool"):
         AutoModelForCausalLM.from_pretrained(damaged)
