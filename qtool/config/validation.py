@@ -76,7 +76,9 @@ def _place(kind: type[Section], raw: Mapping[str, object], loc: Sequence[int | s
             hint = bare(get_args(hint)[get_origin(hint) is dict])
         elif get_origin(hint) in (Union, UnionType):
             sections = {each.__name__: each for each in get_args(hint) if isinstance(each, type)}
-            hint = dict[str, object] if str(part).startswith("dict") else sections.get(str(part))
+            # the branch of a class with a validator before it is called function-before[..., Class]
+            named = next((each for name, each in sections.items() if name in str(part)), None)
+            hint = dict[str, object] if str(part).startswith("dict") else named
             continue
         path.append(str(part))
     return _Place(tuple(path), owner, field, hint)

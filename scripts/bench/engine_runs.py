@@ -70,10 +70,10 @@ def random_model(name: str, folder: Path) -> Path:
     kind, changes = RANDOM[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**(GATED | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.save_pretrained(folder)
     builtin = Path(qtool.__file__).parent / "models" / "builtin" / "wiki-llama-3m"
-    transformers.AutoTokenizer.from_pretrained(builtin).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(builtin, trust_remote_code=False).save_pretrained(folder)
     return folder
 
 

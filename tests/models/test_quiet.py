@@ -64,7 +64,7 @@ def test_a_decorated_function_hides_them_in_every_call() -> None:
 
 
 FIRST_CALLS = {
-    "quantize": (quantize, "check_early", lambda: quantize.quantize(Mock(**{"model.free": False}))),
+    "quantize": (quantize, "check_early", lambda: quantize.quantize(Mock(**{"model.free": False, "target": None}))),
     "plan": (bit_plan, "check", lambda: plan.plan(Mock())),
     "evaluate": (tasks, "check_tasks", lambda: evaluate.evaluate(Mock(), Mock())),
     "bench": (bench, "NativeCheckpoint", lambda: bench.bench(".", "cpu", Mock(dtype="auto"))),

@@ -211,7 +211,10 @@ def test_an_override_that_names_a_table_is_told_the_key(llama: LoadedModel, patt
         ({"head": 7}, r"quant.head: write a grid, such as {num_bits: 8}, or same or float; found 7"),
         ({"embedding": "same"}, r'or float; found "same"'),
         ({"embedding": None}, r"or float; found null"),
-        ({"embedding": {"num_bits": 5}}, r"quant.embedding.num_bits: should be 2, 3, 4 or 8; found 5"),
+        (
+            {"embedding": {"num_bits": 5}},
+            r"quant.embedding.num_bits: should be 2, 3, 4 or 8; 5 bits are",
+        ),
         ({"head": {"bits": 8}}, r"quant.head.bits: unknown key; the nearest is quant.head.num_bits; found 8"),
         ({"embedding": {"scale_dtype": "float32"}}, r"it belongs to quant: quant.scale_dtype; found"),
         ({"embedding": {"group_size": 0}}, r"quant.embedding.group_size: use a positive number"),
