@@ -27,7 +27,7 @@ class Grids(NamedTuple):
 
 
 class Format(NamedTuple):
-    """What a format holds exactly."""
+    """The grids, tables and activations that a format holds exactly."""
 
     name: str
     grids: tuple[Grids, ...]
@@ -54,7 +54,7 @@ class Format(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What an engine computes of a format."""
+    """The grids, tables and activations of a format that an engine computes with."""
 
     engine: str
     format: str
@@ -75,7 +75,7 @@ class Reads(NamedTuple):
     on_request: bool = False
     """True if it is used only where a recipe names it in ``export``: another format suits the engine better."""
     note: str = ""
-    """What a user must know: processors, and conditions."""
+    """The processors that the engine needs, and other conditions, for users."""
 
 
 class Engine(NamedTuple):

@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether an engine loads weights in a format."""
+    """The answer whether an engine loads weights in a format, with the reasons if it does not."""
 
     engine: str
     format: str

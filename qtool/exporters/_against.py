@@ -41,7 +41,7 @@ Weights = Iterator[tuple[str, Tensor]]  # names in the files, and float32 rows
 
 
 class Reader(NamedTuple):
-    """What unpacks the weights of a written folder, and its versions."""
+    """The software that unpacks the weights of a written folder, and its versions."""
 
     name: str
     versions: dict[str, str]

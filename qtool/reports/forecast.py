@@ -22,7 +22,7 @@ class Part(Record):
 
 
 class Loads(Record):
-    """Whether an engine loads the result in a format."""
+    """The answer whether an engine loads the result in a format."""
 
     engine: str
     version: str = Field(description="The version that this is known of.")
@@ -42,7 +42,7 @@ class Size(Record):
 
 
 class Data(Record):
-    """Whether the text that a run reads is there."""
+    """The answer whether the text that a run reads can be had."""
 
     name: str
     there: bool
@@ -50,7 +50,7 @@ class Data(Record):
 
 
 class Fits(Record):
-    """Whether a grid fits into memory beside the cache of keys and values."""
+    """The answer whether a grid fits into memory beside the cache of keys and values."""
 
     grid: str
     bits_per_weight: float
@@ -78,7 +78,7 @@ class Cost(Record):
 
 
 class Forecast(Record, Printable):
-    """What a run will make, and what it takes."""
+    """The predicted result of a run, its time, memory and disk space."""
 
     model: str
     num_weights: Count = Field(description="Parameters of the float model; tied tables count once.")

@@ -90,7 +90,7 @@ class EngineCheck(Record):
 
     @property
     def faults(self) -> list[str]:
-        """What is not as it should be."""
+        """The faults that were found, one line each."""
         found = []
         if not self.logit_difference <= self.logit_tolerance:
             found.append(f"logits differ by {self.logit_difference:.3g}, and {self.logit_tolerance:g} is allowed")
