@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,6 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 BITS = grids.BITS  # widths of an affine grid
 TABLE_IMPLIED = ("num_bits", "group_size", "symmetric")  # keys that the name of a grid implies
-IMPLIED = (*TABLE_IMPLIED, "scale_dtype", "float_zero")
 GRID_HELP = (
     "affine: the width, groups and zero points that the other keys say; q2_k to q6_k, q4_1, q5_1: the grid of that "
     "type of GGUF, for llama.cpp, whose name implies these keys."
@@ -71,13 +70,39 @@ class ActivationGrid(Section):
         return f"{self.num_bits} sym" if self.symmetric else str(self.num_bits)
 
 
-class QuantSpec(Section):
+class NamedGrid(Section):
+    """A grid that may have a name of GGUF, which implies the keys ``implied``."""
+
+    implied: ClassVar[tuple[str, ...]]
+
+    grid: GridName = Field("affine", description=GRID_HELP)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_grid(cls, values: Any) -> Any:
+        return grids.filled(values, cls.implied)
+
+    @model_serializer(mode="wrap")
+    def _without_usual_grid(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """Leave out ``grid: affine``, which earlier versions do not know."""
+        values = handler(self)
+        return {key: value for key, value in values.items() if (key, value) != ("grid", "affine")}
+
+    @model_validator(mode="after")
+    def _as_named(self) -> Self:
+        if reason := grids.conflict(self.grid, {key: getattr(self, key) for key in self.implied}):
+            raise ValueError(reason)
+        return self
+
+
+class QuantSpec(NamedGrid):
     """The grid of one weight ``[out, in]``: codes ``0 .. 2**num_bits - 1``, one scale and zero point per group.
 
     A grid also gives the bits that its linear rounds its input to and, in key and value projections, its output.
     """
 
-    grid: GridName = Field("affine", description=GRID_HELP)
+    implied: ClassVar[tuple[str, ...]] = (*TABLE_IMPLIED, "scale_dtype", "float_zero")
+
     num_bits: NumBits = Field(4, description="Bits per code; 5 and 6 only in grids of GGUF.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
         128,
@@ -109,21 +134,8 @@ class QuantSpec(Section):
         None, ge=1, description="Channels of keys and values that share one range; unset: all channels of a head."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_grid(cls, values: Any) -> Any:
-        return grids.filled(values, IMPLIED)
-
-    @model_serializer(mode="wrap")
-    def _without_usual_grid(self, handler: SerializerFunctionWrapHandler) -> Any:
-        """Leave out ``grid: affine``, which earlier versions do not know."""
-        values = handler(self)
-        return {key: value for key, value in values.items() if (key, value) != ("grid", "affine")}
-
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        if reason := grids.conflict(self.grid, {key: getattr(self, key) for key in IMPLIED}):
-            raise ValueError(reason)
         if self.float_zero and self.symmetric:
             raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
         if self.kv_group_size is not None and self.kv_cache is None:
@@ -200,14 +212,19 @@ class QuantOverride(QuantSpec):
         return handler(self)  # grid: affine may replace the grid of the section
 
     @model_validator(mode="after")
-    def _keys_fit(self) -> Self:
+    def _as_named(self) -> Self:
         return self  # an override is a part of a grid, which is checked when the section's own keys complete it
 
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        return self
 
-class TableGrid(Section):
+
+class TableGrid(NamedGrid):
     """The grid of an embedding or of the output head; its scales have the dtype of the section's ``scale_dtype``."""
 
-    grid: GridName = Field("affine", description=GRID_HELP)
+    implied: ClassVar[tuple[str, ...]] = TABLE_IMPLIED
+
     num_bits: NumBits = Field(8, description="Bits per code; 5 and 6 only in grids of GGUF.")
     group_size: Annotated[int, AfterValidator(_check_group_size)] = Field(
         -1, description="Channels of a row that share one scale; must divide the number of channels. -1: one per row."
@@ -215,22 +232,6 @@ class TableGrid(Section):
     symmetric: bool = Field(
         True, description="Fix the zero point at the middle code and store none; false: store one per group."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_grid(cls, values: Any) -> Any:
-        return grids.filled(values, TABLE_IMPLIED)
-
-    @model_serializer(mode="wrap")
-    def _without_usual_grid(self, handler: SerializerFunctionWrapHandler) -> Any:
-        values = handler(self)
-        return {key: value for key, value in values.items() if (key, value) != ("grid", "affine")}
-
-    @model_validator(mode="after")
-    def _keys_fit(self) -> Self:
-        if reason := grids.conflict(self.grid, {key: getattr(self, key) for key in TABLE_IMPLIED}):
-            raise ValueError(reason)
-        return self
 
 
 def _grid_or(*words: str) -> Callable[[Any], Any]:
