@@ -39,9 +39,7 @@ from qtool.system.scratch import temporary_folder
 from qtool.system.tensors import dtype_name
 
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit: equal weights, sums in another order
-ENGINE_TOLERANCE = (
-    1e-4  # the largest difference for an engine, which also computes softmax and sigmoid by code of its own
-)
+ENGINE_TOLERANCE = 1e-4  # largest difference of an engine's logits; its softmax and sigmoid are its own code too
 
 
 @torch.no_grad()

@@ -13,21 +13,16 @@ import numpy.typing as npt
 import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
-from safetensors.torch import load_file
-from torch import Tensor
+
+from .in_torch import in_float32, logits
+
+__all__ = ["load", "logits", "weights"]
 
 
 def load(folder: Path) -> Any:
     """Return the model, in float32: the kernel loads in float16 only, which holds codes and scales exactly."""
     loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
-    model = loaded.model.eval().float()
-    stored: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored.update(load_file(file))
-    for name, parameter in model.named_parameters():
-        if name in stored:  # embeddings and norms: float16 has rounded their smallest values
-            parameter.data = stored[name].float()
-    return model
+    return in_float32(loaded.model.eval(), folder)
 
 
 def weights(folder: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -35,10 +30,3 @@ def weights(folder: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     for name, module in load(folder).named_modules():
         if isinstance(module, BaseQuantLinear):
             yield name, module.dequantize_weight().T.contiguous().float().numpy()
-
-
-def logits(model: Any, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the logits ``[t, vocabulary]`` of ``tokens`` ``[t]``."""
-    with torch.inference_mode():
-        found: npt.NDArray[Any] = model(input_ids=torch.from_numpy(tokens)[None]).logits[0].float().numpy()
-    return found

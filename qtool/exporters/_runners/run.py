@@ -17,12 +17,15 @@ import json
 import os
 import platform
 import sys
-from importlib import metadata, util
+from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 sys.path.pop(0)  # this folder, where files have the names of packages
 import numpy as np
+
+PACKAGE = "qtool_runners"  # of the files in this folder
 
 
 def main() -> None:
@@ -66,13 +69,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def _runner(name: str) -> Any:
-    """Import the file ``name`` beside this one, under a name that no package has."""
-    spec = util.spec_from_file_location(f"qtool_runner_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import the file ``name`` beside this one, in a package whose name no other has."""
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(Path(__file__).parent)]
+    sys.modules[PACKAGE] = package
+    return import_module(f"{PACKAGE}.{name}")
 
 
 def _write(out: IO[bytes], record: dict[str, Any], array: Any = None) -> None:

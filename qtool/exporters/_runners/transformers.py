@@ -12,11 +12,12 @@ from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute and may fuse roundings
 
-import numpy.typing as npt
 import torch
 import transformers
-from safetensors.torch import load_file
-from torch import Tensor, nn
+
+from .in_torch import in_float32, logits
+
+__all__ = ["load", "logits", "text_tokens"]
 
 THROUGH_HALF = ("gptq", "awq", "auto-round")  # methods whose kernels compute in half precision
 
@@ -42,27 +43,8 @@ def load(folder: Path) -> Any:
     return in_float32(model, folder) if method in THROUGH_HALF else model
 
 
-def in_float32(model: Any, folder: Path) -> Any:
-    """Cast ``model``, which was loaded in float16 from ``folder``, to float32, with the stored float tensors."""
-    nn.Module.float(model)  # model.float() refuses quantized models
-    stored: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored.update(load_file(file))
-    for name, parameter in model.named_parameters():
-        if name in stored:  # embeddings and norms: float16 has rounded their smallest values
-            parameter.data = stored[name].float()
-    return model
-
-
 def text_tokens(model: Any, text: str) -> list[int]:
     """Return the tokens that the tokenizer in the folder makes of a text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     found: list[int] = tokenizer(text)["input_ids"]
-    return found
-
-
-def logits(model: Any, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the logits ``[t, vocabulary]`` of ``tokens`` ``[t]``."""
-    with torch.inference_mode():
-        found: npt.NDArray[Any] = model(input_ids=torch.from_numpy(tokens)[None]).logits[0].float().numpy()
     return found
