@@ -8,12 +8,13 @@ from torch import Tensor
 from qtool.data.vocabulary import check_ids
 from qtool.models.config_values import config_value
 from qtool.models.loaded import LoadedModel
-from qtool.models.stepping import Begin, Stepping, find_cache
+from qtool.models.stepping import continued, find_cache
 from qtool.models.tokenizer import tokenized
 from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.tensors import size_for
 
+Draw = Callable[[Tensor, int, int], Tensor]  # logits, position and number of the step -> tokens
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # largest KV cache of a batch
 
 
@@ -60,8 +61,9 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
     tokens[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
     check_ids(tokens[:, : len(prefix)], loaded, "the token that begins every text")
     tokens[:, len(prefix)] = start
+    first = len(prefix) + 1
     batches = torch.arange(num).split(batch_size(loaded, length))
-    begin = find_cache(loaded, tokens[: len(batches[0]), : len(prefix) + 1], length)
+    begin = find_cache(loaded, tokens[: len(batches[0]), :first], length)
     if begin is None:
         progress.note(
             f"{type(loaded.model).__name__} writes other text with a KV cache than without one, so the calibration "
@@ -69,37 +71,15 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
         )
     for rows in progress.track(batches, "generating text", len(batches)):
         draw = _sampler(uniform[rows], num_greedy[rows], allowed, loaded.device)
-        tokens[rows] = _continued(loaded, tokens[rows], len(prefix) + 1, draw, begin)
+
+        def choose(logits: Tensor, position: int, draw: Draw = draw) -> Tensor:
+            return draw(logits, position, position - first)
+
+        tokens[rows] = continued(loaded, tokens[rows], range(first, length), choose, begin)
     return tokens
 
 
-def _continued(
-    loaded: LoadedModel,
-    tokens: Tensor,
-    given: int,
-    draw: Callable[[Tensor, int, int], Tensor],
-    begin: Begin | None,
-) -> Tensor:
-    """Return ``tokens`` ``[b, length]`` with all columns after the first ``given`` written by the model.
-
-    ``begin`` is one of the functions of ``find_cache``; ``None``: every step reads all tokens before it.
-    """
-    tokens = tokens.to(loaded.device)
-    step = None if begin is None else Stepping(loaded, begin())
-    seen = 0
-    for position in range(given, tokens.shape[1]):
-        if step is None:
-            logits = loaded.model(tokens[:, :position], use_cache=False).logits
-        else:
-            logits = step(tokens[:, seen:position])
-        tokens[:, position] = draw(logits[:, -1], position, position - given)
-        seen = position
-    return tokens.cpu()
-
-
-def _sampler(
-    uniform: Tensor, num_greedy: Tensor, allowed: Tensor, device: torch.device
-) -> Callable[[Tensor, int, int], Tensor]:
+def _sampler(uniform: Tensor, num_greedy: Tensor, allowed: Tensor, device: torch.device) -> Draw:
     """Return a function that chooses tokens from logits ``[b, vocabulary]``: greedy at first, then by inverse CDF."""
     uniform, num_greedy, allowed = uniform.to(device), num_greedy.to(device), allowed.to(device)
 

@@ -18,7 +18,7 @@ from qtool.data.vocabulary import check_ids
 from qtool.models import backend
 from qtool.models.chat_template import ends_of_text, prompt_ids
 from qtool.models.loaded import LoadedModel
-from qtool.models.stepping import Begin, Stepping, find_cache
+from qtool.models.stepping import Begin, continued, find_cache
 from qtool.reports.records import Continuation
 from qtool.system import progress
 from qtool.system.errors import InputError
@@ -117,17 +117,14 @@ def _most_likely(loaded: LoadedModel, given: Tensor, length: int, begin: Begin |
     start = int((given >= 0).all(0).sum())
     tokens = torch.full((given.shape[0], length), -1, dtype=torch.int64)
     tokens[:, : given.shape[1]] = given
-    tokens = tokens.to(loaded.device)
-    step, seen = None if begin is None else Stepping(loaded, begin()), 0
-    for position in progress.track(range(start, length), "tokens", length - start):
-        if step is None:
-            logits = loaded.model(tokens[:, :position], use_cache=False).logits
-        else:
-            logits = step(tokens[:, seen:position])
-        column = tokens[:, position]
-        tokens[:, position] = torch.where(column >= 0, column, logits[:, -1].argmax(-1))
-        seen = position
-    return tokens.cpu()
+    asked = tokens.to(loaded.device)
+
+    def draw(logits: Tensor, position: int) -> Tensor:
+        column = asked[:, position]
+        return torch.where(column >= 0, column, logits.argmax(-1))
+
+    positions = progress.track(range(start, length), "tokens", length - start)
+    return continued(loaded, tokens, positions, draw, begin)
 
 
 def _cut(loaded: LoadedModel, tokens: list[int], ends: frozenset[int]) -> _Written:

@@ -4,7 +4,7 @@ A cache is used only where the model computes the same with it as without it, wh
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -64,6 +64,30 @@ def find_cache(loaded: LoadedModel, tokens: Tensor, length: int) -> Begin | None
             if all(float((logits - expected).norm()) <= limit for logits in found):
                 return begin
     return None
+
+
+def continued(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    positions: Iterable[int],
+    draw: Callable[[Tensor, int], Tensor],
+    begin: Begin | None,
+) -> Tensor:
+    """Return ``tokens`` ``[b, length]``, on the CPU, with the columns ``positions``, one after the other, written anew.
+
+    ``draw`` chooses the tokens ``[b]`` of a column from logits ``[b, vocabulary]`` and the column's number. ``begin`` is
+    one of the functions of ``find_cache``; ``None``: every step reads all tokens before it.
+    """
+    tokens = tokens.to(loaded.device)
+    step, seen = None if begin is None else Stepping(loaded, begin()), 0
+    for position in positions:
+        if step is None:
+            logits = loaded.model(tokens[:, :position], use_cache=False).logits
+        else:
+            logits = step(tokens[:, seen:position])
+        tokens[:, position] = draw(logits[:, -1], position)
+        seen = position
+    return tokens.cpu()
 
 
 class _Preallocated(DynamicLayer):
