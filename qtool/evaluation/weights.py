@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.sizes import packed_parts
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import ModelConfig
 from qtool.models.kept_float import other_matrices
-from qtool.models.linears import packed_weights, stored_weight
+from qtool.models.linears import linear_shapes, packed_weights, stored_weight
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.models.tables import embeddings_of, head_of, tied_to
@@ -24,16 +23,10 @@ from qtool.system.tensors import dtype_name
 
 def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
     """Return the shape ``(out, in)`` of every linear in the decoder blocks by full name, then of other matrices."""
-    found = {}
-    for block_name, block in loaded.blocks():
-        for name, module in block.named_modules():
-            if isinstance(module, PackedLinear):
-                found[f"{block_name}.{name}"] = (module.out_features, module.in_features)
-            elif isinstance(module, nn.Linear | Conv1D):
-                rows, columns = stored_weight(module).shape
-                found[f"{block_name}.{name}"] = (rows, columns)
     matrices = other_matrices(loaded.blocks())
-    return found | {name: (p.numel() // p.shape[-1], p.shape[-1]) for name, p in matrices.items()}
+    return linear_shapes(loaded.blocks()) | {
+        name: (p.numel() // p.shape[-1], p.shape[-1]) for name, p in matrices.items()
+    }
 
 
 def linear_records(

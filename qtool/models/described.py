@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.sections import ModelConfig
 from qtool.models import experts, quantized_sources
 from qtool.models.auto_class import auto_class
 from qtool.models.folders import read_config, resolve
-from qtool.models.linears import decoder_blocks, stored_weight
+from qtool.models.linears import decoder_blocks, linear_shapes
 from qtool.models.loaded import LoadedModel
 from qtool.models.tables import Tables, select_tables
 from qtool.models.targets import select_targets
@@ -94,19 +92,8 @@ def selected(loaded: LoadedModel, quant: QuantConfig) -> tuple[dict[str, QuantSp
     """
     with progress.use(progress.Sink()):
         targets, tables = select_targets(loaded, quant), select_tables(loaded, quant)
-    specs: dict[str, QuantSpec | None] = dict.fromkeys(linears_of(loaded))
+    specs: dict[str, QuantSpec | None] = dict.fromkeys(linear_shapes(loaded.blocks()))
     return specs | {target.name: target.spec for target in targets}, tables
-
-
-def linears_of(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
-    """Return ``(out, in)`` of each float linear of the decoder blocks by full name, in module order."""
-    found = {}
-    for block_name, block in loaded.blocks():
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                rows, columns = stored_weight(module).shape
-                found[f"{block_name}.{name}"] = (rows, columns)
-    return found
 
 
 def keep_first(loaded: LoadedModel, count: int) -> None:

@@ -5,6 +5,7 @@ most linears and lies in no other list; the linears are all ``nn.Linear`` and ``
 linear of GPT-2, which stores its weight as ``[in, out]``; here a weight is always ``[out, in]``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from weakref import ReferenceType, ref
 
@@ -76,6 +77,19 @@ def stored_weight(linear: nn.Module) -> Tensor:
     """Return the weight ``[out, in]`` of an ``nn.Linear`` or a ``Conv1D`` in its stored dtype, a view."""
     weight = weight_of(linear).detach()
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def linear_shapes(blocks: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
+    """Return ``(out, in)`` of each linear of decoder blocks, float or packed, by full name, in module order."""
+    found = {}
+    for block_name, block in blocks:
+        for name, module in block.named_modules():
+            if isinstance(module, PackedLinear):
+                found[f"{block_name}.{name}"] = (module.out_features, module.in_features)
+            elif isinstance(module, nn.Linear | Conv1D):
+                rows, columns = stored_weight(module).shape
+                found[f"{block_name}.{name}"] = (rows, columns)
+    return found
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

@@ -75,8 +75,8 @@ def continued(
 ) -> Tensor:
     """Return ``tokens`` ``[b, length]``, on the CPU, with the columns ``positions``, one after the other, written anew.
 
-    ``draw`` chooses the tokens ``[b]`` of a column from logits ``[b, vocabulary]`` and the column's number. ``begin`` is
-    one of the functions of ``find_cache``; ``None``: every step reads all tokens before it.
+    ``draw`` chooses the tokens ``[b]`` of a column from logits ``[b, vocabulary]`` and the column's number. ``begin``
+    is one of the functions of ``find_cache``; ``None``: every step reads all tokens before it.
     """
     tokens = tokens.to(loaded.device)
     step, seen = None if begin is None else Stepping(loaded, begin()), 0

@@ -6,7 +6,7 @@ text. Of a recipe, the grids and sizes come from ``config.json`` too, time and m
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
@@ -246,8 +246,7 @@ def _data(recipe: Recipe) -> Iterator[Data]:
         yield _checked(f"evaluation: {named}", lambda: tasks.check_tasks(evaluation), f"{limit} of each task")
 
 
-def _checked(name: str, check: object, said: str) -> Data:
-    assert callable(check)
+def _checked(name: str, check: Callable[[], object], said: str) -> Data:
     try:
         check()
     except InputError as error:
@@ -255,20 +254,17 @@ def _checked(name: str, check: object, said: str) -> Data:
     return Data(name=name, there=True, said=said)
 
 
-def _about(engine: str, format: str) -> Mapping[str, object]:
-    row = next(row for row in READS if (row.engine, row.format) == (engine, format))
-    return {
-        "engine": engine,
-        "version": ENGINES[engine].version,
-        "format": format,
-        "packages": row.packages,
-        "how": row.how,
-        "note": row.note,
-    }
-
-
 def _engines(found: Selection) -> Iterator[Loads]:
     """Yield whether each engine loads the result in each format that it reads."""
     for row in READS:
         each = target.checked(row.engine, row.format, found)
-        yield Loads.model_validate({**_about(row.engine, row.format), "loads": each.loads, "reasons": each.reasons})
+        yield Loads(
+            engine=row.engine,
+            version=ENGINES[row.engine].version,
+            format=row.format,
+            packages=row.packages,
+            how=row.how,
+            note=row.note,
+            loads=each.loads,
+            reasons=each.reasons,
+        )

@@ -29,8 +29,9 @@ from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import MethodConfig, OutputConfig
 from qtool.config.training import EndToEndConfig
 from qtool.data import generated, windows
-from qtool.models.described import described_model, linears_of
+from qtool.models.described import described_model
 from qtool.models.folders import resolve
+from qtool.models.linears import linear_shapes
 from qtool.models.loading import load_model
 from qtool.pipelines import quantize
 from qtool.pipelines.checks import needs_text
@@ -99,8 +100,8 @@ def main(out: str) -> None:
 def predict(recipe: Recipe, folder: Path) -> tuple[dict[str, float], int]:
     """Return the seconds of each phase of a run, and its peak memory in bytes."""
     loaded = described_model(recipe.model)
-    sizes = _block_sizes(linears_of(loaded), [name for name, _ in loaded.blocks()])
-    names = [*linears_of(loaded)]
+    shapes = linear_shapes(loaded.blocks())
+    sizes = _block_sizes(shapes, [name for name, _ in loaded.blocks()])
     count, text = recipe.data.num_samples, needs_text(recipe)
     small, large = _steps(recipe.method)
     # a step, a search or a check on fewer windows than these is shorter
@@ -109,7 +110,7 @@ def predict(recipe: Recipe, folder: Path) -> tuple[dict[str, float], int]:
     first = min(count, max(1, TOKENS // recipe.data.seq_len, least)) if text else 1
 
     def run(blocks: int, num_windows: int, steps: int) -> Measured:
-        return forked(lambda: measure(recipe, Point(blocks, num_windows, steps), names, folder), folder)
+        return forked(lambda: measure(recipe, Point(blocks, num_windows, steps), [*shapes], folder), folder)
 
     data = forked(lambda: _data(recipe), folder) if text else None
     one = run(1, first, small)

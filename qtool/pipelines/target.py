@@ -18,7 +18,8 @@ from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ExportConfig
 from qtool.exporters import _base
-from qtool.models.described import described_model, linears_of, selected
+from qtool.models.described import described_model, selected
+from qtool.models.linears import linear_shapes
 from qtool.models.loaded import LoadedModel
 from qtool.models.tables import Tables
 from qtool.system import progress
@@ -66,7 +67,7 @@ def selection(loaded: LoadedModel, quant: QuantConfig) -> Selection:
         InputError: a linear or a table cannot be quantized with its grid.
     """
     linears, tables = selected(loaded, quant)
-    shapes = linears_of(loaded)
+    shapes = linear_shapes(loaded.blocks())
     specs = {name: spec for name, spec in linears.items() if spec is not None} | tables.specs
     planned = PlannedCheckpoint(loaded, specs, shapes | tables.shapes, tables)
     return Selection(_weights(linears, tables, shapes), planned)
@@ -84,18 +85,15 @@ def loads(recipe: Recipe, found: Selection) -> Verdict:
     nearest = best(engine, found.weights, named or None)
     if nearest.format not in formats_of(engine):  # the engine reads none of the exports
         return nearest
-    tried = [row.format for row in READS if row.engine == engine and row.format != nearest.format]
-    for name in (nearest.format, *(name for name in tried if not named or name in named)):
+    others = [row for row in READS if row.engine == engine and row.format != nearest.format]
+    tried = [row.format for row in others if (row.format in named if named else not row.on_request)]
+    for name in (nearest.format, *tried):
         each = checked(engine, name, found)
-        if each.loads and (named or not _on_request(engine, name)):
+        if each.loads:
             return each
         if name == nearest.format:
             nearest = each
     return nearest
-
-
-def _on_request(engine: str, format: str) -> bool:
-    return any(row.on_request for row in READS if (row.engine, row.format) == (engine, format))
 
 
 def checked(engine: str, format: str, found: Selection) -> Verdict:

@@ -15,7 +15,7 @@ from qtool.exporters._against import against_float, against_native, find_reader
 from qtool.models.folders import check_readable, read_config
 from qtool.models.quiet import without_progress_bars
 from qtool.pipelines import verified
-from qtool.pipelines.export_manifest import EXPORT_MANIFEST, files_of, read_export_manifest
+from qtool.pipelines.export_manifest import EXPORT_MANIFEST, ExportManifest, files_of, read_export_manifest
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.verify_engine import Text, in_engine, loading, software, today
 from qtool.reports.verification import Verification
@@ -65,7 +65,7 @@ def verify_export(
     exporter = _base.get(format)
     if engine is not None:
         loading(engine, format, folder)
-    counts = _verify_export(folder)
+    counts = _verify_export(folder, manifest)
     record = verified.read(folder)
     if against is not None:
         by = find_reader(exporter, python if engine is None else None)
@@ -99,8 +99,8 @@ def verify(folder: Path) -> Verified:
         InputError: the folder has no checkpoint or export of qtool, or no manifest.
         RunError: something differs; the message names all differences.
     """
-    if (folder / EXPORT_MANIFEST).exists():
-        return _verify_export(folder)
+    if (folder / EXPORT_MANIFEST).exists() and (exported := read_export_manifest(folder)) is not None:
+        return _verify_export(folder, exported)
     source, manifest = open_checkpoint(folder)
     patterns = side_files.HASHED if "config.json" in manifest.files else ("*.safetensors",)
     found = file_hashes(folder, *patterns)
@@ -117,9 +117,7 @@ def verify(folder: Path) -> Verified:
     return Verified(len(found), len(source.specs) - embeddings, manifest.bits_per_weight, embeddings)
 
 
-def _verify_export(folder: Path) -> Verified:
-    manifest = read_export_manifest(folder)
-    assert manifest is not None
+def _verify_export(folder: Path, manifest: ExportManifest) -> Verified:
     check_readable(folder)
     opened = _base.get(manifest.exported.format).open(folder)
     found = files_of(folder, manifest.files)

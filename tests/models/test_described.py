@@ -14,7 +14,8 @@ from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.models.cache_argument import with_cache
 from qtool.models.cache_size import BYTES, cache_size
-from qtool.models.described import described_model, keep_first, linears_of, selected
+from qtool.models.described import described_model, keep_first, selected
+from qtool.models.linears import linear_shapes
 from qtool.models.loaded import LoadedModel
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
@@ -39,9 +40,9 @@ def test_a_config_alone_tells_what_is_quantized_and_its_size(name: str, tmp_path
     specs, found = selected(described, QUANT)
     assert {n: spec for n, spec in specs.items() if spec is not None} == {t.name: t.spec for t in targets}
     assert (found.specs, found.tied, found.shapes) == (tables.specs, tables.tied, tables.shapes)
-    assert linears_of(described) == linears_of(loaded)
+    assert linear_shapes(described.blocks()) == linear_shapes(loaded.blocks())
     own = {target.name: target.spec for target in targets} | tables.specs
-    shapes = linears_of(loaded) | tables.shapes
+    shapes = linear_shapes(loaded.blocks()) | tables.shapes
     assert planned_bytes(described, own, shapes) == pytest.approx(planned_bytes(loaded, own, shapes), rel=0.01)
 
 
