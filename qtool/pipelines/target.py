@@ -49,7 +49,9 @@ def applied(recipe: Recipe) -> Recipe:
     loaded = described_model(recipe.model)
     if recipe.quant.budget is not None:
         recipe = _narrowed(recipe, loaded, recipe.quant.budget)
-    found = loads(recipe, selection(loaded, _widest(k_mixture.quant_of(recipe, loaded))))
+    with progress.use(progress.Sink()):  # the run itself says what it makes of a mixture
+        quant = k_mixture.quant_of(recipe, loaded)
+    found = loads(recipe, selection(loaded, _widest(quant)))
     if not found.loads:
         raise InputError(refusal(recipe, found))
     if recipe.export or found.format == "native":

@@ -25,9 +25,7 @@ from qtool.config.sections import DataConfig, ModelConfig
 from qtool.data import windows
 from qtool.exporters import gguf
 from qtool.exporters._folder import skeleton
-from qtool.exporters.gguf import layout, rotary
 from qtool.models.loading import load_model
-from qtool.system.tensors import dtype_name
 
 HERE = Path(__file__).parent
 FILE_TYPES = {"q2_k": "Q2_K", "q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M"}  # of llama.cpp, by our grid
@@ -39,17 +37,11 @@ def float_file(folder: Path, out: Path) -> Path:
     """Write the float model in ``folder`` as a GGUF file."""
     loaded = load_model(ModelConfig(path=str(folder), dtype="auto", device="cpu"))
     out.mkdir(parents=True, exist_ok=True)
-    model, there, writer = gguf._model(folder), gguf.tensor_map(folder), gguf._begun(folder, out)
-    for name, tensor in loaded.model.state_dict().items():
-        if name == "lm_head.weight" and model.tie_word_embeddings:
-            continue
-        held = layout.held(there[name], tensor, model)
-        order = layout.row_order(there[name], len(held), model)
-        gguf._add(writer, there[name], held.contiguous(), gguf.FLOATS[dtype_name(held.dtype)], order)
-    for name, tensor in rotary.tensors(model).items():
-        gguf._add(writer, name, tensor, "F32", None)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    writer, state = gguf.begun(folder, out), loaded.model.state_dict()
+    if loaded.model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    gguf.add_floats(writer, folder, state)
+    gguf.finish(writer, out)
     return out / gguf.FILE
 
 

@@ -13,6 +13,7 @@ of a rotary pair lie next to each other, and for transformers they are half a he
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,15 +147,8 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     model, names, there = _model(source.folder), published_names(source), tensor_map(source.folder)
     floats, dtype = float_tensors(source, config, stored_dtype(source))
     write_folder(source.folder, out, {}, None, dtype)
-    writer = _begun(source.folder, out)
-    for name, tensor in names.floats(floats, places(names)).items():
-        held = layout.held(there[name], tensor.T if name in _transposed(source.folder) else tensor, model)
-        if (columns := layout.column_order(there[name], held.shape[-1], model)) is not None:
-            held = held[:, columns]
-        kind = FLOATS[dtype_name(held.dtype)]
-        _add(writer, there[name], held.contiguous(), kind, row_order(there[name], len(held), model))
-    for name, tensor in rotary.tensors(model).items():
-        _add(writer, name, tensor, "F32", None)
+    writer = begun(source.folder, out)
+    add_floats(writer, source.folder, names.floats(floats, places(names)))
     sizes: dict[str, Counter[tuple[str, blocks.Block]]] = {}
     weight, tables = reader(source), packed_tables(source)
     for name, place in _packed(source).items():
@@ -177,13 +171,31 @@ def write(source: NativeCheckpoint, out: Path, config: ExportConfig) -> list[str
     kind = "" if common not in ("Q3_K", "Q4_K", "Q5_K") else "_S" if len(types) == 1 else "_M"  # M: a mixture
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{common}{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    finish(writer, out)
+    return _notes(source, model, sizes)
+
+
+def add_floats(writer: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:  # Any: a gguf.GGUFWriter
+    """Add ``tensors``, by published name, of the model in ``folder``, and the factors of its rotary embedding."""
+    model, there = _model(folder), tensor_map(folder)
+    for name, tensor in tensors.items():
+        held = layout.held(there[name], tensor.T if name in _transposed(folder) else tensor, model)
+        if (columns := layout.column_order(there[name], held.shape[-1], model)) is not None:
+            held = held[:, columns]
+        kind = FLOATS[dtype_name(held.dtype)]
+        _add(writer, there[name], held.contiguous(), kind, row_order(there[name], len(held), model))
+    for name, tensor in rotary.tensors(model).items():
+        _add(writer, name, tensor, "F32", None)
+
+
+def finish(writer: Any, out: Path) -> None:  # Any: a gguf.GGUFWriter
+    """Write the file, and make it durable."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with (out / FILE).open("rb") as written:
         os.fsync(written.fileno())
-    return _notes(source, model, sizes)
 
 
 def _moved(packed: Tensor, order: Tensor | None, block: blocks.Block) -> Tensor:
@@ -200,7 +212,7 @@ def _transposed(folder: Path) -> set[str]:
     return {key for key, place in names.places.items() if place.column == 0 and len(place.shape) == 1}
 
 
-def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
+def begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
     """Return a writer of ``model.gguf`` with the metadata of the model in ``folder``, and no tensors."""
     import gguf
 
@@ -219,7 +231,7 @@ def _begun(folder: Path, out: Path) -> Any:  # Any: a gguf.GGUFWriter
 def describe(source: NativeCheckpoint, out: Path, dtype: str) -> None:
     """Write the folder with the metadata and the tokenizer, without weights; see ``Exporter.describe``."""
     write_folder(source.folder, out, {}, None, dtype)
-    writer = _begun(source.folder, out)
+    writer = begun(source.folder, out)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
