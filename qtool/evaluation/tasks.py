@@ -1,7 +1,8 @@
 """The tasks of an evaluation: perplexity per token, KL divergence from the float model, and the tasks of lm-eval.
 
 ``wikitext2``, ``c4``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of
-lm-eval (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
+lm-eval (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one
+pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -59,7 +59,7 @@ def test_the_draws_are_those_of_the_definition(documents: list[str], length: int
             drawn(documents, count, length, codes)
         return
     random.seed(0)
-    expected = []
+    expected: list[list[int]] = []
     while len(expected) < count:
         text = documents[random.randint(0, len(documents) - 1)]
         if len(text) > length:
@@ -90,7 +90,7 @@ def test_each_place_of_the_file_gives_the_same_windows(file: str, folder: Path, 
     assert found.shape == (NUM_WINDOWS, 24)
     assert torch.equal(found, windows.perplexity_windows("c4", loaded, 24, 10**9, seed=4))
     for window in windows.perplexity_windows("c4", loaded, 24, 5, seed=0):
-        assert loaded.tokenizer.decode(window)[6:-6] in "".join(DOCUMENTS)
+        assert str(loaded.tokenizer.decode(window))[6:-6] in "".join(DOCUMENTS)
 
 
 def test_the_hub_is_asked_for_the_first_file_alone(
@@ -144,13 +144,17 @@ def test_compressed_json_lines_can_be_calibration_text(name: str, tmp_path: Path
     assert torch.equal(plain, packed)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-9], lambda data: b"no gzip", lambda data: data[:20] + b"x" * 40]
-)
-def test_a_damaged_compressed_file_is_refused(damage: object, tmp_path: Path, loaded: LoadedModel) -> None:
-    assert callable(damage)
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[:-9],
+    "not compressed": lambda data: b"no gzip",
+    "other bytes inside": lambda data: data[:20] + b"x" * 40,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_compressed_file_is_refused(damage: str, tmp_path: Path, loaded: LoadedModel) -> None:
     write(tmp_path / "part.json.gz", DOCUMENTS)
-    (tmp_path / "part.json.gz").write_bytes(damage((tmp_path / "part.json.gz").read_bytes()))
+    (tmp_path / "part.json.gz").write_bytes(DAMAGES[damage]((tmp_path / "part.json.gz").read_bytes()))
     data = DataConfig(source=str(tmp_path / "part.json.gz"), num_samples=100, seq_len=100)
     with pytest.raises(InputError, match=r"part\.json\.gz cannot be read"):
         windows.calibration(data, loaded, 0)
