@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool.blocks.driver import PROBED_WINDOWS, run_blocks
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
@@ -357,11 +358,12 @@ def test_a_block_that_is_not_trained_reads_a_few_windows_and_is_the_same(
     series = run(trained, tokens, W2A, epochs=1e-9, min_steps=0, **settings)  # no steps, by the code that trains
     read: list[int] = []
     through = BlockTask.through_counted
-    monkeypatch.setattr(
-        BlockTask,
-        "through_counted",
-        lambda task, states: read.append(sum(len(x) for x in states)) or through(task, states),
-    )
+
+    def watched(task: BlockTask, states: HiddenStates) -> HiddenStates:
+        read.append(sum(len(batch) for batch in states))
+        return through(task, states)
+
+    monkeypatch.setattr(BlockTask, "through_counted", watched)
     again = run(placed, tokens, W2A, epochs=0, **settings)
     assert same(trained, placed)
     assert again["block_error"] == pytest.approx(series["block_error"], rel=1e-3)
