@@ -73,7 +73,9 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Se
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"{key}: {path} is a file; a folder with config.json and safetensors, or a .gguf file, is needed")
+        raise InputError(
+            f"{key}: {path} is a file; a folder with config.json and safetensors, or a .gguf file, is needed"
+        )
     if path.startswith((".", "/", "~", "$")) or not HUB_NAME.fullmatch(path):
         raise InputError(f"{key}: there is no folder {path}")
     try:

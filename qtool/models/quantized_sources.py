@@ -326,4 +326,3 @@ def _copy_others(folder: Path, out: Path) -> None:
             copy.write_bytes(reading.read_bytes(file))
         else:
             copy.symlink_to(file.resolve())
-
