@@ -118,8 +118,8 @@ class GGUFModel:
         found = sum(parameter.numel() for parameter in model.parameters())
         if lost or found != self.num_weights:
             raise InputError(
-                f"{self.file} holds {self.num_weights:,} weights, and the model that transformers makes of its metadata "
-                f"has {found:,}" + (f", of which {lost[0]} is not in the file" if lost else "") + "; "
+                f"{self.file} holds {self.num_weights:,} weights, and the model that its metadata describes has "
+                f"{found:,}" + (f", of which {lost[0]} is not in the file" if lost else "") + "; "
                 "use the model's own folder with safetensors"
             )
 
@@ -127,11 +127,10 @@ class GGUFModel:
 @contextmanager
 def _shown() -> Iterator[None]:
     """Show the progress of transformers' reader as that of qtool, in the place of a bar on standard error."""
-    theirs = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: progress.track(
-        tensors, "expanding the tensors of the file", len(tensors)
-    )
+    reader: Any = modeling_gguf_pytorch_utils
+    theirs = reader.tqdm
+    reader.tqdm = lambda tensors, **_: progress.track(tensors, "expanding the tensors of the file", len(tensors))
     try:
         yield
     finally:
-        modeling_gguf_pytorch_utils.tqdm = theirs
+        reader.tqdm = theirs
