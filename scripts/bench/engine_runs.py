@@ -2,10 +2,10 @@
 
     QTOOL_MLX_PYTHON=... QTOOL_LLAMA_CPP_PYTHON=... python scripts/bench/engine_runs.py [--models builtin FOLDER ...]
 
-Models are those of ``real_models.py``, folders, and random ones: ``qwen2``, ``gemma3``, ``qwen3_moe``. Each is rounded to nearest
-at 4 and at 2 bits in groups of 64 (a method with data would change perplexities, not what is compared), exported to
-every format that an engine here reads, and given to ``qtool verify --against --engine``. Engines live in environments
-of their own, named by variables; the row of a missing one says so. The text is WikiText-2's first windows.
+Models are those of ``real_models.py``, folders, and random ones: ``qwen2``, ``gemma3``, ``qwen3_moe``. Each is rounded
+to nearest at 4 and at 2 bits in groups of 64 (a method with data would change perplexities, not what is compared),
+exported to every format that an engine here reads, and given to ``qtool verify --against --engine``. Engines live in
+environments of their own, named by variables; the row of a missing one says so. The text is WikiText-2's first windows.
 """
 
 import argparse

@@ -3,9 +3,10 @@
     python scripts/bench/export_matrix.py [--formats awq onnx] [--json FILE] [--work FOLDER] [--model MODEL]
 
 Checkpoints are made of the built-in model, or that of ``--model``, rounded to nearest: 2, 3, 4 and 8 bits, symmetric or
-not, in groups of -1, 32, 64, 128 and 256 channels. Each is exported to each format. An export counts as exact if every quantized weight, read
-from its files by the format's reader, and every other tensor equals the checkpoint's to the last bit; so it is a second
-look at what ``qtool export`` itself has read back. Anything else than exact or refused ends the program with 1.
+not, in groups of -1, 32, 64, 128 and 256 channels. Each is exported to each format. An export counts as exact if every
+quantized weight, read from its files by the format's reader, and every other tensor equals the checkpoint's to the last
+bit; so it is a second look at what ``qtool export`` itself has read back. Anything else than exact or refused ends the
+program with 1.
 """
 
 from __future__ import annotations
