@@ -116,7 +116,7 @@ class BitPlan(Section):
     def yaml(self, quant: QuantConfig) -> str:
         """Return a file for ``quant.overrides``: the overrides of ``quant``, then the widths."""
         budget = self.budget
-        limit = f"{budget.average_bits:g} average bits" if budget.average_bits else f"{budget.size:,} bytes"
+        limit = f"{budget.average_bits:g} average bits" if budget.average_bits else f"{budget.size or 0:,} bytes"
         if budget.share is not None:
             limit = f"{budget.share:.4g} of the float model's bytes"
         lines = [
