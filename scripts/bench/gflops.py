@@ -16,13 +16,14 @@ the weights are read. With one thread times are CPU seconds, which other process
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -213,7 +214,9 @@ def loaded_model(name: str, dtype: str, blocks: int, seed: int) -> LoadedModel:
     chosen = compute_dtype(dtype, torch.bfloat16, torch.device("cpu"))
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16).to(chosen).eval().requires_grad_(False)
     matmul.choose_library(chosen)
-    return in_memory(model, None)
+    loaded = in_memory(model, None)
+    loaded.pristine = copy.deepcopy(model)  # the teacher of a second phase, which a folder would be read for
+    return loaded
 
 
 def run(args: argparse.Namespace, phases: Phases) -> None:
