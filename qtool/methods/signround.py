@@ -19,7 +19,7 @@ never negative, which several engines cannot load: the extra level of the symmet
 docs/benchmarks.md has the figures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
+from qtool.training.block_loss import BlockLoss
 
 PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
 BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
@@ -153,23 +154,13 @@ def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iter
 class RoundingTraining:
     """The training of one block: its layers, and the distance of its output from the float block's."""
 
-    def __init__(self, task: BlockTask, goal: Sequence[Tensor], layers: list[SignRoundLinear], config: Config) -> None:
-        """Train towards ``goal``, the float block's output for each batch of ``task.inputs``."""
-        self.task, self.goal, self.layers, self.config = task, goal, layers, config
-        few_bits = min(layer.spec.num_bits for layer in layers) <= FEW_BITS
-        self.outliers = config.outliers if few_bits else 0.0
+    def __init__(self, task: BlockTask, distance: BlockLoss, layers: list[SignRoundLinear], config: Config) -> None:
+        """Lower ``distance``, the loss of the block's outputs of ``task.inputs``."""
+        self.task, self.distance, self.layers, self.config = task, distance, layers, config
 
     def loss(self, index: int) -> Tensor:
-        """Return the summed squared differences of one batch, in float32.
-
-        It is a sum and not a mean, so that half-precision gradients do not underflow.
-        """
-        difference = self.task.forward(self.task.inputs[index]).float() - self.goal[index].float()
-        dropped = round(self.outliers * difference.numel())
-        if dropped:
-            size = difference.detach().abs()
-            difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
-        return difference.square().sum()
+        """Return the summed loss of one batch, in float32."""
+        return self.distance.summed(self.distance.goal.of_batch(index), self.task.forward(self.task.inputs[index]))
 
     @torch.no_grad()
     def measure(self, indices: list[int]) -> float:
@@ -211,6 +202,11 @@ class RoundingTraining:
         return best
 
 
+def outliers_of(layers: Iterable[SignRoundLinear], config: Config) -> float:
+    """Return the share of the output differences of a block of ``layers`` that the loss leaves out."""
+    return config.outliers if min(layer.spec.num_bits for layer in layers) <= FEW_BITS else 0.0
+
+
 def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
     """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
@@ -227,7 +223,8 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    best = RoundingTraining(task, task.float_outputs, list(layers.values()), config).run(generator)
+    distance = BlockLoss(task.float_outputs, outliers_of(layers.values(), config))
+    best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 

@@ -22,7 +22,7 @@ from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
 from qtool.methods.efficientqat import block_ap, e2e_qp
-from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
+from qtool.methods.efficientqat.block_ap import LowRankBlockLinear
 from qtool.methods.efficientqat.config import PARTS, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
@@ -30,6 +30,8 @@ from qtool.quant import affine
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
+from qtool.training.block_loss import BlockLoss
+from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of
 from qtool.training.fit import total_factor
 
 
@@ -197,8 +199,8 @@ def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
     run(loaded, tokens, W2A)
     every = list(range(5))
     assert torch.equal(trainings[0].inputs[every], floats[0])
-    assert torch.allclose(trainings[0].goal[every], floats[1], atol=1e-5)
-    assert torch.allclose(trainings[1].goal[every], last[0], atol=1e-5)
+    assert torch.allclose(trainings[0].distance.goal[every], floats[1], atol=1e-5)
+    assert torch.allclose(trainings[1].distance.goal[every], last[0], atol=1e-5)
     assert float((trainings[1].inputs[every] - floats[1]).norm() / floats[1].norm()) > 0.01
 
 
@@ -209,7 +211,7 @@ def test_rates_are_travels_over_the_schedule() -> None:
     optim = OptimConfig(schedule="linear", final_share=0.0)
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
     layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
-    norm = block_ap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
+    norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     step = float(layer.scale.detach().mean())
     groups = block_ap.groups_of([layer], [norm], total, settings)
     found = {id(group.parameters[0]): group.lr * total for group in groups}
@@ -264,8 +266,8 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
         for target in task.targets:
             layers[target] = BlockLinear(target.weight, None, target.spec)
             task.block.set_submodule(target.name.removeprefix(f"{task.name}."), layers[target])
-        norms = block_ap.norms_of(task, llama)
-        training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
+        norms = norms_of(task, llama)
+        training = BlockTraining(task, BlockLoss(task.float_outputs), list(layers.values()), norms)
         with torch.enable_grad():
             training.loss([0, 1, 2]).backward()  # three parts of one window
             pairs = [(layer.weight, gradient(layer.weight)) for layer in layers.values()]
@@ -273,7 +275,7 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
             for layer in layers.values():
                 layer.weight.grad, layer.expanded = None, layer.quantized_weight()
             found = training.part_loss([0, 1, 2, 3][:1]) + training.part_loss([1]) + training.part_loss([2])
-            (found / training.goal[[0, 1, 2]].numel()).backward()
+            (found / training.distance.count([0, 1, 2])).backward()
         for parameter, grad in pairs[: len(layers)]:
             assert torch.allclose(gradient(parameter), grad, rtol=1e-3, atol=1e-6)
         for norm, (_, grad) in zip(norms, pairs[len(layers) :], strict=True):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.config import recipe
@@ -27,6 +28,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 from qtool.system.errors import InputError
+from qtool.training.block_loss import BlockLoss
 
 W3 = QuantConfig(num_bits=3, group_size=16)
 W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
@@ -157,8 +159,8 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
             patch.setattr(RoundingTraining, "measure", recorded)
             signround.quantize_block(task, signround.Config(iterations=24, outliers=0), 0)
         assert task.float_outputs is not None
-        packed = task.forward(task.inputs[0]).float()
-        assert float((packed - task.float_outputs[0].float()).square().sum()) == min(seen)
+        distance = BlockLoss(task.float_outputs)
+        assert float(distance.summed(distance.goal.of_batch(0), task.forward(task.inputs[0]))) == min(seen)
         assert min(seen) < seen[0]
 
     run_blocks(Job.select(loaded, quant, tokens), step, with_float_states=True)
@@ -173,8 +175,8 @@ def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
     floats = model(tokens, output_hidden_states=True).hidden_states  # of which the last is after the norm
     run(loaded, tokens, W2A)
     assert torch.equal(trainings[0].task.inputs[0], floats[0])
-    assert torch.allclose(trainings[0].goal[0], floats[1], atol=1e-5)
-    assert torch.allclose(trainings[1].goal[0], last[0], atol=1e-5)
+    assert torch.allclose(trainings[0].distance.goal.hidden[0], floats[1], atol=1e-5)
+    assert torch.allclose(trainings[1].distance.goal.hidden[0], last[0], atol=1e-5)
     drift = (trainings[1].task.inputs[0] - floats[1]).norm() / floats[1].norm()
     assert float(drift) > 0.01
 
@@ -199,7 +201,9 @@ def test_the_rate_falls_linearly_and_adds_up_to_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(RoundingTraining, "measure", lambda self, indices: 0.0)
     task: Any = SimpleNamespace(inputs=[torch.zeros(1, 2, 4)] * 3)
     layer = random_layer(QuantSpec(group_size=16))
-    RoundingTraining(task, [], [layer], signround.Config(iterations=10)).run(torch.Generator())
+    RoundingTraining(task, BlockLoss(HiddenStates(None)), [layer], signround.Config(iterations=10)).run(
+        torch.Generator()
+    )
     assert sum(shares) == pytest.approx(1)
     assert shares == pytest.approx([shares[-1] * n for n in range(10, 0, -1)])
 
@@ -218,7 +222,9 @@ def test_the_largest_differences_are_left_out_below_four_bits(bits: int, kept: i
     x = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(0))
     task: Any = SimpleNamespace(inputs=[x], forward=lambda hidden: hidden)
     layer = random_layer(QuantSpec(num_bits=bits, group_size=16))
-    training = RoundingTraining(task, [torch.zeros_like(x)], [layer], signround.Config(outliers=0.1))
+    config = signround.Config(outliers=0.1)
+    distance = BlockLoss(HiddenStates(None, [torch.zeros_like(x)]), signround.outliers_of([layer], config))
+    training = RoundingTraining(task, distance, [layer], config)
     expected = x.flatten().square().sort().values[:kept].sum()
     assert float(training.loss(0)) == pytest.approx(float(expected), rel=1e-5)
 
