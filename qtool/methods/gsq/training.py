@@ -95,6 +95,8 @@ def train_assignments(
         replace_linear(task.block, task.local_name(target), layers[target.name])
     training = AssignmentTraining(task, distance, list(layers.values()), [])
     figures = {"start_loss": math.nan, "soft_loss": math.nan, "hard_loss": math.nan, "loss": math.nan, "fallback": 0.0}
+    if not layers:
+        return {}, figures
     try:
         fitted = training.run(
             groups_of(training.layers, total, config), num_steps, windows, held, config.batch_size, config.optim,
