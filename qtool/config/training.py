@@ -83,13 +83,14 @@ class RoundingConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the learning rate schedule."""
 
-    optimizer: Literal["adamw", "adamw8bit", "signsgd"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "signsgd", "lion"] = Field(
         "adamw",
         description="adamw8bit: AdamW with 8-bit states, needs bitsandbytes; signsgd: each step has the size of the "
-        "learning rate, against the sign of the gradient.",
+        "learning rate, against the sign of the gradient; lion: the same, against the sign of an average of gradients.",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="Decay rates of AdamW's averages of the gradient and its square."
+        (0.9, 0.999), description="AdamW: decay rates of the averages of the gradient and its square. lion: shares of the momentum "
+        "in a step, and of the old momentum in the new one.",
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW, added to the root of the averaged squared gradient.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
