@@ -25,6 +25,7 @@ from qtool.blocks.job import Job, Method, Result
 from qtool.methods.efficientqat.block_ap import quantize_block
 from qtool.methods.efficientqat.config import BlockConfig, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import train_scales
+from qtool.training.guided import end_loss
 from qtool.training.linears import Start
 
 
@@ -39,7 +40,8 @@ def run(job: Job, config: Config) -> Result:
     """Run both phases on the text of the job, the second on its labels; the seed determines the windows of a step."""
     start = None if config.init_from is None else Start(config.init_from, job)
     errors = {} if start is None else start.take_embeddings(job)
-    step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed)
+    guide = end_loss(job, config.guided)
+    step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed, guide=guide)
     result = run_blocks(job, step, with_float_states=True)
     if not trains_scales(config):
         return result._replace(weight_errors={**errors, **result.weight_errors})
