@@ -18,7 +18,7 @@ computes a block again for its gradient. A sum over tokens, unlike a mean, has g
 squares in float32 hold. What is found of each batch is a file in the workspace, so a run that was killed goes on.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,18 +46,16 @@ from qtool.training.losses import text_loss
 PHASE = "guided"  # folder in the workspace
 TOKENS, CHANNELS = "tokens", "channels"  # what is kept of a block's output: mean squares [b, t], sum of squares [d]
 
-Found = Mapping[str, Tensor]  # of one batch of windows, by name
-
 
 @dataclass(frozen=True)
 class EndLoss:
     """Squared gradients of the loss at the outputs of linears, or of blocks, of each batch in turn."""
 
     config: GuidedConfig
-    batches: Sequence[SafetensorsFolder | Found]
+    batches: Sequence[Callable[[str], Tensor]]  # each returns what was found of a batch of windows, by name
 
     def _of(self, name: str) -> list[Tensor]:
-        return [each.tensor(name) if isinstance(each, SafetensorsFolder) else each[name] for each in self.batches]
+        return [batch(name) for batch in self.batches]
 
     def of_linear(self, name: str) -> Tensor:
         """Return the weights of tokens ``[n * t, slices]`` of a linear, in the order of its inputs; means are 1."""
@@ -103,7 +101,7 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
     files = [folder / f"{start:06d}.safetensors" for start in starts] if folder else []
     if folder:
         folder.mkdir(exist_ok=True)
-    found: list[Found] = []
+    found: list[Callable[[str], Tensor]] = []
     left = [i for i in range(len(starts)) if not files or not files[i].exists()]
     with unpacked(job.loaded.model, job.tables), progress.stage("gradients of the loss"):
         _check(job, slices > 0)
@@ -116,10 +114,10 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
                 if not all(bool(x.isfinite().all()) for x in each.values()):
                     raise RunError("a gradient of the float model's loss is not finite; set method.guided.power to 0")
                 if files:
-                    write_shard(dict(each), files[number])
+                    write_shard(each, files[number])
                 else:
-                    found.append(each)
-    return EndLoss(config, [SafetensorsFolder(file.parent, file.name) for file in files] or found)
+                    found.append(each.__getitem__)
+    return EndLoss(config, [SafetensorsFolder(file.parent, file.name).tensor for file in files] or found)
 
 
 def block_weights(guide: EndLoss | None, task: BlockTask) -> tuple[Tensor, Tensor] | None:
