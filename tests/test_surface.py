@@ -147,7 +147,7 @@ def test_keys_of_efficientqat() -> None:
     """Pin the method's own keys; ``rounding``, ``optim`` and end-to-end training have tests of their own."""
     found = [key.name for key in describe.keys()["method efficientqat"][1]]
     phase_one = (
-        "init_from init trains low_rank epochs min_steps batch_size travel scale_share zero_travel norm_travel "
+        "preset init_from init trains low_rank epochs min_steps batch_size travel scale_share zero_travel norm_travel "
         "weight_lr quant_lr validation_samples"
     )
     assert [name for name in found if "." not in name] == phase_one.split()
@@ -157,7 +157,7 @@ def test_keys_of_efficientqat() -> None:
 
 ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gradient forward"
 OPTIM = "optimizer betas eps schedule final_share warmup_share max_grad_norm accumulation"
-TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
+TRAINED = ["preset", *(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
 END_TO_END = [
     *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "min_steps", "batch_size"),
     *(f"optim.{key}" for key in OPTIM.split()),

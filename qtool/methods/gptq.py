@@ -37,7 +37,7 @@ from qtool.config.sections import MethodConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
-from qtool.quant.hessian import PART, add_gram, gram, grams, mirror, parts, row_chunks
+from qtool.quant.hessian import add_gram, gram, grams, invert_lower, mirror, parts, reverse, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.system.errors import RunError
@@ -136,28 +136,6 @@ def collect(stage: Stage) -> Statistics:
     return Statistics(hessian, drift.mul_(2 / count))
 
 
-def _invert_lower(matrix: Tensor) -> None:
-    """Replace the lower triangular ``matrix`` ``[n, n]`` by its inverse, without a second matrix."""
-    for part in parts(len(matrix), PART):
-        left = matrix[part, : part.start]
-        for column in parts(part.start, PART):  # each is made from itself and the columns to its right, still unchanged
-            left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
-        identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
-        own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
-        left.copy_(own.neg() @ left)
-        matrix[part, part] = own
-
-
-def _reverse(matrix: Tensor) -> None:
-    """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
-    flat = matrix.view(-1)
-    for part in parts(len(flat) // 2, PART * PART):
-        opposite = slice(len(flat) - part.stop, len(flat) - part.start)
-        first = flat[part].flip(0)
-        flat[part] = flat[opposite].flip(0)
-        flat[opposite] = first
-
-
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
     """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
 
@@ -196,8 +174,8 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
         upper.diagonal().copy_(diagonal.flip(0) + step * config.damp * mean)
         failed = torch.linalg.cholesky_ex(upper.T, upper=True, out=(upper.T, info)).info
         if not failed:
-            _invert_lower(upper)
-            _reverse(upper)
+            invert_lower(upper)
+            reverse(upper)
             if bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite with damping {step * config.damp:g}; trying more")

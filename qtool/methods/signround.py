@@ -22,10 +22,10 @@ docs/benchmarks.md has the figures.
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
@@ -33,7 +33,7 @@ from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
 from qtool.config.guided import GuidedConfig
 from qtool.config.quant import QuantSpec
-from qtool.config.sections import MethodConfig
+from qtool.config.training import Preset, PresetConfig, Presets, preset_field
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
 from qtool.quant.expert_product import product
@@ -44,22 +44,19 @@ from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss
 from qtool.training.guided import EndLoss, block_weights, end_loss
 
-PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
-BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
+PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
 NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
-class Config(MethodConfig):
+class Config(PresetConfig):
     """SignRound: rounding and ranges learned block by block from the signs of gradients."""
 
+    presets: ClassVar[Presets] = PRESETS
+
     name: Literal["signround"] = "signround"
-    preset: Literal["light", "default", "best"] = Field(
-        "default",
-        description="Defaults of iterations and data.num_samples, where these are not given. light: 50 iterations; "
-        f"default: 200; best: 1000, on {BEST_SAMPLES} calibration windows.",
-    )
+    preset: Preset = preset_field(PRESETS)
     iterations: int = Field(200, ge=0, description="Steps of signed gradient descent per block.")
     batch_size: int = Field(4, ge=1, description="Calibration windows per step.")
     travel: float = Field(
@@ -86,17 +83,6 @@ class Config(MethodConfig):
     )
     check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
     guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
-
-    @property
-    def data_defaults(self) -> dict[str, int]:
-        """The preset's number of calibration windows."""
-        return {"num_samples": BEST_SAMPLES} if self.preset == "best" else {}
 
 
 class SignRoundLinear(QuantLinear):

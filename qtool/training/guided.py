@@ -38,7 +38,7 @@ from qtool.config.sections import IGNORED
 from qtool.models.experts import num_experts
 from qtool.models.linears import weight_of
 from qtool.models.tables import unpacked
-from qtool.system import progress
+from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
 from qtool.system.seeds import derived_seed
 from qtool.training.losses import text_loss
@@ -103,6 +103,7 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
         folder.mkdir(exist_ok=True)
     found: list[Callable[[str], Tensor]] = []
     left = [i for i in range(len(starts)) if not files or not files[i].exists()]
+    distributed.barrier()  # all processes find the same batches left
     with unpacked(job.loaded.model, job.tables), progress.stage("gradients of the loss"):
         _check(job, slices > 0)
         while left:
@@ -113,8 +114,10 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
             for number, each in zip(some, _gradients(_part(job, windows), config, slices, seeds), strict=True):
                 if not all(bool(x.isfinite().all()) for x in each.values()):
                     raise RunError("a gradient of the float model's loss is not finite; set method.guided.power to 0")
-                if files:
+                if files and distributed.is_first():
                     write_shard(each, files[number])
+                if files:
+                    distributed.barrier()
                 else:
                     found.append(each.__getitem__)
     return EndLoss(config, [SafetensorsFolder(file.parent, file.name).tensor for file in files] or found)
