@@ -10,6 +10,7 @@ watching one forward of the block (``task.py``).
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, record_calls, record_varying
+from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, logits_of, record_calls, record_varying
 from qtool.blocks.hidden_states import Beside, HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series, expert_figures
 from qtool.blocks.layout import find_layout
@@ -247,6 +248,18 @@ class BlockStates:
         made = [HiddenStates(None, (x.to(self._loaded.dtype) for x in each)) for each in same_moment(read())]
         return made[0], made[1] if len(made) > 1 else None
 
+    @contextmanager
+    def logits(self, batch: int, hidden: Tensor) -> Iterator[Tensor]:
+        """Yield the logits ``[b, t, vocabulary]`` of batch ``batch``, of its hidden states that leave the last block.
+
+        Gradients of ``hidden`` are right inside the ``with`` block only, where a streamed model has its dtype.
+        """
+        with (
+            self._features.remembered(),
+            logits_of(self._loaded, self._batches[batch], hidden, self._blocks, self._layout) as logits,
+        ):
+            yield logits
+
     def advance(self, task: BlockTask) -> None:
         """Replace the hidden states by those after the block of ``task``, which is quantized by now."""
         if self.float_inputs is not None:
@@ -335,12 +348,21 @@ def walk(job: Job, states: "BlockStates | None" = None) -> Iterator[BlockTask]:
     states = states or BlockStates(job, loaded.dtype, False)
     blocks = loaded.blocks()
     for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
-        stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
-        bring_in(block, loaded, loaded.dtype)
-        inputs, _, calls, _ = states.at(index)
-        task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
-        yield task
-        states.advance(task)
+        with brought_in(block, loaded):
+            inputs, _, calls, _ = states.at(index)
+            task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
+            yield task
+            states.advance(task)
+
+
+@contextmanager
+def brought_in(block: nn.Module, loaded: LoadedModel) -> Iterator[None]:
+    """Have ``block`` in memory, where and in the dtype that ``loaded`` computes, inside the ``with`` block."""
+    stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
+    bring_in(block, loaded, loaded.dtype)
+    try:
+        yield
+    finally:
         expert_files.leave(block, loaded.storage_dtype)
         for tensor, data in stored:
             tensor.data = data

@@ -29,17 +29,20 @@ from torch import Tensor
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.stages import Stage, stages
+from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
+from qtool.config.guided import GuidedHessian
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
-from qtool.quant.hessian import PART, add_gram, gram, grams, mirror, parts, row_chunks
+from qtool.quant.hessian import add_gram, gram, grams, invert_lower, mirror, parts, reverse, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import memory, progress
 from qtool.system.errors import RunError
 from qtool.system.matmul import exact_products
+from qtool.training.guided import EndLoss, end_loss, weighted
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)  # multiples of damp, tried in turn until the Hessian can be factorised
 HESSIANS_BYTES = 2**28  # memory of the Hessians of a layer's experts that are made together
@@ -78,7 +81,9 @@ class Config(MethodConfig):
     gptaq: float = Field(
         0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."
     )
-
+    guided: GuidedHessian = Field(
+        GuidedHessian(), description="End-loss weights of tokens in the Hessian of each linear; a head has none."
+    )
     min_expert_tokens: int = Field(
         16,
         ge=0,
@@ -131,28 +136,6 @@ def collect(stage: Stage) -> Statistics:
     return Statistics(hessian, drift.mul_(2 / count))
 
 
-def _invert_lower(matrix: Tensor) -> None:
-    """Replace the lower triangular ``matrix`` ``[n, n]`` by its inverse, without a second matrix."""
-    for part in parts(len(matrix), PART):
-        left = matrix[part, : part.start]
-        for column in parts(part.start, PART):  # each is made from itself and the columns to its right, still unchanged
-            left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
-        identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
-        own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
-        left.copy_(own.neg() @ left)
-        matrix[part, part] = own
-
-
-def _reverse(matrix: Tensor) -> None:
-    """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
-    flat = matrix.view(-1)
-    for part in parts(len(flat) // 2, PART * PART):
-        opposite = slice(len(flat) - part.stop, len(flat) - part.start)
-        first = flat[part].flip(0)
-        flat[part] = flat[opposite].flip(0)
-        flat[opposite] = first
-
-
 def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
     """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
 
@@ -191,8 +174,8 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
         upper.diagonal().copy_(diagonal.flip(0) + step * config.damp * mean)
         failed = torch.linalg.cholesky_ex(upper.T, upper=True, out=(upper.T, info)).info
         if not failed:
-            _invert_lower(upper)
-            _reverse(upper)
+            invert_lower(upper)
+            reverse(upper)
             if bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite with damping {step * config.damp:g}; trying more")
@@ -371,8 +354,27 @@ def stacked(found: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), specs[0])
 
 
-def quantize_stage(task: BlockTask, stage: Stage, config: Config) -> None:
-    """Quantize the linears of a stage, or the experts of a layer."""
+def quantize_guided(task: BlockTask, stage: Stage, config: Config, guide: EndLoss) -> None:
+    """Quantize each linear of a stage, and each slice of its rows, with a Hessian of weighted tokens."""
+    memory.return_freed()
+    found: dict[Target, QuantizedWeight] = {}
+    for target in stage.targets:
+        weights = guide.of_linear(target.name)
+        slices = []
+        for rows, column in zip(target.weight.tensor_split(weights.shape[1]), weights.unbind(1), strict=True):
+            factor = factorise(collect(weighted(stage, column)), target.spec, config, target.name)
+            slices.append(solve(rows.contiguous(), factor, target.spec, config))
+            del factor
+        found[target] = stacked(slices)
+    for target, quantized in found.items():  # after the last, as a stage may be read by running the block again
+        task.pack(target, quantized)
+
+
+def quantize_stage(task: BlockTask, stage: Stage, config: Config, guide: EndLoss | None = None) -> None:
+    """Quantize the linears of a stage, or the experts of a layer; ``guide`` weighs the tokens of a decoder block."""
+    if guide is not None and not isinstance(task.block, HeadBlock):
+        quantize_guided(task, stage, config, guide)
+        return
     if num_experts(stage.targets[0].linear) == 1:
         quantize_group(task, stage.targets, collect(stage), config)
         return
@@ -384,9 +386,11 @@ def quantize_stage(task: BlockTask, stage: Stage, config: Config) -> None:
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed is not used."""
 
+    guide = end_loss(job, config.guided, config.guided.slices)
+
     def quantize_block(task: BlockTask) -> None:
         for stage in stages(task):
-            quantize_stage(task, stage, config)
+            quantize_stage(task, stage, config, guide)
 
     return run_blocks(job, quantize_block, with_float_states=config.gptaq > 0)
 

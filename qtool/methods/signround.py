@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
+from qtool.config.guided import GuidedConfig
 from qtool.config.quant import QuantSpec
 from qtool.config.training import Preset, PresetConfig, Presets, preset_field
 from qtool.models.linears import Target, linear_bias, replace_linear
@@ -41,6 +42,7 @@ from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss
+from qtool.training.guided import EndLoss, block_weights, end_loss
 
 PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
@@ -80,6 +82,7 @@ class Config(PresetConfig):
         "or 3-bit linears; 0: none.",
     )
     check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
+    guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
 
 
 class SignRoundLinear(QuantLinear):
@@ -193,7 +196,7 @@ def outliers_of(layers: Iterable[SignRoundLinear], config: Config) -> float:
     return config.outliers if min(layer.spec.num_bits for layer in layers) <= FEW_BITS else 0.0
 
 
-def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
+def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | None = None) -> None:
     """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
     importance = task.pass_floats(leaders)
@@ -209,7 +212,8 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    distance = BlockLoss(task.float_outputs, outliers_of(layers.values(), config))
+    weights = block_weights(guide, task)
+    distance = BlockLoss(task.float_outputs, outliers_of(layers.values(), config), weights)
     best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
@@ -217,7 +221,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
 
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed and a block's index determine the minibatches."""
-    step = partial(quantize_block, config=config, seed=job.seed)
+    step = partial(quantize_block, config=config, seed=job.seed, guide=end_loss(job, config.guided))
     return run_blocks(job, step, with_float_states=True)
 
 

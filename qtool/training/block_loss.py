@@ -35,12 +35,13 @@ class Windows(Sequence[Tensor]):
 class BlockLoss:
     """The squared difference of the outputs of a block from those of the float block, ``goal``."""
 
-    def __init__(self, goal: HiddenStates, outliers: float = 0.0) -> None:
+    def __init__(self, goal: HiddenStates, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None) -> None:
         """Train towards ``goal``, the float block's output for each batch of the calibration text.
 
-        The share ``outliers`` of the differences, the largest ones, is left out of the sum.
+        The share ``outliers`` of the differences, the largest ones, is left out of the sum. ``weights`` of tokens
+        ``[n, t]``, of all windows, and of channels ``[d]`` multiply the squares; their means are 1 (``guided.py``).
         """
-        self.goal, self.outliers = Windows(goal), outliers
+        self.goal, self.outliers, self.weights = Windows(goal), outliers, weights
         squares = [float(batch.float().square().mean()) for batch in goal]
         self.mean_square = sum(squares) / max(1, len(squares)) or 1.0
 
@@ -51,7 +52,11 @@ class BlockLoss:
         if dropped:
             size = difference.detach().abs()
             difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
-        return difference.square().sum() / self.mean_square
+        squares = difference.square()
+        if self.weights is not None:
+            tokens, channels = (each.to(squares.device) for each in self.weights)
+            squares = squares * tokens[list(indices)].unsqueeze(-1) * channels
+        return squares.sum() / self.mean_square
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""

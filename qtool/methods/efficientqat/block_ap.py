@@ -33,6 +33,7 @@ from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss
 from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
+from qtool.training.guided import EndLoss, block_weights
 from qtool.training.linears import Start
 from qtool.training.rates import rate
 
@@ -175,7 +176,12 @@ def groups_of(
 
 
 def quantize_block(
-    task: BlockTask, loaded: LoadedModel, config: BlockConfig, start: Start | None, seed: int
+    task: BlockTask,
+    loaded: LoadedModel,
+    config: BlockConfig,
+    start: Start | None,
+    seed: int,
+    guide: EndLoss | None = None,
 ) -> Figures:
     """Train the block, and pack its best state.
 
@@ -197,7 +203,8 @@ def quantize_block(
         layers = {target.name: make_layer(target, starts[target.name], config) for target in task.targets}
         for target in task.targets:
             replace_linear(task.block, task.local_name(target), layers[target.name])
-        training = BlockTraining(task, BlockLoss(task.float_outputs), list(layers.values()), norms)
+        distance = BlockLoss(task.float_outputs, weights=block_weights(guide, task))
+        training = BlockTraining(task, distance, list(layers.values()), norms)
         groups = [group._replace(lr=group.lr * share) for group in groups_of(training.layers, norms, total, config)]
         try:
             fitted = training.run(
