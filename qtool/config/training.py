@@ -136,6 +136,16 @@ class TrainedConfig(MethodConfig):
         return {name: _over(own[name], value) if name in own else value for name, value in values.items()}
 
 
+class LastBlockConfig(MethodConfig):
+    """The base of the section of a method that trains a block at a time."""
+
+    last_block_loss: Literal["mse", "kl"] = Field(
+        "mse",
+        description="Loss of the last block. mse: squared difference of its outputs, as in the other blocks; kl: KL "
+        "divergence of the model's predictions from the float model's, through the final norm and the output head.",
+    )
+
+
 class EndToEndConfig(Section):
     """Training of the whole model on text: loss, duration, optimizer, validation and logging."""
 

@@ -32,7 +32,7 @@ from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
-from qtool.config.sections import MethodConfig
+from qtool.config.training import LastBlockConfig
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
 from qtool.quant.expert_product import product
@@ -40,7 +40,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import BlockLoss, loss_of
 
 PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
 BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
@@ -49,7 +49,7 @@ NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
-class Config(MethodConfig):
+class Config(LastBlockConfig):
     """SignRound: rounding and ranges learned block by block from the signs of gradients."""
 
     name: Literal["signround"] = "signround"
@@ -211,7 +211,6 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
     """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
     importance = task.pass_floats(leaders)
-    assert task.float_outputs is not None
     layers: dict[Target, SignRoundLinear] = {}
     for leader, group in leaders.items():
         for target in group:
@@ -223,7 +222,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    distance = BlockLoss(task.float_outputs, outliers_of(layers.values(), config))
+    distance = loss_of(task, config.last_block_loss, outliers_of(layers.values(), config))
     best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)

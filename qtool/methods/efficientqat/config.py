@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from qtool.config.training import EndToEndConfig, OptimConfig, TrainedConfig
+from qtool.config.training import EndToEndConfig, LastBlockConfig, OptimConfig, TrainedConfig
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -15,7 +15,7 @@ RENAMED = {  # former keys of both phases, see Section.renamed
 }
 
 
-class BlockConfig(TrainedConfig):
+class BlockConfig(TrainedConfig, LastBlockConfig):
     """The keys of Block-AP."""
 
     renamed: ClassVar[Mapping[str, str]] = RENAMED
