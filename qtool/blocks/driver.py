@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, logits_of, record_calls, record_varying
+from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import Beside, HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series, expert_figures
 from qtool.blocks.layout import find_layout
@@ -116,8 +117,20 @@ def _task(
 ) -> BlockTask:
     """Return the task of one block. It holds the block's float linears."""
     inputs, float_inputs, calls, pausing = states.at(index) if states else (HiddenStates(None), None, {}, True)
-    streamed = job.loaded.streaming is not None
-    return BlockTask(index, name, block, inputs, float_inputs, job.of_block(index), calls, compute, pausing, streamed)
+    return BlockTask(
+        index,
+        name,
+        block,
+        inputs,
+        float_inputs,
+        job.of_block(index),
+        calls,
+        compute,
+        pausing,
+        ending=states.ending if states else None,
+        is_last=index + 1 == len(job.loaded.blocks()),
+        streamed=job.loaded.streaming is not None,
+    )
 
 
 def _quantize(
@@ -199,6 +212,7 @@ class BlockStates:
             self._layout = find_layout(loaded, batches, blocks)
             self._calls = record_calls(loaded, _of_each_size(batches), blocks, compute, self._layout)
             first = first_hidden(loaded, batches[0], blocks, self._layout)
+        self.ending = Ending(job, batches, blocks, self._layout, self._features)
         # the function that returns the arguments of block i that differ between batches
         self._varying = partial(_varying, loaded, batches, blocks, compute, self._layout)
         state_bytes = (

@@ -33,7 +33,7 @@ from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
 from qtool.config.guided import GuidedConfig
 from qtool.config.quant import QuantSpec
-from qtool.config.training import Preset, PresetConfig, Presets, preset_field
+from qtool.config.training import LastBlockConfig, Preset, PresetConfig, Presets, preset_field
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
 from qtool.quant.expert_product import product
@@ -41,7 +41,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import BlockLoss, loss_of
 from qtool.training.guided import EndLoss, block_weights, end_loss
 
 PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
@@ -50,7 +50,7 @@ NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
-class Config(PresetConfig):
+class Config(PresetConfig, LastBlockConfig):
     """SignRound: rounding and ranges learned block by block from the signs of gradients."""
 
     presets: ClassVar[Presets] = PRESETS
@@ -200,7 +200,6 @@ def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | 
     """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
     importance = task.pass_floats(leaders)
-    assert task.float_outputs is not None
     layers: dict[Target, SignRoundLinear] = {}
     for leader, group in leaders.items():
         for target in group:
@@ -212,8 +211,8 @@ def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | 
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    weights = block_weights(guide, task)
-    distance = BlockLoss(task.float_outputs, outliers_of(layers.values(), config), weights)
+    outliers = outliers_of(layers.values(), config)
+    distance = loss_of(task, config.last_block_loss, outliers, block_weights(guide, task))
     best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)

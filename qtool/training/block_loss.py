@@ -7,9 +7,14 @@ takes its loss from here.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates, joined
+from qtool.blocks.task import BlockTask
+from qtool.training.losses import kl
+from qtool.training.sliced import slices_of, summed
 
 
 class Windows(Sequence[Tensor]):
@@ -61,3 +66,50 @@ class BlockLoss:
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""
         return self.goal[indices].numel()
+
+
+class PredictionLoss(BlockLoss):
+    """The KL divergence of the model's predictions from the float model's, at the outputs of the last block.
+
+    It is the cross entropy of LFQ (arXiv 2605.29756) less the entropy of the float model's predictions, which is
+    constant. The final norm and the output head stay as they are.
+    """
+
+    def __init__(self, goal: HiddenStates, ending: Ending) -> None:
+        """Train towards the predictions at ``goal``, the float block's output for each batch."""
+        self.goal, self.ending = Windows(goal), ending
+
+    def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
+        """Return the loss of ``outputs`` ``[b, t, d]``, summed over tokens, in nats."""
+        places = [self.goal.places[index] for index in indices]
+        with torch.no_grad():
+            goal = self.ending.hidden(self.goal[indices], places)
+
+        def part(hidden: Tensor, rows: slice) -> Tensor:
+            with torch.no_grad():
+                teacher = self.ending.logits(goal[rows], floats=True)
+            return kl(teacher, self.ending.logits(hidden)).sum()
+
+        hidden = self.ending.hidden(outputs, places)
+        return summed(part, hidden, slices_of(len(hidden), self.ending.vocabulary, hidden.device))
+
+    def count(self, indices: Sequence[int]) -> int:
+        """Return the number of tokens of the windows ``indices``."""
+        batch = self.goal[indices]
+        return batch.shape[0] * batch.shape[1]
+
+
+def loss_of(
+    task: BlockTask, last_block: str, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None
+) -> BlockLoss:
+    """Return the loss of the block of ``task``, whose float outputs are known; ``last_block`` is ``mse`` or ``kl``.
+
+    Raises:
+        InputError: The model does not show how it makes logits; the first block finds out.
+    """
+    assert task.float_outputs is not None
+    if last_block == "kl" and task.ending is not None:
+        task.ending.check("last_block_loss: kl")
+        if task.is_last:
+            return PredictionLoss(task.float_outputs, task.ending)
+    return BlockLoss(task.float_outputs, outliers, weights)

@@ -30,7 +30,7 @@ from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import loss_of
 from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
 from qtool.training.guided import EndLoss, block_weights
@@ -189,7 +189,7 @@ def quantize_block(
     the block stays at its starting point, which its figure ``fallback`` shows.
     """
     starts = starting_points(task, config, start)
-    assert task.float_outputs is not None
+    loss = loss_of(task, config.last_block_loss, weights=block_weights(guide, task))
     if start is not None:
         start.take_floats(loaded, f"{task.name}.")
     first = [(norm.parameter, norm.parameter.detach().clone()) for norm in norms_of(task, loaded)]
@@ -203,8 +203,7 @@ def quantize_block(
         layers = {target.name: make_layer(target, starts[target.name], config) for target in task.targets}
         for target in task.targets:
             replace_linear(task.block, task.local_name(target), layers[target.name])
-        distance = BlockLoss(task.float_outputs, weights=block_weights(guide, task))
-        training = BlockTraining(task, distance, list(layers.values()), norms)
+        training = BlockTraining(task, loss, list(layers.values()), norms)
         groups = [group._replace(lr=group.lr * share) for group in groups_of(training.layers, norms, total, config)]
         try:
             fitted = training.run(

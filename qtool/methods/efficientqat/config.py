@@ -6,7 +6,15 @@ from typing import ClassVar, Literal, get_args
 from pydantic import Field
 
 from qtool.config.guided import GuidedConfig
-from qtool.config.training import EndToEndConfig, OptimConfig, Preset, Presets, TrainedConfig, preset_field
+from qtool.config.training import (
+    EndToEndConfig,
+    LastBlockConfig,
+    OptimConfig,
+    Preset,
+    Presets,
+    TrainedConfig,
+    preset_field,
+)
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -21,7 +29,7 @@ PRESETS: Presets = {
 }
 
 
-class BlockConfig(TrainedConfig):
+class BlockConfig(TrainedConfig, LastBlockConfig):
     """The keys of Block-AP."""
 
     renamed: ClassVar[Mapping[str, str]] = RENAMED

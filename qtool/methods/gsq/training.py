@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from qtool.blocks.job import Figures
 from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
@@ -99,7 +97,12 @@ def train_assignments(
         return {}, figures
     try:
         fitted = training.run(
-            groups_of(training.layers, total, config), num_steps, windows, held, config.batch_size, config.optim,
+            groups_of(training.layers, total, config),
+            num_steps,
+            windows,
+            held,
+            config.batch_size,
+            config.optim,
             block_seed,
         )
     except NonFiniteError as error:
