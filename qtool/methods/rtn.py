@@ -5,6 +5,7 @@ The range of a group is its minimum and maximum, or it is searched: the min-max 
 the errors of large weights. Nothing is trained, and the order of linears does not matter.
 """
 
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.shares import by_rows
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
@@ -47,7 +49,7 @@ def run(job: Job, config: Config) -> Result:
         change = total = 0.0
         for target in task.targets:
             weight = target.weight
-            rounded = round_to_nearest(weight, target.spec, config)
+            rounded = by_rows(weight, target.spec, partial(round_to_nearest, spec=target.spec, config=config))
             change += float((dequantize(*rounded) - weight).square().sum())
             total += float(weight.square().sum())
             task.pack(target, rounded)
