@@ -16,7 +16,6 @@ from torch import Tensor
 
 from helpers import tiny
 from helpers.architectures import write
-from helpers.methods import by_name
 from qtool.blocks import driver
 from qtool.blocks.driver import BlockStates
 from qtool.blocks.job import Job, load_method
@@ -56,7 +55,7 @@ CASES = {
     "gptq on disk": Case("gptq", memory=1),
     "gptaq": Case("gptq", {"gptaq": 0.25}),
     "gptq head": Case("gptq", quant=HEAD),
-    "gptq experts": Case("gptq", {"min_expert_tokens": 20}, family="qwen3_moe"),
+    "gptq experts": Case("gptq", {"min_expert_tokens": 80}, family="qwen3_moe"),
     "awq": Case("awq", {"num_ratios": 4, "clip_steps": 3, "search_samples": 4}),
     "awq one sample": Case("awq", {"num_ratios": 4, "clip_steps": 3, "search_samples": 1}),
     "signround": Case("signround", {"iterations": 12, "range": "search", "check_samples": 5}),
@@ -105,7 +104,8 @@ def run_case(case: Case, folder: Path, state: Path) -> dict[str, Any]:
         patch.setattr(BlockStates, "__init__", counting)
         job, method = make_job(case, folder, state), load_method(case.method)
         result = method.run(job, method.config(**case.settings))
-    found["series"], found["errors"] = by_name(result.series), result.weight_errors
+    found["series"] = {each.name: list(each.values) for each in result.series}
+    found["errors"] = result.weight_errors
     driver.gather(job)
     found["weights"] = {name: tuple(layer.quantized[:3]) for name, layer in packed_weights(job.loaded.model).items()}
     found["rest"] = {name: p.detach().clone() for name, p in job.loaded.model.named_parameters()}
@@ -117,10 +117,10 @@ def differing(folder: Path, state: Path) -> str:
     """Return the error of a run in which the second process changes a code of the second block."""
     case = CASES["gptq"]
     method = load_method(case.method)
-    write_block = driver._quantize
+    quantize = driver._quantize
 
     def changed(task: Any, *args: Any) -> Any:
-        done = write_block(task, *args)
+        done = quantize(task, *args)
         if task.index == 1 and not distributed.is_first():
             codes = next(t for name, t in done.tensors.items() if t.dtype == torch.int32 or t.dtype == torch.uint8)
             codes.view(-1)[0] ^= 1
