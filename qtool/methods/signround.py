@@ -39,7 +39,7 @@ from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_
 from qtool.quant.expert_product import product
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
-from qtool.system import progress
+from qtool.system import distributed, progress
 from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss, loss_of
 from qtool.training.guided import EndLoss, block_weights, end_loss
@@ -151,31 +151,49 @@ class RoundingTraining:
         """Return the summed loss of one batch, in float32."""
         return self.distance.summed(self.distance.goal.of_batch(index), self.task.forward(self.task.inputs[index]))
 
+    def held(self, numbers: Sequence[int]) -> list[int]:
+        """Return the indices of those of some batches of the text that this process holds."""
+        own = self.task.inputs.share.numbers
+        return [own.index(number) for number in numbers if number in own]
+
     @torch.no_grad()
-    def measure(self, indices: list[int]) -> float:
-        """Return the summed loss of some batches."""
+    def measure(self, numbers: list[int]) -> float:
+        """Return the summed loss of some batches of the text."""
         for layer in self.layers:
             layer.expanded = layer.quantized_weight().to(self.task.compute)
-        return sum(float(self.loss(index)) for index in indices)
+        return distributed.summed(sum(float(self.loss(index)) for index in self.held(numbers)))[0]
 
     @torch.enable_grad()
-    def step(self, indices: list[int], share: float) -> None:
-        """Move every parameter by ``share`` of its travel, against the gradient of some batches."""
+    def step(self, numbers: list[int], share: float) -> None:
+        """Move every parameter by ``share`` of its travel, against the gradient of some batches of the text."""
         # each weight is rounded once for all batches, and differentiated once after them
         weights = [layer.quantized_weight() for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             layer.expanded = weight.detach().to(self.task.compute).requires_grad_()
-        for index in indices:
+        for index in self.held(numbers):
             self.loss(index).backward()
-        for layer, weight in zip(self.layers, weights, strict=True):
-            if layer.expanded.grad is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
+        for layer, weight, gradient in zip(self.layers, weights, self._gradients(), strict=True):
+            if gradient is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
                 continue
-            weight.backward(layer.expanded.grad.float())
+            weight.backward(gradient)
             layer.move(share * self.config.travel, share * self.config.range_travel)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return the gradient of each expanded weight in float32, summed over all processes before a sign is taken."""
+        found = [layer.expanded.grad for layer in self.layers]
+        if not distributed.active():
+            return [None if gradient is None else gradient.float() for gradient in found]
+        # a process without windows in this step adds zeros
+        sums = [
+            torch.zeros_like(layer.expanded, dtype=torch.float32) if gradient is None else gradient.float()
+            for layer, gradient in zip(self.layers, found, strict=True)
+        ]
+        distributed.sum_all(sums)
+        return list(sums)
 
     def run(self, generator: torch.Generator) -> list[QuantizedWeight]:
         """Train, and return the best state of each layer."""
-        num_batches, batch = len(self.task.inputs), self.task.inputs[0].shape[0]
+        num_batches, batch = len(self.task.inputs.share.sizes), self.task.inputs.share.sizes[0]
         size = min(num_batches, max(1, round(self.config.batch_size / batch)))
         num_checked = min(num_batches, max(1, round(self.config.check_samples / batch)))
         checked = [i * num_batches // num_checked for i in range(num_checked)]

@@ -193,7 +193,7 @@ def quantize_block(
     if start is not None:
         start.take_floats(loaded, f"{task.name}.")
     first = [(norm.parameter, norm.parameter.detach().clone()) for norm in norms_of(task, loaded)]
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = max(config.min_steps, round(config.epochs * len(windows) / config.batch_size)) if config.epochs else 0
     total = total_factor(num_steps, config.optim)
     figures: Figures = {}
