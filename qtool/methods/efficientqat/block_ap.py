@@ -156,7 +156,7 @@ def groups_of(
     """Return the parameters that train, with learning rates; ``total`` is the sum of the schedule's factors."""
     groups = []
     for layer in layers:
-        step = float(layer.scale.detach().mean())
+        step = float(layer.scale.detach().abs().mean())
         of_weight = rate(config.travel * step, total, config.weight_lr)
         rates = {
             "weight": of_weight,
