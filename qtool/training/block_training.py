@@ -7,7 +7,7 @@ once. Methods differ in the linears that they put into the block: all derive fro
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,22 @@ def split_windows(count: int, num_validation: int) -> tuple[list[int], list[int]
     return [i for i in range(count) if i not in out], chosen
 
 
+class _Carrier(torch.autograd.Function):
+    """A loss that is known already, and whose gradient for each value is known: the ``gradients`` by ``count``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: float, gradients: list[Tensor], count: int, *values: Tensor) -> Tensor:
+        ctx.gradients, ctx.count = gradients, count
+        return values[0].new_tensor(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = []
+        while ctx.gradients:  # each is freed as soon as it is cast
+            found.append(ctx.gradients.pop(0).float().div_(ctx.count).mul_(grad))
+        return None, None, None, *found
+
+
 class BlockTraining:
     """The training of one block: its layers and norms, and the distance of its output from the float block's."""
 
@@ -111,14 +127,13 @@ class BlockTraining:
             loss.backward()
             total += float(loss.detach())
             count += self.distance.count(part)
-        terms = []
-        while pairs:  # each pair is freed as soon as its term is made: all of them together are most of the memory
-            value, leaf = pairs.pop(0)
-            if leaf.grad is not None:
-                terms.append((value * (leaf.grad.float() / count)).sum())
-                leaf.grad = None
-        product = torch.stack(terms).sum()
-        return straight_through(product, torch.full_like(product, total / count))
+        reached = [(value, leaf) for value, leaf in pairs if leaf.grad is not None]
+        gradients = [leaf.grad for _, leaf in reached]
+        for _, leaf in reached:
+            leaf.grad = None
+        values = [value for value, _ in reached]
+        found: Tensor = _Carrier.apply(total / count, gradients, count, *values)  # type: ignore[no-untyped-call]
+        return found
 
     @torch.no_grad()
     def measure(self, indices: list[int]) -> float:
