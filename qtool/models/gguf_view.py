@@ -107,9 +107,11 @@ def source_of(folder: Path) -> Path:
 
 
 def float_types(folder: Path) -> dict[str, str]:
-    """Return the type of each tensor that is not quantized, F32, F16, BF16 or F64; empty if ``view`` made no ``folder``."""
+    """Return the type of each tensor, and BF16 of quantized ones; nothing of a folder that ``view`` has not made."""
     file = source_of(folder)
-    return {} if file == folder else {t.name: t.kind for t in read_header(file).tensors if t.kind in FLOATS}
+    if file == folder:
+        return {}
+    return {each.name: each.kind if each.kind in FLOATS else "BF16" for each in read_header(file).tensors}
 
 
 def _check(file: Path, header: Header) -> None:

@@ -89,7 +89,7 @@ class Phases:
         """Start outside all phases."""
         self.clock, self.since = clock, clock()
         self.stack: list[tuple[str, ...]] = [()]
-        self.seconds: Counter[tuple[str, ...]] = Counter()
+        self.seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self.products: dict[tuple[str, ...], Counter[Product]] = defaultdict(Counter)
 
     def _charge(self) -> None:
