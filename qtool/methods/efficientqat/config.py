@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 from pydantic import Field
 
 from qtool.config.training import EndToEndConfig, OptimConfig, Preset, Presets, TrainedConfig, preset_field
+from qtool.methods.gsq.config import AssignmentConfig
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -89,6 +90,12 @@ class BlockConfig(TrainedConfig):
         "window in eight is held out; of fewer than eight windows, all are trained on.",
     )
     optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
+
+    gsq: AssignmentConfig = Field(
+        AssignmentConfig(epochs=0.0),
+        description="A training of the assignments of each block, which begins at the codes of Block-AP, as in the "
+        "method gsq; off unless its epochs are given.",
+    )
 
 
 class ScaleConfig(EndToEndConfig):
