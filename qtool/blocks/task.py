@@ -21,6 +21,7 @@ from qtool.models.experts import num_experts
 from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
+from qtool.system import distributed
 from qtool.system.errors import InputError
 
 
@@ -157,7 +158,7 @@ class BlockTask:
     def pass_floats(self, leaders: Iterable[nn.Module] = ()) -> dict[nn.Module, Tensor]:
         """Set ``float_outputs`` to what the block in its present state makes of ``float_inputs``.
 
-        Return the sum of squares ``[in]`` of each channel that each of ``leaders`` reads meanwhile.
+        Return the sum of squares ``[in]`` of each channel that each of ``leaders`` reads meanwhile, in all processes.
         """
         assert self.float_inputs is not None
         squares: dict[nn.Module, Tensor] = {}
@@ -170,6 +171,7 @@ class BlockTask:
         for hidden in self.float_inputs:
             outputs.append(self.observe(leaders, visit, [hidden])[0])
         self.float_outputs = outputs
+        distributed.sum_all([squares[linear] for linear in leaders])
         return squares
 
     @contextmanager

@@ -58,8 +58,8 @@ class DataConfig(Section):
     source: str = Field(
         "generated",
         description="generated (text that the model writes itself), wikitext2, enwiki, c4, redpajama, slimpajama; "
-        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl or .parquet file, whose "
-        "rows may have pictures, or to tokens in .npy or .safetensors.",
+        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl, .json.gz or .parquet "
+        "file, whose rows may have pictures, or to tokens in .npy or .safetensors.",
     )
     num_samples: int = Field(128, ge=1, description="Number of calibration windows.")
     seq_len: int = Field(512, ge=2, description="Tokens per window.")
@@ -86,7 +86,7 @@ class EvalConfig(Section):
     tasks: tuple[str, ...] = Field(
         ("wikitext2",),
         min_length=1,
-        description="wikitext2 and generated (token perplexity), kl (KL divergence from the float model), or any "
+        description="wikitext2, c4 and generated (token perplexity), kl (KL divergence from the float model), or any "
         "lm-eval task, e.g. boolq, mmlu.",
     )
     num_fewshot: int | dict[str, int] = Field(
@@ -115,7 +115,10 @@ class EvalConfig(Section):
 
 
 # metrics of the tasks that qtool measures itself; every other task is lm-eval's
-METRICS = {"wikitext2": ("perplexity",), "generated": ("perplexity",), "kl": ("kl", "top-1 agreement")}
+METRICS = {
+    **dict.fromkeys(("wikitext2", "c4", "generated"), ("perplexity",)),
+    "kl": ("kl", "top-1 agreement"),
+}
 
 
 class ExpectedConfig(Section):

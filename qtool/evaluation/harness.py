@@ -93,7 +93,7 @@ def reads_pictures(task: str) -> bool:
 
 
 def _unknown(task: str) -> str:
-    hint = nearest(task, [*_full_manager().all_tasks, "wikitext2", "generated"], "; the nearest names are {}", 3)
+    hint = nearest(task, [*_full_manager().all_tasks, "wikitext2", "c4", "generated"], "; the nearest names are {}", 3)
     return f"lm-eval has no task {task!r}{hint}"
 
 

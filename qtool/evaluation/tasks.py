@@ -1,7 +1,8 @@
 """The tasks of an evaluation: perplexity per token, KL divergence from the float model, and the tasks of lm-eval.
 
-``wikitext2``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of lm-eval
-(``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
+``wikitext2``, ``c4``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of
+lm-eval (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one
+pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from qtool.config.sections import METRICS, EvalConfig
+from qtool.data.drawn_windows import C4
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
 from qtool.data.vocabulary import check_ids
@@ -82,8 +84,8 @@ def evaluate(
     ``keep`` is called with each task and its rows as they become known.
 
     ``kl`` is measured on windows of WikiText-2, or of generated text if WikiText-2 is not available. The row of a task
-    that cannot be measured (WikiText-2 is not available, ``kl`` without a reference) says why. Rows on windows of text
-    also have the share of the windows that occurs in the calibration text ``seen``.
+    that cannot be measured (WikiText-2 or C4 is not available, ``kl`` without a reference) says why. Rows on windows of
+    text also have the share of the windows that occurs in the calibration text ``seen``.
 
     Raises:
         InputError: a task of lm-eval is unknown, has no data, or asks a model about pictures that reads text only.
@@ -119,11 +121,12 @@ def _own_tasks(
     wanted = [task for task in config.tasks if task in OWN_TASKS]
     rows: dict[str, list[TaskResult]] = {}
     windows: dict[str, Tensor] = {}
-    if WIKITEXT in wanted or (DIVERGENCE in wanted and reference is not None):
-        try:
-            windows[WIKITEXT] = perplexity_windows(WIKITEXT, loaded, config.context, config.limit, seed)
-        except UnreachableError as error:
-            rows[WIKITEXT] = [_not_measured(WIKITEXT, "perplexity", str(error), config)]
+    for name in (WIKITEXT, C4):
+        if name in wanted or (name == WIKITEXT and DIVERGENCE in wanted and reference is not None):
+            try:
+                windows[name] = perplexity_windows(name, loaded, config.context, config.limit, seed)
+            except UnreachableError as error:
+                rows[name] = [_not_measured(name, "perplexity", str(error), config)]
     kl_on = (WIKITEXT if WIKITEXT in windows else GENERATED) if DIVERGENCE in wanted and reference is not None else None
     if DIVERGENCE in wanted and kl_on is None:
         rows[DIVERGENCE] = [_not_measured(DIVERGENCE, "kl", "there is no float model to compare with", config)]

@@ -6,6 +6,7 @@ takes its loss from here.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,24 +14,36 @@ from torch import Tensor
 from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates, joined
 from qtool.blocks.task import BlockTask
+from qtool.system import distributed
 from qtool.training.losses import kl
 from qtool.training.sliced import slices_of, summed
 
 
 class Windows(Sequence[Tensor]):
-    """The windows of hidden states: ``windows[indices]`` is ``[b, t, d]``."""
+    """The windows of hidden states: ``windows[indices]`` is ``[b, t, d]``.
+
+    They are numbered through over the whole text, of which one of several processes holds a share.
+    """
 
     def __init__(self, hidden: HiddenStates) -> None:
-        """Number the windows of all batches of ``hidden`` through."""
-        self.hidden = hidden
-        self.places = [(i, j) for i, batch in enumerate(hidden) for j in range(batch.shape[0])]
+        """Number the windows of all batches of the text whose hidden states are ``hidden``."""
+        self.hidden, share = hidden, hidden.share
+        starts = [0, *accumulate(share.sizes)]
+        self.num_windows = starts[-1]
+        self.places = {
+            starts[number] + j: (i, j) for i, number in enumerate(share.numbers) for j in range(share.sizes[number])
+        }
 
     def __len__(self) -> int:
-        return len(self.places)
+        return self.num_windows
+
+    def held(self, indices: Sequence[int]) -> list[int]:
+        """Return those of ``indices`` that this process holds."""
+        return [window for window in indices if window in self.places]
 
     def of_batch(self, index: int) -> list[int]:
-        """Return the windows of the batch ``index``."""
-        return [window for window, (batch, _) in enumerate(self.places) if batch == index]
+        """Return the windows of the batch ``index`` among those that this process holds."""
+        return [window for window, (batch, _) in self.places.items() if batch == index]
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:  # type: ignore[override]
         rows = [self.hidden[i][j : j + 1] for i, j in (self.places[index] for index in indices)]
@@ -40,14 +53,16 @@ class Windows(Sequence[Tensor]):
 class BlockLoss:
     """The squared difference of the outputs of a block from those of the float block, ``goal``."""
 
-    def __init__(self, goal: HiddenStates, outliers: float = 0.0) -> None:
+    def __init__(self, goal: HiddenStates, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None) -> None:
         """Train towards ``goal``, the float block's output for each batch of the calibration text.
 
-        The share ``outliers`` of the differences, the largest ones, is left out of the sum.
+        The share ``outliers`` of the differences, the largest ones, is left out of the sum. ``weights`` of tokens
+        ``[n, t]``, of all windows, and of channels ``[d]`` multiply the squares; their means are 1 (``guided.py``).
         """
-        self.goal, self.outliers = Windows(goal), outliers
+        self.goal, self.outliers, self.weights = Windows(goal), outliers, weights
         squares = [float(batch.float().square().mean()) for batch in goal]
-        self.mean_square = sum(squares) / max(1, len(squares)) or 1.0
+        total, count = distributed.summed(sum(squares), len(squares))
+        self.mean_square = total / max(1, count) or 1.0
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
         """Return the loss of ``outputs`` ``[b, t, d]``, the block's outputs of the windows ``indices``, in float32."""
@@ -56,7 +71,11 @@ class BlockLoss:
         if dropped:
             size = difference.detach().abs()
             difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
-        return difference.square().sum() / self.mean_square
+        squares = difference.square()
+        if self.weights is not None:
+            tokens, channels = (each.to(squares.device) for each in self.weights)
+            squares = squares * tokens[list(indices)].unsqueeze(-1) * channels
+        return squares.sum() / self.mean_square
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""
@@ -94,7 +113,9 @@ class PredictionLoss(BlockLoss):
         return batch.shape[0] * batch.shape[1]
 
 
-def loss_of(task: BlockTask, last_block: str, outliers: float = 0.0) -> BlockLoss:
+def loss_of(
+    task: BlockTask, last_block: str, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None
+) -> BlockLoss:
     """Return the loss of the block of ``task``, whose float outputs are known; ``last_block`` is ``mse`` or ``kl``.
 
     Raises:
@@ -105,4 +126,4 @@ def loss_of(task: BlockTask, last_block: str, outliers: float = 0.0) -> BlockLos
         task.ending.check("last_block_loss: kl")
         if task.is_last:
             return PredictionLoss(task.float_outputs, task.ending)
-    return BlockLoss(task.float_outputs, outliers)
+    return BlockLoss(task.float_outputs, outliers, weights)

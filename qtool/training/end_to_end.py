@@ -97,6 +97,19 @@ def train_model(
     return found
 
 
+def check_batch(size: int, where: str = "") -> None:
+    """Refuse a step of fewer windows than processes; ``where`` is the section of the recipe.
+
+    Raises:
+        InputError: there are more processes than windows in a step.
+    """
+    if distributed.world_size() > size:
+        raise InputError(
+            f"{where}{'.' if where else ''}batch_size {size} is less than the {distributed.world_size()} processes "
+            "that share a step; raise it, or start fewer processes"
+        )
+
+
 @dataclass
 class _Training:
     """A student, its teacher, and the windows that both read."""
@@ -114,11 +127,7 @@ class _Training:
         self.plan = plan_of(self.config, len(self.tokens))
         if self.loaded.dtype == torch.float16:
             raise InputError("gradients do not fit float16; set model.dtype to bfloat16 or float32")
-        if distributed.world_size() > self.config.batch_size:
-            raise InputError(
-                f"batch_size {self.config.batch_size} is less than the {distributed.world_size()} processes "
-                "that share a step; raise it, or start fewer processes"
-            )
+        check_batch(self.config.batch_size)
         self.loss = TextLoss(self.loaded, self.teacher, self.config, self.tokens[: self.num_trained], self.labels)
 
     @property

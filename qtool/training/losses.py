@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
 
 CE, HIDDEN = "ce", "hidden"
@@ -17,6 +18,11 @@ CE, HIDDEN = "ce", "hidden"
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     """Return ``-log q`` of each true token; ``labels`` ``[n]``."""
     return F.cross_entropy(student.float(), labels, reduction="none")
+
+
+def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of ``logits`` ``[n, vocabulary]``, summed over the ``labels`` that are not ignored."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

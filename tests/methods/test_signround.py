@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.hidden_states import HiddenStates
-from qtool.blocks.job import Job, load_method
+from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config import recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
@@ -27,7 +27,6 @@ from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
-from qtool.system.errors import InputError
 from qtool.training.block_loss import BlockLoss
 
 W3 = QuantConfig(num_bits=3, group_size=16)
@@ -354,12 +353,6 @@ def test_float_parameters_are_left_alone(llama: LoadedModel, tokens: Tensor) -> 
         assert not parameter.requires_grad, name
 
 
-def test_presets_fill_what_is_not_given() -> None:
-    assert [signround.Config(preset=name).iterations for name in ("light", "default", "best")] == [50, 200, 1000]
-    assert signround.Config() == signround.Config(preset="default")
-    assert signround.Config(preset="best", iterations=7).iterations == 7
-
-
 def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path: Path) -> None:
     def windows(*overrides: str) -> int:
         return recipe.load("signround-w4g64", [f"output.path={tmp_path}/out", *overrides]).data.num_samples
@@ -368,18 +361,12 @@ def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path
     file.write_text(
         f"model: {{path: m}}\nmethod: {{name: signround, preset: best}}\noutput: {{path: {tmp_path}/out}}\n"
     )
-    assert recipe.load(file).data.num_samples == signround.BEST_SAMPLES
+    assert recipe.load(file).data.num_samples == 512
     assert recipe.load(file, ["data.num_samples=7"]).data.num_samples == 7
     assert recipe.load(file, ["method.preset=light"]).data.num_samples == 128
     resolved = recipe.resolved(recipe.load(file))
-    assert recipe.Recipe.model_validate(resolved).data.num_samples == signround.BEST_SAMPLES
+    assert recipe.Recipe.model_validate(resolved).data.num_samples == 512
     assert windows() == 128
-
-
-def test_an_unknown_preset_is_a_fault() -> None:
-    with pytest.raises(InputError, match="preset"):
-        recipe.check(recipe.Recipe, {"method": {"name": "signround", "preset": "bestt"}}, "r")
-    assert load_method("signround").needs_data(signround.Config())
 
 
 class Choice(nn.Module):

@@ -18,12 +18,13 @@ from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
-from qtool.methods import gptq
+from qtool.methods import gptq, rtn
 from qtool.methods.efficientqat.config import BlockConfig
+from qtool.methods.rtn import round_to_nearest
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight, dequantize, grouped, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, grouped, quantize
 from qtool.quant.expert_product import block_product
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.ranges import search_qparams
@@ -32,10 +33,12 @@ from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import loss_of
 from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
+from qtool.training.guided import EndLoss, block_weights
 from qtool.training.linears import Start
 from qtool.training.rates import rate
 
 RETRIES = (1.0, 0.25, 0.0625)  # factors of the learning rates, each tried after a loss that is not finite
+PLAIN = rtn.Config()  # rounding to nearest in the extremes of each group
 SEARCH_NORM = 3.0  # exponent of the error that the range search lowers, as in gptq and signround
 
 
@@ -83,16 +86,31 @@ def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -
     importance = task.pass_floats(searched)
     if start is not None:
         return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
+    if not searched:
+        return {target.name: round_to_nearest(target.weight, target.spec, PLAIN) for target in task.targets}
     found = {}
-    for group in task.groups if searched else [task.targets]:
+    for group in task.groups:
         for target in group:
             weight, spec = target.weight, target.spec
-            if searched:
-                grid = search_qparams(weight, spec, SEARCH_NORM, importance[group[0].linear])
-            else:
-                grid = minmax_qparams(weight, spec)
+            grid = search_qparams(weight, spec, SEARCH_NORM, importance[group[0].linear])
             found[target.name] = QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
     return found
+
+
+def reads_text(config: BlockConfig) -> bool:
+    """Return whether blocks are trained, or start from ranges or codes that are found on text."""
+    return bool(config.epochs) or (config.init_from is None and config.init != "minmax")
+
+
+def place_block(task: BlockTask, loaded: LoadedModel, start: Start | None) -> None:
+    """Pack the starting point of a block that is not trained: the codes of ``start``, or the weights, rounded."""
+    if start is not None:
+        start.take_floats(loaded, f"{task.name}.")
+    for target in task.targets:
+        if start is None:
+            task.pack(target, round_to_nearest(target.weight, target.spec, PLAIN))
+        else:
+            task.pack(target, start.source.quantized(target.name)._replace(spec=target.spec))
 
 
 def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
@@ -138,7 +156,7 @@ def groups_of(
     """Return the parameters that train, with learning rates; ``total`` is the sum of the schedule's factors."""
     groups = []
     for layer in layers:
-        step = float(layer.scale.detach().mean())
+        step = float(layer.scale.detach().abs().mean())
         of_weight = rate(config.travel * step, total, config.weight_lr)
         rates = {
             "weight": of_weight,
@@ -158,7 +176,12 @@ def groups_of(
 
 
 def quantize_block(
-    task: BlockTask, loaded: LoadedModel, config: BlockConfig, start: Start | None, seed: int
+    task: BlockTask,
+    loaded: LoadedModel,
+    config: BlockConfig,
+    start: Start | None,
+    seed: int,
+    guide: EndLoss | None = None,
 ) -> Figures:
     """Train the block, and pack its best state.
 
@@ -166,11 +189,11 @@ def quantize_block(
     the block stays at its starting point, which its figure ``fallback`` shows.
     """
     starts = starting_points(task, config, start)
-    loss = loss_of(task, config.last_block_loss)
+    loss = loss_of(task, config.last_block_loss, weights=block_weights(guide, task))
     if start is not None:
         start.take_floats(loaded, f"{task.name}.")
     first = [(norm.parameter, norm.parameter.detach().clone()) for norm in norms_of(task, loaded)]
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = max(config.min_steps, round(config.epochs * len(windows) / config.batch_size)) if config.epochs else 0
     total = total_factor(num_steps, config.optim)
     figures: Figures = {}
