@@ -15,7 +15,10 @@ from qtool.config.recipe import Recipe
 from qtool.data import windows
 from qtool.models.loading import load_model
 
-KEYS = {"signround": {"iterations": 8}, "efficientqat": {"min_steps": 8, "epochs": 0.1, "e2e": {"steps": 0}}}
+KEYS: dict[str, dict[str, Any]] = {
+    "signround": {"iterations": 8},
+    "efficientqat": {"min_steps": 8, "epochs": 0.1, "e2e": {"steps": 0}},
+}
 PACKED = {"quant__embedding": {"num_bits": 8, "group_size": -1}}
 
 
@@ -37,9 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_streamed_run_gives_what_a_whole_model_gives(
     name: str, dtype: str, tables: dict[str, Any], folder: Path
 ) -> None:
-    checked = recipe_of(
-        folder, folder / "out", name, model__dtype=dtype, **{f"quant__{k}": v for k, v in tables.items()}
-    )
+    checked = recipe_of(folder, folder / "out", name, model__dtype=dtype, **tables)
     quantize(checked)
     loaded = load_model(checked.model)
     tokens = windows.calibration(checked.data, loaded, checked.seed).tokens
