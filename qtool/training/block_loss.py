@@ -54,8 +54,8 @@ class BlockLoss:
         The share ``outliers`` of the differences, the largest ones, is left out of the sum.
         """
         self.goal, self.outliers = Windows(goal), outliers
-        squares = [float(batch.float().square().mean()) for batch in goal]
-        total, count = distributed.summed(sum(squares), len(squares))
+        squares = sum(len(batch) * float(batch.float().square().mean()) for batch in goal)
+        total, count = distributed.summed(squares, sum(len(batch) for batch in goal))
         self.mean_square = total / max(1, count) or 1.0
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:

@@ -171,9 +171,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(args, Path(folder))
-    print(
-        "| method | processes | seconds | memory of each, GB | codes that differ | perplexity |\n|---|---|---|---|---|---|"
-    )
+    print("| method | processes | seconds | memory of each, GB | codes that differ | perplexity |")
+    print("|" + "---|" * 6)
     for row in rows:
         held = ", ".join(f"{each / 1e9:.2f}" for each in row["rank_bytes"])
         cells = [row["method"], row["ranks"], f"{row['seconds']:.1f}", held, f"{100 * row['codes_differing']:.3f} %"]
