@@ -71,7 +71,7 @@ def train_assignments(
     Return the best state by name, which may be the start, and the figures of the block. After a loss that is not
     finite the start is returned, which the figure ``fallback`` shows.
     """
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = steps_of(config, len(windows))
     total = total_factor(num_steps, config.optim)
     block_seed = derived_seed(seed, task.index)
