@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from qtool.blocks.job import Figures
 from qtool.blocks.task import BlockTask
 from qtool.methods.gsq.assignment import AssignmentLinear, Ramp
