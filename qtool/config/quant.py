@@ -123,8 +123,9 @@ class QuantSpec(NamedGrid):
     )
     negative_scales: bool | None = Field(
         None,
-        description="Let the scale of a group be negative, so that the extra level of a symmetric grid (2 bits: -2, -1, "
-        "0, 1) lies above zero where that lowers the group's error. unset: up to 4 bits; true needs symmetric: true.",
+        description="Let scales be negative: the extra level of a symmetric grid (2 bits: -2, -1, 0, 1) then lies on "
+        "the side of zero where it lowers the error of a group. unset: true up to 4 bits. Scales that llmqat and "
+        "paretoq compute stay positive.",
     )
     activations: ActivationGrid | None = Field(
         None, description="Grid of the inputs of quantized linears, or its bits alone; unset: not rounded."
