@@ -124,8 +124,8 @@ class QuantSpec(NamedGrid):
     negative_scales: bool | None = Field(
         None,
         description="Let scales be negative: the extra level of a symmetric grid (2 bits: -2, -1, 0, 1) then lies on "
-        "the side of zero where it lowers the error of a group. unset: true up to 4 bits. Scales that llmqat and "
-        "paretoq compute stay positive.",
+        "the side of zero where it lowers the error of a group. unset: true up to 4 bits, except "
+        "with llmqat and paretoq, whose scales are positive.",
     )
     activations: ActivationGrid | None = Field(
         None, description="Grid of the inputs of quantized linears, or its bits alone; unset: not rounded."
