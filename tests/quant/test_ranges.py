@@ -1,4 +1,4 @@
-"""The search for the range of a group: which candidates it leaves out, scales of either sign, zero points between codes."""
+"""The search for the range of a group: what it leaves out, either sign of scales, zero points between codes."""
 
 import pytest
 import torch
