@@ -125,7 +125,7 @@ def test_recipe_keys() -> None:
         "model": ["path", "dtype", "device", "free"],
         "method": ["name"],
         "quant": [
-            *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
+            *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero", "negative_scales"),
             *("activations.num_bits", "activations.symmetric", "kv_cache", "kv_group_size", "overrides"),
             *("embedding", "head"),
             *("budget.average_bits", "budget.size", "budget.share"),
