@@ -6,6 +6,7 @@ the errors of large weights. ``range_factor`` multiplies the extremes of all gro
 2411.06084 as its abstract describes it. Nothing is trained, and the order of linears does not matter.
 """
 
+from functools import partial
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.shares import by_rows
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
@@ -63,7 +65,7 @@ def run(job: Job, config: Config) -> Result:
         change = total = 0.0
         for target in task.targets:
             weight = target.weight
-            rounded = round_to_nearest(weight, target.spec, config)
+            rounded = by_rows(weight, target.spec, partial(round_to_nearest, spec=target.spec, config=config))
             change += float((dequantize(*rounded) - weight).square().sum())
             total += float(weight.square().sum())
             task.pack(target, rounded)
