@@ -1,12 +1,13 @@
 """Token perplexity, KL divergence and top-1 agreement on windows of text.
 
-Logits are the largest tensors here. So ``batch_size: auto`` fits the logits of one forward into ``LOGIT_BYTES``, and
-log-probabilities are computed in float32 for a few tokens at a time. Means are taken in float64. Standard errors are
+Logits are the largest tensors here. So they are made of the final hidden states for as many tokens at a time as fit
+into ``LOGIT_BYTES`` (``models/readout.py``); of a model that makes them of more, for as many windows as fit.
+Log-probabilities are computed in float32 for a few tokens at a time. Means are taken in float64. Standard errors are
 over windows: the tokens of a window depend on each other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtool.models.readout import Readout, readout_of
 from qtool.reports.records import Metric
 from qtool.system import progress
 from qtool.system.tensors import size_for
 
 LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # largest size of the logits of one forward
 CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # number of logits in float32 at once; a CPU's caches hold 2**18
+TOKENS_AT_ONCE = 2048  # number of tokens of a batch of windows whose logits are made in parts
 BatchSize = int | Literal["auto"]
 
 
@@ -68,24 +71,46 @@ def score_windows(
     ``compare`` adds the scores that need the logits of both: ``kl`` and ``agreement``.
     """
     models = [model] if reference is None else [model, reference]
-    size = _batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size
+    few = windows[:1]
+    ends = [readout_of(m, few.to(m.device)) for m in models]
+    length, rows = windows.shape[1], windows.shape[1]
+    if all(ends):
+        rows = _rows_at_once(models)
+    size = _batch_size(models, length, rows) if batch_size == "auto" else batch_size
     batches = windows.split(min(size, len(windows)))
     columns: list[list[Tensor]] = []
     for batch in progress.track(batches, title, len(batches)):
-        logits = [m(batch.to(m.device), use_cache=False).logits for m in models]
+        sources = [_logits_of(m, end if all(ends) else None, batch) for m, end in zip(models, ends, strict=True)]
         for index, window in enumerate(batch):
-            columns.append(_score_window([one[index, :-1] for one in logits], window[1:].to(model.device), compare))
+            labels = window[1:].to(model.device)
+            sums = torch.zeros(len(models) + 2 * compare, dtype=torch.float64, device=labels.device)
+            for start in range(0, length - 1, rows):
+                part = slice(start, min(start + rows, length - 1))
+                _add_scores([source(index, part) for source in sources], labels[part], compare, sums)
+            columns.append(list(sums))
     table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
     nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
     assert nll is not None
     return WindowScores(nll, reference_nll, kl, agreement, windows.shape[0] * (windows.shape[1] - 1))
 
 
-def _score_window(logits: Sequence[Tensor], labels: Tensor, compare: bool) -> list[Tensor]:
-    """Return sums over the rows of ``logits`` ``[t - 1, vocabulary]``: nll of each model, then kl and agreement."""
+def _logits_of(model: PreTrainedModel, end: Readout | None, batch: Tensor) -> Callable[[int, slice], Tensor]:
+    """Return a function that gives the logits ``[n, vocabulary]`` of some tokens of a window of ``batch`` ``[b, t]``.
+
+    With ``end`` they are made when they are asked for, otherwise all of them now.
+    """
+    tokens = batch.to(model.device)
+    if end is None:
+        whole = model(tokens, use_cache=False).logits
+        return lambda index, part: whole[index, part]
+    hidden = end.hidden({"input_ids": tokens})
+    return lambda index, part: end.logits(hidden[index, part])
+
+
+def _add_scores(logits: Sequence[Tensor], labels: Tensor, compare: bool, sums: Tensor) -> None:
+    """Add the sums over the rows of ``logits`` ``[n, vocabulary]``: nll of each model, then kl and agreement."""
     device = labels.device
-    size = max(1, size_for(device, CHUNK_NUMBERS) // logits[0].shape[-1])
-    sums = torch.zeros(len(logits) + 2 * compare, dtype=torch.float64, device=device)
+    size = _chunk_rows(device, logits[0].shape[-1])
     for label, *chunks in zip(labels.split(size), *(one.to(device).split(size) for one in logits), strict=True):
         logs = [F.log_softmax(chunk.float(), -1) for chunk in chunks]
         for index, log in enumerate(logs):
@@ -94,13 +119,35 @@ def _score_window(logits: Sequence[Tensor], labels: Tensor, compare: bool) -> li
             mine, other = logs
             sums[-1] += (mine.argmax(-1) == other.argmax(-1)).sum()
             sums[-2] += torch.linalg.vecdot(other.exp(), other - mine).sum()
-    return list(sums)
 
 
-def _batch_size(models: Sequence[PreTrainedModel], length: int) -> int:
-    """Return how many windows of ``length`` tokens have logits within ``LOGIT_BYTES``."""
-    per_window: int = sum(length * m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
-    return max(1, min(64, size_for(models[0].device, LOGIT_BYTES) // per_window))
+def _chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """Return how many rows of logits are in float32 at once."""
+    return max(1, size_for(device, CHUNK_NUMBERS) // vocabulary)
+
+
+def _token_bytes(models: Sequence[PreTrainedModel]) -> int:
+    """Return the bytes of the logits of one token, of all models."""
+    total: int = sum(m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
+    return total
+
+
+def _rows_at_once(models: Sequence[PreTrainedModel]) -> int:
+    """Return how many tokens have logits within ``LOGIT_BYTES``: whole chunks, so that sums are in the same order."""
+    device, vocabulary = models[0].device, models[0].config.get_text_config().vocab_size
+    chunk = _chunk_rows(device, vocabulary)
+    return max(1, size_for(device, LOGIT_BYTES) // _token_bytes(models) // chunk) * chunk
+
+
+def _batch_size(models: Sequence[PreTrainedModel], length: int, rows: int) -> int:
+    """Return how many windows of ``length`` tokens are read at once.
+
+    Those whose logits are within ``LOGIT_BYTES``; where logits are made for ``rows`` tokens at a time, those of
+    ``TOKENS_AT_ONCE`` tokens, if these are more.
+    """
+    fit = size_for(models[0].device, LOGIT_BYTES) // (length * _token_bytes(models))
+    many = TOKENS_AT_ONCE // length if rows < length else 1
+    return max(1, many, min(64, fit))
 
 
 def mean_metric(values: Tensor, n: int) -> Metric:

@@ -13,6 +13,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation import perplexity
 from qtool.evaluation.tasks import evaluate
 from qtool.models.loaded import LoadedModel
+from qtool.models.readout import Readout
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,29 @@ def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded: Load
     same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
     assert same.reference_nll is not None
     assert perplexity.change_stderr(same.nll, same.reference_nll) == 0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_logits_of_a_few_tokens_at_a_time_give_the_scores_of_whole_windows(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "readout_of", lambda model, tokens: None)
+    whole = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "whole")
+    monkeypatch.undo()
+    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
+    monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 2 * 4 * 7 * 4096})  # 7 tokens of two models in float32
+    seen: list[int] = []
+    original = Readout.logits
+
+    def watched(self: Readout, hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return original(self, hidden)
+
+    monkeypatch.setattr(Readout, "logits", watched)
+    parts = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "parts")
+    assert max(seen[2:]) == 6  # whole chunks; the first two calls compare logits with those of the models
+    assert len(seen) == 2 + 2 * 7 * 7
+    for ours, other in zip(parts[:4], whole[:4], strict=True):
+        assert ours is not None
+        assert other is not None
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
