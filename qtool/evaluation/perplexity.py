@@ -1,13 +1,14 @@
 """Token perplexity, KL divergence and top-1 agreement on windows of text.
 
-Logits are the largest tensors here. So they are made of the final hidden states for as many tokens at a time as fit
-into ``LOGIT_BYTES`` (``models/readout.py``); of a model that makes them of more, for as many windows as fit.
-Log-probabilities are computed in float32 for a few tokens at a time. Means are taken in float64. Standard errors are
-over windows: the tokens of a window depend on each other.
+Logits are the largest tensors here. So ``batch_size: auto`` fits the logits of one forward into ``LOGIT_BYTES``; where
+those of the smallest batch are larger, they are made of the final hidden states for a few tokens at a time
+(``models/readout.py``). Log-probabilities are computed in float32, for a few tokens at a time too. Means are taken in
+float64. Standard errors are over windows: the tokens of a window depend on each other.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from qtool.system.tensors import size_for
 
 LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # largest size of the logits of one forward
 CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # number of logits in float32 at once; a CPU's caches hold 2**18
-TOKENS_AT_ONCE = 2048  # number of tokens of a batch of windows whose logits are made in parts
 BatchSize = int | Literal["auto"]
 
 
@@ -34,6 +34,8 @@ class WindowScores(NamedTuple):
     kl: Tensor | None
     agreement: Tensor | None
     num_predictions: int
+    token_kl: Tensor | None = None
+    """KL divergence of each prediction, float32 ``[n (t - 1)]``, from the lowest to the highest."""
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: BatchSize) -> Metric:
@@ -71,83 +73,107 @@ def score_windows(
     ``compare`` adds the scores that need the logits of both: ``kl`` and ``agreement``.
     """
     models = [model] if reference is None else [model, reference]
-    few = windows[:1]
-    ends = [readout_of(m, few.to(m.device)) for m in models]
-    length, rows = windows.shape[1], windows.shape[1]
-    if all(ends):
-        rows = _rows_at_once(models)
-    size = _batch_size(models, length, rows) if batch_size == "auto" else batch_size
+    size = _batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size
     batches = windows.split(min(size, len(windows)))
+    predictions = _predictions(models, batches[0])
     columns: list[list[Tensor]] = []
+    found: list[Tensor] = []
     for batch in progress.track(batches, title, len(batches)):
-        sources = [_logits_of(m, end if all(ends) else None, batch) for m, end in zip(models, ends, strict=True)]
+        logits = [each(batch) for each in predictions]
         for index, window in enumerate(batch):
-            labels = window[1:].to(model.device)
-            sums = torch.zeros(len(models) + 2 * compare, dtype=torch.float64, device=labels.device)
-            for start in range(0, length - 1, rows):
-                part = slice(start, min(start + rows, length - 1))
-                _add_scores([source(index, part) for source in sources], labels[part], compare, sums)
-            columns.append(list(sums))
+            sums, kl = _score_window([one(index) for one in logits], window[1:].to(model.device), compare)
+            columns.append(sums)
+            found.append(kl)
     table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
     nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
     assert nll is not None
-    return WindowScores(nll, reference_nll, kl, agreement, windows.shape[0] * (windows.shape[1] - 1))
+    num_predictions = windows.shape[0] * (windows.shape[1] - 1)
+    token_kl = torch.cat(found).sort().values if compare else None
+    return WindowScores(nll, reference_nll, kl, agreement, num_predictions, token_kl)
 
 
-def _logits_of(model: PreTrainedModel, end: Readout | None, batch: Tensor) -> Callable[[int, slice], Tensor]:
-    """Return a function that gives the logits ``[n, vocabulary]`` of some tokens of a window of ``batch`` ``[b, t]``.
+Chunks = Iterator[Tensor]  # logits ``[rows, vocabulary]`` of the predictions of a window, some at a time, in order
+Predictions = Callable[[Tensor], Callable[[int], Chunks]]  # windows [b, t] -> index of a window -> chunks
 
-    With ``end`` they are made when they are asked for, otherwise all of them now.
+
+def _predictions(models: Sequence[PreTrainedModel], batch: Tensor) -> list[Predictions]:
+    """Return how each of ``models`` predicts ``batch`` and others like it; the chunks of all have the same sizes."""
+    device, vocabulary = models[0].device, max(model.config.get_text_config().vocab_size for model in models)
+    rows = max(1, size_for(device, CHUNK_NUMBERS) // vocabulary)
+    per_row = sum(vocabulary * model.dtype.itemsize for model in models)
+    fitting = max(1, size_for(device, LOGIT_BYTES) // per_row)
+    if batch.numel() <= fitting:
+        return [partial(_whole, model, rows) for model in models]
+    ends = [readout_of(model, batch.to(model.device)) for model in models]
+    for model, end in zip(models, ends, strict=True):
+        if end is None:
+            progress.note(
+                f"the logits of {type(model).__name__} are made of more than its final hidden states; those of a whole "
+                "batch are held at once"
+            )
+    return [
+        partial(_whole, model, rows) if end is None else partial(_read, end, rows, fitting)
+        for model, end in zip(models, ends, strict=True)
+    ]
+
+
+def _whole(model: PreTrainedModel, rows: int, batch: Tensor) -> Callable[[int], Chunks]:
+    """Predict ``batch`` ``[b, t]`` by one forward; a window's predictions come ``rows`` at a time."""
+    logits = model(batch.to(model.device), use_cache=False).logits
+    return lambda index: iter(logits[index, :-1].split(rows))
+
+
+def _read(end: Readout, rows: int, fitting: int, batch: Tensor) -> Callable[[int], Chunks]:
+    """Predict ``batch`` ``[b, t]`` with the logits of about ``fitting`` tokens at once, and yield ``rows`` of them."""
+    hidden = end.hidden({"input_ids": batch.to(end.device)})
+
+    def chunks(index: int) -> Chunks:
+        own = hidden[index, :-1]
+        parts = math.ceil(len(own) / max(fitting, rows))
+        several = rows * math.ceil(len(own) / parts / rows)  # a multiple, so that chunks are those of whole logits
+        for part in own.split(several):
+            yield from end.logits(part).split(rows)
+
+    return chunks
+
+
+def _score_window(predicted: Sequence[Chunks], labels: Tensor, compare: bool) -> tuple[list[Tensor], Tensor]:
+    """Return sums over the predictions ``predicted`` of each model: nll of each, then kl and agreement; and each kl.
+
+    ``labels`` ``[t - 1]`` are the true tokens. Without ``compare`` there are no kl and agreement.
     """
-    tokens = batch.to(model.device)
-    if end is None:
-        whole = model(tokens, use_cache=False).logits
-        return lambda index, part: whole[index, part]
-    hidden = end.hidden({"input_ids": tokens})
-    return lambda index, part: end.logits(hidden[index, part])
-
-
-def _add_scores(logits: Sequence[Tensor], labels: Tensor, compare: bool, sums: Tensor) -> None:
-    """Add the sums over the rows of ``logits`` ``[n, vocabulary]``: nll of each model, then kl and agreement."""
-    device = labels.device
-    size = _chunk_rows(device, logits[0].shape[-1])
-    for label, *chunks in zip(labels.split(size), *(one.to(device).split(size) for one in logits), strict=True):
-        logs = [F.log_softmax(chunk.float(), -1) for chunk in chunks]
+    device, start = labels.device, 0
+    sums = torch.zeros(len(predicted) + 2 * compare, dtype=torch.float64, device=device)
+    found = []
+    for chunks in zip(*predicted, strict=True):
+        label = labels[start : start + len(chunks[0])]
+        start += len(label)
+        logs = [F.log_softmax(chunk.to(device).float(), -1) for chunk in chunks]
         for index, log in enumerate(logs):
             sums[index] += F.nll_loss(log, label, reduction="sum")
         if compare:
             mine, other = logs
             sums[-1] += (mine.argmax(-1) == other.argmax(-1)).sum()
-            sums[-2] += torch.linalg.vecdot(other.exp(), other - mine).sum()
+            found.append(torch.linalg.vecdot(other.exp(), other - mine))
+            sums[-2] += found[-1].sum()
+    return list(sums), torch.cat(found).cpu() if compare else labels.new_empty(0)
 
 
-def _chunk_rows(device: torch.device, vocabulary: int) -> int:
-    """Return how many rows of logits are in float32 at once."""
-    return max(1, size_for(device, CHUNK_NUMBERS) // vocabulary)
+def percentile(ordered: Tensor, share: float) -> float:
+    """Return the number below which the ``share`` of ``ordered`` ``[n]``, in rising order, lies.
 
-
-def _token_bytes(models: Sequence[PreTrainedModel]) -> int:
-    """Return the bytes of the logits of one token, of all models."""
-    total: int = sum(m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
-    return total
-
-
-def _rows_at_once(models: Sequence[PreTrainedModel]) -> int:
-    """Return how many tokens have logits within ``LOGIT_BYTES``: whole chunks, so that sums are in the same order."""
-    device, vocabulary = models[0].device, models[0].config.get_text_config().vocab_size
-    chunk = _chunk_rows(device, vocabulary)
-    return max(1, size_for(device, LOGIT_BYTES) // _token_bytes(models) // chunk) * chunk
-
-
-def _batch_size(models: Sequence[PreTrainedModel], length: int, rows: int) -> int:
-    """Return how many windows of ``length`` tokens are read at once.
-
-    Those whose logits are within ``LOGIT_BYTES``; where logits are made for ``rows`` tokens at a time, those of
-    ``TOKENS_AT_ONCE`` tokens, if these are more.
+    Between two numbers it is interpolated linearly, as llama.cpp's ``--kl-divergence`` does.
     """
-    fit = size_for(models[0].device, LOGIT_BYTES) // (length * _token_bytes(models))
-    many = TOKENS_AT_ONCE // length if rows < length else 1
-    return max(1, many, min(64, fit))
+    at = share * (len(ordered) - 1)
+    below = int(at)
+    low, high = (float(ordered[min(place, len(ordered) - 1)]) for place in (below, below + 1))
+    return low if at == below else low + (at - below) * (high - low)
+
+
+def _batch_size(models: Sequence[PreTrainedModel], length: int) -> int:
+    """Return how many windows of ``length`` tokens have logits within ``LOGIT_BYTES``."""
+    per_window: int = sum(length * m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
+    return max(1, min(64, size_for(models[0].device, LOGIT_BYTES) // per_window))
 
 
 def mean_metric(values: Tensor, n: int) -> Metric:

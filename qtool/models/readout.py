@@ -56,6 +56,11 @@ class Readout:
         return logits[0]
 
     @property
+    def device(self) -> torch.device:
+        """The device of the model's first tensor, which reads tokens."""
+        return next(self.model.parameters()).device
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that train and that the logits depend on, besides the hidden states."""
         within = set(self.decoder.parameters())

@@ -6,14 +6,15 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.local_data import needs
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import EvalConfig
+from qtool.config.sections import PERCENTILES, EvalConfig
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation import perplexity
 from qtool.evaluation.tasks import evaluate
 from qtool.models.loaded import LoadedModel
-from qtool.models.readout import Readout
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,52 @@ def test_divergence_is_kl_from_the_float_model_in_float64(
     assert kl.n == agreement.n == 7 * 39
 
 
+@given(st.lists(st.floats(-1, 1e6, width=32), min_size=1, max_size=50), st.sampled_from([0.0, 0.5, 0.99, 0.999, 1.0]))
+def test_a_percentile_is_interpolated_between_the_numbers_around_it(values: list[float], share: float) -> None:
+    ordered = torch.tensor(values).sort().values
+    expected = torch.quantile(ordered.double(), share, interpolation="linear").item()
+    assert perplexity.percentile(ordered, share) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_the_percentiles_of_kl_are_those_of_all_predictions(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor
+) -> None:
+    scores = perplexity.score_windows(loaded.model, reference.model, windows, 3, True, "")
+    with torch.no_grad():
+        mine, other = (m(windows).logits[:, :-1].double().log_softmax(-1) for m in (loaded.model, reference.model))
+    expected = (other.exp() * (other - mine)).sum(-1).flatten()
+    found = scores.token_kl
+    assert found is not None
+    assert found.shape == (7 * 39,)
+    for share in PERCENTILES.values():
+        wanted = torch.quantile(expected, share).item()
+        assert perplexity.percentile(found, share) == pytest.approx(wanted, rel=1e-4)
+    assert found.mean().item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, "auto"])
+def test_logits_of_a_few_tokens_at_a_time_give_the_same_scores(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = perplexity.score_windows(loaded.model, reference.model, windows, 3, True, "")
+    seen: list[int] = []
+    heads = [each.model.get_output_embeddings() for each in (loaded, reference)]
+    handles = [head.register_forward_hook(lambda *args: seen.append(args[2].shape[-2])) for head in heads]
+    monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 15 * 2 * 4 * 4096})
+    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 4 * 4096})
+    found = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "")
+    for handle in handles:
+        handle.remove()
+    assert max(seen) <= 16, "39 predictions in three parts of up to 16"
+    for ours, theirs in zip(found[:4], expected[:4], strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert found.token_kl is not None
+    assert expected.token_kl is not None
+    assert torch.allclose(found.token_kl, expected.token_kl, rtol=1e-3, atol=1e-6)
+
+
 def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tensor) -> None:
     broken = tiny.with_spread_logits(0)
     with torch.no_grad():
@@ -97,29 +144,3 @@ def test_the_standard_error_of_the_change_is_that_of_paired_windows(loaded: Load
     same = perplexity.score_windows(loaded.model, loaded.model, windows, 3, False, "")
     assert same.reference_nll is not None
     assert perplexity.change_stderr(same.nll, same.reference_nll) == 0
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_logits_of_a_few_tokens_at_a_time_give_the_scores_of_whole_windows(
-    loaded: LoadedModel, reference: LoadedModel, windows: Tensor, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(perplexity, "readout_of", lambda model, tokens: None)
-    whole = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "whole")
-    monkeypatch.undo()
-    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 3 * 4096})
-    monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 2 * 4 * 7 * 4096})  # 7 tokens of two models in float32
-    seen: list[int] = []
-    original = Readout.logits
-
-    def watched(self: Readout, hidden: Tensor) -> Tensor:
-        seen.append(len(hidden))
-        return original(self, hidden)
-
-    monkeypatch.setattr(Readout, "logits", watched)
-    parts = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "parts")
-    assert max(seen[2:]) == 6  # whole chunks; the first two calls compare logits with those of the models
-    assert len(seen) == 2 + 2 * 7 * 7
-    for ours, other in zip(parts[:4], whole[:4], strict=True):
-        assert ours is not None
-        assert other is not None
-        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6)
