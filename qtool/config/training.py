@@ -89,7 +89,8 @@ class OptimConfig(Section):
         "learning rate, against the sign of the gradient; lion: the same, against the sign of an average of gradients.",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="AdamW: decay rates of the averages of the gradient and its square. lion: shares of the momentum "
+        (0.9, 0.999),
+        description="AdamW: decay rates of the averages of the gradient and its square. lion: shares of the momentum "
         "in a step, and of the old momentum in the new one.",
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW, added to the root of the averaged squared gradient.")
