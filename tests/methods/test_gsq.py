@@ -176,11 +176,19 @@ def test_training_lowers_the_loss_and_packs_the_state_that_had_the_lowest(
     assert all(0 < share < 0.5 for share in result.values("changed"))
 
 
-def test_a_gap_between_soft_and_hard_codes_is_noted(llama: LoadedModel, tokens: Tensor) -> None:
-    notes = Notes()
-    with progress.use(notes):
-        run(load_method("gsq"), llama, tokens, W2A, temperature=(2.0, 2.0), strength=(1.0, 1.0), travel=0.3)
-    assert any("times that of soft ones" in each for each in notes.texts)
+def test_a_gap_between_soft_and_hard_codes_is_noted(
+    make_llama: Callable[[], LoadedModel], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(epochs=0.1, min_steps=4)
+    result = load_method("gsq").run(Job.select(make_llama(), W2A, tokens), config)
+    losses = zip(result.values("hard_loss"), result.values("soft_loss"), strict=True)
+    gaps = sorted(hard / soft for hard, soft in losses)
+    for least, expected in ((0.99 * gaps[0], 2), ((gaps[0] + gaps[1]) / 2, 1), (1.01 * gaps[1], 0)):
+        monkeypatch.setattr(training, "SOFT_GAP", least)
+        notes = Notes()
+        with progress.use(notes):
+            load_method("gsq").run(Job.select(make_llama(), W2A, tokens), config)
+        assert sum("times that of soft ones" in each for each in notes.texts) == expected
 
 
 def test_a_loss_that_is_not_finite_leaves_the_block_at_its_start(

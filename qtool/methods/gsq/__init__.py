@@ -46,8 +46,8 @@ class Config(AssignmentConfig, PresetConfig):
         "gptq",
         description="Codes at the start. gptq: those of gptq with its defaults; search: the nearest in the range with "
         "the smallest error of the weights, each input channel weighted by its mean square; minmax: the nearest "
-        "between the extremes of each group. With search and minmax a logit falls with the distance of its code from the "
-        "weight, with gptq from the start code.",
+        "between the extremes of each group. With search and minmax a logit falls with the distance of its code from "
+        "the weight, with gptq from the start code.",
     )
     goal: Literal["float", "inputs"] = Field(
         "float",
