@@ -19,7 +19,7 @@ IGNORED = -100  # label of a token that is not learned; the default of torch's c
 class ModelConfig(Section):
     """The model, the precision of computation, and the device."""
 
-    path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
+    path: str = Field(description="Local folder, .gguf file, hub name (org/name), or builtin:wiki-llama-3m.")
     dtype: Dtype = Field(
         "auto",
         description="Precision of computation. auto: the checkpoint's dtype if the device supports it, else float32.",
@@ -114,10 +114,13 @@ class EvalConfig(Section):
     )
 
 
+# share of the predictions whose KL divergence is lower, by metric
+PERCENTILES = {"median": 0.5, "99th percentile": 0.99, "99.9th percentile": 0.999, "maximum": 1.0}
+AGREEMENT = "top-1 agreement"
 # metrics of the tasks that qtool measures itself; every other task is lm-eval's
 METRICS = {
     **dict.fromkeys(("wikitext2", "c4", "generated"), ("perplexity",)),
-    "kl": ("kl", "top-1 agreement"),
+    "kl": ("kl", *PERCENTILES, AGREEMENT),
 }
 
 

@@ -20,6 +20,7 @@ from qtool.system.errors import InputError
 FREQUENCIES = "rope_freqs.weight"  # name of the tensor that divides the rotary frequencies
 # what Llama 3.1 and later scale by; only their product with the original length is in the tensor of divisors
 LOW, HIGH = 1.0, 4.0
+LOCAL_BASE = 10_000.0  # of the rotary embedding in Gemma 3's blocks with a window, where the file names none
 SCALING = ("type", "factor", "original_context_length", "finetuned")  # known keys of rope.scaling
 
 
@@ -45,21 +46,25 @@ def completed(config: PreTrainedConfig, header: Header, read: Callable[[str], Te
         )
     changes = {name: header.get(key) for name, key in KEYS.items() if hasattr(config, name)}
     changes |= READ[header.architecture](config, header)
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if rope := _scaled(config, header, read):
-        changes["rope_parameters"] = rope
-    found: PreTrainedConfig = type(config).from_dict(config.to_dict() | changes)
-    return found
+    found = _changed(config, {name: value for name, value in changes.items() if value is not None})
+    return _changed(found, {"rope_parameters": _rope(found, header, read)})
 
 
-def _scaled(config: PreTrainedConfig, header: Header, read: Callable[[str], Tensor]) -> dict[str, Any] | None:
-    """Return the rotary embedding of the file, if it is scaled.
+def _changed(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
+    made: PreTrainedConfig = type(config).from_dict(config.to_dict() | changes)
+    return made
+
+
+def _rope(config: Any, header: Header, read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """Return the rotary embedding of the file.
 
     Raises:
         InputError: it is scaled in a way that is not known.
     """
-    rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
+    rope: dict[str, Any] = config.rope_parameters
     inner = dict(rope.get("full_attention", rope))  # Gemma 3 scales that of blocks that attend to all tokens
+    if base := header.get("rope.freq_base"):
+        inner["rope_theta"] = base
     kind = header.get("rope.scaling.type")
     if any(tensor.name == FREQUENCIES for tensor in header.tensors):
         inner |= _llama_3(config, read(FREQUENCIES))
@@ -73,9 +78,10 @@ def _scaled(config: PreTrainedConfig, header: Header, read: Callable[[str], Tens
     keys = {key.removeprefix(prefix) for key in header.metadata if key.startswith(prefix)}
     if odd := sorted(keys - set(SCALING)):
         raise InputError(f"its rotary embedding is scaled with {odd[0]} (rope.scaling), which is not read")
-    if inner in (rope, rope.get("full_attention")):
-        return None
-    return rope | {"full_attention": inner} if "full_attention" in rope else inner
+    if "full_attention" not in rope:
+        return inner
+    local = rope["sliding_attention"] | {"rope_theta": header.get("rope.freq_base_swa") or LOCAL_BASE}
+    return {"full_attention": inner, "sliding_attention": local}
 
 
 def _llama_3(config: PreTrainedConfig, divisors: Tensor) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def _llama_3(config: PreTrainedConfig, divisors: Tensor) -> dict[str, Any]:
     base: Any = config
     theta, pairs = base.rope_parameters["rope_theta"], len(divisors)
     waves = 2 * math.pi * theta ** (torch.arange(pairs, dtype=torch.float64) / pairs)
-    factor = float(divisors.max())
+    factor = round(float(divisors.max()), 4)  # float32 divided it once
     between = (divisors > 1 + 1e-4) & (divisors < factor * (1 - 1e-4))
     smooth = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
     periods = smooth * (HIGH - LOW) + LOW
@@ -103,7 +109,7 @@ def _llama_3(config: PreTrainedConfig, divisors: Tensor) -> dict[str, Any]:
         "high_freq_factor": HIGH,
         "original_max_position_embeddings": round(float(lengths.median())) if len(lengths) else 0,
     }
-    made = type(config).from_dict(config.to_dict() | {"rope_parameters": base.rope_parameters | found})
+    made = _changed(config, {"rope_parameters": base.rope_parameters | found})
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](made, device="cpu")
     if not torch.allclose(1 / waves / (scaled.double() / (2 * math.pi)), divisors.double(), rtol=1e-4):
         raise InputError("its rotary embedding has divisors (rope_freqs) that are not Llama 3's, which are read")
@@ -111,54 +117,44 @@ def _llama_3(config: PreTrainedConfig, divisors: Tensor) -> dict[str, Any]:
 
 
 def _llama(config: Any, header: Header) -> dict[str, Any]:
+    if header.get("expert_count"):
+        raise InputError("it is a mixture of experts of the architecture llama, and mixtures that are read are Qwen's")
     names = {tensor.name for tensor in header.tensors}
     return {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_up.bias" in names}
 
 
-def _plain(config: Any, header: Header) -> dict[str, Any]:
+def _gemma(config: Any, header: Header) -> dict[str, Any]:
+    """Return Gemma's divisor of attention scores, which llama.cpp knows by the number of blocks, and its windows."""
+    wide = header.get("block_count") in (46, 62)  # the 27B models of Gemma 2 and 3
+    size = config.hidden_size // config.num_attention_heads if wide else header.get("attention.key_length")
+    windows = header.get("attention.sliding_window_pattern")
+    if isinstance(windows, list):
+        kinds = ["sliding_attention" if each else "full_attention" for each in windows]
+        return {"query_pre_attn_scalar": size, "layer_types": kinds}
+    return {"query_pre_attn_scalar": size}
+
+
+def _phi(config: Any, header: Header) -> dict[str, Any]:
+    """Return Phi's window, and which part of the channels of a head rotates."""
+    part = header.get("rope.dimension_count") / (config.hidden_size // config.num_attention_heads)
+    return {
+        "sliding_window": header.get("attention.sliding_window"),
+        "rope_parameters": config.rope_parameters | {"partial_rotary_factor": part},
+    }
+
+
+def _nothing(config: Any, header: Header) -> dict[str, Any]:
     return {}
 
 
+# architectures that are read, and what else their config needs
 READ: dict[str, Callable[[Any, Header], dict[str, Any]]] = {
     "llama": _llama,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "phi3": _phi,
     **dict.fromkeys(
-        (
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "qwen2moe",
-            "qwen3moe",
-            "qwen35",
-            "qwen35moe",
-            "gemma2",
-            "gemma3",
-            "gemma4",
-            "gemma",
-            "phi3",
-            "gpt2",
-            "falcon",
-            "stablelm",
-            "starcoder2",
-            "nemotron",
-            "lfm2",
-            "phi2",
-            "smollm3",
-            "olmo",
-            "olmo2",
-            "olmoe",
-            "gptneox",
-            "command-r",
-            "cohere2",
-            "granite",
-            "granitemoe",
-            "chatglm",
-            "glm4",
-            "exaone",
-            "exaone4",
-            "arcee",
-            "seed_oss",
-            "ernie4_5",
-        ),
-        _plain,
+        ("qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen35", "qwen35moe", "starcoder2", "stablelm", "nemotron"),
+        _nothing,
     ),
 }

@@ -6,20 +6,22 @@ what it adds to norms. It drops tensors that it has no place for; here the weigh
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, modeling_gguf_pytorch_utils
 
 from qtool.models.auto_class import auto_class
 from qtool.models.gguf_config import FREQUENCIES
 from qtool.models.gguf_header import read_header
 from qtool.models.gguf_view import TOKENIZER, source_of
 from qtool.models.quiet import without_progress_bars
-from qtool.system import units
+from qtool.system import progress, units
 from qtool.system.errors import InputError
 from qtool.system.reading import read_object
 from qtool.system.tensors import dtype_name
@@ -73,7 +75,8 @@ class GGUFModel:
                     f"{self.file}: {name} has values that are not finite in {dtype_name(self.dtype)}; set model.dtype "
                     "to bfloat16 or float32, or download the file again"
                 )
-        model.save_pretrained(out)
+        with without_progress_bars():
+            model.save_pretrained(out)
         (out / "config.json").unlink()
         for each in TOKENIZER:
             if (self.folder / each).is_file():
@@ -85,10 +88,12 @@ class GGUFModel:
     def _read(self) -> Any:  # Any: models have no common class
         config = AutoConfig.from_pretrained(self.folder)
         del config.quantization_config
+        with torch.device("meta"):
+            self._check(auto_class(config).from_config(config), ())
         options: dict[str, Any] = {}
         if hasattr(transformers, "GgufConfig"):  # of newer versions, which may keep the weights in blocks
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        with without_progress_bars():
+        with without_progress_bars(), _shown():
             model, info = auto_class(config).from_pretrained(
                 self.folder,
                 config=config,
@@ -97,23 +102,35 @@ class GGUFModel:
                 output_loading_info=True,
                 **options,
             )
-        odd = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        found = _num_weights(model)
-        if odd or found != self.num_weights:
-            raise InputError(
-                f"{self.file} holds {self.num_weights:,} weights, and the {config.model_type} model that its metadata "
-                f"describes has {found:,}" + (f", of which {odd[0]} is not in the file" if odd else "") + "; "
-                "transformers would compute another model; use the model's own folder with safetensors"
-            )
-        for attribute in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, attribute):
-                delattr(model, attribute)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.is_quantized = False
+        self._check(model, sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})))
+        model.is_quantized = False  # it is an ordinary model, which can be saved
+        for owner in (model, model.config):
+            for attribute in ("hf_quantizer", "quantization_method", "quantization_config"):
+                if attribute in vars(owner):
+                    delattr(owner, attribute)
         return model
 
+    def _check(self, model: nn.Module, lost: Sequence[str]) -> None:
+        """Refuse a ``model`` that has other weights than the file, of which it lacks ``lost``.
 
-def _num_weights(model: nn.Module) -> int:
-    """Return the number of weights of a model; those of a tied head count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+        transformers fills weights that are not in the file with random numbers, and drops those that it does not know.
+        """
+        found = sum(parameter.numel() for parameter in model.parameters())
+        if lost or found != self.num_weights:
+            raise InputError(
+                f"{self.file} holds {self.num_weights:,} weights, and the model that its metadata describes has "
+                f"{found:,}" + (f", of which {lost[0]} is not in the file" if lost else "") + "; "
+                "use the model's own folder with safetensors"
+            )
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """Show the progress of transformers' reader as that of qtool, in the place of a bar on standard error."""
+    reader: Any = modeling_gguf_pytorch_utils
+    theirs = reader.tqdm
+    reader.tqdm = lambda tensors, **_: progress.track(tensors, "expanding the tensors of the file", len(tensors))
+    try:
+        yield
+    finally:
+        reader.tqdm = theirs

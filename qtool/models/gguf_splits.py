@@ -1,7 +1,7 @@
 """The ways in which byte-level tokenizers split text before they merge, and llama.cpp's names of them.
 
-A GGUF file selects the way by name (``tokenizer.ggml.pre``), and a ``tokenizer.json`` lists its steps; both are read here
-from one table.
+A GGUF file selects the way by name (``tokenizer.ggml.pre``), and a ``tokenizer.json`` lists its steps; one table says
+both.
 """
 
 from typing import Any

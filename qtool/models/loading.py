@@ -57,8 +57,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
-    A model that is published in FP8 or MXFP4, or as a GGUF file, is expanded first (``quantized_sources.py``), and its ``folder`` is that
-    of the float model.
+    A model that is published in FP8 or MXFP4, or as a GGUF file, is expanded first (``quantized_sources.py``), and its
+    ``folder`` is that of the float model.
 
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.

@@ -33,6 +33,7 @@ from qtool.models import quantized_sources
 from qtool.models.auto_class import is_multimodal
 from qtool.models.described import keep_first
 from qtool.models.folders import resolve
+from qtool.models.gguf_view import source_of
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
@@ -147,7 +148,7 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
             lock,
             overwrite=output.overwrite,
             fresh=fresh,
-            source=folder,
+            source=source_of(folder),
             end_to_end=method.end_to_end(recipe.method),
         ) as state,
         quantized_sources.expanded_in(state.folder / "expanded"),

@@ -66,3 +66,25 @@ def mirror(matrix: Tensor) -> None:
         matrix[: part.start, part] = matrix[part, : part.start].T
         lower = matrix[part, part].tril()
         matrix[part, part] = lower + lower.tril(-1).T
+
+
+def invert_lower(matrix: Tensor) -> None:
+    """Replace the lower triangular ``matrix`` ``[n, n]`` by its inverse, without a second matrix."""
+    for part in parts(len(matrix), PART):
+        left = matrix[part, : part.start]
+        for column in parts(part.start, PART):  # each is made from itself and the columns to its right, still unchanged
+            left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
+        identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
+        own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
+        left.copy_(own.neg() @ left)
+        matrix[part, part] = own
+
+
+def reverse(matrix: Tensor) -> None:
+    """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
+    flat = matrix.view(-1)
+    for part in parts(len(flat) // 2, PART * PART):
+        opposite = slice(len(flat) - part.stop, len(flat) - part.start)
+        first = flat[part].flip(0)
+        flat[part] = flat[opposite].flip(0)
+        flat[opposite] = first

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qtool.config.quant import QuantSpec
-from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point, settled
+from qtool.quant.affine import grouped, minmax_qparams, scale_and_zero_point, settled, stored_scale, stored_zero_point
+from qtool.quant.float_zeros import coarse_zero, exact_zero, sorted_groups
 
 SHRINKS = tuple(1 - i / 50 for i in range(1, 40))  # factors on the range that are tried, beside 1
 NUMBERS_AT_ONCE = 1 << 21  # number of weights times candidates evaluated together
@@ -25,14 +26,15 @@ def worthwhile(spec: QuantSpec, group_size: int, norm: float) -> tuple[float, ..
     """Return the factors on a whole range that can lower ``sum |w - Q(w)|**norm`` of ``group_size`` weights.
 
     On a symmetric grid that is not shrunk, each error is at most half a step, ``m / qmax`` for the largest absolute
-    weight ``m``; shrunk by ``f``, that weight alone has the error ``(1 - f) m``. Factors that cannot win are not tried.
-    The rounding of scales changes both by ``eps m`` at most, if scales are normal numbers of their dtype.
+    weight ``m``; shrunk by ``f``, that weight alone has at least the error ``(1 - f (qmax + 1) / qmax) m``, as the
+    lowest level lies ``(qmax + 1) / qmax`` of the range from zero. Factors that cannot win are not tried. The rounding
+    of scales changes both by ``eps m`` at most, if scales are normal numbers of their dtype.
     """
     if not spec.symmetric:  # the rounding of zero points moves the ends
         return SHRINKS
     eps = torch.finfo(getattr(torch, spec.scale_dtype)).eps
     most = 1.01 * (group_size ** (1 / norm) * (1 / spec.qmax + eps) + eps)
-    return tuple(factor for factor in SHRINKS if 1 - factor <= most)
+    return tuple(factor for factor in SHRINKS if 1 - factor * (spec.qmax + 1) / spec.qmax <= most)
 
 
 def range_error(
@@ -48,6 +50,33 @@ def range_error(
     return (error.square_() if norm == 2 else error.abs_().pow_(norm)).mul_(importance).sum(-1)
 
 
+class Search:
+    """The best grid so far of each group of a weight, to which candidates are compared."""
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, norm: float, importance: Tensor | None) -> None:
+        """Start at the min-max range of ``weight`` ``[out, in]``; ``importance`` ``[in]`` is ``h``."""
+        self.groups, self.spec, self.norm = grouped(weight.float(), spec), spec, norm
+        self.importance = self.groups.new_ones(1)
+        if importance is not None:
+            self.importance = importance.float().view(1, self.groups.shape[1], -1)
+        self.scale, self.zero_point = minmax_qparams(weight, spec)
+        self.error = range_error(self.groups, self.scale, self.zero_point, spec, norm, self.importance)
+        self.at_once = max(1, NUMBERS_AT_ONCE // weight.numel())
+
+    def consider(self, scales: Tensor, zero_points: Tensor) -> tuple[Tensor, Tensor]:
+        """Try stored candidates ``[c, out, groups]``; one that is better replaces the best so far.
+
+        Return where one is, ``[out, groups]``, and the index of the best candidate ``[1, out, groups]``.
+        """
+        errors = range_error(self.groups, scales, zero_points, self.spec, self.norm, self.importance)
+        errors, index = errors.min(0)
+        better, index = errors < self.error, index.unsqueeze(0)
+        self.error = torch.where(better, errors, self.error)
+        self.scale = torch.where(better, scales.gather(0, index)[0], self.scale)
+        self.zero_point = torch.where(better, zero_points.gather(0, index)[0], self.zero_point)
+        return better, index
+
+
 @torch.no_grad()
 def search_qparams(
     weight: Tensor, spec: QuantSpec, norm: float = 2.4, importance: Tensor | None = None
@@ -58,41 +87,88 @@ def search_qparams(
     """
     if spec.blocks is not None:
         return _by_blocks(weight, spec, norm, importance)
-    groups = grouped(weight.float(), spec)
-    h = groups.new_ones(1) if importance is None else importance.float().view(1, groups.shape[1], -1)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale, zero_point = minmax_qparams(weight, spec)
-    best = range_error(groups, scale, zero_point, spec, norm, h)
+    search = Search(weight, spec, norm, importance)
+    if spec.symmetric:
+        _shrink_scale(search, plain=importance is None)
+    elif spec.float_zero and MODE != "ends":
+        if "ends" in MODE:
+            _shrink_ends(search)
+        _search_zeros(search)
+    else:
+        _shrink_ends(search)
+    return search.scale, search.zero_point
+
+
+def _shrink_scale(search: Search, plain: bool) -> None:
+    """Shrink the scale of a symmetric grid, with both signs where scales may be negative; ``plain``: ``h`` is one."""
+    groups, spec = search.groups, search.spec
+    largest = groups.abs().amax(-1)
+    largest = torch.where(largest == 0, 1.0, largest)  # a group of zeros has no error on any grid
+    normal = bool((search.scale.abs() >= torch.finfo(getattr(torch, spec.scale_dtype)).smallest_normal).all())
+    factors = worthwhile(spec, groups.shape[-1], search.norm) if plain and normal else SHRINKS
+    factors = (1.0, *factors)
+    if spec.signed:
+        factors += tuple(-factor for factor in factors)
+    for some in torch.tensor(factors, device=groups.device).view(-1, 1, 1).split(search.at_once):
+        scales = stored_scale(largest * some * (2 / spec.qmax), spec)
+        search.consider(scales, search.zero_point.expand_as(scales))
+
+
+MODE = "both"
+
+
+def _search_zeros(search: Search) -> None:
+    """Search scale and zero point together, where zero points lie between codes."""
+    groups, spec = search.groups, search.spec
+    flat = groups.flatten(0, 1)
+    h = search.importance.expand_as(groups).reshape(flat.shape)
+    h = torch.where(h.sum(-1, keepdim=True) > 0, h, 1.0)
+    found = sorted_groups(flat, h)
+    low, high = flat.amin(-1).clamp(max=0), flat.amax(-1).clamp(min=0)
+    full = ((high - low) / spec.qmax).unsqueeze(1)
+    full = torch.where(full == 0, 1.0, full)
+
+    def consider(factors: Tensor) -> Tensor:
+        """Try the scales ``full * factors`` [N, c]; return the best factor of each group [N]."""
+        best, chosen = None, None
+        for some in factors.split(max(1, search.at_once // 4), 1):
+            scales = stored_scale(full * some, spec)
+            zeros = exact_zero(flat, h, scales, coarse_zero(found, scales, spec.qmax), spec.qmax)
+            zeros = stored_zero_point(zeros, scales, spec)
+            sides = [side.T.reshape(-1, *search.scale.shape) for side in (scales, zeros)]
+            error = range_error(groups, *sides, spec, search.norm, search.importance).flatten(1)
+            search.consider(*sides)
+            error, index = error.min(0)
+            factor = some.expand(len(flat), -1).gather(1, index.unsqueeze(1)).squeeze(1)
+            if best is None:
+                best, chosen = error, factor
+            else:
+                chosen = torch.where(error < best, factor, chosen)
+                best = torch.minimum(best, error)
+        return chosen
+
+    coarse = consider(torch.arange(1, COARSE + 1, device=flat.device).div(COARSE).unsqueeze(0))
+    fine = torch.arange(-FINE, FINE + 1, device=flat.device) / 2048
+    consider((coarse.unsqueeze(1) + fine).clamp(min=1 / 2048))
+
+
+COARSE, FINE = 64, 16
+
+
+def _shrink_ends(search: Search) -> None:
+    """Shrink both ends of an asymmetric range together, then each end alone."""
+    low, high = search.groups.amin(-1).clamp(max=0), search.groups.amax(-1).clamp(min=0)
     best_low, best_high = low, high
-    normal = bool((scale >= torch.finfo(getattr(torch, spec.scale_dtype)).smallest_normal).all())
-    whole = worthwhile(spec, groups.shape[-1], norm) if importance is None and normal else SHRINKS
-
-    def consider(lows: Tensor, highs: Tensor) -> None:
-        """Try candidates ``[c, out, groups]``; a candidate that is better replaces the best so far."""
-        nonlocal scale, zero_point, best, best_low, best_high
-        scales, zero_points = scale_and_zero_point(lows, highs, spec)
-        errors, index = range_error(groups, scales, zero_points, spec, norm, h).min(0)
-        better, index = errors < best, index.unsqueeze(0)
-        best = torch.where(better, errors, best)
-        scale = torch.where(better, scales.gather(0, index)[0], scale)
-        zero_point = torch.where(better, zero_points.gather(0, index)[0], zero_point)
-        best_low = torch.where(better, lows.gather(0, index)[0], best_low)
-        best_high = torch.where(better, highs.gather(0, index)[0], best_high)
-
-    def shrink(factors: tuple[float, ...], shrink_low: bool, shrink_high: bool) -> None:
-        if not factors:
-            return
-        shrinks = torch.tensor(factors, device=weight.device).view(-1, 1, 1)
+    shrinks = torch.tensor(SHRINKS, device=low.device).view(-1, 1, 1)
+    for shrink_low, shrink_high in ((True, True), (True, False), (False, True)):
         from_low, from_high = (low if shrink_low else best_low), (high if shrink_high else best_high)
-        for some in shrinks.split(max(1, NUMBERS_AT_ONCE // weight.numel())):
+        for some in shrinks.split(search.at_once):
             ones = torch.ones_like(some)
-            consider(from_low * (some if shrink_low else ones), from_high * (some if shrink_high else ones))
-
-    shrink(whole, True, True)
-    if not spec.symmetric:
-        shrink(SHRINKS, True, False)
-        shrink(SHRINKS, False, True)
-    return scale, zero_point
+            lows = from_low * (some if shrink_low else ones)
+            highs = from_high * (some if shrink_high else ones)
+            better, index = search.consider(*scale_and_zero_point(lows, highs, search.spec))
+            best_low = torch.where(better, lows.gather(0, index)[0], best_low)
+            best_high = torch.where(better, highs.gather(0, index)[0], best_high)
 
 
 def _by_blocks(weight: Tensor, spec: QuantSpec, norm: float, importance: Tensor | None) -> tuple[Tensor, Tensor]:

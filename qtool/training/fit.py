@@ -151,7 +151,8 @@ def make_optimizer(groups: Sequence[ParamGroup], config: OptimConfig) -> torch.o
     if config.optimizer == "lion":
         return Lion(rows, config.betas)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps)
+        # fused: one pass over each parameter, its gradient and its moments
+        return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

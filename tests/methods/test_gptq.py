@@ -22,6 +22,7 @@ from qtool.methods.gptq import Statistics, collect, column_order, factorise, sol
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
+from qtool.quant import hessian as sums
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress
@@ -251,7 +252,7 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse_whatever_part_is_worke
     inputs = torch.randn(size + 50, size, generator=generator(seed))
     spec, config = QuantSpec(num_bits=4, group_size=3), gptq.Config(damp=0.1, act_order="group")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq, "PART", part)
+        patch.setattr(sums, "PART", part)
         stats = statistics(inputs)
         factor = factorise(stats, spec, config, "layer")
     hessian = 2 / len(inputs) * inputs.double().T @ inputs.double()

@@ -28,9 +28,10 @@ from qtool.quant.affine import QuantizedWeight, dequantize, grouped
 from qtool.quant.expert_product import block_product
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import loss_of
 from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
+from qtool.training.guided import EndLoss, block_weights
 from qtool.training.linears import Start
 from qtool.training.rates import rate
 
@@ -127,7 +128,7 @@ def groups_of(
     """Return the parameters that train, with learning rates; ``total`` is the sum of the schedule's factors."""
     groups = []
     for layer in layers:
-        step = float(layer.scale.detach().mean())
+        step = float(layer.scale.detach().abs().mean())
         of_weight = rate(config.travel * step, total, config.weight_lr)
         rates = {
             "weight": of_weight,
@@ -147,7 +148,12 @@ def groups_of(
 
 
 def quantize_block(
-    task: BlockTask, loaded: LoadedModel, config: BlockConfig, start: Start | None, seed: int
+    task: BlockTask,
+    loaded: LoadedModel,
+    config: BlockConfig,
+    start: Start | None,
+    seed: int,
+    guide: EndLoss | None = None,
 ) -> Figures:
     """Train the block, then its assignments if the recipe asks for that, and pack the best state.
 
@@ -155,11 +161,11 @@ def quantize_block(
     the block stays at its starting point, which its figure ``fallback`` shows.
     """
     starts = starts_of(task, config, start)
-    assert task.float_outputs is not None
+    loss = loss_of(task, config.last_block_loss, weights=block_weights(guide, task))
     if start is not None:
         start.take_floats(loaded, f"{task.name}.")
     first = [(norm.parameter, norm.parameter.detach().clone()) for norm in norms_of(task, loaded)]
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = steps_of(config, len(windows))
     total = total_factor(num_steps, config.optim)
     figures: Figures = {}
@@ -169,7 +175,7 @@ def quantize_block(
         layers = {target.name: make_layer(target, starts[target.name], config) for target in task.targets}
         for target in task.targets:
             replace_linear(task.block, task.local_name(target), layers[target.name])
-        training = BlockTraining(task, BlockLoss(task.float_outputs), list(layers.values()), norms)
+        training = BlockTraining(task, loss, list(layers.values()), norms)
         groups = [group._replace(lr=group.lr * share) for group in groups_of(training.layers, norms, total, config)]
         try:
             fitted = training.run(

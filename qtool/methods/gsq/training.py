@@ -77,7 +77,7 @@ def train_assignments(
     finite the start is returned, which the figure ``fallback`` shows. Logits start at the distance of the codes from
     ``positions`` ``[out, in]``, the weights in grid units by name, or if these are not given from the start codes.
     """
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = steps_of(config, len(windows))
     total = total_factor(num_steps, config.optim)
     block_seed = derived_seed(seed, task.index)
