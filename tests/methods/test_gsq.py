@@ -9,9 +9,11 @@ from helpers.methods import W4, generator, run, same
 from helpers.notes import Notes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
@@ -210,7 +212,12 @@ def test_the_goal_may_be_the_float_block_on_the_quantized_models_inputs(
 ) -> None:
     goals: list[Tensor] = []
     before = BlockLoss.__init__
-    monkeypatch.setattr(BlockLoss, "__init__", lambda self, goal: goals.append(goal[0].clone()) or before(self, goal))
+
+    def kept(self: BlockLoss, goal: HiddenStates, **keys: Any) -> None:
+        goals.append(goal[0].clone())
+        before(self, goal, **keys)
+
+    monkeypatch.setattr(BlockLoss, "__init__", kept)
 
     def step(task: BlockTask) -> dict[str, float]:
         expected = task.forward(task.inputs[0]).detach()
@@ -222,6 +229,12 @@ def test_the_goal_may_be_the_float_block_on_the_quantized_models_inputs(
 
     run_blocks(Job.select(llama, W2A, tokens), step, with_float_states=True)
     assert len(goals) == 2
+
+
+def test_predictions_of_the_last_block_are_compared_with_the_float_models_alone() -> None:
+    with pytest.raises(ValidationError, match="needs goal: float"):
+        Config(goal="inputs", last_block_loss="kl")
+    Config(goal="float", last_block_loss="kl")
 
 
 def test_efficientqat_trains_assignments_from_the_codes_of_its_blocks(

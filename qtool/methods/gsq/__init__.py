@@ -20,22 +20,24 @@ model, the reference (``inputs``) towards the float block on the quantized model
 from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Figures, Job, Method, Result
 from qtool.blocks.task import BlockTask
-from qtool.config.training import Preset, PresetConfig, Presets, preset_field
+from qtool.config.guided import GuidedConfig
+from qtool.config.training import LastBlockConfig, Preset, PresetConfig, Presets, preset_field
 from qtool.methods._starts import Init, starting_points
 from qtool.methods.gsq.config import AssignmentConfig
 from qtool.methods.gsq.training import train_assignments
 from qtool.quant.affine import to_grid
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import BlockLoss, loss_of
+from qtool.training.guided import EndLoss, block_weights, end_loss
 
 PRESETS: Presets = {"light": {"epochs": 1, "min_steps": 25}, "best": {"epochs": 16, "min_steps": 400}}
 
 
-class Config(AssignmentConfig, PresetConfig):
+class Config(AssignmentConfig, PresetConfig, LastBlockConfig):
     """GSQ: assignments learned by Gumbel softmax."""
 
     presets: ClassVar[Presets] = PRESETS
@@ -54,18 +56,25 @@ class Config(AssignmentConfig, PresetConfig):
         description="Output towards which a block is trained. float: that of the float model, so that a block corrects "
         "the blocks before it; inputs: that of the float block on the hidden states of the quantized model.",
     )
+    guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
+
+    @model_validator(mode="after")
+    def _predictions_are_of_the_float_model(self) -> "Config":
+        if self.goal == "inputs" and self.last_block_loss == "kl":
+            raise ValueError("last_block_loss: kl compares with the float model's predictions; it needs goal: float")
+        return self
 
 
-def quantize_block(task: BlockTask, config: Config, seed: int) -> Figures:
+def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | None = None) -> Figures:
     """Find the starting codes of the block, train its assignments, and pack the best state."""
-    goal = task.through(task.inputs) if config.goal == "inputs" else None
+    own = task.through(task.inputs) if config.goal == "inputs" else None
     starts = starting_points(task, config.init)
     positions = None
     if config.init != "gptq":
         positions = {t.name: to_grid(t.weight, *starts[t.name][1:]).flatten(1) for t in task.targets}
-    goal = goal or task.float_outputs
-    assert goal is not None
-    found, figures = train_assignments(task, starts, BlockLoss(goal), config, seed, positions)
+    weights = block_weights(guide, task)
+    loss = loss_of(task, config.last_block_loss, weights=weights) if own is None else BlockLoss(own, weights=weights)
+    found, figures = train_assignments(task, starts, loss, config, seed, positions)
     for target in task.targets:
         task.pack(target, found[target.name])
     return figures
@@ -73,7 +82,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> Figures:
 
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed fixes the windows and the noise of every step."""
-    step = partial(quantize_block, config=config, seed=job.seed)
+    step = partial(quantize_block, config=config, seed=job.seed, guide=end_loss(job, config.guided))
     return run_blocks(job, step, with_float_states=True)
 
 
