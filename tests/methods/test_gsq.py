@@ -79,9 +79,14 @@ def test_value_and_gradient_are_those_of_the_definition(
 
 
 def test_nothing_but_the_logits_is_kept_for_the_backward() -> None:
-    found, kept = candidates(True), []
+    found, kept = candidates(True), list[Tensor]()
     logits = logits_of(found)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         soft_codes(logits, found, Draw(3.0, 0.7, 0))
     assert [each.data_ptr() for each in kept] == [logits.data_ptr()]
 
@@ -154,9 +159,12 @@ def test_training_lowers_the_loss_and_packs_the_state_that_had_the_lowest(
 ) -> None:
     seen: list[float] = []
     measure = training.AssignmentTraining.measure
-    monkeypatch.setattr(
-        training.AssignmentTraining, "measure", lambda self, held: seen.append(measure(self, held)) or seen[-1]
-    )
+
+    def recorded(self: training.AssignmentTraining, held: list[int]) -> float:
+        seen.append(measure(self, held))
+        return seen[-1]
+
+    monkeypatch.setattr(training.AssignmentTraining, "measure", recorded)
     config = Config(epochs=1, min_steps=24, travel=1.0, init=init)
 
     def step(task: BlockTask) -> dict[str, float]:
