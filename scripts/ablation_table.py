@@ -59,12 +59,12 @@ def table() -> str:
     for (grid, text), (wiki, c4, accuracy) in TEXTS.items():
         changes = BLOCKS | ({"data.source": text} if text != "redpajama" else {})
         changes |= {"data.num_samples": FEW} if text == "wikitext2" else {}
-        numbers = (
+        entries = (
             entry(WIKITEXT, "perplexity", wiki, SOURCE),
             entry(C4, "perplexity", c4, SOURCE),
             entry(FIVE, "acc", accuracy, SOURCE),
         )
-        cells.append(made(f"text-{text}-{grid}", grid, changes, *numbers))
+        cells.append(made(f"text-{text}-{grid}", grid, changes, *entries))
     return f"""\
 # EfficientQAT's ablations on Llama-2 7B: phases and what trains in them, group size, windows and text.
 #   qtool sweep tables/{TABLE}

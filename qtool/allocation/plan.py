@@ -295,11 +295,11 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], quant: QuantConfig) -> tu
         sizes = [[_bytes(unit, width) for width in unit.choices] for unit in units]
         packed = sum(each[-1] for each in sizes)
         rest = checkpoint_sizes.planned_bytes(loaded, specs(units, widest), shapes(units)) - packed
-        limit, given = budget.size, "size"
-        if limit is None:
+        if budget.size is not None:
+            limit, given = int(budget.size), "size"
+        else:
             assert budget.share is not None
-            limit = math.floor(budget.share * _float_bytes(loaded))
-            given = f"share is {budget.share:g}, so the size"
+            limit, given = math.floor(budget.share * _float_bytes(loaded)), f"share is {budget.share:g}, so the size"
         capacity, smallest = limit - rest, sum(each[0] for each in sizes)
         least = f"{smallest + rest:,} bytes, of which {rest:,} are for all tensors but the packed weights"
         asked = f"{given} is {limit:,}", least + _of_tables(loaded, units)

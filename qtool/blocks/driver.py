@@ -156,7 +156,7 @@ def _quantize(
         if before is not None:
             figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
     tensors = {task.full_name(part): value for part, value in task.block.state_dict().items()}
-    return FinishedBlock(tensors, figures, task.weight_errors)
+    return FinishedBlock(tensors, distributed.of_first(lambda: figures), task.weight_errors)
 
 
 def _quantize_head(

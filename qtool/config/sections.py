@@ -19,7 +19,7 @@ IGNORED = -100  # label of a token that is not learned; the default of torch's c
 class ModelConfig(Section):
     """The model, the precision of computation, and the device."""
 
-    path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
+    path: str = Field(description="Local folder, .gguf file, hub name (org/name), or builtin:wiki-llama-3m.")
     dtype: Dtype = Field(
         "auto",
         description="Precision of computation. auto: the checkpoint's dtype if the device supports it, else float32.",

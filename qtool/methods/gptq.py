@@ -14,6 +14,8 @@ beforehand).
 GPTAQ (arXiv 2504.02692) also steers towards the float model's outputs: it adds the term
 ``w_i P_i`` with ``P = a [(D U^T) strictly upper] U`` and ``D = 2/n sum (x_float - x) x^T``.
 
+``guided`` weighs the tokens of ``H`` by gradients of the model's loss (``training/guided.py``).
+
 Where we differ: a dead channel (never active in calibration) keeps its weights and is rounded to nearest, where the
 reference zeroes them; column blocks always end where groups end, so a group's grid is fitted on weights that carry
 every correction made so far; one factorisation serves all linears of a group.

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -120,7 +121,8 @@ def _check(file: Path, header: Header) -> None:
 
     kind = header.metadata.get("general.type", "model")
     if header.architecture == "clip" or kind != "model":
-        what = "the vision or audio projector of a multimodal model" if kind in ("mmproj", "model") else f"a {kind}"
+        projector = "the vision or audio projector of a multimodal model"
+        what = projector if kind in ("mmproj", "model") else f"no model by itself (general.type: {kind})"
         raise InputError(f"{file} is {what}, not a language model; give the path of the file with the language model")
     if not header.tensors:
         raise InputError(f"{file} holds no tensors, only a vocabulary or metadata; give the path of a whole model")
@@ -158,6 +160,12 @@ def _write_tokenizer(folder: Path, name: str, header: Header) -> None:
     """
     kind, split = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    begins = header.metadata.get("tokenizer.ggml.add_bos_token")
+    if begins is not None and bool(tokenizer.add_bos_token) != begins:
+        tokenizer.add_bos_token = begins  # transformers knows better for some kinds, and llama.cpp reads the file
+    steps = tokenizer.backend_tokenizer.pre_tokenizer
+    if header.metadata.get("tokenizer.ggml.add_space_prefix") is False and isinstance(steps, pre_tokenizers.Metaspace):
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     if kind == "gpt2":  # byte-level; others split at spaces alone
         if (found := pre_tokenizer(str(split))) is not None:
             tokenizer.backend_tokenizer.pre_tokenizer = found[0]

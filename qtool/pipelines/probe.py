@@ -229,6 +229,8 @@ def _shorter(method: MethodConfig, steps: int, num_windows: int) -> MethodConfig
     changes: dict[str, Any] = {}
     if hasattr(method, "min_steps"):
         changes = {"min_steps": 0, "epochs": _passes(method, num_windows)}
+    if (stage := getattr(method, "gsq", None)) is not None:
+        changes["gsq"] = stage.model_copy(update={"min_steps": 0, "epochs": _passes(stage, num_windows)})
     if isinstance(found := getattr(method, "e2e", None), EndToEndConfig) and found.steps != 0:
         changes["e2e"] = found.model_copy(update=few)
     if hasattr(method, "iterations"):

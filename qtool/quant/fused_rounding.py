@@ -42,7 +42,7 @@ class _ToGrid(torch.autograd.Function):
         return grid
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         of_weight, of_scale, of_zero_point = (
@@ -62,7 +62,7 @@ class _ToGrid(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """``(clamp(round(grid)) - zero_point) * scale``, of groups; the gradient of rounding is one, beyond the ends zero."""
+    """``(clamp(round(grid)) - zero_point) * scale``, of groups; the gradient of rounding is 1, beyond the ends 0."""
 
     @staticmethod
     def forward(ctx: Any, grid: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -75,7 +75,7 @@ class _Rounded(torch.autograd.Function):
         return weight
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grid, scale, zero_point = ctx.saved_tensors
         of_grid, of_scale, of_zero_point = (

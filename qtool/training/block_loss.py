@@ -60,8 +60,8 @@ class BlockLoss:
         ``[n, t]``, of all windows, and of channels ``[d]`` multiply the squares; their means are 1 (``guided.py``).
         """
         self.goal, self.outliers, self.weights = Windows(goal), outliers, weights
-        squares = [float(batch.float().square().mean()) for batch in goal]
-        total, count = distributed.summed(sum(squares), len(squares))
+        squares = sum(len(batch) * float(batch.float().square().mean()) for batch in goal)
+        total, count = distributed.summed(squares, sum(len(batch) for batch in goal))
         self.mean_square = total / max(1, count) or 1.0
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:

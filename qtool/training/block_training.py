@@ -8,7 +8,7 @@ Methods differ in the linears that they put into the block: all derive from ``Bl
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,22 @@ def split_windows(count: int, num_validation: int) -> tuple[list[int], list[int]
     return [i for i in range(count) if i not in out], chosen
 
 
+class _Carrier(torch.autograd.Function):
+    """A loss that is known already, and whose gradient for each value is known: the ``gradients`` by ``count``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: float, gradients: list[Tensor], count: float, *values: Tensor) -> Tensor:
+        ctx.gradients, ctx.count = gradients, count
+        return values[0].new_tensor(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = []
+        while ctx.gradients:  # each is freed as soon as it is cast
+            found.append(ctx.gradients.pop(0).float().div_(ctx.count).mul_(grad))
+        return None, None, None, *found
+
+
 class BlockTraining:
     """The training of one block: its layers and norms, and the distance of its output from the float block's."""
 
@@ -118,16 +134,14 @@ class BlockTraining:
             count += self.distance.count(part)
         processes = distributed.place()[1]
         share = distributed.summed(count)[0] / processes  # the mean of the shares divided by it is the mean loss
-        terms = []
-        while pairs:  # each pair is freed as soon as its term is made: all of them together are most of the memory
-            value, leaf = pairs.pop(0)
-            if leaf.grad is None and processes > 1:
-                leaf.grad = torch.zeros_like(leaf)  # other processes may have windows in this step
-            if leaf.grad is not None:
-                terms.append((value * (leaf.grad.float() / share)).sum())
-                leaf.grad = None
-        product = torch.stack(terms).sum()
-        return straight_through(product, torch.full_like(product, total / share))
+        reached = [(value, leaf) for value, leaf in pairs if leaf.grad is not None or processes > 1]
+        # other processes may have windows in this step
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for _, leaf in reached]
+        for _, leaf in reached:
+            leaf.grad = None
+        values = [value for value, _ in reached]
+        found: Tensor = _Carrier.apply(total / share, gradients, share, *values)  # type: ignore[no-untyped-call]
+        return found
 
     @torch.no_grad()
     def measure(self, indices: list[int]) -> float:

@@ -76,6 +76,7 @@ PHASES: dict[str, tuple[tuple[Any, str, str], ...]] = {
     "lrqat": (*TRAINING, (lrqat, "input_directions", "directions")),
 }
 OTHER = ((BlockTask, "pack", "packing"),)
+QUERY_ROWS, KEY_ROWS = ((768, 256), (192, 64), (0, 32)), 512  # torch's blocks of attention: from which length, of rows
 MEASURED = 0.05  # seconds for which a product is repeated, at least
 
 Product = tuple[str, tuple[int, ...], torch.dtype]  # the kind of an operator, its sizes, and the dtype it multiplies
@@ -86,8 +87,9 @@ class Phases:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Start outside all phases."""
-        self.clock, self.stack, self.since = clock, [()], clock()
-        self.seconds: Counter[tuple[str, ...]] = Counter()
+        self.clock, self.since = clock, clock()
+        self.stack: list[tuple[str, ...]] = [()]
+        self.seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self.products: dict[tuple[str, ...], Counter[Product]] = defaultdict(Counter)
 
     def _charge(self) -> None:
@@ -160,10 +162,15 @@ def products_of(name: str, args: Any, kwargs: Any) -> list[Product]:
 
 
 def _attention(query: Tensor, key: Tensor, causal: bool, count: int) -> list[Product]:
-    """Return the ``count`` products of attention; of a causal one, the half that is not skipped."""
+    """Return the ``count`` products of attention. Causal attention skips blocks of keys after the last query."""
     batch, heads, length, size = query.shape
-    seen = key.shape[2] // 2 if causal else key.shape[2]
-    return [("bmm", (batch * heads, length, size, seen), query.dtype)] * count
+    rows = next(rows for least, rows in QUERY_ROWS if length >= least)
+    seen: Counter[int] = Counter()  # keys that a query is multiplied by -> number of queries
+    for start in range(0, length, rows):
+        last = min(start + rows, length) if causal else key.shape[2]
+        seen[min(-(-last // KEY_ROWS) * KEY_ROWS, key.shape[2])] += min(rows, length - start)
+    found: list[Product] = [("bmm", (batch * heads, number, size, keys), query.dtype) for keys, number in seen.items()]
+    return found * count
 
 
 def flops(product: Product) -> float:
@@ -205,14 +212,15 @@ def loaded_model(name: str, dtype: str, blocks: int, seed: int) -> LoadedModel:
     """Return the model ``name`` with its first ``blocks`` blocks (0: all), in ``dtype``."""
     if name != "smollm2-135m":
         path = BUILTIN / "wiki-llama-3m" if name == "builtin" else Path(name)
-        loaded = load_model(ModelConfig(path=str(path), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+        loaded = load_model(ModelConfig(path=str(path), dtype=dtype, device="cpu"))
         if blocks:
             keep_first(loaded, blocks)
         return loaded
     torch.manual_seed(seed)
     settings: dict[str, Any] = SMOLLM2 | ({"num_hidden_layers": blocks} if blocks else {})
     chosen = compute_dtype(dtype, torch.bfloat16, torch.device("cpu"))
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16).to(chosen).eval().requires_grad_(False)
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))  # Any: the types of transformers' to() are wrong
+    model = model.to(torch.bfloat16).to(chosen).eval().requires_grad_(False)
     matmul.choose_library(chosen)
     loaded = in_memory(model, None)
     loaded.pristine = copy.deepcopy(model)  # the teacher of a second phase, which a folder would be read for

@@ -15,9 +15,9 @@ folder when it is done, so a stopped run goes on with the step that is missing:
   ``float`` of its own;
 * ``time`` quantizes again, into a folder that is removed, for wall seconds, CPU seconds and peak memory of the process.
 
-``quantize`` records its time too, and the table shows it with a tilde where ``time`` was not run: quality can be measured
-on a busy machine, times cannot. Models come from ``real_models.py``, which says what their 4-bit weights mean for a
-comparison. The row ``lrqat`` begins with the checkpoint of the row ``gptq``.
+``quantize`` records its time too, and the table shows it with a tilde where ``time`` was not run: quality can be
+measured on a busy machine, times cannot. Models come from ``real_models.py``, which says what their 4-bit weights mean
+for a comparison. The row ``lrqat`` begins with the checkpoint of the row ``gptq``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Table:
         for line in self.file.read_text().splitlines() if self.file.exists() else ():
             kept = json.loads(line)
             self.found[kept["cell"], kept["step"]] = kept
-        self.text = {"source": args.source, "num_samples": args.samples, "seq_len": args.length}
+        self.calibration = {"source": args.source, "num_samples": args.samples, "seq_len": args.length}
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells that are asked for; those that others begin with come first."""
@@ -114,7 +114,7 @@ class Table:
             "model": {"path": str(model_folder(cell.model))},
             "method": {"name": method},
             "quant": {"group_size": 64, **GRIDS[cell.grid]},
-            "data": self.text,
+            "data": self.calibration,
             "output": {"path": str(out)},
         }
         file = self.args.work / "recipes" / f"{cell.name.replace('/', '-')}.yaml"
@@ -123,7 +123,7 @@ class Table:
         given = [part for change in [*self.args.set, *changes] for part in ("--set", change)]
         report, took = qtool(method if method in COMMANDS else "ptq", str(file), *given)
         kept = {"bits": report["bits_per_weight"], "bytes": report["quantized_bytes"]}
-        return kept | took | {"text": self.text}
+        return kept | took | {"data": self.calibration}
 
     def time(self, cell: Cell) -> dict[str, Any]:
         """Quantize a cell again, and return what it took."""

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},
     "gptq": {"name": "gptq"},
     "gptaq": {"name": "gptq", "gptaq": 0.25},
+    "guided": {"name": "gptq", "guided": {"power": 1.0}},
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
     "smoothquant": {"name": "smoothquant", "weights": "gptq"},
     "signround": {"name": "signround", "iterations": 8},

@@ -105,9 +105,7 @@ def test_zero_is_held_exactly(spec: QuantSpec, rows: int) -> None:
 def test_the_range_of_an_all_zero_group_is_taken_as_one_to_either_side() -> None:
     """Golden: a scale of 2 / 15 or 1 / 8; the smallest float16 would fit too, and could not be trained."""
     for symmetric, negative, expected in ((True, False, 2 / 15), (True, True, 1 / 8), (False, False, 2 / 15)):
-        spec = QuantSpec(
-            num_bits=4, group_size=4, symmetric=symmetric, scale_dtype="float32", negative_scales=negative
-        )
+        spec = QuantSpec(num_bits=4, group_size=4, symmetric=symmetric, scale_dtype="float32", negative_scales=negative)
         scale, zero_point = affine.minmax_qparams(torch.zeros(1, 8), spec)
         assert scale.tolist() == [[pytest.approx(expected)] * 2]
         assert zero_point[0, 0] in ((8,) if symmetric else (7, 8))  # 7.5 up to the rounding of the scale

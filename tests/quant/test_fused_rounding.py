@@ -30,12 +30,13 @@ def test_rounding_by_rows_has_the_bits_of_rounding_at_once(
     upstream = torch.randn(rows, groups * 16, generator=generator)
 
     def found(fused: bool) -> list[torch.Tensor | None]:
-        leaves = [each.clone().requires_grad_(on) for each, on in zip((weight, scale, zero_point), trains, strict=True)]
+        given = zip((weight, scale, zero_point), trains, strict=True)
+        w, step, zero = leaves = [each.clone().requires_grad_(on) for each, on in given]
         if fused:
-            grid = fused_rounding.to_grid(affine.grouped(leaves[0], spec), *leaves[1:])
-            result = fused_rounding.rounded(grid, *leaves[1:], spec.qmin, spec.qmax).flatten(1)
+            grid = fused_rounding.to_grid(affine.grouped(w, spec), step, zero)
+            result = fused_rounding.rounded(grid, step, zero, spec.qmin, spec.qmax).flatten(1)
         else:
-            result = affine.fake_quantize(*leaves, spec)
+            result = affine.fake_quantize(w, step, zero, spec)
         result.backward(upstream)
         return [result.detach(), *(leaf.grad for leaf in leaves)]
 

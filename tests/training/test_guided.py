@@ -133,6 +133,17 @@ def test_sampled_labels_give_the_fisher_information(
     torch.testing.assert_close(torch.cat(drawn._of(name)).mean(0)[:-1], exact, rtol=0.1, atol=0)
 
 
+def test_bfloat16_gives_nearly_the_gradients_of_float32(folder: Path, tokens: Tensor) -> None:
+    """The loss is a sum over tokens: squares of its gradients do not vanish."""
+    full, half = job_of(folder, tokens), load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
+    exact, found = end_loss(full, TEXT, 1), end_loss(Job.select(half, QUANT, tokens), TEXT, 1)
+    assert exact is not None
+    assert found is not None
+    for target in full.targets:
+        pair = torch.stack([found.of_linear(target.name).squeeze(1), exact.of_linear(target.name).squeeze(1)])
+        assert float(torch.corrcoef(pair)[0, 1]) > 0.99, target.name
+
+
 def test_positions_that_are_not_learned_have_no_loss_of_their_own(folder: Path, tokens: Tensor) -> None:
     labels = tokens.where(torch.arange(24) < 10, IGNORED)
     job = job_of(folder, tokens, labels=labels)

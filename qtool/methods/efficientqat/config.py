@@ -15,6 +15,7 @@ from qtool.config.training import (
     TrainedConfig,
     preset_field,
 )
+from qtool.methods.gsq.config import AssignmentConfig
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -101,6 +102,12 @@ class BlockConfig(TrainedConfig, LastBlockConfig):
         GuidedConfig(), description="End-loss weights of tokens and channels in the loss of Block-AP."
     )
     optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
+
+    gsq: AssignmentConfig = Field(
+        AssignmentConfig(epochs=0.0),
+        description="A training of the assignments of each block, which begins at the codes of Block-AP, as in the "
+        "method gsq; off unless its epochs are given.",
+    )
 
 
 class ScaleConfig(EndToEndConfig):

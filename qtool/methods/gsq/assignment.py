@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
+from qtool.quant.trained_linear import HALF_CODE
 from qtool.system.seeds import derived_seed
 from qtool.system.tensors import size_for
 from qtool.training.block_training import BlockLinear
@@ -119,13 +120,24 @@ def soft_codes(logits: Tensor, candidates: Candidates, draw: Draw) -> Tensor:
 class AssignmentLinear(BlockLinear):
     """A linear whose logits and scales train.
 
-    At the start ``l_v = -(c_v - code)**2``: the candidate beside the start code is one below it.
+    At the start ``l_v = -(c_v - x)**2`` of a weight at ``x`` in grid units: of a weight on its code the candidates
+    beside it are one below it.
     """
 
     def __init__(
-        self, start: QuantizedWeight, bias: Tensor | None, strength: Ramp, temperature: Ramp, num_steps: int, seed: int
+        self,
+        start: QuantizedWeight,
+        position: Tensor | None,
+        bias: Tensor | None,
+        strength: Ramp,
+        temperature: Ramp,
+        num_steps: int,
+        seed: int,
     ) -> None:
-        """Start from ``start``; ``seed`` and the step of ``num_steps`` fix the noise."""
+        """Start from ``start``; ``seed`` and the step of ``num_steps`` fix the noise.
+
+        ``position`` ``[out, in]`` is where the weights lie in grid units; it is clamped to the cells of their codes.
+        """
         codes, scale, zero_point, spec = start
         self.strength, self.temperature, self.num_steps, self.seed = strength, temperature, num_steps, seed
         self.soft = False
@@ -133,12 +145,15 @@ class AssignmentLinear(BlockLinear):
         self.weight = nn.Parameter(self.weight.new_zeros(()).expand_as(self.weight), requires_grad=False)
         self.scale.data = scale.clone()
         self.zero_point = nn.Parameter(zero_point.clone(), requires_grad=False)
+        place = codes.float()
+        if position is not None:
+            place = position.float().clamp(place - HALF_CODE, place + HALF_CODE)
         if spec.num_bits <= ALL_CODES:
             self.candidates = Candidates(tuple(range(spec.qmax + 1)), None, spec.qmax)
-            distance = [codes.float() - value for value in self.candidates.values]
         else:
             self.candidates = Candidates(tuple(range(-REACH, REACH + 1)), codes, spec.qmax)
-            distance = [torch.full_like(codes, abs(value), dtype=torch.float32) for value in self.candidates.values]
+            place = place.sub_(codes)
+        distance = (place - value for value in self.candidates.values)
         self.logits = nn.Parameter(torch.stack([each.square_().neg_() for each in distance]))
 
     def set_progress(self, share: float) -> None:

@@ -1,18 +1,17 @@
 """The training of the assignments of one block, from codes that another method found."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from qtool.blocks.job import Figures
-from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
-from qtool.methods import gptq
 from qtool.methods.gsq.assignment import AssignmentLinear, Ramp
 from qtool.methods.gsq.config import AssignmentConfig
 from qtool.models.linears import linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight
-from qtool.quant.packed_linear import PackedLinear
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss
@@ -26,29 +25,22 @@ SOFT_GAP = 1.05  # factor between the losses of hard and of soft codes above whi
 class Passes(Protocol):
     """The keys that give the number of steps of the training of a block."""
 
-    epochs: float
-    min_steps: int
-    batch_size: int
+    @property
+    def epochs(self) -> float:
+        """Passes over the windows."""
+
+    @property
+    def min_steps(self) -> int:
+        """Minimum number of steps."""
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per step."""
 
 
 def steps_of(config: Passes, num_windows: int) -> int:
     """Return the number of steps of a training of a block on ``num_windows`` windows."""
-    if not config.epochs:
-        return 0
-    return max(config.min_steps, round(config.epochs * num_windows / config.batch_size))
-
-
-def solved(task: BlockTask) -> dict[str, QuantizedWeight]:
-    """Quantize the block by GPTQ with its defaults, and return the result; this sets the float outputs as well."""
-    solver, found = gptq.Config(), {}
-    for stage in stages(task):
-        gptq.quantize_stage(task, stage, solver)
-        for target in stage.targets:
-            layer = task.block.get_submodule(task.local_name(target))
-            assert isinstance(layer, PackedLinear)
-            found[target.name] = layer.quantized
-    task.outputs = None  # these were made by GPTQ's codes, which training changes
-    return found
+    return max(config.min_steps, round(config.epochs * num_windows / config.batch_size)) if config.epochs else 0
 
 
 class AssignmentTraining(BlockTraining):
@@ -69,14 +61,19 @@ class AssignmentTraining(BlockTraining):
 
 
 def train_assignments(
-    task: BlockTask, starts: dict[str, QuantizedWeight], distance: BlockLoss, config: AssignmentConfig, seed: int
+    task: BlockTask,
+    starts: dict[str, QuantizedWeight],
+    distance: BlockLoss,
+    config: AssignmentConfig,
+    seed: int,
+    positions: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, QuantizedWeight], Figures]:
     """Train the codes and scales of the block's targets from ``starts`` to lower ``distance``.
 
     Return the best state by name, which may be the start, and the figures of the block. After a loss that is not
     finite the start is returned, which the figure ``fallback`` shows.
     """
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = steps_of(config, len(windows))
     total = total_factor(num_steps, config.optim)
     block_seed = derived_seed(seed, task.index)
@@ -84,6 +81,7 @@ def train_assignments(
     for index, target in enumerate(task.targets):
         layers[target.name] = AssignmentLinear(
             starts[target.name],
+            None if positions is None else positions[target.name],
             linear_bias(target.linear),
             Ramp(*config.strength),
             Ramp(*config.temperature),

@@ -29,7 +29,7 @@ def test_a_killed_process_ends_all_and_the_same_number_goes_on_to_the_same_bytes
     state = output.with_name("out.partial") / "state"
     assert (state / "block-00000.json").exists()
     assert not (state / "block-00001.json").exists()
-    with pytest.raises(InputError, match="out.partial holds an unfinished run that differs.*\n.*processes: 2 -> 1"):
+    with pytest.raises(InputError, match=r"out.partial holds an unfinished run that differs.*\n.*processes: 2 -> 1"):
         quantize(checked)
     again = launch("qtool", output.with_suffix(".yaml"))
     assert again.returncode == 0, again.stderr
@@ -46,7 +46,7 @@ def test_fewer_windows_than_processes_are_refused_before_any_work(
 ) -> None:
     tiny.several(0, 3, monkeypatch)
     checked = make(folder, tmp_path / "out", data__num_samples=2)
-    with pytest.raises(InputError, match="found 2 calibration window.s. for 3 processes.*start at most 2"):
+    with pytest.raises(InputError, match=r"found 2 calibration window.s. for 3 processes.*start at most 2"):
         quantize(checked)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -57,7 +57,7 @@ def test_a_step_of_fewer_windows_than_processes_is_refused_before_any_work(
     """Block-AP may have fewer windows in a step than processes; E2E-QP, which comes hours later, may not."""
     tiny.several(0, 3, monkeypatch)
     checked = make(folder, tmp_path / "out", "efficientqat", method__e2e={"steps": 3, "batch_size": 2})
-    with pytest.raises(InputError, match="method.e2e.batch_size 2 is less than the 3 processes that share a step"):
+    with pytest.raises(InputError, match=r"method.e2e.batch_size 2 is less than the 3 processes that share a step"):
         quantize(checked)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -67,5 +67,5 @@ def test_a_model_that_is_not_loaded_is_quantized_in_one_process(
 ) -> None:
     tiny.several(0, 2, monkeypatch)
     checked = make(folder, tmp_path / "out", "rtn", model__free=True)
-    with pytest.raises(InputError, match="model.free runs in one process, but 2 were started"):
+    with pytest.raises(InputError, match=r"model.free runs in one process, but 2 were started"):
         quantize(checked)
