@@ -6,7 +6,8 @@ After a change here, run this script and commit the recipes; a test compares bot
     python scripts/make_paper_recipes.py
 
 EfficientQAT (arXiv 2407.11062): rates, epochs, batches and corpus are the paper's; perplexities and mean accuracies
-are from its tables, those at 4 bits from the README of its code. LR-QAT (arXiv 2406.06385): Table B1 and Table 4.
+are from its tables, those at 4 bits and of Mistral Large from the README of its code. LR-QAT (arXiv 2406.06385): Table
+B1 and Table 4. PEQA (arXiv 2305.14152): as LR-QAT's Table 4 reports it.
 """
 
 import sys
@@ -25,12 +26,17 @@ class Model(NamedTuple):
 
 
 MODELS = (
+    Model("llama-7b", "LLaMA 7B", "huggyllama/llama-7b"),
     Model("llama-2-7b", "Llama-2 7B", "meta-llama/Llama-2-7b-hf"),
     Model("llama-2-13b", "Llama-2 13B", "meta-llama/Llama-2-13b-hf"),
     Model("llama-2-70b", "Llama-2 70B", "meta-llama/Llama-2-70b-hf"),
     Model("llama-3-8b", "Llama-3 8B", "meta-llama/Meta-Llama-3-8B"),
+    Model("llama-3-70b", "Llama-3 70B", "meta-llama/Meta-Llama-3-70B"),
     Model("mistral-7b", "Mistral 7B", "mistralai/Mistral-7B-v0.1"),
+    Model("mistral-large-123b", "Mistral Large 123B", "mistralai/Mistral-Large-Instruct-2407"),
 )
+UNREPORTED = "mistral-7b"  # a model with recipes by the settings of EfficientQAT's paper, which has no numbers for it
+README = "mistral-large-123b"  # a model whose numbers are in the README of EfficientQAT's code
 
 FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 SIX = ("boolq", *FIVE)
@@ -42,65 +48,87 @@ EFFICIENTQAT: dict[tuple[int, int], dict[str, tuple[float, float | None, float]]
         "llama-2-13b": (4.93, None, 67.52),
         "llama-2-70b": (3.39, None, 72.62),
         "llama-3-8b": (6.47, None, 68.43),
+        "llama-3-70b": (3.17, None, 74.57),
     },
     (3, 128): {
         "llama-2-7b": (5.81, 7.34, 64.02),
         "llama-2-13b": (5.12, 6.73, 67.28),
         "llama-2-70b": (3.61, 5.71, 71.76),
         "llama-3-8b": (7.09, 10.06, 67.35),
+        "llama-3-70b": (4.21, 7.46, 73.96),
     },
     (2, 128): {
         "llama-2-7b": (7.19, 8.79, 59.50),
         "llama-2-13b": (6.08, 7.75, 63.88),
         "llama-2-70b": (4.61, 6.48, 68.93),
         "llama-3-8b": (9.80, 13.22, 59.37),
+        "llama-3-70b": (6.38, 9.53, 67.57),
     },
     (2, 64): {
         "llama-2-7b": (6.86, 8.50, 60.14),
         "llama-2-13b": (5.96, 7.59, 64.48),
         "llama-2-70b": (4.52, 6.38, 69.48),
         "llama-3-8b": (9.41, 12.77, 60.76),
+        "llama-3-70b": (6.07, 9.23, 67.89),
+        "mistral-large-123b": (5.58, None, 73.54),
     },
 }
 
 # bits and group (-1: per channel) -> WikiText-2 perplexity, mean accuracy in per cent
 LRQAT: dict[tuple[int, int], dict[str, tuple[float, float]]] = {
     (4, -1): {
+        "llama-7b": (5.84, 68.54),
         "llama-2-7b": (5.66, 69.72),
         "llama-2-13b": (5.03, 73.19),
         "llama-3-8b": (6.78, 73.84),
         "mistral-7b": (5.46, 74.44),
     },
     (4, 128): {
+        "llama-7b": (5.75, 69.15),
         "llama-2-7b": (5.59, 69.88),
         "llama-2-13b": (4.97, 72.91),
         "llama-3-8b": (6.57, 73.66),
         "mistral-7b": (5.37, 75.28),
     },
     (3, -1): {
+        "llama-7b": (6.27, 66.60),
         "llama-2-7b": (6.13, 67.70),
         "llama-2-13b": (5.54, 71.22),
         "llama-3-8b": (8.12, 70.46),
         "mistral-7b": (6.03, 71.87),
     },
     (3, 128): {
+        "llama-7b": (6.17, 66.81),
         "llama-2-7b": (5.98, 68.62),
         "llama-2-13b": (5.32, 71.51),
         "llama-3-8b": (7.74, 70.48),
         "mistral-7b": (5.80, 72.41),
     },
     (2, -1): {
+        "llama-7b": (7.99, 61.77),
         "llama-2-7b": (8.51, 60.03),
         "llama-2-13b": (7.16, 65.28),
         "llama-3-8b": (12.52, 58.49),
         "mistral-7b": (7.98, 65.11),
     },
     (2, 128): {
+        "llama-7b": (7.86, 61.60),
         "llama-2-7b": (7.62, 61.70),
         "llama-2-13b": (6.57, 66.75),
         "llama-3-8b": (11.09, 60.46),
         "mistral-7b": (7.92, 65.27),
     },
+}
+
+# bits and group (-1: per channel) -> WikiText-2 perplexity, mean accuracy in per cent, of PEQA; columns: PEQA_MODELS
+PEQA_MODELS = ("llama-7b", "llama-2-7b", "llama-2-13b", "llama-3-8b", "mistral-7b")
+PEQA: dict[tuple[int, int], tuple[list[float], list[float]]] = {
+    (4, -1): ([5.86, 5.71, 5.03, 7.51, 5.56], [68.49, 69.23, 72.51, 72.79, 73.73]),
+    (4, 128): ([5.75, 5.67, 5.02, 6.89, 5.48], [69.19, 69.64, 72.80, 72.99, 73.34]),
+    (3, -1): ([6.56, 6.45, 5.73, 26.20, 6.51], [65.75, 65.44, 69.81, 51.05, 71.02]),
+    (3, 128): ([6.22, 6.05, 5.58, 9.64, 5.85], [66.66, 68.10, 70.29, 67.19, 72.21]),
+    (2, -1): ([8.24, 9.34, 7.51, 14.47, 8.08], [59.83, 57.40, 62.29, 57.72, 64.48]),
+    (2, 128): ([8.12, 7.87, 6.83, 12.39, 8.05], [60.69, 60.74, 64.74, 57.81, 64.65]),
 }
 
 
@@ -124,11 +152,11 @@ EFFICIENTQAT_METHOD = """\
 method:
   name: efficientqat
   init: minmax
-  epochs: 2
+  epochs: {epochs}
   min_steps: 0
   batch_size: 2
-  weight_lr: {rate}
-  quant_lr: 1e-4
+  weight_lr: {weight_lr}
+  quant_lr: {quant_lr}
   validation_samples: 64
   optim:
     schedule: cosine
@@ -146,6 +174,26 @@ method:
       final_share: 0.0
       warmup_share: 0.03
       max_grad_norm: 0.3
+      accumulation: 8
+"""
+PEQA_METHOD = """\
+method:
+  name: efficientqat
+  init: minmax
+  epochs: 0
+  e2e:
+    trains: [scales]
+    lr: {rate}
+    loss: ce
+    steps: 10000
+    batch_size: 32
+    gradient_checkpointing: true
+    optim:
+      betas: [0.9, 0.95]
+      schedule: linear
+      final_share: 0.0
+      warmup_share: 0.1
+      max_grad_norm: 1.0
       accumulation: 8
 """
 LRQAT_METHOD = """\
@@ -173,18 +221,32 @@ method:
     max_grad_norm: 1.0
     accumulation: 8
 """
+SLIMPAJAMA = f"""\
+data:
+  source: slimpajama
+  num_samples: 320000
+  seq_len: 1024
+
+eval:
+  tasks: [wikitext2, {", ".join(SIX)}]
+  num_fewshot: 0
+  context: 2048
+"""
 
 
 def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
     """Return EfficientQAT's recipe for a model and a grid, by the settings of its paper."""
     found = EFFICIENTQAT[num_bits, group_size].get(model.name)
     rate = "2e-5" if num_bits == 2 else "1e-5"
+    large = model.name == README  # it has rates, epochs and a number of windows of its own
+    settings = {"weight_lr": "2e-6", "quant_lr": "3e-5", "epochs": 3} if large else {}
+    method = EFFICIENTQAT_METHOD.format(**{"weight_lr": rate, "quant_lr": "1e-4", "epochs": 2, "rate": rate} | settings)
     name = f"{model.name}-{label(num_bits, group_size)}"
     known = "as in its paper, and what it reports" if found else "by the settings of its paper"
     entries = []
     if found is not None:
         perplexity, c4, accuracy = found
-        paper = "arXiv 2407.11062" if num_bits < 4 else "README of EfficientQAT"
+        paper = "README of EfficientQAT" if large or num_bits == 4 else "arXiv 2407.11062"
         entries = [entry(("wikitext2",), "perplexity", perplexity, f"{paper}, perplexity at 2048 tokens")]
         if c4 is not None:
             entries.append(entry(("c4",), "perplexity", c4, f"{paper}, perplexity at 2048 tokens"))
@@ -199,7 +261,7 @@ def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
 model:
   path: {model.path}
 
-{EFFICIENTQAT_METHOD.format(rate=rate)}
+{method}
 quant:
   num_bits: {num_bits}
   group_size: {group_size}
@@ -207,11 +269,11 @@ quant:
 
 data:
   source: redpajama
-  num_samples: 4160
+  num_samples: {2112 if large else 4160}
   seq_len: 2048
 
 eval:
-  tasks: [wikitext2, {", ".join(FIVE)}]
+  tasks: [wikitext2, c4, {", ".join(FIVE)}]
   num_fewshot: 0
   context: 2048
 {expected(entries)}
@@ -248,16 +310,7 @@ quant:
   group_size: {group_size}
   symmetric: {"false" if num_bits == 2 else "true"}
 
-data:
-  source: slimpajama
-  num_samples: 320000
-  seq_len: 1024
-
-eval:
-  tasks: [wikitext2, {", ".join(SIX)}]
-  num_fewshot: 0
-  context: 2048
-{expected(entries)}
+{SLIMPAJAMA}{expected(entries)}
 output:
   path: ./out/papers/lrqat/{name}
 
@@ -265,18 +318,57 @@ seed: 1000
 """
 
 
+def peqa(model: Model, num_bits: int, group_size: int) -> str:
+    """Return the recipe of PEQA, the scales alone trained end to end, on the text of LR-QAT's Table 4."""
+    index = PEQA_MODELS.index(model.name)
+    perplexity, accuracy = (column[index] for column in PEQA[num_bits, group_size])
+    name = f"{model.name}-{label(num_bits, group_size)}"
+    table = "arXiv 2406.06385, Table 4"
+    entries = [entry(("wikitext2",), "perplexity", perplexity, table), entry(SIX, "acc_norm", accuracy, table)]
+    return f"""\
+# PEQA on {model.title} at {label(num_bits, group_size)}: the scales alone are trained, from rounding to nearest.
+#   qtool efficientqat papers/peqa/{name}
+# arXiv 2305.14152: E2E-QP without Block-AP. Text, steps and batch are those of LR-QAT (arXiv 2406.06385), which reports
+# these numbers. Its rates and ranges for PEQA are not known to us: here are E2E-QP's rates, and the extremes as ranges.
+
+model:
+  path: {model.path}
+  dtype: bfloat16
+
+{PEQA_METHOD.format(rate=peqa_rate(num_bits))}
+quant:
+  num_bits: {num_bits}
+  group_size: {group_size}
+  symmetric: {"false" if num_bits == 2 else "true"}
+
+{SLIMPAJAMA}{expected(entries)}
+output:
+  path: ./out/papers/peqa/{name}
+
+seed: 1000
+"""
+
+
+def peqa_rate(num_bits: int) -> str:
+    """Return the learning rate of scales at a width."""
+    return "2e-5" if num_bits == 2 else "1e-5"
+
+
 def recipes() -> dict[Path, str]:
     """Return every recipe, by its file below ``qtool/recipes/papers``."""
     made = {}
-    for num_bits, group_size in EFFICIENTQAT:
-        for model in MODELS:
-            name = f"{model.name}-{label(num_bits, group_size)}.yaml"
-            made[Path("efficientqat") / name] = efficientqat(model, num_bits, group_size)
-    for (num_bits, group_size), row in LRQAT.items():
-        for model in MODELS:
-            if model.name in row:
+    for model in MODELS:
+        for (num_bits, group_size), row in EFFICIENTQAT.items():
+            if model.name in row or model.name == UNREPORTED:
+                name = f"{model.name}-{label(num_bits, group_size)}.yaml"
+                made[Path("efficientqat") / name] = efficientqat(model, num_bits, group_size)
+        for (num_bits, group_size), numbers in LRQAT.items():
+            if model.name in numbers:
                 name = f"{model.name}-{label(num_bits, group_size)}.yaml"
                 made[Path("lrqat") / name] = lrqat(model, num_bits, group_size)
+        for num_bits, group_size in PEQA if model.name == "llama-2-7b" else ():  # others are cells of tables/lrqat-4
+            name = f"{model.name}-{label(num_bits, group_size)}.yaml"
+            made[Path("peqa") / name] = peqa(model, num_bits, group_size)
     return made
 
 

@@ -128,7 +128,8 @@ def test_recipe_keys() -> None:
             *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero", "negative_scales"),
             *("activations.num_bits", "activations.symmetric", "kv_cache", "kv_group_size", "overrides"),
             *("embedding", "head"),
-            *("budget.average_bits", "budget.size", "budget.estimator", "budget.rounding", "budget.solver"),
+            *("budget.average_bits", "budget.size", "budget.share"),
+            *("budget.estimator", "budget.rounding", "budget.solver"),
             *("budget.choices", "budget.floors", "budget.pins", "budget.num_samples"),
             "preset",
         ],
@@ -147,17 +148,17 @@ def test_keys_of_efficientqat() -> None:
     """Pin the method's own keys; ``rounding``, ``optim`` and end-to-end training have tests of their own."""
     found = [key.name for key in describe.keys()["method efficientqat"][1]]
     phase_one = (
-        "init_from init trains low_rank epochs min_steps batch_size travel scale_share zero_travel norm_travel "
+        "preset init_from init trains low_rank epochs min_steps batch_size travel scale_share zero_travel norm_travel "
         "weight_lr quant_lr validation_samples"
     )
     assert [name for name in found if "." not in name] == phase_one.split()
-    assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "optim", "e2e"}
+    assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "guided", "optim", "gsq", "e2e"}
     assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_share", "e2e.zero_travel", "e2e.lr"} <= set(found)
 
 
 ROUNDING = "estimator temperature temperature_end clamp gate sharpness scale_gradient forward"
 OPTIM = "optimizer betas eps schedule final_share warmup_share max_grad_norm accumulation"
-TRAINED = [*(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
+TRAINED = ["preset", *(f"rounding.{key}" for key in ROUNDING.split()), "init_from"]
 END_TO_END = [
     *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "min_steps", "batch_size"),
     *(f"optim.{key}" for key in OPTIM.split()),

@@ -19,7 +19,7 @@ IGNORED = -100  # label of a token that is not learned; the default of torch's c
 class ModelConfig(Section):
     """The model, the precision of computation, and the device."""
 
-    path: str = Field(description="Local folder, hub name (org/name), or builtin:wiki-llama-3m.")
+    path: str = Field(description="Local folder, .gguf file, hub name (org/name), or builtin:wiki-llama-3m.")
     dtype: Dtype = Field(
         "auto",
         description="Precision of computation. auto: the checkpoint's dtype if the device supports it, else float32.",
@@ -61,8 +61,8 @@ class DataConfig(Section):
     source: str = Field(
         "generated",
         description="generated (text that the model writes itself), wikitext2, enwiki, c4, redpajama, slimpajama; "
-        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl or .parquet file, whose "
-        "rows may have pictures, or to tokens in .npy or .safetensors.",
+        "alpaca or deita, where only the answers are learned; or a path to a .txt, .jsonl, .json.gz or .parquet "
+        "file, whose rows may have pictures, or to tokens in .npy or .safetensors.",
     )
     num_samples: int = Field(128, ge=1, description="Number of calibration windows.")
     seq_len: int = Field(512, ge=2, description="Tokens per window.")
@@ -89,7 +89,7 @@ class EvalConfig(Section):
     tasks: tuple[str, ...] = Field(
         ("wikitext2",),
         min_length=1,
-        description="wikitext2 and generated (token perplexity), kl (KL divergence from the float model), or any "
+        description="wikitext2, c4 and generated (token perplexity), kl (KL divergence from the float model), or any "
         "lm-eval task, e.g. boolq, mmlu.",
     )
     num_fewshot: int | dict[str, int] = Field(
@@ -117,8 +117,14 @@ class EvalConfig(Section):
     )
 
 
+# share of the predictions whose KL divergence is lower, by metric
+PERCENTILES = {"median": 0.5, "99th percentile": 0.99, "99.9th percentile": 0.999, "maximum": 1.0}
+AGREEMENT = "top-1 agreement"
 # metrics of the tasks that qtool measures itself; every other task is lm-eval's
-METRICS = {"wikitext2": ("perplexity",), "generated": ("perplexity",), "kl": ("kl", "top-1 agreement")}
+METRICS = {
+    **dict.fromkeys(("wikitext2", "c4", "generated"), ("perplexity",)),
+    "kl": ("kl", *PERCENTILES, AGREEMENT),
+}
 
 
 class ExpectedConfig(Section):

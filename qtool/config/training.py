@@ -1,6 +1,7 @@
-"""Recipe sections that training methods share: rounding, optimizer, and training of the whole model."""
+"""Recipe sections that training methods share: presets, rounding, optimizer, and training of the whole model."""
 
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -82,13 +83,15 @@ class RoundingConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the learning rate schedule."""
 
-    optimizer: Literal["adamw", "adamw8bit", "signsgd"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "signsgd", "lion"] = Field(
         "adamw",
         description="adamw8bit: AdamW with 8-bit states, needs bitsandbytes; signsgd: each step has the size of the "
-        "learning rate, against the sign of the gradient.",
+        "learning rate, against the sign of the gradient; lion: the same, against the sign of an average of gradients.",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="Decay rates of AdamW's averages of the gradient and its square."
+        (0.9, 0.999),
+        description="AdamW: decay rates of the averages of the gradient and its square. lion: shares of the momentum "
+        "in a step, and of the old momentum in the new one.",
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW, added to the root of the averaged squared gradient.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -115,8 +118,59 @@ def _over(default: Any, given: Any) -> Any:
     return default | {name: _over(default.get(name), value) for name, value in given.items()}
 
 
-class TrainedConfig(MethodConfig):
-    """The base of the section of every method that trains."""
+Presets = Mapping[str, Mapping[str, Any]]  # light and best -> keys, nested as in a recipe; "data" has keys of data
+Preset = Literal["light", "default", "best"]
+
+
+def preset_field(presets: Presets) -> Any:
+    """Return the field ``preset`` of a method whose ``presets`` these are, with a description that lists their keys."""
+    light, best = (", ".join(_listed(presets[name])) for name in ("light", "best"))
+    return Field(
+        "default",
+        description=f"Length of the training, where its keys are not given. light takes about a quarter of the time of "
+        f"default ({light}); best takes about four times as long ({best}).",
+    )
+
+
+def _listed(keys: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Yield ``key value`` for each key, with dots between the names of nested ones."""
+    for name, value in keys.items():
+        if isinstance(value, Mapping):
+            yield from _listed(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name} {value:g}"
+
+
+class PresetConfig(MethodConfig):
+    """The base of the section of a method with presets, names for a shorter and a longer training.
+
+    A subclass sets ``presets`` and ``preset = preset_field(presets)``. Keys that a recipe gives replace the preset's.
+    """
+
+    presets: ClassVar[Presets] = {}
+    preset: Preset = Field("default", description="Length of the training.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Fill keys that are left out: from the preset, and in a section that is given from this method's defaults."""
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset")
+        chosen = cls.presets.get(name, {}) if isinstance(name, str) else {}
+        values = _over({key: value for key, value in chosen.items() if key != "data"}, values)
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        own = {name: value.model_dump() for name, value in defaults.items() if isinstance(value, Section)}
+        return {name: _over(own[name], value) if name in own else value for name, value in values.items()}
+
+    @property
+    def data_defaults(self) -> dict[str, int]:
+        """Defaults of the data section that the preset sets."""
+        return dict(self.presets.get(self.preset, {}).get("data", {}))
+
+
+class TrainedConfig(PresetConfig):
+    """The base of the section of every method that trains weights or scales by their gradients."""
 
     rounding: RoundingConfig = Field(RoundingConfig(), description="Gradient of rounding and clamping.")
     init_from: str | None = Field(
@@ -125,25 +179,26 @@ class TrainedConfig(MethodConfig):
         "from the float weights.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_sections(cls, values: Any) -> Any:
-        """Fill keys that a given section leaves out with this method's own defaults."""
-        if not isinstance(values, dict):
-            return values
-        defaults = {name: field.default for name, field in cls.model_fields.items()}
-        own = {name: value.model_dump() for name, value in defaults.items() if isinstance(value, Section)}
-        return {name: _over(own[name], value) if name in own else value for name, value in values.items()}
+
+class LastBlockConfig(MethodConfig):
+    """The base of the section of a method that trains a block at a time."""
+
+    last_block_loss: Literal["mse", "kl"] = Field(
+        "mse",
+        description="Loss of the last block. mse: squared difference of its outputs, as in the other blocks; kl: KL "
+        "divergence of the model's predictions from the float model's, through the final norm and the output head.",
+    )
 
 
 class EndToEndConfig(Section):
     """Training of the whole model on text: loss, duration, optimizer, validation and logging."""
 
-    loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld"] = Field(
+    loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld", "hidden"] = Field(
         "kl",
         description="Training loss. ce: next-token cross entropy. The others compare with the float model, which is "
         "then in memory as well: kl: KL divergence; reverse-kl; mixed: kl and ce; topk-kl: kl of the most "
-        "probable tokens; cakld: kl and reverse-kl, weighted by the float model's confidence.",
+        "probable tokens; cakld: kl and reverse-kl, weighted by the float model's confidence; hidden: squared "
+        "difference of the final hidden states, as a share of their mean square, without the output head.",
     )
     temperature: float = Field(1.0, gt=0, description="Divisor of both models' logits before a divergence.")
     ce_share: float = Field(0.5, ge=0, le=1, description="Weight of ce in the loss mixed; kl has the rest.")
@@ -152,7 +207,7 @@ class EndToEndConfig(Section):
         ge=1,
         description="Number of most probable tokens that the loss topk-kl compares; all others count as one class.",
     )
-    epochs: int = Field(1, ge=1, description="Passes over the calibration windows.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the calibration windows.")
     steps: int | None = Field(
         None, ge=0, description="Number of training steps, in place of epochs; unset: epochs decides."
     )
@@ -201,9 +256,21 @@ class EndToEndConfig(Section):
             raise ValueError("validate_every needs validation_samples, the number of windows to keep out of training")
         return self
 
+    @model_validator(mode="after")
+    def _hidden_states_are_whole(self) -> Self:
+        if self.loss == "hidden" and self.sharding == "full":
+            raise ValueError(
+                "loss: hidden compares hidden states that a model sharded by sharding: full does not keep; use another "
+                "loss, or sharding: none"
+            )
+        return self
 
-class EndToEnd(TrainedConfig, EndToEndConfig):
+
+class EndToEnd(EndToEndConfig, TrainedConfig):
     """The base of the section of a method that trains all linears at once."""
+
+    presets: ClassVar[Presets] = {"light": {"epochs": 0.25, "min_steps": 8}, "best": {"epochs": 4, "min_steps": 128}}
+    preset: Preset = preset_field(presets)
 
 
 class WeightsConfig(EndToEnd):

@@ -1,8 +1,10 @@
-"""Text and rows of ``.txt``, ``.jsonl`` and ``.parquet`` files, read only as far as needed; errors name the place."""
+"""Text and rows of text, JSON Lines and Parquet files, read only as far as needed; errors name the place."""
 
+import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,8 @@ from qtool.system import units
 from qtool.system.errors import InputError, first_line
 from qtool.system.reading import kind_of
 
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}  # of compressed files, by suffix
+JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")  # suffixes of files with one JSON object in each line
 LONGEST_LINE = 1 << 28  # most bytes of a line that is read: a compressed file can hold one without end
 SURROGATE = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs
 
@@ -62,7 +66,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield number and text of each line."""
     offset = 0
     try:
-        with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
             for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
                 if len(line) > LONGEST_LINE:
                     size = units.size(LONGEST_LINE)
@@ -75,7 +79,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path} is not UTF-8: line {number}, byte {at} of the file is 0x{error.object[error.start]:02x} "
             f"({error.reason}); convert it, for example with iconv -t UTF-8"
         ) from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
@@ -151,14 +155,14 @@ def _parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, A
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ``(place, row)`` for each row of a ``.jsonl`` or ``.parquet`` file, and nothing for other files.
+    """Yield ``(place, row)`` for each row of a JSON Lines or Parquet file, and nothing for other files.
 
     ``row`` has all fields; ``place`` says in words, for errors, where the row is.
 
     Raises:
         InputError: the file cannot be read; the line or row is named.
     """
-    if path.suffix == ".jsonl":
+    if path.name.endswith(JSON_LINES):
         yield from ((f"{path}: line {number}", row) for number, row in read_rows(path))
     elif path.suffix == ".parquet":
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(_parquet_rows(path)))
@@ -168,6 +172,6 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".txt": _read_txt,
     ".txt.xz": _read_txt,
-    ".jsonl": _read_jsonl,
+    **dict.fromkeys(JSON_LINES, _read_jsonl),
     ".parquet": _read_parquet,
 }

@@ -5,7 +5,7 @@ A data source is one row of ``SOURCES``. Its file below :func:`data_dir` comes f
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -45,6 +45,8 @@ SOURCES: dict[str, TextSource] = {
     "alpaca": TextSource("alpaca/{split}.jsonl", Hub("tatsu-lab/alpaca"), "conversations"),
     "deita": TextSource("deita/{split}.jsonl", Hub("hkust-nlp/deita-10k-v0"), "conversations"),
 }
+C4_SHARD = "c4-validation.00000-of-00008.json.gz"  # the file of C4 on whose documents papers measure perplexity
+C4_FILES = ("c4/validation.jsonl", f"c4/{C4_SHARD}", f"c4/en/{C4_SHARD}")  # where it is looked for on this machine
 FILES = (*READERS, *SUFFIXES)  # suffixes of files that can be a data.source
 
 
@@ -102,34 +104,58 @@ def is_local(data: DataConfig) -> bool:
 
 def source_texts(name: str, split: str) -> Iterator[str]:
     """Yield the texts of the named source ``name``."""
-    return _read(name, split, read_file, lambda rows: (row["text"] for row in rows))
+    return _read(name, *_places(name, split), split, read_file, _texts)
 
 
 def source_records(name: str, split: str) -> Iterator[tuple[str, Row]]:
     """Yield each row of the named source ``name`` with all its fields, and before it its place in words, for errors."""
     return _read(
-        name, split, read_records, lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+        name,
+        *_places(name, split),
+        split,
+        read_records,
+        lambda rows: ((f"{name}: row {number}", row) for number, row in enumerate(rows)),
     )
 
 
+def c4_validation() -> Iterator[str]:
+    """Yield the documents of C4's first validation file, in order; the local file may be any of ``C4_FILES``."""
+    return _read("c4", C4_FILES, Hub("allenai/c4", files=f"en/{C4_SHARD}"), "validation", read_file, _texts)
+
+
+def _places(name: str, split: str) -> tuple[Sequence[str], Hub]:
+    source = SOURCES[name]
+    return (source.file.format(split=split),), source.hub
+
+
+def _texts(rows: Iterator[Row]) -> Iterator[str]:
+    return (row["text"] for row in rows)
+
+
 def _read(
-    name: str, split: str, local: Callable[[Path], Iterator[T]], remote: Callable[[Iterator[Row]], Iterator[T]]
+    name: str,
+    files: Sequence[str],
+    hub: Hub,
+    split: str,
+    local: Callable[[Path], Iterator[T]],
+    remote: Callable[[Iterator[Row]], Iterator[T]],
 ) -> Iterator[T]:
-    """Read ``name`` by ``local`` from its file below ``data_dir()``, or else by ``remote`` from its rows on the hub.
+    """Read ``name`` by ``local`` from the first of ``files`` below ``data_dir()`` that exists, or by ``remote``.
+
+    ``remote`` is given the rows of ``split`` of ``hub``.
 
     Raises:
-        UnreachableError: the file is not there, and the hub cannot be reached or does not have the data set.
+        UnreachableError: no file is there, and the hub cannot be reached or does not have the data set.
     """
-    source = SOURCES[name]
     folder = data_dir()
-    file = folder / source.file.format(split=split) if folder else None
-    if file is not None and file.exists():
-        yield from local(file)
+    found = [folder / file for file in files if (folder / file).exists()] if folder else []
+    if found:
+        yield from local(found[0])
         return
     try:
-        yield from remote(load_hub(source.hub, split))
+        yield from remote(load_hub(hub, split))
     except UnreachableError as error:
         raise UnreachableError(
-            f"{name} is not on this machine, and {error}; put it at $QTOOL_DATA_DIR/{source.file.format(split=split)} "
+            f"{name} is not on this machine, and {error}; put it at $QTOOL_DATA_DIR/{' or '.join(files)} "
             f"(QTOOL_DATA_DIR is {folder or 'not set'}), or use a file of your own as data.source"
         ) from error

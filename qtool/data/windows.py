@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.config.sections import DataConfig
 from qtool.data.conversations import is_conversation, pack
+from qtool.data.drawn_windows import C4, c4_windows
 from qtool.data.generated import check_length, generated_tokens
 from qtool.data.picture_windows import Inputs, pack_pictures
 from qtool.data.pictures import has_pictures
@@ -182,27 +183,33 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int | None, seed: int) -> Tensor:
-    """Return disjoint windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's context if smaller.
+    """Return windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's context if smaller.
 
-    ``wikitext2``: the test split joined by two newlines and tokenized once, as the papers do; a last part that does not
-    fill a window is left out. ``generated``: text of ``loaded`` with another seed than that of calibration text.
+    ``wikitext2``: the test split joined by two newlines and tokenized once, as the papers do, in disjoint windows; a
+    last part that does not fill a window is left out. ``c4``: windows drawn at random from long documents
+    (``drawn_windows.py``). ``generated``: text of ``loaded`` with another seed than that of calibration text.
 
     Raises:
-        UnreachableError: WikiText-2 is neither on this machine nor reachable on the hub.
+        UnreachableError: the text is neither on this machine nor reachable on the hub.
         InputError: there is not one full window.
     """
     length = min(context, loaded.max_length)
     if name == GENERATED:
         _check_count("eval.limit", limit or GENERATED_WINDOWS, length)
         return generated_tokens(loaded, limit or GENERATED_WINDOWS, length, evaluation_seed(seed))
+    found = c4_windows(loaded, length, limit) if name == C4 else _disjoint(name, loaded, length, limit)
+    check_ids(found, loaded, f"the text of {name}")
+    return found
+
+
+def _disjoint(name: str, loaded: LoadedModel, length: int, limit: int | None) -> Tensor:
+    """Return consecutive windows ``[n, length]`` of the test split of ``name``, at most ``limit``."""
     text = "\n\n".join(source_texts(name, "test"))
     ids = torch.tensor(tokenized(loaded.tokenizer, text, name)["input_ids"], dtype=torch.int64)
     num_windows = len(ids) // length
     if not num_windows:
         raise InputError(f"{name} has only {len(ids)} tokens, less than one window of {length}; lower eval.context")
-    found = ids[: num_windows * length].view(num_windows, length)[: min(limit or num_windows, num_windows)]
-    check_ids(found, loaded, f"the text of {name}")
-    return found
+    return ids[: num_windows * length].view(num_windows, length)[: min(limit or num_windows, num_windows)]
 
 
 def calibration_seed(seed: int) -> int:

@@ -18,12 +18,13 @@ from qtool.reports.records import OVERLAP_TOKENS
 
 CHUNK = 1 << 20  # number of calibration tokens looked up at once
 FACTORS = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))  # odd multipliers of the hash, as int64
-_SPLIT = "calibrated on the training split of the same data: same distribution, other articles"
+_SPLIT = "calibrated on the training split of the same data: same distribution, other texts"
 RELATIONS = {  # notes by calibration source and task
     ("wikitext2", "wikitext2"): _SPLIT,
     ("wikitext2", "wikitext"): _SPLIT,
     ("enwiki", "wikitext2"): "calibrated on Wikipedia too",
     ("enwiki", "wikitext"): "calibrated on Wikipedia too",
+    ("c4", "c4"): _SPLIT,
     ("generated", "generated"): "calibrated on text by the same writer: same distribution, other text",
 }
 

@@ -1,20 +1,29 @@
 """The tasks of an evaluation: perplexity per token, KL divergence from the float model, and the tasks of lm-eval.
 
-``wikitext2``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of lm-eval
-(``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one pass.
+``wikitext2``, ``c4``, ``generated`` and ``kl`` are measured here, on windows of text; any other name is a task of
+lm-eval (``harness.py``). The quantized and the float model are measured by the same code on the same windows, in one
+pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from qtool.config.sections import METRICS, EvalConfig
+from qtool.config.sections import AGREEMENT, METRICS, PERCENTILES, EvalConfig
+from qtool.data.drawn_windows import C4
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
 from qtool.data.vocabulary import check_ids
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
-from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric, perplexity_metric, score_windows
+from qtool.evaluation.perplexity import (
+    WindowScores,
+    change_stderr,
+    mean_metric,
+    percentile,
+    perplexity_metric,
+    score_windows,
+)
 from qtool.models import backend
 from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
@@ -82,8 +91,8 @@ def evaluate(
     ``keep`` is called with each task and its rows as they become known.
 
     ``kl`` is measured on windows of WikiText-2, or of generated text if WikiText-2 is not available. The row of a task
-    that cannot be measured (WikiText-2 is not available, ``kl`` without a reference) says why. Rows on windows of text
-    also have the share of the windows that occurs in the calibration text ``seen``.
+    that cannot be measured (WikiText-2 or C4 is not available, ``kl`` without a reference) says why. Rows on windows of
+    text also have the share of the windows that occurs in the calibration text ``seen``.
 
     Raises:
         InputError: a task of lm-eval is unknown, has no data, or asks a model about pictures that reads text only.
@@ -119,11 +128,12 @@ def _own_tasks(
     wanted = [task for task in config.tasks if task in OWN_TASKS]
     rows: dict[str, list[TaskResult]] = {}
     windows: dict[str, Tensor] = {}
-    if WIKITEXT in wanted or (DIVERGENCE in wanted and reference is not None):
-        try:
-            windows[WIKITEXT] = perplexity_windows(WIKITEXT, loaded, config.context, config.limit, seed)
-        except UnreachableError as error:
-            rows[WIKITEXT] = [_not_measured(WIKITEXT, "perplexity", str(error), config)]
+    for name in (WIKITEXT, C4):
+        if name in wanted or (name == WIKITEXT and DIVERGENCE in wanted and reference is not None):
+            try:
+                windows[name] = perplexity_windows(name, loaded, config.context, config.limit, seed)
+            except UnreachableError as error:
+                rows[name] = [_not_measured(name, "perplexity", str(error), config)]
     kl_on = (WIKITEXT if WIKITEXT in windows else GENERATED) if DIVERGENCE in wanted and reference is not None else None
     if DIVERGENCE in wanted and kl_on is None:
         rows[DIVERGENCE] = [_not_measured(DIVERGENCE, "kl", "there is no float model to compare with", config)]
@@ -188,20 +198,19 @@ def _perplexity_row(
 
 
 def _divergence_rows(name: str, scores: WindowScores, windows: Tensor, config: EvalConfig) -> list[TaskResult]:
+    assert scores.kl is not None
+    assert scores.agreement is not None
+    assert scores.token_kl is not None
     note = f"against the float model on {windows.shape[0]} windows of {windows.shape[1]} tokens of {name}"
-    columns = (("kl", scores.kl, False), ("top-1 agreement", scores.agreement, True))
+    columns = {"kl": mean_metric(scores.kl, scores.num_predictions)}
+    for metric, share in PERCENTILES.items():
+        columns[metric] = Metric(value=percentile(scores.token_kl, share), n=scores.num_predictions)
+    columns[AGREEMENT] = mean_metric(scores.agreement, scores.num_predictions)
     return [
         task_result(
-            DIVERGENCE,
-            metric,
-            mean_metric(values, scores.num_predictions),
-            None,
-            higher_is_better=better,
-            limit=config.limit,
-            note=note,
+            DIVERGENCE, metric, measured, None, higher_is_better=metric == AGREEMENT, limit=config.limit, note=note
         )
-        for metric, values, better in columns
-        if values is not None
+        for metric, measured in columns.items()
     ]
 
 

@@ -18,44 +18,44 @@ losses of different minibatches, which differ more by their windows than by thei
 docs/benchmarks.md has the figures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
+from qtool.config.guided import GuidedConfig
 from qtool.config.quant import QuantSpec
-from qtool.config.sections import MethodConfig
+from qtool.config.training import LastBlockConfig, Preset, PresetConfig, Presets, preset_field
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
 from qtool.quant.expert_product import product
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
-from qtool.system import progress
+from qtool.system import distributed, progress
 from qtool.system.seeds import derived_seed
+from qtool.training.block_loss import BlockLoss, loss_of
+from qtool.training.guided import EndLoss, block_weights, end_loss
 
-PRESETS: dict[str, dict[str, Any]] = {"light": {"iterations": 50}, "default": {}, "best": {"iterations": 1000}}
-BEST_SAMPLES = 512  # calibration windows of the preset best, unless the recipe gives data.num_samples
+PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
 NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
-class Config(MethodConfig):
+class Config(PresetConfig, LastBlockConfig):
     """SignRound: rounding and ranges learned block by block from the signs of gradients."""
 
+    presets: ClassVar[Presets] = PRESETS
+
     name: Literal["signround"] = "signround"
-    preset: Literal["light", "default", "best"] = Field(
-        "default",
-        description="Defaults of iterations and data.num_samples, where these are not given. light: 50 iterations; "
-        f"default: 200; best: 1000, on {BEST_SAMPLES} calibration windows.",
-    )
+    preset: Preset = preset_field(PRESETS)
     iterations: int = Field(200, ge=0, description="Steps of signed gradient descent per block.")
     batch_size: int = Field(4, ge=1, description="Calibration windows per step.")
     travel: float = Field(
@@ -81,17 +81,7 @@ class Config(MethodConfig):
         "or 3-bit linears; 0: none.",
     )
     check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
-
-    @property
-    def data_defaults(self) -> dict[str, int]:
-        """The preset's number of calibration windows."""
-        return {"num_samples": BEST_SAMPLES} if self.preset == "best" else {}
+    guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
 
 
 class SignRoundLinear(QuantLinear):
@@ -152,49 +142,57 @@ def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iter
 class RoundingTraining:
     """The training of one block: its layers, and the distance of its output from the float block's."""
 
-    def __init__(self, task: BlockTask, goal: Sequence[Tensor], layers: list[SignRoundLinear], config: Config) -> None:
-        """Train towards ``goal``, the float block's output for each batch of ``task.inputs``."""
-        self.task, self.goal, self.layers, self.config = task, goal, layers, config
-        few_bits = min(layer.spec.num_bits for layer in layers) <= FEW_BITS
-        self.outliers = config.outliers if few_bits else 0.0
+    def __init__(self, task: BlockTask, distance: BlockLoss, layers: list[SignRoundLinear], config: Config) -> None:
+        """Lower ``distance``, the loss of the block's outputs of ``task.inputs``."""
+        self.task, self.distance, self.layers, self.config = task, distance, layers, config
 
     def loss(self, index: int) -> Tensor:
-        """Return the summed squared differences of one batch, in float32.
+        """Return the summed loss of one batch, in float32."""
+        return self.distance.summed(self.distance.goal.of_batch(index), self.task.forward(self.task.inputs[index]))
 
-        It is a sum and not a mean, so that half-precision gradients do not underflow.
-        """
-        difference = self.task.forward(self.task.inputs[index]).float() - self.goal[index].float()
-        dropped = round(self.outliers * difference.numel())
-        if dropped:
-            size = difference.detach().abs()
-            difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
-        return difference.square().sum()
+    def held(self, numbers: Sequence[int]) -> list[int]:
+        """Return the indices of those of some batches of the text that this process holds."""
+        own = self.task.inputs.share.numbers
+        return [own.index(number) for number in numbers if number in own]
 
     @torch.no_grad()
-    def measure(self, indices: list[int]) -> float:
-        """Return the summed loss of some batches."""
+    def measure(self, numbers: list[int]) -> float:
+        """Return the summed loss of some batches of the text."""
         for layer in self.layers:
             layer.expanded = layer.quantized_weight().to(self.task.compute)
-        return sum(float(self.loss(index)) for index in indices)
+        return distributed.summed(sum(float(self.loss(index)) for index in self.held(numbers)))[0]
 
     @torch.enable_grad()
-    def step(self, indices: list[int], share: float) -> None:
-        """Move every parameter by ``share`` of its travel, against the gradient of some batches."""
+    def step(self, numbers: list[int], share: float) -> None:
+        """Move every parameter by ``share`` of its travel, against the gradient of some batches of the text."""
         # each weight is rounded once for all batches, and differentiated once after them
         weights = [layer.quantized_weight() for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             layer.expanded = weight.detach().to(self.task.compute).requires_grad_()
-        for index in indices:
+        for index in self.held(numbers):
             self.loss(index).backward()
-        for layer, weight in zip(self.layers, weights, strict=True):
-            if layer.expanded.grad is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
+        for layer, weight, gradient in zip(self.layers, weights, self._gradients(), strict=True):
+            if gradient is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
                 continue
-            weight.backward(layer.expanded.grad.float())
+            weight.backward(gradient)
             layer.move(share * self.config.travel, share * self.config.range_travel)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return the gradient of each expanded weight in float32, summed over all processes before a sign is taken."""
+        found = [layer.expanded.grad for layer in self.layers]
+        if not distributed.active():
+            return [None if gradient is None else gradient.float() for gradient in found]
+        # a process without windows in this step adds zeros
+        sums = [
+            torch.zeros_like(layer.expanded, dtype=torch.float32) if gradient is None else gradient.float()
+            for layer, gradient in zip(self.layers, found, strict=True)
+        ]
+        distributed.sum_all(sums)
+        return list(sums)
 
     def run(self, generator: torch.Generator) -> list[QuantizedWeight]:
         """Train, and return the best state of each layer."""
-        num_batches, batch = len(self.task.inputs), self.task.inputs[0].shape[0]
+        num_batches, batch = len(self.task.inputs.share.sizes), self.task.inputs.share.sizes[0]
         size = min(num_batches, max(1, round(self.config.batch_size / batch)))
         num_checked = min(num_batches, max(1, round(self.config.check_samples / batch)))
         checked = [i * num_batches // num_checked for i in range(num_checked)]
@@ -210,11 +208,15 @@ class RoundingTraining:
         return best
 
 
-def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
+def outliers_of(layers: Iterable[SignRoundLinear], config: Config) -> float:
+    """Return the share of the output differences of a block of ``layers`` that the loss leaves out."""
+    return config.outliers if min(layer.spec.num_bits for layer in layers) <= FEW_BITS else 0.0
+
+
+def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | None = None) -> None:
     """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
     importance = task.pass_floats(leaders)
-    assert task.float_outputs is not None
     layers: dict[Target, SignRoundLinear] = {}
     for leader, group in leaders.items():
         for target in group:
@@ -226,14 +228,16 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    best = RoundingTraining(task, task.float_outputs, list(layers.values()), config).run(generator)
+    outliers = outliers_of(layers.values(), config)
+    distance = loss_of(task, config.last_block_loss, outliers, block_weights(guide, task))
+    best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 
 
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed and a block's index determine the minibatches."""
-    step = partial(quantize_block, config=config, seed=job.seed)
+    step = partial(quantize_block, config=config, seed=job.seed, guide=end_loss(job, config.guided))
     return run_blocks(job, step, with_float_states=True)
 
 

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qtool.models import gguf_view
 from qtool.system import paths, reading
 from qtool.system.errors import InputError, first_line
 
@@ -54,6 +55,8 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Sequence[str] = HUB_FILES) -> Path:
     """Return the local folder of a model; a model of the hub, or its ``files``, is downloaded into the hub's cache.
 
+    Of a GGUF file, or a folder with one and no ``config.json``, it is a folder that stands for it (``gguf_view.py``).
+
     Without ``fetch``, a model of the hub must be in the cache already. ``key`` is the recipe key that holds ``path``.
 
     Raises:
@@ -65,10 +68,14 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Se
             raise InputError(f"{key}: there is no model {path}; built in: {', '.join(known)}")
         return known[path]
     folder = paths.expand(path, key)
+    if folder.exists() and (file := gguf_view.gguf_in(folder, key)) is not None:
+        return gguf_view.view(file)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"{key}: {path} is a file; a folder with config.json and safetensors is needed")
+        raise InputError(
+            f"{key}: {path} is a file; a folder with config.json and safetensors, or a .gguf file, is needed"
+        )
     if path.startswith((".", "/", "~", "$")) or not HUB_NAME.fullmatch(path):
         raise InputError(f"{key}: there is no folder {path}")
     try:
@@ -164,6 +171,8 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
     """
     check_readable(folder)
     files = sorted(folder.glob("*.safetensors"))
+    if not files and (floats := gguf_view.float_types(folder)):
+        return {name: FLOATS[kind] for name, kind in floats.items()}
     if not files:
         pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
         if pickled:

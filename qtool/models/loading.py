@@ -57,8 +57,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a float model; with ``quantized``, load any model, for evaluation.
 
-    A model that is published in FP8 or MXFP4 is expanded first (``quantized_sources.py``), and its ``folder`` is that
-    of the float model.
+    A model that is published in FP8 or MXFP4, or as a GGUF file, is expanded first (``quantized_sources.py``), and its
+    ``folder`` is that of the float model.
 
     With ``streamed`` its tensors stay in mapped files (``loaded.py``). ``checked`` is the same model as it was loaded
     before: its values are not checked again.
@@ -85,7 +85,7 @@ def load_model(
         _check_class(config.path, raw, model_config)
         tokenizer = load_tokenizer(config.path, folder)
         if quantized_sources.is_expandable(raw):
-            folder = quantized_sources.expanded(config.path, folder, raw)
+            folder = quantized_sources.expanded(config.path, folder, raw, config.dtype)
             file_dtypes = check_files(folder)
         storage = most_common(file_dtypes)
         dtype = compute_dtype(config.dtype, storage, device)

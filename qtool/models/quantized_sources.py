@@ -11,15 +11,14 @@ weights) and ``mxfp4`` (gpt-oss). Which tensors are quantized is seen from the t
 scheme. Any other scheme is not expanded.
 """
 
-import atexit
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from qtool.models import gguf_view
 from qtool.models.folders import SIDE, belongs, open_safetensors, read_config, weight_files
+from qtool.models.gguf_model import GGUFModel
 from qtool.models.shard_writer import DTYPES, Described, ShardWriter
 from qtool.quant.expanding import FP8, expand_mxfp4, expand_scaled, scale_grid
 from qtool.system import memory, progress, reading, units
 from qtool.system.errors import InputError
-from qtool.system.scratch import temporary_folder
+from qtool.system.scratch import process_folder
 from qtool.system.writing import write_text
 
 PLAIN = ("fp8", "fbgemm_fp8", "mxfp4")  # names of quantization methods that are expanded
@@ -60,7 +61,7 @@ def section_of(raw: Mapping[str, Any]) -> dict[str, Any]:
 def is_expandable(raw: Mapping[str, Any]) -> bool:
     """Return whether the weights of a model with the config ``raw`` are quantized in a way that can be expanded."""
     section = section_of(raw)
-    if section.get("quant_method") in PLAIN:
+    if section.get("quant_method") in (*PLAIN, gguf_view.METHOD):
         return True
     groups = section.get("config_groups")
     if section.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or not groups:
@@ -203,6 +204,19 @@ class FloatTensors:
         right = isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
         return (size[0], size[1]) if right and size is not None else None
 
+    def status(self) -> list[object]:
+        """Return what tells this model from others: the folder, and the sizes and times of change of its files."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        return [str(self.folder.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+
+    def write(self, out: Path) -> None:
+        """Write the float model into ``out``; its config last, which says that the folder is complete.
+
+        Raises:
+            InputError: the disk has no room for it.
+        """
+        _write(self, out)
+
     def note(self) -> str:
         """Return a sentence that says what is expanded, for users."""
         method = section_of(self._raw).get("quant_method")
@@ -252,28 +266,29 @@ def expanded_in(folder: Path) -> Iterator[None]:
         _place.reset(token)
 
 
-def expanded(path: str, folder: Path, raw: Mapping[str, Any]) -> Path:
+def expanded(path: str, folder: Path, raw: Mapping[str, Any], dtype: str = "auto") -> Path:
     """Return a float model folder of the model ``path`` in ``folder``, whose config is ``raw``.
 
     That is ``folder`` itself if its weights are not quantized in a way that can be expanded. Otherwise a folder is
     written, in the place that ``expanded_in`` says or in a temporary folder of this process; a complete one is used
-    again, and a file that an earlier start of a run has written there is kept.
+    again, and a file that an earlier start of a run has written there is kept. The weights of a GGUF file are written
+    in ``dtype``, which is ``auto`` or a name, and all others in bfloat16.
 
     Raises:
         InputError: tensors are damaged, or the disk has no room for the float model.
     """
     if not is_expandable(raw):
         return folder
-    source = FloatTensors(folder)
-    status = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
-    key = hashlib.sha256(json.dumps([str(folder.resolve()), status, raw], sort_keys=True).encode()).hexdigest()[:16]
+    is_gguf = section_of(raw).get("quant_method") == gguf_view.METHOD
+    source = GGUFModel(folder, dtype) if is_gguf else FloatTensors(folder)
+    key = hashlib.sha256(json.dumps([source.status(), raw], sort_keys=True).encode()).hexdigest()[:16]
     place = _place.get()
-    out = (_process_folder() if place is None else place) / key
+    out = (process_folder() if place is None else place) / key
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / "lock"):  # another process of the same run may be writing it
         if not (out / "config.json").exists():
             progress.note(f"{path}: {source.note()}")
-            _write(source, out)
+            source.write(out)
     return out
 
 
@@ -311,11 +326,3 @@ def _copy_others(folder: Path, out: Path) -> None:
             copy.write_bytes(reading.read_bytes(file))
         else:
             copy.symlink_to(file.resolve())
-
-
-@cache
-def _process_folder() -> Path:
-    """Return a temporary folder that is removed when the process ends."""
-    stack = ExitStack()
-    atexit.register(stack.close)
-    return stack.enter_context(temporary_folder())

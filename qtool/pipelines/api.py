@@ -186,7 +186,7 @@ def evaluate(
 
     Args:
         model: a native, exported or plain folder, a hub name, or a model in memory with its ``tokenizer``.
-        tasks: ``wikitext2`` and ``generated`` (token perplexity), ``kl``, or any task of lm-eval.
+        tasks: ``wikitext2``, ``c4`` and ``generated`` (token perplexity), ``kl``, or any task of lm-eval.
         reference: the float model to compare with; left out: the one that a checkpoint was made from.
         tokenizer: the tokenizer of a model in memory; a folder has its own.
         output: folder for ``report.json``, ``report.md`` and ``report.html``.

@@ -16,6 +16,7 @@ from qtool.checkpoints.files import file_hashes
 from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import KEYS_WITHOUT_EFFECT
 from qtool.models.folders import check_files
+from qtool.models.gguf_view import source_of
 from qtool.reports.records import Lock
 from qtool.system import distributed
 from qtool.system.environment import environment, processor
@@ -34,13 +35,18 @@ def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = N
     return Lock.model_validate(
         {section: keys[section] for section in LOCKED_SECTIONS}
         | {
-            "model_files": file_hashes(folder, *LOCKED_FILES) if model_files is None else model_files,
+            "model_files": _model_hashes(folder) if model_files is None else model_files,
             "versions": {name: version for name, version in environment().items() if name in LOCKED_PACKAGES},
             "processor": processor(),
             "threads": torch.get_num_threads(),
             "processes": distributed.world_size(),
         }
     )
+
+
+def _model_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model by its name; of one in a GGUF file also that of the file."""
+    return file_hashes(folder, *LOCKED_FILES, *(("*.gguf",) if source_of(folder) != folder else ()))
 
 
 def differences(before: Lock, now: Lock, without: Collection[str] = ()) -> list[str]:

@@ -29,6 +29,7 @@ from qtool.exporters._folder import stored_dtype
 from qtool.models import by_name, quantized_sources
 from qtool.models.by_name import Chosen
 from qtool.models.folders import check_files, read_config, resolve
+from qtool.models.gguf_view import source_of
 from qtool.models.loaded import most_common
 from qtool.models.loading import check_adapter, choose_device, compute_dtype
 from qtool.models.quantized_sources import FloatTensors
@@ -123,6 +124,8 @@ def _open(recipe: Recipe) -> Free:
     folder, path = resolve(recipe.model.path), recipe.model.path
     check_adapter(path, folder)
     raw = read_config(folder)
+    if source_of(folder) != folder:
+        raise InputError(f"model.free reads safetensors, and {path} is a GGUF file; leave model.free out of the recipe")
     quantized_sources.refuse_quantized(path, raw)
     check_files(folder)
     quantized_sources.refuse_codes(path, folder, raw)

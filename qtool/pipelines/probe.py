@@ -39,6 +39,7 @@ from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.lock import lock_of
 from qtool.system import peaks, progress
 from qtool.system.errors import InputError, QtoolError, RunError
+from qtool.training.block_training import split_windows
 from qtool.training.plan import plan_of
 
 TOKENS = 4096  # of the smaller probes
@@ -210,13 +211,26 @@ def _all_steps(recipe: Recipe) -> float:
     return plan.num_steps + checks * plan.num_held_out * VALIDATION_SHARE / training.batch_size
 
 
-def _shorter(method: MethodConfig, steps: int) -> MethodConfig:
-    """Return a method's section with ``steps`` of training, and without what comes with long ones."""
+def _passes(method: Any, num_windows: int) -> float:
+    """Return the passes that the training of a block makes over ``num_windows`` windows, the minimum steps included."""
+    trained, _ = split_windows(num_windows, method.validation_samples)
+    return max(method.epochs, method.min_steps * method.batch_size / len(trained)) if method.epochs else 0.0
+
+
+def _shorter(method: MethodConfig, steps: int, num_windows: int) -> MethodConfig:
+    """Return a method's section with ``steps`` of training, and without what comes with long ones.
+
+    The training of a block keeps the passes that it makes over ``num_windows`` windows, those of the whole run.
+    """
     few: dict[str, object] = {"steps": steps, "min_steps": 0, "validation_samples": 0, "validate_every": None}
     few |= {"tracker": "none", "save_every": 0}
     if isinstance(method, EndToEndConfig):
         return method.model_copy(update=few)
-    changes: dict[str, Any] = {"min_steps": 0} if hasattr(method, "min_steps") else {}
+    changes: dict[str, Any] = {}
+    if hasattr(method, "min_steps"):
+        changes = {"min_steps": 0, "epochs": _passes(method, num_windows)}
+    if (stage := getattr(method, "gsq", None)) is not None:
+        changes["gsq"] = stage.model_copy(update={"min_steps": 0, "epochs": _passes(stage, num_windows)})
     if isinstance(found := getattr(method, "e2e", None), EndToEndConfig) and found.steps != 0:
         changes["e2e"] = found.model_copy(update=few)
     if hasattr(method, "iterations"):
@@ -235,7 +249,7 @@ def measure(recipe: Recipe, point: Point, names: Sequence[str], folder: Path) ->
     overrides = {pattern: each for pattern, each in given if any(fnmatchcase(name, pattern) for name in left)}
     changed = recipe.model_copy(
         update={
-            "method": _shorter(recipe.method, point.steps),
+            "method": _shorter(recipe.method, point.steps, recipe.data.num_samples),
             "quant": recipe.quant.model_copy(update={"overrides": overrides}),
             "data": recipe.data.model_copy(update={"source": "generated", "num_samples": point.windows}),
             "eval": None,

@@ -33,10 +33,12 @@ from qtool.models import quantized_sources
 from qtool.models.auto_class import is_multimodal
 from qtool.models.described import keep_first
 from qtool.models.folders import resolve
+from qtool.models.gguf_view import source_of
 from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
+from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
 from qtool.pipelines import model_free, target, trial
@@ -147,7 +149,7 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
             lock,
             overwrite=output.overwrite,
             fresh=fresh,
-            source=folder,
+            source=source_of(folder),
             end_to_end=method.end_to_end(recipe.method),
         ) as state,
         quantized_sources.expanded_in(state.folder / "expanded"),
@@ -331,10 +333,9 @@ def evaluate(run: Run) -> None:
     if recipe.eval is not None and not (state.written.evaluated and state.written.evaluation == asked):
         progress.note(f"{recipe.output.path} is complete; it is evaluated next")
         with run.timer.phase("eval", "evaluating"):
-            written = load_model(
-                recipe.model.model_copy(update={"path": path_text(recipe.output.path)}), quantized=True
-            )
-            reference = load_model(recipe.model)
+            ours = recipe.model.model_copy(update={"path": path_text(recipe.output.path)})
+            written = load_model(ours, quantized=True)
+            reference = share_equal(written, load_model(recipe.model))
             text = state.calibration()
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             done, keep = state.measured(asked), partial(state.keep_task, asked)

@@ -3,11 +3,13 @@
 Each holds a lock file, which its process locks as long as it lives: a folder whose lock is free has no owner.
 """
 
+import atexit
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,6 +39,14 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             lock.release()
             shutil.rmtree(folder, ignore_errors=True)  # where an open file cannot be removed
+
+
+@cache
+def process_folder() -> Path:
+    """Return a temporary folder that is removed when the process ends."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(temporary_folder())
 
 
 def _owned(above: Path) -> tuple[Path, FileLock]:

@@ -38,7 +38,8 @@ def plan_of(config: EndToEndConfig, num_windows: int, where: str = "method") -> 
     """
     asked = config.steps
     if asked is None:
-        asked = ceil(config.epochs * max(0, num_windows - (config.validation_samples or 0)) / config.batch_size)
+        windows = config.epochs * max(0, num_windows - (config.validation_samples or 0))
+        asked = ceil(round(windows / config.batch_size, 6))  # a product such as 0.7 * 10 is above 7
     short = 0 < asked < config.min_steps
     held = config.validation_samples
     if held is None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import add_model, chosen
 
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.sensitivity import COST_ESTIMATORS
@@ -42,7 +43,6 @@ from qtool.evaluation import perplexity
 from qtool.models.loading import load_model
 from qtool.system.environment import environment
 
-MODEL = ModelConfig(path="builtin:wiki-llama-3m", dtype="float32")
 Widths = tuple[int, ...]
 SCALE_BITS = 16  # stored bits per group of a symmetric grid
 
@@ -78,7 +78,8 @@ class Bench:
         self.found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
         self.found.setdefault("environment", environment())
         self.found.setdefault("asked", {k: str(v) for k, v in vars(args).items() if k != "out"})
-        self.reference = load_model(MODEL)
+        self.model = ModelConfig(path=str(chosen(args)), dtype="float32")
+        self.reference = load_model(self.model)
         text = DataConfig(source="enwiki", num_samples=args.samples, seq_len=512)
         self.text: Calibration = windows.calibration(text, self.reference, 0)
         self.windows = windows.perplexity_windows("wikitext2", self.reference, 1024, args.limit, 0)
@@ -130,7 +131,7 @@ class Bench:
 
     def quantized(self, overrides: dict[str, Any], grid: dict[str, int] | None = None) -> dict[str, float]:
         """Quantize the model with these overrides and return its perplexity and divergence."""
-        loaded, plugin = load_model(MODEL), load_method(self.args.method)
+        loaded, plugin = load_model(self.model), load_method(self.args.method)
         quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
         plugin.run(Job.select(loaded, quant, self.text.tokens if plugin.needs_data(config) else None), config)
@@ -151,6 +152,7 @@ def main() -> None:
     """Measure the missing cells and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench-allocation.json"))
+    add_model(parser)
     parser.add_argument("--method", default="gptq", help="method, used with its defaults")
     parser.add_argument("--bits", default="2.5,3.0,3.5")
     parser.add_argument("--estimators", default=",".join([*COST_ESTIMATORS, "loss:nearest"]))

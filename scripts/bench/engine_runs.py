@@ -2,10 +2,10 @@
 
     QTOOL_MLX_PYTHON=... QTOOL_LLAMA_CPP_PYTHON=... python scripts/bench/engine_runs.py [--models builtin FOLDER ...]
 
-Models are ``builtin``, folders, and small random ones: ``qwen2``, ``gemma3``, ``qwen3_moe``. Each is rounded to nearest
-at 4 and at 2 bits in groups of 64 (a method with data would change perplexities, not what is compared), exported to
-every format that an engine here reads, and given to ``qtool verify --against --engine``. Engines live in environments
-of their own, named by variables; the row of a missing one says so. The text is WikiText-2's first windows.
+Models are those of ``real_models.py``, folders, and random ones: ``qwen2``, ``gemma3``, ``qwen3_moe``. Each is rounded
+to nearest at 4 and at 2 bits in groups of 64 (a method with data would change perplexities, not what is compared),
+exported to every format that an engine here reads, and given to ``qtool verify --against --engine``. Engines live in
+environments of their own, named by variables; the row of a missing one says so. The text is WikiText-2's first windows.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from real_models import model_folder
 
 import qtool
 from qtool.config.recipe import check_export
@@ -79,8 +80,7 @@ def random_model(name: str, folder: Path) -> Path:
 
 def cells(model: str, work: Path, grids: list[str], text: Text) -> Iterator[tuple[str, ...]]:
     """Yield a row for each grid, format and engine of a model."""
-    path = str(random_model(model, work / "float")) if model in RANDOM else model
-    path = "builtin:wiki-llama-3m" if model == "builtin" else path
+    path = str(random_model(model, work / "float") if model in RANDOM else model_folder(model))
     for label in grids:
         made = work / label.replace(" ", "-")
         recipe = {"model": {"path": path}, "method": {"name": "rtn", "range": "search"}, "output": {"path": str(made)}}
@@ -113,7 +113,7 @@ def _verified(out: Path, made: Path, engine: str, text: Text) -> tuple[str, ...]
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["builtin", *RANDOM])
+    parser.add_argument("--models", "--model", nargs="+", default=["builtin", *RANDOM])
     parser.add_argument("--grids", nargs="+", default=[*GRIDS], choices=GRIDS)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)

@@ -1,11 +1,12 @@
 """Every export format against a matrix of grids: exported and equal bit for bit, or refused with a reason.
 
-    python scripts/bench/export_matrix.py [--formats awq onnx] [--json FILE] [--work FOLDER]
+    python scripts/bench/export_matrix.py [--formats awq onnx] [--json FILE] [--work FOLDER] [--model MODEL]
 
-Checkpoints are made of the built-in model, rounded to nearest: 2, 3, 4 and 8 bits, symmetric or not, in groups of -1,
-32, 64, 128 and 256 channels. Each is exported to each format. An export counts as exact if every quantized weight, read
-from its files by the format's reader, and every other tensor equals the checkpoint's to the last bit; so it is a second
-look at what ``qtool export`` itself has read back. Anything else than exact or refused ends the program with 1.
+Checkpoints are made of the built-in model, or that of ``--model``, rounded to nearest: 2, 3, 4 and 8 bits, symmetric or
+not, in groups of -1, 32, 64, 128 and 256 channels. Each is exported to each format. An export counts as exact if every
+quantized weight, read from its files by the format's reader, and every other tensor equals the checkpoint's to the last
+bit; so it is a second look at what ``qtool export`` itself has read back. Anything else than exact or refused ends the
+program with 1.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import add_model, chosen
 
-import qtool
 from qtool.blocks.job import Job
 from qtool.checkpoints import native, output_folder
 from qtool.checkpoints.native import NativeCheckpoint
@@ -37,12 +38,11 @@ from qtool.quant.affine import dequantize
 from qtool.system.errors import InputError
 
 GROUPS = (-1, 32, 64, 128, 256)
-MODEL = Path(qtool.__file__).parent / "models" / "builtin" / "wiki-llama-3m"
 
 
-def checkpoint(folder: Path, config: QuantConfig) -> Path:
-    """Write the model, rounded to nearest on the grid of ``config``, into ``folder``."""
-    job = Job.select(load_model(ModelConfig(path=str(MODEL), dtype="float32", device="cpu")), config)
+def checkpoint(model: Path, folder: Path, config: QuantConfig) -> Path:
+    """Write ``model``, rounded to nearest on the grid of ``config``, into ``folder``."""
+    job = Job.select(load_model(ModelConfig(path=str(model), dtype="float32", device="cpu")), config)
     rtn.run(job, rtn.Config())
     specs = {name: layer.spec for name, layer in packed_linears(job.loaded.model).items()}
     with output_folder.atomic_folder(folder, overwrite=False) as partial:
@@ -93,14 +93,16 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=list(catalog.export_formats()), help="default: all")
     parser.add_argument("--json", type=Path, help="also write the outcomes to this file")
     parser.add_argument("--work", type=Path, help="folder for checkpoints and exports; default: a temporary one")
+    add_model(parser)
     args = parser.parse_args()
 
+    model = chosen(args)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         for bits, symmetric, group in itertools.product(BITS, (True, False), GROUPS):
             config = QuantConfig(num_bits=bits, symmetric=symmetric, group_size=group)
             grid = config.label()
-            folder = checkpoint(Path(scratch) / grid.replace(" ", "-"), config)
+            folder = checkpoint(model, Path(scratch) / grid.replace(" ", "-"), config)
             for name in args.formats:
                 found = outcome(folder, name, Path(scratch) / f"{folder.name}-{name}")
                 rows.append({"grid": grid, "format": name, "outcome": found})

@@ -1,6 +1,6 @@
 """Perplexity in llama.cpp's engine: qtool on GGUF's grids beside llama.cpp's own quantization of the same weights.
 
-    python scripts/bench/gguf_quality.py FOLDER [--grids q2_k q4_k] [--methods rtn gptq efficientqat] \
+    python scripts/bench/gguf_quality.py [--model FOLDER] [--grids q2_k q4_k] [--methods rtn gptq efficientqat] \
         --engine <python with llama-cpp-python>
 
 llama.cpp quantizes the float weights with an importance matrix of the calibration text that qtool reads: the mean
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from real_models import add_model, chosen
 from torch import nn
 
 import qtool
@@ -95,7 +96,7 @@ def grids(folder: Path, grid: str, mixture: bool) -> dict[str, Any]:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a float model")
+    add_model(parser)
     parser.add_argument("--engine", required=True, help="an interpreter with llama-cpp-python")
     parser.add_argument("--grids", nargs="+", default=["q2_k", "q4_k"], choices=FILE_TYPES)
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq", "efficientqat"])
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--work", type=Path, default=Path("out/gguf-quality"))
     args = parser.parse_args()
+    args.folder = chosen(args)
     data = DataConfig(source="enwiki", num_samples=args.samples, seq_len=args.seq_len)
     args.work.mkdir(parents=True, exist_ok=True)
     loaded = load_model(ModelConfig(path=str(args.folder), dtype="float32", device="cpu"))

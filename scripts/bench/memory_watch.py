@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from qtool.methods.efficientqat import block_ap
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import memory
+from qtool.training import block_training
 from qtool.training.fit import _Run
 
 Storage = torch.UntypedStorage
@@ -191,7 +191,7 @@ class Watch:
 
 def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[str, Storage]]:
     """Return every live storage on ``device`` and the kind of its owner, by the storage's key."""
-    kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, _Run, block_ap.Norm)
+    kinds = (Tensor, nn.Module, torch.optim.Optimizer, QuantizedWeight, _Run, block_training.Norm)
     objects = [each for each in gc.get_objects() if issubclass(type(each), kinds)]  # isinstance would load lazy modules
     head = model.get_output_embeddings()
     parts: list[tuple[str, Iterable[Tensor]]] = []
@@ -200,7 +200,7 @@ def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[
             named = dict(layer.named_parameters()) | dict(layer.named_buffers())
             for kind, names in OF_LAYER.items():
                 parts.append((kind, [named[name] for name in names if name in named]))
-            parts.append(("expanded", [layer.expanded] if isinstance(layer, block_ap.BlockLinear) else []))
+            parts.append(("expanded", [layer.expanded] if isinstance(layer, block_training.BlockLinear) else []))
     for each in objects:
         if isinstance(each, torch.optim.Optimizer):
             parts.append(("optimizer", [value for state in each.state.values() for value in state.values()]))
@@ -208,7 +208,7 @@ def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[
             parts.append(("start", each[:3]))
         elif isinstance(each, _Run):
             parts.append(("best state", each.best))
-        elif isinstance(each, block_ap.Norm):
+        elif isinstance(each, block_training.Norm):
             parts.append(("norms", [each.master]))
     parts.append(("float weights", [each.weight for each in objects if type(each) is nn.Linear and each is not head]))
     ends = (model.get_input_embeddings(), head)

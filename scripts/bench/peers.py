@@ -41,6 +41,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from real_models import add_model, chosen
+
 # No torch in this process: Linux counts the memory of the process that starts a child into the child's own peak.
 
 
@@ -271,7 +273,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--no-qtool", action="store_true", help="measure the peers only")
     parser.add_argument("--data", type=Path, default=data, help="with enwiki/ and wikitext2/ (default: QTOOL_DATA_DIR)")
-    parser.add_argument("--model", type=Path, default=data.parent / "models" / "wiki-llama-3m")
+    add_model(parser)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asymmetric", action="store_true", help="asymmetric grids; signround only")
@@ -296,7 +298,7 @@ def parse() -> argparse.Namespace:
 
 def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str, Any]:
     """Run all tools and return their cost and quality."""
-    model, wikitext = args.model.resolve(), args.data / "wikitext2" / "test.jsonl"
+    model, wikitext = chosen(args).resolve(), args.data / "wikitext2" / "test.jsonl"
     texts = apart(prepare, model, args.data, work, args.num_samples, args.seq_len, args.repeats)
     rows: list[dict[str, Any]] = []
     for num_bits in args.bits:

@@ -1,17 +1,20 @@
 """Compare what ``qtool plan`` predicts with what runs of the built-in model take: size, peak memory and time.
 
-    python scripts/bench/plan_predictions.py [RUN ...]
+    python scripts/bench/plan_predictions.py [RUN ...] [--model MODEL]
 
 Each run is predicted first and made then, in processes of their own; both read WikiText-2 from ``QTOOL_DATA_DIR``. It
 prints a Markdown table with a row for each run. The machine must be quiet: a probe of seconds is extrapolated.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from real_models import add_model, chosen
 
 RUNS = {
     "rtn w4g64": ["method.name=rtn", "quant.num_bits=4"],
@@ -35,12 +38,13 @@ def qtool(*arguments: str) -> Any:  # Any: the JSON of a command
     return json.loads(done.stdout)
 
 
-def row(name: str, folder: Path) -> list[str]:
+def row(name: str, model: Path, folder: Path) -> list[str]:
     """Predict and make one run; return the cells of its row."""
     changes = ["eval=null", "data.source=wikitext2", f"output.path={folder / 'out'}", *RUNS[name]]
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        "model: {path: 'builtin:wiki-llama-3m'}\nmethod: {name: rtn}\n"
+        f"model: {{path: {json.dumps(str(model))}}}\n"
+        "method: {name: rtn}\n"
         "quant: {group_size: 64, embedding: {num_bits: 8}}\n"
         "data: {num_samples: 128, seq_len: 512}\noutput: {path: out}\n"
     )
@@ -59,12 +63,17 @@ def row(name: str, folder: Path) -> list[str]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", default=[*RUNS], help="default: all")
+    add_model(parser)
+    args = parser.parse_args()
+    model = chosen(args)
     print(
         "| run | MB, predicted / written | peak MB | seconds | probe, s |\n| --- | --- | --- | --- | ---: |", flush=True
     )
-    for name in sys.argv[1:] or RUNS:
+    for name in args.runs:
         with tempfile.TemporaryDirectory() as folder:
-            print(f"| {' | '.join(row(name, Path(folder)))} |", flush=True)
+            print(f"| {' | '.join(row(name, model, Path(folder)))} |", flush=True)
 
 
 if __name__ == "__main__":

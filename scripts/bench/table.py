@@ -1,6 +1,6 @@
-"""Perplexity, divergence, bits and CPU seconds of methods on the built-in model: the tables of docs/benchmarks.md.
+"""Perplexity, divergence, bits and CPU seconds of methods on a small model: tables of docs/benchmarks.md.
 
-    python scripts/bench/table.py --out results.json [--methods "rtn;gptq;awq"] [--grids w4g64,w2g64a] [--limit N]
+    python scripts/bench/table.py --out results.json [--methods "rtn;gptq;awq"] [--grids w4g64,w2g64a] [--model M]
     python scripts/bench/table.py --methods "lsq;lsq rounding.estimator=sigmoid" --grids w2g64a --seeds 0,1,2
 
 A method is a name and, after it, the keys of its section that differ from the defaults. Calibration: windows of enwiki
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import BUILTIN, add_model, chosen
 
 from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
@@ -32,7 +33,6 @@ from qtool.models.loading import load_model
 from qtool.models.targets import select_targets
 from qtool.system.environment import environment
 
-MODEL = "builtin:wiki-llama-3m"
 GRIDS = ("w8g128", "w4g128", "w4g64", "w3g64", "w2g64")
 
 
@@ -59,14 +59,14 @@ def section(method: str) -> MethodConfig:
 
 
 @cache
-def float_model() -> LoadedModel:
+def float_model(path: Path) -> LoadedModel:
     """Return the float model, in float32."""
-    return load_model(ModelConfig(path=MODEL, dtype="float32"))
+    return load_model(ModelConfig(path=str(path), dtype="float32"))
 
 
-def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.Tensor) -> dict[str, float]:
+def measure(path: Path, method: str, grid: str, seed: int, limit: int | None, tokens: torch.Tensor) -> dict[str, float]:
     """Quantize the model and compare it with the float model; the method ``float`` quantizes nothing."""
-    loaded = load_model(ModelConfig(path=MODEL))
+    loaded = load_model(ModelConfig(path=str(path)))
     cell: dict[str, float] = {"bits_per_weight": 16.0, "seconds": 0.0}
     if method != "float":
         config, chosen = quant(grid), section(method)
@@ -78,7 +78,7 @@ def measure(method: str, grid: str, seed: int, limit: int | None, tokens: torch.
         cell["seconds"] = time.process_time() - start
     loaded.model.float()  # measure in float32, whatever dtype the method used; packed scales keep their dtype
     windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0)
-    scores = score_windows(loaded.model, float_model().model, windows, "auto", True, "reading")
+    scores = score_windows(loaded.model, float_model(path).model, windows, "auto", True, "reading")
     assert scores.kl is not None
     error = scores.nll.std() / len(windows) ** 0.5
     perplexity = scores.nll.mean().exp()
@@ -100,6 +100,7 @@ def main() -> None:
     """Measure the missing cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench-table.json"))
+    add_model(parser)
     parser.add_argument("--methods", default="rtn;hqq;gptq;awq;signround", help="separated by semicolons")
     parser.add_argument("--grids", default=",".join([*GRIDS, *(f"{grid}a" for grid in GRIDS)]))
     parser.add_argument("--seeds", default="0", help="seeds of the method; all use the same calibration text")
@@ -114,22 +115,30 @@ def main() -> None:
     cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
     grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
     text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)
-    tokens = calibration(text, float_model(), 0).tokens
+    path = chosen(args)
+    tokens = calibration(text, float_model(path), 0).tokens
     for method in names:
         section(method)  # find faults before hours of work
     for grid in ["-", *grids]:
         for method in ["float"] if grid == "-" else names:
             for seed in [0] if grid == "-" else seeds:
                 key = f"{method} | {grid} | {args.num_samples}x{args.seq_len} | seed {seed} | {args.limit or 'all'}"
+                key += "" if args.model == BUILTIN else f" | {args.model}"
                 if key not in cells:
-                    cells[key] = {"method": method, "grid": grid, "text": list(tokens.shape), "limit": args.limit}
-                    cells[key] |= measure(method, grid, seed, args.limit, tokens)
+                    cells[key] = {
+                        "model": args.model,
+                        "method": method,
+                        "grid": grid,
+                        "text": list(tokens.shape),
+                        "limit": args.limit,
+                    }
+                    cells[key] |= measure(path, method, grid, seed, args.limit, tokens)
                     args.out.write_text(json.dumps(results, indent=2) + "\n")
                     print(key, {k: round(v, 4) for k, v in cells[key].items() if isinstance(v, float)}, flush=True)
 
     def found(method: str, grid: str, name: str) -> list[float]:
-        asked = {"method": method, "grid": grid, "text": list(tokens.shape), "limit": args.limit}
-        return [cell[name] for cell in cells.values() if asked.items() <= cell.items()]
+        asked = {"method": method, "grid": grid, "text": list(tokens.shape), "limit": args.limit, "model": args.model}
+        return [cell[name] for cell in cells.values() if asked.items() <= ({"model": BUILTIN} | cell).items()]
 
     print(f"\nfloat: {spread(found('float', '-', 'perplexity'), 2)} ± {spread(found('float', '-', 'stderr'), 2)}\n")
     print("| grid | bits per weight | method | perplexity | KL | CPU s |\n|---|---:|---|---:|---:|---:|")

@@ -104,7 +104,7 @@ group_size: 4
 """
     )
     assert faults_of(path) == [
-        "model.path: missing; Local folder, hub name (org/name), or builtin:wiki-llama-3m.",
+        "model.path: missing; Local folder, .gguf file, hub name (org/name), or builtin:wiki-llama-3m.",
         "model.device: should be text; found 3",
         'model.pth: unknown key; the nearest is model.path; found "x"',
         "method.damp: should be greater than 0; found -1",

@@ -274,7 +274,7 @@ def test_a_file_that_does_not_exist_is_named() -> None:
 
 def test_a_suffix_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(InputError, match=r"suffix.*\.txt, \.txt\.xz, \.jsonl, \.parquet"):
+    with pytest.raises(InputError, match=r"suffix.*\.txt, \.txt\.xz, \.jsonl, \.jsonl\.gz, \.json\.gz, \.parquet"):
         sources.check_source(config(tmp_path / "a.csv"))
 
 

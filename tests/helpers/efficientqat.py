@@ -11,11 +11,12 @@ from helpers.methods import by_name
 from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.methods import efficientqat
-from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
+from qtool.methods.efficientqat.block_ap import LowRankBlockLinear
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.rounding import PLAIN
+from qtool.training.block_training import BlockLinear, BlockTraining
 
 Make = Callable[[], LoadedModel]
 W3 = QuantConfig(num_bits=3, group_size=16)

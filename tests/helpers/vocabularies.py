@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import PROSE, VOCABULARY
-from qtool.exporters.gguf.tokenizer import LLAMA_3, QWEN_2, QWEN_35
+from qtool.models.gguf_splits import LLAMA_3, QWEN_2, QWEN_35
 
 TEXT = (
     "She wrote 1234567 stones in the OLD town; we'll see, WE'LL see: they've gone.\n\n\n"

@@ -119,13 +119,13 @@ def test_clipping_is_never_worse_than_not_clipping_and_leaves_queries_and_keys(s
         return torch.einsum("rgi,gti->rgt", change, x).square().sum(-1)
 
     minmax = minmax_qparams(weight, spec)
-    clipped = awq.clipped_qparams(Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config())
+    clipped = awq.clipped_qparams(weight, Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config())
     assert bool((errors(clipped) <= errors(minmax) * (1 + 1e-4)).all())
     assert float(errors(clipped).sum()) < 0.9 * float(errors(minmax).sum())
     for kept in (
-        awq.clipped_qparams(Target.of("attn.q_proj", linear, spec, 0), moment, awq.Config()),
-        awq.clipped_qparams(Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip=False)),
-        awq.clipped_qparams(Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip_steps=1)),
+        awq.clipped_qparams(weight, Target.of("attn.q_proj", linear, spec, 0), moment, awq.Config()),
+        awq.clipped_qparams(weight, Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip=False)),
+        awq.clipped_qparams(weight, Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip_steps=1)),
     ):
         assert torch.equal(kept[0], minmax[0])
         assert torch.equal(kept[1], minmax[1])

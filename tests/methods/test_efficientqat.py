@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
+from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job, load_method
+from qtool.blocks.states import PROBED_WINDOWS
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
 from qtool.config import recipe
@@ -22,7 +24,7 @@ from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import awq, efficientqat, gptq, rtn
 from qtool.methods.efficientqat import block_ap, e2e_qp
-from qtool.methods.efficientqat.block_ap import BlockLinear, BlockTraining, LowRankBlockLinear
+from qtool.methods.efficientqat.block_ap import LowRankBlockLinear
 from qtool.methods.efficientqat.config import PARTS, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
@@ -30,6 +32,8 @@ from qtool.quant import affine
 from qtool.quant.affine import minmax_qparams
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
+from qtool.training.block_loss import BlockLoss
+from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of
 from qtool.training.fit import total_factor
 
 
@@ -197,8 +201,8 @@ def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
     run(loaded, tokens, W2A)
     every = list(range(5))
     assert torch.equal(trainings[0].inputs[every], floats[0])
-    assert torch.allclose(trainings[0].goal[every], floats[1], atol=1e-5)
-    assert torch.allclose(trainings[1].goal[every], last[0], atol=1e-5)
+    assert torch.allclose(trainings[0].distance.goal[every], floats[1], atol=1e-5)
+    assert torch.allclose(trainings[1].distance.goal[every], last[0], atol=1e-5)
     assert float((trainings[1].inputs[every] - floats[1]).norm() / floats[1].norm()) > 0.01
 
 
@@ -209,7 +213,7 @@ def test_rates_are_travels_over_the_schedule() -> None:
     optim = OptimConfig(schedule="linear", final_share=0.0)
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
     layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
-    norm = block_ap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
+    norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     step = float(layer.scale.detach().mean())
     groups = block_ap.groups_of([layer], [norm], total, settings)
     found = {id(group.parameters[0]): group.lr * total for group in groups}
@@ -264,8 +268,8 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
         for target in task.targets:
             layers[target] = BlockLinear(target.weight, None, target.spec)
             task.block.set_submodule(target.name.removeprefix(f"{task.name}."), layers[target])
-        norms = block_ap.norms_of(task, llama)
-        training = BlockTraining(task, task.float_outputs, list(layers.values()), norms)
+        norms = norms_of(task, llama)
+        training = BlockTraining(task, BlockLoss(task.float_outputs), list(layers.values()), norms)
         with torch.enable_grad():
             training.loss([0, 1, 2]).backward()  # three parts of one window
             pairs = [(layer.weight, gradient(layer.weight)) for layer in layers.values()]
@@ -273,7 +277,7 @@ def test_minibatch_gradients_are_those_of_the_mean_loss(llama: LoadedModel, toke
             for layer in layers.values():
                 layer.weight.grad, layer.expanded = None, layer.quantized_weight()
             found = training.part_loss([0, 1, 2, 3][:1]) + training.part_loss([1]) + training.part_loss([2])
-            (found / training.goal[[0, 1, 2]].numel()).backward()
+            (found / training.distance.count([0, 1, 2])).backward()
         for parameter, grad in pairs[: len(layers)]:
             assert torch.allclose(gradient(parameter), grad, rtol=1e-3, atol=1e-6)
         for norm, (_, grad) in zip(norms, pairs[len(layers) :], strict=True):
@@ -344,13 +348,39 @@ def test_starts_from_any_checkpoint(name: str, family: str, tmp_path: Path, toke
     assert same(ours, theirs)
 
 
+@pytest.mark.parametrize("settings", [{"init": "minmax"}, {"init_from": "gptq"}], ids=str)
+def test_a_block_that_is_not_trained_reads_a_few_windows_and_is_the_same(
+    make_llama: Make, tokens: Tensor, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEQA, and a second phase alone, may read more text than the hidden states of a block can be kept for."""
+    if "init_from" in settings:
+        before = make_llama()
+        gptq.run(Job.select(before, W2A, tokens), gptq.Config())
+        settings = {"init_from": folder(before, tmp_path / "packed")}
+    trained, placed = make_llama(), make_llama()
+    series = run(trained, tokens, W2A, epochs=1e-9, min_steps=0, **settings)  # no steps, by the code that trains
+    read: list[int] = []
+    through = BlockTask.through_counted
+
+    def watched(task: BlockTask, states: HiddenStates) -> HiddenStates:
+        read.append(sum(len(batch) for batch in states))
+        return through(task, states)
+
+    monkeypatch.setattr(BlockTask, "through_counted", watched)
+    again = run(placed, tokens, W2A, epochs=0, **settings)
+    assert same(trained, placed)
+    assert again["block_error"] == pytest.approx(series["block_error"], rel=1e-3)
+    assert read == [PROBED_WINDOWS] * 2
+    assert len(tokens) > PROBED_WINDOWS
+
+
 def test_training_goes_on_from_a_checkpoint(make_llama: Make, tokens: Tensor, tmp_path: Path) -> None:
     before = make_llama()
     awq.run(Job.select(before, W2A, tokens), awq.Config())
     start = folder(before, tmp_path / "packed")
     trained, again = make_llama(), make_llama()
     series = run(trained, tokens, W2A, init_from=start, travel=0.3)
-    untrained = run(again, tokens, W2A, init_from=start, epochs=0)
+    untrained = run(again, tokens, W2A, init_from=start, epochs=1e-9, min_steps=0)
     assert series["start_loss"][0] == untrained["loss"][0]
     assert all(ours < theirs for ours, theirs in zip(series["loss"], untrained["loss"], strict=True))
 

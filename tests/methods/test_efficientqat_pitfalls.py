@@ -17,9 +17,11 @@ from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods.efficientqat import block_ap
-from qtool.methods.efficientqat.block_ap import BlockTraining, Windows, split_windows
 from qtool.models.loaded import LoadedModel
 from qtool.system import progress
+from qtool.training import block_training
+from qtool.training.block_loss import BlockLoss, Windows
+from qtool.training.block_training import BlockTraining, split_windows
 
 
 @given(st.sampled_from(BITS), st.booleans(), st.sampled_from([0, 3]), st.integers(0, 999))
@@ -71,7 +73,7 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
             patch.setattr(BlockTraining, "measure", recorded)
             training = captured(patch)
             block_ap.quantize_block(task, loaded, config(travel=8, validation_samples=2), None, 0)
-        assert len(seen) == 1 + block_ap.NUM_CHECKS
+        assert len(seen) == 1 + block_training.NUM_CHECKS
         assert training[0].measure([5, 15]) == min(seen)  # with the packed layers in their places
 
     run_blocks(Job.select(loaded, W2A, many), step, with_float_states=True)
@@ -150,9 +152,9 @@ def test_windows_held_out_are_not_trained_on(count: int, wanted: int) -> None:
     assert windows
     assert windows == sorted(set(windows))
     assert 1 <= len(held) == len(set(held)) <= wanted
-    if count >= block_ap.HELD_OUT:
+    if count >= block_training.HELD_OUT:
         assert sorted([*windows, *held]) == list(range(count))
-        assert len(held) == min(wanted, count // block_ap.HELD_OUT)
+        assert len(held) == min(wanted, count // block_training.HELD_OUT)
     else:
         assert windows == list(range(count))
 
@@ -168,6 +170,6 @@ def test_a_step_is_worked_on_in_parts_whose_calls_are_known() -> None:
     task: Any = SimpleNamespace(
         inputs=HiddenStates(None, torch.zeros(9, 2, 3).split(3)), calls={1: None, 3: None, 4: None}
     )
-    training = BlockTraining(task, task.inputs, [], [])
+    training = BlockTraining(task, BlockLoss(task.inputs), [], [])
     assert list(training.parts([5, 6, 7, 8, 0, 1, 2, 3, 4])) == [[5, 6, 7, 8], [0, 1, 2, 3], [4]]
     assert list(training.parts([2, 1])) == [[2], [1]]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
-from qtool.blocks.job import Job, load_method
+from qtool.blocks.hidden_states import HiddenStates
+from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
 from qtool.config import recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
@@ -26,7 +27,7 @@ from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
 from qtool.quant.ranges import search_qparams
-from qtool.system.errors import InputError
+from qtool.training.block_loss import BlockLoss
 
 W3 = QuantConfig(num_bits=3, group_size=16)
 W2A = QuantConfig(num_bits=2, group_size=16, symmetric=False)
@@ -157,8 +158,8 @@ def test_the_packed_block_has_the_very_loss_that_the_best_state_had(
             patch.setattr(RoundingTraining, "measure", recorded)
             signround.quantize_block(task, signround.Config(iterations=24, outliers=0), 0)
         assert task.float_outputs is not None
-        packed = task.forward(task.inputs[0]).float()
-        assert float((packed - task.float_outputs[0].float()).square().sum()) == min(seen)
+        distance = BlockLoss(task.float_outputs)
+        assert float(distance.summed(distance.goal.of_batch(0), task.forward(task.inputs[0]))) == min(seen)
         assert min(seen) < seen[0]
 
     run_blocks(Job.select(loaded, quant, tokens), step, with_float_states=True)
@@ -173,8 +174,8 @@ def test_the_goal_is_the_float_model_and_the_input_the_quantized_one(
     floats = model(tokens, output_hidden_states=True).hidden_states  # of which the last is after the norm
     run(loaded, tokens, W2A)
     assert torch.equal(trainings[0].task.inputs[0], floats[0])
-    assert torch.allclose(trainings[0].goal[0], floats[1], atol=1e-5)
-    assert torch.allclose(trainings[1].goal[0], last[0], atol=1e-5)
+    assert torch.allclose(trainings[0].distance.goal.hidden[0], floats[1], atol=1e-5)
+    assert torch.allclose(trainings[1].distance.goal.hidden[0], last[0], atol=1e-5)
     drift = (trainings[1].task.inputs[0] - floats[1]).norm() / floats[1].norm()
     assert float(drift) > 0.01
 
@@ -199,7 +200,9 @@ def test_the_rate_falls_linearly_and_adds_up_to_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(RoundingTraining, "measure", lambda self, indices: 0.0)
     task: Any = SimpleNamespace(inputs=[torch.zeros(1, 2, 4)] * 3)
     layer = random_layer(QuantSpec(group_size=16))
-    RoundingTraining(task, [], [layer], signround.Config(iterations=10)).run(torch.Generator())
+    RoundingTraining(task, BlockLoss(HiddenStates(None)), [layer], signround.Config(iterations=10)).run(
+        torch.Generator()
+    )
     assert sum(shares) == pytest.approx(1)
     assert shares == pytest.approx([shares[-1] * n for n in range(10, 0, -1)])
 
@@ -218,7 +221,9 @@ def test_the_largest_differences_are_left_out_below_four_bits(bits: int, kept: i
     x = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(0))
     task: Any = SimpleNamespace(inputs=[x], forward=lambda hidden: hidden)
     layer = random_layer(QuantSpec(num_bits=bits, group_size=16))
-    training = RoundingTraining(task, [torch.zeros_like(x)], [layer], signround.Config(outliers=0.1))
+    config = signround.Config(outliers=0.1)
+    distance = BlockLoss(HiddenStates(None, [torch.zeros_like(x)]), signround.outliers_of([layer], config))
+    training = RoundingTraining(task, distance, [layer], config)
     expected = x.flatten().square().sort().values[:kept].sum()
     assert float(training.loss(0)) == pytest.approx(float(expected), rel=1e-5)
 
@@ -348,12 +353,6 @@ def test_float_parameters_are_left_alone(llama: LoadedModel, tokens: Tensor) -> 
         assert not parameter.requires_grad, name
 
 
-def test_presets_fill_what_is_not_given() -> None:
-    assert [signround.Config(preset=name).iterations for name in ("light", "default", "best")] == [50, 200, 1000]
-    assert signround.Config() == signround.Config(preset="default")
-    assert signround.Config(preset="best", iterations=7).iterations == 7
-
-
 def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path: Path) -> None:
     def windows(*overrides: str) -> int:
         return recipe.load("signround-w4g64", [f"output.path={tmp_path}/out", *overrides]).data.num_samples
@@ -362,18 +361,12 @@ def test_a_preset_asks_for_its_number_of_windows_and_the_recipe_decides(tmp_path
     file.write_text(
         f"model: {{path: m}}\nmethod: {{name: signround, preset: best}}\noutput: {{path: {tmp_path}/out}}\n"
     )
-    assert recipe.load(file).data.num_samples == signround.BEST_SAMPLES
+    assert recipe.load(file).data.num_samples == 512
     assert recipe.load(file, ["data.num_samples=7"]).data.num_samples == 7
     assert recipe.load(file, ["method.preset=light"]).data.num_samples == 128
     resolved = recipe.resolved(recipe.load(file))
-    assert recipe.Recipe.model_validate(resolved).data.num_samples == signround.BEST_SAMPLES
+    assert recipe.Recipe.model_validate(resolved).data.num_samples == 512
     assert windows() == 128
-
-
-def test_an_unknown_preset_is_a_fault() -> None:
-    with pytest.raises(InputError, match="preset"):
-        recipe.check(recipe.Recipe, {"method": {"name": "signround", "preset": "bestt"}}, "r")
-    assert load_method("signround").needs_data(signround.Config())
 
 
 class Choice(nn.Module):

@@ -12,7 +12,7 @@ from helpers.families import CONFIGS, GATED, make_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from qtool.blocks import driver
+from qtool.blocks import driver, states
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
@@ -24,6 +24,8 @@ from qtool.methods.efficientqat.config import BlockConfig
 from qtool.models import experts
 from qtool.models.loaded import LoadedModel
 from qtool.system.errors import InputError
+from qtool.training.block_loss import BlockLoss
+from qtool.training.block_training import BlockTraining
 
 LAYERS = {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 8}
 LOCAL_AND_GLOBAL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -66,7 +68,7 @@ TOKENS = torch.randint(1, tiny.VOCABULARY, (5, 24), generator=torch.Generator().
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two windows; of five windows the last is alone."""
-    monkeypatch.setattr(driver, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(states, "TOKENS_PER_BATCH", 48)
 
 
 def make(name: str) -> LoadedModel:
@@ -172,7 +174,7 @@ def test_methods_see_the_windows_they_ask_for(name: str) -> None:
     def visit(task: BlockTask) -> None:
         task.pass_floats()
         assert task.float_outputs is not None
-        training = block_ap.BlockTraining(task, task.float_outputs, [], [])
+        training = BlockTraining(task, BlockLoss(task.float_outputs), [], [])
         losses.append(max(float(training.part_loss(part)) for part in ([3, 1], [4], [0, 2])))
         for target in task.targets:
             task.pack(target, rtn.round_to_nearest(target.weight, target.spec, rtn.Config()))

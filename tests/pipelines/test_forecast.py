@@ -17,10 +17,12 @@ from qtool.config import recipe as recipes
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base
+from qtool.methods import efficientqat
 from qtool.pipelines import forecast, kept_forecast, probe, quantize
 from qtool.pipelines.probe import Measured
 from qtool.reports.forecast import Cost, Forecast
 from qtool.system.errors import InputError
+from qtool.training.block_training import split_windows
 
 FORMATS = ("compressed-tensors", "gptq", "auto-round", "mlx", "gguf")
 
@@ -201,6 +203,22 @@ def test_time_that_follows_the_law_is_predicted_exactly(
     took = probe._time(one, two, wide, wider, sizes, (64 - 4) / (16 - 4))
     took += probe._trained(recipe, one, two, long, sizes, (2, 8))
     assert took == pytest.approx(law(sizes, values, len(sizes), 64, 100).seconds["quantize"])
+
+
+@given(
+    st.sampled_from(["light", "default", "best"]), st.integers(1, 600), st.integers(1, 9), st.sampled_from([None, 0.0])
+)
+def test_the_probe_of_a_block_makes_the_passes_of_the_whole_run(
+    preset: str, num: int, size: int, epochs: float | None
+) -> None:
+    given_keys = {"batch_size": size} | ({} if epochs is None else {"epochs": epochs})
+    config = efficientqat.Config.model_validate({"preset": preset, **given_keys})
+    trained = len(split_windows(num, config.validation_samples)[0])
+    steps = max(config.min_steps, round(config.epochs * trained / size)) if config.epochs else 0
+    shorter = probe._shorter(config, 2, num)
+    assert isinstance(shorter, efficientqat.Config)
+    assert shorter.min_steps == 0
+    assert round(shorter.epochs * trained / size) == steps
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from rich.console import Console
 import qtool
 from qtool.cli import main
 from qtool.config import files, recipe
+from qtool.methods import efficientqat
 from qtool.reports.records import Metric, task_result
 from qtool.sweeps import grid, runner
 from qtool.sweeps.results import CellResult, Mean, groups
@@ -105,13 +106,21 @@ def test_float_models_and_other_machines_are_told_apart() -> None:
 
 CELLS = {
     "builtin-corners": 2 * 2 * 5,
+    "builtin-calibration": 2 * 2 * 3,
+    "builtin-group-size": 4 * 2,
+    "builtin-lrqat-parts": 2 * 7,
     "builtin-ptq-qat": 8 * 3,
+    "builtin-range-factor": 3 * 6 + 2,
+    "builtin-samples": 1 + 4,
     "continuous-approximation": 3 * 2 * 2,
-    "efficientqat": 4 * 4 + (4 + 4 + 4 + 3) + (3 + 3),
-    "efficientqat-ablation": 8,
-    "lrqat-4": 4 * 6 * 2 + 2 * 6 + 2 * 5 + 3 * 4,
-    "lrqat-5": 3 * 2 * 2,
+    "efficientqat": 5 * 4 + 1 + (5 + 5 + 5 + 3) + (3 + 3),
+    "efficientqat-ablation": 8 + 3 + 6 + 6,
+    "efficientqat-alpaca": 2 * 4 * 3,
+    "efficientqat-instruct": 2 * 4 * 2,
+    "lrqat-4": 5 * 6 * 3 + 3 * 6 + 3 * 5 + 4 * 4,
+    "lrqat-5": 3 * 3 * 3,
     "ptq-qat": 8 * 4,
+    "range-factor": 3 * (3 * 6 + 2),
 }
 
 
@@ -146,12 +155,27 @@ def test_papers_tables_are_what_their_numbers_make() -> None:
         ("efficientqat", "llama-2-70b-w3g128-gptq", [3.85, 5.85, 0.7147]),
         ("efficientqat", "llama-2-13b-w3g128-awq", [5.32, 6.94, 0.6614]),
         ("efficientqat", "llama-2-70b-w2g128-signround", [0.6770]),
+        ("efficientqat", "llama-3-70b-w2g64", [6.07, 9.23, 0.6789]),
+        ("efficientqat", "llama-3-70b-w3g128-awq", [4.69, 7.91, 0.7365]),
+        ("efficientqat", "mistral-large-123b-w2g64", [5.58, 0.7354]),
+        ("efficientqat-alpaca", "llama-13b-w2g64-peqa", [0.322]),
+        ("efficientqat-alpaca", "llama-7b-w3g64-efficientqat", [0.400]),
+        ("efficientqat-instruct", "llama-3-8b-instruct-w2g64", [11.19, 0.6066]),
+        ("efficientqat-instruct", "llama-3-70b-instruct-w2g128", [8.14, 0.6754]),
+        ("efficientqat-instruct", "llama-3-70b-instruct-w2g128-block-ap", []),
         ("efficientqat-ablation", "block-ap", [8.53, 0.5899]),
         ("efficientqat-ablation", "block-ap-grid", [10.26, 0.5520]),
+        ("efficientqat-ablation", "group-256", [8.18, 0.5867]),
+        ("efficientqat-ablation", "e2e-windows-32764", [7.50, 0.6031]),
+        ("efficientqat-ablation", "text-c4-w3g128", [5.92, 7.38, 0.6382]),
         ("lrqat-4", "mistral-7b-w4g128", [5.37, 0.7528]),
         ("lrqat-4", "llama-3-8b-w3pc-rtn", [34.10, 0.4746]),
         ("lrqat-4", "llama-2-13b-w2g128-gptq", [28.14]),
         ("lrqat-4", "mistral-7b-w3g128-lsq", [5.90, 0.7196]),
+        ("lrqat-4", "llama-3-8b-w3pc-peqa", [26.20, 0.5105]),
+        ("lrqat-4", "llama-7b-w2g128-rtn", [708, 0.3974]),
+        ("lrqat-4", "llama-7b-w4pc-awq", [6.08]),
+        ("lrqat-5", "llama-7b-w4a8kv4-peqa", [6.15, 0.6654]),
         ("lrqat-5", "llama-2-13b-w4a4kv4-lrqat", [7.15, 0.6265]),
         ("lrqat-5", "llama-2-7b-w4a8kv4-rtn", [6.85, 0.6516]),
     ],
@@ -164,12 +188,43 @@ def test_published_numbers_are_the_papers(
 
 
 def test_a_cell_of_a_paper_s_own_method_is_its_packaged_recipe(tables: dict[str, grid.Sweep]) -> None:
-    for table, method, count in (("efficientqat", "efficientqat", 16), ("lrqat-4", "lrqat", 24)):
+    for table, method, count in (("efficientqat", "efficientqat", 21), ("lrqat-4", "lrqat", 30)):
         cells = [cell for cell in tables[f"tables/{table}"].cells if cell.columns["method"] == method]
         assert len(cells) == count
         for cell in cells:
             own = recipe.load(f"papers/{method}/{cell.name}")
             assert cell.recipe == own.model_copy(update={"output": cell.recipe.output})
+
+
+@pytest.mark.parametrize(
+    "table", ["efficientqat-instruct", "efficientqat-alpaca", "efficientqat-ablation", "builtin-samples"]
+)
+def test_a_second_phase_starts_from_a_cell_of_the_first(tables: dict[str, grid.Sweep], table: str) -> None:
+    plan = tables[f"tables/{table}"]
+    named = {cell.name: cell.recipe for cell in plan.cells}
+    chained = [cell for cell in plan.cells if cell.start is not None]
+    assert len(chained) >= 4
+    for cell in chained:
+        assert cell.start is not None
+        own, first = cell.recipe.method, named[cell.start].method
+        assert isinstance(own, efficientqat.Config)
+        assert isinstance(first, efficientqat.Config)
+        assert (named[cell.start].model, named[cell.start].quant) == (cell.recipe.model, cell.recipe.quant)
+        assert (first.e2e.steps, own.epochs) == (0, 0)
+        assert own.e2e.steps != 0
+
+
+def test_peqa_trains_scales_alone_in_the_recipes_and_the_tables(tables: dict[str, grid.Sweep]) -> None:
+    cells = [cell for name in ("lrqat-4", "lrqat-5") for cell in tables[f"tables/{name}"].cells]
+    found = {cell.name: cell.recipe for cell in cells if cell.columns["method"] == "peqa"}
+    for name, made in found.items():
+        assert isinstance(made.method, efficientqat.Config)
+        assert (made.method.init, made.method.epochs, made.method.e2e.trains) == ("minmax", 0, ("scales",)), name
+    for path in files.packaged():
+        if path.startswith("papers/peqa/"):
+            own = recipe.load(path)
+            same = found[f"{path.removeprefix('papers/peqa/')}-peqa"]
+            assert own == same.model_copy(update={"output": own.output})
 
 
 def test_activations_of_table_5_are_on_the_grids_it_says(tables: dict[str, grid.Sweep]) -> None:
@@ -185,6 +240,6 @@ def test_a_table_without_its_models_is_not_run_and_says_so(
     monkeypatch.setattr(runner, "resolve", lambda path, fetch: (_ for _ in ()).throw(InputError("not here")))
     assert main.main(["sweep", "tables/efficientqat", "-o", str(tmp_path / "o"), "-q"]) == 0
     text = capsys.readouterr().out
-    assert "0 of 37 cells done, 37 not run." in text
+    assert "0 of 45 cells done, 45 not run." in text
     assert "meta-llama/Llama-2-7b-hf is not on this machine" in text
     assert "| llama-2-7b | w2g64 | efficientqat | wikitext2 perplexity | 6.86 | not run |  | arXiv 2407.11062" in text

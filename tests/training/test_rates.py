@@ -17,6 +17,7 @@ from qtool.methods.efficientqat import block_ap, e2e_qp
 from qtool.methods.efficientqat.config import ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.quant.trained_linear import QuantLinear
+from qtool.training.block_training import Norm
 from qtool.training.fit import ParamGroup, fit, total_factor
 from qtool.training.linears import grid_groups
 from qtool.training.rates import LEAST_TOTAL, ends_to_scale, rate
@@ -78,7 +79,7 @@ def test_rates_of_lrqat_are_those_of_its_formula_bit_for_bit() -> None:
 @pytest.mark.parametrize("rank", [0, 4])
 def test_rates_of_block_ap_are_those_of_its_formula_bit_for_bit(rank: int) -> None:
     layer = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False), rank)
-    norm = block_ap.Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
+    norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1)
     step = float(layer.scale.detach().mean())
     of_weight = 0.5 * step / TOTAL

@@ -12,27 +12,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from qtool.models.gguf_splits import SPLITS
 from qtool.system.errors import InputError
 
-# regular expressions that models split text by, written as in their tokenizer.json, to compare with it
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA_3 = WORDS + r"|\p{N}{1,3}" + REST
-QWEN_2 = WORDS + r"|\p{N}" + REST
-MARKS = WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")  # with combining marks
-QWEN_35 = MARKS + r"|\p{N}" + REST.replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
-BYTES, BYTES_OF_WORDS = ("ByteLevel", False), ("ByteLevel", True)  # True: also splits with GPT-2's regular expression
-FALCON = (("Punctuation", "Contiguous"), BYTES_OF_WORDS, ("Split", "[0-9][0-9][0-9]"))
-# pre-tokenizer steps, and whether whole words are looked up before merging -> llama.cpp's name
-SPLITS: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
-    ((BYTES_OF_WORDS,), False): "gpt-2",
-    ((("Digits", True), BYTES_OF_WORDS), False): "smollm",
-    ((("Split", LLAMA_3), BYTES), True): "llama-bpe",
-    ((("Split", LLAMA_3), BYTES), False): "smaug-bpe",
-    ((("Split", QWEN_2), BYTES), False): "qwen2",
-    ((("Split", QWEN_35), BYTES), False): "qwen35",
-    (FALCON, False): "falcon",
-}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
 SPACE = "\u2581"  # the character that SentencePiece writes for a space
 

@@ -5,7 +5,17 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from qtool.config.training import EndToEndConfig, OptimConfig, TrainedConfig
+from qtool.config.guided import GuidedConfig
+from qtool.config.training import (
+    EndToEndConfig,
+    LastBlockConfig,
+    OptimConfig,
+    Preset,
+    Presets,
+    TrainedConfig,
+    preset_field,
+)
+from qtool.methods.gsq.config import AssignmentConfig
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -14,12 +24,19 @@ RENAMED = {  # former keys of both phases, see Section.renamed
     "steps)"
 }
 
+PRESETS: Presets = {
+    "light": {"epochs": 0.5, "min_steps": 25, "e2e": {"epochs": 0.75, "min_steps": 8}},
+    "best": {"epochs": 8, "min_steps": 400, "e2e": {"epochs": 12, "min_steps": 128}},
+}
 
-class BlockConfig(TrainedConfig):
+
+class BlockConfig(TrainedConfig, LastBlockConfig):
     """The keys of Block-AP."""
 
     renamed: ClassVar[Mapping[str, str]] = RENAMED
+    presets: ClassVar[Presets] = PRESETS
 
+    preset: Preset = preset_field(PRESETS)
     init: Literal["minmax", "search", "gptq"] = Field(
         "search",
         description="Start of each block, unless init_from is given. minmax: the extremes of each group; search: the "
@@ -81,7 +98,16 @@ class BlockConfig(TrainedConfig):
         description="Windows on which the best state of a block is chosen. They are not trained on, but at most one "
         "window in eight is held out; of fewer than eight windows, all are trained on.",
     )
+    guided: GuidedConfig = Field(
+        GuidedConfig(), description="End-loss weights of tokens and channels in the loss of Block-AP."
+    )
     optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
+
+    gsq: AssignmentConfig = Field(
+        AssignmentConfig(epochs=0.0),
+        description="A training of the assignments of each block, which begins at the codes of Block-AP, as in the "
+        "method gsq; off unless its epochs are given.",
+    )
 
 
 class ScaleConfig(EndToEndConfig):
@@ -94,7 +120,7 @@ class ScaleConfig(EndToEndConfig):
         ge=0,
         description="Number of training steps, in place of epochs; 0: no second phase; unset: epochs decides.",
     )
-    epochs: int = Field(3, ge=1, description="Passes over the calibration windows.")
+    epochs: float = Field(3.0, gt=0, description="Passes over the calibration windows.")
     trains: tuple[Literal["scales", "zero_points"], ...] = Field(
         ("scales", "zero_points"),
         min_length=1,

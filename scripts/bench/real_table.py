@@ -1,0 +1,249 @@
+"""Methods and grids on small real models: quality, bits, size, time and memory of each, as one table.
+
+    python scripts/bench/real_table.py [--work FOLDER] [--models smollm2-135m gemma3-270m] [--only 'gemma3*/gptq/*']
+    python scripts/bench/real_table.py --steps time          # on a quiet machine, after the other steps
+    python scripts/bench/real_table.py --row 'gptaq=gptq method.gptaq=true' --only '*/gptaq/*'
+    python scripts/bench/real_table.py --print               # measures nothing
+
+A cell is a model, a row (a method, and keys that it changes) and a grid, written ``model/row/grid``; ``--only`` takes
+patterns of such names. A cell has four steps, each a process of its own and a line of ``results.jsonl`` in the work
+folder when it is done, so a stopped run goes on with the step that is missing:
+
+* ``quantize`` runs ``qtool``, and keeps the checkpoint;
+* ``text`` is the perplexity and the divergence from the float model on the first windows of WikiText-2's test split;
+* ``tasks`` are multiple-choice tasks on their first questions, without the float model beside them, which is the row
+  ``float`` of its own;
+* ``time`` quantizes again, into a folder that is removed, for wall seconds, CPU seconds and peak memory of the process.
+
+``quantize`` records its time too, and the table shows it with a tilde where ``time`` was not run: quality can be
+measured on a busy machine, times cannot. Models come from ``real_models.py``, which says what their 4-bit weights mean
+for a comparison. The row ``lrqat`` begins with the checkpoint of the row ``gptq``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from real_models import SOURCES, NotThere, model_folder
+
+FLOAT = "float"  # the row of the model that is not quantized
+GRIDS = {
+    "w4g64": {"num_bits": 4, "symmetric": True},
+    "w3g64a": {"num_bits": 3, "symmetric": False},
+    "w2g64a": {"num_bits": 2, "symmetric": False},
+}
+ROWS = {"rtn": "rtn", "gptq": "gptq", "awq": "awq", "signround": "signround", "efficientqat": "efficientqat"} | {
+    "lrqat": "lrqat method.init_from=@gptq"
+}  # name -> method, and the keys that it changes; @ROW stands for the checkpoint of that row
+COMMANDS = ("efficientqat", "lrqat")  # methods whose command has their name; others run as ptq
+STEPS = ("quantize", "text", "tasks", "time")
+TASKS = ("arc_easy", "piqa", "winogrande", "boolq")
+
+
+class Cell(NamedTuple):
+    """A row of a model on a grid; the row ``float`` has the grid ``-``."""
+
+    model: str
+    row: str
+    grid: str
+
+    @property
+    def name(self) -> str:
+        """The name by which ``--only`` and the results call it."""
+        return "/".join(self)
+
+
+class Table:
+    """The cells of a command line, and what is known of them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Read the results that the work folder has."""
+        self.args, self.rows = args, ROWS | dict(row.split("=", 1) for row in args.row)
+        self.file: Path = args.work / "results.jsonl"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.found: dict[tuple[str, str], dict[str, Any]] = {}
+        for line in self.file.read_text().splitlines() if self.file.exists() else ():
+            kept = json.loads(line)
+            self.found[kept["cell"], kept["step"]] = kept
+        self.calibration = {"source": args.source, "num_samples": args.samples, "seq_len": args.length}
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells that are asked for; those that others begin with come first."""
+        for model in self.args.models:
+            every = [Cell(model, FLOAT, "-"), *(Cell(model, row, grid) for grid in GRIDS for row in self.rows)]
+            yield from (cell for cell in every if any(fnmatchcase(cell.name, only) for only in self.args.only))
+
+    def folder(self, cell: Cell) -> Path:
+        """Return the checkpoint of a cell; of the row ``float`` the model itself."""
+        return model_folder(cell.model) if cell.row == FLOAT else self.args.work / cell.name
+
+    def measure(self, cell: Cell) -> None:
+        """Take the steps of a cell that are asked for and missing."""
+        for step in STEPS:
+            if step not in self.args.steps or (cell.name, step) in self.found:
+                continue
+            if cell.row == FLOAT and step in ("quantize", "time"):
+                continue
+            if step in ("text", "tasks") and not self.folder(cell).exists():
+                print(f"{cell.name}: not quantized yet, no {step}", file=sys.stderr)
+                continue
+            kept = {"cell": cell.name, "step": step} | getattr(self, step)(cell)
+            self.found[cell.name, step] = kept
+            with self.file.open("a") as lines:
+                lines.write(json.dumps(kept) + "\n")
+            print(json.dumps(kept), flush=True)
+
+    def quantize(self, cell: Cell, folder: Path | None = None) -> dict[str, Any]:
+        """Write the checkpoint of a cell; return what it took, and its size."""
+        out = folder or self.folder(cell)
+        method, *changes = self.rows[cell.row].split()
+        for change in [part for part in changes if "=@" in part]:
+            key, _, row = change.partition("=@")
+            changes[changes.index(change)] = f"{key}={self.folder(Cell(cell.model, row, cell.grid))}"
+        recipe = {
+            "model": {"path": str(model_folder(cell.model))},
+            "method": {"name": method},
+            "quant": {"group_size": 64, **GRIDS[cell.grid]},
+            "data": self.calibration,
+            "output": {"path": str(out)},
+        }
+        file = self.args.work / "recipes" / f"{cell.name.replace('/', '-')}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(recipe, indent=1))
+        given = [part for change in [*self.args.set, *changes] for part in ("--set", change)]
+        report, took = qtool(method if method in COMMANDS else "ptq", str(file), *given)
+        kept = {"bits": report["bits_per_weight"], "bytes": report["quantized_bytes"]}
+        return kept | took | {"data": self.calibration}
+
+    def time(self, cell: Cell) -> dict[str, Any]:
+        """Quantize a cell again, and return what it took."""
+        folder = self.args.work / "timed"
+        try:
+            return self.quantize(cell, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder.with_name("timed.partial"), ignore_errors=True)
+
+    def text(self, cell: Cell) -> dict[str, Any]:
+        """Return perplexity and divergence on windows of text."""
+        asked = ["wikitext2"] if cell.row == FLOAT else ["wikitext2", "kl"]
+        windows = ["--context", "1024", "--limit", str(self.args.windows)]
+        report, _ = qtool("eval", str(self.folder(cell)), "--tasks", ",".join(asked), *windows)
+        found = {row["metric"]: row["value"] for row in report["results"]}
+        if None in found.values():
+            raise SystemExit(f"{cell.name}: {report['results'][0]['note']}")
+        return {"windows": self.args.windows, "scores": found}
+
+    def tasks(self, cell: Cell) -> dict[str, Any]:
+        """Return the accuracy of each task on its first questions."""
+        asked = {"folder": str(self.folder(cell)), "tasks": TASKS, "limit": self.args.limit}
+        output, _ = measured([sys.executable, __file__, "--score", json.dumps(asked)])
+        return {"limit": self.args.limit, "scores": json.loads(output.splitlines()[-1])}
+
+    def printed(self) -> str:
+        """Return all that is known as a table in Markdown."""
+        lines = ["| model | grid | method | bits | MB | perplexity | KL | top-1 | " + " | ".join(TASKS)]
+        lines[0] += " | mean | s | CPU s | peak GB |"
+        lines.append("|---|---|---|" + "---:|" * (lines[0].count("|") - 4))
+        for cell in self.cells():
+            lines.append(f"| {cell.model} | {cell.grid} | {cell.row} | {' | '.join(self._figures(cell))} |")
+        return "\n".join(lines)
+
+    def _figures(self, cell: Cell) -> list[str]:
+        made, text, tasks, timed = (self.found.get((cell.name, step), {}) for step in STEPS)
+        scores, answers = text.get("scores", {}), tasks.get("scores", {})
+        taken, mark = (timed, "") if timed else (made, "~")
+        mean = sum(answers.values()) / len(answers) if answers else None
+        figures = [
+            (made.get("bits"), ".2f"),
+            (made["bytes"] / 1e6 if made else None, ".1f"),
+            (scores.get("perplexity"), ".2f"),
+            (scores.get("kl"), ".4f"),
+            (scores.get("top-1 agreement"), ".3f"),
+            *((answers.get(task), ".3f") for task in TASKS),
+            (mean, ".3f"),
+        ]
+        times = [(taken.get("seconds"), ".0f"), (taken.get("cpu_seconds"), ".0f")]
+        times.append((taken["peak_bytes"] / 1e9 if taken else None, ".2f"))
+        return [
+            *("" if value is None else f"{value:{form}}" for value, form in figures),
+            *("" if value is None else f"{mark}{value:{form}}" for value, form in times),
+        ]
+
+
+def measured(command: list[str]) -> tuple[str, dict[str, float]]:
+    """Run a command; return what it prints, and its wall seconds, CPU seconds and peak memory."""
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}\n{output}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return output, {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * unit,
+    }
+
+
+def qtool(*arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the report that a command of qtool prints, and what the command took."""
+    output, took = measured([sys.executable, "-m", "qtool", *arguments, "--json", "--quiet"])
+    report: dict[str, Any] = json.loads(output)["report"]
+    return report, took
+
+
+def score(folder: str, tasks: list[str], limit: int) -> dict[str, float | None]:
+    """Return the accuracy of a model on each task: of lm-eval's ``acc`` where a task has several metrics."""
+    from qtool.config.sections import EvalConfig, ModelConfig
+    from qtool.evaluation.tasks import evaluate
+    from qtool.models.loading import load_model
+
+    loaded = load_model(ModelConfig(path=folder), quantized=True)
+    rows = evaluate(loaded, EvalConfig(tasks=tuple(tasks), limit=limit), None, 0)
+    return {row.task: row.value for row in rows if row.metric == "acc"}
+
+
+def main() -> None:
+    """Measure the missing steps of the cells that are asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("out/real-table"))
+    parser.add_argument("--models", "--model", nargs="+", default=[*SOURCES], help=f"default: {' '.join(SOURCES)}")
+    parser.add_argument("--row", action="append", default=[], metavar="NAME=METHOD KEY=VALUE ...", help="another row")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of model/row/grid; default: all")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS[:3], help="default: all but time")
+    parser.add_argument("--source", default="enwiki", help="calibration text")
+    parser.add_argument("--samples", type=int, default=128, help="windows of it")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=40, help="windows of 1024 tokens of WikiText-2 to measure on")
+    parser.add_argument("--limit", type=int, default=300, help="questions of each task")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--score", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.score:
+        print(json.dumps(score(**json.loads(args.score))))
+        return
+    table = Table(args)
+    try:
+        for cell in () if args.print else table.cells():
+            table.measure(cell)
+    except NotThere as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table.printed())
+
+
+if __name__ == "__main__":
+    main()
