@@ -46,10 +46,11 @@ def num_steps(config: Any) -> list[float]:
     count = config.data_defaults.get("num_samples", COUNT)
     if isinstance(config, EndToEndConfig):
         return [plan_of(config, count).num_steps]
-    if isinstance(getattr(config, "e2e", None), EndToEndConfig):
-        blocks = max(config.min_steps, config.epochs * count / config.batch_size)
-        return [blocks, plan_of(config.e2e, count).num_steps]
-    return [config.iterations]
+    if hasattr(config, "iterations"):
+        return [config.iterations]
+    e2e = getattr(config, "e2e", None)
+    blocks = max(config.min_steps, config.epochs * count / config.batch_size)
+    return [blocks] if e2e is None else [blocks, plan_of(e2e, count).num_steps]
 
 
 def test_every_method_that_trains_has_presets() -> None:
