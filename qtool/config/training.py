@@ -141,6 +141,17 @@ def _listed(keys: Mapping[str, Any], before: str = "") -> Iterator[str]:
             yield f"{before}{name} {value:g}"
 
 
+def _without_steps(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a preset, without ``steps`` where the recipe gives ``epochs``, which they would replace."""
+    kept = {name: value for name, value in chosen.items() if name != "steps" or "epochs" not in given}
+    return {
+        name: _without_steps(value, given[name])
+        if isinstance(value, Mapping) and isinstance(given.get(name), Mapping)
+        else value
+        for name, value in kept.items()
+    }
+
+
 class PresetConfig(MethodConfig):
     """The base of the section of a method with presets, names for a shorter and a longer training.
 
@@ -158,7 +169,7 @@ class PresetConfig(MethodConfig):
             return values
         name = values.get("preset")
         chosen = cls.presets.get(name, {}) if isinstance(name, str) else {}
-        values = _over({key: value for key, value in chosen.items() if key != "data"}, values)
+        values = _over(_without_steps({key: value for key, value in chosen.items() if key != "data"}, values), values)
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         own = {name: value.model_dump() for name, value in defaults.items() if isinstance(value, Section)}
         return {name: _over(own[name], value) if name in own else value for name, value in values.items()}
@@ -269,7 +280,11 @@ class EndToEndConfig(Section):
 class EndToEnd(EndToEndConfig, TrainedConfig):
     """The base of the section of a method that trains all linears at once."""
 
-    presets: ClassVar[Presets] = {"light": {"epochs": 0.25, "min_steps": 8}, "best": {"epochs": 4, "min_steps": 128}}
+    # light keeps min_steps: with a quarter of the steps, each four times as long, the model is lost
+    presets: ClassVar[Presets] = {
+        "light": {"steps": 8, "validation_samples": 2},
+        "best": {"epochs": 4, "min_steps": 128},
+    }
     preset: Preset = preset_field(presets)
 
 

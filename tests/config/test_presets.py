@@ -35,10 +35,10 @@ def nested(name: str, value: float) -> dict[str, Any]:
     return {first: nested(rest, value) if rest else value}
 
 
-def value_of(config: Any, name: str) -> float:
+def value_of(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
-    return float(config)
+    return config
 
 
 def num_steps(config: Any) -> list[float]:
@@ -46,12 +46,11 @@ def num_steps(config: Any) -> list[float]:
     count = config.data_defaults.get("num_samples", COUNT)
     if isinstance(config, EndToEndConfig):
         return [plan_of(config, count).num_steps]
-    if isinstance(getattr(config, "e2e", None), EndToEndConfig):
-        blocks = max(config.min_steps, config.epochs * count / config.batch_size)
-        return [blocks, plan_of(config.e2e, count).num_steps]
-    if hasattr(config, "epochs"):
-        return [max(config.min_steps, config.epochs * count / config.batch_size)]
-    return [config.iterations]
+    if hasattr(config, "iterations"):
+        return [config.iterations]
+    e2e = getattr(config, "e2e", None)
+    blocks = max(config.min_steps, config.epochs * count / config.batch_size)
+    return [blocks] if e2e is None else [blocks, plan_of(e2e, count).num_steps]
 
 
 def test_every_method_that_trains_has_presets() -> None:
@@ -96,6 +95,19 @@ def test_every_key_of_a_preset_takes_effect_and_yields_to_the_recipes(method: st
 def test_the_default_preset_changes_nothing(method: str) -> None:
     assert made(method) == made(method, preset="default")
     assert not made(method).data_defaults
+
+
+def test_epochs_of_the_recipe_are_not_replaced_by_steps_of_a_preset() -> None:
+    assert made("lsq", preset="light", epochs=2).steps is None
+    assert made("lsq", preset="light", epochs=2).validation_samples == made("lsq", preset="light").validation_samples
+    config = made("efficientqat", preset="light", e2e={"epochs": 2})
+    assert (config.e2e.steps, config.e2e.epochs) == (None, 2)
+
+
+@pytest.mark.parametrize("method", ["lsq", "lrqat", "qat", "llmqat", "paretoq"])
+def test_steps_of_light_are_no_longer_than_those_of_the_default(method: str) -> None:
+    light, default = made(method, preset="light"), made(method)
+    assert plan_of(light, COUNT).total == plan_of(default, COUNT).total
 
 
 def test_a_second_phase_can_be_left_out_of_any_preset() -> None:

@@ -25,12 +25,12 @@ RENAMED = {  # former keys of both phases, see Section.renamed
 }
 
 PRESETS: Presets = {
-    "light": {"epochs": 0.5, "min_steps": 25, "e2e": {"epochs": 0.75, "min_steps": 8}},
+    "light": {"epochs": 0.5, "min_steps": 25, "e2e": {"steps": 24, "validation_samples": 2}},
     "best": {"epochs": 8, "min_steps": 400, "e2e": {"epochs": 12, "min_steps": 128}},
 }
 
 
-class BlockConfig(TrainedConfig, LastBlockConfig):
+class BlockConfig(LastBlockConfig, TrainedConfig):
     """The keys of Block-AP."""
 
     renamed: ClassVar[Mapping[str, str]] = RENAMED
