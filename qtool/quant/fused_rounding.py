@@ -78,21 +78,22 @@ class _Rounded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grid, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.ends
         of_grid, of_scale, of_zero_point = (
             torch.empty_like(like, memory_format=torch.contiguous_format) if needed else None
             for like, needed in zip((grid, scale, scale), ctx.needs_input_grad[:3], strict=True)
         )
         for rows in _rows(grid):
-            incoming = grad[rows]
-            rounded = grid[rows].round()
-            codes = rounded.clamp(*ctx.ends)
-            of_codes = incoming * scale[rows].unsqueeze(-1)
-            if of_grid is not None:
-                of_grid[rows] = torch.where(codes != rounded, 0.0, of_codes)
-            if of_scale is not None:
-                torch.sum(codes.sub_(zero_point[rows].unsqueeze(-1)).mul_(incoming), -1, out=of_scale[rows])
+            incoming, steps = grad[rows], scale[rows].unsqueeze(-1)
+            of_codes = incoming * steps if of_grid is None else torch.mul(incoming, steps, out=of_grid[rows])
             if of_zero_point is not None:
                 torch.sum(of_codes, -1, out=of_zero_point[rows]).neg_()
+            codes = grid[rows].round()
+            if of_grid is not None:
+                of_codes.masked_fill_((codes < low) | (codes > high), 0)
+            if of_scale is not None:
+                codes.clamp_(low, high).sub_(zero_point[rows].unsqueeze(-1)).mul_(incoming)
+                torch.sum(codes, -1, out=of_scale[rows])
         return of_grid, of_scale, of_zero_point, None, None
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qtool.quant.fused_rounding import CHUNK_NUMBERS
 from qtool.quant.packing import num_words
 
 
@@ -113,10 +114,10 @@ def activations(shape: Shape, cell: Cell, *, first: bool = False) -> int:
 def weight_path(shape: Shape, cell: Cell, *, first: bool = False) -> int:
     """Bytes that the backward through the rounding of a block's weights needs, where they are not made again.
 
-    What clips, codes counted from zero, scales, and the weights; those of q, k and v not where inputs need no gradient.
+    Positions on the grid, scales, zero points, and the weights; those of q, k and v not where inputs need no gradient.
     """
     held = shape.num_weights - (3 * shape.hidden**2 if first else 0)
-    return 5 * shape.num_weights + 4 * cell.num_groups(shape) + cell.item * held
+    return 4 * shape.num_weights + 8 * cell.num_groups(shape) + cell.item * held
 
 
 def head(shape: Shape) -> int:
@@ -132,15 +133,12 @@ def rotary(shape: Shape, cell: Cell) -> int:
 
 def saved_bytes(shape: Shape, cell: Cell) -> dict[str, int]:
     """What autograd keeps at the end of the forward, parameters not counted."""
-    tokens, d, n = shape.batch * shape.length, shape.hidden, shape.num_weights
+    tokens, d = shape.batch * shape.length, shape.hidden
     final = tokens * (4 * d + 4)  # of the norm before the head
     if cell.method == "efficientqat":
         # norms train, so what they multiply is kept; and the loss keeps the difference to its goal
         at_the_loss = activations(shape, cell, first=True) + (2 * cell.item + 4) * tokens * d
-        loss = {"weight path": weight_path(shape, cell), "activations": at_the_loss}
-        # then each weight's gradient waits in float32, and the block's own graph has gone
-        after = {"weight path": loss["weight path"] - cell.item * n, "activations": 4 * n + 8 * d}
-        return max(loss, after, key=lambda found: sum(found.values()))
+        return {"weight path": weight_path(shape, cell), "activations": at_the_loss}
     if cell.blocks_again:
         return {"activations": shape.blocks * cell.item * tokens * d + final + head(shape)}
     each = [activations(shape, cell, first=index == 0) for index in range(shape.blocks)]
@@ -168,7 +166,7 @@ def _peak_of_the_model(shape: Shape, cell: Cell) -> int:
     # A block's backward begins with down_proj, when nothing of the block has been let go of yet. Beside the gradients
     # of its output and input there are those of its weight on their way through the grid, all float32.
     last = d * shape.mlp
-    step = cell.item * tokens * d + (17 if again else (12 if low_rank else 15) - cell.item) * last
+    step = cell.item * tokens * d + (12 if again else 8 - cell.item) * last + of_chunk(d, shape.mlp)
     if again and not cell.blocks_again:
         step += cell.item * tokens * shape.mlp
     below = 0
@@ -184,9 +182,7 @@ def _peak_of_the_model(shape: Shape, cell: Cell) -> int:
             below += kept
             alive = below
         moments.append(alive + rotary(shape, cell) + (shape.blocks - 1 - index) * gradients + step)
-    # AdamW makes two tensors of the size of the one it moves, or one for each
-    largest = last if not low_rank else min(cell.rank, *shape.linears[-1]) * max(d, shape.mlp)
-    moments.append(shape.blocks * gradients + (of_optimizer // 2 if cell.cuda else 8 * largest))
+    moments.append(shape.blocks * gradients)  # AdamW moves a parameter in one pass
     return max(moments)
 
 
@@ -194,12 +190,14 @@ def _peak_of_a_block(shape: Shape, cell: Cell) -> int:
     """Beyond what Block-AP holds, of the block's own backward, and of that through the rounding of all its weights."""
     n, scales, item = shape.num_weights, 4 * cell.num_groups(shape), cell.item
     value = 0 if item == 4 else 4  # of a weight, float32; where the block computes in that it is what is multiplied by
-    sizes = [rows * columns for rows, columns in shape.linears]
-    kept = 5 * n + scales
-    loss = activations(shape, cell, first=True) + (2 * item + 4) * shape.batch * shape.length * shape.hidden
-    moments = [kept + value * n + loss]
-    for index, size in enumerate(sizes):  # one weight after another, its gradient takes the places of both
-        done = sum(sizes[:index])
-        moments.append(kept + (value + item) * (n - done) + 4 * done + 8 * size)
-    moments.append(kept + 4 * n + 11 * sizes[-1])
-    return max(moments)
+    tokens, (rows, columns) = shape.batch * shape.length, shape.linears[-1]
+    kept = 4 * n + 2 * scales
+    loss = activations(shape, cell, first=True) + (2 * item + 4) * tokens * shape.hidden
+    loss += item * (rows * columns + tokens * (rows + columns))  # the first product's gradients, before anything goes
+    # later every weight's gradient is in float32, and that of the last weight goes on to the grid first
+    return max(kept + value * n + loss, kept + 4 * n + 4 * rows * columns + of_chunk(rows, columns))
+
+
+def of_chunk(rows: int, columns: int) -> int:
+    """Bytes beside the gradients while those of a few rows of a weight pass rounding: codes, and three masks."""
+    return 7 * columns * min(rows, max(1, CHUNK_NUMBERS["cpu"] // columns))
