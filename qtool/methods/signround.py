@@ -49,7 +49,7 @@ NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
-class Config(PresetConfig, LastBlockConfig):
+class Config(LastBlockConfig, PresetConfig):
     """SignRound: rounding and ranges learned block by block from the signs of gradients."""
 
     presets: ClassVar[Presets] = PRESETS

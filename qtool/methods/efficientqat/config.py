@@ -30,7 +30,7 @@ PRESETS: Presets = {
 }
 
 
-class BlockConfig(TrainedConfig, LastBlockConfig):
+class BlockConfig(LastBlockConfig, TrainedConfig):
     """The keys of Block-AP."""
 
     renamed: ClassVar[Mapping[str, str]] = RENAMED
