@@ -148,8 +148,8 @@ def test_keys_of_efficientqat() -> None:
     """Pin the method's own keys; ``rounding``, ``optim`` and end-to-end training have tests of their own."""
     found = [key.name for key in describe.keys()["method efficientqat"][1]]
     phase_one = (
-        "preset init_from init trains low_rank epochs min_steps batch_size travel scale_share zero_travel norm_travel "
-        "weight_lr quant_lr validation_samples"
+        "preset init_from last_block_loss init trains low_rank epochs min_steps batch_size travel scale_share "
+        "zero_travel norm_travel weight_lr quant_lr validation_samples"
     )
     assert [name for name in found if "." not in name] == phase_one.split()
     assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "guided", "optim", "gsq", "e2e"}

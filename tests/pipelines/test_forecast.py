@@ -17,7 +17,8 @@ from qtool.config import recipe as recipes
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base
-from qtool.methods import efficientqat
+from qtool.methods import efficientqat, gsq
+from qtool.methods.gsq.training import steps_of
 from qtool.pipelines import forecast, kept_forecast, probe, quantize
 from qtool.pipelines.probe import Measured
 from qtool.reports.forecast import Cost, Forecast
@@ -212,17 +213,19 @@ def test_the_probe_of_a_block_makes_the_passes_of_the_whole_run(
     preset: str, num: int, size: int, epochs: float | None
 ) -> None:
     given_keys = {"batch_size": size} | ({} if epochs is None else {"epochs": epochs})
-    config = efficientqat.Config.model_validate({"preset": preset, **given_keys})
-    trained = len(split_windows(num, config.validation_samples)[0])
-    steps = max(config.min_steps, round(config.epochs * trained / size)) if config.epochs else 0
-    shorter = probe._shorter(config, 2, num)
+    config = efficientqat.Config.model_validate({"preset": preset, **given_keys, "gsq": {"epochs": 1, **given_keys}})
+    alone = gsq.Config.model_validate({"preset": preset, **given_keys})
+    shorter, shorter_alone = probe._shorter(config, 2, num), probe._shorter(alone, 2, num)
     assert isinstance(shorter, efficientqat.Config)
-    assert shorter.min_steps == 0
-    assert round(shorter.epochs * trained / size) == steps
+    assert isinstance(shorter_alone, gsq.Config)
+    trained = len(split_windows(num, config.validation_samples)[0])
+    for whole, short in ((config, shorter), (config.gsq, shorter.gsq), (alone, shorter_alone)):
+        assert short.min_steps == 0
+        assert round(short.epochs * trained / size) == steps_of(whole, trained)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gptq", "signround", "efficientqat", "lsq"])
+@pytest.mark.parametrize("method", ["gptq", "signround", "gsq", "efficientqat", "lsq"])
 def test_a_probe_of_a_run_says_its_phases(method: str, tmp_path: Path) -> None:
     text = str(tiny.text(tmp_path))
     data = {"source": text, "num_samples": 8, "seq_len": 32}

@@ -102,7 +102,6 @@ class BlockConfig(LastBlockConfig, TrainedConfig):
         GuidedConfig(), description="End-loss weights of tokens and channels in the loss of Block-AP."
     )
     optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
-
     gsq: AssignmentConfig = Field(
         AssignmentConfig(epochs=0.0),
         description="A training of the assignments of each block, which begins at the codes of Block-AP, as in the "
