@@ -6,8 +6,9 @@ one, which reads the packed embedding, is expanded once; both are freed with the
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,16 @@ class Ending:
         assert self._readout is not None, "check comes first"
         plain = outputs.as_subclass(Tensor) if isinstance(outputs, Batch) else outputs
         plain = plain.movedim(0, self._layout.dim) if self._layout.dim else plain
-        with self._passing(plain.to("cpu" if self._loaded.streaming else self._loaded.device)):
-            return self._readout.hidden(self._inputs(places)).flatten(0, -2).to(outputs.device)
+        entering = plain.to("cpu" if self._loaded.streaming else self._loaded.device)
+
+        def compute(states: Tensor) -> Tensor:
+            assert self._readout is not None
+            with self._passing(states):
+                return self._readout.hidden(self._inputs(places)).flatten(0, -2)
+
+        around = partial(around_blocks, self._loaded, [block for _, block in self._blocks])
+        found: Tensor = _Within.apply(compute, around, entering)  # type: ignore[no-untyped-call]
+        return found.to(outputs.device)
 
     def logits(self, hidden: Tensor, floats: bool = False) -> Tensor:
         """Return the logits ``[n, vocabulary]`` of final hidden states ``[n, d]``; ``floats``: by the float head."""
@@ -117,3 +126,26 @@ class Ending:
                 dense.bias = nn.Parameter(head.bias.to(device, dtype), requires_grad=False)
             return dense
         return copy.deepcopy(head).to(device, dtype) if self._loaded.streaming else head
+
+
+class _Within(torch.autograd.Function):
+    """``compute(x)``, whose backward pass runs inside ``around()``.
+
+    The backward pass reads the weights again, which a streamed model has in its own dtype elsewhere.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Callable[[Tensor], Tensor], around: Callable[[], AbstractContextManager[None]], x: Tensor
+    ) -> Tensor:
+        with torch.set_grad_enabled(ctx.needs_input_grad[2]):
+            leaf = x.detach().requires_grad_(ctx.needs_input_grad[2])
+            result = compute(leaf)
+        ctx.around, ctx.leaf, ctx.result = around, leaf, result
+        return result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        with ctx.around():
+            (found,) = torch.autograd.grad(ctx.result, ctx.leaf, gradient)
+        return None, None, found

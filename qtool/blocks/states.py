@@ -5,14 +5,14 @@ block when it is quantized.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, logits_of, record_calls, record_varying
+from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, record_calls, record_varying
 from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import Beside, HiddenStates
 from qtool.blocks.job import Job, ModelInputs
@@ -102,18 +102,6 @@ class BlockStates:
 
         made = [HiddenStates(None, (x.to(self._loaded.dtype) for x in each)) for each in same_moment(read())]
         return made[0], made[1] if len(made) > 1 else None
-
-    @contextmanager
-    def logits(self, batch: int, hidden: Tensor) -> Iterator[Tensor]:
-        """Yield the logits ``[b, t, vocabulary]`` of batch ``batch``, of its hidden states that leave the last block.
-
-        Gradients of ``hidden`` are right inside the ``with`` block only, where a streamed model has its dtype.
-        """
-        with (
-            self._features.remembered(),
-            logits_of(self._loaded, self._batches[batch], hidden, self._blocks, self._layout) as logits,
-        ):
-            yield logits
 
     def advance(self, task: BlockTask) -> None:
         """Replace the hidden states by those after the block of ``task``, which is quantized by now."""

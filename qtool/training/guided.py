@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.blocks.driver import brought_in, walk
@@ -45,6 +46,7 @@ from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
 from qtool.system.seeds import derived_seed
 from qtool.training.losses import text_loss
+from qtool.training.sliced import slices_of, summed
 
 PHASE = "guided"  # folder in the workspace
 TOKENS, CHANNELS = "tokens", "channels"  # what is kept of a block's output: mean squares [b, t], sum of squares [d]
@@ -159,8 +161,6 @@ def _check(job: Job, linears: bool) -> None:
             f"method.guided: {mixed[0]} holds the experts of a mixture, which get other tokens in the quantized model; "
             "leave method.guided out, or use efficientqat or signround, which weigh the outputs of blocks"
         )
-    if loaded.streaming and not isinstance(loaded.model.get_output_embeddings(), nn.Linear):
-        raise InputError(f"method.guided: the output head of {loaded.path} is no linear layer; leave method.guided out")
 
 
 def _part(job: Job, windows: Tensor) -> Job:
@@ -193,6 +193,7 @@ def _gradients(job: Job, config: GuidedConfig, slices: int, seeds: Sequence[int]
         tasks.append(task)
     text = job.text if job.labels is None else job.labels
     labels = text.split(states.inputs[0].shape[0])
+    states.ending.check("method.guided")
     gradients = states.inputs.like()
     for index, seed in enumerate(seeds):
         gradients.append(_at_last_output(states, index, labels[index], None if config.loss == "text" else seed))
@@ -218,14 +219,20 @@ def _at_last_output(states: BlockStates, index: int, labels: Tensor, seed: int |
     With a ``seed``, learned tokens are drawn from the model; ``None``: they are those of ``labels`` ``[b, t]``.
     """
     leaf = states.inputs[index].as_subclass(Tensor).detach().requires_grad_()
-    with torch.enable_grad(), states.logits(index, leaf) as whole:
-        logits = whole[:, :-1].flatten(0, 1)
-        wanted = labels[:, 1:].flatten().to(logits.device)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(leaf.device)
+
+    def part(hidden: Tensor, rows: slice) -> Tensor:
+        logits, wanted = states.ending.logits(hidden, floats=True), following[rows]
         if seed is not None:
-            generator = torch.Generator(logits.device).manual_seed(seed)
+            generator = torch.Generator(logits.device).manual_seed(derived_seed(seed, rows.start))
             drawn = logits.detach().float().softmax(-1).multinomial(1, generator=generator).squeeze(1)
             wanted = torch.where(wanted == IGNORED, wanted, drawn)
-        (gradient,) = torch.autograd.grad(text_loss(logits, wanted), leaf)
+        return text_loss(logits, wanted)
+
+    with torch.enable_grad():
+        hidden = states.ending.hidden(leaf, [(index, row) for row in range(len(leaf))])
+        slices = slices_of(len(hidden), states.ending.vocabulary, hidden.device)
+        (gradient,) = torch.autograd.grad(summed(part, hidden, slices), leaf)
     return gradient
 
 
