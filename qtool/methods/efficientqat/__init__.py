@@ -13,7 +13,8 @@ are used and where they are packed; windows are shuffled; a block ends in its be
 after a loss that is not finite a block is trained again at lower learning rates, and at last left at its start; and
 E2E-QP follows the float model's distribution rather than the text, of which there may be little. The start of a block
 is decisive: from searched ranges Block-AP helps, from GPTQ's codes it lowers each block's error and raises the model's.
-``init: minmax`` is the paper's.
+``init: minmax`` is the paper's. Two options come from others: ``last_block_loss: kl`` trains the last block on
+predictions (LFQ, arXiv 2605.29756), and ``e2e.loss: hidden`` the scales on final hidden states (NeUQI, 2505.17595).
 docs/benchmarks.md has the figures.
 """
 
