@@ -52,25 +52,21 @@ def table() -> str:
     cells = [made(name, "w2g64", changes, *means(*numbers)) for name, (changes, *numbers) in PARTS.items()]
     for size, numbers in GROUPS.items():
         cells.append(made(f"group-{size}", "w2g64", {"quant.group_size": str(size)}, *means(*numbers)))
-    start = {"method.epochs": "0", "method.init_from": f"./out/sweeps/tables/{TABLE}/block-ap"}
+    start = {"start": "block-ap", "method.epochs": "0"}
     for count, numbers in WINDOWS.items():
         changes = start | {"data": f"{{num_samples: {count}, seq_len: 4096}}"}
         cells.append(made(f"e2e-windows-{count}", "w2g64", changes, *means(*numbers)))
     for (grid, text), (wiki, c4, accuracy) in TEXTS.items():
         changes = BLOCKS | ({"data.source": text} if text != "redpajama" else {})
         changes |= {"data.num_samples": FEW} if text == "wikitext2" else {}
-        entries = (
-            entry(WIKITEXT, "perplexity", wiki, SOURCE),
-            entry(C4, "perplexity", c4, SOURCE),
-            entry(FIVE, "acc", accuracy, SOURCE),
-        )
-        cells.append(made(f"text-{text}-{grid}", grid, changes, *entries))
+        each = (entry(WIKITEXT, "perplexity", wiki, SOURCE), entry(C4, "perplexity", c4, SOURCE))
+        cells.append(made(f"text-{text}-{grid}", grid, changes, *each, entry(FIVE, "acc", accuracy, SOURCE)))
     return f"""\
 # EfficientQAT's ablations on Llama-2 7B: phases and what trains in them, group size, windows and text.
 #   qtool sweep tables/{TABLE}
 # arXiv 2407.11062. Its perplexity is the mean of those on WikiText-2 and C4. The cells e2e-windows-* start from the
-# checkpoint of the cell block-ap, in the folder out/sweeps, as the paper's second phase has 4096 windows of 4096 tokens
-# of its own: run the cells in order (--jobs 1), and keep checkpoints. WikiText-2 has fewer windows than other texts.
+# checkpoint of the cell block-ap, as the paper's second phase has windows of its own, of 4096 tokens. WikiText-2 has
+# fewer windows than other texts.
 
 missing_models: skip
 cells:
