@@ -133,6 +133,6 @@ def groups_of(layers: Sequence[AssignmentLinear], total: float, config: Assignme
     groups = []
     for layer in layers:
         groups.append(ParamGroup([layer.logits], rate(config.travel, total, None)))
-        distance = config.scale_share * float(layer.scale.detach().mean())
+        distance = config.scale_share * float(layer.scale.detach().abs().mean())
         groups.append(ParamGroup([layer.scale], rate(distance, total, None)))
     return groups
