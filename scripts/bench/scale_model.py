@@ -24,6 +24,7 @@ from typing import Any
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig
 
 from qtool.blocks.shares import owner
+from qtool.blocks.states import PROBED_WINDOWS
 from qtool.config.sections import ModelConfig
 from qtool.methods import signround
 from qtool.methods.efficientqat import Config as EfficientQAT
@@ -282,6 +283,8 @@ def memory_of(method: str, block: Block, text: Text, ranks: int) -> Cost:
         found["paused forwards"] = float((widest + 3 * block.hidden) * block.itemsize * rows)
     elif method in ("signround", "efficientqat"):
         found["masters, gradients, moments"] = block.weights * (16.0 if method == "efficientqat" else 12.0)
+        widths = sum((g.columns + g.rows) * g.active for g in block.groups)
+        found["activations"] = float(PROBED_WINDOWS * text.length * widths * block.itemsize)
     return found
 
 

@@ -144,7 +144,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     for name, case in CASES.items():
-        found = run_case(case, folder, folder / "states" / f"{name}-{distributed.world_size()}-{distributed.rank()}")
+        found = run_case(case, folder, folder / "states" / f"{name}-{distributed.world_size()}")
         torch.save(found, folder / f"{name}-{distributed.rank()}.pt")
     message = differing(folder, folder / "states" / f"differing-{distributed.rank()}")
     (folder / f"differing-{distributed.rank()}.txt").write_text(message)

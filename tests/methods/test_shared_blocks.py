@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import shared_blocks as shared
+from helpers import tiny
 from helpers.shared_blocks import CASES, NUM_WINDOWS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,3 +107,13 @@ def test_a_process_that_works_alone_adds_nothing_up(monkeypatch: pytest.MonkeyPa
         assert distributed.place() == (0, 1)
         assert distributed.summed(3, 4.5) == [3, 4.5]
     assert distributed.active()
+
+
+def test_processes_that_would_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.several(1, 2, monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="cuda:0 is one GPU, and 2 processes were started; use cuda"):
+        distributed.start(torch.device("cuda:0"))
+    with pytest.raises(InputError, match=r"this machine has 1 GPU.*use torchrun --nproc-per-node 1"):
+        distributed.start(torch.device("cuda"))
