@@ -2,8 +2,8 @@
 
 A cell of a paper's own method is one of its packaged recipes, numbers and all. A rival is the same recipe with another
 ``method`` section, 128 calibration windows where it does not train, and the rival's published numbers. Numbers of
-methods that qtool lacks (OmniQuant, QuIP#, ...) are left out. After a change here or in ``tuned_tables.py``, run this
-script and commit the tables; a test compares both.
+methods that qtool lacks (OmniQuant, QuIP#, ...) are left out. After a change here, in ``tuned_tables.py`` or in
+``ablation_table.py``, run this script and commit the tables; a test compares both.
 
     python scripts/make_paper_tables.py
 """
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ablation_table
 import tuned_tables
 from make_paper_recipes import EFFICIENTQAT, FIVE, LRQAT, PEQA, PEQA_METHOD, PEQA_MODELS, SIX, label, peqa_rate
 from table_cells import cell, entry
@@ -150,18 +151,6 @@ TABLE_5: dict[str, tuple[str, dict[str, tuple[list[float], list[float]]]]] = {
     ),
 }
 
-# variant of Llama-2 7B at w2g64 -> changes, mean of two perplexities, mean accuracy in per cent
-ABLATION: dict[str, tuple[dict[str, str], float, float]] = {
-    "rtn": ({"method": "{name: rtn}"}, 453.49, 40.69),
-    "block-ap": ({"method.e2e.steps": "0"}, 8.53, 58.99),
-    "e2e-qp": ({"method.epochs": "0"}, 9.33, 55.71),
-    "both": ({}, 7.68, 60.14),
-    "block-ap-grid": ({"method.e2e.steps": "0", "method.trains": "[scales, zero_points]"}, 10.26, 55.20),
-    "block-ap-weights": ({"method.e2e.steps": "0", "method.trains": "[weights]"}, 14.32, 46.50),
-    "both-zero-points": ({"method.e2e.trains": "[zero_points]"}, 7.69, 60.08),
-    "both-scales-and-zero-points": ({"method.e2e.trains": "[scales, zero_points]"}, 7.68, 60.18),
-}
-
 
 def peqa_method(num_bits: int) -> str:
     """Return PEQA's section ``method``, as a change of a cell."""
@@ -201,26 +190,6 @@ def efficientqat() -> str:
 #   qtool sweep tables/efficientqat
 # arXiv 2407.11062; 4 bits, and Mistral Large, from the README of its code. How it calibrated the others is not told:
 # here they have 128 windows of the same corpus.
-
-missing_models: skip
-cells:
-{"".join(cells)}"""
-
-
-def ablation() -> str:
-    """Return EfficientQAT's ablations, as far as recipe keys can express them."""
-    source = "arXiv 2407.11062, ablations"
-    cells = []
-    for name, (changes, perplexity, accuracy) in ABLATION.items():
-        published = [
-            entry((*PERPLEXITY, *C4), "perplexity", perplexity, source),
-            entry(FIVE, "acc", accuracy, source),
-        ]
-        cells.append(cell(name, {"trained": name}, f"papers/efficientqat/{L27}-w2g64", changes, published))
-    return f"""\
-# EfficientQAT's ablations on Llama-2 7B at w2g64: which phase, and what trains in it.
-#   qtool sweep tables/efficientqat-ablation
-# arXiv 2407.11062. Its perplexity is the mean of those on WikiText-2 and C4.
 
 missing_models: skip
 cells:
@@ -312,7 +281,7 @@ def tables() -> dict[str, str]:
     """Return every table, by the name of its file."""
     return {
         "efficientqat.yaml": efficientqat(),
-        "efficientqat-ablation.yaml": ablation(),
+        "efficientqat-ablation.yaml": ablation_table.table(),
         **tuned_tables.tables(),
         "lrqat-4.yaml": lrqat_4(),
         "lrqat-5.yaml": lrqat_5(),

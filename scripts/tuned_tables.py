@@ -1,7 +1,7 @@
 """EfficientQAT's tables of tuned models, as sweeps: Llama-3 Instruct on deita, and LLaMA on Alpaca.
 
 Their second phase reads a text of its own. So each number takes two cells: Block-AP on the corpus, and E2E-QP alone on
-the other text, from the checkpoint of the first (``init_from``). ``make_paper_tables.py`` writes the files.
+the other text, from the checkpoint of the first. ``make_paper_tables.py`` writes the files.
 """
 
 from make_paper_recipes import FIVE, label
@@ -33,14 +33,11 @@ ALPACA: dict[tuple[int, int], tuple[list[float], list[float]]] = {
     (2, 64): ([32.6, 40.9], [28.1, 32.2]),
 }
 PAPER = "arXiv 2407.11062"
-CHAIN = """\
-# A cell of method efficientqat starts from the checkpoint of the cell block-ap before it, in the folder out/sweeps. So
-# run the cells in order (--jobs 1), and keep checkpoints."""
 
 
-def second_phase(table: str, first: str) -> dict[str, str]:
-    """Return the changes by which a cell of ``table`` is E2E-QP alone, from the checkpoint of the cell ``first``."""
-    return {"method.epochs": "0", "method.init_from": f"./out/sweeps/tables/{table}/{first}"}
+def second_phase(first: str) -> dict[str, str]:
+    """Return the changes by which a cell is E2E-QP alone, from the checkpoint of the cell ``first``."""
+    return {"start": first, "method.epochs": "0"}
 
 
 def instruct() -> str:
@@ -56,7 +53,7 @@ def instruct() -> str:
                 entry(("wikitext2",), "perplexity", perplexity, f"README of EfficientQAT ({PAPER})"),
                 entry(FIVE, "acc", accuracy, f"README of EfficientQAT ({PAPER})"),
             ]
-            changes = {"model.path": path, **second_phase(table, first)}
+            changes = {"model.path": path, **second_phase(first)}
             changes["data"] = "{source: deita, num_samples: 2048, seq_len: 4096}"
             own = columns | {"method": "efficientqat"}
             cells.append(cell(f"{model}-{label(*grid)}", own, recipe, changes, published))
@@ -65,7 +62,7 @@ def instruct() -> str:
 #   qtool sweep tables/{table}
 # {PAPER}. There the second phase reads 8192 conversations of at most 4096 tokens; here they are packed into 2048
 # windows.
-{CHAIN}
+# A cell of method efficientqat starts from the checkpoint of the cell block-ap.
 
 missing_models: skip
 cells:
@@ -91,7 +88,7 @@ def alpaca() -> str:
             }
             changes = common | {"method.e2e.steps": "0", "expected": "[]"}
             cells.append(cell(f"{name}-block-ap", columns | {"method": "block-ap"}, recipe, changes, []))
-            chain = second_phase(table, f"{name}-block-ap")
+            chain = second_phase(f"{name}-block-ap")
             for method, each, start in (("efficientqat", value, chain), ("peqa", of_peqa, {"method.epochs": "0"})):
                 published = [entry(("mmlu",), "acc", each, f"{PAPER}, MMLU after Alpaca")]
                 changes = common | start | tuned
@@ -99,9 +96,9 @@ def alpaca() -> str:
     return f"""\
 # EfficientQAT's table of MMLU with five examples, after E2E-QP of LLaMA on Alpaca.
 #   qtool sweep tables/{table}
-# {PAPER}. There the second phase takes 10,000 steps of 16 conversations, three times all of Alpaca; here conversations
-# are packed into windows of 512 tokens, 4096 of them, and read three times.
-{CHAIN}
+# {PAPER}. There the second phase takes 10,000 steps of 16 conversations, three times all of Alpaca; here
+# conversations are packed into windows of 512 tokens, 4096 of them, and read three times.
+# A cell of method efficientqat starts from the checkpoint of the cell block-ap.
 
 missing_models: skip
 cells:

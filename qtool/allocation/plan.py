@@ -116,7 +116,9 @@ class BitPlan(Section):
     def yaml(self, quant: QuantConfig) -> str:
         """Return a file for ``quant.overrides``: the overrides of ``quant``, then the widths."""
         budget = self.budget
-        limit = f"{budget.average_bits:g} average bits" if budget.average_bits else f"{budget.size:,} bytes"
+        limit = f"{budget.average_bits:g} average bits" if budget.average_bits else f"{budget.size or 0:,} bytes"
+        if budget.share is not None:
+            limit = f"{budget.share:.4g} of the float model's bytes"
         lines = [
             f"# Widths for {self.model} within {limit}, by qtool {__version__}.",
             f"# Estimator {budget.estimator}, solver {budget.solver}: predicted cost {self.cost:.3g}, "
@@ -276,15 +278,14 @@ def shapes(units: Sequence[Unit]) -> dict[str, tuple[int, int]]:
 
 
 def _sizes(loaded: LoadedModel, units: Sequence[Unit], quant: QuantConfig) -> tuple[list[list[int]], int]:
-    """Return the size of each width of each unit, and the capacity: in bits, or in bytes for ``size``.
+    """Return the size of each width of each unit, and the capacity: in bits, or in bytes for ``size`` and ``share``.
 
     Raises:
         InputError: The smallest widths do not fit.
     """
     budget = quant.budget
     assert budget is not None
-    if budget.size is None:
-        assert budget.average_bits is not None
+    if budget.average_bits is not None:
         sizes = [[_bits(unit, width) for width in unit.choices] for unit in units]
         num_weights = sum(unit.num_weights for unit in units)
         capacity, smallest = math.floor(budget.average_bits * num_weights), sum(each[0] for each in sizes)
@@ -294,15 +295,25 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], quant: QuantConfig) -> tu
         sizes = [[_bytes(unit, width) for width in unit.choices] for unit in units]
         packed = sum(each[-1] for each in sizes)
         rest = checkpoint_sizes.planned_bytes(loaded, specs(units, widest), shapes(units)) - packed
-        capacity, smallest = budget.size - rest, sum(each[0] for each in sizes)
+        if budget.size is not None:
+            limit, given = int(budget.size), "size"
+        else:
+            assert budget.share is not None
+            limit, given = math.floor(budget.share * _float_bytes(loaded)), f"share is {budget.share:g}, so the size"
+        capacity, smallest = limit - rest, sum(each[0] for each in sizes)
         least = f"{smallest + rest:,} bytes, of which {rest:,} are for all tensors but the packed weights"
-        asked = f"size is {budget.size:,}", least + _of_tables(loaded, units)
+        asked = f"{given} is {limit:,}", least + _of_tables(loaded, units)
     if smallest > capacity:
         raise InputError(
             f"quant.budget.{asked[0]}, and the least that is possible is {asked[1]}; raise the budget, allow smaller "
             "choices, floors or pins, or use a larger quant.group_size"
         )
     return sizes, capacity
+
+
+def _float_bytes(loaded: LoadedModel) -> int:
+    """Return the bytes of the float model's weights, tied ones once."""
+    return sum(parameter.numel() for parameter in loaded.model.parameters()) * loaded.storage_dtype.itemsize
 
 
 def _of_tables(loaded: LoadedModel, units: Sequence[Unit]) -> str:

@@ -16,22 +16,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtool.allocation.rounded import Changes, Weights, compensated, nearest, rounded_unit
 from qtool.allocation.tables import head_hessian, row_weights
 from qtool.allocation.units import Unit
-from qtool.blocks.driver import TOKENS_PER_BATCH, BlockStates, walk
+from qtool.blocks.driver import walk
 from qtool.blocks.job import Job
+from qtool.blocks.states import TOKENS_PER_BATCH, BlockStates
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.system import memory, progress
-from qtool.training.losses import kl
+from qtool.training.losses import kl, text_loss
 
 LOGIT_ROWS = 512  # number of tokens whose logits are compared at once
 Costs = list[dict[int, float]]  # costs of each unit, by width
@@ -296,8 +296,7 @@ def _logits(loaded: LoadedModel, tokens: Tensor) -> Tensor:
 
 def _nll(loaded: LoadedModel, tokens: Tensor, labels: Tensor) -> Tensor:
     """Return the summed negative log-likelihood of the learned tokens."""
-    logits = _logits(loaded, tokens).flatten(0, 1).float()
-    return F.cross_entropy(logits, labels[:, 1:].flatten().to(loaded.device), reduction="sum", ignore_index=IGNORED)
+    return text_loss(_logits(loaded, tokens).flatten(0, 1), labels[:, 1:].flatten().to(loaded.device))
 
 
 class CostEstimator(NamedTuple):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -273,6 +274,45 @@ def head_input(loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: 
         InputError: the model does not call its head.
     """
     found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0])
+        raise Stop
+
+    handle = loaded.model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        with _after_blocks(loaded, hidden, blocks, layout), suppress(Stop):
+            loaded.model(**batch, use_cache=False)
+    finally:
+        handle.remove()
+    if not found:
+        raise InputError(f"{loaded.path} does not call its output head, so that nothing shows what it reads")
+    return found[0].to(loaded.device)
+
+
+@contextmanager
+def logits_of(
+    loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: Blocks, layout: Layout
+) -> Iterator[Tensor]:
+    """Yield the logits ``[b, t, vocabulary]`` that the model makes of the hidden states that leave the last block.
+
+    The head of a streamed model computes on the device and in the dtype that compute.
+    """
+    head = loaded.model.get_output_embeddings()
+    if loaded.streaming:
+        weight = head.weight.to(loaded.device, loaded.dtype)
+        bias = None if head.bias is None else head.bias.to(loaded.device, loaded.dtype)
+        head.forward = lambda x: F.linear(x.to(loaded.device), weight, bias)  # on the instance, removed below
+    try:
+        with _after_blocks(loaded, hidden, blocks, layout):
+            yield loaded.model(**batch, use_cache=False).logits
+    finally:
+        vars(head).pop("forward", None)
+
+
+@contextmanager
+def _after_blocks(loaded: LoadedModel, hidden: Tensor, blocks: Blocks, layout: Layout) -> Iterator[None]:
+    """Let a forward of the model continue from ``hidden``, as if the last block had returned it."""
     modules = [block for _, block in blocks]
     plain = hidden.as_subclass(Tensor) if isinstance(hidden, Batch) else hidden
     plain = plain.movedim(0, layout.dim) if layout.dim else plain
@@ -281,19 +321,8 @@ def head_input(loaded: LoadedModel, batch: ModelInputs, hidden: Tensor, blocks: 
     def pass_on(index: int, before: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return with_hidden(layout.output, plain if index == len(modules) - 1 else before)
 
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise Stop
-
-    handle = loaded.model.get_output_embeddings().register_forward_pre_hook(stop)
-    try:
-        with around_blocks(loaded, modules), replaced_forwards(modules, pass_on), suppress(Stop):
-            loaded.model(**batch, use_cache=False)
-    finally:
-        handle.remove()
-    if not found:
-        raise InputError(f"{loaded.path} does not call its output head, so that nothing shows what it reads")
-    return found[0].to(loaded.device)
+    with around_blocks(loaded, modules), replaced_forwards(modules, pass_on):
+        yield
 
 
 @contextmanager

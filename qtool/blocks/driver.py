@@ -10,31 +10,25 @@ watching one forward of the block (``task.py``).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import chain
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.calls import BlockCall, Layout, first_hidden, head_input, record_calls, record_varying
-from qtool.blocks.hidden_states import Beside, HiddenStates
-from qtool.blocks.job import Figures, FinishedBlock, Job, ModelInputs, Result, Workspace, block_series, expert_figures
-from qtool.blocks.layout import find_layout
-from qtool.blocks.pictures import PictureFeatures
-from qtool.blocks.tables import WINDOWS_PER_BATCH, HeadBlock, same_moment
+from qtool.blocks.calls import BlockCall
+from qtool.blocks.hidden_states import HiddenStates
+from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series, expert_figures
+from qtool.blocks.shares import check_same
+from qtool.blocks.states import PROBED_WINDOWS, BlockStates
+from qtool.blocks.tables import WINDOWS_PER_BATCH, HeadBlock
 from qtool.blocks.task import BlockTask, Rows, rows_of
 from qtool.models import expert_files
-from qtool.models.experts import choices
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
-from qtool.models.tables import unpacked
 from qtool.quant.packed_linear import PackedLinear
 from qtool.reports.expert_tokens import coverage
-from qtool.system import memory, progress, units
-
-TOKENS_PER_BATCH = 2048  # tokens of a batch of windows; more are no faster on a CPU, and need more memory
-PROBED_WINDOWS = 4  # windows on which the error of a block is measured
+from qtool.system import distributed, memory, progress
 
 
 @torch.no_grad()
@@ -57,13 +51,16 @@ def run_blocks(
     The result has the figures of every block: those that ``quantize_block`` returned and, with text, ``block_error`` on
     the first windows: ``|q(x) - f(x)|**2 / |f(x)|**2``, with ``f`` the float block, ``q`` the quantized block and ``x``
     the hidden states that the quantized blocks before it made.
+
+    Several processes share the text (``shares.py``), and end with the same bits: a block in which they do not is an
+    error.
     """
     loaded, workspace = job.loaded, job.workspace
     assert loaded.streaming is None or workspace is not None, "a streamed model needs a workspace for its blocks"
     blocks = loaded.blocks()
     kept = _kept(workspace, job.num_parts)
     compute = compute or loaded.dtype
-    states = None if job.tokens is None or all(kept) else BlockStates(job, compute, with_float_states)
+    states = None if job.tokens is None or all(kept) else BlockStates(job, compute, with_float_states, shared=True)
     found: list[tuple[Figures, dict[str, float]]] = []
     for index, (name, block) in enumerate(progress.track(blocks, "quantizing blocks", len(blocks))):
         done = kept[index]
@@ -74,6 +71,7 @@ def run_blocks(
             task = _task(job, index, name, block, states, compute)
             if done is None:
                 done = _quantize(task, quantize_block, states)
+                check_same(name, done.tensors)
                 if workspace:
                     workspace.write(index, done)
             elif states:
@@ -107,7 +105,9 @@ def _kept(workspace: Workspace | None, num_blocks: int) -> list[FinishedBlock | 
     kept: list[FinishedBlock | None] = []
     for index in range(num_blocks):
         kept.append(workspace.read(index) if workspace and all(kept) else None)
-    return kept
+    # a process that is late may find a block that the others began again
+    count = distributed.lowest(sum(done is not None for done in kept))
+    return [*kept[:count], *[None] * (num_blocks - count)]
 
 
 def _task(
@@ -115,25 +115,39 @@ def _task(
 ) -> BlockTask:
     """Return the task of one block. It holds the block's float linears."""
     inputs, float_inputs, calls, pausing = states.at(index) if states else (HiddenStates(None), None, {}, True)
-    streamed = job.loaded.streaming is not None
-    return BlockTask(index, name, block, inputs, float_inputs, job.of_block(index), calls, compute, pausing, streamed)
+    return BlockTask(
+        index,
+        name,
+        block,
+        inputs,
+        float_inputs,
+        job.of_block(index),
+        calls,
+        compute,
+        pausing,
+        ending=states.ending if states else None,
+        is_last=index + 1 == len(job.loaded.blocks()),
+        streamed=job.loaded.streaming is not None,
+    )
 
 
 def _quantize(
     task: BlockTask, quantize_block: Callable[[BlockTask], Figures | None], states: "BlockStates | None"
 ) -> FinishedBlock:
     """Let the method quantize a block, and send the hidden states through it."""
-    before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if states else None
+    probing = states is not None and states.inputs.share.numbers[0] == 0  # the process that holds the first windows
+    before = task.forward(task.inputs[0][:PROBED_WINDOWS]) if probing else None
     figures = dict(quantize_block(task) or {})
     left = {target.name for target in task.targets} - {task.full_name(part) for part in packed_linears(task.block)}
     assert not left, f"the method left these targets unquantized: {sorted(left)}"
-    if states and before is not None:
+    if states:
         states.advance(task)
         for counts in task.expert_tokens.values():
-            figures |= expert_figures(counts.tolist())
-        figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
+            figures |= expert_figures(distributed.summed(*counts.tolist()))
+        if before is not None:
+            figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
     tensors = {task.full_name(part): value for part, value in task.block.state_dict().items()}
-    return FinishedBlock(tensors, figures, task.weight_errors)
+    return FinishedBlock(tensors, distributed.of_first(lambda: figures), task.weight_errors)
 
 
 def _quantize_head(
@@ -149,7 +163,9 @@ def _quantize_head(
     calls = {size: BlockCall((), {}) for size in (1, WINDOWS_PER_BATCH)}
     streamed = loaded.streaming is not None
     task = BlockTask(index, parent, block, inputs, float_inputs, [target], calls, compute, streamed=streamed)
-    done = _quantize(task, quantize_block, None)
+    with distributed.alone():  # its few rows are the same in all processes
+        done = _quantize(task, quantize_block, None)
+    check_same(target.name, done.tensors)
     replace_linear(loaded.model, target.name, block.get_submodule(leaf))
     if job.workspace:
         job.workspace.write(index, done)
@@ -179,103 +195,6 @@ def gather(job: Job, *, on_device: bool = True) -> None:
     workspace = job.workspace
     finished = [workspace.read(index) for index in range(job.num_parts)] if workspace else []
     job.loaded.gather([each and each.tensors for each in finished], job.targets, on_device=on_device)
-
-
-class BlockStates:
-    """The hidden states that enter the next block, and the recorded calls of every block."""
-
-    def __init__(self, job: Job, compute: torch.dtype, with_float_states: bool) -> None:
-        """Compute the hidden states that enter the first block, and choose whether they are held in memory.
-
-        With ``with_float_states``, the hidden states of the float model are kept beside those of the quantized model.
-        """
-        loaded, tokens, workspace = job.loaded, job.text, job.workspace
-        blocks = loaded.blocks()
-        batches = job.batches(max(1, TOKENS_PER_BATCH // tokens.shape[1]), loaded.model.device, loaded.dtype)
-        self._loaded, self._batches, self._blocks = loaded, batches, blocks
-        self._features = PictureFeatures(loaded)
-        with self._features.remembered():
-            self._layout = find_layout(loaded, batches, blocks)
-            self._calls = record_calls(loaded, _of_each_size(batches), blocks, compute, self._layout)
-            first = first_hidden(loaded, batches[0], blocks, self._layout)
-        # the function that returns the arguments of block i that differ between batches
-        self._varying = partial(_varying, loaded, batches, blocks, compute, self._layout)
-        state_bytes = (
-            2 * first[0].nbytes * len(tokens) * (2 if with_float_states else 1)
-        )  # entering and leaving the block
-        widest = max((t.weight_shape[1] * choices(loaded.model, t.linear) for t in job.targets), default=0)
-        # a paused forward holds the next linear's input, the residual, and about as much again in its callers
-        paused_bytes = (
-            (widest + 3 * first.shape[-1]) * compute.itemsize * tokens.numel() * (2 if with_float_states else 1)
-        )
-        budget = workspace.memory_budget if workspace else None
-        on_disk = budget is not None and state_bytes > budget
-        self._pausing = budget is None or state_bytes + paused_bytes <= budget
-        if on_disk:
-            size = units.size(state_bytes)
-            progress.note(f"hidden states take {size}, more than data.memory_budget; they are kept on disk")
-        folder = workspace.scratch if workspace and on_disk else None
-        self.inputs = HiddenStates(folder, chain([first], self.entering(1)))
-        self.float_inputs = self.inputs if with_float_states else None
-        if with_float_states and job.tables.floats:
-            with unpacked(loaded.model, job.tables):
-                self.float_inputs = HiddenStates(folder, self.entering())
-
-    def entering(self, start: int = 0) -> Iterator[Tensor]:
-        """Compute the hidden states that enter the first block, of each batch from ``start`` on."""
-        with self._features.remembered():
-            for batch in self._batches[start:]:
-                yield first_hidden(self._loaded, batch, self._blocks, self._layout)
-
-    def at(self, index: int) -> tuple[HiddenStates, HiddenStates | None, dict[int, BlockCall], bool]:
-        """Return the inputs and float inputs of block ``index``, its calls by batch size, and whether it may pause."""
-        with self._features.remembered():
-            for states in {id(each): each for each in (self.inputs, self.float_inputs) if each is not None}.values():
-                states.bring(self._varying(index))
-        return self.inputs, self.float_inputs, {size: each[index] for size, each in self._calls.items()}, self._pausing
-
-    def of_head(self) -> tuple[HiddenStates, HiddenStates | None]:
-        """Return the inputs and the float inputs of the head, after the last block, as few windows as are needed."""
-        given = [self.inputs, *([] if self.float_inputs is None else [self.float_inputs])]
-
-        def read() -> Iterator[tuple[Tensor, ...]]:
-            with self._features.remembered():
-                for batch, *states in zip(self._batches, *given, strict=True):
-                    found = (head_input(self._loaded, batch, x, self._blocks, self._layout) for x in states)
-                    yield tuple(each.flatten(0, -2) for each in found)
-
-        made = [HiddenStates(None, (x.to(self._loaded.dtype) for x in each)) for each in same_moment(read())]
-        return made[0], made[1] if len(made) > 1 else None
-
-    def advance(self, task: BlockTask) -> None:
-        """Replace the hidden states by those after the block of ``task``, which is quantized by now."""
-        if self.float_inputs is not None:
-            assert task.float_outputs is not None, "a method with float inputs sets the float outputs of each task"
-            self.float_inputs = task.float_outputs
-        self.inputs = task.outputs or task.through_counted(self.inputs)
-
-
-def _of_each_size(batches: list[ModelInputs]) -> list[ModelInputs]:
-    """Return one batch of each size that a block is run on."""
-    sizes = {len(batch["input_ids"]): batch for batch in batches}
-    if batches[0].keys() == {"input_ids"}:
-        few = [batches[0]["input_ids"][:count] for count in (1, PROBED_WINDOWS)]
-        sizes = {len(batch): {"input_ids": batch} for batch in few} | sizes
-    return list(sizes.values())
-
-
-def _varying(
-    loaded: LoadedModel,
-    batches: list[ModelInputs],
-    blocks: list[tuple[str, nn.Module]],
-    compute: torch.dtype,
-    layout: Layout,
-    index: int,
-) -> Iterator[Beside]:
-    """Yield the arguments of block ``index`` that differ between batches, for each batch."""
-    if layout.varying[index] or layout.added[index]:
-        for batch in batches:
-            yield record_varying(loaded, batch, blocks, index, compute, layout)
 
 
 def bring_in(block: nn.Module, loaded: LoadedModel, compute: torch.dtype) -> dict[str, torch.dtype]:
@@ -335,12 +254,21 @@ def walk(job: Job, states: "BlockStates | None" = None) -> Iterator[BlockTask]:
     states = states or BlockStates(job, loaded.dtype, False)
     blocks = loaded.blocks()
     for index, (name, block) in enumerate(progress.track(blocks, "reading blocks", len(blocks))):
-        stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
-        bring_in(block, loaded, loaded.dtype)
-        inputs, _, calls, _ = states.at(index)
-        task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
-        yield task
-        states.advance(task)
+        with brought_in(block, loaded):
+            inputs, _, calls, _ = states.at(index)
+            task = BlockTask(index, name, block, inputs, None, job.of_block(index), calls, loaded.dtype)
+            yield task
+            states.advance(task)
+
+
+@contextmanager
+def brought_in(block: nn.Module, loaded: LoadedModel) -> Iterator[None]:
+    """Have ``block`` in memory, where and in the dtype that ``loaded`` computes, inside the ``with`` block."""
+    stored = [(tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers())]
+    bring_in(block, loaded, loaded.dtype)
+    try:
+        yield
+    finally:
         expert_files.leave(block, loaded.storage_dtype)
         for tensor, data in stored:
             tensor.data = data

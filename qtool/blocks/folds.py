@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qtool.blocks.task import BlockTask
 from qtool.models.linears import Target, weight_of
+from qtool.system import distributed
 
 INVARIANT = 0.01  # a fold is invariant if it changes the output by less than this share of scaling its source alone
 
@@ -81,15 +82,20 @@ Found = dict[tuple[str, ...], list[tuple[str, float, tuple[str, ...]]]]
 
 
 def folds_of(task: BlockTask, probe: Tensor, found: Found) -> list[Fold]:
-    """Return the folds of this block; ``found`` keeps them by name for all blocks of one class with equal linears."""
+    """Return the folds of this block; ``found`` keeps them by name for all blocks of one class with equal linears.
+
+    Of several processes the first finds them, on its ``probe``.
+    """
     local = {task.local_name(target): target for target in task.targets}
     kind = (type(task.block).__qualname__, *(f"{name} {tuple(t.weight.shape)}" for name, t in local.items()))
     if kind not in found:
         names = {module: name for name, module in task.block.named_modules()}
-        found[kind] = [
-            (names[fold.source], fold.offset, tuple(names[reader.linear] for reader in fold.readers))
-            for fold in find_folds(task, probe)
-        ]
+        found[kind] = distributed.of_first(
+            lambda: [
+                (names[fold.source], fold.offset, tuple(names[reader.linear] for reader in fold.readers))
+                for fold in find_folds(task, probe)
+            ]
+        )
     return [
         Fold(task.block.get_submodule(source), offset, tuple(local[name] for name in readers), source not in local)
         for source, offset, readers in found[kind]

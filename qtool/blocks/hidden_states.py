@@ -2,6 +2,9 @@
 
 Some architectures give a block more that belongs to its windows: inputs made from the tokens, and keys and values of
 earlier blocks. Hidden states of such a model are ``Batch``es, which bring those tensors along.
+
+Of several processes each holds some batches (``shares.py``); indices count those that are held, and ``share`` has their
+numbers in the whole text.
 """
 
 import tempfile
@@ -11,6 +14,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+from qtool.blocks.shares import Share
 
 Beside = Mapping[tuple[Any, ...], Tensor]  # tensors [b, ...] by a name that ``calls.py`` chooses
 
@@ -55,9 +60,12 @@ def joined(batches: Sequence[Tensor]) -> Tensor:
 class HiddenStates(Sequence[Tensor]):
     """A sequence of batches ``[b, t, d]``; with a folder, each is kept in a file there and mapped when it is read."""
 
-    def __init__(self, folder: Path | None, batches: Iterable[Tensor] = ()) -> None:
-        """Begin with ``batches``; keep them in memory, or in files of a temporary folder below ``folder``."""
-        self._folder = None
+    def __init__(self, folder: Path | None, batches: Iterable[Tensor] = (), share: Share | None = None) -> None:
+        """Begin with ``batches``; keep them in memory, or in files of a temporary folder below ``folder``.
+
+        ``share`` says which batches of the text they are; ``None``: all.
+        """
+        self._folder, self._share = None, share
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="hidden-states-")
@@ -67,6 +75,11 @@ class HiddenStates(Sequence[Tensor]):
         self._device = torch.device("cpu")
         for batch in batches:
             self.append(batch)
+
+    @property
+    def share(self) -> Share:
+        """The batches of the text that are held here."""
+        return self._share or Share(tuple(batch.shape[0] for batch in self._batches), tuple(range(len(self))))
 
     def append(self, batch: Tensor) -> None:
         """Add a batch at the end."""
@@ -120,4 +133,4 @@ class HiddenStates(Sequence[Tensor]):
 
     def like(self) -> "HiddenStates":
         """Return an empty sequence that keeps its batches in the same folder, or in memory too."""
-        return HiddenStates(None if self._folder is None else Path(self._folder.name).parent)
+        return HiddenStates(None if self._folder is None else Path(self._folder.name).parent, share=self._share)

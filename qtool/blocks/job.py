@@ -114,14 +114,21 @@ class Job:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self, tokens=self.text[:count], labels=labels, pictures=self.pictures[:count])
 
-    def batches(self, size: int, device: torch.device, dtype: torch.dtype) -> list[ModelInputs]:
-        """Return ``size`` windows at a time on ``device``, each window with pictures alone; pixels are in ``dtype``."""
+    def batches(
+        self, size: int, device: torch.device, dtype: torch.dtype, numbers: Iterable[int] | None = None
+    ) -> list[ModelInputs]:
+        """Return ``size`` windows at a time on ``device``, each window with pictures alone; pixels are in ``dtype``.
+
+        ``numbers`` are the batches to return; ``None``: all.
+        """
+        parts = self.text.split(1 if self.pictures else size)
+        chosen = range(len(parts)) if numbers is None else numbers
         if not self.pictures:
-            return [{"input_ids": batch} for batch in self.text.to(device).split(size)]
+            return [{"input_ids": parts[number].to(device)} for number in chosen]
         return [
-            {"input_ids": tokens.to(device)}
-            | {k: x.to(device, dtype if x.is_floating_point() else x.dtype) for k, x in pictures.items()}
-            for tokens, pictures in zip(self.text.split(1), self.pictures, strict=True)
+            {"input_ids": parts[number].to(device)}
+            | {k: x.to(device, dtype if x.is_floating_point() else x.dtype) for k, x in self.pictures[number].items()}
+            for number in chosen
         ]
 
     @property
@@ -200,6 +207,6 @@ def block_series(figures: Iterable[Figures]) -> tuple[Series, ...]:
     )
 
 
-def expert_figures(counts: Iterable[int]) -> Figures:
+def expert_figures(counts: Iterable[float]) -> Figures:
     """Return the tokens that each expert of a block saw as figures, which ``block_series`` puts into one series."""
     return {f"{EXPERT_TOKENS}/{expert}": float(count) for expert, count in enumerate(counts)}

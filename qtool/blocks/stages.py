@@ -22,6 +22,9 @@ on when the method has packed the group. Time runs downwards::
 Only the method's greenlet chooses who runs next; a paused forward switches back to it and to no other. To pause, the
 ``forward`` of each float linear is replaced on the instance, and restored when the stages end, also by an error.
 
+Of several processes each runs the forwards of its own batches, in the same stages. What needs the other processes is
+done by the method between the stages, and never in a paused forward.
+
 Paused forwards of all batches need memory. Where there is not enough, ``repeated_stages`` runs the block again for each
 group instead, with the same result bit for bit.
 """
@@ -86,8 +89,9 @@ def paused_stages(task: BlockTask) -> Iterator[Stage]:
                     float_inputs.append(run.switch())
             _contract(task, group)
             memory.return_freed()
-        task.outputs = HiddenStates(None, inputs)
-        task.float_outputs = HiddenStates(None, float_inputs) if task.float_inputs is not None else None
+        share = task.inputs.share
+        task.outputs = HiddenStates(None, inputs, share)
+        task.float_outputs = HiddenStates(None, float_inputs, share) if task.float_inputs is not None else None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from qtool.models.tables import put_packed
 from qtool.quant.affine import QuantizedWeight, quantize, relative_error
 from qtool.quant.packed_embedding import PackedEmbedding
 from qtool.quant.ranges import search_qparams
-from qtool.system import memory, progress
+from qtool.system import distributed, memory, progress
 from qtool.system.seeds import derived_seed
 
 ROWS_AT_ONCE = 1 << 22  # number of weights whose ranges are searched together
@@ -88,7 +88,9 @@ def same_moment(inputs: Iterator[tuple[Tensor, ...]]) -> list[list[Tensor]]:
         moment = joined.T @ joined if moment is None else moment.addmm_(joined.T, joined)
         count += len(joined)
     assert moment is not None, "a head without inputs"
-    values, vectors = torch.linalg.eigh(moment / count)
+    mean = moment / count
+    distributed.pool(count, mean)  # several processes, each with its own batches, get the same rows
+    values, vectors = torch.linalg.eigh(mean)
     rows = -(-len(values) // NUM_WINDOWS) * NUM_WINDOWS
     generator = torch.Generator().manual_seed(derived_seed(0, len(values)))
     mixture, _ = torch.linalg.qr(torch.randn(rows, len(values), generator=generator, dtype=torch.float64))

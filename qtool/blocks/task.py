@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qtool.blocks.calls import BlockCall
+from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, replace_linear
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_linear import PackedLinear
+from qtool.system import distributed
 from qtool.system.errors import InputError
 
 
@@ -48,6 +50,8 @@ class BlockTask:
     calls: dict[int, BlockCall]  # recorded call for each batch size, always including 1
     compute: torch.dtype  # dtype of the block while the method has it
     pausing: bool = True  # True if memory allows every batch's forward to pause in the middle of the block
+    ending: Ending | None = None  # what follows the last block, of a task with hidden states
+    is_last: bool = False  # True of the last block
     streamed: bool = False  # True if float weights may be freed as soon as they are packed
     outputs: HiddenStates | None = None  # hidden states after the quantized block; ``None``: the driver makes them
     float_outputs: HiddenStates | None = None  # hidden states after the float block
@@ -154,7 +158,7 @@ class BlockTask:
     def pass_floats(self, leaders: Iterable[nn.Module] = ()) -> dict[nn.Module, Tensor]:
         """Set ``float_outputs`` to what the block in its present state makes of ``float_inputs``.
 
-        Return the sum of squares ``[in]`` of each channel that each of ``leaders`` reads meanwhile.
+        Return the sum of squares ``[in]`` of each channel that each of ``leaders`` reads meanwhile, in all processes.
         """
         assert self.float_inputs is not None
         squares: dict[nn.Module, Tensor] = {}
@@ -167,6 +171,7 @@ class BlockTask:
         for hidden in self.float_inputs:
             outputs.append(self.observe(leaders, visit, [hidden])[0])
         self.float_outputs = outputs
+        distributed.sum_all([squares[linear] for linear in leaders])
         return squares
 
     @contextmanager

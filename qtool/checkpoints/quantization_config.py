@@ -14,6 +14,7 @@ from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
 from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION, GRIDS_VERSION, TABLES_VERSION
 from qtool.system.errors import InputError
 
+ABSENT = {"grid": "affine", "float_zero": False, "negative_scales": None}  # of folders without these keys
 SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
 FREE = "model_free"  # key of the section: the checkpoint was made from files alone (``free.py``)
 
@@ -50,6 +51,8 @@ def section_of(specs: dict[str, QuantSpec], tables: PackedTables = NO_TABLES) ->
     rounding = any(getattr(spec, key) is not None for spec in specs.values() for key in ACTIVATION_KEYS)
     if not rounding:
         common = {key: value for key, value in common.items() if key not in ACTIVATION_KEYS}
+    if all(spec.negative_scales is None for spec in specs.values()):
+        del common["negative_scales"]
     overrides = {
         name: {key: value for key, value in keys(spec).items() if value != common.get(key)}
         for name, spec in specs.items()
@@ -116,7 +119,7 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
         )
     try:
         # folders of earlier versions lack these keys
-        section = {"grid": "affine", "float_zero": False, **dict.fromkeys(ACTIVATION_KEYS), **section}
+        section = {**ABSENT, **dict.fromkeys(ACTIVATION_KEYS), **section}
         common = {key: section[key] for key in SPEC_KEYS}
         names = [*section["linears"], *tables_of(section).embeddings]
         specs = {name: QuantSpec(**(common | section["overrides"].get(name, {}))) for name in names}

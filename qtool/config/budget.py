@@ -22,13 +22,20 @@ class BudgetConfig(Section):
         ge=1,
         allow_inf_nan=False,
         description="Limit: stored bits per quantized weight on average, including scales and zero points, and the "
-        "tables that are quantized. Give this or size.",
+        "tables that are quantized. Give this, size or share.",
     )
     size: ByteSize | None = Field(
         None,
         ge=1,
         description="Limit: bytes of the weight files, e.g. 2.1GB, including tensors that stay in floating point. "
-        "Give this or average_bits.",
+        "Give this, share or average_bits.",
+    )
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Limit: bytes of the weight files as a share of those of the float model, e.g. 0.32. Give this, "
+        "size or average_bits.",
     )
     estimator: CostEstimatorName = Field(
         "loss",
@@ -64,8 +71,8 @@ class BudgetConfig(Section):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if (self.average_bits is None) == (self.size is None):
-            raise ValueError("give one of average_bits and size")
+        if [self.average_bits, self.size, self.share].count(None) != 2:
+            raise ValueError("give one of average_bits, size and share")
         if sorted(set(self.choices)) != list(self.choices):
             raise ValueError("choices must be in rising order, without repeats: [2, 3, 4, 8], or some of these")
         return self

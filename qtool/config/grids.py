@@ -25,7 +25,7 @@ class BlockGrid(NamedTuple):
     integer_bits: int
     """Bits of the integer of a group's scale, and of its minimum; 0: the float16 number is the scale."""
     largest: int
-    """The largest such integer that is used. Those of symmetric types are signed, and only positive ones are used."""
+    """The largest such integer. Those of symmetric types are signed, and ``-largest`` is the lowest that is used."""
 
     @property
     def groups(self) -> int:

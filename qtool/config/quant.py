@@ -25,6 +25,7 @@ ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # bits of
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 BITS = grids.BITS  # widths of an affine grid
+SIGNED_BITS = 4  # largest width at which scales may be negative where no recipe says it
 TABLE_IMPLIED = ("num_bits", "group_size", "symmetric")  # keys that the name of a grid implies
 GRID_HELP = (
     "affine: the width, groups and zero points that the other keys say; q2_k to q6_k, q4_1, q5_1: the grid of that "
@@ -120,6 +121,13 @@ class QuantSpec(NamedGrid):
         description="Let zero points lie between codes and store them like scales; needs symmetric: false. Only "
         "native checkpoints and dense exports can hold them.",
     )
+    negative_scales: bool | None = Field(
+        None,
+        description="Let scales be negative: the extra level of a symmetric grid (2 bits: -2, -1, 0, 1) then lies on "
+        "the side of zero where it lowers the error of a group. unset: true up to 4 bits where "
+        "inputs are not rounded (kernels that multiply integers may need positive scales), but with llmqat and "
+        "paretoq, whose scales are positive.",
+    )
     activations: ActivationGrid | None = Field(
         None, description="Grid of the inputs of quantized linears, or its bits alone; unset: not rounded."
     )
@@ -138,6 +146,11 @@ class QuantSpec(NamedGrid):
     def _keys_fit(self) -> Self:
         if self.float_zero and self.symmetric:
             raise ValueError("float_zero: true needs symmetric: false; a symmetric grid has no zero point to store")
+        if self.negative_scales and not self.symmetric:
+            raise ValueError(
+                "negative_scales: true needs symmetric: true; the zero point of an asymmetric grid says where its "
+                "levels lie"
+            )
         if self.kv_group_size is not None and self.kv_cache is None:
             raise ValueError("kv_group_size acts only with kv_cache: give both, or neither")
         return self
@@ -151,6 +164,13 @@ class QuantSpec(NamedGrid):
     def blocks(self) -> BlockGrid | None:
         """How scales are stored by blocks, as in GGUF's types; ``None``: on an affine grid, each by itself."""
         return BLOCK_GRIDS.get(self.grid)
+
+    @property
+    def signed(self) -> bool:
+        """True if scales may be negative."""
+        if self.negative_scales is None:
+            return self.symmetric and self.num_bits <= SIGNED_BITS and self.activations is None
+        return self.negative_scales
 
     @property
     def free(self) -> "QuantSpec":

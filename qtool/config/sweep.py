@@ -124,7 +124,8 @@ class SweepConfig(Section):
     )
     cells: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Further cells by name: dotted key -> value, and columns (axis -> label) for the table.",
+        description="Further cells by name: dotted key -> value, columns (axis -> label) for the table, and start, the "
+        "name of a cell from whose checkpoint this one's training starts.",
     )
     over: tuple[str, ...] = Field(
         (), description="Axes over which the table gives mean and standard deviation, e.g. seed."

@@ -83,13 +83,15 @@ class RoundingConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the learning rate schedule."""
 
-    optimizer: Literal["adamw", "adamw8bit", "signsgd"] = Field(
+    optimizer: Literal["adamw", "adamw8bit", "signsgd", "lion"] = Field(
         "adamw",
         description="adamw8bit: AdamW with 8-bit states, needs bitsandbytes; signsgd: each step has the size of the "
-        "learning rate, against the sign of the gradient.",
+        "learning rate, against the sign of the gradient; lion: the same, against the sign of an average of gradients.",
     )
     betas: tuple[float, float] = Field(
-        (0.9, 0.999), description="Decay rates of AdamW's averages of the gradient and its square."
+        (0.9, 0.999),
+        description="AdamW: decay rates of the averages of the gradient and its square. lion: shares of the momentum "
+        "in a step, and of the old momentum in the new one.",
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW, added to the root of the averaged squared gradient.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -178,14 +180,25 @@ class TrainedConfig(PresetConfig):
     )
 
 
+class LastBlockConfig(MethodConfig):
+    """The base of the section of a method that trains a block at a time."""
+
+    last_block_loss: Literal["mse", "kl"] = Field(
+        "mse",
+        description="Loss of the last block. mse: squared difference of its outputs, as in the other blocks; kl: KL "
+        "divergence of the model's predictions from the float model's, through the final norm and the output head.",
+    )
+
+
 class EndToEndConfig(Section):
     """Training of the whole model on text: loss, duration, optimizer, validation and logging."""
 
-    loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld"] = Field(
+    loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld", "hidden"] = Field(
         "kl",
         description="Training loss. ce: next-token cross entropy. The others compare with the float model, which is "
         "then in memory as well: kl: KL divergence; reverse-kl; mixed: kl and ce; topk-kl: kl of the most "
-        "probable tokens; cakld: kl and reverse-kl, weighted by the float model's confidence.",
+        "probable tokens; cakld: kl and reverse-kl, weighted by the float model's confidence; hidden: squared "
+        "difference of the final hidden states, as a share of their mean square, without the output head.",
     )
     temperature: float = Field(1.0, gt=0, description="Divisor of both models' logits before a divergence.")
     ce_share: float = Field(0.5, ge=0, le=1, description="Weight of ce in the loss mixed; kl has the rest.")
@@ -241,6 +254,15 @@ class EndToEndConfig(Section):
     def _validation_has_windows(self) -> Self:
         if self.validate_every and not self.validation_samples:
             raise ValueError("validate_every needs validation_samples, the number of windows to keep out of training")
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_are_whole(self) -> Self:
+        if self.loss == "hidden" and self.sharding == "full":
+            raise ValueError(
+                "loss: hidden compares hidden states that a model sharded by sharding: full does not keep; use another "
+                "loss, or sharding: none"
+            )
         return self
 
 

@@ -1,12 +1,14 @@
 """Token perplexity, KL divergence and top-1 agreement on windows of text.
 
-Logits are the largest tensors here. So ``batch_size: auto`` fits the logits of one forward into ``LOGIT_BYTES``, and
-log-probabilities are computed in float32 for a few tokens at a time. Means are taken in float64. Standard errors are
-over windows: the tokens of a window depend on each other.
+Logits are the largest tensors here. So ``batch_size: auto`` fits the logits of one forward into ``LOGIT_BYTES``; where
+those of the smallest batch are larger, they are made of the final hidden states for a few tokens at a time
+(``models/readout.py``). Log-probabilities are computed in float32, for a few tokens at a time too. Means are taken in
+float64. Standard errors are over windows: the tokens of a window depend on each other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtool.models.readout import Readout, readout_of
 from qtool.reports.records import Metric
 from qtool.system import progress
 from qtool.system.tensors import size_for
@@ -31,6 +34,8 @@ class WindowScores(NamedTuple):
     kl: Tensor | None
     agreement: Tensor | None
     num_predictions: int
+    token_kl: Tensor | None = None
+    """KL divergence of each prediction, float32 ``[n (t - 1)]``, from the lowest to the highest."""
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: BatchSize) -> Metric:
@@ -70,31 +75,99 @@ def score_windows(
     models = [model] if reference is None else [model, reference]
     size = _batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size
     batches = windows.split(min(size, len(windows)))
+    predictions = _predictions(models, batches[0])
     columns: list[list[Tensor]] = []
+    found: list[Tensor] = []
     for batch in progress.track(batches, title, len(batches)):
-        logits = [m(batch.to(m.device), use_cache=False).logits for m in models]
+        logits = [each(batch) for each in predictions]
         for index, window in enumerate(batch):
-            columns.append(_score_window([one[index, :-1] for one in logits], window[1:].to(model.device), compare))
+            sums, by_token = _score_window([one(index) for one in logits], window[1:].to(model.device), compare)
+            columns.append(sums)
+            found.append(by_token)
     table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
     nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
     assert nll is not None
-    return WindowScores(nll, reference_nll, kl, agreement, windows.shape[0] * (windows.shape[1] - 1))
+    num_predictions = windows.shape[0] * (windows.shape[1] - 1)
+    token_kl = torch.cat(found).sort().values if compare else None
+    return WindowScores(nll, reference_nll, kl, agreement, num_predictions, token_kl)
 
 
-def _score_window(logits: Sequence[Tensor], labels: Tensor, compare: bool) -> list[Tensor]:
-    """Return sums over the rows of ``logits`` ``[t - 1, vocabulary]``: nll of each model, then kl and agreement."""
-    device = labels.device
-    size = max(1, size_for(device, CHUNK_NUMBERS) // logits[0].shape[-1])
-    sums = torch.zeros(len(logits) + 2 * compare, dtype=torch.float64, device=device)
-    for label, *chunks in zip(labels.split(size), *(one.to(device).split(size) for one in logits), strict=True):
-        logs = [F.log_softmax(chunk.float(), -1) for chunk in chunks]
+Chunks = Iterator[Tensor]  # logits ``[rows, vocabulary]`` of the predictions of a window, some at a time, in order
+Predictions = Callable[[Tensor], Callable[[int], Chunks]]  # windows [b, t] -> index of a window -> chunks
+
+
+def _predictions(models: Sequence[PreTrainedModel], batch: Tensor) -> list[Predictions]:
+    """Return how each of ``models`` predicts ``batch`` and others like it; the chunks of all have the same sizes."""
+    device, vocabulary = models[0].device, max(model.config.get_text_config().vocab_size for model in models)
+    rows = max(1, size_for(device, CHUNK_NUMBERS) // vocabulary)
+    per_row = sum(vocabulary * model.dtype.itemsize for model in models)
+    fitting = max(1, size_for(device, LOGIT_BYTES) // per_row)
+    if batch.numel() <= fitting:
+        return [partial(_whole, model, rows) for model in models]
+    ends = [readout_of(model, batch.to(model.device)) for model in models]
+    for model, end in zip(models, ends, strict=True):
+        if end is None:
+            progress.note(
+                f"the logits of {type(model).__name__} are made of more than its final hidden states; those of a whole "
+                "batch are held at once"
+            )
+    return [
+        partial(_whole, model, rows) if end is None else partial(_read, end, rows, fitting)
+        for model, end in zip(models, ends, strict=True)
+    ]
+
+
+def _whole(model: PreTrainedModel, rows: int, batch: Tensor) -> Callable[[int], Chunks]:
+    """Predict ``batch`` ``[b, t]`` by one forward; a window's predictions come ``rows`` at a time."""
+    logits = model(batch.to(model.device), use_cache=False).logits
+    return lambda index: iter(logits[index, :-1].split(rows))
+
+
+def _read(end: Readout, rows: int, fitting: int, batch: Tensor) -> Callable[[int], Chunks]:
+    """Predict ``batch`` ``[b, t]`` with the logits of about ``fitting`` tokens at once, and yield ``rows`` of them."""
+    hidden = end.hidden({"input_ids": batch.to(end.device)})
+
+    def chunks(index: int) -> Chunks:
+        own = hidden[index, :-1]
+        parts = math.ceil(len(own) / max(fitting, rows))
+        several = rows * math.ceil(len(own) / parts / rows)  # a multiple, so that chunks are those of whole logits
+        for part in own.split(several):
+            yield from end.logits(part).split(rows)
+
+    return chunks
+
+
+def _score_window(predicted: Sequence[Chunks], labels: Tensor, compare: bool) -> tuple[list[Tensor], Tensor]:
+    """Return sums over the predictions ``predicted`` of each model: nll of each, then kl and agreement; and each kl.
+
+    ``labels`` ``[t - 1]`` are the true tokens. Without ``compare`` there are no kl and agreement.
+    """
+    device, start = labels.device, 0
+    sums = torch.zeros(len(predicted) + 2 * compare, dtype=torch.float64, device=device)
+    found = []
+    for chunks in zip(*predicted, strict=True):
+        label = labels[start : start + len(chunks[0])]
+        start += len(label)
+        logs = [F.log_softmax(chunk.to(device).float(), -1) for chunk in chunks]
         for index, log in enumerate(logs):
             sums[index] += F.nll_loss(log, label, reduction="sum")
         if compare:
             mine, other = logs
             sums[-1] += (mine.argmax(-1) == other.argmax(-1)).sum()
-            sums[-2] += torch.linalg.vecdot(other.exp(), other - mine).sum()
-    return list(sums)
+            found.append(torch.linalg.vecdot(other.exp(), other - mine))
+            sums[-2] += found[-1].sum()
+    return list(sums), torch.cat(found).cpu() if compare else labels.new_empty(0)
+
+
+def percentile(ordered: Tensor, share: float) -> float:
+    """Return the number below which the ``share`` of ``ordered`` ``[n]``, in rising order, lies.
+
+    Between two numbers it is interpolated linearly, as llama.cpp's ``--kl-divergence`` does.
+    """
+    at = share * (len(ordered) - 1)
+    below = int(at)
+    low, high = (float(ordered[min(place, len(ordered) - 1)]) for place in (below, below + 1))
+    return low if at == below else low + (at - below) * (high - low)
 
 
 def _batch_size(models: Sequence[PreTrainedModel], length: int) -> int:

@@ -9,14 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from qtool.config.sections import METRICS, EvalConfig
+from qtool.config.sections import AGREEMENT, METRICS, PERCENTILES, EvalConfig
 from qtool.data.drawn_windows import C4
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
 from qtool.data.vocabulary import check_ids
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
-from qtool.evaluation.perplexity import WindowScores, change_stderr, mean_metric, perplexity_metric, score_windows
+from qtool.evaluation.perplexity import (
+    WindowScores,
+    change_stderr,
+    mean_metric,
+    percentile,
+    perplexity_metric,
+    score_windows,
+)
 from qtool.models import backend
 from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
@@ -191,20 +198,19 @@ def _perplexity_row(
 
 
 def _divergence_rows(name: str, scores: WindowScores, windows: Tensor, config: EvalConfig) -> list[TaskResult]:
+    assert scores.kl is not None
+    assert scores.agreement is not None
+    assert scores.token_kl is not None
     note = f"against the float model on {windows.shape[0]} windows of {windows.shape[1]} tokens of {name}"
-    columns = (("kl", scores.kl, False), ("top-1 agreement", scores.agreement, True))
+    columns = {"kl": mean_metric(scores.kl, scores.num_predictions)}
+    for metric, share in PERCENTILES.items():
+        columns[metric] = Metric(value=percentile(scores.token_kl, share), n=scores.num_predictions)
+    columns[AGREEMENT] = mean_metric(scores.agreement, scores.num_predictions)
     return [
         task_result(
-            DIVERGENCE,
-            metric,
-            mean_metric(values, scores.num_predictions),
-            None,
-            higher_is_better=better,
-            limit=config.limit,
-            note=note,
+            DIVERGENCE, metric, measured, None, higher_is_better=metric == AGREEMENT, limit=config.limit, note=note
         )
-        for metric, values, better in columns
-        if values is not None
+        for metric, measured in columns.items()
     ]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.folds import Fold, Found, folds_of, out_channels
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.shares import by_rows
 from qtool.blocks.task import BlockTask
 from qtool.config.sections import MethodConfig
 from qtool.models.linears import Target, weight_of
@@ -44,6 +46,7 @@ from qtool.quant.affine import (
     settled,
     to_grid,
 )
+from qtool.system import distributed
 
 NOT_CLIPPED = ("*q_proj", "*k_proj", "*query*", "*qkv*", "*Wqkv", "*c_attn")  # linears whose product enters a softmax
 
@@ -86,7 +89,7 @@ def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samp
     task.observe([module], lambda _, args, kwargs: calls.append((args, kwargs)), samples)
     reference = [_first(module(*args, **kwargs)) for args, kwargs in calls]
     originals = [weight_of(reader.linear).detach().clone() for reader in fold.readers]
-    best_error, best = float("inf"), torch.ones_like(mean)
+    tried, errors = [], []
     for i in range(config.num_ratios):
         s = mean.pow(i / config.num_ratios).clamp(min=1e-4)
         s = s / (s.max() * s.min()).sqrt()
@@ -101,6 +104,10 @@ def search_scale(task: BlockTask, fold: Fold, mean: Tensor, config: Config, samp
             )
         for reader, weight in zip(fold.readers, originals, strict=True):
             weight_of(reader.linear).copy_(weight)
+        tried.append(s)
+        errors.append(error)
+    best_error, best = float("inf"), torch.ones_like(mean)
+    for s, error in zip(tried, distributed.summed(*errors), strict=True):
         if error < best_error:
             best_error, best = error, s
     return best
@@ -129,38 +136,42 @@ def _first(out: Any) -> Tensor:
 
 
 @torch.no_grad()
-def clipped_qparams(target: Target, moment: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Return the grid of each group whose range changes the output least.
+def clipped_qparams(rows: Tensor, target: Target, moment: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Return the grid of each group of ``rows`` of the weight of ``target`` whose range changes the output least.
 
     ``moment`` ``[groups, g, g]`` is the sum of ``x x^T``.
     """
     spec = target.spec
     tried = spec if spec.blocks is None else spec.free
-    weight = grouped(target.weight, spec)
+    weight = grouped(rows, spec)
     largest = weight.abs().amax(-1)
-    scale, zero_point = minmax_qparams(target.weight, spec)
+    scale, zero_point = minmax_qparams(rows, spec)
     if not config.clip or any(fnmatchcase(target.name, pattern) for pattern in NOT_CLIPPED):
         return scale, zero_point
     best = torch.full_like(scale, float("inf"))
     for i in range(config.clip_steps):
         bound = largest * (1 - i / 20)
         low, high = torch.maximum(weight.amin(-1), -bound), torch.minimum(weight.amax(-1), bound)
-        grid = scale_and_zero_point(low.clamp(max=0), high.clamp(min=0), tried)
-        codes = round_to_codes(to_grid(target.weight, *grid, tried), tried)
-        change = grouped(from_codes(codes, *grid, tried), tried) - weight
-        error = torch.einsum("rgi,gij,rgj->rg", change, moment, change)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, grid[0], scale), torch.where(better, grid[1], zero_point)
+        ranges = [(low.clamp(max=0), high.clamp(min=0))]
+        if tried.signed:  # the extra level on either side of zero
+            ranges = [(-bound, torch.zeros_like(bound)), (torch.zeros_like(bound), bound)]
+        for ends in ranges:
+            grid = scale_and_zero_point(*ends, tried)
+            codes = round_to_codes(to_grid(rows, *grid, tried), tried)
+            change = grouped(from_codes(codes, *grid, tried), tried) - weight
+            error = torch.einsum("rgi,gij,rgj->rg", change, moment, change)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero_point = torch.where(better, grid[0], scale), torch.where(better, grid[1], zero_point)
     return (scale, zero_point) if tried is spec else settled(scale, zero_point, spec)
 
 
 def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found: Found) -> None:
     """Fold scales, then clip and round; all of it acts on the block's float weights."""
     samples = _first_windows(task, config.search_samples)
-    for fold in folds_of(task, samples[0][:1], found):
+    for fold in folds_of(task, task.inputs[0][:1], found):
         leader = fold.readers[0].linear
-        sums = torch.zeros(out_channels(fold.source), device=samples[0].device)
+        sums = torch.zeros(out_channels(fold.source), device=task.inputs[0].device)
         count = 0
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: Any, sums: Tensor = sums) -> None:
@@ -170,7 +181,9 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
             count += x.shape[0]
 
         task.observe([leader], add, samples)
-        fold.apply(search_scale(task, fold, sums / count, config, samples), storage)
+        distributed.all_reduce_sum(sums)
+        mean = sums / distributed.summed(count)[0]
+        fold.apply(search_scale(task, fold, mean, config, samples), storage)
     moments: dict[nn.Module, Tensor] = {}
 
     def add_moment(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -184,18 +197,25 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
     if config.clip:
         task.observe(leaders, add_moment, samples)
     for target in task.targets:
-        grid = clipped_qparams(target, moments.get(target.linear, torch.empty(0)), config)
-        task.pack(target, QuantizedWeight(quantize(target.weight, *grid, target.spec), *grid, target.spec))
+        weight, spec = target.weight, target.spec
+        if config.clip:
+            size = weight.shape[1] // spec.num_groups(weight.shape[1])
+            zero = weight.new_zeros(spec.num_groups(weight.shape[1]), size, size)  # of a process without samples
+            moments[target.linear] = distributed.all_reduce_sum(moments.get(target.linear, zero))
+        moment = moments.pop(target.linear, torch.empty(0))
+
+        def solve(rows: Tensor, target: Target = target, moment: Tensor = moment) -> QuantizedWeight:
+            grid = clipped_qparams(rows, target, moment, config)
+            return QuantizedWeight(quantize(rows, *grid, target.spec), *grid, target.spec)
+
+        task.pack(target, by_rows(weight, spec, solve))
 
 
 def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
-    """Return whole batches that hold at least ``count`` windows, or all batches if there are fewer windows."""
-    chosen: list[Tensor] = []
-    for hidden in task.inputs:
-        if sum(x.shape[0] for x in chosen) >= count:
-            break
-        chosen.append(hidden)
-    return chosen
+    """Return those of the first batches of the text, with at least ``count`` windows, that this process holds."""
+    share = task.inputs.share
+    before = [0, *accumulate(share.sizes)]  # number of windows before each batch
+    return [task.inputs[i] for i, number in enumerate(share.numbers) if before[number] < count]
 
 
 def run(job: Job, config: Config) -> Result:

@@ -14,12 +14,15 @@ beforehand).
 GPTAQ (arXiv 2504.02692) also steers towards the float model's outputs: it adds the term
 ``w_i P_i`` with ``P = a [(D U^T) strictly upper] U`` and ``D = 2/n sum (x_float - x) x^T``.
 
+``guided`` weighs the tokens of ``H`` by gradients of the model's loss (``training/guided.py``).
+
 Where we differ: a dead channel (never active in calibration) keeps its weights and is rounded to nearest, where the
 reference zeroes them; column blocks always end where groups end, so a group's grid is fitted on weights that carry
 every correction made so far; one factorisation serves all linears of a group.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,18 +31,22 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.shares import by_rows, gathered, no_rows, own_part, own_rows, parts_of, pooled, stacked
 from qtool.blocks.stages import Stage, stages
+from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
+from qtool.config.guided import GuidedHessian
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
-from qtool.quant.hessian import PART, add_gram, gram, grams, mirror, parts, row_chunks
+from qtool.quant.hessian import add_gram, column_order, grams, invert_lower, mirror, parts, reverse, row_chunks
 from qtool.quant.ranges import search_qparams
-from qtool.system import memory, progress
+from qtool.system import distributed, memory, progress
 from qtool.system.errors import RunError
 from qtool.system.matmul import exact_products
+from qtool.training.guided import EndLoss, end_loss, weighted
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)  # multiples of damp, tried in turn until the Hessian can be factorised
 HESSIANS_BYTES = 2**28  # memory of the Hessians of a layer's experts that are made together
@@ -78,7 +85,9 @@ class Config(MethodConfig):
     gptaq: float = Field(
         0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."
     )
-
+    guided: GuidedHessian = Field(
+        GuidedHessian(), description="End-loss weights of tokens in the Hessian of each linear; a head has none."
+    )
     min_expert_tokens: int = Field(
         16,
         ge=0,
@@ -109,9 +118,11 @@ class Factor(NamedTuple):
 
 
 def collect(stage: Stage) -> Statistics:
-    """Return the statistics of the input that the linears of ``stage`` share."""
+    """Return the statistics of the input that the linears of ``stage`` share, over the text of all processes."""
     if stage.float_inputs is None:
-        return Statistics(gram(rows.x for rows in stage.inputs), None)
+        ((total, count),) = grams([rows.x] for rows in stage.inputs)
+        distributed.pool(count, total)
+        return Statistics(total, None)
     hessian = drift = None
     count = 0
     for (batch, _), (batch_float, _) in zip(stage.inputs, stage.float_inputs, strict=True):
@@ -128,45 +139,9 @@ def collect(stage: Stage) -> Statistics:
     assert hessian is not None, "statistics need a batch"
     assert drift is not None
     mirror(hessian.mul_(2 / count))
-    return Statistics(hessian, drift.mul_(2 / count))
-
-
-def _invert_lower(matrix: Tensor) -> None:
-    """Replace the lower triangular ``matrix`` ``[n, n]`` by its inverse, without a second matrix."""
-    for part in parts(len(matrix), PART):
-        left = matrix[part, : part.start]
-        for column in parts(part.start, PART):  # each is made from itself and the columns to its right, still unchanged
-            left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
-        identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
-        own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
-        left.copy_(own.neg() @ left)
-        matrix[part, part] = own
-
-
-def _reverse(matrix: Tensor) -> None:
-    """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
-    flat = matrix.view(-1)
-    for part in parts(len(flat) // 2, PART * PART):
-        opposite = slice(len(flat) - part.stop, len(flat) - part.start)
-        first = flat[part].flip(0)
-        flat[part] = flat[opposite].flip(0)
-        flat[opposite] = first
-
-
-def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
-    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
-
-    So do the blocks of GGUF's types.
-    """
-    if kind == "off":
-        return torch.arange(diagonal.numel(), device=diagonal.device)
-    if kind == "full":
-        return torch.argsort(diagonal, descending=True, stable=True)
-    size = spec.columns_together(diagonal.numel())
-    by_group = diagonal.view(-1, size)
-    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
-    inside = torch.argsort(by_group, dim=1, descending=True, stable=True)
-    return (groups.unsqueeze(1) * size + inside[groups]).flatten()
+    drift.mul_(2 / count)
+    distributed.pool(count, hessian, drift)
+    return Statistics(hessian, drift)
 
 
 def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str) -> Factor:
@@ -191,8 +166,8 @@ def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str
         upper.diagonal().copy_(diagonal.flip(0) + step * config.damp * mean)
         failed = torch.linalg.cholesky_ex(upper.T, upper=True, out=(upper.T, info)).info
         if not failed:
-            _invert_lower(upper)
-            _reverse(upper)
+            invert_lower(upper)
+            reverse(upper)
             if bool(torch.isfinite(upper.sum())):
                 break
         progress.note(f"{name}: the Hessian is not positive definite with damping {step * config.damp:g}; trying more")
@@ -316,8 +291,9 @@ def quantize_group(task: BlockTask, group: list[Target], statistics: Statistics,
         factor = factorise(statistics, spec, config, same[0].name)
         if spec is specs[-1]:
             del statistics  # as large as the factor
-        codes, scale, zero_point, _ = solve(_stacked(same), factor, spec, config)
-        del factor
+        solving = partial(solve, factor=factor, spec=spec, config=config)
+        codes, scale, zero_point, _ = by_rows(_stacked(same), spec, solving)
+        del factor, solving
         memory.return_freed()
         sizes = [target.weight.shape[0] for target in same]
         for target, *rows in zip(same, codes.split(sizes), scale.split(sizes), zero_point.split(sizes), strict=True):
@@ -331,30 +307,32 @@ def solve_experts(
 
     The Hessian of an expert is that of its own ``n`` tokens, blended with that of all tokens, which counts for as many
     tokens as there are channels: ``H = a H_own + (1 - a) H_all`` with ``a = n / (n + in)``. Hessians are made of a few
-    experts at a time. GPTAQ's correction is not used: the float model sends other tokens to an expert.
+    experts at a time; of several processes each gets the Hessians of some of these, and solves them. GPTAQ's correction
+    is not used: the float model sends other tokens to an expert.
     """
     memory.return_freed()
     experts = num_experts(target.linear)
-    rows, columns = target.weight_shape
-    shared = gram(batch.x for batch in inputs)
+    rows = target.weight_shape[0] // experts
+    ((shared, tokens),) = grams([batch.x] for batch in inputs)
+    distributed.pool(tokens, shared)
     found: list[list[QuantizedWeight]] = [[] for _ in specs]
     few = []
-    for group in parts(experts, max(1, HESSIANS_BYTES // shared.nbytes)):
+    for group in parts(experts, max(distributed.place()[1], HESSIANS_BYTES // shared.nbytes)):
         own_parts = (batch.x.split(batch.counts or [])[group] for batch in inputs)
-        for expert, (own, count) in enumerate(grams(own_parts), start=group.start):
-            part = slice(expert * rows // experts, (expert + 1) * rows // experts)
-            weight = target.stored_weight[part].float().contiguous()
-            few += [expert] if count < config.min_expert_tokens else []
-            share = count / (count + columns)
+        hessians = pooled(grams(own_parts))
+        few += [group.start + i for i, (_, count) in enumerate(hessians) if count < config.min_expert_tokens]
+        mine = own_part(len(hessians))
+        solved = [[no_rows(shared, spec)] for spec in specs]
+        for expert, (own, count) in enumerate(hessians[mine], start=group.start + mine.start):
+            weight = target.stored_weight[expert * rows : (expert + 1) * rows].float().contiguous()
+            share = count / (count + len(shared))
             statistics = Statistics(own.mul_(share).add_(shared, alpha=1 - share), None)
-            for spec, solved in zip(specs, found, strict=True):
-                if count < config.min_expert_tokens:
-                    grid = search_qparams(weight, spec, config.norm)
-                    solved.append(QuantizedWeight(quantize(weight, *grid, spec), *grid, spec))
-                else:
-                    factor = factorise(statistics, spec, config, f"{target.name}, expert {expert}")
-                    solved.append(solve(weight, factor, spec, config))
+            for spec, each in zip(specs, solved, strict=True):
+                each.append(_solve_expert(weight, count, statistics, spec, config, f"{target.name}, expert {expert}"))
             del own, statistics
+        sizes = [rows * each for each in parts_of(len(hessians))]
+        for whole, each in zip(found, solved, strict=True):
+            whole.append(gathered(stacked(each), sizes))
         memory.return_freed()
     if few:
         progress.note(
@@ -362,17 +340,41 @@ def solve_experts(
             f"{config.min_expert_tokens} calibration tokens and are rounded to nearest in a searched range; more "
             "calibration text reaches more experts"
         )
-    return [stacked(solved) for solved in found]
+    return [stacked(each) for each in found]
 
 
-def stacked(found: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return several weights of one grid as one, row below row."""
-    codes, scales, zero_points, specs = zip(*found, strict=True)
-    return QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), specs[0])
+def _solve_expert(
+    weight: Tensor, count: int, statistics: Statistics, spec: QuantSpec, config: Config, name: str
+) -> QuantizedWeight:
+    """Quantize the weight of one expert, which saw ``count`` tokens."""
+    if count < config.min_expert_tokens:
+        grid = search_qparams(weight, spec, config.norm)
+        return QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
+    return solve(weight, factorise(statistics, spec, config, name), spec, config)
 
 
-def quantize_stage(task: BlockTask, stage: Stage, config: Config) -> None:
-    """Quantize the linears of a stage, or the experts of a layer."""
+def quantize_guided(task: BlockTask, stage: Stage, config: Config, guide: EndLoss) -> None:
+    """Quantize each linear of a stage, and each slice of its rows, with a Hessian of weighted tokens."""
+    memory.return_freed()
+    found: dict[Target, QuantizedWeight] = {}
+    for target in stage.targets:
+        weights = own_rows(guide.of_linear(target.name), task.inputs.share)
+        slices = []
+        for rows, column in zip(target.weight.tensor_split(weights.shape[1]), weights.unbind(1), strict=True):
+            factor = factorise(collect(weighted(stage, column)), target.spec, config, target.name)
+            solving = partial(solve, factor=factor, spec=target.spec, config=config)
+            slices.append(by_rows(rows.contiguous(), target.spec, solving))
+            del factor, solving
+        found[target] = stacked(slices)
+    for target, quantized in found.items():  # after the last, as a stage may be read by running the block again
+        task.pack(target, quantized)
+
+
+def quantize_stage(task: BlockTask, stage: Stage, config: Config, guide: EndLoss | None = None) -> None:
+    """Quantize the linears of a stage, or the experts of a layer; ``guide`` weighs the tokens of a decoder block."""
+    if guide is not None and not isinstance(task.block, HeadBlock):
+        quantize_guided(task, stage, config, guide)
+        return
     if num_experts(stage.targets[0].linear) == 1:
         quantize_group(task, stage.targets, collect(stage), config)
         return
@@ -384,9 +386,11 @@ def quantize_stage(task: BlockTask, stage: Stage, config: Config) -> None:
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed is not used."""
 
+    guide = end_loss(job, config.guided, config.guided.slices)
+
     def quantize_block(task: BlockTask) -> None:
         for stage in stages(task):
-            quantize_stage(task, stage, config)
+            quantize_stage(task, stage, config, guide)
 
     return run_blocks(job, quantize_block, with_float_states=config.gptaq > 0)
 

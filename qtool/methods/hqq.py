@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.shares import by_rows
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
@@ -41,7 +42,7 @@ from qtool.quant.affine import (
     to_grid,
 )
 from qtool.quant.ranges import search_qparams
-from qtool.system import progress
+from qtool.system import distributed, progress
 
 
 class Config(MethodConfig):
@@ -161,14 +162,21 @@ def run(job: Job, config: Config) -> Result:
     def quantize_block(task: BlockTask) -> dict[str, float]:
         after = before = total = 0.0
         for target in task.targets:
-            weight = target.weight
-            found, unsnapped = optimise(weight, target.spec, config)
+            weight, spec = target.weight, target.spec
+            errors: list[float] = []  # of the rows that this process solves
+
+            def solve(rows: Tensor, spec: QuantSpec = spec, errors: list[float] = errors) -> QuantizedWeight:
+                found, unsnapped = optimise(rows, spec, config)
+                errors.append(float((unsnapped - rows).square().sum()))
+                return found
+
+            found = by_rows(weight, spec, solve)
             after += float((dequantize(*found) - weight).square().sum())
-            before += float((unsnapped - weight).square().sum())
+            before += distributed.summed(sum(errors))[0]
             total += float(weight.square().sum())
             task.pack(target, found)
-        errors = {"weight_error": after / total if total else 0.0}
-        return errors | ({"float_zero_error": before / total if total else 0.0} if snapping else {})
+        figures = {"weight_error": after / total if total else 0.0}
+        return figures | ({"float_zero_error": before / total if total else 0.0} if snapping else {})
 
     result = run_blocks(job, quantize_block)
     if snapping:

@@ -258,7 +258,7 @@ def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[st
 
 def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[ParamGroup]:
     """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
-    scale = float(layer.scale.detach().mean())
+    scale = float(layer.scale.detach().abs().mean())
     distance = ends_to_scale(config.scale_travel, scale, layer.spec.qmax)
     return [
         ParamGroup([layer.a, layer.b], rate(config.travel, total, config.lr)),

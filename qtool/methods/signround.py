@@ -14,8 +14,7 @@ at every width.
 
 Where we differ: the best of several states is kept, judged on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; the search lowers the third power of errors, because squares clip so much that 2 bits get much worse; and scales are
-never negative, which several engines cannot load: the extra level of the symmetric grid is the lowest one.
+8; and the search lowers the third power of errors, because squares clip so much that 2 bits get much worse.
 docs/benchmarks.md has the figures.
 """
 
@@ -31,16 +30,18 @@ from torch import Tensor, nn
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.task import BlockTask
+from qtool.config.guided import GuidedConfig
 from qtool.config.quant import QuantSpec
-from qtool.config.training import Preset, PresetConfig, Presets, preset_field
+from qtool.config.training import LastBlockConfig, Preset, PresetConfig, Presets, preset_field
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.quant.affine import QuantizedWeight, grouped, minmax_qparams, stored_scale, stored_zero_point
 from qtool.quant.expert_product import product
 from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
-from qtool.system import progress
+from qtool.system import distributed, progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import BlockLoss, loss_of
+from qtool.training.guided import EndLoss, block_weights, end_loss
 
 PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
@@ -48,7 +49,7 @@ NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
-class Config(PresetConfig):
+class Config(PresetConfig, LastBlockConfig):
     """SignRound: rounding and ranges learned block by block from the signs of gradients."""
 
     presets: ClassVar[Presets] = PRESETS
@@ -80,6 +81,7 @@ class Config(PresetConfig):
         "or 3-bit linears; 0: none.",
     )
     check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
+    guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
 
 
 class SignRoundLinear(QuantLinear):
@@ -148,31 +150,49 @@ class RoundingTraining:
         """Return the summed loss of one batch, in float32."""
         return self.distance.summed(self.distance.goal.of_batch(index), self.task.forward(self.task.inputs[index]))
 
+    def held(self, numbers: Sequence[int]) -> list[int]:
+        """Return the indices of those of some batches of the text that this process holds."""
+        own = self.task.inputs.share.numbers
+        return [own.index(number) for number in numbers if number in own]
+
     @torch.no_grad()
-    def measure(self, indices: list[int]) -> float:
-        """Return the summed loss of some batches."""
+    def measure(self, numbers: list[int]) -> float:
+        """Return the summed loss of some batches of the text."""
         for layer in self.layers:
             layer.expanded = layer.quantized_weight().to(self.task.compute)
-        return sum(float(self.loss(index)) for index in indices)
+        return distributed.summed(sum(float(self.loss(index)) for index in self.held(numbers)))[0]
 
     @torch.enable_grad()
-    def step(self, indices: list[int], share: float) -> None:
-        """Move every parameter by ``share`` of its travel, against the gradient of some batches."""
+    def step(self, numbers: list[int], share: float) -> None:
+        """Move every parameter by ``share`` of its travel, against the gradient of some batches of the text."""
         # each weight is rounded once for all batches, and differentiated once after them
         weights = [layer.quantized_weight() for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             layer.expanded = weight.detach().to(self.task.compute).requires_grad_()
-        for index in indices:
+        for index in self.held(numbers):
             self.loss(index).backward()
-        for layer, weight in zip(self.layers, weights, strict=True):
-            if layer.expanded.grad is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
+        for layer, weight, gradient in zip(self.layers, weights, self._gradients(), strict=True):
+            if gradient is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
                 continue
-            weight.backward(layer.expanded.grad.float())
+            weight.backward(gradient)
             layer.move(share * self.config.travel, share * self.config.range_travel)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return the gradient of each expanded weight in float32, summed over all processes before a sign is taken."""
+        found = [layer.expanded.grad for layer in self.layers]
+        if not distributed.active():
+            return [None if gradient is None else gradient.float() for gradient in found]
+        # a process without windows in this step adds zeros
+        sums = [
+            torch.zeros_like(layer.expanded, dtype=torch.float32) if gradient is None else gradient.float()
+            for layer, gradient in zip(self.layers, found, strict=True)
+        ]
+        distributed.sum_all(sums)
+        return list(sums)
 
     def run(self, generator: torch.Generator) -> list[QuantizedWeight]:
         """Train, and return the best state of each layer."""
-        num_batches, batch = len(self.task.inputs), self.task.inputs[0].shape[0]
+        num_batches, batch = len(self.task.inputs.share.sizes), self.task.inputs.share.sizes[0]
         size = min(num_batches, max(1, round(self.config.batch_size / batch)))
         num_checked = min(num_batches, max(1, round(self.config.check_samples / batch)))
         checked = [i * num_batches // num_checked for i in range(num_checked)]
@@ -193,11 +213,10 @@ def outliers_of(layers: Iterable[SignRoundLinear], config: Config) -> float:
     return config.outliers if min(layer.spec.num_bits for layer in layers) <= FEW_BITS else 0.0
 
 
-def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
+def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | None = None) -> None:
     """Compute the float outputs, put layers that train in the places of the targets, train, and pack the best state."""
     leaders = {group[0].linear: group for group in task.groups}
     importance = task.pass_floats(leaders)
-    assert task.float_outputs is not None
     layers: dict[Target, SignRoundLinear] = {}
     for leader, group in leaders.items():
         for target in group:
@@ -209,7 +228,8 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
-    distance = BlockLoss(task.float_outputs, outliers_of(layers.values(), config))
+    outliers = outliers_of(layers.values(), config)
+    distance = loss_of(task, config.last_block_loss, outliers, block_weights(guide, task))
     best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
@@ -217,7 +237,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int) -> None:
 
 def run(job: Job, config: Config) -> Result:
     """Quantize the blocks in order on the text of the job; the seed and a block's index determine the minibatches."""
-    step = partial(quantize_block, config=config, seed=job.seed)
+    step = partial(quantize_block, config=config, seed=job.seed, guide=end_loss(job, config.guided))
     return run_blocks(job, step, with_float_states=True)
 
 

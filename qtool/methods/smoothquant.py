@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.folds import Fold, Found, folds_of
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.shares import by_rows
 from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.config.sections import MethodConfig
 from qtool.methods import gptq, rtn
 from qtool.models.linears import Target
 from qtool.quant.affine import check_weight
-from qtool.system import progress
+from qtool.system import distributed, progress
 
 
 class Config(MethodConfig):
@@ -88,6 +89,8 @@ def largest_inputs(task: BlockTask, linears: Iterable[nn.Module]) -> dict[nn.Mod
     linears = list(linears)
     for hidden in task.inputs:
         task.observe(linears, visit, [hidden])
+    for linear in linears:
+        distributed.all_reduce_max(largest[linear])
     return largest
 
 
@@ -141,7 +144,8 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
     if config.weights == "rtn":
         nearest = rtn.Config.model_validate(chosen)
         for target in task.targets:
-            task.pack(target, rtn.round_to_nearest(target.weight, target.spec, nearest))
+            solve = partial(rtn.round_to_nearest, spec=target.spec, config=nearest)
+            task.pack(target, by_rows(target.weight, target.spec, solve))
         return
     settings = gptq.Config.model_validate(chosen)
     for stage in stages(task):

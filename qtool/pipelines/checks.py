@@ -6,6 +6,7 @@ A fault of the recipe is reported before the model is quantized, not after hours
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.sensitivity import COST_ESTIMATORS
 from qtool.blocks.job import load_method
+from qtool.blocks.shares import check_enough
 from qtool.checkpoints import output_folder
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.recipe import Recipe
@@ -21,6 +22,7 @@ from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.system.paths import expand
 from qtool.training import sharding
+from qtool.training.end_to_end import check_batch
 from qtool.training.plan import plan_of
 
 
@@ -30,19 +32,21 @@ def check_early(recipe: Recipe) -> None:
     Raises:
         InputError: the number of processes, the data, a task or a folder cannot be used.
     """
-    if distributed.world_size() > 1 and not load_method(recipe.method.name).end_to_end(recipe.method):
-        count = distributed.world_size()
-        raise InputError(f"method {recipe.method.name} runs in one process, but {count} were started")
+    processes = distributed.world_size()
+    if processes > 1 and recipe.model.free:
+        raise InputError(f"model.free runs in one process, but {processes} were started; start it without a launcher")
     if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
         NativeCheckpoint(resolve(recipe.method.init_from, key="method.init_from"))
     for where, section in (("method", recipe.method), *((f"method.{key}", value) for key, value in recipe.method)):
         if isinstance(section, EndToEndConfig):
             sharding.check(section)
             plan_of(section, recipe.data.num_samples, where)
+            check_batch(section.batch_size, where)
     if recipe.quant.budget is not None:
         bit_plan.check(recipe.quant)
     if needs_text(recipe):
         sources.check_source(recipe.data)
+        check_enough(recipe.data.num_samples, processes)
     if recipe.eval is not None:
         tasks.check_tasks(recipe.eval)
     check_paths(recipe)

@@ -40,7 +40,8 @@ def kept_plan(recipe: Recipe, state: RunState, job: Job, units: list[Unit]) -> B
     """Return the plan of an earlier start of this run, or a new one; the first process makes it, and all read it."""
     file = state.folder / PLAN
     if distributed.is_first() and not file.exists():
-        made = bit_plan.plan(job, lambda: load_model(recipe.model, checked=job.loaded), units, recipe.quant)
+        with distributed.alone():
+            made = bit_plan.plan(job, lambda: load_model(recipe.model, checked=job.loaded), units, recipe.quant)
         write_durably(file, made.model_dump(mode="json"))
     distributed.barrier()
     return reading.read_typed(file, BitPlan, "pass --fresh to start over")

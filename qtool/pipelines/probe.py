@@ -39,6 +39,7 @@ from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.lock import lock_of
 from qtool.system import peaks, progress
 from qtool.system.errors import InputError, QtoolError, RunError
+from qtool.training.block_training import split_windows
 from qtool.training.plan import plan_of
 
 TOKENS = 4096  # of the smaller probes
@@ -47,7 +48,6 @@ SECONDS = 8.0  # about the time of the probe with more windows
 STEPS = 2, 8  # steps of training of the smaller and the larger probe
 ITERATIONS = 10, 30  # the same for a method that trains each block for a number of iterations
 SHORTER = 8  # generated text is timed on windows shorter by this factor
-HELD_OUT = 8  # at most one window in this many is held out of the training of a block
 VALIDATION_SHARE = 0.5  # of the time that a window takes in a step, in a forward of the model and its teacher
 
 
@@ -213,8 +213,8 @@ def _all_steps(recipe: Recipe) -> float:
 
 def _passes(method: Any, num_windows: int) -> float:
     """Return the passes that the training of a block makes over ``num_windows`` windows, the minimum steps included."""
-    trained = num_windows - min(method.validation_samples, num_windows // HELD_OUT)
-    return max(method.epochs, method.min_steps * method.batch_size / trained) if method.epochs else 0.0
+    trained, _ = split_windows(num_windows, method.validation_samples)
+    return max(method.epochs, method.min_steps * method.batch_size / len(trained)) if method.epochs else 0.0
 
 
 def _shorter(method: MethodConfig, steps: int, num_windows: int) -> MethodConfig:
@@ -229,6 +229,8 @@ def _shorter(method: MethodConfig, steps: int, num_windows: int) -> MethodConfig
     changes: dict[str, Any] = {}
     if hasattr(method, "min_steps"):
         changes = {"min_steps": 0, "epochs": _passes(method, num_windows)}
+    if (stage := getattr(method, "gsq", None)) is not None:
+        changes["gsq"] = stage.model_copy(update={"min_steps": 0, "epochs": _passes(stage, num_windows)})
     if isinstance(found := getattr(method, "e2e", None), EndToEndConfig) and found.steps != 0:
         changes["e2e"] = found.model_copy(update=few)
     if hasattr(method, "iterations"):

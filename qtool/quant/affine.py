@@ -46,15 +46,17 @@ def _working(tensor: Tensor) -> torch.dtype:
 def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """Round ``scale`` to values of ``spec.scale_dtype``, kept in float32; the gradient passes unchanged.
 
-    Scales below the smallest positive number of the stored dtype become that number: a stored zero would lose the
-    whole group.
+    Scales nearer to zero than the smallest positive number of the stored dtype become that number: a stored zero would
+    lose the whole group. So do negative ones, unless ``spec`` allows these: they keep their sign.
     """
+    size = scale.detach().abs() if spec.signed else scale.detach()
     if spec.blocks is not None and spec.blocks.integer_bits:
-        return straight_through(scale, block_scales.nearest(scale.detach(), spec.blocks, 1))
-    dtype = getattr(torch, spec.scale_dtype)
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    rounded = scale.detach().to(dtype).to(_working(scale)).clamp(min=smallest)
-    return straight_through(scale, rounded)
+        size = block_scales.nearest(size, spec.blocks, 1)
+    else:
+        dtype = getattr(torch, spec.scale_dtype)
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        size = size.to(dtype).to(_working(scale)).clamp(min=smallest)
+    return straight_through(scale, torch.copysign(size, scale.detach()) if spec.signed else size)
 
 
 def stored_zero_point(zero_point: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -76,14 +78,18 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     """Return scale and zero point of the grid that covers ``low <= 0 <= high`` per group, each ``[out, groups]``.
 
     Asymmetric: ``scale = (high - low) / qmax``, ``zero_point = -low / scale``, to the nearest that can be stored.
-    Symmetric: ``scale = max(-low, high) * 2 / qmax``, ``zero_point = 2**(num_bits - 1)``.
+    Symmetric: ``scale = max(-low, high) * 2 / qmax``, ``zero_point = 2**(num_bits - 1)``. If scales may be negative,
+    ``scale = -end / 2**(num_bits - 1)`` for the larger end, which is then the lowest code exactly.
     An empty range (a group of zeros) is replaced by ``[-1, 1]``, so that the grid holds zero exactly.
     """
     empty = (low == 0) & (high == 0)
     low = torch.where(empty, -1.0, low.float())
     high = torch.where(empty, 1.0, high.float())
     if spec.symmetric:
-        scale = stored_scale(torch.maximum(-low, high) * (2 / spec.qmax), spec)
+        if spec.signed:
+            scale = stored_scale(torch.where(-low >= high, -low, -high) / spec.middle, spec)
+        else:
+            scale = stored_scale(torch.maximum(-low, high) * (2 / spec.qmax), spec)
         return scale, torch.full_like(scale, spec.middle)
     scale = stored_scale(high / spec.qmax - low / spec.qmax, spec)  # divided first: no overflow
     return scale, stored_zero_point(-low / scale, scale, spec)

@@ -28,12 +28,13 @@ def _float16_below(values: Tensor) -> Tensor:
 
 
 def split(values: Tensor, grid: BlockGrid, least: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers ``d`` ``[..., blocks]`` and the integers ``k`` ``[..., groups]`` for ``values >= 0``.
+    """Return the numbers ``d >= 0`` ``[..., blocks]`` and the integers ``k`` ``[..., groups]`` for ``values``.
 
-    ``values`` is ``[..., groups]``, and both results have its dtype. The integers are at least ``least``. Of several
-    ``d`` for each block, the one with the smallest squared error is taken.
+    ``values`` is ``[..., groups]``, and both results have its dtype. An integer has the sign of its value, and its size
+    is at least ``least``. Of several ``d`` for each block, the one with the smallest squared error is taken.
     """
-    values = values.unflatten(-1, (-1, grid.groups))
+    signed = values
+    values = values.abs().unflatten(-1, (-1, grid.groups))
     largest = values.amax(-1, keepdim=True)
     found = torch.full_like(largest, torch.inf)
     number, integers = torch.full_like(largest, SMALLEST), torch.zeros_like(values)
@@ -44,7 +45,7 @@ def split(values: Tensor, grid: BlockGrid, least: int) -> tuple[Tensor, Tensor]:
         better = error < found
         found, number = torch.where(better, error, found), torch.where(better, tried, number)
         integers = torch.where(better, counts, integers)
-    return number.squeeze(-1), integers.flatten(-2)
+    return number.squeeze(-1), torch.copysign(integers.flatten(-2), signed)
 
 
 def joined(number: Tensor, integers: Tensor, grid: BlockGrid) -> Tensor:
@@ -53,7 +54,7 @@ def joined(number: Tensor, integers: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def nearest(values: Tensor, grid: BlockGrid, least: int) -> Tensor:
-    """Return ``values`` ``[..., groups]`` as they are stored, in their dtype."""
+    """Return ``values`` ``[..., groups]`` as they are stored, in their dtype; those below 0 become the smallest."""
     values = values.clamp(min=0)
     return joined(*split(values, grid, least), grid)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qtool.config.quant import QuantSpec
 from qtool.system.matmul import exact_products
 
 MIN_ROWS, MAX_ELEMENTS = 512, 2**22  # inputs are cast to float32 in chunks of max(MIN_ROWS, MAX_ELEMENTS // in) rows
@@ -66,3 +67,41 @@ def mirror(matrix: Tensor) -> None:
         matrix[: part.start, part] = matrix[part, : part.start].T
         lower = matrix[part, part].tril()
         matrix[part, part] = lower + lower.tril(-1).T
+
+
+def invert_lower(matrix: Tensor) -> None:
+    """Replace the lower triangular ``matrix`` ``[n, n]`` by its inverse, without a second matrix."""
+    for part in parts(len(matrix), PART):
+        left = matrix[part, : part.start]
+        for column in parts(part.start, PART):  # each is made from itself and the columns to its right, still unchanged
+            left[:, column] = left[:, column.start :] @ matrix[column.start : part.start, column]
+        identity = torch.eye(part.stop - part.start, dtype=matrix.dtype, device=matrix.device)
+        own = torch.linalg.solve_triangular(matrix[part, part], identity, upper=False)
+        left.copy_(own.neg() @ left)
+        matrix[part, part] = own
+
+
+def reverse(matrix: Tensor) -> None:
+    """Reverse the order of rows and of columns of the contiguous ``matrix``, without a second matrix."""
+    flat = matrix.view(-1)
+    for part in parts(len(flat) // 2, PART * PART):
+        opposite = slice(len(flat) - part.stop, len(flat) - part.start)
+        first = flat[part].flip(0)
+        flat[part] = flat[opposite].flip(0)
+        flat[opposite] = first
+
+
+def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
+    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
+
+    So do the blocks of GGUF's types.
+    """
+    if kind == "off":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if kind == "full":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    size = spec.columns_together(diagonal.numel())
+    by_group = diagonal.view(-1, size)
+    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
+    inside = torch.argsort(by_group, dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * size + inside[groups]).flatten()

@@ -189,6 +189,6 @@ def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
     codes, scale, zero_point, spec = weight
     dense = affine.dequantize(*weight)
     sigma = x.abs().amax(-1, keepdim=True) / 127 / sqrt(12) * dense.norm(dim=1)
-    terms = scale.unsqueeze(-1) * (affine.grouped(codes, spec).float() + zero_point.unsqueeze(-1))
+    terms = scale.abs().unsqueeze(-1) * (affine.grouped(codes, spec).float() + zero_point.unsqueeze(-1))
     found: Tensor = SIGMAS * sigma + FLOAT_ERROR * x.abs() @ terms.flatten(1).T
     return found

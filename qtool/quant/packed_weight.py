@@ -123,7 +123,7 @@ class PackedWeight(nn.Module):
             number, integers = values[name], None
             if grid.integer_bits:
                 number, integers = block_scales.split(number, grid, least)
-                setattr(self, by_group, _pack_down(integers, grid.integer_bits))
+                setattr(self, by_group, _pack_down(integers.remainder(1 << grid.integer_bits), grid.integer_bits))
             setattr(self, name, number.to(torch.float16, copy=True))
             assert torch.equal(self._by_blocks(name, by_group, ALL), values[name]), "a number that blocks do not hold"
 
@@ -134,6 +134,8 @@ class PackedWeight(nn.Module):
         if not grid.integer_bits:
             return number
         integers = _unpack_down(getattr(self, by_group), grid.integer_bits, rows, self.out_features)
+        if grid.symmetric:  # negative scales are in two's complement
+            integers = torch.where(integers > grid.largest, integers - (1 << grid.integer_bits), integers)
         return block_scales.joined(number, integers, grid)
 
     def check(self, name: str) -> None:

@@ -12,7 +12,7 @@ matmul. Both compute in bfloat16 with float32 sums. The weight of the int4 matmu
   lower half with scale ``s``.
 
 So codes are exact; scales that are not stored in bfloat16 are rounded to bfloat16, and so is ``m`` if it is not 0. Each
-output is within ``TOLERANCE * sum_j |x_j| s (|code - zero_point| + |middle - zero_point| + 2**(num_bits - 4))`` of the
+output is within ``TOLERANCE * sum_j |x_j s| (|code - zero_point| + |middle - zero_point| + 2**(num_bits - 4))`` of the
 exact one: eight roundings of half a bfloat16 step.
 """
 
@@ -36,7 +36,7 @@ def tolerance(x: Tensor, weight: QuantizedWeight) -> Tensor:
     codes, scale, zero_point, spec = weight
     offset = (spec.middle - zero_point).abs() + 2.0 ** (spec.num_bits - 4)
     steps = (affine.grouped(codes, spec).float() - zero_point.unsqueeze(-1)).abs() + offset.unsqueeze(-1)
-    return TOLERANCE * x.abs().float() @ (steps * scale.unsqueeze(-1)).flatten(1).T
+    return TOLERANCE * x.abs().float() @ (steps * scale.abs().unsqueeze(-1)).flatten(1).T
 
 
 # torch's int4 matmul -------------------------------------------------------------------------------------------------

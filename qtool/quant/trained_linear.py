@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
-from qtool.quant import affine
+from qtool.quant import affine, fused_rounding
 from qtool.quant.activations import ActivationRounding
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.expert_product import product
@@ -55,7 +55,8 @@ class QuantLinear(ActivationRounding):
         A weight up to one code away is clamped to its code plus or minus ``HALF_CODE``; any other is put on its code.
 
         Raises:
-            InputError: ``quantized`` has other settings than this layer: another width, group size or zero point.
+            InputError: ``quantized`` has other settings than this layer: another width, group size or zero point, or
+                negative scales where this grid has none.
         """
         codes, scale, zero_point, spec = quantized
         ours = self.spec.weights_only
@@ -63,6 +64,11 @@ class QuantLinear(ActivationRounding):
         if differs:
             found, asked = (", ".join(f"{key} {getattr(s, key)}" for key in differs) for s in (spec, self.spec))
             raise InputError(f"the weights to start from have {found}; this run asks for {asked}: make the two equal")
+        if not self.spec.signed and bool((scale < 0).any()):  # the other grid rounds no inputs
+            raise InputError(
+                "the weights to start from have negative scales, and this run, which rounds inputs, has positive ones; "
+                "set quant.negative_scales: true, or make the weights anew with false"
+            )
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         target = affine.grouped(codes, spec).to(scale.dtype)
@@ -84,15 +90,18 @@ class QuantLinear(ActivationRounding):
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the weight in grid units, before rounding: ``[out, groups, group_size]``."""
-        return affine.to_grid(self.weight, scale, zero_point, self.spec)
+        return fused_rounding.to_grid(affine.grouped(self.weight.to(scale.dtype), self.spec), scale, zero_point)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight ``[out, in]`` on the grid, float32, with gradients."""
         scale, zero_point = self.qparams()
         if self.rounding.scale_gradient == "lsq":
             scale = scaled_gradient(scale, self.scale_gradient_factor)
-        codes = affine.round_to_codes(self.grid_weight(scale, zero_point), self.spec, self.surrogate)
-        return affine.from_codes(codes, scale, zero_point, self.spec)
+        grid, spec = self.grid_weight(scale, zero_point), self.spec
+        if fused_rounding.serves(self.surrogate) and (spec.blocks is None or spec.symmetric):
+            return fused_rounding.rounded(grid, scale, zero_point, spec.qmin, spec.qmax).flatten(1)
+        codes = affine.round_to_codes(grid, spec, self.surrogate)
+        return affine.from_codes(codes, scale, zero_point, spec)
 
     def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]`` in the dtype of ``x``."""

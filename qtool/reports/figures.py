@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from qtool.config.sections import PERCENTILES
 from qtool.reports.drawing import LIGHT, MAX_TICKS, Plot, blank, freeze_layout, shortened, style, text_on, whole_numbers
 from qtool.reports.expert_figure import draw_coverage
 from qtool.reports.records import Linear, Series
@@ -75,6 +76,7 @@ def curves(report: Report) -> list[tuple[Series, Series | None]]:
 
 def _metrics(report: Report) -> Plot | None:
     rows = [row for row in report.shown() if row.value is not None and math.isfinite(row.value)]
+    rows = [row for row in rows if row.metric not in PERCENTILES]  # the table has them
     if not rows:
         return None
     figure, all_axes = blank(0.45 + 0.72 * len(rows), len(rows))

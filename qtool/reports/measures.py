@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from qtool.config.sections import METRICS
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
 
-OF_ONE_MODEL = ("perplexity", "kl", "top-1 agreement")  # metrics that need the same float model to be comparable
+OF_ONE_MODEL = ("perplexity", *METRICS["kl"])  # metrics that need the same float model to be comparable
 
 
 class Measure(NamedTuple):

@@ -3,7 +3,8 @@
 A cell is the base recipe with changes in this order: ``set``, then the axes of ``grid`` in the order of the file, or
 the changes of an entry of ``cells``, and last ``--set``. A change is a dotted key of the recipe and a value. A mapping
 is merged into its section; but a ``method`` section with a name replaces the previous section, whose keys belong to
-another method. The key ``recipe`` replaces the base recipe.
+another method. The key ``recipe`` replaces the base recipe. An entry's ``start`` sets ``method.init_from`` to the
+folder of another cell.
 """
 
 import json
@@ -30,6 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
 RESERVED = ("sweep", "submitit")  # names of other files and folders in a sweep's folder
 SUFFIXES = (".partial", ".yaml", ".log")
 BASE = "recipe"
+OF_CELL = ("columns", "start")  # keys of an entry of cells that change no key of the recipe
 MAX_CELLS = 1000  # most cells of a sweep without --max-cells; the largest table of a paper has 82
 
 
@@ -40,6 +42,7 @@ class CellSpec(NamedTuple):
     columns: dict[str, str]
     base: str | dict[str, Any]
     changes: tuple[Change, ...]
+    start: str | None = None  # name of the cell from whose checkpoint the training starts
 
 
 class CellRecipe(NamedTuple):
@@ -49,6 +52,7 @@ class CellRecipe(NamedTuple):
     columns: dict[str, str]
     raw: dict[str, Any]
     recipe: Recipe
+    start: str | None = None  # name of the cell from whose checkpoint the training starts
 
     @property
     def command(self) -> str:
@@ -150,8 +154,9 @@ def expand(config: SweepConfig, max_cells: int = MAX_CELLS) -> tuple[list[CellSp
             cells.append(_cell(config, name, columns, (*common, *changes)))
     for name, entry in config.cells.items():
         columns = {key: _text(value) for key, value in (entry.get("columns") or {}).items()} or {"cell": name}
-        changes = [(key, value) for key, value in entry.items() if key != "columns"]
-        cells.append(_cell(config, name, columns, (*common, *changes)))
+        changes = [(key, value) for key, value in entry.items() if key not in OF_CELL]
+        cells.append(_cell(config, name, columns, (*common, *changes))._replace(start=entry.get("start")))
+    wrong += _start_faults(config, cells)
     for entry, count in zip(config.exclude, used, strict=True):
         if not count:
             wrong.append(f"exclude: no cell has {validation.found(entry)}")
@@ -181,7 +186,8 @@ def check(
     read = cache(read_yaml)
     for cell in cells:
         try:
-            raw = _raw(_base(cell.base, read), (*cell.changes, *given)) | {
+            start = [] if cell.start is None else [("method.init_from", paths.path_text(folder / cell.start))]
+            raw = _raw(_base(cell.base, read), (*cell.changes, *given, *start)) | {
                 "output": {"path": paths.path_text(folder / cell.name)}
             }
             checked, found = examine(Recipe, raw)
@@ -192,7 +198,7 @@ def check(
         for fault in found:
             wrong.setdefault(fault, []).append(cell.name)
         if checked is not None:
-            planned.append(CellRecipe(cell.name, cell.columns, raw, checked))
+            planned.append(CellRecipe(cell.name, cell.columns, raw, checked, cell.start))
     if wrong:
         bad = len({name for names in wrong.values() for name in names})
         head = f"{source}: {bad} of {len(cells)} cell(s) have faults:"
@@ -286,11 +292,24 @@ def _axis_faults(config: SweepConfig) -> Iterator[str]:
             yield f"cells.{name}.columns: should be a mapping; found {validation.found(entry['columns'])}"
 
 
+def _start_faults(config: SweepConfig, cells: Sequence[CellSpec]) -> Iterator[str]:
+    """Yield the faults of ``start`` in entries of ``cells``."""
+    first = [cell.name for cell in cells if cell.start is None]
+    for cell in cells:
+        if cell.start is None:
+            continue
+        if cell.start not in first:
+            known = ", ".join(first) or "none"
+            yield f"cells.{cell.name}.start: no cell without a start is called {cell.start!r}; there are {known}"
+        elif config.keep == "reports":
+            yield f"cells.{cell.name}.start: keep: reports deletes the weights of {cell.start}; use keep: all"
+
+
 def _all_changes(config: SweepConfig) -> Iterator[tuple[str, Sequence[Change]]]:
     """Yield all changes of a sweep after the place where they are written; the value of an axis is left out."""
     yield "set", tuple(config.set.items())
     for name, entry in config.cells.items():
-        yield f"cells.{name}", [change for change in entry.items() if change[0] != "columns"]
+        yield f"cells.{name}", [change for change in entry.items() if change[0] not in OF_CELL]
     for axis, values in config.grid.items():
         if _is_key(axis):
             yield "grid", [(axis, None)]

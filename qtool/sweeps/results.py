@@ -7,10 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from qtool.config.sections import PERCENTILES
 from qtool.reports.bench_report import BenchReport
 from qtool.reports.records import Number, Published, Record, TaskResult
 from qtool.reports.text import metric_name
 
+SHOWN_PERCENTILE = "99.9th percentile"  # the percentile of KL divergence that tables of sweeps have room for
 Status = Literal["done", "failed", "not run"]
 
 
@@ -39,8 +41,9 @@ class CellResult(Record):
     machine: str | None = Field(None, description="Processor and threads that quantized the cell.")
 
     def shown(self) -> list[TaskResult]:
-        """Return the results that tables show."""
-        return [row for row in self.results if not row.detail]
+        """Return the results that tables show; of the percentiles of KL divergence, ``SHOWN_PERCENTILE`` alone."""
+        left_out = PERCENTILES.keys() - {SHOWN_PERCENTILE}
+        return [row for row in self.results if not row.detail and row.metric not in left_out]
 
     def named(self) -> list[tuple[str, TaskResult]]:
         """Return the results that tables show, as pairs of metric name and result."""

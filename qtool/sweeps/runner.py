@@ -154,6 +154,10 @@ def _prepare(sweep: Sweep, cells: Sequence[Cell], threads: int | None, fresh: bo
                 cell.starts_over = fresh or begun_by_another(cell, own, sweep.config.launcher.name)
         except InputError as error:
             wrong.setdefault(str(error), []).append(cell.definition.name)
+    runs = {cell.definition.name for cell in cells if cell.todo == "run"}
+    for cell in cells:
+        if cell.definition.start in runs and not cell.reason:  # what it starts from is made again
+            cell.todo, cell.starts_over = "run", True
     _check([cell for cell in cells if cell.todo != "nothing"], wrong)
     if wrong:
         raise InputError(listing(f"{sweep.name} cannot be run:", fault_lines(wrong, len(cells))))
@@ -174,6 +178,8 @@ def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
     models: dict[str, LoadedModel] = {}
     for cell in cells:
         made = cell.definition.recipe
+        if cell.definition.start is not None:  # its folder is made by this sweep
+            made = made.model_copy(update={"method": made.method.model_copy(update={"init_from": None})})
         key = json.dumps([made.model.path, *(part.model_dump_json() for part in (made.quant, made.data))])
         key += made.method.name + (made.eval.model_dump_json() if made.eval else "")
         if key not in asked:
@@ -194,7 +200,6 @@ def _check(cells: Sequence[Cell], wrong: dict[str, list[str]]) -> None:
 
 def _run(sweep: Sweep, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | None, threads: int | None) -> None:
     environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    commands = [Command(cell.command(), cell.log, environment) for cell in left]
 
     def note(cell: Cell, ended: Ended) -> None:
         cell.failed, cell.reason = bool(ended.error), ended.error
@@ -206,7 +211,10 @@ def _run(sweep: Sweep, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | 
         _write(sweep, cells)
 
     _write(sweep, cells)
-    _launch(sweep, left, commands, jobs, f"running cells, logs in {sweep.output}/*.log", note)
+    first = [cell for cell in left if cell.definition.start is None]
+    for some in (first, [cell for cell in left if cell not in first]):  # these start from what the others made
+        commands = [Command(cell.command(), cell.log, environment) for cell in some]
+        _launch(sweep, some, commands, jobs, f"running cells, logs in {sweep.output}/*.log", note)
     for cell in cells:
         if not sweep.config.bench and cell not in left:
             _drop(sweep, cell)

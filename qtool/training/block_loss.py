@@ -6,26 +6,44 @@ takes its loss from here.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
+from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates, joined
+from qtool.blocks.task import BlockTask
+from qtool.system import distributed
+from qtool.training.losses import kl
+from qtool.training.sliced import slices_of, summed
 
 
 class Windows(Sequence[Tensor]):
-    """The windows of hidden states: ``windows[indices]`` is ``[b, t, d]``."""
+    """The windows of hidden states: ``windows[indices]`` is ``[b, t, d]``.
+
+    They are numbered through over the whole text, of which one of several processes holds a share.
+    """
 
     def __init__(self, hidden: HiddenStates) -> None:
-        """Number the windows of all batches of ``hidden`` through."""
-        self.hidden = hidden
-        self.places = [(i, j) for i, batch in enumerate(hidden) for j in range(batch.shape[0])]
+        """Number the windows of all batches of the text whose hidden states are ``hidden``."""
+        self.hidden, share = hidden, hidden.share
+        starts = [0, *accumulate(share.sizes)]
+        self.num_windows = starts[-1]
+        self.places = {
+            starts[number] + j: (i, j) for i, number in enumerate(share.numbers) for j in range(share.sizes[number])
+        }
 
     def __len__(self) -> int:
-        return len(self.places)
+        return self.num_windows
+
+    def held(self, indices: Sequence[int]) -> list[int]:
+        """Return those of ``indices`` that this process holds."""
+        return [window for window in indices if window in self.places]
 
     def of_batch(self, index: int) -> list[int]:
-        """Return the windows of the batch ``index``."""
-        return [window for window, (batch, _) in enumerate(self.places) if batch == index]
+        """Return the windows of the batch ``index`` among those that this process holds."""
+        return [window for window, (batch, _) in self.places.items() if batch == index]
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:  # type: ignore[override]
         rows = [self.hidden[i][j : j + 1] for i, j in (self.places[index] for index in indices)]
@@ -35,14 +53,16 @@ class Windows(Sequence[Tensor]):
 class BlockLoss:
     """The squared difference of the outputs of a block from those of the float block, ``goal``."""
 
-    def __init__(self, goal: HiddenStates, outliers: float = 0.0) -> None:
+    def __init__(self, goal: HiddenStates, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None) -> None:
         """Train towards ``goal``, the float block's output for each batch of the calibration text.
 
-        The share ``outliers`` of the differences, the largest ones, is left out of the sum.
+        The share ``outliers`` of the differences, the largest ones, is left out of the sum. ``weights`` of tokens
+        ``[n, t]``, of all windows, and of channels ``[d]`` multiply the squares; their means are 1 (``guided.py``).
         """
-        self.goal, self.outliers = Windows(goal), outliers
-        squares = [float(batch.float().square().mean()) for batch in goal]
-        self.mean_square = sum(squares) / max(1, len(squares)) or 1.0
+        self.goal, self.outliers, self.weights = Windows(goal), outliers, weights
+        squares = sum(len(batch) * float(batch.float().square().mean()) for batch in goal)
+        total, count = distributed.summed(squares, sum(len(batch) for batch in goal))
+        self.mean_square = total / max(1, count) or 1.0
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
         """Return the loss of ``outputs`` ``[b, t, d]``, the block's outputs of the windows ``indices``, in float32."""
@@ -51,8 +71,59 @@ class BlockLoss:
         if dropped:
             size = difference.detach().abs()
             difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
-        return difference.square().sum() / self.mean_square
+        squares = difference.square()
+        if self.weights is not None:
+            tokens, channels = (each.to(squares.device) for each in self.weights)
+            squares = squares * tokens[list(indices)].unsqueeze(-1) * channels
+        return squares.sum() / self.mean_square
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""
         return self.goal[indices].numel()
+
+
+class PredictionLoss(BlockLoss):
+    """The KL divergence of the model's predictions from the float model's, at the outputs of the last block.
+
+    It is the cross entropy of LFQ (arXiv 2605.29756) less the entropy of the float model's predictions, which is
+    constant. The final norm and the output head stay as they are.
+    """
+
+    def __init__(self, goal: HiddenStates, ending: Ending) -> None:
+        """Train towards the predictions at ``goal``, the float block's output for each batch."""
+        self.goal, self.ending = Windows(goal), ending
+
+    def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
+        """Return the loss of ``outputs`` ``[b, t, d]``, summed over tokens, in nats."""
+        places = [self.goal.places[index] for index in indices]
+        with torch.no_grad():
+            goal = self.ending.hidden(self.goal[indices], places)
+
+        def part(hidden: Tensor, rows: slice) -> Tensor:
+            with torch.no_grad():
+                teacher = self.ending.logits(goal[rows], floats=True)
+            return kl(teacher, self.ending.logits(hidden)).sum()
+
+        hidden = self.ending.hidden(outputs, places)
+        return summed(part, hidden, slices_of(len(hidden), self.ending.vocabulary, hidden.device))
+
+    def count(self, indices: Sequence[int]) -> int:
+        """Return the number of tokens of the windows ``indices``."""
+        batch = self.goal[indices]
+        return batch.shape[0] * batch.shape[1]
+
+
+def loss_of(
+    task: BlockTask, last_block: str, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None
+) -> BlockLoss:
+    """Return the loss of the block of ``task``, whose float outputs are known; ``last_block`` is ``mse`` or ``kl``.
+
+    Raises:
+        InputError: The model does not show how it makes logits; the first block finds out.
+    """
+    assert task.float_outputs is not None
+    if last_block == "kl" and task.ending is not None:
+        task.ending.check("last_block_loss: kl")
+        if task.is_last:
+            return PredictionLoss(task.float_outputs, task.ending)
+    return BlockLoss(task.float_outputs, outliers, weights)

@@ -2,12 +2,13 @@
 
 Each weight is rounded once in a step, however many parts the step's windows are processed in; the gradients of the
 parts are summed in the weights that the block multiplies by, in its dtype, and are differentiated through the rounding
-once. Methods differ in the linears that they put into the block: all derive from ``BlockLinear``.
+once. Of several processes each runs those windows of a step that it holds, and ``fit`` averages their gradients.
+Methods differ in the linears that they put into the block: all derive from ``BlockLinear``.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.quant.expert_product import product
 from qtool.quant.rounding import straight_through
 from qtool.quant.trained_linear import QuantLinear
-from qtool.system import progress
+from qtool.system import distributed, progress
 from qtool.training.block_loss import BlockLoss, Windows
 from qtool.training.fit import FitResult, ParamGroup, fit, windows_of_step
 
@@ -66,6 +67,22 @@ def split_windows(count: int, num_validation: int) -> tuple[list[int], list[int]
     return [i for i in range(count) if i not in out], chosen
 
 
+class _Carrier(torch.autograd.Function):
+    """A loss that is known already, and whose gradient for each value is known: the ``gradients`` by ``count``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: float, gradients: list[Tensor], count: float, *values: Tensor) -> Tensor:
+        ctx.gradients, ctx.count = gradients, count
+        return values[0].new_tensor(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = []
+        while ctx.gradients:  # each is freed as soon as it is cast
+            found.append(ctx.gradients.pop(0).float().div_(ctx.count).mul_(grad))
+        return None, None, None, *found
+
+
 class BlockTraining:
     """The training of one block: its layers and norms, and the distance of its output from the float block's."""
 
@@ -78,7 +95,8 @@ class BlockTraining:
         self.sizes = sorted(task.calls, reverse=True)
 
     def parts(self, indices: list[int]) -> Iterator[list[int]]:
-        """Split ``indices`` into parts of a size for which the call of the block was recorded."""
+        """Split those of ``indices`` that this process holds into parts of a size for which a call was recorded."""
+        indices = self.inputs.held(indices)
         while indices:
             size = next(size for size in self.sizes if size <= len(indices))
             yield indices[:size]
@@ -103,7 +121,10 @@ class BlockTraining:
         return pairs
 
     def loss(self, indices: list[int]) -> Tensor:
-        """Return the mean loss of some windows, whose gradient reaches the masters."""
+        """Return the mean loss of some windows, whose gradient reaches the masters.
+
+        Of several processes each returns its share; the mean of all shares is the mean loss.
+        """
         pairs = [(value, leaf) for value, leaf in self.expand() if leaf.requires_grad]
         total, count = 0.0, 0
         for part in self.parts(indices):
@@ -111,21 +132,25 @@ class BlockTraining:
             loss.backward()
             total += float(loss.detach())
             count += self.distance.count(part)
-        terms = []
-        while pairs:  # each pair is freed as soon as its term is made: all of them together are most of the memory
-            value, leaf = pairs.pop(0)
-            if leaf.grad is not None:
-                terms.append((value * (leaf.grad.float() / count)).sum())
-                leaf.grad = None
-        product = torch.stack(terms).sum()
-        return straight_through(product, torch.full_like(product, total / count))
+        processes = distributed.place()[1]
+        share = distributed.summed(count)[0] / processes  # the mean of the shares divided by it is the mean loss
+        reached = [(value, leaf) for value, leaf in pairs if leaf.grad is not None or processes > 1]
+        # other processes may have windows in this step
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for _, leaf in reached]
+        for _, leaf in reached:
+            leaf.grad = None
+        values = [value for value, _ in reached]
+        found: Tensor = _Carrier.apply(total / share, gradients, share, *values)  # type: ignore[no-untyped-call]
+        return found
 
     @torch.no_grad()
     def measure(self, indices: list[int]) -> float:
         """Return the mean loss of some windows."""
         self.expand()
         parts = list(self.parts(indices))
-        return sum(float(self.part_loss(part)) for part in parts) / sum(self.distance.count(part) for part in parts)
+        loss, count = sum(float(self.part_loss(part)) for part in parts), sum(map(self.distance.count, parts))
+        total, number = distributed.summed(loss, count)
+        return total / number
 
     def run(
         self,

@@ -30,11 +30,10 @@ from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError, RunError
 from qtool.training.fit import FitResult, NonFiniteError, ParamGroup, State, fit, windows_of_step
-from qtool.training.losses import CE, confidence, token_losses
 from qtool.training.plan import Plan, plan_of
+from qtool.training.text_loss import TextLoss
 
 TRAINING = "training.safetensors"  # file with the training state of a phase
-CONFIDENCE_WINDOWS = 16  # number of windows, about, on which the teacher's confidence is measured
 
 
 def train_model(
@@ -98,6 +97,19 @@ def train_model(
     return found
 
 
+def check_batch(size: int, where: str = "") -> None:
+    """Refuse a step of fewer windows than processes; ``where`` is the section of the recipe.
+
+    Raises:
+        InputError: there are more processes than windows in a step.
+    """
+    if distributed.world_size() > size:
+        raise InputError(
+            f"{where}{'.' if where else ''}batch_size {size} is less than the {distributed.world_size()} processes "
+            "that share a step; raise it, or start fewer processes"
+        )
+
+
 @dataclass
 class _Training:
     """A student, its teacher, and the windows that both read."""
@@ -109,20 +121,14 @@ class _Training:
     config: EndToEndConfig
     seed: int
     plan: Plan = field(init=False)
-    gamma: float = field(default=0.0, init=False)
+    loss: TextLoss = field(init=False)
 
     def __post_init__(self) -> None:
         self.plan = plan_of(self.config, len(self.tokens))
         if self.loaded.dtype == torch.float16:
             raise InputError("gradients do not fit float16; set model.dtype to bfloat16 or float32")
-        if distributed.world_size() > self.config.batch_size:
-            raise InputError(
-                f"batch_size {self.config.batch_size} is less than the {distributed.world_size()} processes "
-                "that share a step; raise it, or start fewer processes"
-            )
-        assert (self.teacher is None) == (self.config.loss == CE)
-        if self.config.loss == "cakld":
-            self.gamma = self._confidence()
+        check_batch(self.config.batch_size)
+        self.loss = TextLoss(self.loaded, self.teacher, self.config, self.tokens[: self.num_trained], self.labels)
 
     @property
     def num_trained(self) -> int:
@@ -139,7 +145,7 @@ class _Training:
         )  # smallest number of windows that one process has in a step
         # all processes must split a step into the same number of parts
         for rows in mine.tensor_split(min(self.config.optim.accumulation, fewest)):
-            yield self._token_losses(rows).sum() * share
+            yield self._summed(rows) * share
 
     def validate(self) -> float:
         """Return the mean loss of the tokens of the validation windows."""
@@ -147,8 +153,8 @@ class _Training:
         total = torch.zeros((), device=self.loaded.device)
         for rows in held.split(max(1, self.config.batch_size // distributed.world_size()) * distributed.world_size()):
             mine = rows[distributed.rank() :: distributed.world_size()]
-            losses = self._token_losses(mine if len(mine) else rows[:1])  # a split model needs all processes to run
-            total += losses.sum() if len(mine) else 0
+            summed = self._summed(mine if len(mine) else rows[:1])  # a split model needs all processes to run
+            total += summed if len(mine) else 0
         distributed.all_reduce_mean(total)
         return float(total) * distributed.world_size() / self._num_learned(held)
 
@@ -156,36 +162,9 @@ class _Training:
         """Return the number of learned tokens in windows ``rows`` ``[b]``; the first of a window is not predicted."""
         return int((self.labels[rows, 1:] != IGNORED).sum())
 
-    def _token_losses(self, rows: Tensor) -> Tensor:
-        """Return the loss of each learned token of windows ``rows`` ``[b]``, flat."""
-        tokens, labels = (each[rows].to(self.loaded.device) for each in (self.tokens, self.labels))
-        learned = (labels[:, 1:] != IGNORED).flatten()
-        target = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                target = self._logits(self.teacher, tokens, learned)
-        student = self._logits(self.loaded.model, tokens, learned)
-        return token_losses(self.config, student, target, labels[:, 1:].flatten()[learned], self.gamma)
-
-    def _logits(self, model: nn.Module, tokens: Tensor, learned: Tensor) -> Tensor:
-        """Return the logits ``[n, vocabulary]`` that predict the ``learned`` tokens; the first token has none."""
-        device, dtype = self.loaded.device.type, self.loaded.dtype
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-        logits = logits[:, :-1].flatten(0, 1)
-        return logits if learned.all() else logits[learned]
-
-    @torch.no_grad()
-    def _confidence(self) -> float:
-        """Return the teacher's mean probability of the true tokens, on a few windows."""
-        assert self.teacher is not None
-        found = []
-        for index in range(0, self.num_trained, max(1, self.num_trained // CONFIDENCE_WINDOWS)):
-            tokens, labels = (each[index : index + 1].to(self.loaded.device) for each in (self.tokens, self.labels))
-            learned = (labels[:, 1:] != IGNORED).flatten()
-            logits = self._logits(self.teacher, tokens, learned)
-            found.append(confidence(logits, labels[:, 1:].flatten()[learned]))
-        return float(torch.cat(found).mean())
+    def _summed(self, rows: Tensor) -> Tensor:
+        """Return the summed loss of the learned tokens of windows ``rows`` ``[b]``."""
+        return self.loss.summed(*(each[rows].to(self.loaded.device) for each in (self.tokens, self.labels)))
 
 
 @dataclass

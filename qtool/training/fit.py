@@ -83,6 +83,32 @@ class SignSGD(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
+class Lion(torch.optim.Optimizer):
+    """``p -= lr * sign(b1 m + (1 - b1) g)``, then ``m = b2 m + (1 - b2) g``; decoupled weight decay before.
+
+    The evolved sign momentum of arXiv 2302.06675, with gradient ``g`` and momentum ``m``, zero at the start.
+    """
+
+    def __init__(self, groups: list[dict[str, object]], betas: tuple[float, float]) -> None:
+        """Take groups that each have ``params``, ``lr`` and ``weight_decay``."""
+        super().__init__(groups, {"betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    state = self.state[parameter]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    momentum = state["momentum"]
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(torch.lerp(gradient, momentum, first).sign_(), alpha=group["lr"])
+                    momentum.lerp_(gradient, 1 - second)
+
+
 def windows_of_step(step: int, size: int, num_windows: int, seed: int) -> list[int]:
     """Return the windows of the zero-based ``step``; every window is used once before any is used again."""
     orders: dict[int, list[int]] = {}
@@ -122,8 +148,11 @@ def make_optimizer(groups: Sequence[ParamGroup], config: OptimConfig) -> torch.o
     ]
     if config.optimizer == "signsgd":
         return SignSGD(rows)
+    if config.optimizer == "lion":
+        return Lion(rows, config.betas)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps)
+        # fused: one pass over each parameter, its gradient and its moments
+        return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -115,7 +115,7 @@ C = TypeVar("C", bound=EndToEnd)
 
 def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> ParamGroup:
     """Return the weights of ``layer`` with their learning rate; ``total`` is the sum of the schedule's factors."""
-    step = float(layer.qparams()[0].detach().mean())
+    step = float(layer.qparams()[0].detach().abs().mean())
     return ParamGroup([layer.weight], rate(config.travel * step, total, config.lr), config.weight_decay)
 
 
@@ -123,7 +123,7 @@ def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[Pa
     """Return the weights, scales and, if they train, zero points of ``layer`` with their learning rates."""
     lr = ends = rate(config.scale_travel, total, config.scale_lr)  # per step, in codes: also the unit of zero points
     if config.scale_lr is None:
-        lr = ends_to_scale(ends, float(layer.scale.detach().mean()), layer.spec.qmax)
+        lr = ends_to_scale(ends, float(layer.scale.detach().abs().mean()), layer.spec.qmax)
     groups = [weight_group(layer, config, total), ParamGroup([layer.scale], lr)]
     if layer.zero_point.requires_grad:
         groups.append(ParamGroup([layer.zero_point], ends))

@@ -9,14 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
 
-CE = "ce"
+CE, HIDDEN = "ce", "hidden"
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     """Return ``-log q`` of each true token; ``labels`` ``[n]``."""
     return F.cross_entropy(student.float(), labels, reduction="none")
+
+
+def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of ``logits`` ``[n, vocabulary]``, summed over the ``labels`` that are not ignored."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
@@ -42,6 +48,11 @@ def top_k_kl(teacher: Tensor, student: Tensor, k: int, temperature: float = 1.0)
 def confidence(teacher: Tensor, labels: Tensor) -> Tensor:
     """Return the teacher's probability of each true token."""
     return cross_entropy(teacher, labels).neg().exp()
+
+
+def hidden_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared difference of hidden states ``[n, d]`` for each token."""
+    return (student.float() - teacher.float()).square().mean(-1)
 
 
 def token_losses(

@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 
 
 def quantize(
-    model: Path, tokens: Path, output: Path, num_bits: int, group_size: int, asymmetric: bool, preset: str
+    model: Path,
+    tokens: Path,
+    output: Path,
+    num_bits: int,
+    group_size: int,
+    asymmetric: bool,
+    preset: str,
+    device: str,
 ) -> None:
     """Write the folder ``output``; ``tokens`` holds the calibration windows ``[n, t]``."""
     import torch
@@ -33,7 +40,7 @@ def quantize(
         dataset=list(windows.split(1)),
         nsamples=len(windows),
         seqlen=windows.shape[1],
-        device_map="cpu",
+        device_map=device,
         **presets[preset],
     ).quantize_and_save(str(output), format="auto_round")
 
@@ -61,6 +68,7 @@ def expand(folder: Path, dense_file: Path) -> None:
 def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--preset", default="default", choices=["light", "default", "best"])
+    parser.add_argument("--device", default="cpu")
 
 
 if __name__ == "__main__":

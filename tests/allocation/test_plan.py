@@ -126,6 +126,18 @@ def test_what_cannot_be_is_refused(llama: LoadedModel, budget: dict[str, Any], m
         units_of(llama, budgeted(**{"average_bits": 6} | budget))
 
 
+def test_a_share_is_that_of_the_bytes_of_the_float_model(llama: LoadedModel, tokens: Tensor) -> None:
+    whole = sum(parameter.nbytes for parameter in llama.model.parameters())
+    common: dict[str, Any] = {"estimator": "variance", "choices": [2, 3, 4, 8]}
+    by_share = planned(llama, budgeted(share=0.5, **common), tokens)
+    by_size = planned(llama, budgeted(size=int(0.5 * whole), **common), tokens)
+    assert by_share.allotments == by_size.allotments
+    assert 0.45 * whole < by_share.num_bytes <= 0.5 * whole
+    assert "within 0.5 of the float model's bytes" in by_share.yaml(budgeted(share=0.5))
+    with pytest.raises(InputError, match=r"share is 0\.01, so the size is [0-9,]+, and the least that is possible is"):
+        planned(llama, budgeted(share=0.01, **common), tokens)
+
+
 def test_a_size_below_the_least_is_refused_with_the_least(llama: LoadedModel, tokens: Tensor) -> None:
     with pytest.raises(InputError, match=r"the least that is possible is [0-9,]+ bytes, of which") as found:
         units_of(llama, budgeted(size=50_000))
@@ -138,7 +150,12 @@ def test_a_size_below_the_least_is_refused_with_the_least(llama: LoadedModel, to
 
 
 def test_a_budget_is_one_number() -> None:
-    for wrong in ({}, {"average_bits": 3, "size": "1GB"}, {"average_bits": 3, "choices": [3, 2]}):
+    for wrong in (
+        {},
+        {"average_bits": 3, "size": "1GB"},
+        {"size": "1GB", "share": 0.5},
+        {"average_bits": 3, "choices": [3, 2]},
+    ):
         with pytest.raises(ValidationError):
             BudgetConfig.model_validate(wrong)
     assert BudgetConfig.model_validate({"size": "2.1GB"}).size == 2_100_000_000

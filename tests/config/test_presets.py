@@ -49,6 +49,8 @@ def num_steps(config: Any) -> list[float]:
     if isinstance(getattr(config, "e2e", None), EndToEndConfig):
         blocks = max(config.min_steps, config.epochs * count / config.batch_size)
         return [blocks, plan_of(config.e2e, count).num_steps]
+    if hasattr(config, "epochs"):
+        return [max(config.min_steps, config.epochs * count / config.batch_size)]
     return [config.iterations]
 
 

@@ -12,7 +12,7 @@ from helpers import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.config.sections import DataConfig, EvalConfig
+from qtool.config.sections import METRICS, DataConfig, EvalConfig
 from qtool.data import hub, sources, windows
 from qtool.data.drawn_windows import NUM_WINDOWS, drawn
 from qtool.data.hub import UnreachableError
@@ -127,7 +127,7 @@ def test_c4_out_of_reach_has_a_row_that_says_so(loaded: LoadedModel) -> None:
 def test_the_row_says_how_many_windows_were_read(folder: Path, loaded: LoadedModel) -> None:
     write(folder / "c4/validation.jsonl", DOCUMENTS)
     rows = evaluate(loaded, EvalConfig(tasks=("c4", "kl"), limit=3, context=24), loaded, seed=0)
-    assert [(row.task, row.metric) for row in rows] == [("c4", "perplexity"), ("kl", "kl"), ("kl", "top-1 agreement")]
+    assert [(row.task, row.metric) for row in rows] == [("c4", "perplexity"), *(("kl", each) for each in METRICS["kl"])]
     assert (rows[0].note, rows[0].limit) == ("3 windows of 24 tokens", 3)
     assert rows[0].delta == pytest.approx(0)
     assert "of generated" in rows[1].note  # as always where WikiText-2 is missing

@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.local_data import needs
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import EvalConfig
+from qtool.config.sections import PERCENTILES, EvalConfig
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation import perplexity
 from qtool.evaluation.tasks import evaluate
@@ -62,6 +64,52 @@ def test_divergence_is_kl_from_the_float_model_in_float64(
     assert kl.stderr == pytest.approx((expected.mean(1).std() / math.sqrt(7)).item(), rel=1e-4)
     assert agreement.value == pytest.approx((mine.argmax(-1) == other.argmax(-1)).double().mean().item())
     assert kl.n == agreement.n == 7 * 39
+
+
+@given(st.lists(st.floats(-1, 1e6, width=32), min_size=1, max_size=50), st.sampled_from([0.0, 0.5, 0.99, 0.999, 1.0]))
+def test_a_percentile_is_interpolated_between_the_numbers_around_it(values: list[float], share: float) -> None:
+    ordered = torch.tensor(values).sort().values
+    expected = torch.quantile(ordered.double(), share, interpolation="linear").item()
+    assert perplexity.percentile(ordered, share) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_the_percentiles_of_kl_are_those_of_all_predictions(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor
+) -> None:
+    scores = perplexity.score_windows(loaded.model, reference.model, windows, 3, True, "")
+    with torch.no_grad():
+        mine, other = (m(windows).logits[:, :-1].double().log_softmax(-1) for m in (loaded.model, reference.model))
+    expected = (other.exp() * (other - mine)).sum(-1).flatten()
+    found = scores.token_kl
+    assert found is not None
+    assert found.shape == (7 * 39,)
+    for share in PERCENTILES.values():
+        wanted = torch.quantile(expected, share).item()
+        assert perplexity.percentile(found, share) == pytest.approx(wanted, rel=1e-4)
+    assert found.mean().item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, "auto"])
+def test_logits_of_a_few_tokens_at_a_time_give_the_same_scores(
+    loaded: LoadedModel, reference: LoadedModel, windows: Tensor, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = perplexity.score_windows(loaded.model, reference.model, windows, 3, True, "")
+    seen: list[int] = []
+    heads = [each.model.get_output_embeddings() for each in (loaded, reference)]
+    handles = [head.register_forward_hook(lambda *args: seen.append(args[2].shape[-2])) for head in heads]
+    monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 15 * 2 * 4 * 4096})
+    monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 4 * 4096})
+    found = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "")
+    for handle in handles:
+        handle.remove()
+    assert max(seen) <= 16, "39 predictions in three parts of up to 16"
+    for ours, theirs in zip(found[:4], expected[:4], strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert found.token_kl is not None
+    assert expected.token_kl is not None
+    assert torch.allclose(found.token_kl, expected.token_kl, rtol=1e-3, atol=1e-6)
 
 
 def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tensor) -> None:

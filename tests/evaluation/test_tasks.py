@@ -76,19 +76,27 @@ def test_rows_come_in_the_order_of_the_tasks(loaded: LoadedModel, reference: Loa
     rows = evaluate(loaded, EvalConfig(tasks=tasks, limit=2, context=16), reference, seed=0)
     assert [(row.task, row.metric) for row in rows] == [
         ("kl", "kl"),
+        ("kl", "median"),
+        ("kl", "99th percentile"),
+        ("kl", "99.9th percentile"),
+        ("kl", "maximum"),
         ("kl", "top-1 agreement"),
         ("generated", "perplexity"),
         ("wikitext2", "perplexity"),
     ]
     assert "of wikitext2" in rows[0].note
-    assert "that the float model wrote" in rows[2].note
-    assert rows[3].note == "2 windows of 16 tokens"
+    assert "that the float model wrote" in rows[6].note
+    assert rows[7].note == "2 windows of 16 tokens"
+    values = [row.value or 0 for row in rows[1:5]]
+    assert values == sorted(values)
+    assert values[0] < (rows[0].value or 0) < values[-1]
+    assert [row.n for row in rows[:6]] == [30] * 6
 
 
 @pytest.mark.usefixtures("nothing_local")
 def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded: LoadedModel, reference: LoadedModel) -> None:
     rows = evaluate(loaded, EvalConfig(tasks=("wikitext2", "kl"), limit=2, context=16), reference, seed=0)
-    assert [(row.task, row.value is None) for row in rows] == [("wikitext2", True), ("kl", False), ("kl", False)]
+    assert [(row.task, row.value is None) for row in rows] == [("wikitext2", True), *[("kl", False)] * 6]
     assert rows[0].note.startswith("not measured: wikitext2 is not on this machine")
     assert "of generated" in rows[1].note
 
@@ -113,7 +121,7 @@ def test_our_own_tasks_do_not_import_lm_eval(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     config = EvalConfig(tasks=("wikitext2", "generated", "kl"), limit=2, context=16)
     check_tasks(config)
-    assert len(evaluate(loaded, config, reference, seed=0)) == 4
+    assert len(evaluate(loaded, config, reference, seed=0)) == 8
 
 
 # -------------------------------------------------------------------------------------------- lm-eval tasks

@@ -25,6 +25,7 @@ specs = st.builds(
     num_bits=st.sampled_from(BITS),
     group_size=st.sampled_from([-1, 1, 2, 3, 8, 16, 32]),
     symmetric=st.booleans(),
+    negative_scales=st.sampled_from([None, False]),
     scale_dtype=st.sampled_from(sorted(SCALE_BITS)),
 )
 
@@ -85,11 +86,14 @@ def per_weight(values: Tensor, columns: int) -> Tensor:
 
 
 def random_weight(spec: QuantSpec, rows: int, columns: int, seed: int = 0) -> QuantizedWeight:
-    """Return random codes, random zero points that the grid allows, and scales of several magnitudes."""
+    """Return random codes, random zero points that the grid allows, and scales of several magnitudes and signs."""
     generator = torch.Generator().manual_seed(seed)
     groups = spec.num_groups(columns)
     codes = torch.randint(0, spec.qmax + 1, (rows, columns), dtype=torch.uint8, generator=generator)
-    scale = affine.stored_scale(0.01 * torch.randn(rows, groups, generator=generator).exp(), spec)
+    scale = 0.01 * torch.randn(rows, groups, generator=generator).exp()
+    if spec.signed:
+        scale *= torch.randint(0, 2, scale.shape, generator=generator) * 2 - 1
+    scale = affine.stored_scale(scale, spec)
     zero_point = torch.full((rows, groups), float(spec.middle))
     if not spec.symmetric:
         zero_point = torch.randint(0, spec.qmax + 1, (rows, groups), generator=generator).float()

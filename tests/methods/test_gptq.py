@@ -18,11 +18,13 @@ from qtool.blocks.stages import Stage, stages
 from qtool.blocks.task import BlockTask, Rows
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
-from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve
+from qtool.methods.gptq import Statistics, collect, factorise, solve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
+from qtool.quant import hessian as sums
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
+from qtool.quant.hessian import column_order
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress
 from qtool.system.errors import RunError
@@ -251,7 +253,7 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse_whatever_part_is_worke
     inputs = torch.randn(size + 50, size, generator=generator(seed))
     spec, config = QuantSpec(num_bits=4, group_size=3), gptq.Config(damp=0.1, act_order="group")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq, "PART", part)
+        patch.setattr(sums, "PART", part)
         stats = statistics(inputs)
         factor = factorise(stats, spec, config, "layer")
     hessian = 2 / len(inputs) * inputs.double().T @ inputs.double()

@@ -73,16 +73,6 @@ def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch:
     assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
 
 
-def test_methods_for_one_process_refuse_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.several(0, 2, monkeypatch)
-    file = written_recipe(tmp_path, "out")
-    file.write_text(
-        file.read_text().replace("name: lsq", "name: rtn").replace("  batch_size: 5\n  epochs: 3\n  min_steps: 0\n", "")
-    )
-    with pytest.raises(InputError, match="method rtn runs in one process, but 2 were started"):
-        quantize.quantize(recipe.load(file))
-
-
 def test_more_processes_than_windows_in_a_step_are_refused(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,11 +18,11 @@ from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base
 from qtool.methods import efficientqat
-from qtool.methods.efficientqat.block_ap import split_windows
 from qtool.pipelines import forecast, kept_forecast, probe, quantize
 from qtool.pipelines.probe import Measured
 from qtool.reports.forecast import Cost, Forecast
 from qtool.system.errors import InputError
+from qtool.training.block_training import split_windows
 
 FORMATS = ("compressed-tensors", "gptq", "auto-round", "mlx", "gguf")
 

@@ -57,33 +57,42 @@ def test_error_is_half_a_step_inside_the_range(case: Case) -> None:
     codes, scale, zero_point, _ = rounded_to_nearest(weight, spec)
     step, zero = per_weight(scale, weight.shape[1]), per_weight(zero_point, weight.shape[1])
     w = weight.double()
-    inside = (w >= -zero * step) & (w <= (spec.qmax - zero) * step)
+    ends = -zero * step, (spec.qmax - zero) * step  # the second is the lower one where a scale is negative
+    inside = (w >= torch.minimum(*ends)) & (w <= torch.maximum(*ends))
     error = (affine.dequantize(codes, scale, zero_point, spec).double() - w).abs()
     slack = spec.qmax * 2.0**-21  # error of float32 arithmetic on numbers of up to qmax steps
-    assert bool((error <= step * (0.5 + slack))[inside].all())
+    assert bool((error <= step.abs() * (0.5 + slack))[inside].all())
 
 
 @given(cases())
 def test_minmax_leaves_outside_only_what_rounding_the_scale_does(case: Case) -> None:
-    """The exact grid covers every weight to half a step; a scale rounded by ``r`` moves its ends by ``r * qmax``."""
+    """The exact grid covers every weight to half a step; a scale rounded by ``r`` moves its ends by ``r * qmax``.
+
+    With scales of either sign, it covers to a step: the lowest level is the end with the larger weight.
+    """
     weight, spec = case
     codes, scale, zero_point, _ = rounded_to_nearest(weight, spec)
+    dequantized = affine.dequantize(codes, scale, zero_point, spec)
     groups = affine.grouped(weight, spec).double()
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     exact = (2 * torch.maximum(-low, high) if spec.symmetric else high - low) / spec.qmax
+    if spec.signed:
+        exact = torch.where(-low >= high, -low, -high) / spec.middle
     exact = torch.where(exact == 0, scale.double(), exact)  # an all-zero group
+    assert torch.equal(exact.sign(), scale.double().sign())
+    scale, exact, covered = scale.abs(), exact.abs(), 1.0 if spec.signed else 0.5
     step = torch.maximum(per_weight(scale, weight.shape[1]), per_weight(exact, weight.shape[1]))
     rounded = per_weight((scale.double() - exact).abs(), weight.shape[1])
-    error = (affine.dequantize(codes, scale, zero_point, spec).double() - weight.double()).abs()
-    assert bool((error <= step * (0.5 + spec.qmax * 2.0**-21) + spec.qmax * rounded).all())
+    error = (dequantized.double() - weight.double()).abs()
+    assert bool((error <= step * (covered + spec.qmax * 2.0**-21) + spec.qmax * rounded).all())
 
 
 @given(cases())
-def test_scale_is_a_positive_value_of_its_stored_dtype(case: Case) -> None:
+def test_scale_is_a_value_of_its_stored_dtype_and_positive_unless_the_grid_allows_both_signs(case: Case) -> None:
     _, scale, _, spec = rounded_to_nearest(*case)
     stored = scale.to(getattr(torch, spec.scale_dtype))
     assert torch.equal(stored.float(), scale)
-    assert bool((stored > 0).all())
+    assert bool((stored.abs() > 0 if spec.signed else stored > 0).all())
     assert bool(torch.isfinite(stored).all())
 
 
@@ -94,11 +103,11 @@ def test_zero_is_held_exactly(spec: QuantSpec, rows: int) -> None:
 
 
 def test_the_range_of_an_all_zero_group_is_taken_as_one_to_either_side() -> None:
-    """Golden: a scale of 2 / 15; the smallest float16 would fit too, and could not be trained."""
-    for symmetric in (True, False):
-        spec = QuantSpec(num_bits=4, group_size=4, symmetric=symmetric, scale_dtype="float32")
+    """Golden: a scale of 2 / 15 or 1 / 8; the smallest float16 would fit too, and could not be trained."""
+    for symmetric, negative, expected in ((True, False, 2 / 15), (True, True, 1 / 8), (False, False, 2 / 15)):
+        spec = QuantSpec(num_bits=4, group_size=4, symmetric=symmetric, scale_dtype="float32", negative_scales=negative)
         scale, zero_point = affine.minmax_qparams(torch.zeros(1, 8), spec)
-        assert scale.tolist() == [[pytest.approx(2 / 15)] * 2]
+        assert scale.tolist() == [[pytest.approx(expected)] * 2]
         assert zero_point[0, 0] in ((8,) if symmetric else (7, 8))  # 7.5 up to the rounding of the scale
 
 
@@ -113,11 +122,13 @@ def test_zeros_among_other_weights_stay_zero(case: Case) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("value", [0.75, -0.75])
 def test_a_constant_group_keeps_its_value(bits: int, value: float) -> None:
-    """Asymmetric: exact up to the scale's rounding. Symmetric: half a step off on the positive side."""
+    """Exact up to the scale's rounding; half a step off on a symmetric grid whose scales are positive."""
     weight = torch.full((2, 16), value)
     asymmetric = QuantSpec(num_bits=bits, group_size=8, symmetric=False, scale_dtype="float32")
     assert torch.allclose(affine.dequantize(*rounded_to_nearest(weight, asymmetric)), weight, rtol=1e-6)
-    symmetric = asymmetric.model_copy(update={"symmetric": True})
+    signed = asymmetric.model_copy(update={"symmetric": True, "negative_scales": True})
+    assert torch.allclose(affine.dequantize(*rounded_to_nearest(weight, signed)), weight, rtol=1e-6)
+    symmetric = signed.model_copy(update={"negative_scales": False})
     error = (affine.dequantize(*rounded_to_nearest(weight, symmetric)) - weight).abs()
     assert float(error.max()) <= 0.75 / symmetric.qmax * 1.001
 
@@ -140,13 +151,19 @@ def test_rounding_is_half_to_even() -> None:
 
 
 def test_min_max_grids_are_those_of_the_formula() -> None:
-    """Golden, by hand: 2 bits on -1, 0, 1, 2; symmetric then has scale 4/3 and the middle code 2."""
+    """Golden, by hand: 2 bits on -1, 0, 1, 2; symmetric then has scale 4/3 and the middle code 2.
+
+    With scales of either sign the scale is -1: the lowest level, -2 steps, is the largest weight.
+    """
     weight = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
     asymmetric = QuantSpec(num_bits=2, group_size=4, symmetric=False, scale_dtype="float32")
     codes, scale, zero_point, _ = rounded_to_nearest(weight, asymmetric)
     assert (codes.tolist(), scale.tolist(), zero_point.tolist()) == ([[0, 1, 2, 3]], [[1.0]], [[1.0]])
-    codes, scale, zero_point, _ = rounded_to_nearest(weight, asymmetric.model_copy(update={"symmetric": True}))
+    signed = asymmetric.model_copy(update={"symmetric": True})
+    codes, scale, zero_point, _ = rounded_to_nearest(weight, signed.model_copy(update={"negative_scales": False}))
     assert (codes.tolist(), scale.tolist(), zero_point.tolist()) == ([[1, 2, 3, 3]], [[pytest.approx(4 / 3)]], [[2.0]])
+    codes, scale, zero_point, _ = rounded_to_nearest(weight, signed)
+    assert (codes.tolist(), scale.tolist(), zero_point.tolist()) == ([[3, 2, 1, 0]], [[-1.0]], [[2.0]])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -259,7 +276,7 @@ def test_range_search_gains_at_few_bits_and_follows_importance(bits: int, symmet
 def test_range_search_gives_grids_like_any_other(case: Case) -> None:
     scale, zero_point = search_qparams(case.weight, case.spec)
     assert torch.equal(scale.to(getattr(torch, case.spec.scale_dtype)).float(), scale)
-    assert bool((scale > 0).all())
+    assert bool((scale.abs() > 0 if case.spec.signed else scale > 0).all())
     assert torch.equal(zero_point, zero_point.round().clamp(0, case.spec.qmax))
     if case.spec.symmetric:
         assert bool((zero_point == case.spec.middle).all())

@@ -68,7 +68,7 @@ def bound(weight: QuantizedWeight, x: Tensor) -> Tensor:
     codes, scale, zero_point, spec = weight
     per_group = codes.shape[1] // scale.shape[1]
     s, z = (t.double().repeat_interleave(per_group, 1) for t in (scale, zero_point))
-    size = s * ((codes - z).abs() + (2 ** (spec.num_bits - 1) - z).abs() + 2 ** (spec.num_bits - 4))
+    size = s.abs() * ((codes - z).abs() + (2 ** (spec.num_bits - 1) - z).abs() + 2 ** (spec.num_bits - 4))
     return (2**-6 * x.double().abs()).matmul(size.T)
 
 

@@ -94,6 +94,27 @@ def test_a_method_replaces_the_one_before_and_other_sections_are_merged() -> Non
     assert base["method"]["optim"] == {"schedule": "linear"}  # no cell changes the base of all cells
 
 
+def test_a_cell_starts_from_the_folder_of_another() -> None:
+    base = {"model": {"path": "x"}, "method": {"name": "efficientqat"}}
+    first, second = checked(recipe=base, cells={"blocks": {"method.e2e.steps": 0}, "scales": {"start": "blocks"}})
+    assert (first.start, second.start) == (None, "blocks")
+    assert second.recipe.method.model_dump()["init_from"] == str(first.recipe.output.path) == "out/blocks"
+
+
+@pytest.mark.parametrize(
+    ("sections", "fault"),
+    [
+        ({"cells": {"b": {"start": "c"}}}, "cells.b.start: no cell without a start is called 'c'; there are none"),
+        ({"cells": {"a": {}, "b": {"start": "a"}, "c": {"start": "b"}}}, "cells.c.start: .* 'b'; there are a"),
+        ({"cells": {"a": {}, "b": {"start": "a"}}, "keep": "reports"}, "keep: reports deletes the weights of a"),
+    ],
+)
+def test_a_start_that_is_not_there_is_a_fault(sections: dict[str, Any], fault: str) -> None:
+    _, wrong = expand(SweepConfig(recipe={"model": {"path": "x"}}, **sections))
+    assert len(wrong) == 1
+    assert re.search(fault, wrong[0])
+
+
 BASE = {"model": {"path": "x"}, "method": {"name": "rtn"}}
 
 

@@ -106,6 +106,21 @@ def test_what_is_done_is_not_run_again_and_what_changed_is(
     assert ran[-1] == ["ptq", "out/b.yaml", "--json", "--overwrite", "--fresh"]
 
 
+def test_a_cell_that_starts_from_another_runs_after_it_and_again_with_it(
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
+) -> None:
+    start = {"start": "rounded", "method": {"name": "efficientqat", "epochs": 0, "e2e": {"steps": 0}}}
+    whole = {"recipe": base | {"eval": None}, "cells": {"tuned": start, "rounded": {"quant.num_bits": 4}}}
+    first = run(whole)
+    assert [command[1] for command in ran] == ["out/rounded.yaml", "out/tuned.yaml"]
+    assert not first.failed
+    assert len({file.read_bytes() for file in Path("out").glob("*/*00001*.safetensors")}) == 1  # the same codes
+    assert run(whole).ran == []
+    shutil.rmtree("out/rounded")
+    assert run(whole).ran == ["tuned", "rounded"]
+    assert [command[1] for command in ran[2:]] == ["out/rounded.yaml", "out/tuned.yaml"]
+
+
 def test_a_report_is_never_taken_for_another_evaluation_s(
     base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,15 +106,21 @@ def test_float_models_and_other_machines_are_told_apart() -> None:
 
 CELLS = {
     "builtin-corners": 2 * 2 * 5,
+    "builtin-calibration": 2 * 2 * 3,
+    "builtin-group-size": 4 * 2,
+    "builtin-lrqat-parts": 2 * 7,
     "builtin-ptq-qat": 8 * 3,
+    "builtin-range-factor": 3 * 6 + 2,
+    "builtin-samples": 1 + 4,
     "continuous-approximation": 3 * 2 * 2,
     "efficientqat": 5 * 4 + 1 + (5 + 5 + 5 + 3) + (3 + 3),
-    "efficientqat-ablation": 8,
+    "efficientqat-ablation": 8 + 3 + 6 + 6,
     "efficientqat-alpaca": 2 * 4 * 3,
     "efficientqat-instruct": 2 * 4 * 2,
     "lrqat-4": 5 * 6 * 3 + 3 * 6 + 3 * 5 + 4 * 4,
     "lrqat-5": 3 * 3 * 3,
     "ptq-qat": 8 * 4,
+    "range-factor": 3 * (3 * 6 + 2),
 }
 
 
@@ -159,6 +165,9 @@ def test_papers_tables_are_what_their_numbers_make() -> None:
         ("efficientqat-instruct", "llama-3-70b-instruct-w2g128-block-ap", []),
         ("efficientqat-ablation", "block-ap", [8.53, 0.5899]),
         ("efficientqat-ablation", "block-ap-grid", [10.26, 0.5520]),
+        ("efficientqat-ablation", "group-256", [8.18, 0.5867]),
+        ("efficientqat-ablation", "e2e-windows-32764", [7.50, 0.6031]),
+        ("efficientqat-ablation", "text-c4-w3g128", [5.92, 7.38, 0.6382]),
         ("lrqat-4", "mistral-7b-w4g128", [5.37, 0.7528]),
         ("lrqat-4", "llama-3-8b-w3pc-rtn", [34.10, 0.4746]),
         ("lrqat-4", "llama-2-13b-w2g128-gptq", [28.14]),
@@ -187,19 +196,22 @@ def test_a_cell_of_a_paper_s_own_method_is_its_packaged_recipe(tables: dict[str,
             assert cell.recipe == own.model_copy(update={"output": cell.recipe.output})
 
 
-@pytest.mark.parametrize("table", ["efficientqat-instruct", "efficientqat-alpaca"])
-def test_a_second_phase_starts_from_the_cell_before_it(tables: dict[str, grid.Sweep], table: str) -> None:
+@pytest.mark.parametrize(
+    "table", ["efficientqat-instruct", "efficientqat-alpaca", "efficientqat-ablation", "builtin-samples"]
+)
+def test_a_second_phase_starts_from_a_cell_of_the_first(tables: dict[str, grid.Sweep], table: str) -> None:
     plan = tables[f"tables/{table}"]
-    seen: dict[Path, recipe.Recipe] = {}
-    for cell in plan.cells:
-        method = cell.recipe.method
-        assert isinstance(method, efficientqat.Config)
-        if method.init_from is not None:
-            first = seen[Path(method.init_from)]
-            assert (first.model, first.quant) == (cell.recipe.model, cell.recipe.quant)
-            assert (method.epochs, first.data.source) == (0, "redpajama")
-        assert method.e2e.steps != 0 or not cell.recipe.expected
-        seen[cell.recipe.output.path] = cell.recipe
+    named = {cell.name: cell.recipe for cell in plan.cells}
+    chained = [cell for cell in plan.cells if cell.start is not None]
+    assert len(chained) >= 4
+    for cell in chained:
+        assert cell.start is not None
+        own, first = cell.recipe.method, named[cell.start].method
+        assert isinstance(own, efficientqat.Config)
+        assert isinstance(first, efficientqat.Config)
+        assert (named[cell.start].model, named[cell.start].quant) == (cell.recipe.model, cell.recipe.quant)
+        assert (first.e2e.steps, own.epochs) == (0, 0)
+        assert own.e2e.steps != 0
 
 
 def test_peqa_trains_scales_alone_in_the_recipes_and_the_tables(tables: dict[str, grid.Sweep]) -> None:

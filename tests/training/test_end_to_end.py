@@ -230,7 +230,7 @@ def test_the_best_state_on_windows_kept_out_is_what_is_packed(
 ) -> None:
     """Far too long steps only do harm, so the start is kept; the held-out windows are not trained on."""
     seen: set[int] = set()
-    losses = end_to_end._Training._token_losses
+    losses = end_to_end._Training._summed
 
     def watched(self: Any, rows: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -239,7 +239,7 @@ def test_the_best_state_on_windows_kept_out_is_what_is_packed(
 
     options = {"validation_samples": 2, "validate_every": 1, "epochs": 2, "travel": 40.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(end_to_end._Training, "_token_losses", watched)
+        patch.setattr(end_to_end._Training, "_summed", watched)
         found, series = train(load_method("lsq"), make_llama(), tokens, W4, **options)
     assert seen == {0, 1, 2}
     assert len(series["validation"]) == 1 + len(series["loss"])
@@ -250,8 +250,8 @@ def test_the_best_state_on_windows_kept_out_is_what_is_packed(
 def test_a_loss_that_is_not_finite_ends_the_run(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = end_to_end._Training._token_losses
-    monkeypatch.setattr(end_to_end._Training, "_token_losses", lambda self, rows: losses(self, rows) * torch.nan)
+    losses = end_to_end._Training._summed
+    monkeypatch.setattr(end_to_end._Training, "_summed", lambda self, rows: losses(self, rows) * torch.nan)
     with pytest.raises(RunError, match=r"the loss is not finite in step 1; lower the learning rates, or set optim"):
         train(load_method("lsq"), llama, tokens)
 

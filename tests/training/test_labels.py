@@ -68,7 +68,7 @@ def test_a_divergence_counts_only_learned_tokens(llama: Any, tokens: torch.Tenso
     with torch.no_grad():
         logs = llama.model(tokens).logits[:, :-1].log_softmax(-1)
     truth = logs.gather(-1, tokens[:, 1:, None])[..., 0].exp()
-    assert one.gamma == pytest.approx(truth[labels[:, 1:] != IGNORED].mean().item(), rel=1e-5)
+    assert one.loss.gamma == pytest.approx(truth[labels[:, 1:] != IGNORED].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from qtool.blocks.driver import PROBED_WINDOWS, gather, run_blocks
+from qtool.blocks.driver import gather, run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.states import PROBED_WINDOWS
 from qtool.methods.efficientqat.block_ap import place_block, quantize_block, reads_text
 from qtool.methods.efficientqat.config import BlockConfig, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import train_scales
+from qtool.system import distributed
+from qtool.training.guided import end_loss
 from qtool.training.linears import Start
 
 
@@ -42,11 +45,14 @@ def run(job: Job, config: Config) -> Result:
     start = None if config.init_from is None else Start(config.init_from, job)
     errors = {} if start is None else start.take_embeddings(job)
     if reads_text(config):
-        step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed)
+        guide = end_loss(job, config.guided)
+        step = partial(quantize_block, loaded=job.loaded, config=config, start=start, seed=job.seed, guide=guide)
         result = run_blocks(job, step, with_float_states=True)
     else:  # hidden states for the figures alone: those of the whole text of a second phase may be terabytes
         few = job.first(PROBED_WINDOWS)
-        result = run_blocks(few, partial(place_block, loaded=job.loaded, start=start))
+        with distributed.alone():  # they may be fewer windows than processes
+            result = run_blocks(few, partial(place_block, loaded=job.loaded, start=start))
+        distributed.barrier()
     if not trains_scales(config):
         return result._replace(weight_errors={**errors, **result.weight_errors})
     gather(job, on_device=config.e2e.sharding == "none")

@@ -14,31 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from qtool.blocks.job import Figures
-from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
-from qtool.methods import gptq, rtn
+from qtool.methods._starts import PLAIN, starting_points
 from qtool.methods.efficientqat.config import BlockConfig
+from qtool.methods.gsq.training import steps_of, train_assignments
 from qtool.methods.rtn import round_to_nearest
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight, dequantize, grouped, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, grouped
 from qtool.quant.expert_product import block_product
-from qtool.quant.packed_linear import PackedLinear
-from qtool.quant.ranges import search_qparams
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss
+from qtool.training.block_loss import loss_of
 from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
+from qtool.training.guided import EndLoss, block_weights
 from qtool.training.linears import Start
 from qtool.training.rates import rate
 
 RETRIES = (1.0, 0.25, 0.0625)  # factors of the learning rates, each tried after a loss that is not finite
-PLAIN = rtn.Config()  # rounding to nearest in the extremes of each group
-SEARCH_NORM = 3.0  # exponent of the error that the range search lowers, as in gptq and signround
 
 
 class LowRankBlockLinear(BlockLinear):
@@ -77,28 +74,17 @@ class LowRankBlockLinear(BlockLinear):
         return super().grid_weight(scale, zero_point) + grouped(term, self.spec)
 
 
-def starting_points(task: BlockTask, config: BlockConfig, start: Start | None) -> dict[str, QuantizedWeight]:
+def starts_of(task: BlockTask, config: BlockConfig, start: Start | None) -> dict[str, QuantizedWeight]:
     """Return grid and codes that each linear starts at, and compute the float outputs while the block is unchanged."""
-    if config.init == "gptq" and start is None:
-        return _solved(task)
-    searched = [group[0].linear for group in task.groups] if config.init == "search" and start is None else []
-    importance = task.pass_floats(searched)
-    if start is not None:
-        return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
-    if not searched:
-        return {target.name: round_to_nearest(target.weight, target.spec, PLAIN) for target in task.targets}
-    found = {}
-    for group in task.groups:
-        for target in group:
-            weight, spec = target.weight, target.spec
-            grid = search_qparams(weight, spec, SEARCH_NORM, importance[group[0].linear])
-            found[target.name] = QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
-    return found
+    if start is None:
+        return starting_points(task, config.init)
+    task.pass_floats()
+    return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
 
 
 def reads_text(config: BlockConfig) -> bool:
     """Return whether blocks are trained, or start from ranges or codes that are found on text."""
-    return bool(config.epochs) or (config.init_from is None and config.init != "minmax")
+    return bool(config.epochs or config.gsq.epochs) or (config.init_from is None and config.init != "minmax")
 
 
 def place_block(task: BlockTask, loaded: LoadedModel, start: Start | None) -> None:
@@ -110,19 +96,6 @@ def place_block(task: BlockTask, loaded: LoadedModel, start: Start | None) -> No
             task.pack(target, round_to_nearest(target.weight, target.spec, PLAIN))
         else:
             task.pack(target, start.source.quantized(target.name)._replace(spec=target.spec))
-
-
-def _solved(task: BlockTask) -> dict[str, QuantizedWeight]:
-    """Quantize the block by GPTQ with its defaults, and return the result; this sets the float outputs as well."""
-    solver, found = gptq.Config(), {}
-    for stage in stages(task):
-        gptq.quantize_stage(task, stage, solver)
-        for target in stage.targets:
-            layer = task.block.get_submodule(task.local_name(target))
-            assert isinstance(layer, PackedLinear)
-            found[target.name] = layer.quantized
-    task.outputs = None  # these were made by GPTQ's codes, which training changes
-    return found
 
 
 def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> BlockLinear:
@@ -155,7 +128,7 @@ def groups_of(
     """Return the parameters that train, with learning rates; ``total`` is the sum of the schedule's factors."""
     groups = []
     for layer in layers:
-        step = float(layer.scale.detach().mean())
+        step = float(layer.scale.detach().abs().mean())
         of_weight = rate(config.travel * step, total, config.weight_lr)
         rates = {
             "weight": of_weight,
@@ -175,20 +148,25 @@ def groups_of(
 
 
 def quantize_block(
-    task: BlockTask, loaded: LoadedModel, config: BlockConfig, start: Start | None, seed: int
+    task: BlockTask,
+    loaded: LoadedModel,
+    config: BlockConfig,
+    start: Start | None,
+    seed: int,
+    guide: EndLoss | None = None,
 ) -> Figures:
-    """Train the block, and pack its best state.
+    """Train the block, then its assignments if the recipe asks for that, and pack the best state.
 
     After a loss that is not finite, the training starts again at lower learning rates; if the last attempt fails too,
     the block stays at its starting point, which its figure ``fallback`` shows.
     """
-    starts = starting_points(task, config, start)
-    assert task.float_outputs is not None
+    starts = starts_of(task, config, start)
+    loss = loss_of(task, config.last_block_loss, weights=block_weights(guide, task))
     if start is not None:
         start.take_floats(loaded, f"{task.name}.")
     first = [(norm.parameter, norm.parameter.detach().clone()) for norm in norms_of(task, loaded)]
-    windows, held = split_windows(sum(batch.shape[0] for batch in task.inputs), config.validation_samples)
-    num_steps = max(config.min_steps, round(config.epochs * len(windows) / config.batch_size)) if config.epochs else 0
+    windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
+    num_steps = steps_of(config, len(windows))
     total = total_factor(num_steps, config.optim)
     figures: Figures = {}
     for retries, share in enumerate(RETRIES):
@@ -197,7 +175,7 @@ def quantize_block(
         layers = {target.name: make_layer(target, starts[target.name], config) for target in task.targets}
         for target in task.targets:
             replace_linear(task.block, task.local_name(target), layers[target.name])
-        training = BlockTraining(task, BlockLoss(task.float_outputs), list(layers.values()), norms)
+        training = BlockTraining(task, loss, list(layers.values()), norms)
         groups = [group._replace(lr=group.lr * share) for group in groups_of(training.layers, norms, total, config)]
         try:
             fitted = training.run(
@@ -218,6 +196,11 @@ def quantize_block(
         progress.note(f"{task.name}: no attempt had a finite loss; the block stays at its start, untrained")
         found = starts
         figures["fallback"] = 1.0
+    if config.gsq.epochs:
+        for norm in norms:
+            norm.parameter.requires_grad_(False)
+        found, more = train_assignments(task, found, training.distance, config.gsq, seed)
+        figures |= {f"gsq_{name}": value for name, value in more.items()}
     for target in task.targets:
         task.pack(target, found[target.name])
     return figures

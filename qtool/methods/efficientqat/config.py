@@ -5,7 +5,17 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from qtool.config.training import EndToEndConfig, OptimConfig, Preset, Presets, TrainedConfig, preset_field
+from qtool.config.guided import GuidedConfig
+from qtool.config.training import (
+    EndToEndConfig,
+    LastBlockConfig,
+    OptimConfig,
+    Preset,
+    Presets,
+    TrainedConfig,
+    preset_field,
+)
+from qtool.methods.gsq.config import AssignmentConfig
 
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -20,7 +30,7 @@ PRESETS: Presets = {
 }
 
 
-class BlockConfig(TrainedConfig):
+class BlockConfig(TrainedConfig, LastBlockConfig):
     """The keys of Block-AP."""
 
     renamed: ClassVar[Mapping[str, str]] = RENAMED
@@ -88,7 +98,16 @@ class BlockConfig(TrainedConfig):
         description="Windows on which the best state of a block is chosen. They are not trained on, but at most one "
         "window in eight is held out; of fewer than eight windows, all are trained on.",
     )
+    guided: GuidedConfig = Field(
+        GuidedConfig(), description="End-loss weights of tokens and channels in the loss of Block-AP."
+    )
     optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
+
+    gsq: AssignmentConfig = Field(
+        AssignmentConfig(epochs=0.0),
+        description="A training of the assignments of each block, which begins at the codes of Block-AP, as in the "
+        "method gsq; off unless its epochs are given.",
+    )
 
 
 class ScaleConfig(EndToEndConfig):

@@ -100,7 +100,7 @@ class ScaleLinear(PackedLinear):
 
 def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[ParamGroup]:
     """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
-    step = float(layer.scale.detach().mean())
+    step = float(layer.scale.detach().abs().mean())
     groups = []
     for parameter, distance in ((layer.scale, config.scale_share * step), (layer.zero_point, config.zero_travel)):
         if parameter.requires_grad:

@@ -15,6 +15,7 @@ import qtool
 from qtool.blocks.job import load_method
 from qtool.checkpoints.native import MANIFEST
 from qtool.config.recipe import Recipe
+from qtool.config.sections import METRICS
 from qtool.data.windows import calibration, token_hash
 from qtool.models.linears import packed_linears
 from qtool.quant.packed_weight import FORMAT_VERSION
@@ -93,10 +94,10 @@ def test_the_report_is_complete_and_the_model_card_holds_its_numbers(whole: Resu
     assert (report.method, report.label, report.seed, report.device) == ("gptq", "w4g32", 3, "cpu")
     assert [(row.task, row.metric) for row in report.results] == [
         ("generated", "perplexity"),
-        ("kl", "kl"),
-        ("kl", "top-1 agreement"),
+        *(("kl", metric) for metric in METRICS["kl"]),
     ]
-    perplexity, divergence, agreement = report.results
+    perplexity, divergence, *percentiles, agreement = report.results
+    assert [row.stderr for row in percentiles] == [None] * 4
     assert perplexity.value is not None
     assert perplexity.float_value is not None
     assert perplexity.float_value > 1
