@@ -22,7 +22,7 @@ def name(path: Path) -> str:
 
 
 def test_none_is_forgotten() -> None:
-    assert len(PATHS) == 20 + 7 + 61
+    assert len(PATHS) == 21 + 7 + 61
     assert len([path for path in PAPERS if path.parent.name == "efficientqat"]) == 6 * 4 + 1
     assert len([path for path in PAPERS if path.parent.name == "lrqat"]) == 5 * 6
     assert len([path for path in PAPERS if path.parent.name == "peqa"]) == 6
