@@ -125,7 +125,7 @@ def test_recipe_keys() -> None:
         "model": ["path", "dtype", "device", "free"],
         "method": ["name"],
         "quant": [
-            *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero"),
+            *("grid", "num_bits", "group_size", "symmetric", "scale_dtype", "float_zero", "negative_scales"),
             *("activations.num_bits", "activations.symmetric", "kv_cache", "kv_group_size", "overrides"),
             *("embedding", "head"),
             *("budget.average_bits", "budget.size", "budget.share"),
@@ -152,7 +152,7 @@ def test_keys_of_efficientqat() -> None:
         "weight_lr quant_lr validation_samples"
     )
     assert [name for name in found if "." not in name] == phase_one.split()
-    assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "guided", "optim", "e2e"}
+    assert {name.partition(".")[0] for name in found if "." in name} == {"rounding", "guided", "optim", "gsq", "e2e"}
     assert {"e2e.steps", "e2e.epochs", "e2e.trains", "e2e.scale_share", "e2e.zero_travel", "e2e.lr"} <= set(found)
 
 

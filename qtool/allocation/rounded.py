@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from qtool.allocation.tables import head_hessian
 from qtool.allocation.units import Unit
 from qtool.blocks import tables
-from qtool.blocks.driver import BlockStates, group_inputs, walk
+from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job
+from qtool.blocks.states import BlockStates
 from qtool.methods import gptq
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, weight_of

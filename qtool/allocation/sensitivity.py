@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from qtool.allocation.rounded import Changes, Weights, compensated, nearest, rounded_unit
 from qtool.allocation.tables import head_hessian, row_weights
 from qtool.allocation.units import Unit
-from qtool.blocks.driver import TOKENS_PER_BATCH, BlockStates, walk
+from qtool.blocks.driver import walk
 from qtool.blocks.job import Job
+from qtool.blocks.states import TOKENS_PER_BATCH, BlockStates
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.models.experts import num_experts

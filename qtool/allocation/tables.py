@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qtool.blocks.driver import BlockStates
+from qtool.blocks.states import BlockStates
 from qtool.models.linears import Target, weight_of
 from qtool.quant.hessian import gram
 

@@ -9,7 +9,8 @@ in any order.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,14 @@ class Share(NamedTuple):
     def num_windows(self) -> int:
         """The number of windows that this process holds."""
         return sum(self.sizes[number] for number in self.numbers)
+
+
+def own_rows(rows: Tensor, share: Share) -> Tensor:
+    """Return those of ``rows`` ``[n, ...]``, as many of each window, that belong to the windows of this process."""
+    before = [0, *accumulate(share.sizes)]
+    windows = [window for number in share.numbers for window in range(before[number], before[number + 1])]
+    by_window: Tensor = rows.unflatten(0, (before[-1], -1))
+    return by_window[windows].flatten(0, 1)
 
 
 def owner(number: int, count: int) -> int:
@@ -98,6 +107,12 @@ def no_rows(weight: Tensor, spec: QuantSpec) -> QuantizedWeight:
     """Return a quantized weight with the columns of ``weight`` and without rows."""
     ends = weight.new_empty(0, spec.num_groups(weight.shape[1]), dtype=torch.float32)
     return QuantizedWeight(weight.new_empty(0, weight.shape[1], dtype=torch.uint8), ends, ends, spec)
+
+
+def stacked(found: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return several weights of one grid as one, row below row."""
+    codes, scales, zero_points, specs = zip(*found, strict=True)
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), specs[0])
 
 
 def gathered(found: QuantizedWeight, sizes: list[int]) -> QuantizedWeight:

@@ -123,8 +123,10 @@ class QuantSpec(NamedGrid):
     )
     negative_scales: bool | None = Field(
         None,
-        description="Let the scale of a group be negative, so that the extra level of a symmetric grid (2 bits: -2, -1, "
-        "0, 1) lies above zero where that lowers the group's error. unset: up to 4 bits; true needs symmetric: true.",
+        description="Let scales be negative: the extra level of a symmetric grid (2 bits: -2, -1, 0, 1) then lies on "
+        "the side of zero where it lowers the error of a group. unset: true up to 4 bits where "
+        "inputs are not rounded (kernels that multiply integers may need positive scales), but with llmqat and "
+        "paretoq, whose scales are positive.",
     )
     activations: ActivationGrid | None = Field(
         None, description="Grid of the inputs of quantized linears, or its bits alone; unset: not rounded."
@@ -167,7 +169,7 @@ class QuantSpec(NamedGrid):
     def signed(self) -> bool:
         """True if scales may be negative."""
         if self.negative_scales is None:
-            return self.symmetric and self.num_bits <= SIGNED_BITS
+            return self.symmetric and self.num_bits <= SIGNED_BITS and self.activations is None
         return self.negative_scales
 
     @property

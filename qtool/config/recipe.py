@@ -110,6 +110,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _signs_fit(self) -> "Recipe":
+        grids = (self.quant, *self.quant.overrides.values())
+        if self.method.positive_scales and any(grid.negative_scales for grid in grids):
+            raise ValueError(
+                f"method {self.method.name} computes scales from the largest weights, which makes them positive; leave "
+                "out quant.negative_scales, or use another method, such as lsq"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fill_data(self) -> "Recipe":
         """Return a copy with the method's own defaults for data keys that the recipe does not set."""
         own = {key: value for key, value in self.method.data_defaults.items() if key not in self.data.model_fields_set}

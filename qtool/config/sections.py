@@ -4,7 +4,7 @@ This module needs pydantic only. A method's own section derives from :class:`Met
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -43,6 +43,9 @@ class ModelConfig(Section):
 
 class MethodConfig(Section):
     """The base of every method's own section."""
+
+    positive_scales: ClassVar[bool] = False
+    """True if the method computes scales that cannot be negative."""
 
     name: str = Field(description="Name of the quantization method, e.g. gptq.")
 

@@ -149,9 +149,13 @@ def _text_only(loaded: LoadedModel, batch_size: int | str) -> Any:
     """Return lm-eval's view of a model and its tokenizer."""
     from lm_eval.models.huggingface import HFLM
 
+    from qtool.evaluation.batches import by_tokens
+
     tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval sets a padding token
     tokenizer.model_max_length = sys.maxsize  # lm-eval cuts to the context itself, so no warning is due
-    return HFLM(
+    known = batch_size != "auto" or loaded.device.type != "cpu"
+    view: Any = HFLM if known else by_tokens(max(1, LOGIT_BYTES // _token_bytes(loaded)))
+    return view(
         pretrained=loaded.model,
         tokenizer=tokenizer,
         batch_size=_batch_size(loaded) if batch_size == "auto" else batch_size,
@@ -177,8 +181,12 @@ def _batch_size(loaded: LoadedModel) -> int | str:
     """Return the batch size for ``auto``: on a GPU lm-eval's search; on a CPU, where it would not end, a fixed one."""
     if loaded.device.type != "cpu":
         return "auto"
-    per_row = loaded.max_length * int(loaded.model.config.get_text_config().vocab_size) * 4
-    return max(1, min(64, LOGIT_BYTES // per_row))
+    return max(1, min(64, LOGIT_BYTES // (loaded.max_length * _token_bytes(loaded))))
+
+
+def _token_bytes(loaded: LoadedModel) -> int:
+    """Return the bytes of the float32 logits of one token."""
+    return int(loaded.model.config.get_text_config().vocab_size) * 4
 
 
 def _scores(results: dict[str, Any], seen: "_HarnessLog", max_length: int) -> Iterator[Score]:

@@ -81,9 +81,9 @@ def score_windows(
     for batch in progress.track(batches, title, len(batches)):
         logits = [each(batch) for each in predictions]
         for index, window in enumerate(batch):
-            sums, kl = _score_window([one(index) for one in logits], window[1:].to(model.device), compare)
+            sums, by_token = _score_window([one(index) for one in logits], window[1:].to(model.device), compare)
             columns.append(sums)
-            found.append(kl)
+            found.append(by_token)
     table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
     nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
     assert nll is not None

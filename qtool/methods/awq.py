@@ -152,13 +152,17 @@ def clipped_qparams(rows: Tensor, target: Target, moment: Tensor, config: Config
     for i in range(config.clip_steps):
         bound = largest * (1 - i / 20)
         low, high = torch.maximum(weight.amin(-1), -bound), torch.minimum(weight.amax(-1), bound)
-        grid = scale_and_zero_point(low.clamp(max=0), high.clamp(min=0), tried)
-        codes = round_to_codes(to_grid(rows, *grid, tried), tried)
-        change = grouped(from_codes(codes, *grid, tried), tried) - weight
-        error = torch.einsum("rgi,gij,rgj->rg", change, moment, change)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, grid[0], scale), torch.where(better, grid[1], zero_point)
+        ranges = [(low.clamp(max=0), high.clamp(min=0))]
+        if tried.signed:  # the extra level on either side of zero
+            ranges = [(-bound, torch.zeros_like(bound)), (torch.zeros_like(bound), bound)]
+        for ends in ranges:
+            grid = scale_and_zero_point(*ends, tried)
+            codes = round_to_codes(to_grid(rows, *grid, tried), tried)
+            change = grouped(from_codes(codes, *grid, tried), tried) - weight
+            error = torch.einsum("rgi,gij,rgj->rg", change, moment, change)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero_point = torch.where(better, grid[0], scale), torch.where(better, grid[1], zero_point)
     return (scale, zero_point) if tried is spec else settled(scale, zero_point, spec)
 
 

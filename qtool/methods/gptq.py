@@ -31,7 +31,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
-from qtool.blocks.shares import by_rows, gathered, no_rows, own_part, parts_of, pooled
+from qtool.blocks.shares import by_rows, gathered, no_rows, own_part, own_rows, parts_of, pooled, stacked
 from qtool.blocks.stages import Stage, stages
 from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
@@ -41,7 +41,7 @@ from qtool.config.sections import MethodConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
-from qtool.quant.hessian import add_gram, grams, invert_lower, mirror, parts, reverse, row_chunks
+from qtool.quant.hessian import add_gram, column_order, grams, invert_lower, mirror, parts, reverse, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import distributed, memory, progress
 from qtool.system.errors import RunError
@@ -142,22 +142,6 @@ def collect(stage: Stage) -> Statistics:
     drift.mul_(2 / count)
     distributed.pool(count, hessian, drift)
     return Statistics(hessian, drift)
-
-
-def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
-    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
-
-    So do the blocks of GGUF's types.
-    """
-    if kind == "off":
-        return torch.arange(diagonal.numel(), device=diagonal.device)
-    if kind == "full":
-        return torch.argsort(diagonal, descending=True, stable=True)
-    size = spec.columns_together(diagonal.numel())
-    by_group = diagonal.view(-1, size)
-    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
-    inside = torch.argsort(by_group, dim=1, descending=True, stable=True)
-    return (groups.unsqueeze(1) * size + inside[groups]).flatten()
 
 
 def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str) -> Factor:
@@ -369,23 +353,18 @@ def _solve_expert(
     return solve(weight, factorise(statistics, spec, config, name), spec, config)
 
 
-def stacked(found: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return several weights of one grid as one, row below row."""
-    codes, scales, zero_points, specs = zip(*found, strict=True)
-    return QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zero_points), specs[0])
-
-
 def quantize_guided(task: BlockTask, stage: Stage, config: Config, guide: EndLoss) -> None:
     """Quantize each linear of a stage, and each slice of its rows, with a Hessian of weighted tokens."""
     memory.return_freed()
     found: dict[Target, QuantizedWeight] = {}
     for target in stage.targets:
-        weights = guide.of_linear(target.name)
+        weights = own_rows(guide.of_linear(target.name), task.inputs.share)
         slices = []
         for rows, column in zip(target.weight.tensor_split(weights.shape[1]), weights.unbind(1), strict=True):
             factor = factorise(collect(weighted(stage, column)), target.spec, config, target.name)
-            slices.append(solve(rows.contiguous(), factor, target.spec, config))
-            del factor
+            solving = partial(solve, factor=factor, spec=target.spec, config=config)
+            slices.append(by_rows(rows.contiguous(), target.spec, solving))
+            del factor, solving
         found[target] = stacked(slices)
     for target, quantized in found.items():  # after the last, as a stage may be read by running the block again
         task.pack(target, quantized)

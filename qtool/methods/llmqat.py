@@ -11,7 +11,7 @@ makes the learning rate depend on their length; and only the quantized linears t
 the model and the number of steps.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from qtool.training.linears import trained_method
 
 class Config(WeightsConfig):
     """LLM-QAT: weights distilled from the float model, on text that it writes itself."""
+
+    positive_scales: ClassVar[bool] = True
 
     name: Literal["llmqat"] = "llmqat"
 

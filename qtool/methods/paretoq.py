@@ -12,7 +12,7 @@ and the number of steps.
 """
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,8 @@ SEQ_BITS = 2  # width of stretched elastic quantization
 
 class Config(GridConfig):
     """ParetoQ: stretched elastic quantization at 2 bits, learned step sizes above, end to end."""
+
+    positive_scales: ClassVar[bool] = True
 
     name: Literal["paretoq"] = "paretoq"
     rounding: RoundingConfig = Field(

@@ -14,8 +14,7 @@ at every width.
 
 Where we differ: the best of several states is kept, judged on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; the search lowers the third power of errors, because squares clip so much that 2 bits get much worse; and scales are
-never negative, which several engines cannot load: the extra level of the symmetric grid is the lowest one.
+8; and the search lowers the third power of errors, because squares clip so much that 2 bits get much worse.
 docs/benchmarks.md has the figures.
 """
 

@@ -95,7 +95,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = reading.read_object(folder / "config.json")
     except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json; is it a Hugging Face model folder?") from None
+        raise InputError(
+            f"{folder} has no config.json; is it a Hugging Face model folder? Of a GGUF model of the hub, download the "
+            "file and give its path"
+        ) from None
     if not isinstance(section := config.get("quantization_config"), dict | None):
         raise InputError(f"{folder / 'config.json'}: quantization_config is a {type(section).__name__}, not an object")
     for part in (config, *(each for each in config.values() if isinstance(each, dict))):
@@ -180,6 +183,8 @@ def check_files(folder: Path) -> dict[str, torch.dtype]:
                 f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; "
                 "convert them to safetensors first"
             )
+        if ggufs := sorted(folder.glob("*.gguf")):
+            raise InputError(f"{folder} has no *.safetensors file; to read its GGUF file, give the path {ggufs[0]}")
         raise InputError(f"{folder} has no *.safetensors file; is it a Hugging Face model folder?")
     _check_index(folder / "model.safetensors.index.json", {file.name for file in files})
     dtypes: dict[str, torch.dtype] = {}

@@ -159,7 +159,7 @@ def _write_tokenizer(folder: Path, name: str, header: Header) -> None:
         InputError: nobody knows how it splits text.
     """
     kind, split = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     begins = header.metadata.get("tokenizer.ggml.add_bos_token")
     if begins is not None and bool(tokenizer.add_bos_token) != begins:
         tokenizer.add_bos_token = begins  # transformers knows better for some kinds, and llama.cpp reads the file

@@ -21,6 +21,7 @@ from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.models.quiet import without_progress_bars
+from qtool.models.shared import share_equal
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
@@ -61,6 +62,8 @@ def evaluate(
     with timer.phase("load", f"loading {model.path}"):
         loaded = load_exported(model) or load_model(model, quantized=True)
         reference = _reference(origin, model, required=float_model is not None)
+        if reference is not None:
+            share_equal(loaded, reference)
     with timer.phase("eval", "evaluating"):
         results = tasks.evaluate(loaded, config, reference, seed, _seen(manifest, loaded, config))
         texts = continuations(loaded, config, reference)

@@ -38,6 +38,7 @@ from qtool.models.linears import Target, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import choose_device, load_model
 from qtool.models.quiet import without_progress_bars
+from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
 from qtool.pipelines import model_free, target, trial
@@ -332,10 +333,9 @@ def evaluate(run: Run) -> None:
     if recipe.eval is not None and not (state.written.evaluated and state.written.evaluation == asked):
         progress.note(f"{recipe.output.path} is complete; it is evaluated next")
         with run.timer.phase("eval", "evaluating"):
-            written = load_model(
-                recipe.model.model_copy(update={"path": path_text(recipe.output.path)}), quantized=True
-            )
-            reference = load_model(recipe.model)
+            ours = recipe.model.model_copy(update={"path": path_text(recipe.output.path)})
+            written = load_model(ours, quantized=True)
+            reference = share_equal(written, load_model(recipe.model))
             text = state.calibration()
             seen = None if text is None else CalibrationSeen(recipe.data.source, text.tokens)
             done, keep = state.measured(asked), partial(state.keep_task, asked)

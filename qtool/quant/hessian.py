@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from qtool.config.quant import QuantSpec
 from qtool.system.matmul import exact_products
 
 MIN_ROWS, MAX_ELEMENTS = 512, 2**22  # inputs are cast to float32 in chunks of max(MIN_ROWS, MAX_ELEMENTS // in) rows
@@ -88,3 +89,19 @@ def reverse(matrix: Tensor) -> None:
         first = flat[part].flip(0)
         flat[part] = flat[opposite].flip(0)
         flat[opposite] = first
+
+
+def column_order(diagonal: Tensor, spec: QuantSpec, kind: str) -> Tensor:
+    """Return the order ``[in]`` in which columns are quantized; groups stay whole unless ``kind`` is ``full``.
+
+    So do the blocks of GGUF's types.
+    """
+    if kind == "off":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if kind == "full":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    size = spec.columns_together(diagonal.numel())
+    by_group = diagonal.view(-1, size)
+    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
+    inside = torch.argsort(by_group, dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * size + inside[groups]).flatten()

@@ -55,7 +55,8 @@ class QuantLinear(ActivationRounding):
         A weight up to one code away is clamped to its code plus or minus ``HALF_CODE``; any other is put on its code.
 
         Raises:
-            InputError: ``quantized`` has other settings than this layer: another width, group size or zero point.
+            InputError: ``quantized`` has other settings than this layer: another width, group size or zero point, or
+                negative scales where this grid has none.
         """
         codes, scale, zero_point, spec = quantized
         ours = self.spec.weights_only
@@ -63,6 +64,11 @@ class QuantLinear(ActivationRounding):
         if differs:
             found, asked = (", ".join(f"{key} {getattr(s, key)}" for key in differs) for s in (spec, self.spec))
             raise InputError(f"the weights to start from have {found}; this run asks for {asked}: make the two equal")
+        if not self.spec.signed and bool((scale < 0).any()):  # the other grid rounds no inputs
+            raise InputError(
+                "the weights to start from have negative scales, and this run, which rounds inputs, has positive ones; "
+                "set quant.negative_scales: true, or make the weights anew with false"
+            )
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         target = affine.grouped(codes, spec).to(scale.dtype)

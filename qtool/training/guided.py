@@ -16,6 +16,7 @@ The pass goes block by block, forwards and then backwards, and has one block of 
 It holds the hidden states that enter each block for as many batches of windows as fit ``data.memory_budget``, and
 computes a block again for its gradient. A sum over tokens, unlike a mean, has gradients of a size that bfloat16 and
 squares in float32 hold. What is found of each batch is a file in the workspace, so a run that was killed goes on.
+Several processes share the batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.blocks.driver import TOKENS_PER_BATCH, BlockStates, brought_in, walk
+from qtool.blocks.driver import brought_in, walk
 from qtool.blocks.hidden_states import Batch, HiddenStates, beside_of
 from qtool.blocks.job import Job
+from qtool.blocks.shares import owner
 from qtool.blocks.stages import Stage
+from qtool.blocks.states import TOKENS_PER_BATCH, BlockStates
 from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
 from qtool.checkpoints.files import SafetensorsFolder, write_shard
@@ -102,8 +105,8 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
     if folder:
         folder.mkdir(exist_ok=True)
     found: list[Callable[[str], Tensor]] = []
-    left = [i for i in range(len(starts)) if not files or not files[i].exists()]
-    distributed.barrier()  # all processes find the same batches left
+    rank, count = distributed.place() if files else (0, 1)  # without files, each process needs all
+    left = [i for i in range(len(starts)) if not files or (owner(i, count) == rank and not files[i].exists())]
     with unpacked(job.loaded.model, job.tables), progress.stage("gradients of the loss"):
         _check(job, slices > 0)
         while left:
@@ -114,12 +117,11 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
             for number, each in zip(some, _gradients(_part(job, windows), config, slices, seeds), strict=True):
                 if not all(bool(x.isfinite().all()) for x in each.values()):
                     raise RunError("a gradient of the float model's loss is not finite; set method.guided.power to 0")
-                if files and distributed.is_first():
-                    write_shard(each, files[number])
                 if files:
-                    distributed.barrier()
+                    write_shard(each, files[number])
                 else:
                     found.append(each.__getitem__)
+    distributed.barrier()
     return EndLoss(config, [SafetensorsFolder(file.parent, file.name).tensor for file in files] or found)
 
 

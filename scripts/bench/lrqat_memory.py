@@ -37,10 +37,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qtool.blocks.job import Job
 from qtool.config.quant import QuantConfig
 from qtool.methods import efficientqat, lrqat, lsq
-from qtool.methods.efficientqat import block_ap
 from qtool.models.loaded import LoadedModel
 from qtool.system import memory
-from qtool.training import end_to_end
+from qtool.training import block_training, end_to_end
 from qtool.training.fit import fit
 
 FORMS = ("float32", "bfloat16", "fixed", "codes")
@@ -100,7 +99,7 @@ def measure(shape: Shape, cell: Cell, device: torch.device) -> dict[str, Any]:
     before = in_use(device, peak=False)
     loaded = random_model(shape, getattr(torch, cell.dtype), device)
     watch = Watch(loaded)
-    with mock.patch.object(end_to_end, "fit", watch.fit(fit)), mock.patch.object(block_ap, "fit", watch.fit(fit)):
+    with mock.patch.object(end_to_end, "fit", watch.fit(fit)), mock.patch.object(block_training, "fit", watch.fit(fit)):
         run(loaded, shape, cell)
     if before is not None:
         watch.found["real"] -= before

@@ -21,11 +21,12 @@ from helpers.block_driving import (
 )
 from torch import Tensor, nn
 
-from qtool.blocks import driver
+from qtool.blocks import states
 from qtool.blocks.calls import BlockCall
-from qtool.blocks.driver import PROBED_WINDOWS, run_blocks
+from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job
 from qtool.blocks.stages import stages
+from qtool.blocks.states import PROBED_WINDOWS
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantConfig
 from qtool.models.linears import linear_bias, replace_linear
@@ -41,7 +42,7 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two windows of 24 tokens; of five windows the last is alone."""
-    monkeypatch.setattr(driver, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(states, "TOKENS_PER_BATCH", 48)
 
 
 def equal(ours: Iterable[Tensor] | None, theirs: list[Tensor]) -> bool:
@@ -198,7 +199,7 @@ def test_the_size_of_batches_does_not_matter(
     """Masks, tables and biases are recorded for each size, so the last and smaller batch has its own."""
     results = []
     for size in (10**6, 72, 48, 1):
-        monkeypatch.setattr(driver, "TOKENS_PER_BATCH", size)
+        monkeypatch.setattr(states, "TOKENS_PER_BATCH", size)
         outputs: list[Tensor] = []
 
         def quantize_block(task: BlockTask, outputs: list[Tensor] = outputs) -> None:

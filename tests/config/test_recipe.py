@@ -112,10 +112,10 @@ group_size: 4
         "quant.num_bits: should be 2, 3, 4 or 8; 5 bits are a grid of GGUF: grid: q5_k or q5_1; found 5",
         "quant.overrides.*.q_proj.num_bits: should be 2, 3, 4, 5, 6 or 8; found 7",
         "quant.overrides.*.q_proj.foo: unknown key; known: grid, num_bits, group_size, symmetric, scale_dtype, "
-        "float_zero, activations, kv_cache, kv_group_size, skip; found 1",
+        "float_zero, negative_scales, activations, kv_cache, kv_group_size, skip; found 1",
         "quant.overrides.b.c: should be a mapping with keys "
         "grid, num_bits, group_size, symmetric, scale_dtype, float_zero, "
-        "activations, kv_cache, kv_group_size, skip; found 3",
+        "negative_scales, activations, kv_cache, kv_group_size, skip; found 3",
         "quant.num_bit: unknown key; the nearest is quant.num_bits; found 4",
         'data: should be a mapping with keys source, num_samples, seq_len, memory_budget; found "nope"',
         'eval.tasks: should be a list; found "wikitext2"',

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 import qtool
 from helpers import architectures, tiny
 from qtool.blocks import driver
+from qtool.blocks import states as block_states
 from qtool.blocks.job import Job, load_method
 from qtool.cli.main import main
 from qtool.config.sections import ModelConfig
@@ -208,7 +209,7 @@ def states(trial: Trial) -> None:
             loaded.model(input_ids=tokens[window : window + 1], use_cache=False)
     for hook in hooks:
         hook.remove()
-    with mock.patch.object(driver, "TOKENS_PER_BATCH", LENGTH):
+    with mock.patch.object(block_states, "TOKENS_PER_BATCH", LENGTH):
         for task in driver.walk(Job(loaded, (), tokens)):
             for index, hidden in enumerate(task.inputs):
                 expected = seen[index, task.index]

@@ -30,6 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {  # the contract does not ask for the best r
         "e2e": {"steps": 4, "min_steps": 0, "batch_size": 2, "scale_share": 0.01},
     },
     "signround": {"iterations": 20},
+    "gsq": {"epochs": 0.1, "min_steps": 20, "batch_size": 2, "travel": 0.5},
     "lrqat": {"min_steps": 0, "batch_size": 2, "rank": 4, "travel": 0.1, "scale_travel": 0.02},
     "lsq": {"min_steps": 0, "batch_size": 2, "travel": 0.1, "scale_travel": 0.02},
     "paretoq": {"min_steps": 0, "batch_size": 2, "travel": 0.1, "scale_travel": 0.02},

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from helpers import tiny
 from helpers.architectures import write
-from qtool.blocks import driver
-from qtool.blocks.driver import BlockStates
+from qtool.blocks import driver, states
 from qtool.blocks.job import Job, load_method
+from qtool.blocks.states import BlockStates
 from qtool.blocks.tables import pack_embeddings
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
@@ -26,6 +26,7 @@ from qtool.models.linears import packed_weights
 from qtool.models.loading import load_model
 from qtool.system import distributed
 from qtool.system.errors import RunError
+from qtool.training import guided
 
 LENGTH = 24  # tokens of a window; two windows are a batch
 NUM_WINDOWS = 7  # the last batch has one; one process holds four windows, the other three
@@ -60,6 +61,10 @@ CASES = {
     "awq one sample": Case("awq", {"num_ratios": 4, "clip_steps": 3, "search_samples": 1}),
     "signround": Case("signround", {"iterations": 12, "range": "search", "check_samples": 5}),
     "efficientqat": Case("efficientqat", TRAINED | {"weight_lr": 0.05, "quant_lr": 0.01}),
+    "gptq guided": Case("gptq", {"guided": {"power": 0.5, "slices": 2}}),
+    "signround guided": Case("signround", {"iterations": 12, "guided": {"power": 0.5}}),
+    "predictions": Case("signround", {"iterations": 12, "last_block_loss": "kl"}),
+    "gsq": Case("gsq", {"epochs": 2, "min_steps": 6}),
     "few windows": Case("efficientqat", TRAINED | {"batch_size": 1, "weight_lr": 0.05, "quant_lr": 0.01}),
 }
 
@@ -79,7 +84,8 @@ def models(folder: Path) -> None:
 def two_windows_at_once() -> Iterator[None]:
     """Put two windows into a batch, however many processes there are: so batches of trainings are the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "TOKENS_PER_BATCH", 2 * LENGTH)
+        for module in (states, guided):
+            patch.setattr(module, "TOKENS_PER_BATCH", 2 * LENGTH)
         yield
 
 

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
     "smoothquant": {"name": "smoothquant", "weights": "gptq"},
     "signround": {"name": "signround", "iterations": 8},
+    "gsq": {"name": "gsq", "epochs": 0.1, "min_steps": 8},
     "hqq": {"name": "hqq"},
     "lsq": {"name": "lsq", "steps": 4, "save_every": 1, "validation_samples": 2, "validate_every": 2},
     "efficientqat": {"name": "efficientqat", "min_steps": 4, "epochs": 0.1, "e2e": {"steps": 3, "save_every": 1}},

@@ -66,9 +66,9 @@ def test_awq_lowers_the_block_error_where_channels_are_loud(
         return float((first_output(loaded) - before).norm() / before.norm())
 
     nearest, scaled, clipped = error(num_ratios=1, clip=False), error(clip=False), error(num_ratios=1)
-    assert scaled < 0.7 * nearest
+    assert scaled < 0.75 * nearest
     assert clipped < 0.9 * nearest
-    assert error() < 0.7 * nearest
+    assert error() < 0.75 * nearest
 
 
 def test_awq_scales_loud_channels_up_and_moves_the_rest_into_the_norm(llama: LoadedModel, tokens: Tensor) -> None:

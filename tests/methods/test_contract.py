@@ -34,7 +34,7 @@ def method(request: pytest.FixtureRequest) -> Method[Any]:
 
 def test_there_are_the_methods_that_users_know() -> None:
     trained = {"efficientqat", "llmqat", "lrqat", "lsq", "paretoq", "qat"}
-    assert {"awq", "gptq", "hqq", "rtn", "signround", "smoothquant"} | trained <= set(catalog.methods())
+    assert {"awq", "gptq", "gsq", "hqq", "rtn", "signround", "smoothquant"} | trained <= set(catalog.methods())
 
 
 def test_a_method_says_what_it_is(method: Method[Any], request: pytest.FixtureRequest) -> None:

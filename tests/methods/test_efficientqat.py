@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.blocks.driver import PROBED_WINDOWS, run_blocks
+from qtool.blocks.driver import run_blocks
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job, load_method
+from qtool.blocks.states import PROBED_WINDOWS
 from qtool.blocks.task import BlockTask
 from qtool.checkpoints import native, output_folder
 from qtool.config import recipe

@@ -18,12 +18,13 @@ from qtool.blocks.stages import Stage, stages
 from qtool.blocks.task import BlockTask, Rows
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
-from qtool.methods.gptq import Statistics, collect, column_order, factorise, solve
+from qtool.methods.gptq import Statistics, collect, factorise, solve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
 from qtool.quant import hessian as sums
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
+from qtool.quant.hessian import column_order
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress
 from qtool.system.errors import RunError

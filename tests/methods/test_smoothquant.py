@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from qtool.blocks import driver
+from qtool.blocks import states
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.folds import find_folds
 from qtool.blocks.job import Job, load_method
@@ -139,7 +139,7 @@ def test_the_maxima_are_those_of_all_batches(
     make_llama: Callable[[], LoadedModel], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = run(load_method("smoothquant"), make_llama(), tokens, W8A8)
-    monkeypatch.setattr(driver, "TOKENS_PER_BATCH", tokens.shape[1])
+    monkeypatch.setattr(states, "TOKENS_PER_BATCH", tokens.shape[1])
     apart, loaded = run(load_method("smoothquant"), make_llama(), tokens, W8A8), make_llama()
     first = run(load_method("smoothquant"), loaded, tokens[-1:], W8A8)
     for name in once:

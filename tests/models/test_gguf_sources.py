@@ -208,6 +208,11 @@ def test_a_folder_with_several_files_lists_them(small: Path) -> None:
     assert "holds 2 GGUF files: model.gguf, other.gguf; give the path of one of them" in refusal(small.parent)
 
 
+def test_an_export_as_the_model_says_which_path_to_give(native: Natives) -> None:
+    out = native.export("gguf", "w4g32")
+    assert f"to read its GGUF file, give the path {out / 'model.gguf'}" in refusal(out)
+
+
 def test_a_part_of_a_split_file_is_refused_with_what_to_do(small: Path) -> None:
     part = small.rename(small.parent / "model-00001-of-00002.gguf")
     assert "one of 2 parts of a split GGUF file; join them with llama.cpp's llama-gguf-split --merge" in refusal(part)

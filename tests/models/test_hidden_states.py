@@ -12,7 +12,7 @@ from helpers.families import CONFIGS, GATED, make_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from qtool.blocks import driver
+from qtool.blocks import driver, states
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job
 from qtool.blocks.task import BlockTask
@@ -68,7 +68,7 @@ TOKENS = torch.randint(1, tiny.VOCABULARY, (5, 24), generator=torch.Generator().
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two windows; of five windows the last is alone."""
-    monkeypatch.setattr(driver, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(states, "TOKENS_PER_BATCH", 48)
 
 
 def make(name: str) -> LoadedModel:

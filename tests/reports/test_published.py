@@ -112,7 +112,7 @@ def test_a_report_has_ours_beside_theirs_in_every_form(tmp_path: Path) -> None:
         ("{tasks: [wikitext2], metric: ppl, value: 6, source: x}", "wikitext2 has no metric 'ppl'; it has perplexity"),
         (
             "{tasks: [kl], metric: agreement, value: 6, source: x}",
-            "kl has no metric 'agreement'; it has kl, top-1 agree",
+            "kl has no metric 'agreement'; it has kl, median, 99th",
         ),
         ("{tasks: [piqa], metric: acc, value: 60.14, source: x}", "fractions: write 0.6014 for 60.14 %"),
         ("{tasks: [], metric: acc, value: 0.6, source: x}", "tasks: .*at least 1 item"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -79,6 +80,26 @@ def test_signsgd_moves_by_the_rate_itself() -> None:
     gradient = torch.autograd.grad(loss_of_step(0), w)[0]
     fit([ParamGroup([w], 0.125, 0.5)], 1, loss_of_step, OptimConfig(optimizer="signsgd"))
     assert torch.allclose(w, before * (1 - 0.125 * 0.5) - 0.125 * gradient.sign())
+
+
+def test_lion_is_its_closed_form() -> None:
+    w = start()
+    expected, momentum = w.detach().double(), torch.zeros_like(w).double()
+    loss_of_step = losses(w)
+    seen = []
+
+    def recorded(step: int) -> Tensor:
+        loss = loss_of_step(step)
+        seen.append(torch.autograd.grad(loss, w, retain_graph=True)[0].double())
+        return loss
+
+    config = OptimConfig(optimizer="lion", betas=(0.9, 0.6), schedule="constant")
+    fit([ParamGroup([w], 0.125, 0.5)], 6, recorded, config)
+    for gradient in seen:
+        expected = expected * (1 - 0.125 * 0.5) - 0.125 * (0.9 * momentum + 0.1 * gradient).sign()
+        momentum = 0.6 * momentum + 0.4 * gradient
+    assert any(bool((a.sign() != b.sign()).any()) for a, b in pairwise(seen))
+    assert torch.allclose(w.double(), expected, atol=1e-5)
 
 
 def test_an_optimizer_that_is_not_installed_is_named() -> None:
@@ -200,7 +221,7 @@ def test_a_training_that_only_harms_leaves_the_start() -> None:
     assert found.best_step == 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "signsgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "signsgd", "lion"])
 @pytest.mark.parametrize("stop", [0, 2, 3, 6])
 def test_it_goes_on_from_what_was_kept_to_the_same_bits(optimizer: str, stop: int) -> None:
     config = OptimConfig(optimizer=optimizer, warmup_share=0.3)

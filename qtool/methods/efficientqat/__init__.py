@@ -22,11 +22,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from qtool.blocks.driver import PROBED_WINDOWS, gather, run_blocks
+from qtool.blocks.driver import gather, run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.states import PROBED_WINDOWS
 from qtool.methods.efficientqat.block_ap import place_block, quantize_block, reads_text
 from qtool.methods.efficientqat.config import BlockConfig, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import train_scales
+from qtool.system import distributed
 from qtool.training.guided import end_loss
 from qtool.training.linears import Start
 
@@ -48,7 +50,9 @@ def run(job: Job, config: Config) -> Result:
         result = run_blocks(job, step, with_float_states=True)
     else:  # hidden states for the figures alone: those of the whole text of a second phase may be terabytes
         few = job.first(PROBED_WINDOWS)
-        result = run_blocks(few, partial(place_block, loaded=job.loaded, start=start))
+        with distributed.alone():  # they may be fewer windows than processes
+            result = run_blocks(few, partial(place_block, loaded=job.loaded, start=start))
+        distributed.barrier()
     if not trains_scales(config):
         return result._replace(weight_errors={**errors, **result.weight_errors})
     gather(job, on_device=config.e2e.sharding == "none")

@@ -1,6 +1,6 @@
 """The recipe keys of the training of assignments, of the method ``gsq`` and of a stage of ``efficientqat``."""
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from qtool.config.section import Section
 from qtool.config.training import OptimConfig
@@ -21,15 +21,14 @@ class AssignmentConfig(Section):
     scale_share: float = Field(
         0.1,
         ge=0,
-        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear.",
+        description="Distance that a scale can move over all steps, as a share of its linear's mean step.",
     )
-    strength: tuple[float, float] = Field(
+    strength: tuple[PositiveFloat, PositiveFloat] = Field(
         (3.0, 15.0), description="Factor of the logits beside the Gumbel noise, at the start and at the end."
     )
-    temperature: tuple[float, float] = Field(
+    temperature: tuple[PositiveFloat, PositiveFloat] = Field(
         (2.0, 0.05), description="Temperature of the softmax over the codes, at the start and at the end."
     )
-    goal: str = "float"
     validation_samples: int = Field(
         8,
         ge=1,

@@ -19,6 +19,9 @@ from qtool.training.block_training import BlockTraining, split_windows
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
 from qtool.training.rates import rate
 
+# losses of hard codes on validation windows at the start and in the best state, those of soft and of hard codes in the
+# last state, and the share of codes that the best state has changed
+FIGURES = ("start_loss", "loss", "soft_loss", "hard_loss", "changed")
 SOFT_GAP = 1.05  # factor between the losses of hard and of soft codes above which a note is written
 
 
@@ -71,7 +74,8 @@ def train_assignments(
     """Train the codes and scales of the block's targets from ``starts`` to lower ``distance``.
 
     Return the best state by name, which may be the start, and the figures of the block. After a loss that is not
-    finite the start is returned, which the figure ``fallback`` shows.
+    finite the start is returned, which the figure ``fallback`` shows. Logits start at the distance of the codes from
+    ``positions`` ``[out, in]``, the weights in grid units by name, or if these are not given from the start codes.
     """
     windows, held = split_windows(sum(task.inputs.share.sizes), config.validation_samples)
     num_steps = steps_of(config, len(windows))
@@ -90,7 +94,7 @@ def train_assignments(
         )
         replace_linear(task.block, task.local_name(target), layers[target.name])
     training = AssignmentTraining(task, distance, list(layers.values()), [])
-    figures = {"start_loss": math.nan, "soft_loss": math.nan, "hard_loss": math.nan, "loss": math.nan, "fallback": 0.0}
+    figures = dict.fromkeys(FIGURES, math.nan) | {"fallback": 0.0}
     if not layers:
         return {}, figures
     try:
@@ -112,11 +116,16 @@ def train_assignments(
             f"{task.name}: the loss of hard codes, {last:.3g}, is {last / training.soft_loss:.2f} times that of soft "
             "ones at the end; a lower last temperature or a larger last strength brings them together"
         )
-    changed = sum(int((layers[n].quantized.codes != starts[n].codes).sum()) for n in layers)
-    count = sum(starts[n].codes.numel() for n in layers)
-    figures |= {"start_loss": start, "soft_loss": training.soft_loss, "hard_loss": last, "loss": min(fitted.validation)}
-    figures |= {"changed": changed / count}
-    return {name: layer.quantized for name, layer in layers.items()}, figures
+    found = {name: layer.quantized for name, layer in layers.items()}
+    changed = sum(int((each.codes != starts[name].codes).sum()) for name, each in found.items())
+    figures |= {
+        "start_loss": start,
+        "loss": min((loss for loss in fitted.validation if loss == loss), default=math.nan),
+        "soft_loss": training.soft_loss,
+        "hard_loss": last,
+        "changed": changed / sum(each.codes.numel() for each in found.values()),
+    }
+    return found, figures
 
 
 def groups_of(layers: Sequence[AssignmentLinear], total: float, config: AssignmentConfig) -> list[ParamGroup]:
@@ -124,6 +133,6 @@ def groups_of(layers: Sequence[AssignmentLinear], total: float, config: Assignme
     groups = []
     for layer in layers:
         groups.append(ParamGroup([layer.logits], rate(config.travel, total, None)))
-        distance = config.scale_share * float(layer.scale.detach().mean())
+        distance = config.scale_share * float(layer.scale.detach().abs().mean())
         groups.append(ParamGroup([layer.scale], rate(distance, total, None)))
     return groups
