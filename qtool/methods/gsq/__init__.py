@@ -37,7 +37,7 @@ from qtool.training.guided import EndLoss, block_weights, end_loss
 PRESETS: Presets = {"light": {"epochs": 1, "min_steps": 25}, "best": {"epochs": 16, "min_steps": 400}}
 
 
-class Config(AssignmentConfig, PresetConfig, LastBlockConfig):
+class Config(AssignmentConfig, LastBlockConfig, PresetConfig):
     """GSQ: assignments learned by Gumbel softmax."""
 
     presets: ClassVar[Presets] = PRESETS
