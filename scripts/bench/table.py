@@ -36,11 +36,23 @@ from qtool.system.environment import environment
 GRIDS = ("w8g128", "w4g128", "w4g64", "w3g64", "w2g64")
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "": {},
+    "p": {"negative_scales": False},
+    "a": {"symmetric": False},
+    "f": {"symmetric": False, "float_zero": True},
+}
+
+
 def quant(grid: str) -> QuantConfig:
-    """Return the grid of a short name such as ``w4g64``, ``w4pc`` (one group per row) or ``w2g64a`` (asymmetric)."""
-    name = grid.removesuffix("a")
+    """Return the grid of a short name such as ``w4g64`` or ``w4pc`` (one group per row).
+
+    A letter at the end is another kind of grid: ``w2g64p`` has positive scales only, ``w2g64a`` is asymmetric, and
+    ``w2g64f`` asymmetric with zero points between codes.
+    """
+    name, kind = (grid[:-1], grid[-1]) if grid[-1] in KINDS else (grid, "")
     group = -1 if name.endswith("pc") else int(name[3:])
-    return QuantConfig.model_validate({"num_bits": int(name[1]), "group_size": group, "symmetric": name == grid})
+    return QuantConfig.model_validate({"num_bits": int(name[1]), "group_size": group} | KINDS[kind])
 
 
 def section(method: str) -> MethodConfig:
