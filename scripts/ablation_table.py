@@ -62,7 +62,7 @@ def table() -> str:
         each = (entry(WIKITEXT, "perplexity", wiki, SOURCE), entry(C4, "perplexity", c4, SOURCE))
         cells.append(made(f"text-{text}-{grid}", grid, changes, *each, entry(FIVE, "acc", accuracy, SOURCE)))
     return f"""\
-# EfficientQAT's ablations on Llama-2 7B: phases and what trains in them, group size, windows and text.
+# EfficientQAT's ablations on Llama-2 7B: phases, what trains, group size, windows, text.
 #   qtool sweep tables/{TABLE}
 # arXiv 2407.11062. Its perplexity is the mean of those on WikiText-2 and C4. The cells e2e-windows-* start from the
 # checkpoint of the cell block-ap, as the paper's second phase has windows of its own, of 4096 tokens. WikiText-2 has

@@ -242,7 +242,7 @@ def efficientqat(model: Model, num_bits: int, group_size: int) -> str:
     settings = {"weight_lr": "2e-6", "quant_lr": "3e-5", "epochs": 3} if large else {}
     method = EFFICIENTQAT_METHOD.format(**{"weight_lr": rate, "quant_lr": "1e-4", "epochs": 2, "rate": rate} | settings)
     name = f"{model.name}-{label(num_bits, group_size)}"
-    known = "as in its paper, and what it reports" if found else "by the settings of its paper"
+    known = "as published, with results" if found else "by the settings of its paper"
     entries = []
     if found is not None:
         perplexity, c4, accuracy = found
@@ -294,7 +294,7 @@ def lrqat(model: Model, num_bits: int, group_size: int) -> str:
         entry(SIX, "acc_norm", accuracy, table),
     ]
     return f"""\
-# LR-QAT on {model.title} at {label(num_bits, group_size)}, as in its paper, and what it reports.
+# LR-QAT on {model.title} at {label(num_bits, group_size)}, as published, with results.
 #   qtool lrqat papers/lrqat/{name}
 # arXiv 2406.06385, Table B1. Other than there: the last state is kept, not the best on a sample of Wikipedia, and the
 # exponent of the range search is 4 for all grids (the paper names it for 4 bits per channel, and has others elsewhere).

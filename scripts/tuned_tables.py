@@ -58,7 +58,7 @@ def instruct() -> str:
             own = columns | {"method": "efficientqat"}
             cells.append(cell(f"{model}-{label(*grid)}", own, recipe, changes, published))
     return f"""\
-# EfficientQAT's rows of Llama-3 Instruct: E2E-QP on conversations, of which the answers are learned.
+# EfficientQAT's rows of Llama-3 Instruct: E2E-QP on conversations, answers learned.
 #   qtool sweep tables/{table}
 # {PAPER}. There the second phase reads 8192 conversations of at most 4096 tokens; here they are packed into 2048
 # windows.

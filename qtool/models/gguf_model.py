@@ -86,10 +86,10 @@ class GGUFModel:
         write_text(out / "config.json", json.dumps(raw, indent=2))  # last: it says that the folder is complete
 
     def _read(self) -> Any:  # Any: models have no common class
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         del config.quantization_config
         with torch.device("meta"):
-            self._check(auto_class(config).from_config(config), ())
+            self._check(auto_class(config).from_config(config, trust_remote_code=False), ())
         options: dict[str, Any] = {}
         if hasattr(transformers, "GgufConfig"):  # of newer versions, which may keep the weights in blocks
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -100,6 +100,7 @@ class GGUFModel:
                 gguf_file=self.file.name,
                 dtype=self.dtype,
                 output_loading_info=True,
+                trust_remote_code=False,
                 **options,
             )
         self._check(model, sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})))

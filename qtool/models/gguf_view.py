@@ -84,7 +84,7 @@ def _view(file: Path, name: str, modified: int, size: int) -> Path:
     try:
         (folder / name).symlink_to(file)
         with without_progress_bars():
-            config = AutoConfig.from_pretrained(folder, gguf_file=name)
+            config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
             config = completed(config, header, partial(_tensor, file))
             if (file.parent / TOKENIZER[0]).is_file():
                 for each in filter(Path.is_file, (file.parent / own for own in TOKENIZER)):
@@ -159,7 +159,7 @@ def _write_tokenizer(folder: Path, name: str, header: Header) -> None:
         InputError: nobody knows how it splits text.
     """
     kind, split = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     begins = header.metadata.get("tokenizer.ggml.add_bos_token")
     if begins is not None and bool(tokenizer.add_bos_token) != begins:
         tokenizer.add_bos_token = begins  # transformers knows better for some kinds, and llama.cpp reads the file

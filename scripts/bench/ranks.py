@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"efficientqat": {"e2e": {"steps": 0}}}  #
 
 def truncated(model: str, blocks: int, folder: Path) -> Path:
     """Write the model with its first decoder blocks only."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
     config = whole.config
     blocks = min(blocks, config.num_hidden_layers)
     config.num_hidden_layers = blocks
@@ -48,7 +48,7 @@ def truncated(model: str, blocks: int, folder: Path) -> Path:
         config.layer_types = config.layer_types[:blocks]
     del whole.model.layers[blocks:]
     whole.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     return folder
 
 

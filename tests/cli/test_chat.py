@@ -14,6 +14,7 @@ from helpers.terminals import Program, Terminal
 
 from qtool.cli.main import main
 from qtool.config.quant import QuantConfig
+from qtool.system.printable import shown
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}<|endoftext|>{% endfor %}"
@@ -45,7 +46,7 @@ def test_one_prompt_has_one_answer_on_standard_output(folder: Path, capsys: pyte
     given = json.loads(found)
     assert code == 0
     assert err == ""
-    assert f"{given['text']}\n" == out
+    assert shown(f"{given['text']}\n") == out
     assert (given["tokens"], given["ended"], given["prompt"]) == (9, "length", "The mill")
     assert given["tokens_per_second"] > 0
 

@@ -199,7 +199,7 @@ def test_gptq_of_the_compressed_inputs_is_gptq_of_all_tokens(
     weights = []
     for compressed in (True, False):
         if not compressed:
-            monkeypatch.setattr("qtool.blocks.driver.same_moment", lambda inputs: whole(inputs))
+            monkeypatch.setattr("qtool.blocks.states.same_moment", lambda inputs: whole(inputs))
         loaded = make_llama()
         tables.run("gptq", loaded, config(head={"num_bits": 3, "group_size": 16}), tokens, gptaq=gptaq)
         weights.append(packed_linears(loaded.model)[HEAD].dequantized())

@@ -35,6 +35,7 @@ from qtool.system.errors import InputError, RunError
 from qtool.training import end_to_end
 from qtool.training.end_to_end import _Kept, _Training
 from qtool.training.fit import windows_of_step
+from qtool.training.text_loss import TextLoss
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -304,12 +305,12 @@ def test_processes_run_the_model_equally_often(
     losses: list[float] = []
     rows: Counter[int] = Counter()
 
-    def token_losses(training: _Training, chosen: Tensor) -> Tensor:
+    def summed(loss: TextLoss, tokens: Tensor, labels: Tensor) -> Tensor:
         runs[-1] += 1
-        return training.tokens[chosen, 1:].flatten().float()
+        return tokens[:, 1:].float().sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Training, "_token_losses", token_losses)
+        patch.setattr(TextLoss, "summed", summed)
         for number in range(count):
             tiny.several(number, count, patch)
             training = _Training(loaded, None, tokens, tokens, config, 0)

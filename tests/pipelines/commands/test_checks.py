@@ -79,7 +79,8 @@ def test_an_export_that_cannot_be_is_refused_before_quantization(
 
 def test_what_is_planned_is_refused_for_the_same_reason_as_what_is_made(models: Path) -> None:
     config = ExportConfig(format="gptq", path=Path("x"))
-    for index, changes in enumerate((MIXED, SKIPPED, {"scale_dtype": "float32"}, {})):
+    long_scales = {"scale_dtype": "float32", "negative_scales": False}  # of either sign are eighths of weights: short
+    for index, changes in enumerate((MIXED, SKIPPED, long_scales, {})):
         quant = QuantConfig.model_validate({"num_bits": 4, "group_size": 32, **changes})
         loaded = tiny.load(models / "llama")
         targets = select_targets(loaded, quant)
