@@ -81,7 +81,11 @@ class Config(LastBlockConfig, PresetConfig):
         "or 3-bit linears; 0: none.",
     )
     check_samples: int = Field(16, ge=1, description="Calibration windows on which the best state is chosen.")
-    guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
+    guided: GuidedConfig = Field(
+        GuidedConfig(),
+        description="End-loss weights of tokens and channels in the loss; the last block with last_block_loss: kl has "
+        "none.",
+    )
 
 
 class SignRoundLinear(QuantLinear):
@@ -227,6 +231,8 @@ def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | 
                 grid = minmax_qparams(weight, spec)
             layers[target] = SignRoundLinear(weight, linear_bias(target.linear), spec, grid)
             replace_linear(task.block, task.local_name(target), layers[target])
+    if not layers:  # every linear of the block is skipped
+        return
     generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
     outliers = outliers_of(layers.values(), config)
     distance = loss_of(task, config.last_block_loss, outliers, block_weights(guide, task))

@@ -112,6 +112,20 @@ def test_8_bits_leave_the_model_as_good_as_it_was(
     assert 0 < float((tiny.logits(loaded.model) - before).norm() / before.norm()) < 0.03
 
 
+def test_a_block_whose_linears_are_all_skipped_stays_as_it_is(
+    method: Method[Any], llama: LoadedModel, tokens: Tensor
+) -> None:
+    before = {name: weight.clone() for name, weight in llama.model.state_dict().items() if ".layers.0." in name}
+    quant = QuantConfig(num_bits=4, group_size=16, overrides={"*.layers.0.*": {"skip": True}})
+    result = run(method, llama, tokens, quant)
+    assert result
+    assert all(".layers.1." in name for name in result)
+    linears = [name for name in before if "_proj" in name]
+    assert linears
+    for name in linears:
+        assert torch.equal(llama.model.state_dict()[name], before[name]), name
+
+
 def test_overrides_are_respected(method: Method[Any], llama: LoadedModel, tokens: Tensor) -> None:
     overrides: dict[str, Any] = {
         "*.q_proj": {"num_bits": 8},  # in one group with k and v, which have 4

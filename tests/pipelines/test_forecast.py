@@ -50,7 +50,8 @@ def planned(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, d
 @pytest.mark.parametrize(
     ("quant", "formats"),
     [
-        ({"num_bits": 4, "group_size": 64}, FORMATS),
+        # positive scales need float32 in compressed-tensors, as is planned; an eighth of a weight does not
+        ({"num_bits": 4, "group_size": 64, "negative_scales": False}, FORMATS),
         (
             {"num_bits": 2, "group_size": 64, "embedding": {"num_bits": 4, "group_size": 64}},
             ("compressed-tensors", "mlx", "gguf"),

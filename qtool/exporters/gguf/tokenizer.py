@@ -10,9 +10,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from qtool.models.gguf_splits import SPLITS
+from qtool.models.tokenizer import load_tokenizer
 from qtool.system.errors import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
@@ -26,7 +25,7 @@ def description(folder: Path) -> dict[str, Any]:
     there is none), and whether each run of line breaks that is a token is read as that token (``whole_runs``).
 
     Raises:
-        InputError: the tokenizer has no ``tokenizer.json``.
+        InputError: there is no tokenizer, it cannot be loaded, or it has no ``tokenizer.json``.
     """
     stamp = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("tokenizer*")))
     return _description(folder, stamp)
@@ -34,7 +33,7 @@ def description(folder: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)  # called when an export is checked and when it is written; the stamp detects changed files
 def _description(folder: Path, stamp: object) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = load_tokenizer(str(folder), folder)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{folder}: the tokenizer has no tokenizer.json, which a GGUF file is made from")
     found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -146,8 +145,14 @@ def composes(folder: Path) -> bool:
 
 
 def refuses(folder: Path, size: int) -> str | None:
-    """Return the reason why llama.cpp would read text differently, or an embedding of ``size`` rows is too small."""
-    found = description(folder)
+    """Return the reason why llama.cpp would read text differently, or an embedding of ``size`` rows is too small.
+
+    A tokenizer that cannot be loaded or has no ``tokenizer.json`` is one.
+    """
+    try:
+        found = description(folder)
+    except InputError as error:
+        return str(error)
     if (highest := max(_ids(found).values())) >= size:
         return (
             f"its tokenizer has {highest + 1} tokens, and its embedding {size} rows; "

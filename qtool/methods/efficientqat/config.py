@@ -99,7 +99,9 @@ class BlockConfig(LastBlockConfig, TrainedConfig):
         "window in eight is held out; of fewer than eight windows, all are trained on.",
     )
     guided: GuidedConfig = Field(
-        GuidedConfig(), description="End-loss weights of tokens and channels in the loss of Block-AP."
+        GuidedConfig(),
+        description="End-loss weights of tokens and channels in the loss of Block-AP; the last block with "
+        "last_block_loss: kl has none.",
     )
     optim: OptimConfig = Field(OptimConfig(eps=1e-12), description="Optimizer and learning rate schedule of Block-AP.")
     gsq: AssignmentConfig = Field(

@@ -59,7 +59,11 @@ class Config(AssignmentConfig, LastBlockConfig, PresetConfig):
         description="Output towards which a block is trained. float: that of the float model, so that a block corrects "
         "the blocks before it; inputs: that of the float block on the hidden states of the quantized model.",
     )
-    guided: GuidedConfig = Field(GuidedConfig(), description="End-loss weights of tokens and channels in the loss.")
+    guided: GuidedConfig = Field(
+        GuidedConfig(),
+        description="End-loss weights of tokens and channels in the loss; the last block with last_block_loss: kl has "
+        "none.",
+    )
 
     @model_validator(mode="after")
     def _predictions_are_of_the_float_model(self) -> "Config":
