@@ -167,7 +167,10 @@ def test_an_unknown_builtin_is_refused_with_those_there_are() -> None:
 
 
 def test_a_file_instead_of_a_folder_is_refused(folder: Path) -> None:
-    refuse(folder / "model.safetensors", r"is a file; a folder with config\.json and safetensors, or a \.gguf file, is needed")
+    refuse(
+        folder / "model.safetensors",
+        r"is a file; a folder with config\.json and safetensors, or a \.gguf file, is needed",
+    )
 
 
 def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
