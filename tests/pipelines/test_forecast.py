@@ -105,6 +105,19 @@ def test_text_that_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["cost"] is None
 
 
+def test_a_folder_without_a_tokenizer_is_planned_and_not_for_gguf(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "m", ignore=shutil.ignore_patterns("token*", "special*"))
+    quant = {"num_bits": 4, "group_size": 32}
+    recipe = written(tmp_path, model={"path": str(folder), "device": "cpu"}, quant=quant)
+    code, found = planned(recipe, "--no-probe", capsys=capsys)
+    assert code == 0
+    reasons = {each["format"]: each["reasons"] for each in found["engines"]}
+    assert any("its tokenizer cannot be loaded" in reason for reason in reasons["gguf"])
+    assert any(each["loads"] for each in found["engines"] if each["format"] == "compressed-tensors")
+
+
 def test_a_model_is_planned_from_its_config_alone(
     tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
