@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qtool.reports.records import OVERLAP_TOKENS, OVERLAP_WARNING, TaskResult, change_error
+from qtool.reports.records import OVERLAP_TOKENS, OVERLAP_WARNING, Series, TaskResult, change_error
 from qtool.reports.text import number, percent
 from qtool.reports.verdict import relative_loss, words
 
@@ -92,4 +92,14 @@ def warnings(rows: Sequence[TaskResult], source: str) -> list[str]:
         f"{f', {source}' if source else ''}: results on it partly measure memorization."
         for task, share in overlaps(rows).items()
         if share >= OVERLAP_WARNING
+    ]
+
+
+def unimproved(series: Sequence[Series]) -> list[str]:
+    """Return a warning for each training of the whole model whose best validated state was its start."""
+    return [
+        f"no state of the training had a lower validation {each.name} than its start ({each.values[0]:.4g}); the start "
+        "was kept, so the training changed nothing. More calibration text, or a lower travel or learning rate, may help."
+        for each in series
+        if each.per == "validation" and len(each.values) > 1 and min(each.values) == each.values[0]
     ]

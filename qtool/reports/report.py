@@ -190,8 +190,9 @@ class Report(Record, Printable):
         return [("planned (and measured)", ", ".join(f"{ours} ({real})" for ours, real in pairs))]
 
     def warnings(self) -> list[str]:
-        """Return warnings of evaluation text that occurs in the calibration text."""
-        return quality.warnings(self.results, self.calibration.source if self.calibration else "")
+        """Return warnings of evaluation text that occurs in the calibration text, and of trainings without effect."""
+        text = quality.warnings(self.results, self.calibration.source if self.calibration else "")
+        return [*text, *quality.unimproved(self.series)]
 
     def shown(self) -> list[TaskResult]:
         """Return the rows that tables show: all but the members of task groups."""

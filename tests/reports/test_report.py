@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qtool.reports.records import Metric, TaskResult, task_result
+from qtool.reports.records import Metric, Series, TaskResult, task_result
 from qtool.reports.report import Report
 from qtool.reports.text import number
 
@@ -174,3 +174,16 @@ def test_markup_in_names_is_text() -> None:
 
 def test_the_environment_names_what_numbers_depend_on() -> None:
     assert {"python", "platform", "torch", "transformers", "lm_eval"} <= Report(model="m").environment.keys()
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [((0.5, 0.7, 0.6), True), ((0.5, 0.5), True), ((0.5, 0.4, 0.6), False), ((0.5,), False)],
+)
+def test_a_training_that_kept_its_start_is_warned_of(losses: tuple[float, ...], warned: bool) -> None:
+    """Of no step at all there is one validation, and no warning."""
+    series = Series(name="loss", per="validation", at=tuple(range(len(losses))), values=losses)
+    found = Report(model="m", series=(series,)).markdown()
+    assert (
+        "> **Warning:** no state of the training had a lower validation loss than its start (0.5)" in found
+    ) == warned
