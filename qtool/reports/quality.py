@@ -99,7 +99,8 @@ def unimproved(series: Sequence[Series]) -> list[str]:
     """Return a warning for each training of the whole model whose best validated state was its start."""
     return [
         f"no state of the training had a lower validation {each.name} than its start ({each.values[0]:.4g}); the start "
-        "was kept, so the training changed nothing. More calibration text, or a lower travel or learning rate, may help."
+        "was kept, so the training changed nothing. More calibration text, or a lower travel or learning rate, may "
+        "help."
         for each in series
         if each.per == "validation" and len(each.values) > 1 and min(each.values) == each.values[0]
     ]
