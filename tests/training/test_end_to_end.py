@@ -14,6 +14,7 @@ from helpers.methods import W4, train
 from helpers.notes import Notes
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qtool.blocks.driver import gather, run_blocks
@@ -21,6 +22,7 @@ from qtool.blocks.job import Job, Method, load_method
 from qtool.checkpoints import files, native, output_folder
 from qtool.config import catalog
 from qtool.config.quant import QuantConfig
+from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models.linears import packed_linears
@@ -126,6 +128,17 @@ def test_paretoq_has_levels_on_both_sides_of_zero_at_2_bits(llama: LoadedModel, 
         assert torch.allclose(dequantize(*weight), levels, rtol=1e-4), name
     moved, _ = train(load_method("paretoq"), again, tokens, quant, steps=4)
     assert all(bool((weight.zero_point == 1.5).all()) for weight in moved.values())
+
+
+@pytest.mark.parametrize("name", ["llmqat", "paretoq"])
+def test_methods_that_compute_positive_scales_refuse_negative_ones(name: str) -> None:
+    values = {"model": {"path": "x"}, "output": {"path": "y"}, "method": {"name": name}}
+    match = rf"method {name} computes scales from the largest weights, .*; leave out quant\.negative_scales"
+    for quant in ({"negative_scales": True}, {"overrides": {"*.o_proj": {"negative_scales": True}}}):
+        with pytest.raises(ValidationError, match=match):
+            Recipe.model_validate(values | {"quant": quant})
+        Recipe.model_validate(values | {"quant": quant, "method": {"name": "lsq"}})
+    Recipe.model_validate(values | {"quant": {"negative_scales": False}})
 
 
 def test_paretoq_on_a_grid_of_integers_says_that_it_is_lsq(llama: LoadedModel, tokens: Tensor) -> None:
