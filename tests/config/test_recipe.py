@@ -131,24 +131,6 @@ group_size: 4
     ]
 
 
-@pytest.mark.parametrize("symmetric", ["symmetric: false", "symmetric: false, float_zero: true", "grid: q4_k"])
-def test_negative_scales_need_a_symmetric_grid(write: Write, symmetric: str) -> None:
-    (fault,) = faults_of(write(f"{GOOD}\nquant: {{negative_scales: true, {symmetric}}}\n"))
-    assert fault.startswith("quant: negative_scales: true needs symmetric: true; the zero point of an asymmetric grid")
-    assert not recipe.load(write(f"{GOOD}\nquant: {{negative_scales: false, {symmetric}}}\n")).quant.signed
-
-
-def test_an_override_that_makes_a_grid_of_negative_scales_asymmetric_is_refused() -> None:
-    quant = QuantConfig.model_validate({"negative_scales": True, "overrides": {"*.o_proj": {"symmetric": False}}})
-    with pytest.raises(
-        InputError, match=r"overrides that match a\.o_proj: .*negative_scales: true needs symmetric: tr"
-    ):
-        quant.spec_for("a.o_proj")
-    spec = quant.spec_for("a.q_proj")
-    assert spec is not None
-    assert spec.signed
-
-
 @pytest.mark.parametrize(
     ("value", "fault"),
     [

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qtool.config.quant import BITS, SCALE_BITS, ActivationGrid, QuantSpec
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.methods.paretoq import SeqLinear
 from qtool.quant import affine, rounding
@@ -397,26 +397,3 @@ def test_a_start_on_another_grid_is_refused_with_what_differs() -> None:
     expected = "have num_bits 2, symmetric False; this run asks for num_bits 3, symmetric True: make the two equal"
     with pytest.raises(InputError, match=expected):
         layer.start_from(given_weight)
-
-
-def test_negative_scales_are_no_start_for_a_layer_of_positive_ones() -> None:
-    """Neither recipe gives the key: they differ in the inputs, whose rounding makes positive scales the default."""
-    spec = QuantSpec(num_bits=4, group_size=8)
-    rounding = spec.model_copy(update={"activations": ActivationGrid(num_bits=8)})
-    assert (spec.signed, rounding.signed) == (True, False)
-    weight = randn(3, 16)
-    negative, positive = (QuantLinear(sign * weight.abs(), None, spec).quantized for sign in (1, -1))
-    assert bool((negative.scale < 0).all())
-    assert bool((positive.scale > 0).all())
-    layer = QuantLinear(weight, None, rounding)
-    before = layer.weight.detach().clone()
-    with pytest.raises(InputError, match=r"have negative scales, and this run, .* set quant\.negative_scales: true"):
-        layer.start_from(negative)
-    assert torch.equal(layer.weight, before)
-    layer.start_from(positive)
-    assert torch.equal(layer.quantized.scale, positive.scale)
-    asked = QuantLinear(weight, None, rounding.model_copy(update={"negative_scales": True}))
-    with pytest.raises(InputError, match=r"have negative_scales None; this run asks for negative_scales True"):
-        asked.start_from(negative)
-    asked.start_from(negative._replace(spec=asked.spec.weights_only))
-    assert torch.equal(asked.quantized.scale, negative.scale)

@@ -14,7 +14,6 @@ from helpers.methods import W4, train
 from helpers.notes import Notes
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qtool.blocks.driver import gather, run_blocks
@@ -22,7 +21,6 @@ from qtool.blocks.job import Job, Method, load_method
 from qtool.checkpoints import files, native, output_folder
 from qtool.config import catalog
 from qtool.config.quant import QuantConfig
-from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models.linears import packed_linears
@@ -128,17 +126,6 @@ def test_paretoq_has_levels_on_both_sides_of_zero_at_2_bits(llama: LoadedModel, 
         assert torch.allclose(dequantize(*weight), levels, rtol=1e-4), name
     moved, _ = train(load_method("paretoq"), again, tokens, quant, steps=4)
     assert all(bool((weight.zero_point == 1.5).all()) for weight in moved.values())
-
-
-@pytest.mark.parametrize("name", ["llmqat", "paretoq"])
-def test_methods_that_compute_positive_scales_refuse_negative_ones(name: str) -> None:
-    values = {"model": {"path": "x"}, "output": {"path": "y"}, "method": {"name": name}}
-    match = rf"method {name} computes scales from the largest weights, .*; leave out quant\.negative_scales"
-    for quant in ({"negative_scales": True}, {"overrides": {"*.o_proj": {"negative_scales": True}}}):
-        with pytest.raises(ValidationError, match=match):
-            Recipe.model_validate(values | {"quant": quant})
-        Recipe.model_validate(values | {"quant": quant, "method": {"name": "lsq"}})
-    Recipe.model_validate(values | {"quant": {"negative_scales": False}})
 
 
 def test_paretoq_on_a_grid_of_integers_says_that_it_is_lsq(llama: LoadedModel, tokens: Tensor) -> None:
@@ -365,6 +352,26 @@ def test_a_start_that_does_not_fit_is_refused(
         train(load_method("lsq"), llama, tokens, quant, init_from=str(tmp_path / "start"))
     with pytest.raises(InputError, match="float model"):
         train(load_method("lsq"), llama, tokens, quant, init_from=str(llama_folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("lsq", {"steps": 0}), ("efficientqat", {"epochs": 0, "e2e": {"steps": 0}})]
+)
+def test_a_start_with_negative_scales_is_refused_where_scales_are_positive(
+    name: str, settings: dict[str, Any], llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    """A run that rounds inputs has positive scales by default; one that asks for negative ones takes the start."""
+    before = written("rtn", llama_folder, tmp_path / "start", tokens, W4)
+    scales = {name: layer.weight_scale for name, layer in packed_linears(before.model).items()}
+    config = load_method(name).config(**settings, init_from=str(tmp_path / "start"))
+    rounding = {"num_bits": 4, "group_size": 16, "activations": 8}
+    job = Job.select(llama, QuantConfig.model_validate(rounding), tokens)
+    with pytest.raises(InputError, match=r"init_from: .* has negative scales in .* set quant\.negative_scales: true"):
+        load_method(name).run(job, config)
+    asked = QuantConfig.model_validate(rounding | {"negative_scales": True})
+    load_method(name).run(Job.select(llama, asked, tokens), config)
+    found = packed_linears(llama.model)
+    assert all(torch.equal(found[name].weight_scale, scale) for name, scale in scales.items())
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
