@@ -88,9 +88,8 @@ def test_options() -> None:
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
     hub = ["--push-to-hub", "--private"]
     assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", *hub, "--quiet", "--json"]
-    evaluation = (
-        "target --tasks --limit --batch-size --num-fewshot --context --dtype --device --backend --float-model --output"
-    )
+    evaluation = "target --tasks --limit --batch-size --num-fewshot --context --bos --dtype --device --backend"
+    evaluation += " --float-model --output"
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
     own = ["--target", "--memory", "--context", "--probe", "--keep", "--output", "--overwrite"]
     assert options["plan"] == ["what", "--set", *own, "--quiet", "--json"]
@@ -133,8 +132,8 @@ def test_recipe_keys() -> None:
             *("budget.choices", "budget.floors", "budget.pins", "budget.num_samples"),
             "preset",
         ],
-        "data": ["source", "num_samples", "seq_len", "memory_budget"],
-        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "backend", "continuations"],
+        "data": ["source", "num_samples", "seq_len", "bos", "memory_budget"],
+        "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "bos", "backend", "continuations"],
         "target": ["engine", "version"],
         "gguf": ["grid"],
         "export.N": ["format", "path", "dtype"],

@@ -130,6 +130,7 @@ def evaluate(
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N|auto")] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", metavar="N")] = None,
     context: Annotated[int | None, typer.Option("--context", metavar="N")] = None,
+    bos: Annotated[bool | None, typer.Option("--bos/--no-bos")] = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
     backend: Annotated[str | None, typer.Option("--backend", metavar="NAME")] = None,
@@ -154,6 +155,7 @@ def evaluate(
             "batch_size": batch_size,
             "num_fewshot": num_fewshot,
             "context": context,
+            "bos": bos,
             "backend": backend,
         },
     }

@@ -66,6 +66,11 @@ class DataConfig(Section):
     )
     num_samples: int = Field(128, ge=1, description="Number of calibration windows.")
     seq_len: int = Field(512, ge=2, description="Tokens per window.")
+    bos: bool = Field(
+        False,
+        description="Begin every window of plain text with the tokenizer's BOS token. Gemma and other models predict "
+        "badly without it.",
+    )
     memory_budget: ByteSize = Field(
         ByteSize(8_000_000_000),
         ge=0,
@@ -103,6 +108,11 @@ class EvalConfig(Section):
         "auto", description="Windows or lm-eval requests in one forward pass; auto: as many as fit the memory."
     )
     context: int = Field(2048, ge=2, description="Perplexity window in tokens; at most the model's maximum.")
+    bos: bool = Field(
+        False,
+        description="Begin every window of wikitext2, c4 and kl with the tokenizer's BOS token. The papers do not; "
+        "Gemma and other models predict badly without it.",
+    )
     backend: BackendName = Field(
         "exact",
         description="Arithmetic of packed linears. exact: dequantize the weight for each product; fast: for inputs of "

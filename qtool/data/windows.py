@@ -64,34 +64,66 @@ def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration
     check_source(data)
     check_length("data.seq_len", data.seq_len, loaded)
     if data.source == GENERATED:
+        _refuse_bos(data, "text that the model writes itself begins as its tokenizer begins texts")
         return Calibration(generated_tokens(loaded, data.num_samples, data.seq_len, calibration_seed(seed)))
     found = _from_text(data, loaded, seed)
     check_ids(found.tokens, loaded, f"data.source: {data.source}")
     return found
 
 
+def _bos(wanted: bool, loaded: LoadedModel, key: str) -> list[int]:
+    """Return the tokens that begin every window: the BOS token, or none unless ``wanted``.
+
+    Raises:
+        InputError: the tokenizer has no BOS token.
+    """
+    if not wanted:
+        return []
+    if loaded.tokenizer.bos_token_id is None:
+        raise InputError(f"{key}: the tokenizer of {loaded.path} has no BOS token; set {key} to false")
+    return [loaded.tokenizer.bos_token_id]
+
+
+def _begun(windows: Tensor, bos: list[int]) -> Tensor:
+    """Return ``windows`` ``[n, t]`` with the tokens ``bos`` before each."""
+    return (
+        torch.cat([torch.tensor([bos], dtype=windows.dtype).expand(len(windows), -1), windows], 1) if bos else windows
+    )
+
+
 def _from_text(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:
     """Return the windows of a named source or a file, their tokens not yet compared with the embedding table."""
     source, path = SOURCES.get(data.source), source_path(data)
     if source is None and path.suffix in SUFFIXES:
+        _refuse_bos(data, "windows of tokens are used as they are")
         return Calibration(*read_windows(path, (data.num_samples, data.seq_len), loaded.num_embeddings))
     order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(seed))
     if source is None and _holds(path, has_pictures, LOOKED_AT):
         if is_multimodal(loaded.model.config):
+            _refuse_bos(data, "rows with pictures begin as the model's processor begins them")
             return _with_pictures(data, loaded, order)
         progress.note(f"{loaded.path} reads text only: the pictures in {data.source} are left out")
     if source.rows == "conversations" if source else _holds(path, is_conversation):
+        _refuse_bos(data, "conversations begin as the chat template begins them")
         records = source_records(data.source, "train") if source else read_records(path)
         packed = pack(records, loaded.tokenizer, data.num_samples, data.seq_len)
         if len(packed.tokens) < data.num_samples:
             raise InputError(_too_little(data, len(packed.tokens), None, packed.num_conversations))
         return Calibration(packed.tokens[order], packed.labels[order])
     texts = source_texts(data.source, "train") if source else read_file(path)
-    stream, num_texts = _token_stream(texts, source is not None and source.rows == "lines", loaded, data)
-    num_windows = len(stream) // data.seq_len
-    if num_windows < data.num_samples:
-        raise InputError(_too_little(data, num_windows, len(stream), num_texts))
-    return Calibration(stream[: data.num_samples * data.seq_len].view(data.num_samples, data.seq_len)[order])
+    bos = _bos(data.bos, loaded, "data.bos")
+    length = data.seq_len - len(bos)
+    needed = data.num_samples * length
+    stream, num_texts = _token_stream(texts, source is not None and source.rows == "lines", loaded, data.source, needed)
+    if len(stream) < needed:
+        raise InputError(_too_little(data, len(stream) // length, len(stream), num_texts))
+    return Calibration(_begun(stream.view(data.num_samples, length)[order], bos))
+
+
+def _refuse_bos(data: DataConfig, reason: str) -> None:
+    """Refuse ``data.bos`` for windows that are not cut from plain text."""
+    if data.bos:
+        raise InputError(f"data.bos is true, but {reason} (data.source: {data.source}); leave data.bos out")
 
 
 def _check_count(key: str, num: int, length: int) -> None:
@@ -144,19 +176,23 @@ def _joined(rows: Iterable[str], size: int) -> Iterator[str]:
         yield "\n\n".join(piece)
 
 
-def _token_stream(texts: Iterator[str], joined: bool, loaded: LoadedModel, data: DataConfig) -> tuple[Tensor, int]:
-    """Return the tokens of as many texts as are needed, in one row, and the number of texts that were read."""
+def _token_stream(
+    texts: Iterator[str], joined: bool, loaded: LoadedModel, source: str, needed: int
+) -> tuple[Tensor, int]:
+    """Return ``needed`` tokens of texts of ``source``, in one row, and the number of texts that were read.
+
+    All tokens are returned if there are fewer.
+    """
     tokenizer = loaded.tokenizer
     adds_special = bool(tokenizer.num_special_tokens_to_add())
     end = [] if adds_special or joined or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    needed = data.num_samples * data.seq_len
     size = min(CHARACTERS_PER_BATCH, 5 * needed)  # a token is about four characters of English
     pieces = ([piece] for piece in _joined(texts, size)) if joined else _batches(texts, size)
     parts: list[Tensor] = []  # tensors: a list of all ids would take five times the memory
     num_tokens = num_texts = 0
     for batch in pieces:
         special = not (joined and num_texts)  # only the first piece begins a text
-        place = f"data.source: {data.source}"
+        place = f"data.source: {source}"
         encoded = tokenized(tokenizer, batch, place, add_special_tokens=special)["input_ids"]
         parts.append(torch.tensor([i for ids in encoded for i in (*ids, *end)], dtype=torch.int64))
         num_tokens += len(parts[-1])
@@ -182,8 +218,12 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int | None, seed: int) -> Tensor:
+def perplexity_windows(
+    name: str, loaded: LoadedModel, context: int, limit: int | None, seed: int, begin: bool = False
+) -> Tensor:
     """Return windows ``[n, t]`` int64 for perplexity; ``t`` is ``context``, or the model's context if smaller.
+
+    With ``begin``, the first of the ``t`` tokens is the BOS token, except in ``generated`` text.
 
     ``wikitext2``: the test split joined by two newlines and tokenized once, as the papers do, in disjoint windows; a
     last part that does not fill a window is left out. ``c4``: windows drawn at random from long documents
@@ -191,13 +231,16 @@ def perplexity_windows(name: str, loaded: LoadedModel, context: int, limit: int 
 
     Raises:
         UnreachableError: the text is neither on this machine nor reachable on the hub.
-        InputError: there is not one full window.
+        InputError: there is not one full window, or no BOS token.
     """
     length = min(context, loaded.max_length)
     if name == GENERATED:
         _check_count("eval.limit", limit or GENERATED_WINDOWS, length)
         return generated_tokens(loaded, limit or GENERATED_WINDOWS, length, evaluation_seed(seed))
+    bos = _bos(begin, loaded, "eval.bos")
+    length -= len(bos)
     found = c4_windows(loaded, length, limit) if name == C4 else _disjoint(name, loaded, length, limit)
+    found = _begun(found, bos)
     check_ids(found, loaded, f"the text of {name}")
     return found
 

@@ -131,7 +131,7 @@ def _own_tasks(
     for name in (WIKITEXT, C4):
         if name in wanted or (name == WIKITEXT and DIVERGENCE in wanted and reference is not None):
             try:
-                windows[name] = perplexity_windows(name, loaded, config.context, config.limit, seed)
+                windows[name] = perplexity_windows(name, loaded, config.context, config.limit, seed, config.bos)
             except UnreachableError as error:
                 rows[name] = [_not_measured(name, "perplexity", str(error), config)]
     kl_on = (WIKITEXT if WIKITEXT in windows else GENERATED) if DIVERGENCE in wanted and reference is not None else None
@@ -183,6 +183,8 @@ def _perplexity_row(
     note = f"{windows.shape[0]} windows of {windows.shape[1]} tokens"
     if name == GENERATED:
         note += " that the float model wrote" if has_reference else " that this model wrote itself"
+    elif config.bos:
+        note += ", the first of them BOS"
     other = None if scores.reference_nll is None else perplexity_metric(scores.reference_nll, windows)
     change = None if scores.reference_nll is None else change_stderr(scores.nll, scores.reference_nll)
     return task_result(

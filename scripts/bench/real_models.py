@@ -10,8 +10,8 @@ The weights come from packages of the package index, which carry GGUF files: Smo
 They are read as any GGUF file is (docs/gguf.md), so a folder holds what the file stands for, rounded to bfloat16.
 
 **The weights lie on a 4-bit grid in groups of 32 already.** A method at 4 bits in groups of 32 would look better than
-it is: measure at 4 bits in groups of 64, and at 3 and 2 bits. Gemma 3 expects ``<bos>`` at the start of a text; its
-tokenizer puts it there, and windows of WikiText-2 after the first have none. Gemma's licence lets one run the model: no
+it is: measure at 4 bits in groups of 64, and at 3 and 2 bits. Gemma 3 expects ``<bos>`` at the start of a text, so
+windows of text begin with it in benchmarks (``Source.bos``). Gemma's licence lets one run the model: no
 file of it, and nothing made of it, goes into the repository.
 
 Folders are kept in ``--cache``, ``QTOOL_BENCH_CACHE``, or ``~/.cache/qtool-bench``. A download that was stopped goes on
@@ -42,6 +42,7 @@ class Source(NamedTuple):
 
     parts: dict[str, str]
     sha256: str
+    bos: bool = False  # the model predicts badly unless a text begins with its BOS token
 
 
 SOURCES = {
@@ -57,6 +58,7 @@ SOURCES = {
             for index in range(4)
         },
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        bos=True,
     ),
 }
 NAMES = (BUILTIN, *SOURCES)

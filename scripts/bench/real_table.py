@@ -63,6 +63,11 @@ class Cell(NamedTuple):
         return "/".join(self)
 
 
+def begins(cell: Cell) -> bool:
+    """Return whether windows of text begin with the BOS token; lm-eval's tasks do by themselves."""
+    return cell.model in SOURCES and SOURCES[cell.model].bos
+
+
 class Table:
     """The cells of a command line, and what is known of them."""
 
@@ -114,7 +119,7 @@ class Table:
             "model": {"path": str(model_folder(cell.model))},
             "method": {"name": method},
             "quant": {"group_size": 64, **GRIDS[cell.grid]},
-            "data": self.calibration,
+            "data": self.calibration | {"bos": begins(cell)},
             "output": {"path": str(out)},
         }
         file = self.args.work / "recipes" / f"{cell.name.replace('/', '-')}.yaml"
@@ -137,7 +142,7 @@ class Table:
     def text(self, cell: Cell) -> dict[str, Any]:
         """Return perplexity and divergence on windows of text."""
         asked = ["wikitext2"] if cell.row == FLOAT else ["wikitext2", "kl"]
-        windows = ["--context", "1024", "--limit", str(self.args.windows)]
+        windows = ["--context", "1024", "--limit", str(self.args.windows), *(["--bos"] if begins(cell) else [])]
         report, _ = qtool("eval", str(self.folder(cell)), "--tasks", ",".join(asked), *windows)
         found = {row["metric"]: row["value"] for row in report["results"]}
         if None in found.values():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import BUILTIN, add_model, chosen
+from real_models import BUILTIN, SOURCES, add_model, chosen
 
 from qtool.blocks.job import Job, load_method
 from qtool.checkpoints.sizes import bits_per_weight
@@ -76,7 +76,9 @@ def float_model(path: Path) -> LoadedModel:
     return load_model(ModelConfig(path=str(path), dtype="float32"))
 
 
-def measure(path: Path, method: str, grid: str, seed: int, limit: int | None, tokens: torch.Tensor) -> dict[str, float]:
+def measure(
+    path: Path, method: str, grid: str, seed: int, limit: int | None, tokens: torch.Tensor, bos: bool
+) -> dict[str, float]:
     """Quantize the model and compare it with the float model; the method ``float`` quantizes nothing."""
     loaded = load_model(ModelConfig(path=str(path)))
     cell: dict[str, float] = {"bits_per_weight": 16.0, "seconds": 0.0}
@@ -89,7 +91,7 @@ def measure(path: Path, method: str, grid: str, seed: int, limit: int | None, to
         load_method(chosen.name).run(Job.select(loaded, config, tokens, seed=seed), chosen)
         cell["seconds"] = time.process_time() - start
     loaded.model.float()  # measure in float32, whatever dtype the method used; packed scales keep their dtype
-    windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0)
+    windows = perplexity_windows("wikitext2", loaded, 1024, limit, 0, bos)
     scores = score_windows(loaded.model, float_model(path).model, windows, "auto", True, "reading")
     assert scores.kl is not None
     error = scores.nll.std() / len(windows) ** 0.5
@@ -126,7 +128,8 @@ def main() -> None:
         results = json.loads(args.out.read_text())
     cells, names = results["cells"], [name.strip() for name in args.methods.split(";")]
     grids, seeds = args.grids.split(","), [int(seed) for seed in args.seeds.split(",")]
-    text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len)
+    bos = args.model in SOURCES and SOURCES[args.model].bos
+    text = DataConfig(source="enwiki", num_samples=args.num_samples, seq_len=args.seq_len, bos=bos)
     path = chosen(args)
     tokens = calibration(text, float_model(path), 0).tokens
     for method in names:
@@ -144,7 +147,7 @@ def main() -> None:
                         "text": list(tokens.shape),
                         "limit": args.limit,
                     }
-                    cells[key] |= measure(path, method, grid, seed, args.limit, tokens)
+                    cells[key] |= measure(path, method, grid, seed, args.limit, tokens, bos)
                     args.out.write_text(json.dumps(results, indent=2) + "\n")
                     print(key, {k: round(v, 4) for k, v in cells[key].items() if isinstance(v, float)}, flush=True)
 
@@ -155,7 +158,8 @@ def main() -> None:
     print(f"\nfloat: {spread(found('float', '-', 'perplexity'), 2)} ± {spread(found('float', '-', 'stderr'), 2)}\n")
     print("| grid | bits per weight | method | perplexity | KL | CPU s |\n|---|---:|---|---:|---:|---:|")
     for grid in grids:
-        label = grid.removesuffix("a") + (" asym" if grid.endswith("a") else " sym")
+        kinds = {"a": " asym", "f": " asym, float zero points", "p": " sym, positive scales"}
+        label = grid[:-1] + kinds[grid[-1]] if grid[-1] in kinds else f"{grid} sym"
         for method in names:
             bits = found(method, grid, "bits_per_weight")[0]
             numbers = [

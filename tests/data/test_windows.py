@@ -92,6 +92,39 @@ def test_a_tokenizer_that_adds_special_tokens_gets_no_end_token_from_us(beginnin
     assert beginning.tokenizer.eos_token_id not in tokens
 
 
+def test_windows_of_text_begin_with_bos_if_asked(
+    beginning: LoadedModel, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ENGLISH}] * 40)
+    plain = calibration_windows.calibration(config(path, 6, 31), beginning, seed=0).tokens
+    asked = config(path, 6, 32).model_copy(update={"bos": True})
+    begun = calibration_windows.calibration(asked, beginning, seed=0).tokens
+    assert torch.equal(begun, torch.cat([torch.full((6, 1), 1), plain], 1))
+
+    monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
+    (tmp_path / "wikitext2").mkdir()
+    write_jsonl(tmp_path / "wikitext2/test.jsonl", [{"text": ENGLISH}] * 20)
+    short = calibration_windows.perplexity_windows("wikitext2", beginning, 31, 3, 0)
+    long = calibration_windows.perplexity_windows("wikitext2", beginning, 32, 3, 0, True)
+    assert torch.equal(long, torch.cat([torch.full((3, 1), 1), short], 1))
+    generated = (
+        calibration_windows.perplexity_windows("generated", loaded, 16, 2, 0, begin) for begin in (True, False)
+    )
+    assert torch.equal(*generated)
+
+
+def test_bos_is_refused_where_there_is_none_or_windows_begin_otherwise(
+    loaded: LoadedModel, beginning: LoadedModel, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ENGLISH}] * 40)
+    asked = config(path, 2, 32).model_copy(update={"bos": True})
+    without = AutoTokenizer.from_pretrained(tiny.BUILTIN, bos_token=None)
+    with pytest.raises(InputError, match=r"has no BOS token; set data\.bos to false"):
+        calibration_windows.calibration(asked, dataclasses.replace(loaded, tokenizer=without), seed=0)
+    with pytest.raises(InputError, match=r"data\.bos is true, but text that the model writes itself"):
+        calibration_windows.calibration(asked.model_copy(update={"source": "generated"}), beginning, seed=0)
+
+
 def test_joined_rows_begin_once(beginning: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(calibration_windows, "CHARACTERS_PER_BATCH", 100)
