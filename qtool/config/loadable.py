@@ -97,6 +97,8 @@ def _reasons(row: Reads, weights: Weights) -> Iterator[str]:
     if not holder.mixed and len({_weight_grid(spec) for spec in packed.values()}) > 1:
         labels = sorted({spec.label() for spec in packed.values()})
         yield f"one grid for all linears, and they have {_listed(labels, 'and')}: leave out quant.overrides"
+    if not holder.mixed and (odd := _left_in_some_blocks(weights.linears)) is not None:
+        yield f"no linear in floating point that another block has packed, such as {odd}: skip it in all blocks or none"
     if not holder.asymmetric_experts:
         odd = next((name for name, spec in packed.items() if ".experts" in name and not spec.symmetric), None)
         if odd is not None:
@@ -164,6 +166,13 @@ def _of_tables(row: Reads, weights: Weights, packed: Mapping[str, QuantSpec]) ->
 
 def _weight_grid(spec: QuantSpec) -> tuple[object, ...]:
     return spec.grid, spec.num_bits, spec.group_size, spec.symmetric
+
+
+def _left_in_some_blocks(linears: Mapping[str, QuantSpec | None]) -> str | None:
+    """Return the first linear in floating point whose name within its block is that of a packed one."""
+    kinds = {name: re.sub(r"^.*?\.\d+\.", "", name) for name in linears}
+    packed = {kinds[name] for name, spec in linears.items() if spec is not None}
+    return next((name for name, spec in linears.items() if spec is None and kinds[name] in packed), None)
 
 
 def unfused(linears: Mapping[str, QuantSpec | None]) -> Iterator[str]:

@@ -161,6 +161,11 @@ class QuantSpec(NamedGrid):
         return QuantSpec(**self.model_dump(include=set(QuantSpec.model_fields), exclude=set(ACTIVATION_KEYS)))
 
     @property
+    def any_sign(self) -> "QuantSpec":
+        """The grid of the weight alone, whatever the signs of its scales: equal for weights that may share codes."""
+        return self.weights_only.model_copy(update={"negative_scales": None})
+
+    @property
     def blocks(self) -> BlockGrid | None:
         """How scales are stored by blocks, as in GGUF's types; ``None``: on an affine grid, each by itself."""
         return BLOCK_GRIDS.get(self.grid)

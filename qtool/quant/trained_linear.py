@@ -21,6 +21,10 @@ from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.rounding import PLAIN, scaled_gradient
 from qtool.system.errors import InputError
 
+POSITIVE = (  # the end of the refusal of negative scales
+    "and this run has positive ones (by default where inputs are rounded); set quant.negative_scales: true, or make "
+    "the weights to start from anew with false"
+)
 HALF_CODE = 0.499  # start_from clamps to code +- this; below 0.5, so that float32 cannot round it to the next code
 
 
@@ -59,16 +63,13 @@ class QuantLinear(ActivationRounding):
                 negative scales where this grid has none.
         """
         codes, scale, zero_point, spec = quantized
-        ours = self.spec.weights_only
-        differs = [key for key, value in spec.weights_only if value != getattr(ours, key)]
+        ours = self.spec.any_sign
+        differs = [key for key, value in spec.any_sign if value != getattr(ours, key)]
         if differs:
             found, asked = (", ".join(f"{key} {getattr(s, key)}" for key in differs) for s in (spec, self.spec))
             raise InputError(f"the weights to start from have {found}; this run asks for {asked}: make the two equal")
-        if not self.spec.signed and bool((scale < 0).any()):  # the other grid rounds no inputs
-            raise InputError(
-                "the weights to start from have negative scales, and this run, which rounds inputs, has positive ones; "
-                "set quant.negative_scales: true, or make the weights anew with false"
-            )
+        if not self.spec.signed and bool((scale < 0).any()):
+            raise InputError(f"the weights to start from have negative scales, {POSITIVE}")
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         target = affine.grouped(codes, spec).to(scale.dtype)

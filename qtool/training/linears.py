@@ -16,7 +16,7 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.tables import table_keys
 from qtool.quant.affine import QuantizedWeight, relative_error
 from qtool.quant.packed_embedding import PackedEmbedding
-from qtool.quant.trained_linear import QuantLinear
+from qtool.quant.trained_linear import POSITIVE, QuantLinear
 from qtool.system.errors import InputError
 from qtool.training.end_to_end import train_model
 from qtool.training.fit import FitResult, ParamGroup
@@ -64,7 +64,7 @@ class Start:
             hint = f"; the checkpoint has it as {has}, and {key} must be the same" if key else ""
             raise InputError(f"{wrong}{odd} is {kind.get(key, 'a linear')} that {where}{hint}")
         for name, target in asked.items():
-            if found[name].weights_only != target.spec.weights_only:
+            if found[name].any_sign != target.spec.any_sign:
                 raise InputError(
                     f"method.init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
                     f"{target.spec.label()}, and all keys of quant must agree"
@@ -73,6 +73,8 @@ class Start:
                 raise InputError(
                     f"method.init_from: {folder} has {name} of shape {shape}, the model {target.weight_shape}"
                 )
+            if found[name].signed and not target.spec.signed and bool((self.source.quantized(name).scale < 0).any()):
+                raise InputError(f"method.init_from: {folder} has negative scales in {name}, {POSITIVE}")
         if (tied := dict(self.source.tables.tied)) != dict(job.tables.tied):
             raise InputError(f"{wrong}its tied heads are {tied or 'none'}, those of the model {dict(job.tables.tied)}")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from helpers.native_checkpoints import GRIDS, Natives, exported, read_back
+from helpers.native_checkpoints import FLOAT32_SCALES, GRIDS, Natives, exported, read_back
 from helpers.packed import WEIGHTS, Weight
 
 from qtool.checkpoints.native import NativeCheckpoint
@@ -81,7 +81,7 @@ def test_it_refuses_shapes_and_scales_that_its_layout_cannot_hold(native: Native
         InputError, match=r"mlp\.\w+_proj is (80 x 64|64 x 80), and auto-round readers need multiples of"
     ):
         exported(tmp_path / "q", "auto-round", tmp_path / "out")
-    tiny.quantize(native.floats(), tmp_path / "q32", QuantConfig(group_size=32, scale_dtype="float32"))
+    tiny.quantize(native.floats(), tmp_path / "q32", QuantConfig.model_validate(FLOAT32_SCALES))
     with pytest.raises(
         InputError, match=r"weight_scale has values that float16 does not hold; quantize with scale_dtype"
     ):

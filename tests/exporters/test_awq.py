@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from helpers.native_checkpoints import Q_PROJ, Natives, exported, read_back
+from helpers.native_checkpoints import FLOAT32_SCALES, Q_PROJ, Natives, exported, read_back
 from helpers.packed import WEIGHTS, Weight
 
 from qtool.checkpoints.native import NativeCheckpoint
@@ -78,7 +78,7 @@ def test_groups_of_several_sizes_are_written_as_one_that_divides_all(
         ({"group_size": 8}, r"has groups of 8 input channels, and readers of AWQ take 16 to 128; quantize with"),
         ({"group_size": 32, "head": {"num_bits": 4}}, r"lm_head is quantized, .*quantize with quant\.head: float"),
         ({"group_size": 32, "embedding": {"num_bits": 4}}, r"embed_tokens is quantized, .*quant\.embedding: float"),
-        ({"group_size": 32, "scale_dtype": "float32"}, r"weight_scale has values that float16 does not hold"),
+        (FLOAT32_SCALES, r"weight_scale has values that float16 does not hold"),
     ],
     ids=str,
 )

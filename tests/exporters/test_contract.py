@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from helpers.native_checkpoints import GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
+from helpers.native_checkpoints import FLOAT32_SCALES, GRIDS, MIXED, Q_PROJ, Natives, exported, plain, read_back
 
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config import catalog
@@ -282,7 +282,7 @@ def test_gptq_refuses_scales_that_float16_does_not_hold(native: Natives, tmp_pat
     fine = tmp_path / "fine"
     tiny.quantize(native.floats(), fine, QuantConfig(group_size=32, scale_dtype="bfloat16"))
     exported(fine, "gptq", tmp_path / "held")  # bfloat16 numbers of usual size are float16 numbers
-    tiny.quantize(native.floats(), tmp_path / "q32", QuantConfig(group_size=32, scale_dtype="float32"))
+    tiny.quantize(native.floats(), tmp_path / "q32", QuantConfig.model_validate(FLOAT32_SCALES))
     words = r"weight_scale has values that float16 does not hold; quantize with scale_dtype: float16"
     with pytest.raises(InputError, match=words):
         exported(tmp_path / "q32", "gptq", tmp_path / "out")
@@ -371,12 +371,17 @@ def test_compressed_tensors_names_every_float_linear_and_every_grid(native: Nati
 
 
 def test_compressed_tensors_is_written_in_a_dtype_that_holds_its_scales(native: Natives, tmp_path: Path) -> None:
-    out = native.export("compressed-tensors")
-    dtype = getattr(torch, read_config(out)["dtype"])
-    for name, tensor in tiny.stored(out).items():
-        if tensor.is_floating_point():
-            assert torch.equal(tensor.to(dtype).float(), tensor.float()), name
-    assert "bfloat16 does not hold its scales" in (out / "README.md").read_text()
+    for grid in ("w8g32", "w4g32"):
+        out = native.export("compressed-tensors", grid)
+        dtype = getattr(torch, read_config(out)["dtype"])
+        for name, tensor in tiny.stored(out).items():
+            if tensor.is_floating_point():
+                assert torch.equal(tensor.to(dtype).float(), tensor.float()), name
+    own = read_config(native.floats())["dtype"]  # with negative scales of 4 bits, an eighth of the largest weights
+    assert dtype == getattr(torch, own)
+    out = native.export("compressed-tensors", "w8g32")
+    assert read_config(out)["dtype"] != own
+    assert f"{own} does not hold its scales" in (out / "README.md").read_text()
     tiny.quantize(native.floats(), tmp_path / "q", QuantConfig(group_size=32, scale_dtype="bfloat16"))
     out = exported(tmp_path / "q", "compressed-tensors", tmp_path / "same")
     assert read_config(out)["dtype"] == "bfloat16"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import gguf_models, tiny, vocabularies
 from helpers.gguf_models import CHANGES, ROWS, quantized
-from helpers.native_checkpoints import GRIDS, Natives, exported, plain, read_back
+from helpers.native_checkpoints import FLOAT32_SCALES, GRIDS, Natives, exported, negative, plain, read_back
 from helpers.packed import WEIGHTS, Weight
 from hypothesis import assume
 from torch import Tensor
@@ -109,6 +109,7 @@ def test_the_smallest_type_is_chosen(bits: int, symmetric: bool, short: str | No
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_256_take_their_types_in_a_file_and_read_back(name: str, tmp_path: Path) -> None:
     tiny.quantize(tiny.BUILTIN, tmp_path / "q", ROWS[name])
+    assert negative(tmp_path / "q") == ROWS[name].signed
     out = exported(tmp_path / "q", "gguf", tmp_path / "out")
     kinds = in_file(out)
     assert {kinds[f"blk.{i}.{part}.weight"] for i in range(4) for part in ("attn_q", "ffn_down")} == {name}
@@ -294,7 +295,7 @@ def test_a_changed_figure_is_found(key: str, native: Natives, tmp_path: Path, mo
             {"group_size": 16},
             "q_proj has groups of 16 input channels, and blocks of GGUF have 32 or 256; quantize with",
         ),
-        ({"scale_dtype": "float32"}, "weight_scale has values that float16 does not hold; quantize with scale_dtype"),
+        (FLOAT32_SCALES, "weight_scale has values that float16 does not hold; quantize with scale_dtype"),
     ],
 )
 def test_grids_that_no_type_holds_are_refused_with_what_to_do(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from helpers.native_checkpoints import exported, plain
+from helpers.native_checkpoints import exported, negative, plain
 from helpers.weights import make_weight
 from transformers import AutoModelForCausalLM
 
@@ -24,10 +24,12 @@ gguf = pytest.importorskip("gguf")
 @pytest.mark.parametrize("name", BLOCK_GRIDS)
 def test_the_package_dequantizes_the_weights_of_block_grids(name: str) -> None:
     spec = QuantSpec.model_validate({"grid": name})
+    spec = QuantSpec.model_validate({"grid": name, "negative_scales": spec.symmetric})  # of q6_k only when asked for
     for seed, magnitude in enumerate([1e-5, 0.02, 3.0]):
         weight = make_weight(8, 768, "normal", magnitude, seed)
         grid = search_qparams(weight, spec, 2.0)
         found = QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
+        assert bool((found.scale < 0).any()) == spec.symmetric
         block = blocks.choose(spec, 768)
         assert block is not None
         assert block.name == name.upper()
@@ -37,8 +39,10 @@ def test_the_package_dequantizes_the_weights_of_block_grids(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCK_GRIDS)
 def test_a_checkpoint_on_a_block_grid_is_written_and_read_back(name: str, tmp_path: Path) -> None:
-    quant = QuantConfig.model_validate({"grid": name, "embedding": {"grid": "q6_k"}})
-    tiny.quantize(tiny.BUILTIN, tmp_path / "q", quant)
+    symmetric = QuantSpec.model_validate({"grid": name}).symmetric
+    values = {"grid": name, "negative_scales": symmetric, "embedding": {"grid": "q6_k"}}
+    tiny.quantize(tiny.BUILTIN, tmp_path / "q", QuantConfig.model_validate(values))
+    assert negative(tmp_path / "q") == symmetric
     out = exported(tmp_path / "q", "gguf", tmp_path / "out")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
     assert {kinds[f"blk.{i}.{part}.weight"] for i in range(4) for part in ("attn_q", "ffn_down")} == {name.upper()}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from helpers.native_checkpoints import GRIDS, Natives, exported, read_back
+from helpers.native_checkpoints import FLOAT32_SCALES, GRIDS, Natives, exported, read_back
 from helpers.packed import WEIGHTS, Weight
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,7 +101,7 @@ def test_it_refuses_groups_that_no_group_of_mlx_divides(tmp_path: Path) -> None:
 
 
 def test_it_refuses_float32_scales_and_takes_bfloat16_ones(native: Natives, tmp_path: Path) -> None:
-    tiny.quantize(native.floats(), tmp_path / "q32", QuantConfig(group_size=32, scale_dtype="float32"))
+    tiny.quantize(native.floats(), tmp_path / "q32", QuantConfig.model_validate(FLOAT32_SCALES))
     words = r"weight_scale times a code is not exact in float32, .*; quantize with scale_dtype: float16"
     with pytest.raises(InputError, match=words):
         exported(tmp_path / "q32", "mlx", tmp_path / "out")

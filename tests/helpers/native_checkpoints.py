@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers import tiny
+from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import BITS, QuantConfig
 from qtool.config.sections import ExportConfig, ModelConfig
 from qtool.exporters import _readback
@@ -19,6 +20,9 @@ GRIDS = {
     for bits in BITS
     for group in (-1, 32)
     for symmetric in (True, False)
+} | {  # scales of 8 bits are positive unless the recipe says otherwise
+    f"w8{'g32' if group > 0 else 'pc'}-neg": QuantConfig(num_bits=8, group_size=group, negative_scales=True)
+    for group in (-1, 32)
 }
 MIXED = {
     "mixed": QuantConfig.model_validate(
@@ -37,12 +41,23 @@ MIXED = {
     ),
     "skipped": QuantConfig.model_validate({"group_size": 32, "overrides": {"*.1.mlp.up_proj": {"skip": True}}}),
 }
+# scales of 2 / 15 of a weight, which only float32 holds; with negative scales they are an eighth of a bfloat16 weight
+FLOAT32_SCALES = {"group_size": 32, "scale_dtype": "float32", "negative_scales": False}
 PLAIN = {"gemma": "w4pc"}  # a grid of 4 symmetric bits that a format holds, where that is not w4g32
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
+def negative(folder: Path) -> bool:
+    """Return whether a linear of the native checkpoint ``folder`` has a negative scale."""
+    source = NativeCheckpoint(folder)
+    return any(bool((source.quantized(name).scale < 0).any()) for name in source.specs)
+
+
 class Natives:
-    """Native checkpoints of the tiny models by family and grid, and their exports; each is made on first use."""
+    """Native checkpoints of the tiny models by family and grid, and their exports; each is made on first use.
+
+    Where a grid lets scales be negative, some are, so that whatever reads an export has read such scales.
+    """
 
     def __init__(self, at: Path) -> None:
         self.at = at
@@ -61,6 +76,7 @@ class Natives:
         if not out.exists():
             written = tiny.quantize(self.floats(grid, family), out, (GRIDS | MIXED)[grid])
             self.logits[out] = tiny.logits(written.model)
+            assert negative(out) == any(spec.signed for spec in tiny.specs(written).values()), grid
         return out
 
     def plain(self, name: str) -> Path:

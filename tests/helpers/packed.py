@@ -20,11 +20,16 @@ class Weight(NamedTuple):
 
 @st.composite
 def weights(draw: st.DrawFn, groups: tuple[int, ...] = (-1, 32, 64, 96, 128, 256)) -> Weight:
-    """Draw codes and zero points, the extremes included, and scales that are float16 numbers of a usual size."""
+    """Draw codes and zero points, the extremes included, and scales that are float16 numbers of a usual size.
+
+    Where scales may be negative, about half of them are, the first one always.
+    """
+    symmetric = draw(st.booleans())
     spec = QuantSpec(
         num_bits=draw(st.sampled_from(BITS)),
         group_size=draw(st.sampled_from(groups)),
-        symmetric=draw(st.booleans()),
+        symmetric=symmetric,
+        negative_scales=symmetric and draw(st.booleans()),
     )
     columns = draw(st.sampled_from([32, 96, 256, 512])) if spec.group_size == -1 else spec.group_size
     columns *= 1 if spec.group_size == -1 else draw(st.integers(1, 3))
@@ -34,6 +39,9 @@ def weights(draw: st.DrawFn, groups: tuple[int, ...] = (-1, 32, 64, 96, 128, 256
     codes = torch.randint(spec.qmax + 1, (rows, columns), generator=generator).to(torch.uint8)
     codes[0, 0], codes[-1, -1] = 0, spec.qmax
     scale = (torch.rand(shape, generator=generator) + 0.01) * 10.0 ** draw(st.integers(-4, 1))
+    if spec.signed:
+        scale *= torch.randint(2, shape, generator=generator) * 2 - 1
+        scale[0, 0] = -scale[0, 0].abs()
     zero_point = torch.full(shape, float(spec.middle))
     if not spec.symmetric:
         zero_point = torch.randint(spec.qmax + 1, shape, generator=generator).float()

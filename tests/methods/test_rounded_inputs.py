@@ -20,7 +20,8 @@ from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.activations import round_input
 
-W4 = QuantConfig(num_bits=4, group_size=16)
+# where inputs are rounded scales are positive by default; these runs differ in the inputs alone
+W4 = QuantConfig(num_bits=4, group_size=16, negative_scales=False)
 SYMMETRIC = ActivationGrid(num_bits=8, symmetric=True)
 COARSE = ActivationGrid(num_bits=3, symmetric=True)
 LEARNING: dict[str, dict[str, Any]] = {  # a method of each kind: searched, trained by blocks, trained as a whole

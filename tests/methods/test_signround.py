@@ -198,7 +198,7 @@ def test_the_rate_falls_linearly_and_adds_up_to_one(monkeypatch: pytest.MonkeyPa
     shares: list[float] = []
     monkeypatch.setattr(RoundingTraining, "step", lambda self, indices, share: shares.append(share))
     monkeypatch.setattr(RoundingTraining, "measure", lambda self, indices: 0.0)
-    task: Any = SimpleNamespace(inputs=[torch.zeros(1, 2, 4)] * 3)
+    task: Any = SimpleNamespace(inputs=HiddenStates(None, [torch.zeros(1, 2, 4)] * 3))
     layer = random_layer(QuantSpec(group_size=16))
     RoundingTraining(task, BlockLoss(HiddenStates(None)), [layer], signround.Config(iterations=10)).run(
         torch.Generator()
@@ -281,7 +281,7 @@ def test_freezing_changes_no_bit(bits: int, symmetric: bool, float_zero: bool, s
     layer.expanded = layer.quantized_weight().detach()
     packed = layer.freeze()
     assert torch.equal(packed.dequantized(), layer.expanded)
-    assert bool((packed.weight_scale > 0).all())
+    assert torch.equal(packed.weight_scale.sign(), layer.scale.sign())
     x = torch.randn(3, 32)
     assert torch.equal(packed(x), layer(x))
 
@@ -299,17 +299,20 @@ def test_factors_of_one_and_offsets_of_zero_change_no_bit(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_stay_positive_however_far_ranges_travel(
+def test_scales_keep_their_sign_however_far_ranges_travel(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, symmetric: bool
 ) -> None:
     trainings = captured(monkeypatch)
     quant = QuantConfig(num_bits=2, group_size=16, symmetric=symmetric)
     run(llama, tokens, quant, range_travel=30, iterations=6)
-    scales = [layer.qparams()[0] for training in trainings for layer in training.layers]
-    assert all(bool((scale > 0).all()) for scale in scales)
-    factors = torch.cat([layer.factors.detach().flatten() for training in trainings for layer in training.layers])
+    layers = [layer for training in trainings for layer in training.layers]
+    assert any(bool((layer.scale < 0).any()) for layer in layers) == symmetric
+    assert all(bool((layer.qparams()[0] * layer.scale.sign() > 0).all()) for layer in layers)
+    factors = torch.cat([layer.factors.detach().flatten() for layer in layers])
     assert (float(factors.min()), float(factors.max())) == pytest.approx(signround.FACTORS)
-    assert all(bool((weight.scale > 0).all()) for weight in weights(llama).values())
+    signs = [layer.scale.sign() for layer in layers]
+    found = [weight.scale.sign() for weight in weights(llama).values()]
+    assert all(torch.equal(one, other) for one, other in zip(found, signs, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- seeds, presets, keys

@@ -133,7 +133,9 @@ def test_the_stored_form_costs_little_beside_free_scales(name: str) -> None:
     weight, spec = make_weight(32, 512, "normal", 0.02, 1), QuantSpec.model_validate({"grid": name})
     free = search_qparams(weight, spec.free, 2.0)
     best = QuantizedWeight(affine.quantize(weight, *free, spec.free), *free, spec.free)
-    assert affine.relative_error(weight, rounded(weight, spec)) < 1.1 * affine.relative_error(weight, best)
+    # minima of 6 bits are multiples of about a third of a step of q5_k, whose rounding alone adds that squared, 0.1
+    most = 1.12 if name == "q5_k" else 1.1
+    assert affine.relative_error(weight, rounded(weight, spec)) < most * affine.relative_error(weight, best)
 
 
 @pytest.mark.parametrize("name", ["q2_k", "q4_k", "q6_k"])

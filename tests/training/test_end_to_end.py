@@ -362,6 +362,26 @@ def test_a_start_that_does_not_fit_is_refused(
         train(load_method("lsq"), llama, tokens, quant, init_from=str(llama_folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("lsq", {"steps": 0}), ("efficientqat", {"epochs": 0, "e2e": {"steps": 0}})]
+)
+def test_a_start_with_negative_scales_is_refused_where_scales_are_positive(
+    name: str, settings: dict[str, Any], llama: LoadedModel, llama_folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    """A run that rounds inputs has positive scales by default; one that asks for negative ones takes the start."""
+    before = written("rtn", llama_folder, tmp_path / "start", tokens, W4)
+    scales = {name: layer.weight_scale for name, layer in packed_linears(before.model).items()}
+    config = load_method(name).config(**settings, init_from=str(tmp_path / "start"))
+    rounding = {"num_bits": 4, "group_size": 16, "activations": 8}
+    job = Job.select(llama, QuantConfig.model_validate(rounding), tokens)
+    with pytest.raises(InputError, match=r"init_from: .* has negative scales in .* set quant\.negative_scales: true"):
+        load_method(name).run(job, config)
+    asked = QuantConfig.model_validate(rounding | {"negative_scales": True})
+    load_method(name).run(Job.select(llama, asked, tokens), config)
+    found = packed_linears(llama.model)
+    assert all(torch.equal(found[name].weight_scale, scale) for name, scale in scales.items())
+
+
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 @pytest.mark.parametrize("start", ["new", "again"])
 def test_gathering_brings_finished_blocks_and_the_rest_together(family: str, tmp_path: Path, start: str) -> None:

@@ -55,44 +55,53 @@ def test_the_ends_of_a_range_move_by_their_steps(ends: float, scale: float, bits
     assert (moved - scale) * qmax / 2 == pytest.approx(ends * scale)
 
 
-def test_rates_of_lsq_are_those_of_its_formula_bit_for_bit() -> None:
-    layer = QuantLinear(WEIGHT, None, QuantSpec(num_bits=3, group_size=16, symmetric=False))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rates_of_lsq_are_those_of_its_formula_bit_for_bit(symmetric: bool) -> None:
+    layer = QuantLinear(WEIGHT, None, QuantSpec(num_bits=3, group_size=16, symmetric=symmetric))
+    assert bool((layer.scale < 0).any()) == symmetric
     settings = lsq.Config(travel=0.3, scale_travel=0.15)
     ends = settings.scale_travel / TOTAL
-    weight_step, scale = float(layer.qparams()[0].detach().mean()), float(layer.scale.detach().mean())
+    weight_step, scale = (float(each.detach().abs().mean()) for each in (layer.qparams()[0], layer.scale))
+    trained = 2 if symmetric else 3  # the zero point of a symmetric grid is constant
     expected = [0.3 * weight_step / TOTAL, ends * scale * 2 / 7, ends]
-    assert [group.lr for group in grid_groups(layer, settings, TOTAL)] == expected
+    assert [group.lr for group in grid_groups(layer, settings, TOTAL)] == expected[:trained]
     fixed = settings.model_copy(update={"lr": 2e-5, "scale_lr": 1e-4})
-    assert [group.lr for group in grid_groups(layer, fixed, TOTAL)] == [2e-5, 1e-4, 1e-4]
+    assert [group.lr for group in grid_groups(layer, fixed, TOTAL)] == [2e-5, 1e-4, 1e-4][:trained]
 
 
 def test_rates_of_lrqat_are_those_of_its_formula_bit_for_bit() -> None:
     settings = lrqat.Config(travel=0.7, scale_travel=0.15, rank=4)
     layer = lrqat.LowRankLinear(WEIGHT, None, QuantSpec(num_bits=3, group_size=16), settings, generator(0))
-    scale = float(layer.scale.detach().mean())
+    assert bool((layer.scale < 0).any())
+    scale = float(layer.scale.detach().abs().mean())
     found = [group.lr for group in lrqat.groups_of(layer, settings, TOTAL)]
     assert found == [0.7 / TOTAL, 0.15 * scale * 2 / 7 / TOTAL]
     fixed = settings.model_copy(update={"lr": 2e-5, "scale_lr": 1e-4})
     assert [group.lr for group in lrqat.groups_of(layer, fixed, TOTAL)] == [2e-5, 1e-4]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_rates_of_block_ap_are_those_of_its_formula_bit_for_bit(rank: int) -> None:
-    layer = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False), rank)
+def test_rates_of_block_ap_are_those_of_its_formula_bit_for_bit(rank: int, symmetric: bool) -> None:
+    layer = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=symmetric), rank)
+    assert bool((layer.scale < 0).any()) == symmetric
     norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1)
-    step = float(layer.scale.detach().mean())
+    step = float(layer.scale.detach().abs().mean())
     of_weight = 0.5 * step / TOTAL
     expected = [] if rank else [of_weight]
-    expected += [0.2 * step / TOTAL, 3 / TOTAL]
+    expected += [0.2 * step / TOTAL] if symmetric else [0.2 * step / TOTAL, 3 / TOTAL]
     if rank:
         expected += [of_weight / step, of_weight / step * float(layer.get_parameter("down").detach().abs().mean())]
     expected.append(0.1 * float(norm.master.detach().abs().mean()) / TOTAL)
     assert [group.lr for group in block_ap.groups_of([layer], [norm], TOTAL, settings)] == expected
 
 
-def test_rates_of_e2e_qp_are_those_of_its_formula_bit_for_bit() -> None:
-    packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
-    layer, settings = ScaleLinear.of(packed, True, True), ScaleConfig(scale_share=0.2, zero_travel=3)
-    step = float(layer.scale.detach().mean())
-    assert [group.lr for group in e2e_qp.groups_of(layer, TOTAL, settings)] == [0.2 * step / TOTAL, 3 / TOTAL]
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rates_of_e2e_qp_are_those_of_its_formula_bit_for_bit(symmetric: bool) -> None:
+    packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=symmetric)).freeze()
+    layer, settings = ScaleLinear.of(packed, True, not symmetric), ScaleConfig(scale_share=0.2, zero_travel=3)
+    assert bool((layer.scale < 0).any()) == symmetric
+    step = float(layer.scale.detach().abs().mean())
+    expected = [0.2 * step / TOTAL] if symmetric else [0.2 * step / TOTAL, 3 / TOTAL]
+    assert [group.lr for group in e2e_qp.groups_of(layer, TOTAL, settings)] == expected
