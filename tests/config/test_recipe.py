@@ -117,7 +117,7 @@ group_size: 4
         "grid, num_bits, group_size, symmetric, scale_dtype, float_zero, "
         "negative_scales, activations, kv_cache, kv_group_size, skip; found 3",
         "quant.num_bit: unknown key; the nearest is quant.num_bits; found 4",
-        'data: should be a mapping with keys source, num_samples, seq_len, memory_budget; found "nope"',
+        'data: should be a mapping with keys source, num_samples, seq_len, bos, memory_budget; found "nope"',
         'eval.tasks: should be a list; found "wikitext2"',
         'eval.num_fewshot.boolq: should be a whole number; found "x"',
         "eval.limit: should be greater than or equal to 1; found 0",
