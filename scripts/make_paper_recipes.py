@@ -221,6 +221,7 @@ method:
     max_grad_norm: 1.0
     accumulation: 8
 """
+POSITIVE = "\n  negative_scales: false"  # the papers' symmetric grids have positive scales
 SLIMPAJAMA = f"""\
 data:
   source: slimpajama
@@ -308,7 +309,7 @@ model:
 quant:
   num_bits: {num_bits}
   group_size: {group_size}
-  symmetric: {"false" if num_bits == 2 else "true"}
+  symmetric: {"false" if num_bits == 2 else "true"}{POSITIVE if num_bits > 2 else ""}
 
 {SLIMPAJAMA}{expected(entries)}
 output:
@@ -339,7 +340,7 @@ model:
 quant:
   num_bits: {num_bits}
   group_size: {group_size}
-  symmetric: {"false" if num_bits == 2 else "true"}
+  symmetric: {"false" if num_bits == 2 else "true"}{POSITIVE if num_bits > 2 else ""}
 
 {SLIMPAJAMA}{expected(entries)}
 output:

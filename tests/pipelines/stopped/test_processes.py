@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import tiny
@@ -41,31 +42,32 @@ def test_a_killed_process_ends_all_and_the_same_number_goes_on_to_the_same_bytes
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_fewer_windows_than_processes_are_refused_before_any_work(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("processes", "method", "changes", "expected"),
+    [
+        (3, "gptq", {"data__num_samples": 2}, r"found 2 calibration window.s. for 3 processes.*start at most 2"),
+        # Block-AP may have fewer windows in a step than processes; E2E-QP, which comes hours later, may not
+        (
+            3,
+            "efficientqat",
+            {"method__e2e": {"steps": 3, "batch_size": 2}},
+            r"method\.e2e\.batch_size 2 is less than the 3 processes that share a step",
+        ),
+        (2, "rtn", {"model__free": True}, r"model\.free runs in one process, but 2 were started"),
+    ],
+    ids=["windows", "batch_size", "model.free"],
+)
+def test_what_processes_cannot_share_is_refused_before_any_work(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    method: str,
+    changes: dict[str, Any],
+    expected: str,
 ) -> None:
-    tiny.several(0, 3, monkeypatch)
-    checked = make(folder, tmp_path / "out", data__num_samples=2)
-    with pytest.raises(InputError, match=r"found 2 calibration window.s. for 3 processes.*start at most 2"):
+    tiny.several(0, processes, monkeypatch)
+    checked = make(folder, tmp_path / "out", method, **changes)
+    with pytest.raises(InputError, match=expected):
         quantize(checked)
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_step_of_fewer_windows_than_processes_is_refused_before_any_work(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Block-AP may have fewer windows in a step than processes; E2E-QP, which comes hours later, may not."""
-    tiny.several(0, 3, monkeypatch)
-    checked = make(folder, tmp_path / "out", "efficientqat", method__e2e={"steps": 3, "batch_size": 2})
-    with pytest.raises(InputError, match=r"method.e2e.batch_size 2 is less than the 3 processes that share a step"):
-        quantize(checked)
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_model_that_is_not_loaded_is_quantized_in_one_process(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny.several(0, 2, monkeypatch)
-    checked = make(folder, tmp_path / "out", "rtn", model__free=True)
-    with pytest.raises(InputError, match=r"model.free runs in one process, but 2 were started"):
-        quantize(checked)
