@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, path
+from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, is_recipe, path
 from qtool.cli.chat import chat
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
@@ -23,7 +23,7 @@ from qtool.cli.verify import verify
 from qtool.config import catalog
 from qtool.system import distributed
 from qtool.system.errors import InputError
-from qtool.system.paths import expand, path_text
+from qtool.system.paths import path_text
 from qtool.system.version import __version__
 
 if TYPE_CHECKING:
@@ -178,11 +178,10 @@ def evaluate(
 
 def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe":
     """Return the evaluation of ``target``, a recipe or a model; the ``options`` given replace a recipe's keys."""
-    from qtool.config import files
     from qtool.config.recipe import EvalRecipe, check, load_eval
 
     given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in options.items()}
-    if Path(target).suffix in (".yaml", ".yml") or expand(target, "TARGET").is_file() or target in files.packaged():
+    if is_recipe(target, "TARGET"):
         return load_eval(target, given)
     given["model"]["path"] = target
     return check(EvalRecipe, given, "the command line")

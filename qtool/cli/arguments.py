@@ -17,6 +17,20 @@ def path(text: str) -> Path:
         raise typer.BadParameter(f"{text!r}: {error}") from None
 
 
+def is_recipe(target: str, argument: str) -> bool:
+    """Return whether ``target``, the value of ``argument``, is a recipe and not a model (folder, name or GGUF file).
+
+    Raises:
+        InputError: ``target`` is no path.
+    """
+    from qtool.config import files
+
+    suffix = Path(target).suffix
+    if suffix in (".yaml", ".yml") or target in files.packaged():
+        return True
+    return suffix != ".gguf" and paths.expand(target, argument).is_file()
+
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(

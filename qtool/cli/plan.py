@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli.arguments import Json, Quiet, Set, path
+from qtool.cli.arguments import Json, Quiet, Set, is_recipe, path
 from qtool.cli.help import recipe_names
 from qtool.cli.output import print_either, print_json, print_text, show_table
 from qtool.cli.session import running
 from qtool.system.errors import InputError
-from qtool.system.paths import expand
 
 if TYPE_CHECKING:
     from qtool.config.recipe import Recipe
@@ -60,7 +59,7 @@ def plan(
     """Show what a run makes and takes, and which engines load it."""
     num_bytes = None if memory is None else _num_bytes(memory)
     context = 4096 if context is None and memory is not None else context
-    if not _is_recipe(what):
+    if not is_recipe(what, "RECIPE|MODEL"):
         _of_model(what, set_, output, engine, num_bytes, context, quiet, as_json)
         return
     from qtool.config.recipe import load
@@ -80,12 +79,6 @@ def plan(
 
             kept_forecast.keep(recipe, found)
     _show(found, as_json)
-
-
-def _is_recipe(what: str) -> bool:
-    from qtool.config import files
-
-    return Path(what).suffix in (".yaml", ".yml") or expand(what, "RECIPE|MODEL").is_file() or what in files.packaged()
 
 
 def _num_bytes(text: str) -> int:

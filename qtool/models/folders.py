@@ -77,7 +77,8 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Se
             f"{key}: {path} is a file; a folder with config.json and safetensors, or a .gguf file, is needed"
         )
     if path.startswith((".", "/", "~", "$")) or not HUB_NAME.fullmatch(path):
-        raise InputError(f"{key}: there is no folder {path}")
+        kind = "file" if path.endswith(".gguf") else "folder"
+        raise InputError(f"{key}: there is no {kind} {path}")
     try:
         return Path(snapshot_download(path, allow_patterns=[*files], local_files_only=not fetch))
     except Exception as error:  # errors of many kinds: no such model, no permission, no network

@@ -368,6 +368,7 @@ def test_computing_in_half_precision_changes_nothing_that_stays_float(
         (("export", "model", "-f", "gptq", "-o", "x"), "model is a float model; a qtool checkpoint is needed"),
         (("export", "model", "-f", "gptqq", "-o", "x"), "no such export format; the nearest is gptq"),
         (("eval", "./nowhere"), "TARGET: there is no folder ./nowhere"),
+        (("eval", "./nowhere.gguf"), "TARGET: there is no file ./nowhere.gguf"),
         (("eval", "model", "--tasks", "generatedd"), "generatedd"),
         (("eval", "model", "--tasks", "generated", "--float-model", "./nowhere"), "there is no folder ./nowhere"),
         (("eval", "model", "--tasks", "generated", "--batch-size", "0"), "batch_size"),
