@@ -21,7 +21,7 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe, or a model: a folder or a hub name, of which config.json is enough.",
+            help="A recipe, or a model: a folder or a hub name, of which config.json is enough, or a GGUF file.",
             autocompletion=recipe_names,
         ),
     ],
