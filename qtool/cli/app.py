@@ -121,7 +121,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A model (folder, hub name, GGUF file) or a recipe; one with a method stands for the folder it writes.",
+            help="A model (folder, hub name, GGUF file) or a recipe; one with a method means the folder it writes.",
             autocompletion=recipe_names,
         ),
     ],
