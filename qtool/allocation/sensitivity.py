@@ -24,7 +24,7 @@ from qtool.allocation.tables import head_hessian, row_weights
 from qtool.allocation.units import Unit
 from qtool.blocks.driver import walk
 from qtool.blocks.job import Job
-from qtool.blocks.states import TOKENS_PER_BATCH, BlockStates
+from qtool.blocks.states import BlockStates, windows_per_batch
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.models.experts import num_experts
@@ -239,7 +239,7 @@ def _one_at_a_time(job: Job, units: Sequence[Unit], weights: Weights, measure: M
     costs: Costs = [dict.fromkeys(unit.choices, 0.0) for unit in units]
     jobs = [(index, bits) for index, unit in enumerate(units) for bits in unit.choices]
     loaded = job.loaded
-    batches = list(_batches(job, max(1, TOKENS_PER_BATCH // job.text.shape[1])))
+    batches = list(_batches(job, windows_per_batch(job)))
     count = sum(int(_learned(labels).sum()) for _, labels in batches)
     for number, (tokens, labels) in enumerate(batches):
         with torch.no_grad():

@@ -131,6 +131,10 @@ class HiddenStates(Sequence[Tensor]):
             beside |= {n: self._read(x, index, -i) for i, (n, x) in enumerate(self._arguments[index].items(), 1)}
         return Batch.of(hidden, beside) if beside else hidden
 
+    def window_shape(self, index: int) -> torch.Size:
+        """Return the shape ``[t, d]`` of a window of the batch ``index``, which is not read."""
+        return self._batches[index].shape[1:]
+
     def like(self) -> "HiddenStates":
         """Return an empty sequence that keeps its batches in the same folder, or in memory too."""
         return HiddenStates(None if self._folder is None else Path(self._folder.name).parent, share=self._share)

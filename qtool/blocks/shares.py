@@ -10,7 +10,7 @@ in any order.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -29,17 +29,26 @@ class Share(NamedTuple):
     numbers: tuple[int, ...]  # which batches this process holds, rising
 
     @property
+    def starts(self) -> list[int]:
+        """The number of windows of the text before each batch, and at the end that of all."""
+        return [0, *accumulate(self.sizes)]
+
+    @property
+    def windows(self) -> list[range]:
+        """The windows of each batch that this process holds, by their numbers in the whole text."""
+        starts = self.starts
+        return [range(starts[number], starts[number + 1]) for number in self.numbers]
+
+    @property
     def num_windows(self) -> int:
         """The number of windows that this process holds."""
-        return sum(self.sizes[number] for number in self.numbers)
+        return sum(map(len, self.windows))
 
 
 def own_rows(rows: Tensor, share: Share) -> Tensor:
     """Return those of ``rows`` ``[n, ...]``, as many of each window, that belong to the windows of this process."""
-    before = [0, *accumulate(share.sizes)]
-    windows = [window for number in share.numbers for window in range(before[number], before[number + 1])]
-    by_window: Tensor = rows.unflatten(0, (before[-1], -1))
-    return by_window[windows].flatten(0, 1)
+    by_window: Tensor = rows.unflatten(0, (sum(share.sizes), -1))
+    return by_window[[*chain(*share.windows)]].flatten(0, 1)
 
 
 def owner(number: int, count: int) -> int:

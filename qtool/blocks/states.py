@@ -30,6 +30,11 @@ TOKENS_PER_BATCH = 2048  # tokens of a batch of windows; more are no faster on a
 PROBED_WINDOWS = 4  # windows on which the error of a block is measured
 
 
+def windows_per_batch(job: Job) -> int:
+    """Return the number of windows of a batch of the job's text."""
+    return 1 if job.pictures else max(1, TOKENS_PER_BATCH // job.text.shape[1])
+
+
 class BlockStates:
     """The hidden states that enter the next block, and the recorded calls of every block."""
 
@@ -44,9 +49,8 @@ class BlockStates:
         """
         loaded, tokens, workspace = job.loaded, job.text, job.workspace
         blocks = loaded.blocks()
-        size = 1 if job.pictures else max(1, TOKENS_PER_BATCH // tokens.shape[1])
         with nullcontext() if shared else distributed.alone():
-            size, share = share_of(len(tokens), size)
+            size, share = share_of(len(tokens), windows_per_batch(job))
         batches = job.batches(size, loaded.model.device, loaded.dtype, share.numbers)
         self._loaded, self._batches, self._blocks = loaded, batches, blocks
         self._features = PictureFeatures(loaded)

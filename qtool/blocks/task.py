@@ -50,7 +50,7 @@ class BlockTask:
     calls: dict[int, BlockCall]  # recorded call for each batch size, always including 1
     compute: torch.dtype  # dtype of the block while the method has it
     pausing: bool = True  # True if memory allows every batch's forward to pause in the middle of the block
-    ending: Ending | None = None  # what follows the last block, of a task with hidden states
+    ending: Ending | None = None  # final norm and head of the model; ``None`` if the task has no hidden states
     is_last: bool = False  # True of the last block
     streamed: bool = False  # True if float weights may be freed as soon as they are packed
     outputs: HiddenStates | None = None  # hidden states after the quantized block; ``None``: the driver makes them

@@ -14,7 +14,8 @@ from qtool.config.quant import ACTIVATION_KEYS, QuantSpec
 from qtool.quant.packed_weight import ACTIVATIONS_VERSION, FORMAT_VERSION, GRIDS_VERSION, TABLES_VERSION
 from qtool.system.errors import InputError
 
-ABSENT = {"grid": "affine", "float_zero": False, "negative_scales": None}  # of folders without these keys
+# values of the keys that folders of earlier versions lack
+ABSENT = {"grid": "affine", "float_zero": False, "negative_scales": None}
 SPEC_KEYS = tuple(QuantSpec.model_fields)  # keys of the section that describe a grid
 FREE = "model_free"  # key of the section: the checkpoint was made from files alone (``free.py``)
 
@@ -118,7 +119,6 @@ def specs_of(section: dict[str, Any]) -> dict[str, QuantSpec]:
             f"the checkpoint has format version {version}; this qtool reads up to {GRIDS_VERSION}: upgrade qtool"
         )
     try:
-        # folders of earlier versions lack these keys
         section = {**ABSENT, **dict.fromkeys(ACTIVATION_KEYS), **section}
         common = {key: section[key] for key in SPEC_KEYS}
         names = [*section["linears"], *tables_of(section).embeddings]

@@ -21,7 +21,7 @@ from qtool.system.errors import InputError
 
 C4 = "c4"  # name of the task
 NUM_WINDOWS = 256
-SEED = 0  # of the draws; it is part of the definition, and is not the seed of a recipe
+SEED = 0  # seed of the draws: the definition of the task fixes it, and the seed of a recipe does not change it
 
 
 def c4_windows(loaded: LoadedModel, length: int, limit: int | None) -> Tensor:

@@ -14,7 +14,8 @@ from qtool.system import units
 from qtool.system.errors import InputError, first_line
 from qtool.system.reading import kind_of
 
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}  # of compressed files, by suffix
+# functions that open compressed files, by suffix
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")  # suffixes of files with one JSON object in each line
 LONGEST_LINE = 1 << 28  # most bytes of a line that is read: a compressed file can hold one without end
 SURROGATE = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs

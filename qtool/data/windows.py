@@ -86,9 +86,7 @@ def _bos(wanted: bool, loaded: LoadedModel, key: str) -> list[int]:
 
 def _begun(windows: Tensor, bos: list[int]) -> Tensor:
     """Return ``windows`` ``[n, t]`` with the tokens ``bos`` before each."""
-    return (
-        torch.cat([torch.tensor([bos], dtype=windows.dtype).expand(len(windows), -1), windows], 1) if bos else windows
-    )
+    return torch.cat([windows.new_tensor(bos).expand(len(windows), -1), windows], 1)
 
 
 def _from_text(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:

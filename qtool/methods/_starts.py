@@ -6,7 +6,7 @@ from qtool.blocks.stages import stages
 from qtool.blocks.task import BlockTask
 from qtool.methods import gptq, rtn
 from qtool.methods.rtn import round_to_nearest
-from qtool.quant.affine import QuantizedWeight, quantize
+from qtool.quant.affine import QuantizedWeight, on_grid
 from qtool.quant.packed_linear import PackedLinear
 from qtool.quant.ranges import search_qparams
 
@@ -31,7 +31,7 @@ def starting_points(task: BlockTask, init: Init) -> dict[str, QuantizedWeight]:
         for target in group:
             weight, spec = target.weight, target.spec
             grid = search_qparams(weight, spec, SEARCH_NORM, importance[group[0].linear])
-            found[target.name] = QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
+            found[target.name] = on_grid(weight, grid, spec)
     return found
 
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -40,7 +39,7 @@ from qtool.quant.affine import (
     from_codes,
     grouped,
     minmax_qparams,
-    quantize,
+    on_grid,
     round_to_codes,
     scale_and_zero_point,
     settled,
@@ -199,14 +198,15 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
     for target in task.targets:
         weight, spec = target.weight, target.spec
         if config.clip:
-            size = weight.shape[1] // spec.num_groups(weight.shape[1])
-            zero = weight.new_zeros(spec.num_groups(weight.shape[1]), size, size)  # of a process without samples
-            moments[target.linear] = distributed.all_reduce_sum(moments.get(target.linear, zero))
+            if target.linear not in moments:  # this process holds no samples
+                groups = spec.num_groups(weight.shape[1])
+                size = weight.shape[1] // groups
+                moments[target.linear] = weight.new_zeros(groups, size, size)
+            distributed.all_reduce_sum(moments[target.linear])
         moment = moments.pop(target.linear, torch.empty(0))
 
         def solve(rows: Tensor, target: Target = target, moment: Tensor = moment) -> QuantizedWeight:
-            grid = clipped_qparams(rows, target, moment, config)
-            return QuantizedWeight(quantize(rows, *grid, target.spec), *grid, target.spec)
+            return on_grid(rows, clipped_qparams(rows, target, moment, config), target.spec)
 
         task.pack(target, by_rows(weight, spec, solve))
 
@@ -214,8 +214,7 @@ def quantize_block(task: BlockTask, config: Config, storage: torch.dtype, found:
 def _first_windows(task: BlockTask, count: int) -> list[Tensor]:
     """Return those of the first batches of the text, with at least ``count`` windows, that this process holds."""
     share = task.inputs.share
-    before = [0, *accumulate(share.sizes)]  # number of windows before each batch
-    return [task.inputs[i] for i, number in enumerate(share.numbers) if before[number] < count]
+    return [task.inputs[i] for i, number in enumerate(share.numbers) if share.starts[number] < count]
 
 
 def run(job: Job, config: Config) -> Result:

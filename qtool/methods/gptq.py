@@ -40,7 +40,7 @@ from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target
-from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, minmax_qparams, on_grid
 from qtool.quant.hessian import add_gram, column_order, grams, invert_lower, mirror, parts, reverse, row_chunks
 from qtool.quant.ranges import search_qparams
 from qtool.system import distributed, memory, progress
@@ -117,12 +117,17 @@ class Factor(NamedTuple):
     drift: Tensor | None  # P [in, in], GPTAQ's correction
 
 
+def _moment(inputs: Iterable[Rows]) -> Tensor:
+    """Return ``2/n sum x x^T`` ``[in, in]`` of the inputs of all processes."""
+    ((moment, count),) = grams([rows.x] for rows in inputs)
+    distributed.pool(count, moment)
+    return moment
+
+
 def collect(stage: Stage) -> Statistics:
     """Return the statistics of the input that the linears of ``stage`` share, over the text of all processes."""
     if stage.float_inputs is None:
-        ((total, count),) = grams([rows.x] for rows in stage.inputs)
-        distributed.pool(count, total)
-        return Statistics(total, None)
+        return Statistics(_moment(stage.inputs), None)
     hessian = drift = None
     count = 0
     for (batch, _), (batch_float, _) in zip(stage.inputs, stage.float_inputs, strict=True):
@@ -313,8 +318,7 @@ def solve_experts(
     memory.return_freed()
     experts = num_experts(target.linear)
     rows = target.weight_shape[0] // experts
-    ((shared, tokens),) = grams([batch.x] for batch in inputs)
-    distributed.pool(tokens, shared)
+    shared = _moment(inputs)
     found: list[list[QuantizedWeight]] = [[] for _ in specs]
     few = []
     for group in parts(experts, max(distributed.place()[1], HESSIANS_BYTES // shared.nbytes)):
@@ -348,8 +352,7 @@ def _solve_expert(
 ) -> QuantizedWeight:
     """Quantize the weight of one expert, which saw ``count`` tokens."""
     if count < config.min_expert_tokens:
-        grid = search_qparams(weight, spec, config.norm)
-        return QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
+        return on_grid(weight, search_qparams(weight, spec, config.norm), spec)
     return solve(weight, factorise(statistics, spec, config, name), spec, config)
 
 

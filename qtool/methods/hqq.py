@@ -34,7 +34,7 @@ from qtool.quant.affine import (
     dequantize,
     grouped,
     minmax_qparams,
-    quantize,
+    on_grid,
     round_to_codes,
     settled,
     stored_scale,
@@ -81,7 +81,7 @@ class Grid(NamedTuple):
 
 def objective(weight: Tensor, grid: Grid, spec: QuantSpec, norm: float) -> Tensor:
     """Return ``sum |w - Q(w)|**norm`` of each group, ``[out, groups]``; of a block, if scales are stored by blocks."""
-    rounded = dequantize(quantize(weight, *grid, spec), *grid, spec)
+    rounded = dequantize(*on_grid(weight, grid, spec))
     errors: Tensor = grouped(weight - rounded, spec).abs().pow(norm).sum(-1)
     if spec.blocks is None:
         return errors
@@ -143,11 +143,11 @@ def optimise(weight: Tensor, spec: QuantSpec, config: Config) -> tuple[Quantized
     else:
         free = spec if spec.symmetric else spec.model_copy(update={"float_zero": True})
     best = alternate(weight, initial(weight, free, config), free, config)
-    unsnapped = dequantize(quantize(weight, *best, free), *best, free)
+    unsnapped = dequantize(*on_grid(weight, best, free))
     if free != spec:
         snapped = alternate(weight, Grid(*settled(*best, spec)), spec, config)
         best = better(weight, initial(weight, spec, config), snapped, spec, config.norm)
-    return QuantizedWeight(quantize(weight, *best, spec), *best, spec), unsnapped
+    return on_grid(weight, best, spec), unsnapped
 
 
 def run(job: Job, config: Config) -> Result:

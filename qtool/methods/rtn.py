@@ -18,7 +18,7 @@ from qtool.blocks.shares import by_rows
 from qtool.blocks.task import BlockTask
 from qtool.config.quant import QuantSpec
 from qtool.config.sections import MethodConfig
-from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
+from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, on_grid
 from qtool.quant.ranges import search_qparams
 
 
@@ -49,10 +49,10 @@ class Config(MethodConfig):
 def round_to_nearest(weight: Tensor, spec: QuantSpec, config: Config) -> QuantizedWeight:
     """Round ``weight`` ``[out, in]`` to a grid that is fitted to it."""
     if config.range == "search":
-        find = search_qparams(weight, spec, config.norm)
+        grid = search_qparams(weight, spec, config.norm)
     else:
-        find = minmax_qparams(weight if config.range_factor == 1 else weight * config.range_factor, spec)
-    return QuantizedWeight(quantize(weight, *find, spec), *find, spec)
+        grid = minmax_qparams(weight if config.range_factor == 1 else weight * config.range_factor, spec)
+    return on_grid(weight, grid, spec)
 
 
 def run(job: Job, config: Config) -> Result:

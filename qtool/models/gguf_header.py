@@ -8,6 +8,7 @@ padding the data, in which each tensor has its offset.
 
 import struct
 from collections import Counter
+from functools import lru_cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,8 +101,14 @@ def read_header(file: Path) -> Header:
     Raises:
         InputError: the file is no GGUF file, is truncated or damaged, or holds a type that the ``gguf`` package lacks.
     """
+    status = file.stat()
+    return _read(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)  # a run asks for the header of its model several times; time and size detect a changed file
+def _read(file: Path, modified: int, size: int) -> Header:
     with file.open("rb") as opened:
-        magic, size = opened.read(4), file.stat().st_size
+        magic = opened.read(4)
         if magic != b"GGUF":
             what = "is empty" if not size else f"begins with {magic!r}, not with b'GGUF'"
             raise InputError(f"{file} {what}: it is no GGUF file; copy or download it again")

@@ -6,6 +6,7 @@ what it adds to norms. It drops tensors that it has no place for; here the weigh
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,10 @@ class GGUFModel:
         self.folder, self.file = folder, source_of(folder)
         self.header = read_header(self.file)
         self.num_weights = sum(tensor.num_weights for tensor in self.header.tensors if tensor.name != FREQUENCIES)
-        kinds: dict[str, int] = {}
+        kinds: Counter[str] = Counter()
         for tensor in self.header.tensors:
-            kinds[tensor.kind] = kinds.get(tensor.kind, 0) + tensor.num_weights
-        most = max(kinds, key=lambda kind: kinds[kind])
+            kinds[tensor.kind] += tensor.num_weights
+        most, _ = kinds.most_common(1)[0]
         self.dtype: torch.dtype = DTYPES.get(most, torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)
 
     def status(self) -> list[object]:

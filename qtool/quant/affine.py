@@ -141,6 +141,11 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     return round_to_codes(to_grid(weight, scale, zero_point, spec), spec).to(torch.uint8).flatten(1)
 
 
+def on_grid(weight: Tensor, grid: tuple[Tensor, Tensor], spec: QuantSpec) -> QuantizedWeight:
+    """Return ``weight`` ``[out, in]`` rounded to nearest; ``grid`` is its scale and zero point ``[out, groups]``."""
+    return QuantizedWeight(quantize(weight, *grid, spec), *grid, spec)
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Return the weight ``[out, in]`` of ``codes``, float32 like ``scale``, with gradients to scale and zero point."""
     return from_codes(grouped(codes, spec).to(scale.dtype), scale, zero_point, spec)

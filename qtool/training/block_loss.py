@@ -6,7 +6,6 @@ takes its loss from here.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,12 +26,9 @@ class Windows(Sequence[Tensor]):
 
     def __init__(self, hidden: HiddenStates) -> None:
         """Number the windows of all batches of the text whose hidden states are ``hidden``."""
-        self.hidden, share = hidden, hidden.share
-        starts = [0, *accumulate(share.sizes)]
-        self.num_windows = starts[-1]
-        self.places = {
-            starts[number] + j: (i, j) for i, number in enumerate(share.numbers) for j in range(share.sizes[number])
-        }
+        self.hidden, self.batches = hidden, hidden.share.windows
+        self.num_windows = sum(hidden.share.sizes)
+        self.places = {window: (i, j) for i, batch in enumerate(self.batches) for j, window in enumerate(batch)}
 
     def __len__(self) -> int:
         return self.num_windows
@@ -43,7 +39,11 @@ class Windows(Sequence[Tensor]):
 
     def of_batch(self, index: int) -> list[int]:
         """Return the windows of the batch ``index`` among those that this process holds."""
-        return [window for window, (batch, _) in self.places.items() if batch == index]
+        return [*self.batches[index]]
+
+    def shapes(self, indices: Sequence[int]) -> list[torch.Size]:
+        """Return the shape ``[t, d]`` of each window; hidden states on disk are not read."""
+        return [self.hidden.window_shape(self.places[index][0]) for index in indices]
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:  # type: ignore[override]
         rows = [self.hidden[i][j : j + 1] for i, j in (self.places[index] for index in indices)]
@@ -79,7 +79,7 @@ class BlockLoss:
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""
-        return self.goal[indices].numel()
+        return sum(shape.numel() for shape in self.goal.shapes(indices))
 
 
 class PredictionLoss(BlockLoss):
@@ -109,8 +109,7 @@ class PredictionLoss(BlockLoss):
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of tokens of the windows ``indices``."""
-        batch = self.goal[indices]
-        return batch.shape[0] * batch.shape[1]
+        return sum(shape[0] for shape in self.goal.shapes(indices))
 
 
 def loss_of(

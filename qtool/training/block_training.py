@@ -8,7 +8,7 @@ Methods differ in the linears that they put into the block: all derive from ``Bl
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,27 @@ def split_windows(count: int, num_validation: int) -> tuple[list[int], list[int]
     chosen = [i * count // wanted + count // (2 * wanted) for i in range(wanted)]
     out = set(chosen) if held else set()
     return [i for i in range(count) if i not in out], chosen
+
+
+class Passes(Protocol):
+    """The keys that give the number of steps of the training of a block."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the windows."""
+
+    @property
+    def min_steps(self) -> int:
+        """Minimum number of steps."""
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per step."""
+
+
+def steps_of(config: Passes, num_windows: int) -> int:
+    """Return the number of steps of a training of a block on ``num_windows`` windows."""
+    return max(config.min_steps, round(config.epochs * num_windows / config.batch_size)) if config.epochs else 0
 
 
 class _Carrier(torch.autograd.Function):

@@ -33,7 +33,7 @@ from qtool.blocks.hidden_states import Batch, HiddenStates, beside_of
 from qtool.blocks.job import Job
 from qtool.blocks.shares import owner
 from qtool.blocks.stages import Stage
-from qtool.blocks.states import TOKENS_PER_BATCH, BlockStates
+from qtool.blocks.states import BlockStates, windows_per_batch
 from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
 from qtool.checkpoints.files import SafetensorsFolder, write_shard
@@ -100,7 +100,7 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
     """
     if not config.power:
         return None
-    size = max(1, TOKENS_PER_BATCH // job.text.shape[1])  # as ``BlockStates`` makes batches
+    size = windows_per_batch(job)
     starts = range(0, len(job.text), size)
     folder = job.workspace.phase(PHASE) if job.workspace else None
     files = [folder / f"{start:06d}.safetensors" for start in starts] if folder else []

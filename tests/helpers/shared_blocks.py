@@ -26,7 +26,6 @@ from qtool.models.linears import packed_weights
 from qtool.models.loading import load_model
 from qtool.system import distributed
 from qtool.system.errors import RunError
-from qtool.training import guided
 
 LENGTH = 24  # tokens of a window; two windows are a batch
 NUM_WINDOWS = 7  # the last batch has one; one process holds four windows, the other three
@@ -84,8 +83,7 @@ def models(folder: Path) -> None:
 def two_windows_at_once() -> Iterator[None]:
     """Put two windows into a batch, however many processes there are: so batches of trainings are the same."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (states, guided):
-            patch.setattr(module, "TOKENS_PER_BATCH", 2 * LENGTH)
+        patch.setattr(states, "TOKENS_PER_BATCH", 2 * LENGTH)
         yield
 
 

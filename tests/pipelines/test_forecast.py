@@ -18,12 +18,11 @@ from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base
 from qtool.methods import efficientqat, gsq
-from qtool.methods.gsq.training import steps_of
 from qtool.pipelines import forecast, kept_forecast, probe, quantize
 from qtool.pipelines.probe import Measured
 from qtool.reports.forecast import Cost, Forecast
 from qtool.system.errors import InputError
-from qtool.training.block_training import split_windows
+from qtool.training.block_training import split_windows, steps_of
 
 FORMATS = ("compressed-tensors", "gptq", "auto-round", "mlx", "gguf")
 

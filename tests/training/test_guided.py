@@ -48,8 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tokens(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Five windows, which are read two at a time: the last batch has one."""
-    for module in ("qtool.blocks.states", "qtool.training.guided"):
-        monkeypatch.setattr(f"{module}.TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr("qtool.blocks.states.TOKENS_PER_BATCH", 48)
     return torch.randint(1, tiny.VOCABULARY, (5, 24), generator=generator(3))
 
 
@@ -129,8 +128,7 @@ def test_sampled_labels_give_the_fisher_information(
     folder: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the last output, where a token's gradient is that of its own label, the mean over labels can be summed."""
-    for module in ("qtool.blocks.states", "qtool.training.guided"):
-        monkeypatch.setattr(f"{module}.TOKENS_PER_BATCH", 2048)
+    monkeypatch.setattr("qtool.blocks.states.TOKENS_PER_BATCH", 2048)
     job = job_of(folder, tokens[:1, :6].expand(tiny.VOCABULARY, -1))
     name = f"{job.loaded.blocks()[-1][0]}.{TOKENS}"
     every = torch.arange(tiny.VOCABULARY).unsqueeze(1).expand(-1, 6)

@@ -19,7 +19,7 @@ from qtool.config.quant import QuantSpec
 from qtool.config.training import RoundingConfig
 from qtool.methods._starts import PLAIN, starting_points
 from qtool.methods.efficientqat.config import BlockConfig
-from qtool.methods.gsq.training import steps_of, train_assignments
+from qtool.methods.gsq.training import train_assignments
 from qtool.methods.rtn import round_to_nearest
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias, replace_linear
@@ -29,7 +29,7 @@ from qtool.quant.expert_product import block_product
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import loss_of
-from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows
+from qtool.training.block_training import BlockLinear, BlockTraining, Norm, norms_of, split_windows, steps_of
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
 from qtool.training.guided import EndLoss, block_weights
 from qtool.training.linears import Start
@@ -79,7 +79,14 @@ def starts_of(task: BlockTask, config: BlockConfig, start: Start | None) -> dict
     if start is None:
         return starting_points(task, config.init)
     task.pass_floats()
-    return {t.name: start.source.quantized(t.name)._replace(spec=t.spec) for t in task.targets}
+    return {target.name: untrained(target, start) for target in task.targets}
+
+
+def untrained(target: Target, start: Start | None) -> QuantizedWeight:
+    """Return the codes of ``start``, or the weight of ``target`` rounded to nearest."""
+    if start is None:
+        return round_to_nearest(target.weight, target.spec, PLAIN)
+    return start.source.quantized(target.name)._replace(spec=target.spec)
 
 
 def reads_text(config: BlockConfig) -> bool:
@@ -92,10 +99,7 @@ def place_block(task: BlockTask, loaded: LoadedModel, start: Start | None) -> No
     if start is not None:
         start.take_floats(loaded, f"{task.name}.")
     for target in task.targets:
-        if start is None:
-            task.pack(target, round_to_nearest(target.weight, target.spec, PLAIN))
-        else:
-            task.pack(target, start.source.quantized(target.name)._replace(spec=target.spec))
+        task.pack(target, untrained(target, start))
 
 
 def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> BlockLinear:
@@ -189,7 +193,7 @@ def quantize_block(
             continue
         training.expand()
         found = {name: layer.quantized for name, layer in layers.items()}
-        measured = [loss for loss in fitted.validation if loss == loss]
+        measured = [each for each in fitted.validation if each == each]
         figures |= {"start_loss": fitted.validation[0], "loss": min(measured, default=math.nan)}
         break
     else:
@@ -199,7 +203,7 @@ def quantize_block(
     if config.gsq.epochs:
         for norm in norms:
             norm.parameter.requires_grad_(False)
-        found, more = train_assignments(task, found, training.distance, config.gsq, seed)
+        found, more = train_assignments(task, found, loss, config.gsq, seed)
         figures |= {f"gsq_{name}": value for name, value in more.items()}
     for target in task.targets:
         task.pack(target, found[target.name])

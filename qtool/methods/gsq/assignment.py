@@ -37,7 +37,7 @@ class Ramp(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What fixes the probabilities of a step, beside the logits."""
+    """The numbers that give the probabilities of a step from the logits."""
 
     strength: float  # factor of the logits
     temperature: float

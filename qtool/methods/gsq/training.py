@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from qtool.quant.affine import QuantizedWeight
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss
-from qtool.training.block_training import BlockTraining, split_windows
+from qtool.training.block_training import BlockTraining, split_windows, steps_of
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
 from qtool.training.rates import rate
 
@@ -23,27 +22,6 @@ from qtool.training.rates import rate
 # last state, and the share of codes that the best state has changed
 FIGURES = ("start_loss", "loss", "soft_loss", "hard_loss", "changed")
 SOFT_GAP = 1.05  # factor between the losses of hard and of soft codes above which a note is written
-
-
-class Passes(Protocol):
-    """The keys that give the number of steps of the training of a block."""
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the windows."""
-
-    @property
-    def min_steps(self) -> int:
-        """Minimum number of steps."""
-
-    @property
-    def batch_size(self) -> int:
-        """Windows per step."""
-
-
-def steps_of(config: Passes, num_windows: int) -> int:
-    """Return the number of steps of a training of a block on ``num_windows`` windows."""
-    return max(config.min_steps, round(config.epochs * num_windows / config.batch_size)) if config.epochs else 0
 
 
 class AssignmentTraining(BlockTraining):
