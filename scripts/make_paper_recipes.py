@@ -285,6 +285,22 @@ seed: 2
 """
 
 
+def rest(num_bits: int, group_size: int, entries: list[str], name: str) -> str:
+    """Return the part of a recipe on the text of LR-QAT that begins with the grid; ``name`` is that of its output."""
+    return f"""\
+quant:
+  num_bits: {num_bits}
+  group_size: {group_size}
+  symmetric: {"false" if num_bits == 2 else "true"}{POSITIVE if num_bits > 2 else ""}
+
+{SLIMPAJAMA}{expected(entries)}
+output:
+  path: ./out/papers/{name}
+
+seed: 1000
+"""
+
+
 def lrqat(model: Model, num_bits: int, group_size: int) -> str:
     """Return the recipe of one row of LR-QAT's Table 4."""
     perplexity, accuracy = LRQAT[num_bits, group_size][model.name]
@@ -306,17 +322,7 @@ model:
   dtype: bfloat16
 
 {LRQAT_METHOD}
-quant:
-  num_bits: {num_bits}
-  group_size: {group_size}
-  symmetric: {"false" if num_bits == 2 else "true"}{POSITIVE if num_bits > 2 else ""}
-
-{SLIMPAJAMA}{expected(entries)}
-output:
-  path: ./out/papers/lrqat/{name}
-
-seed: 1000
-"""
+{rest(num_bits, group_size, entries, "lrqat/" + name)}"""
 
 
 def peqa(model: Model, num_bits: int, group_size: int) -> str:
@@ -337,17 +343,7 @@ model:
   dtype: bfloat16
 
 {PEQA_METHOD.format(rate=peqa_rate(num_bits))}
-quant:
-  num_bits: {num_bits}
-  group_size: {group_size}
-  symmetric: {"false" if num_bits == 2 else "true"}{POSITIVE if num_bits > 2 else ""}
-
-{SLIMPAJAMA}{expected(entries)}
-output:
-  path: ./out/papers/peqa/{name}
-
-seed: 1000
-"""
+{rest(num_bits, group_size, entries, "peqa/" + name)}"""
 
 
 def peqa_rate(num_bits: int) -> str:

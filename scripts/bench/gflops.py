@@ -29,7 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import yaml
+from table import keyed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -234,15 +234,7 @@ def run(args: argparse.Namespace, phases: Phases) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.windows, args.length)
     tokens = torch.randint(loaded.num_embeddings, shape, generator=generator)
-    settings: dict[str, Any] = {"name": args.method}
-    for each in args.set:
-        key, _, value = each.partition("=")
-        *parents, leaf = key.split(".")
-        section = settings
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[leaf] = yaml.safe_load(value)
-    config = method.config.model_validate(settings)
+    config = keyed(args.method, args.set)
     quant = QuantConfig.model_validate(
         {"num_bits": args.bits, "group_size": args.group_size, "symmetric": args.symmetric}
     )

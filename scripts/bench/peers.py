@@ -41,6 +41,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from child_cost import wait
 from real_models import add_model, chosen
 
 # No torch in this process: Linux counts the memory of the process that starts a child into the child's own peak.
@@ -185,13 +186,11 @@ def run_child(command: list[str], log: Path) -> Cost:
         start = time.perf_counter()
         # In the log's folder: GPTQModel writes logs/ wherever it is started.
         child = subprocess.Popen(command, stdout=output, stderr=output, env=child_environment(), cwd=log.parent)
-        _, status, usage = os.wait4(child.pid, 0)
+        cpu_seconds, peak_bytes = wait(child)
         wall = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise RuntimeError(f"{command} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e6)
+    return Cost(wall, cpu_seconds, peak_bytes / 1e6)
 
 
 def quantize(tool: Tool, job: Job, output: Path) -> Cost:

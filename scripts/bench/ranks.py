@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -28,7 +27,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.config.sections import ModelConfig
-from qtool.models.linears import packed_linears
+from qtool.evaluation.perplexity import score_windows
+from qtool.models.linears import decoder_blocks, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.quant.packed_linear import PackedLinear
@@ -46,7 +46,7 @@ def truncated(model: str, blocks: int, folder: Path) -> Path:
     config.num_hidden_layers = blocks
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:blocks]
-    del whole.model.layers[blocks:]
+    del decoder_blocks(whole)[1][blocks:]
     whole.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     return folder
@@ -103,16 +103,11 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
     return changed / sum(codes.numel() for codes in one.values())
 
 
-@torch.no_grad()
 def perplexity(loaded: LoadedModel, text: str, length: int) -> float:
     """Return the perplexity on the last windows of a text."""
     tokens = loaded.tokenizer(text[-HELD_WINDOWS * length * 8 :], return_tensors="pt").input_ids[0]
     windows = tokens[-HELD_WINDOWS * length :].view(HELD_WINDOWS, length)
-    losses = []
-    for window in windows.split(1):
-        logits = loaded.model(input_ids=window).logits[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, window[0, 1:])))
-    return math.exp(sum(losses) / len(losses))
+    return float(score_windows(loaded.model, None, windows, 1, False, "reading").nll.mean().exp())
 
 
 def written(folder: Path, model: Path, text: Path, method: str, ranks: int, args: argparse.Namespace) -> Path:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from child_cost import wait
 from real_models import SOURCES, NotThere, model_folder
 
 FLOAT = "float"  # the row of the model that is not quantized
@@ -192,14 +192,13 @@ def measured(command: list[str]) -> tuple[str, dict[str, float]]:
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
+    cpu_seconds, peak_bytes = wait(child)
+    if child.returncode:
         raise SystemExit(f"{' '.join(command)}\n{output}")
-    unit = 1 if sys.platform == "darwin" else 1024
     return output, {
         "seconds": time.perf_counter() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * unit,
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": peak_bytes,
     }
 
 

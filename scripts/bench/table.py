@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def quant(grid: str) -> QuantConfig:
 def section(method: str) -> MethodConfig:
     """Return the method section that text such as ``lsq epochs=2 rounding.estimator=sigmoid`` describes."""
     name, *settings = method.split()
+    return keyed(name, settings)
+
+
+def keyed(name: str, settings: Sequence[str]) -> MethodConfig:
+    """Return the section of the method ``name`` with ``settings`` such as ``rounding.estimator=sigmoid``."""
     raw: dict[str, Any] = {"name": name}
     for setting in settings:
         key, _, value = setting.partition("=")
