@@ -1,4 +1,4 @@
-"""Check the decoder families of transformers, and write the table of ``docs/architectures.md``.
+"""Check the decoder families of transformers, and write the table of ``docs/recipes/architectures.md``.
 
     python scripts/architectures.py RESULTS            # each model in a process of its own
     python scripts/architectures.py RESULTS --only llama,mixtral
@@ -132,7 +132,7 @@ def counts(every: Iterable[Outcomes]) -> dict[str, int]:
 
 
 def page(found: dict[str, Outcomes]) -> str:
-    """Return the content of ``docs/architectures.md``."""
+    """Return the content of ``docs/recipes/architectures.md``."""
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     total = counts(found.values())
     lines = [
@@ -164,7 +164,7 @@ LEGEND = (
     "the last bit (float32), and nothing in the blocks stays float without a note but small parameters (5 %). For "
     "`rtn` also: the dense export has the published names, its float tensors equal the model's, the others are near.",
     "* An export is `ok` where the exporter read back what it wrote; `-`: there was no checkpoint to export.",
-    "* The column `→ gguf` is of that day; [gguf-models.md](gguf-models.md) lists the families that GGUF is "
+    "* The column `→ gguf` is of that day; [gguf-models.md](../deploy/gguf-models.md) lists the families that GGUF is "
     "written for.",
     "* `ref`: refused with the reason, which is below. A refused export does not count against a model.",
 )

@@ -1,4 +1,4 @@
-"""Write the tables of engines and formats into README.md and docs/engines.md, from ``qtool/config/engines.py``.
+"""Write the tables of engines and formats into README.md and docs/deploy/index.md, from ``qtool/config/engines.py``.
 
     python scripts/make_engine_tables.py [--check]
 
@@ -14,7 +14,7 @@ from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, load_com
 from qtool.config.loadable import described
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"README.md": ("formats",), "docs/engines.md": ("engines", "pairs", "loading")}  # tables of each page, by mark
+TABLES = {"README.md": ("formats",), "docs/deploy/index.md": ("engines", "pairs", "loading")}  # tables of each page, by mark
 EXTRA = {"gguf": "gguf", "onnx": "onnx"}  # extras of qtool that formats need
 HOW = {"run": "run", "source": "source read", "docs": "documented"}
 

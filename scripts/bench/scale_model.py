@@ -7,7 +7,7 @@
 
 The second line predicts runs of a model; the third puts predictions beside the figures of ``scripts/bench/ranks.py``,
 which names models, methods, windows and numbers of processes itself. The last line predicts models of 7B, 70B and 671B
-on 1, 8 and 64 GPUs from datasheet rates times ``--share``. docs/scale.md explains every term.
+on 1, 8 and 64 GPUs from datasheet rates times ``--share``. docs/train/processes.md explains every term.
 """
 
 from __future__ import annotations
