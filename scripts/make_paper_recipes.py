@@ -366,7 +366,12 @@ def recipes() -> dict[Path, str]:
         for num_bits, group_size in PEQA if model.name == "llama-2-7b" else ():  # others are cells of tables/lrqat-4
             name = f"{model.name}-{label(num_bits, group_size)}.yaml"
             made[Path("peqa") / name] = peqa(model, num_bits, group_size)
-    return made
+    return {file: with_schema(text, "../../recipe.schema.json") for file, text in made.items()}
+
+
+def with_schema(text: str, schema: str) -> str:
+    """Return a recipe with the line after its opening comment that names the JSON schema for editors."""
+    return text.replace("\n\n", f"\n# yaml-language-server: $schema={schema}\n\n", 1)
 
 
 def main() -> int:

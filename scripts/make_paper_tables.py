@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ablation_table
 import tuned_tables
-from make_paper_recipes import EFFICIENTQAT, FIVE, LRQAT, PEQA, PEQA_METHOD, PEQA_MODELS, SIX, label, peqa_rate
+from make_paper_recipes import EFFICIENTQAT, FIVE, LRQAT, PEQA, PEQA_METHOD, PEQA_MODELS, SIX, label, peqa_rate, with_schema
 from table_cells import cell, entry
 
 FOLDER = Path(__file__).parents[1] / "qtool" / "recipes" / "tables"
@@ -279,13 +279,14 @@ cells:
 
 def tables() -> dict[str, str]:
     """Return every table, by the name of its file."""
-    return {
+    made = {
         "efficientqat.yaml": efficientqat(),
         "efficientqat-ablation.yaml": ablation_table.table(),
         **tuned_tables.tables(),
         "lrqat-4.yaml": lrqat_4(),
         "lrqat-5.yaml": lrqat_5(),
     }
+    return {name: with_schema(text, "../sweep.schema.json") for name, text in made.items()}
 
 
 def main() -> int:

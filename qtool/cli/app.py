@@ -370,7 +370,7 @@ def recipes(
                 lines.append(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
         print_text("\n".join(lines))
     elif name in packaged:
-        print_text(packaged[name].read_text(encoding="utf-8"), end="")
+        print_text(files.text_of(packaged[name]), end="")
     else:
         raise InputError(f"no packaged recipe {name}; there are: {', '.join(packaged)}")
 

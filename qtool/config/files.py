@@ -1,5 +1,6 @@
 """Recipe files: list the packaged ones by name, and read a YAML file."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from qtool.system.errors import InputError, nearest
 
 YAML_BYTES = 2**20  # largest file that is read as YAML
 TABLES = "tables/"  # prefix of the names of packaged sweeps
+MODELINE = re.compile(r"^(# yaml-language-server: \$schema=)(.+)$", re.M)  # names the JSON schema, for editors
 
 
 def packaged() -> dict[str, Path]:
@@ -26,6 +28,12 @@ def _files() -> dict[str, Path]:
     folder = Path(str(files("qtool") / "recipes"))
     names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(names.items(), key=lambda item: (item[0].count("/"), item[0])))
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a packaged recipe or sweep, to be saved elsewhere: its schema is named by an absolute path."""
+    text = path.read_text(encoding="utf-8")
+    return MODELINE.sub(lambda found: f"{found[1]}{(path.parent / found[2]).resolve()}", text, count=1)
 
 
 def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
