@@ -1,4 +1,4 @@
-"""Write the tables of engines and formats into README.md and docs/deploy/index.md, from ``qtool/config/engines.py``.
+"""Write the tables of engines and formats into README.md and docs/deploy, from ``qtool/config/engines.py``.
 
     python scripts/make_engine_tables.py [--check]
 
@@ -6,15 +6,37 @@ With ``--check`` nothing is written, and the exit code is 1 if a table differs f
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, load_commands
-from qtool.config.loadable import described
+from qtool.config.loadable import Weights, best, described
+from qtool.config.quant import QuantConfig
+from qtool.config.yaml_loader import parse
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"README.md": ("formats",), "docs/deploy/index.md": ("engines", "pairs", "loading")}  # tables of each page, by mark
+# tables of each page, by mark
+TABLES = {"README.md": ("formats",), "docs/deploy/index.md": ("grids", "engines")} | {
+    f"docs/deploy/{engine}.md": (f"formats of {engine}", f"loading in {engine}") for engine in ENGINES
+}
+# sections quant of the usual grids
+USUAL = (
+    "{num_bits: 8, group_size: -1}",
+    "{num_bits: 4, group_size: 128}",
+    "{num_bits: 4, group_size: 128, symmetric: false}",
+    "{num_bits: 4, group_size: 128, embedding: {num_bits: 8}}",
+    "{num_bits: 3, group_size: 64}",
+    "{num_bits: 3, group_size: 64, symmetric: false}",
+    "{num_bits: 2, group_size: 64}",
+    "{num_bits: 2, group_size: 64, symmetric: false}",
+    "{num_bits: 2, group_size: 64, symmetric: false, float_zero: true}",
+    "{num_bits: 8, group_size: -1, activations: {num_bits: 8, symmetric: true}}",
+    "{num_bits: 4, group_size: 128, activations: {num_bits: 8, symmetric: true}}",
+    "{grid: q4_k, embedding: {grid: q6_k}}",
+)
+GPU = "vllm", "sglang"  # engines that need a GPU, and were not run
 EXTRA = {"gguf": "gguf", "onnx": "onnx"}  # extras of qtool that formats need
 HOW = {"run": "run", "source": "source read", "docs": "documented"}
 
@@ -98,36 +120,55 @@ def engines() -> Iterator[str]:
         yield f"| `{engine.name}` | {about} | {names}{also} | {'yes' if engine.fused else 'no'} |"
 
 
-def pairs() -> Iterator[str]:
-    """Yield the lines of the table of each pair of an engine and a format."""
-    yield "| engine | written as | grids | inputs of 8 bits | embedding | head | needs | known by | note |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+def grids() -> Iterator[str]:
+    """Yield the lines of the table of usual grids: the format in which each engine reads them best."""
+    yield f"| `quant:` | {' | '.join(ENGINES)} |"
+    yield "|---|" + "---|" * len(ENGINES)
+    for keys in USUAL:
+        found = [best(engine, _weights(keys)) for engine in ENGINES]
+        cells = [f"`{each.format}`" if each.loads else "no" for each in found]
+        yield f"| `{keys}` | {' | '.join(cells)} |"
+
+
+def _weights(keys: str) -> Weights:
+    """Return the grids of a model whose linears are all 4096 x 4096; its embedding is also its head."""
+    section = QuantConfig.model_validate(parse(keys))
+    shapes = {f"model.layers.0.self_attn.{name}_proj": (4096, 4096) for name in "qkvo"}
+    return Weights({name: section.spec_for(name) for name in shapes}, section.table_spec(section.embedding), None, shapes)
+
+
+def pairs(engine: str) -> Iterator[str]:
+    """Yield the lines of the table of the formats that an engine loads."""
+    yield "| written as | grids | inputs of 8 bits | embedding | head | needs | known by | note |"
+    yield "|---|---|---|---|---|---|---|---|"
     for row in READS:
+        if row.engine != engine:
+            continue
         holds = FORMATS[row.format]
         grids = ways(row.grids if row.grids != (Grids(),) else holds.grids)
         kinds = "; grids of llama.cpp" if holds.k_quants and row.k_quants else ""
         int8 = ways(row.int8) if holds.int8 and row.int8 else "no"
         embedding = "yes" if holds.embedding and row.embedding else "no"
         head = row.head if holds.head and row.head else "no"
-        cells = [row.engine, row.format, grids + kinds, int8, embedding, head, ", ".join(row.packages)]
+        cells = [f"`{row.format}`", grids + kinds, int8, embedding, head, ", ".join(row.packages)]
         yield f"| {' | '.join(cells)} | {HOW[row.how]}: {row.versions} | {row.note} |"
 
 
-def loading() -> Iterator[str]:
-    """Yield how each engine loads a folder of each format."""
-    for engine, group in groupby(READS, lambda row: row.engine):
-        rows = list(group)
-        yield f"`{engine}`:"
-        for text, same in groupby(sorted(rows, key=lambda row: row.load), lambda row: row.load):
-            names = ", ".join(row.format for row in same)
-            yield f"\n{names}:\n\n```{ENGINES[engine].code}"
-            prompt = "$ " if ENGINES[engine].code == "console" else ""
-            yield prompt + load_commands(next(row.format for row in rows if row.load == text), engine)
-            yield "```"
-        yield ""
+def loading(engine: str) -> Iterator[str]:
+    """Yield how an engine loads a folder of each format."""
+    rows = sorted((row for row in READS if row.engine == engine), key=lambda row: row.load)
+    code = ENGINES[engine].code
+    reason = "needs a GPU" if engine in GPU else "FOLDER stands for an export; slow tests load exports in this engine"
+    for _, same in groupby(rows, lambda row: row.load):
+        formats = [row.format for row in same]
+        yield f"{', '.join(f'`{name}`' for name in formats)}:\n\n<!-- not run: {reason} -->\n```{code}"
+        yield ("$ " if code == "console" else "") + load_commands(formats[0], engine)
+        yield "```\n"
 
 
-WRITERS = {"formats": formats, "engines": engines, "pairs": pairs, "loading": loading}
+WRITERS: dict[str, Callable[[], Iterator[str]]] = {"formats": formats, "engines": engines, "grids": grids}
+WRITERS |= {f"formats of {engine}": partial(pairs, engine) for engine in ENGINES}
+WRITERS |= {f"loading in {engine}": partial(loading, engine) for engine in ENGINES}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,7 +1,10 @@
 """List the keys of a recipe with defaults and descriptions, for ``--help`` and the JSON schema."""
 
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from qtool.config import catalog, plugins, validation
@@ -10,6 +13,8 @@ from qtool.config.section import Section
 from qtool.config.sections import MethodConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+# words for the types of values
+_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", ByteSize: "size"}
 
 
 def schema() -> dict[str, Any]:
@@ -32,11 +37,12 @@ def schema() -> dict[str, Any]:
 
 
 class Key(NamedTuple):
-    """One line of a recipe as ``--help`` shows it."""
+    """One line of a recipe as ``--help`` shows it, and the type of its value as the reference of the docs does."""
 
     name: str
     default: str
     description: str
+    kind: str = "text"
 
 
 def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
@@ -80,9 +86,32 @@ def keys_of(section: type[Section], before: str = "", values: Section | None = N
 
 
 def _key(name: str, field: FieldInfo) -> Key:
-    if field.is_required():
-        return Key(name, "required", describe(field))
-    return Key(name, _shown(field.get_default(call_default_factory=True)), describe(field))
+    default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+    return Key(name, default, describe(field), kind_of(field.annotation, *field.metadata))
+
+
+def kind_of(hint: Any, *rules: Any) -> str:
+    """Return the type of a value in words, with the limits that ``rules`` (of annotated-types) set to it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return kind_of(*inner, *rules)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(kind_of(each, *rules) for each in inner if each is not type(None)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner)) if len(inner) > 1 else str(inner[0])
+    if origin is tuple:
+        return f"list of {kind_of(inner[0])}" if inner[1:] == (...,) else f"list of {len(inner)}: {kind_of(inner[0])}"
+    if origin is dict:
+        value = kind_of(inner[1])
+        return value if value == "mapping" else f"mapping to {value}"
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return "mapping"
+    return " ".join([_KINDS.get(hint, "any value"), *_limits(rules)])
+
+
+def _limits(rules: tuple[Any, ...]) -> list[str]:
+    words = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+    return [f"{word} {getattr(rule, name)}" for name, word in words.items() for rule in rules if hasattr(rule, name)]
 
 
 def _shown(default: object) -> str:
