@@ -15,6 +15,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+# the script that lets the search of a page run where the page is a file; the theme takes it from the network
+SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "javascripts/iframe-worker.js"
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 # files of the repository that are pages, by their place in docs/
 BESIDE = {
@@ -40,6 +42,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Return a page with the links of the repository turned into those of the site."""
     place = page.file.src_uri
     return LINK.sub(lambda found: found[1] + turned(found[2], place) + found[3], markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Return a page of HTML that takes the script of the search from the site itself."""
+    return output.replace(SHIM, posixpath.relpath(OWN_SHIM, posixpath.dirname(page.file.dest_uri) or "."))
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """Return the page of a missing address with the same change; it is shown at any depth, from a server."""
+    return output_content.replace(SHIM, f"/{OWN_SHIM}")
 
 
 def turned(link: str, place: str) -> str:
