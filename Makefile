@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPU_ONLY := $(shell [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: help demo test test-slow test-gpu test-versions check fix bench clean
+.PHONY: help demo test test-slow test-gpu test-versions check docs fix bench clean
 
 help:
 	@echo "make demo       install, quantize the built-in model, show the report"
 	@echo "make test       install what tests need, run them"
 	@echo "make check      format, lint, types, layers, fast tests"
+	@echo "make docs       build the documentation into build/site, check links and anchors"
 	@echo "make fix        format and repair what can be repaired"
 	@echo "make test-slow  tests that take minutes or need outside software (see CONTRIBUTING.md)"
 	@echo "make test-gpu   tests that need a CUDA GPU"
@@ -44,6 +45,10 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable ".[test,dev]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) --editable ".[docs]"
+	touch $@
+
 demo: $(VENV)/.run
 	$(BIN)/qtool ptq recipes/quickstart.yaml --overwrite
 
@@ -66,6 +71,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/quant tests/config tests/test_surface.py
+
+# --strict: a warning, such as a link that leads nowhere, is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .

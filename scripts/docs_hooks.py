@@ -1,8 +1,8 @@
 """Hooks of MkDocs (``mkdocs.yml``): add the pages that are not written by hand, and lead their links into the site.
 
 Pages made from the code come from ``docs_pages.py``. Files of the repository that are pages of the site, such as
-CONTRIBUTING.md, are in ``BESIDE``. A link from a page in ``docs/`` to one of them, as it works in the repository, becomes
-one to its page, and links of these files become relative to their page.
+CONTRIBUTING.md, are in ``BESIDE``. A link from a page in ``docs/`` to one of them, as it works in the repository,
+becomes one to its page, and links of these files become relative to their page.
 """
 
 import posixpath

@@ -47,26 +47,26 @@ UNITS = {key: unit for unit, keys in _KEYS_BY_UNIT.items() for key in keys.split
 KEYS_INTRODUCTION = """\
 # All keys
 
-Every key of a recipe outside the section `method`, whose keys are on [another page](methods.md). Both pages are made from
-the code that checks recipes. `qtool ptq --help` shows the same keys in a terminal, and `qtool schema` prints them as a JSON
-schema.
+Every key of a recipe outside the section `method`, whose keys are on [another page](methods.md). Both pages are made
+from the code that checks recipes. `qtool ptq --help` shows the same keys in a terminal, and `qtool schema` prints them
+as a JSON schema.
 
 A dotted key such as `budget.size` is a key in a section of its own: `quant: {budget: {size: 2GB}}`, or `--set
-quant.budget.size=2GB`. A key without a default may be left out, unless it is required. A size is a whole number of bytes, or a
-number with a unit: `4GB`, `512MiB`.
+quant.budget.size=2GB`. A key without a default may be left out, unless it is required. A size is a whole number of
+bytes, or a number with a unit: `4GB`, `512MiB`.
 """
 METHODS_INTRODUCTION = """\
 # Keys of the methods
 
 The keys of the section `method`, by `method.name`. [Choose](../choose.md) says which method is for which case, and
-[Train](../train/index.md) what the keys of trainings are for. `rounding`, `optim`, `guided` and `e2e` are sections within
-`method`.
+[Train](../train/index.md) what the keys of trainings are for. `rounding`, `optim`, `guided` and `e2e` are sections
+within `method`.
 """
 PACKAGED_INTRODUCTION = """\
 # Packaged recipes
 
-`qtool recipes` lists these names, and `qtool recipes NAME` prints one. A name is given to the command in place of a file, and
-`--set` changes its keys:
+`qtool recipes` lists these names, and `qtool recipes NAME` prints one. A name is given to the command in place of a
+file, and `--set` changes its keys:
 """
 
 

@@ -134,7 +134,9 @@ def _weights(keys: str) -> Weights:
     """Return the grids of a model whose linears are all 4096 x 4096; its embedding is also its head."""
     section = QuantConfig.model_validate(parse(keys))
     shapes = {f"model.layers.0.self_attn.{name}_proj": (4096, 4096) for name in "qkvo"}
-    return Weights({name: section.spec_for(name) for name in shapes}, section.table_spec(section.embedding), None, shapes)
+    return Weights(
+        {name: section.spec_for(name) for name in shapes}, section.table_spec(section.embedding), None, shapes
+    )
 
 
 def pairs(engine: str) -> Iterator[str]:

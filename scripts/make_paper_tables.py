@@ -17,7 +17,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ablation_table
 import tuned_tables
-from make_paper_recipes import EFFICIENTQAT, FIVE, LRQAT, PEQA, PEQA_METHOD, PEQA_MODELS, SIX, label, peqa_rate, with_schema
+from make_paper_recipes import (
+    EFFICIENTQAT,
+    FIVE,
+    LRQAT,
+    PEQA,
+    PEQA_METHOD,
+    PEQA_MODELS,
+    SIX,
+    label,
+    peqa_rate,
+    with_schema,
+)
 from table_cells import cell, entry
 
 FOLDER = Path(__file__).parents[1] / "qtool" / "recipes" / "tables"

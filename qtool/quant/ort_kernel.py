@@ -7,7 +7,8 @@ an output is off by at most ``max |x| / 127 * sum_j |w_j|``, and for an input wi
     sigma <= max |x| / 127 / sqrt(12) * sqrt(sum_j w_j**2)
 
 which comes to 0.4 to 0.8 % of a layer's output (norm of the error over norm of the output, normal inputs).
-``tolerance`` is ``SIGMAS`` of them; a kernel that is further off is not used. ``docs/deploy/decode.md`` has measured errors.
+``tolerance`` is ``SIGMAS`` of them; a kernel that is further off is not used. ``docs/deploy/decode.md`` has measured
+errors.
 
 Each linear has a session of one node. ONNX Runtime copies the weight into the layout of its kernel when the session is
 made, and frees the arrays that it was given. So a weight is in memory twice: as the packed words, from which prompts,

