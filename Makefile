@@ -74,7 +74,7 @@ check: $(VENV)/.dev
 
 # --strict: a warning, such as a link that leads nowhere, is an error
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -164,7 +164,7 @@ LEGEND = (
     "the last bit (float32), and nothing in the blocks stays float without a note but small parameters (5 %). For "
     "`rtn` also: the dense export has the published names, its float tensors equal the model's, the others are near.",
     "* An export is `ok` where the exporter read back what it wrote; `-`: there was no checkpoint to export.",
-    "* The column `→ gguf` is of that day; [gguf-models.md](../deploy/gguf-models.md) lists the families that GGUF is "
+    "* The column `→ gguf` is of that day; [Models in GGUF](../deploy/gguf-models.md) lists the families that GGUF is "
     "written for.",
     "* `ref`: refused with the reason, which is below. A refused export does not count against a model.",
 )
