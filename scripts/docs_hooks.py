@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 # the script that lets the search of a page run where the page is a file; the theme takes it from the network
 SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "javascripts/iframe-worker.js"
+ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):(?=<code>)")  # marks of Sphinx in docstrings
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 # files of the repository that are pages, by their place in docs/
 BESIDE = {
@@ -42,6 +43,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Return a page with the links of the repository turned into those of the site."""
     place = page.file.src_uri
     return LINK.sub(lambda found: found[1] + turned(found[2], place) + found[3], markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return a page without the marks that tools other than this one read in docstrings."""
+    return ROLE.sub("", html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:

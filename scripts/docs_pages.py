@@ -109,12 +109,12 @@ def section_of(title: str, text: str, rows: list[Key], section: str, inherits: b
     lines = [f"## {title}", ""] + ([text, ""] if text else [])
     if not rows:
         return "\n".join([*lines, "This method has no keys but its name.", ""])
-    lines += ["| key | value | default | what it is |", "|---|---|---|---|"]
+    lines += ['<div class="keys" markdown>', "", "| key | value | default | what it is |", "|---|---|---|---|"]
     for row in rows:
         default = "" if inherits else shown(row)
         cells = [f"`{row.name}`", value(row, section), default, without_choices(row)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", "</div>", ""])
 
 
 def unit(name: str, section: str) -> str | None:
