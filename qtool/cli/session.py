@@ -7,6 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from qtool.cli import progress_display
+from qtool.cli.streams import unescaped
 from qtool.system import interrupts, progress
 from qtool.system.errors import QtoolError
 
@@ -33,6 +34,22 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
         if not (isinstance(error, KeyboardInterrupt) or interrupts.received()):
             raise
         raise Interrupted(_left_behind(output, before)) from error
+
+
+@contextmanager
+def starting(quiet: bool) -> Iterator[None]:
+    """Show on a terminal that recipe and libraries are being loaded, which takes seconds, inside the ``with`` block."""
+    shown = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    stream = unescaped(sys.stderr)
+    if shown:
+        stream.write("loading libraries ...")
+        stream.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            stream.write("\r\x1b[K")
+            stream.flush()
 
 
 def _left_behind(output: Path | None, before: tuple[int, int] | None) -> str:

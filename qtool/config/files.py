@@ -28,6 +28,12 @@ def _files() -> dict[str, Path]:
     return dict(sorted(names.items(), key=lambda item: (item[0].count("/"), item[0])))
 
 
+def summary(path: Path) -> str:
+    """Return the first sentence of a packaged recipe or sweep: its first comment."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").rstrip()
+
+
 def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """Read the sections of a recipe (or sweep), a file or the name of a packaged one, without checking them.
 
