@@ -68,5 +68,5 @@ def pushed(folder: Path, to: "Destination | None") -> tuple[str | None, QtoolErr
         address = pipeline.push(folder, to)
     except QtoolError as error:
         return None, error
-    progress.note(f"{folder} was pushed to {address}")
+    progress.say(f"{folder} was pushed to {address}")
     return address, None

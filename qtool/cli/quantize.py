@@ -99,13 +99,15 @@ def recipe_of(
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     if is_recipe(what, "RECIPE|MODEL"):
         return recipe.load(what, [*options, *set_])
+    chosen = any(text.startswith("quant.budget") for text in set_)  # a budget chooses the bits
     start = {
         "model": {"path": what},
         "method": {"name": METHOD},
-        "quant": {"num_bits": BITS, "group_size": GROUP_SIZE},
+        "quant": {"group_size": GROUP_SIZE} if chosen else {"num_bits": BITS, "group_size": GROUP_SIZE},
         "output": {"path": "out"},
     }
     raw, wrong = overridden(start, [*options, *set_])
+    wrong += recipe.two_widths(raw)
     checked = recipe.check(recipe.Recipe, recipe.with_plan(raw), "the command line", wrong)
     named = output is not None or any(text.startswith(("output=", "output.path=")) for text in set_)
     return checked if named else _with_folder(checked)
@@ -177,8 +179,7 @@ def quantize(
 
 
 def _quantize(recipe: "Recipe", fresh: bool, repo: str | None, private: bool, quiet: bool, as_json: bool) -> None:
-    quiet = quiet or not distributed.is_first()
-    with starting(quiet):
+    with starting(quiet or not distributed.is_first()):
         from qtool.pipelines import quantize as pipeline
     with running(quiet, recipe.output.path):
         to = destination(repo, private)

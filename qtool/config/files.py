@@ -68,10 +68,18 @@ def find(name: str | Path, what: str = "recipe") -> Path:
     if str(path) in names:
         return names[str(path)]
     if path.is_dir():
-        raise InputError(f"{path} is a folder; a {what} is a YAML file")
+        raise InputError(f"{path} is a folder; a {what} is a YAML file{_model_hint(name, what)}")
     if str(path) in others:
         hint = "a packaged sweep; run it with qtool sweep" if what == "recipe" else "a packaged recipe, not a sweep"
         raise InputError(f"{path} is {hint}")
     asked = path.stem if what == "recipe" else str(path)
     hint = nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
-    raise InputError(f"{path} does not exist; {hint}")
+    is_path = path.suffix in (".yaml", ".yml") or str(name).startswith((".", "/", "~", "$"))
+    raise InputError(f"{path} does not exist; {hint}{'' if is_path else _model_hint(name, what)}")
+
+
+def _model_hint(name: str | Path, what: str) -> str:
+    """Return what to run if ``name`` is meant as a model."""
+    if what != "recipe":
+        return ""
+    return f"; to quantize a model of that name: qtool quantize {name}, or --set model.path={name} after a recipe"

@@ -309,6 +309,8 @@ class QuantConfig(QuantSpec):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("budget") is not None and values.get("num_bits", 0) is None:
+            values = {key: value for key, value in values.items() if key != "num_bits"}  # the budget chooses it
         preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
         return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
 

@@ -75,7 +75,9 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
 ) -> None:
     def noisy(*_: object) -> SimpleNamespace:
         print("some library says hello")
-        progress.note("damping raised")
+        with progress.stage("loading"):
+            progress.say("a block is finished")
+            progress.note("damping raised")
         return outcome()
 
     run.quantize = noisy
@@ -86,7 +88,7 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
     assert err == "some library says hello\nnote: damping raised\n"
 
 
-def test_quiet_shows_no_progress(
+def test_quiet_shows_notes_and_no_progress(
     run: Any, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in session.QUIET:
@@ -100,7 +102,7 @@ def test_quiet_shows_no_progress(
 
     run.quantize = note
     assert main.main(["ptq", recipe, "-q"]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "note: damping raised\n"
     assert os.environ["TQDM_DISABLE"] == "1"
 
 
@@ -115,7 +117,7 @@ def test_a_method_under_the_wrong_command_is_refused_before_any_work(
 def test_all_faults_of_a_recipe_are_printed(run: Any, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["ptq", recipe, "--set", "quant.num_bit=3", "--set", "seed=x"]) == 2
     assert capsys.readouterr().err == (
-        "error: r.yaml with --set has 2 fault(s):\n"
+        "error: r.yaml with --set has 2 faults:\n"
         "  quant.num_bit: unknown key; the nearest is quant.num_bits; found 3\n"
         '  seed: should be a whole number; found "x"\n'
     )
@@ -244,7 +246,7 @@ def test_eval_of_a_recipe_takes_its_sections_and_options_win(run: Any, recipe: s
 def test_eval_lists_what_is_wrong_with_its_options(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["eval", "x", "--limit", "0", "--dtype", "int8"]) == 2
     err = capsys.readouterr().err
-    assert "the command line has 2 fault(s):\n" in err
+    assert "the command line has 2 faults:\n" in err
     assert "  eval.limit: should be greater than or equal to 1; found 0\n" in err
     assert run.calls == []
 

@@ -16,7 +16,7 @@ from qtool.config.quant import QuantConfig
 from qtool.config.section import Section
 from qtool.config.sections import MethodConfig
 from qtool.config.yaml_loader import dump, parse
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, counted
 
 
 class Demo(MethodConfig):
@@ -76,7 +76,7 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
         recipe.load(path, overrides)
     head, *lines = str(caught.value).splitlines()
     source = f"{path} with --set" if overrides else str(path)
-    assert head == f"{source} has {len(lines)} fault(s):"
+    assert head == f"{source} has {counted(len(lines), 'fault')}:"
     assert all(line.startswith("  ") for line in lines)
     return [line.strip() for line in lines]
 

@@ -178,7 +178,7 @@ def test_all_faults_of_all_cells_are_said_at_once_and_each_once(tmp_path: Path) 
 )
 def test_faults_of_the_sweep_itself(tmp_path: Path, part: dict[str, Any], fault: str) -> None:
     head, *lines = faults(tmp_path, {"recipe": BASE, **part})
-    assert head.endswith("s.yaml has 1 fault(s):")
+    assert head.endswith("s.yaml has 1 fault:")
     (line,) = lines
     assert re.search(fault, line)
 
