@@ -34,7 +34,7 @@ from qtool.cli.output import print_either, print_json, print_text, show, show_ta
 from qtool.cli.plan import plan
 from qtool.cli.push import Private, Repo, destination, push, pushed
 from qtool.cli.recipes import recipes
-from qtool.cli.session import running
+from qtool.cli.session import running, starting
 from qtool.cli.verify import verify
 from qtool.system.errors import InputError
 from qtool.system.paths import path_text
@@ -116,11 +116,11 @@ def evaluate(
             "backend": backend,
         },
     }
-    checked = _evaluation(target, options)
+    with starting(quiet):
+        checked = _evaluation(target, options)
+        from qtool.pipelines import evaluate as pipeline
     where = output or (checked.output.path if checked.output else None)
     with running(quiet, where):
-        from qtool.pipelines import evaluate as pipeline
-
         outcome = pipeline.evaluate(
             checked.model,
             checked.eval,
@@ -163,9 +163,9 @@ def export(
     config = check_export(entry)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    with running(quiet, output):
+    with starting(quiet):
         from qtool.pipelines import export as pipeline
-
+    with running(quiet, output):
         to = destination(repo, private)
         path = pipeline.export(folder, config, overwrite)
         address, fault = pushed(path, to)
@@ -196,9 +196,9 @@ def bench(
     asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     given = {name: value for name, value in asked.items() if value is not None} | {"dtype": dtype, "backend": backend}
     options = check(BenchConfig, given, "the command line")
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.evaluation.bench import bench as run_bench
-
+    with running(quiet, None):
         report = run_bench(path_text(folder), device, options)
     show(report, as_json, seconds=report.seconds)
 
@@ -255,9 +255,9 @@ def sweep(
         max_cells=max_cells or grid.MAX_CELLS,
         allow_launcher_commands=allow_launcher_commands,
     )
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.sweeps import runner
-
+    with running(quiet, None):
         outcome = runner.sweep(checked, fresh=fresh, jobs=jobs)
     cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
     show(outcome.report, as_json, outcome.path, seconds=outcome.seconds, more=cells)
@@ -301,9 +301,9 @@ app.command()(verify)
 @app.command()
 def reproduce(folder: Folder, quiet: Quiet = False, as_json: Json = False) -> None:
     """Make a checkpoint again, and compare every tensor."""
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import reproduce as pipeline
-
+    with running(quiet, None):
         changes = pipeline.reproduce(folder)
     found = {"path": str(folder), "same": True, "changes": changes}
     print_either(found, f"{folder}: made again, the same bytes", as_json)

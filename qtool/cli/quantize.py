@@ -22,6 +22,7 @@ from qtool.cli.arguments import (
     path,
 )
 from qtool.cli.help import QuantizeCommand, RecipeCommand, method_names, recipe_names
+from qtool.cli.next_steps import next_steps
 from qtool.cli.output import show
 from qtool.cli.push import Private, Repo, destination, pushed
 from qtool.cli.session import running, starting
@@ -187,6 +188,8 @@ def _quantize(recipe: "Recipe", fresh: bool, repo: str | None, private: bool, qu
         address, fault = pushed(recipe.output.path, to)
     if outcome is not None:  # else another of several processes shows it
         more = {} if to is None else {"pushed": address}
-        show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds, more)
+        assert outcome.path is not None
+        then = next_steps(outcome.path, bool(outcome.report.results), outcome.exports)
+        show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds, more, then)
     if fault is not None:
         raise fault

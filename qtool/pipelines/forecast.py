@@ -28,7 +28,7 @@ from qtool.exporters import _base
 from qtool.models.cache_size import cache_size
 from qtool.models.described import described_model
 from qtool.models.loaded import LoadedModel
-from qtool.pipelines import target
+from qtool.pipelines import scale_dtype, target
 from qtool.pipelines.checks import needs_text
 from qtool.pipelines.expected import state_bytes
 from qtool.pipelines.probe import probe
@@ -51,7 +51,7 @@ def of_recipe(
     Raises:
         InputError: the recipe or its model cannot be used.
     """
-    refused = None
+    refused, recipe = None, scale_dtype.chosen(recipe)
     try:
         recipe = target.applied(recipe)
     except InputError as error:

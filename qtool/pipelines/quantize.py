@@ -41,7 +41,7 @@ from qtool.models.quiet import without_progress_bars
 from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
-from qtool.pipelines import expected, model_free, target, trial
+from qtool.pipelines import expected, model_free, scale_dtype, target, trial
 from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
@@ -108,7 +108,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     timer = PhaseTimer()
     if recipe.model.free:
         model_free.check(recipe)
-    recipe = target.applied(recipe)
+    recipe = target.applied(scale_dtype.chosen(recipe))
     check_early(recipe)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)

@@ -25,6 +25,8 @@ class Demo(MethodConfig):
 
 
 class Report:
+    results = ()
+
     def markdown(self) -> str:
         return "| perplexity |\n|---|\n| inf |"
 

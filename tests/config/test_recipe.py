@@ -118,7 +118,7 @@ group_size: 4
         "negative_scales, activations, kv_cache, kv_group_size, skip; found 3",
         "quant.num_bit: unknown key; the nearest is quant.num_bits; found 4",
         'data: should be a mapping with keys source, num_samples, seq_len, bos, memory_budget; found "nope"',
-        'eval.tasks: should be a list; found "wikitext2"',
+        'eval.tasks: should be a list, such as [wikitext2]; found "wikitext2"',
         'eval.num_fewshot.boolq: should be a whole number; found "x"',
         "eval.limit: should be greater than or equal to 1; found 0",
         "eval.batch_size: should be a whole number or 'auto'; found \"many\"",
