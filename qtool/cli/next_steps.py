@@ -13,8 +13,7 @@ def next_steps(path: Path, measured: bool, exports: Sequence[Path]) -> list[str]
     page = path / "report.html"
     commands = [f"qtool eval {folder} --tasks wikitext2,kl"] if not measured else []
     if not exports:
-        out = shlex.quote(f"{path}-{FORMAT}")
-        commands.append(f"qtool export {folder} -f {FORMAT} -o {out}  # other formats: qtool export --help")
+        commands.append(f"qtool export {folder} -f {FORMAT} -o {shlex.quote(f'{path}-{FORMAT}')}")
     commands += [f"qtool bench {folder}", f"qtool chat {folder}"]
     return [
         *([f"report: {page}"] if page.exists() else []),

@@ -90,6 +90,14 @@ def test_a_small_recipe_gets_every_default(write: Write) -> None:
         checked.seed = 1  # type: ignore[misc]  # the refusal is what is tested
 
 
+def test_a_budget_beside_the_width_that_it_chooses_is_refused(write: Write) -> None:
+    path = write(f"{GOOD}quant: {{num_bits: 3, budget: {{average_bits: 3.0}}}}")
+    (fault,) = faults_of(path)
+    assert fault.startswith("quant.num_bits: 3 beside quant.budget, which chooses the bits of each linear; leave one")
+    assert recipe.load(path, ["quant.num_bits=null"]).quant.budget is not None
+    assert recipe.load(path, ["quant.budget=null"]).quant.num_bits == 3
+
+
 def test_all_faults_are_listed_at_once_with_key_value_and_nearest_key(write: Write) -> None:
     path = write(
         """

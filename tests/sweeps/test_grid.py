@@ -183,6 +183,13 @@ def test_faults_of_the_sweep_itself(tmp_path: Path, part: dict[str, Any], fault:
     assert re.search(fault, line)
 
 
+def test_a_recipe_is_told_from_a_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {path: x}\nmethod: {name: rtn}\noutput: {path: out}\n")
+    with pytest.raises(InputError, match=r"r\.yaml is a recipe, which qtool quantize .* runs; a sweep has"):
+        grid.load(file)
+
+
 def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> None:
     exporting = BASE | {"export": [{"format": "dense", "path": "d"}]}
     (line,) = faults(tmp_path, {"recipe": exporting, "cells": {"x": {}, "y": {}}})[1:]
