@@ -110,10 +110,20 @@ def print_method(ctx: Any, method: str | None) -> None:
     formatter = ctx.make_formatter()
     formatter.write_text(f"{method}: {plugin.summary}. It runs as: qtool {plugin.command}, or qtool quantize.")
     formatter.write_paragraph()
-    own = [key for key in describe.keys_of(plugin.config) if key.name != "name"]
-    if own:
+    keys = [key for key in describe.keys_of(plugin.config) if key.name != "name"]
+    sections: dict[str, list[str]] = {}
+    for key in keys:
+        section, _, name = key.name.rpartition(".")
+        sections.setdefault(section, []).append(name)
+    if keys:
         formatter.write_text("Keys, in section method of a recipe or as --set method.key=value:")
-        _write_keys(formatter, own)
+        _write_keys(formatter, [key for key in keys if "." not in key.name])
+        for section, names in sections.items():
+            if section:
+                formatter.write(_wrapped(f"    {section}.", ", ".join(names), formatter.width, 22))
+        if len(sections) > 1:
+            formatter.write_paragraph()
+            formatter.write_text(f"qtool {plugin.command} --help describes all of them.")
     else:
         formatter.write_text("It has no keys of its own.")
     print_text(formatter.getvalue(), end="")

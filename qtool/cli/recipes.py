@@ -11,12 +11,11 @@ import typer
 from qtool.cli.arguments import Json
 from qtool.cli.help import packaged_names
 from qtool.cli.output import print_json, print_text
-from qtool.config import files
 from qtool.system.errors import InputError, nearest
 
 FOLDED = {  # folders whose files are listed only where they are asked for, and what they hold
     "papers/": "recipes of published results",
-    files.TABLES: "sweeps, which qtool sweep runs",
+    "tables/": "sweeps, which qtool sweep runs",
 }
 
 
@@ -33,6 +32,8 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the packaged recipes and sweeps, or print one."""
+    from qtool.config import files  # pydantic comes with it
+
     packaged = files.packaged() | files.tables()
     if name in packaged and not as_json:
         print_text(packaged[name].read_text(encoding="utf-8"), end="")
@@ -54,7 +55,7 @@ def recipes(
 
 def _record(name: str, summary: str, path: Path) -> dict[str, str]:
     """Return what ``--json`` says of a recipe."""
-    kind = "sweep" if name.startswith(files.TABLES) else "recipe"
+    kind = "sweep" if name.startswith("tables/") else "recipe"
     return {"name": name, "kind": kind, "description": summary, "path": str(path)}
 
 

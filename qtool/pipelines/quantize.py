@@ -42,7 +42,7 @@ from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
 from qtool.pipelines import expected, model_free, scale_dtype, target, trial
-from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
+from qtool.pipelines.checks import check_early, check_exports, check_text, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
@@ -183,7 +183,7 @@ def prepare(run: Run) -> Prepared:
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
-            check_pictures(recipe, text)
+            check_text(recipe, text, shapes)
     tokens, labels, pictures = text or (None, None, ())
     job = Job(loaded, targets + tables.of_method, tokens, labels, recipe.seed, workspace, pictures, tables)
     if units is not None:

@@ -77,9 +77,7 @@ def test_json_is_exactly_one_object_whatever_else_is_printed(
 ) -> None:
     def noisy(*_: object) -> SimpleNamespace:
         print("some library says hello")
-        with progress.stage("loading"):
-            progress.say("a block is finished")
-            progress.note("damping raised")
+        progress.note("damping raised")
         return outcome()
 
     run.quantize = noisy
@@ -99,7 +97,9 @@ def test_quiet_shows_notes_and_no_progress(
         monkeypatch.delenv(name)
 
     def note(*_: object) -> SimpleNamespace:
-        progress.note("damping raised")
+        with progress.stage("loading"):
+            progress.say("a block is finished")
+            progress.note("damping raised")
         return outcome()
 
     run.quantize = note
@@ -135,7 +135,7 @@ def test_all_faults_of_a_recipe_are_printed(run: Any, recipe: str, capsys: pytes
         (["ptq", "nothing.yaml"], "nothing.yaml does not exist; qtool recipes lists those that exist"),
         (["export", "."], "Missing option '--format' / '-f'."),
         (["eval", ".", "--limit", "x"], "Invalid value for '--limit'"),
-        (["recipes", "nope"], "no packaged recipe nope; there are: awq-w4g64"),
+        (["recipes", "nope"], "no packaged recipe has nope in its name or description; qtool recipes lists all"),
     ],
 )
 def test_wrong_input_ends_with_exit_code_2(
