@@ -116,7 +116,7 @@ def recipe_of(
 
 def _with_folder(recipe: "Recipe") -> "Recipe":
     """Return the recipe of a model with a folder named by model, method and grid."""
-    quant, name = recipe.quant, Path(recipe.model.path.removeprefix("builtin:")).name.removesuffix(".gguf")
+    quant, name = recipe.quant, Path(recipe.model.path.removeprefix("builtin:")).resolve().name.removesuffix(".gguf")
     grid = "mixed" if quant.budget is not None or quant.overrides else quant.label().replace(" ", "-")
     folder = Path("out") / f"{name}-{recipe.method.name}-{grid}"
     return recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": folder})})
