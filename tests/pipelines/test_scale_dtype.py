@@ -19,8 +19,8 @@ from qtool.pipelines.quantize import quantize
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in bfloat16, with a tokenizer."""
     folder = tiny.llama(tmp_path_factory.mktemp("models") / "llama")
-    loaded = tiny.load(folder).model.to(torch.bfloat16)
-    loaded.save_pretrained(folder)
+    floats: Any = tiny.load(folder).model
+    floats.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
