@@ -161,17 +161,17 @@ def key_names(ctx: Any, incomplete: str) -> list[str]:
         return []
     found = [f"{key}=" for key in describe.shared_keys()]
     if incomplete.startswith("method."):
-        method = ctx.params.get("method") or _method_of(ctx.params.get("recipe") or ctx.params.get("what"))
+        method = ctx.params.get("method") or _method_of(next(iter(ctx.args), ""))  # the arguments before the option
         found += [] if method is None else [f"method.{key}=" for key in describe.method_keys(method)]
     return [key for key in found if key.startswith(incomplete)]
 
 
-def _method_of(recipe: str | None) -> str | None:
+def _method_of(recipe: str) -> str | None:
     """Return the method of a recipe, or ``None`` if it cannot be read."""
     from qtool.config import catalog, files
 
     try:
-        section = files.read_yaml(recipe or "").get("method")
+        section = files.read_yaml(recipe).get("method")
     except InputError:
         return None
     name = section.get("name") if isinstance(section, dict) else None

@@ -23,7 +23,6 @@ from qtool.models import gguf_view
 from qtool.system import paths, reading
 from qtool.system.errors import InputError, first_line
 
-ADAPTER = "adapter_config.json"  # what a folder of peft has in place of config.json
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
 # files of a model that are downloaded; its card says the licence
@@ -73,7 +72,6 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Se
     if folder.exists() and (file := gguf_view.gguf_in(folder, key)) is not None:
         return gguf_view.view(file)
     if folder.is_dir():
-        _refuse_adapter(folder, f"{key}: {path}")
         return folder
     if folder.exists():
         raise InputError(
@@ -83,11 +81,9 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Se
         kind = "file" if path.endswith(".gguf") else "folder"
         raise InputError(f"{key}: there is no {kind} {path}")
     try:
-        folder = Path(snapshot_download(path, allow_patterns=[*files], local_files_only=not fetch))
+        return Path(snapshot_download(path, allow_patterns=[*files], local_files_only=not fetch))
     except Exception as error:  # errors of many kinds: no such model, no permission, no network
         raise InputError(f"{key}: there is no folder {path}, and {_of_hub(path, error)}") from error
-    _refuse_adapter(folder, f"{key}: {path}")
-    return folder
 
 
 def _of_hub(name: str, error: Exception) -> str:
@@ -108,22 +104,6 @@ def _of_hub(name: str, error: Exception) -> str:
     return (
         f"the model is not in the cache of the hub, {constants.HF_HUB_CACHE}, and {why}; download it where the hub "
         f"can be reached (hf download {name}), or give a local folder"
-    )
-
-
-def _refuse_adapter(folder: Path, what: str) -> None:
-    """Refuse a folder with an adapter, such as one of LoRA, and no model.
-
-    Raises:
-        InputError: the message says what to merge it into.
-    """
-    if not (folder / ADAPTER).is_file() or (folder / "config.json").exists():
-        return
-    base = reading.read_object(folder / ADAPTER).get("base_model_name_or_path")
-    into = f" into {base}" if isinstance(base, str) and base else " into its base model"
-    raise InputError(
-        f"{what} is an adapter (it has {ADAPTER} and no config.json), not a model; merge it{into} first, with "
-        "merge_and_unload() of peft and save_pretrained(), and give that folder"
     )
 
 

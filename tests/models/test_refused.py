@@ -176,13 +176,6 @@ def test_a_file_instead_of_a_folder_is_refused(folder: Path) -> None:
     )
 
 
-def test_an_adapter_is_refused_with_the_model_it_belongs_to(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    load_model(ModelConfig(path=str(folder), device="cpu"))  # a merged model may keep the file
-    (folder / "config.json").unlink()
-    refuse(folder, r"is an adapter .*; merge it into org/base first, with merge_and_unload\(\) of peft")
-
-
 @pytest.mark.parametrize(
     ("error", "match"),
     [

@@ -20,7 +20,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in bfloat16, with a tokenizer."""
     folder = tiny.llama(tmp_path_factory.mktemp("models") / "llama")
     floats: Any = tiny.load(folder).model
-    floats.to(torch.bfloat16).save_pretrained(folder)
+    floats.to(torch.bfloat16)
+    with torch.no_grad():
+        floats.get_input_embeddings().weight[0, 0] = 2.0**-40  # as trained models have: float16 holds no such value
+    floats.save_pretrained(folder)
     return folder
 
 
@@ -61,8 +64,11 @@ def test_a_config_alone_says_it_too(model: Path, tmp_path: Path, dtype: str) -> 
     assert chosen.scale_dtype == ("bfloat16" if dtype == "bfloat16" else "float16")
 
 
-def test_a_float32_model_keeps_float16_scales(tmp_path: Path) -> None:
-    folder = tiny.llama(tmp_path / "llama")
+def test_a_float32_model_keeps_float16_scales(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(model, folder)
+    floats: Any = tiny.load(model).model
+    floats.to(torch.float32).save_pretrained(folder)
     assert scale_dtype.chosen(recipe(folder, tmp_path)).quant.scale_dtype == "float16"
 
 
