@@ -79,7 +79,10 @@ def test_an_export_to_compressed_tensors_is_no_larger_than_the_checkpoint_needs(
         made = recipe(
             model,
             tmp_path,
-            quant={"scale_dtype": name},
+            quant={
+                "scale_dtype": name,
+                "symmetric": False,
+            },  # symmetric scales of rtn are eighths of weights, and so bfloat16
             output={"path": str(out)},
             export=[{"format": "compressed-tensors", "path": str(exported)}],
         )
@@ -88,4 +91,4 @@ def test_an_export_to_compressed_tensors_is_no_larger_than_the_checkpoint_needs(
     assert NativeCheckpoint(tmp_path / "auto").specs["model.layers.0.mlp.up_proj"].scale_dtype == "bfloat16"
     assert abs(sizes["auto"][0] - sizes["float16"][0]) < 100  # names of dtypes in headers
     assert sizes["auto"][1] < 1.1 * sizes["auto"][0]
-    assert sizes["float16"][1] > 1.3 * sizes["float16"][0]  # all tensors in float32, so that its scales are held
+    assert sizes["float16"][1] > 1.2 * sizes["float16"][0]  # all tensors in float32, so that its scales are held
