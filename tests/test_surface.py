@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from qtool.cli import app
+from qtool.cli import app, quantize
 from qtool.config import catalog, describe, plugins, sweep
 from qtool.config.sweep import LauncherConfig
 
@@ -73,21 +73,24 @@ def test_commands() -> None:
         "schema",
         "doctor",
     ]
-    assert list(commands) == ["ptq", "qat", "efficientqat", "lrqat", "plan", *others]
+    assert list(commands) == ["quantize", "ptq", "qat", "efficientqat", "lrqat", "plan", *others]
     assert not any(command.hidden for command in commands.values())
 
 
 def test_every_command_has_a_method_and_every_method_a_command() -> None:
     found = {name: plugins.get(name).command for name in catalog.methods()}
     assert {name: command for command, names in catalog.commands().items() for name in names} == found
-    assert set(found.values()) == set(app.SUMMARIES)
+    assert set(found.values()) == set(quantize.SUMMARIES)
 
 
 def test_options() -> None:
     commands = group().commands
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
     hub = ["--push-to-hub", "--private"]
-    assert options["ptq"] == options["qat"] == ["recipe", "--set", "--overwrite", "--fresh", *hub, "--quiet", "--json"]
+    ends = ["--set", "--overwrite", "--fresh", *hub, "--help-method", "--quiet", "--json"]
+    assert options["ptq"] == options["qat"] == ["recipe", *ends]
+    assert options["quantize"] == ["what", "--method", "--bits", "--group-size", "--output", *ends]
+    assert options["recipes"] == ["name", "--all", "--json"]
     evaluation = "target --tasks --limit --batch-size --num-fewshot --context --bos --dtype --device --backend"
     evaluation += " --float-model --output"
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]

@@ -169,8 +169,8 @@ C = TypeVar("C", bound=MethodConfig)
 class Method(Generic[C]):
     """The description of a method, which its file exports as ``METHOD``.
 
-    ``command`` is the ``qtool`` command that runs it, and must be the first argument, a plain string:
-    ``config.plugins`` reads it from the file's text.
+    ``command`` is the ``qtool`` command that runs it, and ``summary`` one line about it. They must be the first
+    arguments, plain strings: ``config.catalog`` reads them from the file's text.
     """
 
     command: str

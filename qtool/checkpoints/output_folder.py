@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from qtool.system import locks, reading
 from qtool.system.errors import InputError, RunError
+from qtool.system.units import size
 
 MARKS = ("qtool.json", "qtool_export.json")  # manifests: a folder with one of them was written by qtool
 LOCK = "qtool.lock"  # lock file of an unfinished folder
@@ -227,7 +228,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"{path} needs about {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free; free some space, or "
+            f"{path} needs about {size(needed)}, and {folder} has {size(free)} free; free some space, or "
             "choose a folder on another disk"
         )
 

@@ -6,36 +6,42 @@ standard error. Exit codes: 0 done, 1 a run failed, 2 the user's input is wrong,
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, is_recipe, path
+from qtool.cli import quantize
+from qtool.cli.arguments import (
+    Dtype,
+    Folder,
+    Json,
+    Overwrite,
+    Quiet,
+    is_recipe,
+    path,
+)
 from qtool.cli.chat import chat
-from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
+from qtool.cli.help import (
+    DescribedCommand,
+    SweepCommand,
+    format_names,
+    recipe_names,
+    table_names,
+    task_names,
+)
 from qtool.cli.output import print_either, print_json, print_text, show, show_table
 from qtool.cli.plan import plan
 from qtool.cli.push import Private, Repo, destination, push, pushed
-from qtool.cli.session import running
+from qtool.cli.recipes import recipes
+from qtool.cli.session import running, starting
 from qtool.cli.verify import verify
-from qtool.config import catalog
-from qtool.system import distributed
 from qtool.system.errors import InputError
 from qtool.system.paths import path_text
 from qtool.system.version import __version__
 
 if TYPE_CHECKING:
     from qtool.config.recipe import EvalRecipe
-
-SUMMARIES = {  # help texts of the commands that run methods, in their order on the screen
-    "ptq": "Quantize a model without training it.",
-    "qat": "Quantize a model while training it.",
-    "efficientqat": "EfficientQAT: train block by block, then all scales.",
-    "lrqat": "LR-QAT: train low-rank adapters inside the rounding.",
-}
-
 
 app = typer.Typer(
     name="qtool",
@@ -62,56 +68,7 @@ def _options(
     pass
 
 
-def _add_method_command(name: str, summary: str) -> None:
-    @app.command(name, cls=RecipeCommand, help=summary)
-    def command(
-        recipe: RecipeArgument,
-        set_: Set = [],  # noqa: B006 (typer copies it)
-        overwrite: Overwrite = False,
-        fresh: Fresh = False,
-        repo: Repo = None,
-        private: Private = False,
-        quiet: Quiet = False,
-        as_json: Json = False,
-    ) -> None:
-        overrides = [*set_, *(["output.overwrite=true"] if overwrite else [])]
-        _quantize(name, recipe, overrides, fresh, repo, private, quiet, as_json)
-
-
-for _name in dict.fromkeys([*SUMMARIES, *sorted(catalog.commands())]):
-    _add_method_command(_name, SUMMARIES.get(_name, f"Quantize a model with {', '.join(catalog.commands()[_name])}."))
-
-
-def _quantize(
-    command: str,
-    path: str,
-    overrides: Sequence[str],
-    fresh: bool,
-    repo: str | None,
-    private: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    from qtool.config import plugins
-    from qtool.config.recipe import load
-
-    checked = load(path, overrides)
-    right = plugins.get(checked.method.name).command
-    if right != command:
-        raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {command}")
-    with running(quiet or not distributed.is_first(), checked.output.path):
-        from qtool.pipelines import quantize
-
-        to = destination(repo, private)
-        outcome = quantize.quantize(checked, fresh)
-        address, fault = pushed(checked.output.path, to)
-    if outcome is not None:  # else another of several processes shows it
-        more = {} if to is None else {"pushed": address}
-        show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds, more)
-    if fault is not None:
-        raise fault
-
-
+quantize.add_commands(app)
 app.command()(plan)
 
 
@@ -125,7 +82,7 @@ def evaluate(
             autocompletion=recipe_names,
         ),
     ],
-    tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,...")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B,...", autocompletion=task_names)] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N|auto")] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", metavar="N")] = None,
@@ -159,11 +116,11 @@ def evaluate(
             "backend": backend,
         },
     }
-    checked = _evaluation(target, options)
+    with starting(quiet):
+        checked = _evaluation(target, options)
+        from qtool.pipelines import evaluate as pipeline
     where = output or (checked.output.path if checked.output else None)
     with running(quiet, where):
-        from qtool.pipelines import evaluate as pipeline
-
         outcome = pipeline.evaluate(
             checked.model,
             checked.eval,
@@ -206,9 +163,9 @@ def export(
     config = check_export(entry)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one that qtool ptq wrote")
-    with running(quiet, output):
+    with starting(quiet):
         from qtool.pipelines import export as pipeline
-
+    with running(quiet, output):
         to = destination(repo, private)
         path = pipeline.export(folder, config, overwrite)
         address, fault = pushed(path, to)
@@ -239,9 +196,9 @@ def bench(
     asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     given = {name: value for name, value in asked.items() if value is not None} | {"dtype": dtype, "backend": backend}
     options = check(BenchConfig, given, "the command line")
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.evaluation.bench import bench as run_bench
-
+    with running(quiet, None):
         report = run_bench(path_text(folder), device, options)
     show(report, as_json, seconds=report.seconds)
 
@@ -298,9 +255,9 @@ def sweep(
         max_cells=max_cells or grid.MAX_CELLS,
         allow_launcher_commands=allow_launcher_commands,
     )
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.sweeps import runner
-
+    with running(quiet, None):
         outcome = runner.sweep(checked, fresh=fresh, jobs=jobs)
     cells = {"ran": outcome.ran, "cached": outcome.cached, "failed": outcome.failed}
     show(outcome.report, as_json, outcome.path, seconds=outcome.seconds, more=cells)
@@ -344,35 +301,15 @@ app.command()(verify)
 @app.command()
 def reproduce(folder: Folder, quiet: Quiet = False, as_json: Json = False) -> None:
     """Make a checkpoint again, and compare every tensor."""
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import reproduce as pipeline
-
+    with running(quiet, None):
         changes = pipeline.reproduce(folder)
     found = {"path": str(folder), "same": True, "changes": changes}
     print_either(found, f"{folder}: made again, the same bytes", as_json)
 
 
-@app.command()
-def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="The recipe or sweep to print.", autocompletion=recipe_names)
-    ] = None,
-) -> None:
-    """List the packaged recipes and sweeps, or print one."""
-    from qtool.config import files
-
-    packaged = files.packaged() | files.tables()
-    if name is None:
-        lines = []
-        for each, path in packaged.items():
-            width = max(len(name) for name, other in packaged.items() if other.parent == path.parent)
-            with path.open(encoding="utf-8") as file:
-                lines.append(f"{each:<{width}}  {file.readline().lstrip('# ').rstrip()}")
-        print_text("\n".join(lines))
-    elif name in packaged:
-        print_text(files.text_of(packaged[name]), end="")
-    else:
-        raise InputError(f"no packaged recipe {name}; there are: {', '.join(packaged)}")
+app.command()(recipes)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qtool.cli.help import recipe_names
+from qtool.cli.help import key_names, method_names, print_method, recipe_names
 from qtool.system import paths
 
 
@@ -37,10 +37,26 @@ RecipeArgument = Annotated[
         metavar="RECIPE", help="A YAML file, or the name of a packaged recipe.", autocompletion=recipe_names
     ),
 ]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.", autocompletion=key_names
+    ),
+]
+HelpMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--help-method",
+        metavar="NAME",
+        help="Show the keys of one method and exit.",
+        is_eager=True,
+        callback=print_method,
+        autocompletion=method_names,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an unfinished run left, and start over.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only notes on what is written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, also for errors.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.", parser=path)]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]

@@ -13,7 +13,7 @@ import typer
 
 from qtool.cli.arguments import Json, Quiet
 from qtool.cli.output import print_json
-from qtool.cli.session import running
+from qtool.cli.session import running, starting
 from qtool.system import interrupts
 from qtool.system.errors import InputError, QtoolError
 
@@ -74,9 +74,9 @@ def chat(
     asked = _asked(prompt)
     if asked is None and as_json:
         raise InputError("--json prints one answer; give --prompt TEXT, or a prompt on standard input")
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import chat as pipeline
-
+    with running(quiet, None):
         opened = pipeline.open_chat(config, pipeline.Options(max_new_tokens, temperature, seed), system)
     if asked is None:
         _converse(opened)

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
 
+from qtool.cli.output import print_text
+from qtool.system.errors import InputError, nearest
+
 if TYPE_CHECKING:
     from qtool.config.describe import Key
 
@@ -57,6 +60,25 @@ class RecipeCommand(DescribedCommand):
         )
 
 
+class QuantizeCommand(DescribedCommand):
+    """``qtool quantize``; its help ends with the methods."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write each method in a line, and where their keys are."""
+        from qtool.config import catalog
+
+        formatter.write_paragraph()
+        formatter.write_text("Methods:")
+        for method in catalog.methods():
+            command, line = catalog.described(method)
+            formatter.write(_wrapped(f"  {method}", f"{line} (qtool {command})", formatter.width, 18))
+        formatter.write_paragraph()
+        formatter.write_text(
+            "qtool quantize --help-method NAME shows the keys of a method, qtool ptq --help those of all sections. "
+            "Without a recipe nothing is evaluated or exported, unless --set says so: --set eval.tasks=[wikitext2,kl]."
+        )
+
+
 class SweepCommand(TyperCommand):
     """``qtool sweep``; its help ends with the keys of a sweep."""
 
@@ -71,6 +93,43 @@ class SweepCommand(TyperCommand):
         _write_keys(formatter, grid.keys())
 
 
+def print_method(ctx: Any, method: str | None) -> None:
+    """Print the keys of ``method`` and end the command; ``None``: do nothing.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    if method is None or ctx.resilient_parsing:  # the shell completes a line
+        return
+    from qtool.config import catalog, describe, plugins
+
+    if method not in catalog.methods():
+        hint = nearest(method, catalog.methods(), "the nearest is {}; ")
+        raise InputError(f"--help-method: no method {method}; {hint}known: {', '.join(catalog.methods())}")
+    plugin = plugins.get(method)
+    formatter = ctx.make_formatter()
+    formatter.write_text(f"{method}: {plugin.summary}. It runs as: qtool {plugin.command}, or qtool quantize.")
+    formatter.write_paragraph()
+    keys = [key for key in describe.keys_of(plugin.config) if key.name != "name"]
+    sections: dict[str, list[str]] = {}
+    for key in keys:
+        section, _, name = key.name.rpartition(".")
+        sections.setdefault(section, []).append(name)
+    if keys:
+        formatter.write_text("Keys, in section method of a recipe or as --set method.key=value:")
+        _write_keys(formatter, [key for key in keys if "." not in key.name])
+        for section, names in sections.items():
+            if section:
+                formatter.write(_wrapped(f"    {section}.", ", ".join(names), formatter.width, 22))
+        if len(sections) > 1:
+            formatter.write_paragraph()
+            formatter.write_text(f"qtool {plugin.command} --help describes all of them.")
+    else:
+        formatter.write_text("It has no keys of its own.")
+    print_text(formatter.getvalue(), end="")
+    ctx.exit()
+
+
 def _write_keys(formatter: Any, keys: "Sequence[Key]") -> None:
     for key in keys:
         default = f" [{key.default}]" if key.default else ""
@@ -78,10 +137,55 @@ def _write_keys(formatter: Any, keys: "Sequence[Key]") -> None:
 
 
 def _wrapped(left: str, right: str, width: int, column: int) -> str:
+    """Return ``right`` wrapped from ``column`` on, beside ``left``, or below it where ``left`` is too long."""
     from textwrap import wrap
 
     lines = wrap(right, max(width - column, 20)) or [""]
+    if len(left) >= column:
+        return "".join(line.rstrip() + "\n" for line in (left, *(f"{'':<{column}}{each}" for each in lines)))
     return "".join(f"{left if i == 0 else '':<{column - 1}} {line}".rstrip() + "\n" for i, line in enumerate(lines))
+
+
+def method_names(incomplete: str) -> list[str]:
+    """Methods, for the shell."""
+    from qtool.config import catalog
+
+    return [name for name in catalog.methods() if name.startswith(incomplete)]
+
+
+def key_names(ctx: Any, incomplete: str) -> list[str]:
+    """Keys of a recipe as ``key=``, for the shell; keys of a method where the command line names it or a recipe."""
+    from qtool.config import describe
+
+    if "=" in incomplete:
+        return []
+    found = [f"{key}=" for key in describe.shared_keys()]
+    if incomplete.startswith("method."):
+        method = ctx.params.get("method") or _method_of(next(iter(ctx.args), ""))  # the arguments before the option
+        found += [] if method is None else [f"method.{key}=" for key in describe.method_keys(method)]
+    return [key for key in found if key.startswith(incomplete)]
+
+
+def _method_of(recipe: str) -> str | None:
+    """Return the method of a recipe, or ``None`` if it cannot be read."""
+    from qtool.config import catalog, files
+
+    try:
+        section = files.read_yaml(recipe).get("method")
+    except InputError:
+        return None
+    name = section.get("name") if isinstance(section, dict) else None
+    return name if name in catalog.methods() else None
+
+
+def task_names(incomplete: str) -> list[str]:
+    """Tasks that need no look-up, for the shell; of ``incomplete``, a list with commas, the last task is completed."""
+    from qtool.config.sections import LM_EVAL_TASKS, METRICS
+
+    before, comma, last = incomplete.rpartition(",")
+    chosen = before.split(",")
+    known = [task for task in (*METRICS, *LM_EVAL_TASKS) if task not in chosen]
+    return [f"{before}{comma}{task}" for task in known if task.startswith(last)]
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -89,6 +193,11 @@ def recipe_names(incomplete: str) -> list[str]:
     from qtool.config import files
 
     return [name for name in files.packaged() if name.startswith(incomplete)]
+
+
+def packaged_names(incomplete: str) -> list[str]:
+    """Packaged recipes and sweeps, for the shell."""
+    return [*recipe_names(incomplete), *table_names(incomplete)]
 
 
 def table_names(incomplete: str) -> list[str]:

@@ -92,7 +92,7 @@ class Live(Sink):
 
     def advance(self, task: Task) -> None:
         with self._writing():
-            self._display.advance(self._rows[id(task)])
+            self._display.update(self._rows[id(task)], completed=task.done)
 
     def end(self, task: Task) -> None:
         console = self._display.console
@@ -104,6 +104,10 @@ class Live(Sink):
     def note(self, message: str) -> None:
         with self._writing():
             self._display.console.print(Text(f"note: {shown(message)}", style="yellow"))
+
+    def say(self, message: str) -> None:
+        with self._writing():
+            self._display.console.print(Text(shown(message)))
 
     def __enter__(self) -> Self:
         with self._writing():

@@ -36,8 +36,12 @@ def show(
     exports: Sequence[Path] = (),
     seconds: float = 0.0,
     more: Mapping[str, Any] | None = None,
+    then: Sequence[str] = (),
 ) -> None:
-    """Print the report of a command and the folders that it wrote; ``more`` is said in JSON only."""
+    """Print the report of a command and the folders that it wrote.
+
+    ``more`` is said in JSON only, and the lines ``then`` on a terminal only.
+    """
     if as_json:
         result = {
             "path": str(path) if path else None,
@@ -52,6 +56,8 @@ def show(
     folders = [str(each) for each in (path, *exports) if each is not None]
     if folders:
         print_text("\n".join(["", *folders]))
+    if then and sys.stdout.isatty():
+        print_text("\n".join(["", *then]))
 
 
 def show_table(report: Any) -> None:

@@ -8,7 +8,7 @@ import typer
 from qtool.cli.arguments import Json, Quiet, Set, is_recipe, path
 from qtool.cli.help import recipe_names
 from qtool.cli.output import print_either, print_json, print_text, show_table
-from qtool.cli.session import running
+from qtool.cli.session import running, starting
 from qtool.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,15 +64,16 @@ def plan(
         return
     from qtool.config.recipe import load
 
-    recipe = load(what, [*set_, *([] if engine is None else [f"target={engine}"])])
+    with starting(quiet):
+        recipe = load(what, [*set_, *([] if engine is None else [f"target={engine}"])])
     if recipe.quant.budget is not None:
         _of_budget(recipe, output, overwrite, quiet, as_json)
         return
     if output is not None:
         raise InputError("--output writes the bits of a budget, and the recipe has no quant.budget")
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import forecast
-
+    with running(quiet, None):
         found = forecast.of_recipe(recipe, probed=probe, memory=num_bytes, context=context)
         if keep:
             from qtool.pipelines import kept_forecast
@@ -110,9 +111,9 @@ def _of_model(
     target: TargetConfig | None = None
     if engine is not None:
         target = check(TargetConfig, {"engine": engine}, "--target")
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import forecast
-
+    with running(quiet, None):
         found = forecast.of_model(config, engine=target, memory=memory, context=context)
     _show(found, as_json)
 
@@ -133,10 +134,10 @@ def _of_budget(recipe: "Recipe", output: Path | None, overwrite: bool, quiet: bo
         raise InputError(f"{output} cannot be written: {output.absolute().parent} is no folder")
     if output is not None and output.exists() and not overwrite:
         raise InputError(f"{output} exists; choose another file, or pass --overwrite to replace it")
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import forecast
         from qtool.pipelines import plan as pipeline
-
+    with running(quiet, None):
         found = pipeline.plan(recipe)
         shown: Any = None if as_json else forecast.of_budget(recipe, found)
     if output is not None:

@@ -4,13 +4,21 @@ import os
 import sys
 import time
 
+from qtool.system import distributed
 from qtool.system.peaks import peaks_in_words
 from qtool.system.printable import one_line
 from qtool.system.progress import Sink, Task
 from qtool.system.units import duration
 
 
-class Lines(Sink):
+class Notes(Sink):
+    """Print notes alone."""
+
+    def note(self, message: str) -> None:
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+class Lines(Notes):
     """Print plain lines for logs: start and end of each task, and between them at most one line per ``every`` seconds.
 
     Steps inside an item print nothing.
@@ -40,6 +48,9 @@ class Lines(Sink):
     def note(self, message: str) -> None:
         self._write(f"note: {message}")
 
+    def say(self, message: str) -> None:
+        self._write(message)
+
     def _say(self, task: Task, text: str) -> None:
         self._last = time.monotonic()
         self._write("  " * task.depth + one_line(text))
@@ -49,9 +60,11 @@ class Lines(Sink):
 
 
 def for_terminal(quiet: bool) -> Sink:
-    """Return the sink for this process: live on a terminal, lines elsewhere, silent if ``quiet``."""
-    if quiet:
+    """Return the sink for this process: live on a terminal, lines elsewhere, notes alone if ``quiet``."""
+    if not distributed.is_first():  # the first process prints the same
         return Sink()
+    if quiet:
+        return Notes()
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return Lines()
     from qtool.cli.live_display import Live  # it loads rich.progress

@@ -7,7 +7,7 @@ import typer
 
 from qtool.cli.arguments import Folder, Json, Quiet
 from qtool.cli.output import print_either
-from qtool.cli.session import running
+from qtool.cli.session import running, starting
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError, QtoolError
 
@@ -34,9 +34,9 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Push a folder that qtool wrote to the Hugging Face hub."""
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import push as pipeline
-
+    with running(quiet, None):
         address = pipeline.push(folder, pipeline.check(repo, private))
     print_either({"path": str(folder), "pushed": address}, address, as_json)
 
@@ -68,5 +68,5 @@ def pushed(folder: Path, to: "Destination | None") -> tuple[str | None, QtoolErr
         address = pipeline.push(folder, to)
     except QtoolError as error:
         return None, error
-    progress.note(f"{folder} was pushed to {address}")
+    progress.say(f"{folder} was pushed to {address}")
     return address, None

@@ -7,6 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from qtool.cli import progress_display
+from qtool.cli.streams import unescaped
 from qtool.system import interrupts, progress
 from qtool.system.errors import QtoolError
 
@@ -21,8 +22,7 @@ class Interrupted(QtoolError):
 def running(quiet: bool, output: Path | None) -> Iterator[None]:
     """Show progress, keep standard output for the result, and after Ctrl-C say what was written to ``output``."""
     if quiet:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
+        _silence()
     before = _identity(output)
     try:
         interrupts.check()
@@ -33,6 +33,28 @@ def running(quiet: bool, output: Path | None) -> Iterator[None]:
         if not (isinstance(error, KeyboardInterrupt) or interrupts.received()):
             raise
         raise Interrupted(_left_behind(output, before)) from error
+
+
+@contextmanager
+def starting(quiet: bool) -> Iterator[None]:
+    """Load libraries inside the ``with`` block, which takes seconds, and say so on a terminal as long as it lasts.
+
+    Standard output is kept for the result, as ``running`` does.
+    """
+    if quiet:
+        _silence()
+    shown = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    stream = unescaped(sys.stderr)
+    if shown:
+        stream.write("loading libraries ...")
+        stream.flush()
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if shown:
+            stream.write("\r\x1b[K")
+            stream.flush()
 
 
 def _left_behind(output: Path | None, before: tuple[int, int] | None) -> str:
@@ -54,6 +76,11 @@ QUIET = {  # environment variables that silence the progress bars and logs of li
     "DATASETS_VERBOSITY": "error",
     "LMEVAL_LOG_LEVEL": "ERROR",
 }
+
+
+def _silence() -> None:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def _partial(path: Path) -> Path:

@@ -8,7 +8,7 @@ import typer
 
 from qtool.cli.arguments import Folder, Json, Quiet, path
 from qtool.cli.output import print_either, print_json, show_table
-from qtool.cli.session import running
+from qtool.cli.session import running, starting
 
 
 def verify(
@@ -49,12 +49,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint's files against its manifest, and an export by other software."""
-    with running(quiet, None):
+    with starting(quiet):
         from qtool.pipelines import verify as pipeline
         from qtool.pipelines.export_manifest import EXPORT_MANIFEST
         from qtool.pipelines.verify_engine import Text
         from qtool.reports.verification import Verification
-
+    with running(quiet, None):
         found: pipeline.Verified | Verification
         if against is None and engine is None and not (folder / EXPORT_MANIFEST).exists():
             found = pipeline.verify(folder)

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 ROOMS = Path(__file__).parents[1]  # the package; importlib.resources would take a hundredth of the start of --help
-COMMAND = re.compile(r"^METHOD\b[^(]*\(\s*\"([a-z]+)\"", re.MULTILINE)  # first argument of what a method exports
+# the first two arguments of what a method exports: its command, and one line about it
+METHOD = re.compile(r"^METHOD\b[^(]*\(\s*\"([a-z]+)\",\s*\"([^\"]+)\"", re.MULTILINE)
 
 
 @cache
@@ -27,13 +28,19 @@ def export_formats() -> tuple[str, ...]:
 
 @cache
 def commands() -> dict[str, tuple[str, ...]]:
-    """The methods that each command runs, read from the text of their files."""
+    """The methods that each command runs."""
     found: dict[str, list[str]] = {}
     for name in methods():
-        command = COMMAND.search(_file("methods", name).read_text(encoding="utf-8"))
-        assert command is not None, f"{name} exports no METHOD whose first argument is a command"
-        found.setdefault(command[1], []).append(name)
+        found.setdefault(described(name)[0], []).append(name)
     return {command: tuple(names) for command, names in found.items()}
+
+
+@cache
+def described(method: str) -> tuple[str, str]:
+    """The command that runs ``method``, and one line about it, read from the text of its file."""
+    found = METHOD.search(_file("methods", method).read_text(encoding="utf-8"))
+    assert found is not None, f"{method} exports no METHOD whose first arguments are a command and a line"
+    return found[1], found[2]
 
 
 def _modules(room: str) -> tuple[str, ...]:

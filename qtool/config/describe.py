@@ -70,6 +70,27 @@ def keys(command: str | None = None) -> dict[str, tuple[str, list[Key]]]:
     return {**table, "": ("Keys of the whole run.", alone)}
 
 
+def shared_keys() -> list[str]:
+    """Return the dotted names of all keys but those of methods; no method is imported."""
+    found = []
+    for name, field in Recipe.model_fields.items():
+        hint = validation.bare(field.annotation)
+        if hint is MethodConfig:
+            found.append(f"{name}.name")
+        elif get_origin(hint) is tuple:
+            found += [f"{name}.0.{key.name}" for key in keys_of(validation.bare(get_args(hint)[0]))]
+        elif issubclass(hint, Section):
+            found += [f"{name}.{key.name}" for key in keys_of(hint)]
+        else:
+            found.append(name)
+    return found
+
+
+def method_keys(method: str) -> list[str]:
+    """Return the names of the keys of a method's section; its file is imported."""
+    return [key.name for key in keys_of(plugins.get(method).config)]
+
+
 def keys_of(section: type[Section], before: str = "", values: Section | None = None) -> list[Key]:
     """Return the keys of ``section``; nested ones get a dotted prefix. ``values``, an instance, replaces defaults."""
     found = []
@@ -116,6 +137,8 @@ def _limits(rules: tuple[Any, ...]) -> list[str]:
 
 def _shown(default: object) -> str:
     empty = default is None or default in ({}, ())
+    if isinstance(default, ByteSize):
+        return default.human_readable(decimal=True)
     return "" if empty else validation.found(default).replace('"', "").strip("[]")
 
 

@@ -36,6 +36,12 @@ def text_of(path: Path) -> str:
     return MODELINE.sub(lambda found: f"{found[1]}{(path.parent / found[2]).resolve()}", text, count=1)
 
 
+def summary(path: Path) -> str:
+    """Return the first sentence of a packaged recipe or sweep: its first comment."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").rstrip()
+
+
 def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """Read the sections of a recipe (or sweep), a file or the name of a packaged one, without checking them.
 
@@ -70,10 +76,18 @@ def find(name: str | Path, what: str = "recipe") -> Path:
     if str(path) in names:
         return names[str(path)]
     if path.is_dir():
-        raise InputError(f"{path} is a folder; a {what} is a YAML file")
+        raise InputError(f"{path} is a folder; a {what} is a YAML file{_model_hint(name, what)}")
     if str(path) in others:
         hint = "a packaged sweep; run it with qtool sweep" if what == "recipe" else "a packaged recipe, not a sweep"
         raise InputError(f"{path} is {hint}")
     asked = path.stem if what == "recipe" else str(path)
     hint = nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
-    raise InputError(f"{path} does not exist; {hint}")
+    is_path = path.suffix in (".yaml", ".yml") or str(name).startswith((".", "/", "~", "$"))
+    raise InputError(f"{path} does not exist; {hint}{'' if is_path else _model_hint(name, what)}")
+
+
+def _model_hint(name: str | Path, what: str) -> str:
+    """Return what to run if ``name`` is meant as a model."""
+    if what != "recipe":
+        return ""
+    return f"; to quantize a model of that name: qtool quantize {name}, or --set model.path={name} after a recipe"

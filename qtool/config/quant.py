@@ -23,6 +23,7 @@ from qtool.system.errors import InputError
 ACTIVATION_KEYS = ("activations", "kv_cache", "kv_group_size")
 ACTIVATION_PRESETS = {"a8": (8, 8), "a8kv4": (8, 4), "a4kv4": (4, 4)}  # bits of activations, of kv_cache
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
+ScaleDtypeOrAuto = Literal["auto", "float32", "float16", "bfloat16"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 BITS = grids.BITS  # widths of an affine grid
 SIGNED_BITS = 4  # largest width at which scales may be negative where no recipe says it
@@ -272,8 +273,17 @@ def _grid_or(*words: str) -> Callable[[Any], Any]:
 
 
 class QuantConfig(QuantSpec):
-    """The grid of all linears in the decoder blocks, overrides by name, and the grids of embedding and output head."""
+    """The grid of all linears in the decoder blocks, overrides by name, and the grids of embedding and output head.
 
+    A pipeline puts a dtype in the place of ``scale_dtype: auto`` (``pipelines/scale_dtype.py``); alone, that means
+    float16.
+    """
+
+    scale_dtype: ScaleDtypeOrAuto = Field(  # type: ignore[assignment] # a wider type than that of one grid
+        "auto",
+        description="Dtype of stored scales; a scale is rounded to it before it is used. auto: bfloat16 for a model in "
+        "bfloat16, if every export, or the target, holds such scales; else float16.",
+    )
     overrides: dict[str, QuantOverride] = Field(
         default_factory=dict,
         description="Linears that differ: shell-style pattern of full linear names -> keys of this section, or skip: "
@@ -309,14 +319,21 @@ class QuantConfig(QuantSpec):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("budget") is not None and values.get("num_bits", 0) is None:
+            values = {key: value for key, value in values.items() if key != "num_bits"}  # the budget chooses it
         preset = ACTIVATION_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
         return values if preset is None else dict(zip(ACTIVATION_KEYS, preset, strict=False)) | values
+
+    @property
+    def _stored(self) -> ScaleDtype:
+        """The dtype of scales; float16 for ``auto``, which no pipeline has replaced."""
+        return "float16" if self.scale_dtype == "auto" else self.scale_dtype
 
     def table_spec(self, grid: TableGrid | str) -> QuantSpec | None:
         """The grid of an embedding or head that ``grid`` describes; ``None``: it stays in floating point."""
         if isinstance(grid, str):
             return None
-        own = {} if grid.grid != "affine" else {"scale_dtype": self.scale_dtype}
+        own = {} if grid.grid != "affine" else {"scale_dtype": self._stored}
         return QuantSpec(**grid.model_dump(), **own)
 
     def skips(self, name: str) -> bool | None:
@@ -326,7 +343,7 @@ class QuantConfig(QuantSpec):
 
     def spec_for(self, name: str) -> QuantSpec | None:
         """The grid of the linear ``name``, or ``None`` if an override skips it; later patterns win."""
-        values = self.model_dump(include=set(QuantSpec.model_fields))
+        values = self.model_dump(include=set(QuantSpec.model_fields)) | {"scale_dtype": self._stored}
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern):
                 changes = override.model_dump(exclude_unset=True, exclude={"skip"})

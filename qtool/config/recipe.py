@@ -29,7 +29,7 @@ from qtool.config.sections import (
 )
 from qtool.config.target import TargetConfig
 from qtool.system import paths
-from qtool.system.errors import InputError, listing, nearest
+from qtool.system.errors import InputError, counted, listing, nearest
 
 S = TypeVar("S", bound=Section)
 
@@ -147,7 +147,7 @@ def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: S
     checked, found = examine(kind, raw)
     lines = [*wrong, *found]
     if checked is None or lines:
-        raise InputError(listing(f"{source} has {len(lines)} fault(s):", lines))
+        raise InputError(listing(f"{source} has {counted(len(lines), 'fault')}:", lines))
     return checked
 
 
@@ -166,7 +166,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: The file cannot be read, or the recipe has faults; the message lists all of them.
     """
     raw, wrong = overridden(read_yaml(path), overrides)
+    wrong += two_widths(raw)
     return check(Recipe, with_plan(raw), f"{path} with --set" if overrides else path, wrong)
+
+
+def two_widths(raw: Mapping[str, object]) -> list[str]:
+    """Return the fault of a recipe that gives both a budget and the width that the budget chooses."""
+    quant = raw.get("quant")
+    if not isinstance(quant, Mapping) or quant.get("budget") is None or quant.get("num_bits") is None:
+        return []
+    return [
+        f"quant.num_bits: {validation.found(quant['num_bits'])} beside quant.budget, which chooses the bits of each "
+        "linear; leave one of them out (--set quant.num_bits=null leaves out that of a recipe)"
+    ]
 
 
 def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> EvalRecipe:

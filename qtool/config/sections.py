@@ -130,6 +130,8 @@ class EvalConfig(Section):
 # share of the predictions whose KL divergence is lower, by metric
 PERCENTILES = {"median": 0.5, "99th percentile": 0.99, "99.9th percentile": 0.999, "maximum": 1.0}
 AGREEMENT = "top-1 agreement"
+# tasks of lm-eval that the shell completes; any other task of it is taken too
+LM_EVAL_TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "piqa", "winogrande")
 # metrics of the tasks that qtool measures itself; every other task is lm-eval's
 METRICS = {
     **dict.fromkeys(("wikitext2", "c4", "generated"), ("perplexity",)),

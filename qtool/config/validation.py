@@ -57,6 +57,8 @@ def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationErr
             case "extra_forbidden":
                 new = place.owner.renamed.get(path[-1])
                 what = f"this key is now {new}" if new else f"unknown key; {_nearest(kind, raw, place)}"
+            case "tuple_type" if isinstance(value, str | int):
+                what += f", such as [{value}]"
             case "model_type" if isinstance(place.hint, type) and issubclass(place.hint, Section):
                 what += f" with keys {', '.join(place.hint.model_fields)}"
         lines.append(f"{'.'.join(path)}: {what}; found {found(value)}")
@@ -122,11 +124,18 @@ def _nearest(kind: type[Section], raw: Mapping[str, object], place: _Place) -> s
     near = get_close_matches(last, place.owner.model_fields, n=1)
     if near:
         return f"the nearest is {'.'.join([*before, near[0]])}"
+    if before == ["method"] and (others := _methods_with(last)):
+        return f"a key of {', '.join(others)}, not of {place.owner.model_fields['name'].default or 'this method'}"
     for name, field in kind.model_fields.items():
         section = _section(raw, name, field)
         if isinstance(section, type) and issubclass(section, Section) and last in section.model_fields:
             return f"it belongs to {name}: {name}.{last}"
     return f"known: {', '.join(place.owner.model_fields)}"
+
+
+def _methods_with(key: str) -> list[str]:
+    """Return the methods whose sections have ``key``."""
+    return [name for name in catalog.methods() if key in plugins.get(name).config.model_fields]
 
 
 def found(value: object) -> str:

@@ -69,13 +69,19 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
             f"{type(loaded.model).__name__} writes other text with a KV cache than without one, so the calibration "
             "text is generated without one, which takes longer"
         )
-    for rows in progress.track(batches, "generating text", len(batches)):
-        draw = _sampler(uniform[rows], num_greedy[rows], allowed, loaded.device)
+    steps = length - first
+    with progress.counted("generating text, tokens", num * steps) as reach:
+        for rows in batches:
+            draw, before = _sampler(uniform[rows], num_greedy[rows], allowed, loaded.device), int(rows[0]) * steps
 
-        def choose(logits: Tensor, position: int, draw: Draw = draw) -> Tensor:
-            return draw(logits, position, position - first)
+            def choose(
+                logits: Tensor, position: int, draw: Draw = draw, before: int = before, size: int = len(rows)
+            ) -> Tensor:
+                reach(before + (position - first) * size)  # those drawn before this step
+                return draw(logits, position, position - first)
 
-        tokens[rows] = continued(loaded, tokens[rows], range(first, length), choose, begin)
+            tokens[rows] = continued(loaded, tokens[rows], range(first, length), choose, begin)
+            reach(before + steps * len(rows))
     return tokens
 
 

@@ -61,6 +61,15 @@ def hub_answers() -> bool:
     return True
 
 
+def reason(error: Exception) -> str:
+    """Return why data could not be read from the hub: what keeps this machine from asking it, or else ``error``."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return first_line(error) if hub_answers() else f"{constants.ENDPOINT} does not answer"
+
+
 def load_hub(hub: Hub, split: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a data set on the hub.
 
@@ -80,5 +89,5 @@ def load_hub(hub: Hub, split: str) -> Iterator[dict[str, Any]]:
             yield row if hub.files is None else json.loads(row["text"])
     except Exception as error:  # the hub's clients raise errors of many kinds; all mean that the data is not here
         raise UnreachableError(
-            f"{hub.repository} cannot be read from the Hugging Face hub ({first_line(error)})"
+            f"{hub.repository} cannot be read from the Hugging Face hub ({reason(error)})"
         ) from error

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from qtool.data.hub import hub_access
+from qtool.data.hub import hub_access, reason
 from qtool.data.readers import read_rows
 from qtool.data.sources import data_dir
-from qtool.system.errors import InputError, first_line
+from qtool.system.errors import InputError
 
 # folder below data_dir() by repository and configuration on the hub; * stands for any configuration
 LOCAL: dict[tuple[str, str | None], str] = {
@@ -51,7 +51,7 @@ def local_data(notes: dict[str, str]) -> Iterator[None]:
         except Exception as error:  # the hub's clients raise errors of many kinds; all mean that there is no data
             raise InputError(
                 f"eval.tasks: the data of {self.config.task}, {self.DATASET_PATH}, cannot be read from the Hugging "
-                f"Face hub ({first_line(error)}), and is not below QTOOL_DATA_DIR ({data_dir() or 'not set'}); "
+                f"Face hub ({reason(error)}), and is not below QTOOL_DATA_DIR ({data_dir() or 'not set'}); "
                 "take the task out of eval.tasks, or connect this machine to the network"
             ) from error
 

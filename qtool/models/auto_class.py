@@ -7,7 +7,7 @@ folder written from it would lack the towers.
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from qtool.system.errors import InputError
 
@@ -16,10 +16,15 @@ def auto_class(config: PreTrainedConfig) -> Any:  # Any: auto classes have no co
     """Return ``AutoModelForMultimodalLM`` if ``config`` is of a multimodal model, and else ``AutoModelForCausalLM``.
 
     Raises:
-        InputError: transformers has no language model for ``config``, or one of an encoder and a decoder.
+        InputError: transformers has no language model for ``config``, or one with an encoder.
     """
     if config.is_encoder_decoder:
         raise InputError(f"the model type {config.model_type!r} has an encoder; only decoders are supported")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"the model type {config.model_type!r} is an encoder, which reads the words after a position as well as "
+            "those before it; only decoders, which predict the next token, are supported"
+        )
     if not is_known(config):
         raise InputError(
             f"transformers has no language model for the model type {config.model_type!r} by itself; use a folder of "

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -82,9 +83,28 @@ def resolve(path: str, *, fetch: bool = True, key: str = "model.path", files: Se
     try:
         return Path(snapshot_download(path, allow_patterns=[*files], local_files_only=not fetch))
     except Exception as error:  # errors of many kinds: no such model, no permission, no network
-        raise InputError(
-            f"{key}: there is no folder {path}, and the hub does not give a model of that name: {first_line(error)}"
-        ) from error
+        raise InputError(f"{key}: there is no folder {path}, and {_of_hub(path, error)}") from error
+
+
+def _of_hub(name: str, error: Exception) -> str:
+    """Return why the hub gives no model ``name``, and what to do."""
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the model of that name on the hub is gated: accept its licence at {constants.ENDPOINT}/{name}, then give "
+            "your token with hf auth login or HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "the hub has no model of that name, or it is private: correct the name, or give your token with hf auth "
+            "login or HF_TOKEN"
+        )
+    if not isinstance(error, LocalEntryNotFoundError):
+        return f"the hub does not give a model of that name: {first_line(error)}"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub ({constants.ENDPOINT}) does not answer"
+    return (
+        f"the model is not in the cache of the hub, {constants.HF_HUB_CACHE}, and {why}; download it where the hub "
+        f"can be reached (hf download {name}), or give a local folder"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

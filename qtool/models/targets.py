@@ -115,10 +115,15 @@ def _shared(loaded: LoadedModel, names: set[str]) -> Iterator[str]:
 
 
 def shortened(faults: list[str]) -> Iterator[str]:
-    """Yield one of the faults that differ only in numbers, with the count of the others."""
+    """Yield one of the faults that differ only in numbers, with the count of the others.
+
+    Of group sizes that do not divide, one for each number of input channels, whatever the linears are called.
+    """
     kinds: dict[str, list[str]] = {}
     for fault in faults:
-        kinds.setdefault(re.sub(r"\d+", "0", fault), []).append(fault)
+        _, _, rest = fault.partition(" has ")
+        kind = rest if "group_size" in rest else re.sub(r"\d+", "0", fault)
+        kinds.setdefault(kind, []).append(fault)
     for same in kinds.values():
         yield same[0] + (f" (and {len(same) - 1} more like it)" if len(same) > 1 else "")
 

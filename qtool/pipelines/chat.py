@@ -93,7 +93,7 @@ def open_chat(config: ModelConfig, options: Options, system: str | None) -> Chat
     if is_multimodal(loaded.model.config):
         progress.note(f"{config.path} reads pictures or sound as well; qtool chat gives it text only")
     if packed_linears(loaded.model):
-        progress.note(f"backend fast: {backend.use_backend(loaded.model, 'fast')}")
+        progress.say(f"backend fast: {backend.use_backend(loaded.model, 'fast')}")
     return chat
 
 

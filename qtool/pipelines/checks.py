@@ -3,6 +3,8 @@
 A fault of the recipe is reported before the model is quantized, not after hours of work.
 """
 
+from collections.abc import Mapping
+
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.sensitivity import COST_ESTIMATORS
 from qtool.blocks.job import load_method
@@ -18,7 +20,7 @@ from qtool.evaluation import tasks
 from qtool.exporters import _base
 from qtool.models.folders import resolve
 from qtool.pipelines.export_manifest import exported_already
-from qtool.system import distributed
+from qtool.system import distributed, progress
 from qtool.system.errors import InputError
 from qtool.system.paths import expand
 from qtool.training import sharding
@@ -82,6 +84,23 @@ def check_paths(recipe: Recipe) -> None:
 def needs_text(recipe: Recipe) -> bool:
     """Return whether a run reads calibration text, for its method or to choose bit widths."""
     return load_method(recipe.method.name).needs_data(recipe.method) or recipe.quant.budget is not None
+
+
+def check_text(recipe: Recipe, text: Calibration, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse pictures where text is needed, and note a text of fewer tokens than each linear has input channels.
+
+    ``shapes`` are ``(out, in)`` of the quantized linears.
+
+    Raises:
+        InputError: the text has pictures, and something in the recipe reads text only.
+    """
+    check_pictures(recipe, text)
+    narrowest = min((columns for _, columns in shapes.values()), default=0)
+    if (count := text.tokens.numel()) < narrowest:
+        progress.note(
+            f"the calibration text has {count} tokens, and every linear has at least {narrowest} input channels: too "
+            "few to say how its inputs vary; raise data.num_samples or data.seq_len"
+        )
 
 
 def check_pictures(recipe: Recipe, text: Calibration) -> None:

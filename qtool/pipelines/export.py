@@ -40,7 +40,7 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
     exporter = _base.get(config.format)
     check_export(source, config, str(folder))
     if not anew and (exported := exported_already(folder, config)) is not None:
-        progress.note(f"{config.path} is this export already, complete and unchanged")
+        progress.say(f"{config.path} is this export already, complete and unchanged")
         output_folder.OutputFolder(config.path).clear_abandoned()
         return exported
     with atomic_folder(config.path, overwrite=overwrite, source=folder) as partial:

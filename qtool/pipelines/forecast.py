@@ -28,8 +28,9 @@ from qtool.exporters import _base
 from qtool.models.cache_size import cache_size
 from qtool.models.described import described_model
 from qtool.models.loaded import LoadedModel
-from qtool.pipelines import target
+from qtool.pipelines import scale_dtype, target
 from qtool.pipelines.checks import needs_text
+from qtool.pipelines.expected import state_bytes
 from qtool.pipelines.probe import probe
 from qtool.pipelines.target import Selection
 from qtool.reports.forecast import Cost, Data, Fits, Forecast, Loads, Part, Size
@@ -50,7 +51,7 @@ def of_recipe(
     Raises:
         InputError: the recipe or its model cannot be used.
     """
-    refused = None
+    refused, recipe = None, scale_dtype.chosen(recipe)
     try:
         recipe = target.applied(recipe)
     except InputError as error:
@@ -227,10 +228,7 @@ def _sizes(recipe: Recipe, loaded: LoadedModel, found: Selection) -> tuple[Size,
 
 def _states(recipe: Recipe, loaded: LoadedModel) -> int:
     """Return the bytes of hidden states that lie on disk, because they exceed the memory budget."""
-    if not needs_text(recipe):
-        return 0
-    tokens = recipe.data.num_samples * recipe.data.seq_len
-    held = 2 * tokens * loaded.model.config.get_text_config().hidden_size * loaded.storage_dtype.itemsize
+    held = state_bytes(recipe, loaded) if needs_text(recipe) else 0
     return held if held > recipe.data.memory_budget else 0
 
 

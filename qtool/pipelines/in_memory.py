@@ -20,6 +20,7 @@ from qtool.data import windows
 from qtool.data.generated import check_length
 from qtool.evaluation.weights import errors_against
 from qtool.models.loaded import LoadedModel
+from qtool.pipelines import scale_dtype
 from qtool.system.errors import InputError
 
 
@@ -119,6 +120,7 @@ def _job(loaded: LoadedModel, recipe: Recipe, tokens: Tensor | None) -> Job:
     """Return the job of a recipe on a model in memory; ``tokens``, if given, are the calibration text."""
     method = load_method(recipe.method.name)
     loaded.model.eval()
+    recipe = scale_dtype.chosen(recipe, loaded.storage_dtype)
     job = Job.select(loaded, k_mixture.quant_of(recipe, loaded), seed=recipe.seed)
     text: tuple[Tensor | None, Tensor | None] = (tokens, None)
     if not method.needs_data(recipe.method):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.config.recipe import Recipe, resolved
+from qtool.pipelines import scale_dtype
 from qtool.pipelines.lock import LOCKED_SECTIONS
 from qtool.reports.forecast import Forecast
 from qtool.reports.records import Planned
@@ -32,7 +33,7 @@ def keep(recipe: Recipe, forecast: Forecast) -> Path:
         raise InputError("--keep needs the time and memory of a probe: leave out --no-probe, and give the missing text")
     cost = forecast.cost
     planned = Planned(num_bytes=forecast.sizes[0].num_bytes, peak_bytes=cost.peak_bytes, seconds=cost.seconds)
-    file = file_of(recipe)
+    file, recipe = file_of(recipe), scale_dtype.chosen(recipe)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"of": _sections(recipe), "planned": planned.model_dump(mode="json")}, indent=2) + "\n")
     return file

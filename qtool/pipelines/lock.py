@@ -17,6 +17,7 @@ from qtool.config.recipe import Recipe, resolved
 from qtool.config.sections import KEYS_WITHOUT_EFFECT
 from qtool.models.folders import check_files
 from qtool.models.gguf_view import source_of
+from qtool.pipelines import scale_dtype
 from qtool.reports.records import Lock
 from qtool.system import distributed
 from qtool.system.environment import environment, processor
@@ -28,10 +29,13 @@ LOCKED_SECTIONS = ("model", "method", "quant", "data", "seed")  # sections of a 
 
 
 def lock_of(recipe: Recipe, folder: Path, model_files: dict[str, str] | None = None) -> Lock:
-    """Return the lock of a run of ``recipe`` on the model in ``folder``; ``model_files``: its hashes, if known."""
+    """Return the lock of a run of ``recipe`` on the model in ``folder``; ``model_files``: its hashes, if known.
+
+    It has the dtype of scales that ``quant.scale_dtype: auto`` comes to.
+    """
     if model_files is None:
         check_files(folder)
-    keys = _without(resolved(recipe), KEYS_WITHOUT_EFFECT)
+    keys = _without(resolved(scale_dtype.chosen(recipe)), KEYS_WITHOUT_EFFECT)
     return Lock.model_validate(
         {section: keys[section] for section in LOCKED_SECTIONS}
         | {

@@ -12,7 +12,7 @@ from qtool.config.recipe import Recipe
 from qtool.data import sources, windows
 from qtool.models.loading import load_model
 from qtool.models.quiet import without_progress_bars
-from qtool.pipelines import target
+from qtool.pipelines import scale_dtype, target
 from qtool.pipelines.checks import check_pictures
 from qtool.pipelines.run_state import PLAN, RunState
 from qtool.system import distributed, reading
@@ -26,7 +26,7 @@ def plan(recipe: Recipe) -> BitPlan:
         InputError: the recipe has no budget, the budget cannot be met, or the recipe's target does not load the result.
     """
     bit_plan.check(recipe.quant)
-    recipe = target.applied(recipe)
+    recipe = target.applied(scale_dtype.chosen(recipe))
     sources.check_source(recipe.data)
     loaded = load_model(recipe.model)
     units = bit_plan.units_of(loaded, recipe.quant)

@@ -41,8 +41,8 @@ from qtool.models.quiet import without_progress_bars
 from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
-from qtool.pipelines import model_free, target, trial
-from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
+from qtool.pipelines import expected, model_free, scale_dtype, target, trial
+from qtool.pipelines.checks import check_early, check_exports, check_text, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
@@ -108,12 +108,12 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     timer = PhaseTimer()
     if recipe.model.free:
         model_free.check(recipe)
-    recipe = target.applied(recipe)
+    recipe = target.applied(scale_dtype.chosen(recipe))
     check_early(recipe)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
-        progress.note(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
+        progress.say(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, report, timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None and recipe.model.free:
@@ -176,13 +176,14 @@ def prepare(run: Run) -> Prepared:
     specs = _specs(targets) | tables.specs | ({} if units is None else mixed(units))
     planned = PlannedCheckpoint(loaded, specs, shapes, tables)
     float_bytes = _check_space_and_exports(recipe, loaded, planned)
+    progress.say(expected.in_words(recipe, loaded, planned, float_bytes))
     if distributed.is_first():
         trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes, tables)
     text = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
-            check_pictures(recipe, text)
+            check_text(recipe, text, shapes)
     tokens, labels, pictures = text or (None, None, ())
     job = Job(loaded, targets + tables.of_method, tokens, labels, recipe.seed, workspace, pictures, tables)
     if units is not None:
@@ -195,8 +196,7 @@ def prepare(run: Run) -> Prepared:
         check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes, tables))  # they may refuse a width
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
-    linears = weights.block_linears(loaded)
-    return Prepared(job, text, plan, specs, shapes, linears, float_bytes)
+    return Prepared(job, text, plan, specs, shapes, weights.block_linears(loaded), float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
@@ -331,7 +331,7 @@ def evaluate(run: Run) -> None:
     report = state.written.report
     asked = None if recipe.eval is None else recipe.eval.model_dump(mode="json")
     if recipe.eval is not None and not (state.written.evaluated and state.written.evaluation == asked):
-        progress.note(f"{recipe.output.path} is complete; it is evaluated next")
+        progress.say(f"{recipe.output.path} is complete; it is evaluated next")
         with run.timer.phase("eval", "evaluating"):
             ours = recipe.model.model_copy(update={"path": path_text(recipe.output.path)})
             written = load_model(ours, quantized=True)

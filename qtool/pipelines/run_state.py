@@ -277,13 +277,13 @@ def _continue(state: RunState, before: Lock) -> None:
         raise InputError(listing(head, changes))
     state.written = _read_written(state)
     if state.written is not None:
-        progress.note(f"continuing the run in {state.partial}: the checkpoint is complete")
+        progress.say(f"continuing the run in {state.partial}: the checkpoint is complete")
         return
     state.model.mkdir(exist_ok=True)
     count = len(list(state.folder.glob("block-*.json")))
     trainings = sorted(state.folder.glob(f"*/{TRAINING}"))
     begun = "".join(f", and training phase {file.parent.name} has begun" for file in trainings)
-    progress.note(f"continuing the run in {state.partial}: {count} block(s) are finished{begun}")
+    progress.say(f"continuing the run in {state.partial}: {count} block(s) are finished{begun}")
 
 
 def read_lock(partial: Path) -> Lock | None:

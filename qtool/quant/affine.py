@@ -173,6 +173,12 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     return change / total if total else math.inf if change else 0.0
 
 
+def divisors(channels: int) -> list[int]:
+    """Return the group sizes that divide ``channels``: the multiples of 16 among them, or all if there are none."""
+    every = [size for size in range(2, channels + 1) if channels % size == 0]
+    return [size for size in every if size % 16 == 0] or every
+
+
 def check_weight(
     weight: Tensor, spec: QuantSpec, name: str, extremes: tuple[float, float] | None = None, *, overrides: bool = True
 ) -> None:
@@ -193,7 +199,7 @@ def check_weight(
     if spec.group_size != -1 and in_features % spec.group_size:
         raise InputError(
             f"{name} has {in_features} input channels, and group_size {spec.group_size} does not divide that number; "
-            f"choose a divisor as group_size{other}"
+            f"choose one that does: {', '.join(map(str, divisors(in_features)))}, or -1 for one group per row{other}"
         )
     if extremes is None:
         low, high = (float(end) for end in weight.detach().aminmax())  # takes no memory, and NaN passes through

@@ -24,7 +24,7 @@ from qtool.config.overrides import assignment, changed
 from qtool.config.recipe import Recipe, examine
 from qtool.config.sweep import SweepConfig
 from qtool.system import paths, reading
-from qtool.system.errors import InputError, listing, nearest
+from qtool.system.errors import InputError, counted, listing, nearest
 
 Change = tuple[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")
@@ -103,6 +103,11 @@ def load(
         InputError: Every fault of the sweep, or else every fault of all its cells.
     """
     raw, wrong, given = read_yaml(path, "sweep"), [], []
+    if "recipe" not in raw and {"model", "method"} & raw.keys():
+        raise InputError(
+            f"{path} is a recipe, which qtool quantize {path} runs; a sweep has the sections recipe: (a recipe, or the "
+            "name of one) and grid: (keys and their values)"
+        )
     for text in overrides:
         try:
             key, value = assignment(text)
@@ -125,7 +130,7 @@ def load(
             if any(f"{other}.".startswith(f"{key}.") for other in varied)
         ]
     if wrong or config is None:
-        raise InputError(listing(f"{path} has {len(wrong)} fault(s):", wrong))
+        raise InputError(listing(f"{path} has {counted(len(wrong), 'fault')}:", wrong))
     file = find(path, "sweep")
     name = str(path) if file == tables().get(str(path)) else file.stem
     folder = output or config.output or Path("out", "sweeps", *Path(name).parts)

@@ -82,7 +82,7 @@ def _own(log: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        progress.note(f"waiting for a process of an earlier sweep, which still writes to {path}")
+        progress.say(f"waiting for a process of an earlier sweep, which still writes to {path}")
         fcntl.flock(log, fcntl.LOCK_EX)
     except OSError:
         progress.note(f"cannot lock {path}: do not run two sweeps into this folder at the same time")

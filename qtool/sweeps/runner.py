@@ -81,7 +81,7 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Swee
         left = [cell for cell in cells if cell.todo != "nothing"]
         cached = [cell.definition.name for cell in cells if cell.todo == "nothing" and not cell.reason]
         for name in cached:
-            progress.note(f"{name}: cached")
+            progress.say(f"{name}: cached")
         for cell in cells:
             if cell.reason:
                 progress.note(f"{cell.definition.name}: not run: {cell.reason}")
@@ -93,7 +93,7 @@ def sweep(sweep: Sweep, *, fresh: bool = False, jobs: int | None = None) -> Swee
             if (options := sweep.config.bench_options()) is not None:
                 _bench(sweep, cells, options)
         except KeyboardInterrupt:
-            progress.note(f"{_summary(sweep, cells).counts()}; run the same command again to continue")
+            progress.say(f"{_summary(sweep, cells).counts()}; run the same command again to continue")
             raise
         report = _write(sweep, cells)
         _compare(sweep, cells)
@@ -203,9 +203,10 @@ def _run(sweep: Sweep, cells: Sequence[Cell], left: Sequence[Cell], jobs: int | 
 
     def note(cell: Cell, ended: Ended) -> None:
         cell.failed, cell.reason = bool(ended.error), ended.error
-        progress.note(
-            f"{cell.definition.name}: " + (f"failed: {ended.error}; see {cell.log}" if cell.failed else "done")
-        )
+        if cell.failed:
+            progress.note(f"{cell.definition.name}: failed: {ended.error}; see {cell.log}")
+        else:
+            progress.say(f"{cell.definition.name}: done")
         if not sweep.config.bench:
             _drop(sweep, cell)
         _write(sweep, cells)

@@ -19,6 +19,11 @@ class RunError(QtoolError):
     """A run failed after it began: disk full, a matrix that cannot be factorised, a check that failed."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return ``1 fault``, ``2 faults`` and so on."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def listing(head: str, faults: Iterable[str]) -> str:
     """Join a heading and faults into one message, each fault on an indented line of its own."""
     return "\n  ".join([head, *faults])

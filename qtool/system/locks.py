@@ -21,7 +21,10 @@ def hold(lock: Path, path: Path, taken: str) -> FileLock:
         except Timeout:
             raise InputError(taken) from None
         except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
+            above = next(parent for parent in path.absolute().parents if parent.exists())
+            raise InputError(
+                f"{path} cannot be written: no folder can be made in {above} ({error.strerror}); choose another folder"
+            ) from None
         if lock.exists():
             return busy
         busy.release()  # its last owner removed the file between our opening it and our locking it

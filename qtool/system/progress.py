@@ -57,13 +57,16 @@ class Sink:
         """Show that ``task`` starts."""
 
     def advance(self, task: Task) -> None:
-        """Show that one more item of ``task`` is done."""
+        """Show that more items of ``task`` are done: ``task.done``."""
 
     def end(self, task: Task) -> None:
         """Show that ``task`` is over; ``task.seconds`` and ``task.failed`` are set."""
 
     def note(self, message: str) -> None:
-        """Show a message about this run."""
+        """Show a message that matters for the result."""
+
+    def say(self, message: str) -> None:
+        """Show a message on how the run goes on."""
 
     def __enter__(self) -> Self:
         return self
@@ -120,8 +123,8 @@ def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
         def reach(done: int) -> None:
             interrupts.check()
-            while task.done < done:
-                task.done, task.reached = task.done + 1, task.elapsed()
+            if task.done < done:
+                task.done, task.reached = done, task.elapsed()
                 _sink.advance(task)
 
         yield reach
@@ -135,5 +138,10 @@ def stage(title: str) -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """Tell the user something about this run, in a line of its own."""
+    """Tell the user something that matters for the result, in a line of its own, which ``--quiet`` does not hide."""
     _sink.note(message)
+
+
+def say(message: str) -> None:
+    """Tell the user how the run goes on, in a line of its own."""
+    _sink.say(message)

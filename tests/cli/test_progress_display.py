@@ -143,9 +143,10 @@ def test_lines_go_to_standard_error_only(capsys: pytest.CaptureFixture[str], mon
     with progress.use(progress_display.for_terminal(quiet=False)):
         progress.note("hello")
     assert tuple(capsys.readouterr()) == ("", "note: hello\n")
-    with progress.use(progress_display.for_terminal(quiet=True)):
+    with progress.use(progress_display.for_terminal(quiet=True)), progress.stage("loading"):
+        progress.say("a block is finished")
         progress.note("hello")
-    assert tuple(capsys.readouterr()) == ("", "")
+    assert tuple(capsys.readouterr()) == ("", "note: hello\n")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(progress_display.for_terminal(quiet=False), live_display.Live)

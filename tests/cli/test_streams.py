@@ -123,7 +123,7 @@ def test_a_debugging_traceback_has_no_secrets(
 
     monkeypatch.setenv("QTOOL_DEBUG", "1")
     monkeypatch.setattr("qtool.config.files.packaged", fail)
-    assert main.main(["recipes", "x", "--json"]) == 2  # recipes has no --json
+    assert main.main(["recipes", "--wrong"]) == 2
     assert main.main(["recipes"]) == 1
     out, err = capsys.readouterr()
     assert "Traceback" in err

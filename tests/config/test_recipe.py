@@ -16,7 +16,7 @@ from qtool.config.quant import QuantConfig
 from qtool.config.section import Section
 from qtool.config.sections import MethodConfig
 from qtool.config.yaml_loader import dump, parse
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, counted
 
 
 class Demo(MethodConfig):
@@ -76,7 +76,7 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
         recipe.load(path, overrides)
     head, *lines = str(caught.value).splitlines()
     source = f"{path} with --set" if overrides else str(path)
-    assert head == f"{source} has {len(lines)} fault(s):"
+    assert head == f"{source} has {counted(len(lines), 'fault')}:"
     assert all(line.startswith("  ") for line in lines)
     return [line.strip() for line in lines]
 
@@ -88,6 +88,14 @@ def test_a_small_recipe_gets_every_default(write: Write) -> None:
     assert (checked.eval, checked.export, checked.seed) == (None, (), 0)
     with pytest.raises(ValidationError, match="frozen"):
         checked.seed = 1  # type: ignore[misc]  # the refusal is what is tested
+
+
+def test_a_budget_beside_the_width_that_it_chooses_is_refused(write: Write) -> None:
+    path = write(f"{GOOD}quant: {{num_bits: 3, budget: {{average_bits: 3.0}}}}")
+    (fault,) = faults_of(path)
+    assert fault.startswith("quant.num_bits: 3 beside quant.budget, which chooses the bits of each linear; leave one")
+    assert recipe.load(path, ["quant.num_bits=null"]).quant.budget is not None
+    assert recipe.load(path, ["quant.budget=null"]).quant.num_bits == 3
 
 
 def test_all_faults_are_listed_at_once_with_key_value_and_nearest_key(write: Write) -> None:
@@ -118,7 +126,7 @@ group_size: 4
         "negative_scales, activations, kv_cache, kv_group_size, skip; found 3",
         "quant.num_bit: unknown key; the nearest is quant.num_bits; found 4",
         'data: should be a mapping with keys source, num_samples, seq_len, bos, memory_budget; found "nope"',
-        'eval.tasks: should be a list; found "wikitext2"',
+        'eval.tasks: should be a list, such as [wikitext2]; found "wikitext2"',
         'eval.num_fewshot.boolq: should be a whole number; found "x"',
         "eval.limit: should be greater than or equal to 1; found 0",
         "eval.batch_size: should be a whole number or 'auto'; found \"many\"",

@@ -31,6 +31,20 @@ def test_the_text_is_that_of_a_model_without_a_cache(name: str, monkeypatch: pyt
     assert len(said) == (name in WITHOUT)
 
 
+def test_the_tokens_written_so_far_are_counted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "CACHE_BYTES", {"cpu": 1})  # one window at a time
+    counts = []
+
+    class Counts(progress.Sink):
+        def advance(self, task: progress.Task) -> None:
+            counts.append((task.done, task.total))
+
+    with progress.use(Counts()):
+        generated_tokens(loaded, 3, 20, 0)
+    total = 3 * 19  # the first token of a window is drawn without the model
+    assert counts == [(done, total) for done in range(1, total + 1)]
+
+
 @pytest.mark.parametrize("name", ["llama", "xlstm"])
 def test_a_cache_that_works_is_used(name: str) -> None:
     loaded = make(name)

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import pytest
 from helpers import tiny
+from huggingface_hub import constants
 
 from qtool.config.sections import DataConfig
 from qtool.data import hub as hub_module
@@ -111,3 +112,20 @@ def test_what_is_local_is_known_without_reading(tmp_path: Path) -> None:
     assert sources.is_local(DataConfig(source=str(tmp_path / "a.txt")))
     assert not sources.is_local(DataConfig(source=str(tmp_path / "b.txt")))
     assert not sources.is_local(DataConfig(source="generated"))
+
+
+@pytest.mark.parametrize(
+    ("offline", "answers", "why"),
+    [
+        (True, True, "HF_HUB_OFFLINE is set"),
+        (False, False, "https://hub.example does not answer"),
+        (False, True, "no such data set"),
+    ],
+)
+def test_why_the_hub_gave_no_data_is_a_setting_of_the_user_or_the_network_or_the_error(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, answers: bool, why: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: answers)
+    assert hub_module.reason(OSError("no such data set\nmore lines")) == why

@@ -11,6 +11,8 @@ import torch
 import transformers
 from helpers import tiny
 from helpers.families import W4
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from qtool.checkpoints import native, output_folder
 from qtool.config.sections import ModelConfig
 from qtool.methods import rtn
 from qtool.models import folders
+from qtool.models.auto_class import auto_class
 from qtool.models.linears import decoder_blocks
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
@@ -171,6 +174,47 @@ def test_a_file_instead_of_a_folder_is_refused(folder: Path) -> None:
         folder / "model.safetensors",
         r"is a file; a folder with config\.json and safetensors, or a \.gguf file, is needed",
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (GatedRepoError, r"the model of that name on the hub is gated: accept its licence at .*/org/name, .*HF_TOKEN"),
+        (RepositoryNotFoundError, r"the hub has no model of that name, or it is private"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: type[RepositoryNotFoundError], match: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error.__new__(error)  # its own arguments are a response of the hub's client
+
+    monkeypatch.setattr(folders, "snapshot_download", fail)
+    refuse("org/name", match)
+
+
+@pytest.mark.parametrize(
+    ("offline", "why"), [(True, "HF_HUB_OFFLINE is set"), (False, r"the hub \(.*\) does not answer")]
+)
+def test_a_hub_that_is_not_reached_is_told_from_one_that_must_not_be_asked(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, why: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(folders, "snapshot_download", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    refuse("org/name", rf"the model is not in the cache of the hub, .*, and {why}; download it where")
+
+
+@pytest.mark.parametrize(("kind", "decoder"), [("bert", False), ("bert", True), ("roberta", False)])
+def test_an_encoder_is_refused_and_the_same_class_as_a_decoder_is_not(kind: str, decoder: bool) -> None:
+    config = transformers.AutoConfig.for_model(kind, is_decoder=decoder)
+    if decoder:
+        assert auto_class(config) is transformers.AutoModelForCausalLM
+        return
+    with pytest.raises(InputError, match=f"the model type '{kind}' is an encoder, which reads the words after"):
+        auto_class(config)
 
 
 def test_a_folder_without_a_config_is_refused(folder: Path) -> None:

@@ -105,7 +105,7 @@ def test_packed_linears_compute_with_kernels(folder: Path, tmp_path: Path) -> No
     sink = Notes()
     with progress.use(sink):
         talk = opened(tmp_path / "q")
-    assert any(text.startswith("backend fast: ") for text in sink.texts)
+    assert any(text.startswith("backend fast: ") for text in sink.said)
     assert said(talk, "The old mill")[0].tokens == 12
 
 

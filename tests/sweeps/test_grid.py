@@ -178,9 +178,16 @@ def test_all_faults_of_all_cells_are_said_at_once_and_each_once(tmp_path: Path) 
 )
 def test_faults_of_the_sweep_itself(tmp_path: Path, part: dict[str, Any], fault: str) -> None:
     head, *lines = faults(tmp_path, {"recipe": BASE, **part})
-    assert head.endswith("s.yaml has 1 fault(s):")
+    assert head.endswith("s.yaml has 1 fault:")
     (line,) = lines
     assert re.search(fault, line)
+
+
+def test_a_recipe_is_told_from_a_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {path: x}\nmethod: {name: rtn}\noutput: {path: out}\n")
+    with pytest.raises(InputError, match=r"r\.yaml is a recipe, which qtool quantize .* runs; a sweep has"):
+        grid.load(file)
 
 
 def test_what_a_cell_may_not_have_and_what_may_not_be_set(tmp_path: Path) -> None:

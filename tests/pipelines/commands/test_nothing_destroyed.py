@@ -241,7 +241,7 @@ def test_the_same_command_after_a_complete_run_says_so_and_changes_nothing(
     before = {name: digest(Path(name)) for name in ("out/q", "out/gptq", "out/dense")}
     again = qtool_("ptq", "r.yaml", "--json")
     assert (first.code, again.code) == (0, 0)
-    assert "note: out/q is complete already, made by this recipe; --overwrite makes it again" in again.err
+    assert "out/q is complete already, made by this recipe; --overwrite makes it again" in again.err
     assert json.loads(again.out)["report"] == json.loads(first.out)["report"]
     assert {name: digest(Path(name)) for name in before} == before
     for change in ("seed=4", "eval.limit=1", "export=[]"):

@@ -73,7 +73,7 @@ def test_export_writes_beside_the_checkpoint_and_says_where(
     exported = digest(Path("out/ct"))
     again = qtool_("export", "out/q", "--format", "compressed-tensors", "-o", "out/ct")
     assert again.code == 0
-    assert "note: out/ct is this export already, complete and unchanged" in again.err
+    assert "out/ct is this export already, complete and unchanged" in again.err
     assert digest(Path("out/ct")) == exported
     other = qtool_("export", "out/q", "--format", "dense", "-o", "out/ct")
     assert other.code == 2
