@@ -9,6 +9,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import is_marked
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
+from qtool.config.yaml_loader import dump
 from qtool.data import sources, windows
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
@@ -118,10 +119,12 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         quantized_bytes=source.num_bytes(),
         calibration=described(manifest.recorded.data) if manifest.data else None,
         multimodal=is_multimodal(loaded.model.config),
-        linears=weights.linear_records(weights.block_linears(loaded), source.specs, manifest.weight_errors),
+        linears=weights.linear_records(weights.block_linears(loaded), source, manifest.weight_errors),
         tables=weights.table_records(loaded, source, manifest.weight_errors),
         series=manifest.series,
         lock=manifest.lock,
+        command=manifest.command,
+        recipe=dump(manifest.recipe),
     )
 
 

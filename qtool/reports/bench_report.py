@@ -7,7 +7,8 @@ from pydantic import Field
 
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Count, Number, Record, Seconds
-from qtool.system.environment import environment
+from qtool.reports.text import rate
+from qtool.system.environment import environment, machine
 from qtool.system.units import size
 
 DENSE, FAST, EXACT = "dense", "fast", "exact"
@@ -84,6 +85,9 @@ class BenchReport(Record, Printable):
     remarks: tuple[str, ...] = Field((), description="Further notes.")
     seconds: Seconds = 0.0
     environment: dict[str, str] = Field(default_factory=lambda: environment())
+    machine: dict[str, str] = Field(
+        default_factory=lambda: machine(), description="Processor, cores and memory that the process may use, and GPUs."
+    )
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def variant(self, name: str) -> Variant:
@@ -153,8 +157,7 @@ class BenchReport(Record, Printable):
         return [*rows, ["weights on disk", *(size(variant.file_bytes) for variant in self.variants)]]
 
     def _cell(self, variant: Variant, measure: str) -> str:
-        found = variant.speeds[measure].tokens_per_second
-        text = f"{found:.{0 if found >= 100 else 1 if found >= 10 else 2}f}"
+        text = rate(variant.speeds[measure].tokens_per_second)
         return text if variant.name == DENSE else f"{text} ({self.ratio(variant.name, measure):.2f} x)"
 
     def document(self) -> Document:

@@ -57,12 +57,29 @@ class Pages:
                 _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
 
 
-def free_bytes() -> int:
-    """Return the memory in bytes that the process may still take, within the limit of its group; 0: unknown."""
-    free = 0
+def total_bytes() -> int:
+    """Return the memory in bytes that the process may take at most: the machine's, or less by the limit of its group.
+
+    0: unknown.
+    """
+    total = _meminfo("MemTotal")
+    for limit, _ in GROUP_LIMITS:
+        with suppress(OSError, ValueError):
+            total = min(total or sys.maxsize, int(Path(limit).read_text(encoding="ascii")))
+    return total
+
+
+def _meminfo(field: str) -> int:
+    """Return a number of bytes in ``/proc/meminfo``; 0 outside Linux."""
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+        return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
+    return 0
+
+
+def free_bytes() -> int:
+    """Return the memory in bytes that the process may still take, within the limit of its group; 0: unknown."""
+    free = _meminfo("MemAvailable")
     for limit, used in GROUP_LIMITS:
         with suppress(OSError, ValueError):  # "max" is no number: no limit
             room = int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))
