@@ -33,7 +33,7 @@ def answers(samples: Sequence[dict[str, Any]], metric: str, filter_: str) -> Ans
 def change_error(
     ours: Sequence[Answers | None], theirs: Sequence[Answers | None], value: float, reference: float
 ) -> float | None:
-    """Return the standard error of ``value - reference``, the metric of two models over the tasks ``ours`` and ``theirs``.
+    """Return the standard error of ``value - reference``, a metric of two models that gave these answers to some tasks.
 
     Of several tasks the metric is the mean over all items, or over the tasks. ``None`` if it is neither (F1, word
     perplexity), if the models did not answer the same items, or if one item is too few.

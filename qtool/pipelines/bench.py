@@ -1,4 +1,4 @@
-"""``qtool bench``: measure the speed and the memory of a checkpoint, and put them into its report if that is asked for."""
+"""``qtool bench``: measure speed and memory of a checkpoint, and put them into its report if that is asked for."""
 
 from pathlib import Path
 

@@ -124,8 +124,16 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         series=manifest.series,
         lock=manifest.lock,
         command=manifest.command,
-        recipe=dump(manifest.recipe),
+        recipe=_recipe(folder, manifest),
     )
+
+
+def _recipe(folder: Path, manifest: Manifest) -> str:
+    """Return the recipe of a checkpoint as YAML: as it was given, if its report has that, else with every default."""
+    with suppress(InputError):
+        if (report := read_report(folder)) is not None and report.recipe is not None:
+            return report.recipe
+    return dump(manifest.recipe)
 
 
 def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) -> CalibrationSeen | None:

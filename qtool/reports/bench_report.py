@@ -126,13 +126,17 @@ class BenchReport(Record, Printable):
         ]
         return [f"packed head against float head: {', '.join(ratios)}"]
 
+    def of_repeats(self) -> str:
+        """Return the line on how much repeats of one measurement differ."""
+        worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
+        return f"repeats of one measurement differ by up to {worst:.0%} of their median"
+
     def notes(self) -> list[str]:
         """Return the notes under the table."""
-        worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
         lines = [*self.no_help(), *self.of_head(), f"fast: {self.variant(FAST).linears}", *self.shapes]
         if self.logit_difference is not None:
             lines.append(f"the logits of fast and exact differ by {self.logit_difference:.2%} of the largest logit")
-        lines.append(f"repeats of one measurement differ by up to {worst:.0%} of their median")
+        lines.append(self.of_repeats())
         if not any(speed.joules_per_token for variant in self.variants for speed in variant.speeds.values()):
             lines.append(f"energy {self.energy}")
         return [*lines, *self.remarks]

@@ -14,8 +14,8 @@ from qtool.reports.verdict import CLASSES, SIGMAS
 
 LOSSLESS = 100 * CLASSES[1][0]  # percent; what is nearer to zero is nearly lossless
 CAPTION = (
-    f"Loss relative to the float model, in percent; of KL divergence in nats, times 100. Bars are {SIGMAS} standard errors "
-    f"to each side; the band is the range of losses that count as {CLASSES[1][1]}."
+    "Loss relative to the float model, in percent; of KL divergence in nats, times 100. Bars are "
+    f"{SIGMAS} standard errors to each side; the band is the range of losses that count as {CLASSES[1][1]}."
 )
 
 
@@ -42,7 +42,7 @@ def draw_changes(report: Report) -> Plot | None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-    axes.set_xlabel("better than the float model  < 0 <  worse" + (" (logarithmic)" if wide else ""))
+    axes.set_xlabel("loss, % (negative: better)" + (", logarithmic" if wide else ""))
     return Plot("changes", "Loss against the float model", figure, "; ".join(said) + ".", CAPTION)
 
 

@@ -20,7 +20,7 @@ from qtool.reports.document import Table
 from qtool.reports.quality import judge, judgements, loss
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
-from qtool.reports.text import PUBLISHED_COLUMNS, published_cells, rate, relative
+from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, published_cells, rate, relative
 from qtool.reports.verdict import RULE, words
 from qtool.system.printable import shown
 from qtool.system.units import duration, file_size, size
@@ -121,8 +121,8 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
 
 def _results(report: Report, rows: Sequence[TaskResult]) -> Table:
     words_column = ["in words"] if len(report.columns()) > 1 else []
-    columns = ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
-    align = "ll" + "r" * len(report.columns()) + "l" * len(words_column) + "rr"
+    columns = ["metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+    align = "l" + "r" * len(report.columns()) + "l" * len(words_column) + "rr"
     return Table(columns, [_cells(report, row) for row in rows], align[: len(columns)])
 
 
@@ -136,9 +136,9 @@ def _shots(report: Report, cell: object) -> list[str]:
 def _cells(report: Report, row: TaskResult) -> list[str]:
     found = loss(row)
     said = [] if len(report.columns()) == 1 else [words(*found).partition(" (")[0] if found else ""]
-    task = row.task if row.detail else row.task + report.mark(row)
+    name = metric_name(row.task, row.metric) + ("" if row.detail else report.mark(row))
     n = "" if row.n is None else str(row.n)
-    return [task, row.metric, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
+    return [name, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
 
 
 def _linears(report: Report) -> Table | None:

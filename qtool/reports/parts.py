@@ -76,12 +76,12 @@ def _row(name: str, grid: str, bits: float | None, size: int, total: int, error:
 
 
 def lines(report: "Report") -> list[str]:
-    """Return the lines below the table: why the file shrinks less than the linears, and what stays in floating point."""
+    """Return the lines below the table: why the file shrinks less than the linears do, and what stays float."""
     return [*_why_not_smaller(report), *float_lines(report)]
 
 
 def _why_not_smaller(report: "Report") -> list[str]:
-    """Return a line if the whole file shrinks clearly less than its quantized linears, with what else is in the file."""
+    """Return a line, with what else is in the file, if the file shrinks clearly less than its quantized linears."""
     parts, total, whole = of_file(report), report.quantized_bytes, report.file_bits_per_weight
     if not parts or not total or not whole or not report.float_bytes or not report.bits_per_weight:
         return []
@@ -95,7 +95,7 @@ def _why_not_smaller(report: "Report") -> list[str]:
     ]
     return [
         f"the quantized linears are {of_linears:.1f} x smaller than in the float model, and the whole file is "
-        f"{_ratio(ratio)}, because the linears are {_percent(parts[0].num_bytes, total)} of it; the rest: "
+        f"{_ratio(ratio)}, because these linears are {_percent(parts[0].num_bytes, total)} of it; the rest: "
         f"{', '.join(others)}"
     ]
 

@@ -22,9 +22,7 @@ class Judgement(NamedTuple):
     @property
     def change(self) -> str:
         """The change against the float model, as a number with its standard error."""
-        if self.metric == "KL divergence":
-            return f"{number(self.loss, self.stderr)} nats"
-        return percent(-self.loss if self.metric == "accuracy" else self.loss, self.stderr)
+        return _change(self.metric == "KL divergence", self.metric == "accuracy", self.loss, self.stderr)
 
     @property
     def words(self) -> str:
@@ -93,13 +91,16 @@ def loss(row: TaskResult) -> tuple[float, float | None] | None:
 
 
 def change(row: TaskResult) -> str:
-    """Return the change of a row relative to the float model, as text: of KL divergence the divergence in nats."""
+    """Return the change of a row relative to the float model as text; empty if it was not compared."""
     found = loss(row)
-    if found is None:
-        return ""
-    if row.metric == "kl":
-        return f"{number(*found)} nats"
-    return percent(-found[0] if row.higher_is_better else found[0], found[1])
+    return "" if found is None else _change(row.metric == "kl", bool(row.higher_is_better), *found)
+
+
+def _change(is_divergence: bool, higher_is_better: bool, loss: float, stderr: float | None) -> str:
+    """Return a loss as the change of its metric in percent; of KL divergence the divergence in nats."""
+    if is_divergence:
+        return f"{number(loss, stderr)} nats"
+    return percent(0.0 - loss if higher_is_better else loss, stderr)
 
 
 def overlaps(rows: Sequence[TaskResult]) -> dict[str, float]:

@@ -27,6 +27,7 @@ def notes(bench: BenchReport) -> list[str]:
     machine = f" ({machine_in_words(bench.machine)})" if bench.machine else ""
     return [
         f"speed and memory: qtool bench, {bench.dtype} on {where}{machine}, prompt of {bench.prompt_tokens} tokens, "
-        f"{bench.date}",
+        f"{bench.date}; {bench.of_repeats()}",
         *bench.no_help(),
+        *bench.remarks,
     ]
