@@ -96,8 +96,8 @@ def test_a_line_says_why_the_file_shrinks_less_than_its_linears() -> None:
         (
             [table("embedding", **FLOAT), table("head", **FLOAT)],
             [
-                "embedding and head stay float16: 0.40 MB of 0.25 MB, 160 % of the file; quant.embedding: {num_bits: 8} "
-                "and quant.head: {num_bits: 8} make them 0.20 MB"
+                "embedding and head stay float16: 0.40 MB of 0.25 MB, 160 % of the file; quant.embedding: {num_bits: 8}"
+                " and quant.head: {num_bits: 8} make them 0.20 MB"
             ],
         ),
         (
@@ -107,8 +107,8 @@ def test_a_line_says_why_the_file_shrinks_less_than_its_linears() -> None:
         (
             [table("embedding", **FLOAT), table("head", **PACKED)],
             [
-                "embedding stays float16: 0.20 MB of 0.25 MB, 80 % of the file; quant.embedding: {num_bits: 8} makes it "
-                "0.10 MB"
+                "embedding stays float16: 0.20 MB of 0.25 MB, 80 % of the file; quant.embedding: {num_bits: 8} makes it"
+                " 0.10 MB"
             ],
         ),
         (
