@@ -57,7 +57,7 @@ def change_error(
 def _error(differences: NDArray[np.float64], *scores: NDArray[np.float64]) -> float:
     """Return the standard error of the mean of ``differences`` of ``scores``; two items are added to scores in [0, 1].
 
-    Half of one of the two differs by +1, half by -1, and the other by 0.
+    The differences of these two are 0, and half of +1 and half of -1.
     """
     added = 2 if all(each.min() >= 0 and each.max() <= 1 for each in scores) else 0
     count = len(differences) + added

@@ -8,7 +8,7 @@ from pydantic import Field
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Count, Number, Record, Seconds
 from qtool.reports.text import rate
-from qtool.system.environment import environment, machine
+from qtool.system.environment import environment
 from qtool.system.units import size
 
 DENSE, FAST, EXACT = "dense", "fast", "exact"
@@ -86,7 +86,7 @@ class BenchReport(Record, Printable):
     seconds: Seconds = 0.0
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     machine: dict[str, str] = Field(
-        default_factory=lambda: machine(), description="Processor, cores and memory that the process may use, and GPUs."
+        default_factory=dict, description="Processor, cores and memory that the process may use, and GPUs."
     )
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 

@@ -28,7 +28,7 @@ from qtool.reports.records import (
 )
 from qtool.reports.text import PUBLISHED_COLUMNS, machine_in_words, metric_name, note_of, number, published_cells
 from qtool.system import reading
-from qtool.system.environment import environment, machine
+from qtool.system.environment import environment
 from qtool.system.units import duration, file_size, size
 from qtool.system.writing import write_text
 
@@ -93,7 +93,7 @@ class Report(Record, Printable):
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     machine: dict[str, str] = Field(
-        default_factory=lambda: machine(), description="Processor, cores and memory that the process may use, and GPUs."
+        default_factory=dict, description="Processor, cores and memory that the process may use, and GPUs."
     )
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 

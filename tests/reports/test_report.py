@@ -189,6 +189,12 @@ def test_the_recipe_is_there_with_the_commands_that_run_it(report: Report) -> No
     assert "`````yaml\na: |\n  ````\n  x\n`````\n" in fenced
 
 
+def test_a_report_of_an_earlier_version_names_no_machine() -> None:
+    report = Report.model_validate({"model": "m"})
+    assert report.machine == {}
+    assert "machine" not in dict(report.facts())
+
+
 def test_the_environment_names_what_numbers_depend_on() -> None:
     assert {"python", "platform", "torch", "transformers", "lm_eval"} <= Report(model="m").environment.keys()
 
