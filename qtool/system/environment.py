@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qtool.system import memory
+from qtool.system import meminfo
 from qtool.system.units import size
 
 PACKAGES = ("qtool", "torch", "transformers", "lm_eval", "datasets")
@@ -38,7 +38,7 @@ def machine() -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 0
-    total, gpus = memory.total_bytes(), _gpus()
+    total, gpus = meminfo.total_bytes(), _gpus()
     found = {"processor": processor(), "cores": str(cores or ""), "memory": size(total) if total else "", "GPU": gpus}
     return {name: text for name, text in found.items() if text}
 

@@ -14,14 +14,12 @@ from mmap import PAGESIZE
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qtool.system.meminfo import GROUP_LIMITS, meminfo
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 ENOUGH = 3 * 2**28  # resident bytes below which nothing is returned; Python and torch take half of them
-GROUP_LIMITS = (  # files with the limit and the use of memory of the process's control group
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # MADV_WILLNEED and MADV_DONTNEED of Linux's madvise
 
 
@@ -57,29 +55,9 @@ class Pages:
                 _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
 
 
-def total_bytes() -> int:
-    """Return the memory in bytes that the process may take at most: the machine's, or less by the limit of its group.
-
-    0: unknown.
-    """
-    total = _meminfo("MemTotal")
-    for limit, _ in GROUP_LIMITS:
-        with suppress(OSError, ValueError):
-            total = min(total or sys.maxsize, int(Path(limit).read_text(encoding="ascii")))
-    return total
-
-
-def _meminfo(field: str) -> int:
-    """Return a number of bytes in ``/proc/meminfo``; 0 outside Linux."""
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
-    return 0
-
-
 def free_bytes() -> int:
     """Return the memory in bytes that the process may still take, within the limit of its group; 0: unknown."""
-    free = _meminfo("MemAvailable")
+    free = meminfo("MemAvailable")
     for limit, used in GROUP_LIMITS:
         with suppress(OSError, ValueError):  # "max" is no number: no limit
             room = int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qtool.system import environment, memory
+from qtool.system import environment, meminfo, memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
@@ -14,18 +14,18 @@ def test_the_machine_is_the_part_that_the_process_may_use(monkeypatch: pytest.Mo
     found = environment.machine()
     assert found["processor"] == environment.processor()
     assert int(found["cores"]) == len(os.sched_getaffinity(0))
-    assert memory.free_bytes() < memory.total_bytes()
-    monkeypatch.setattr(memory, "total_bytes", lambda: 0)
+    assert memory.free_bytes() < meminfo.total_bytes()
+    monkeypatch.setattr(meminfo, "total_bytes", lambda: 0)
     assert "memory" not in environment.machine()
 
 
 def test_memory_is_within_the_limit_of_the_group(tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch) -> None:
     limit = os.path.join(tmp_path, "limit")
-    monkeypatch.setattr(memory, "GROUP_LIMITS", ((limit, limit),))
+    monkeypatch.setattr(meminfo, "GROUP_LIMITS", ((limit, limit),))
     for text, total in (("max", None), ("600000", 600_000)):
         with open(limit, "w", encoding="ascii") as file:
             file.write(text)
-        assert memory.total_bytes() == total or (total is None and memory.total_bytes() > 600_000)
+        assert meminfo.total_bytes() == total or (total is None and meminfo.total_bytes() > 600_000)
 
 
 def test_gpus_are_named_once_torch_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
