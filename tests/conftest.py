@@ -36,7 +36,7 @@ settings.load_profile("qtool")
 @pytest.fixture(autouse=True)
 def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn off the figures of reports, which take about a second a run, in all but the tests of figures."""
-    if request.path.stem not in ("test_html", "test_comparison"):
+    if request.path.stem not in ("test_html", "test_comparison", "test_figures", "test_page_widths"):
         monkeypatch.setattr("qtool.reports.figures.DRAWERS", ())
 
 

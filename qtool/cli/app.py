@@ -37,7 +37,6 @@ from qtool.cli.recipes import recipes
 from qtool.cli.session import running, starting
 from qtool.cli.verify import verify
 from qtool.system.errors import InputError
-from qtool.system.paths import path_text
 from qtool.system.version import __version__
 
 if TYPE_CHECKING:
@@ -184,6 +183,9 @@ def bench(
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option("--device", metavar="NAME")] = "auto",
     backend: Annotated[str, typer.Option("--backend", metavar="NAME")] = "fast",
+    into_report: Annotated[
+        bool, typer.Option("--report", help="Put the result into the report in FOLDER, beside its quality.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -197,9 +199,9 @@ def bench(
     given = {name: value for name, value in asked.items() if value is not None} | {"dtype": dtype, "backend": backend}
     options = check(BenchConfig, given, "the command line")
     with starting(quiet):
-        from qtool.evaluation.bench import bench as run_bench
+        from qtool.pipelines import bench as pipeline
     with running(quiet, None):
-        report = run_bench(path_text(folder), device, options)
+        report = pipeline.bench(folder, device, options, into_report)
     show(report, as_json, seconds=report.seconds)
 
 

@@ -244,6 +244,13 @@ def check_export(values: Mapping[str, object], source: str = "the command line")
     return check(_OneExport, {"export": values}, source).export
 
 
+def as_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML: the keys that were given, without ``output.overwrite``."""
+    from qtool.config.yaml_loader import dump  # here, so that listing recipes loads no YAML library
+
+    return dump(recipe.model_dump(mode="json", exclude_unset=True, exclude={"output": {"overwrite"}}))
+
+
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain data with every default filled in; ``Recipe.model_validate`` reads it back."""
     data = recipe.model_dump(mode="json")

@@ -48,6 +48,7 @@ from qtool.reports.bench_report import (
     speed,
 )
 from qtool.system import energy, memory, peaks, progress, units
+from qtool.system.environment import machine
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
@@ -140,6 +141,7 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
         energy=clock.meter.source,
         remarks=tuple(_remarks(loaded)),
         seconds=round(time.perf_counter() - started, 3),
+        machine=machine(),
     )
 
 

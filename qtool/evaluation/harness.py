@@ -22,6 +22,7 @@ import torch
 from qtool.data.sources import data_dir
 from qtool.data.vocabulary import checked_ids
 from qtool.evaluation.local_tasks import local_data
+from qtool.evaluation.paired import Answers, answers
 from qtool.models.loaded import LoadedModel
 from qtool.models.tokenizer import load_processor
 from qtool.reports.records import Metric
@@ -55,6 +56,7 @@ class Score:
     num_fewshot: int | None
     detail: bool  # True: a part of a group, which has a row of its own
     note: str
+    answers: tuple[Answers | None, ...]  # of the task, or of each task of the group
 
 
 def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
@@ -137,7 +139,7 @@ def run(
             tasks=[task],
             num_fewshot=num_fewshot,
             limit=limit,
-            log_samples=False,
+            log_samples=True,
             task_manager=_manager(task),
             apply_chat_template=pictures and bool(model.processor.chat_template),
         )
@@ -193,7 +195,6 @@ def _scores(results: dict[str, Any], seen: "_HarnessLog", max_length: int) -> It
     groups = results.get("group_subtasks", {})
     aggregated = {name for name in groups if any("," in key for key in results["results"].get(name, {}))}
     within = {child for name in aggregated for child in groups[name]}
-    leaves = [name for name in results["results"] if name not in groups]
     for name, values in results["results"].items():
         parts = _leaves(name, groups) if name in groups else [name]
         for key, value in values.items():
@@ -211,8 +212,9 @@ def _scores(results: dict[str, Any], seen: "_HarnessLog", max_length: int) -> It
                 ),
                 higher_is_better=results["higher_is_better"][parts[0]].get(metric),
                 num_fewshot=results["n-shot"].get(name, results["n-shot"].get(parts[0])),
-                detail=name in leaves and name in within,
+                detail=name in within,
                 note="" if name in within else seen.note(parts, max_length),
+                answers=tuple(answers(results["samples"][part], metric, rest) for part in parts),
             )
 
 

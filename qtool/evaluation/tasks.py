@@ -6,6 +6,7 @@ pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from qtool.data.sources import GENERATED
 from qtool.data.vocabulary import check_ids
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
+from qtool.evaluation.paired import change_error
 from qtool.evaluation.perplexity import (
     WindowScores,
     change_stderr,
@@ -29,6 +31,9 @@ from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric, TaskResult, task_result
 from qtool.system.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from qtool.evaluation.harness import Score
 
 WIKITEXT = "wikitext2"
 DIVERGENCE = "kl"
@@ -223,21 +228,27 @@ def _lm_eval_task(
 
     shots = config.num_fewshot if isinstance(config.num_fewshot, int) else config.num_fewshot.get(task)
     scores = harness.run(loaded, task, shots, config.limit, config.batch_size, task)
-    other: dict[tuple[str, str], Metric] = {}
+    floats = []
     if reference is not None:
         floats = harness.run(reference, task, shots, config.limit, config.batch_size, f"{task}, float model")
-        other = {(score.task, score.metric): score.measured for score in floats}
-    return [
-        task_result(
-            score.task,
-            score.metric,
-            score.measured,
-            other.get((score.task, score.metric)),
-            higher_is_better=score.higher_is_better,
-            num_fewshot=score.num_fewshot,
-            limit=config.limit,
-            detail=score.detail,
-            note=score.note,
-        )
-        for score in scores
-    ]
+    other = {(score.task, score.metric): score for score in floats}
+    return [_lm_eval_row(score, other.get((score.task, score.metric)), config.limit) for score in scores]
+
+
+def _lm_eval_row(score: "Score", reference: "Score | None", limit: int | None) -> TaskResult:
+    """Return the row of a metric of lm-eval and, beside it, of the same metric of the float model."""
+    error = None
+    if reference is not None:
+        error = change_error(score.answers, reference.answers, score.measured.value, reference.measured.value)
+    return task_result(
+        score.task,
+        score.metric,
+        score.measured,
+        None if reference is None else reference.measured,
+        delta_stderr=error,
+        higher_is_better=score.higher_is_better,
+        num_fewshot=score.num_fewshot,
+        limit=limit,
+        detail=score.detail,
+        note=score.note,
+    )

@@ -1,6 +1,6 @@
 """The weights of a report: the linears and embeddings, their shapes and grids, and the errors of quantized ones."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -30,11 +30,12 @@ def block_linears(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
 
 
 def linear_records(
-    shapes: dict[str, tuple[int, int]], specs: dict[str, QuantSpec], errors: dict[str, float]
+    shapes: dict[str, tuple[int, int]], source: NativeCheckpoint, errors: dict[str, float]
 ) -> tuple[Linear, ...]:
-    """Return the records of the linears ``shapes``; a linear without a grid in ``specs`` stays in floating point."""
+    """Return the records of the linears ``shapes``; a linear without a grid in ``source`` stays in floating point."""
+    specs, floats = source.specs, set(source.float_names())
     return tuple(
-        Linear(name=name, shape=shape)
+        Linear(name=name, shape=shape, float_bytes=_float_bytes(source, floats, name))
         if name not in specs
         else Linear(
             name=name,
@@ -45,6 +46,12 @@ def linear_records(
         )
         for name, shape in shapes.items()
     )
+
+
+def _float_bytes(source: NativeCheckpoint, floats: Collection[str], name: str) -> int | None:
+    """Return the bytes in files of a float linear, or of a matrix that is a parameter; ``None`` if it has no tensor."""
+    stored = next((each for each in (f"{name}.weight", name) if each in floats), None)
+    return None if stored is None else source.tensor(stored).nbytes
 
 
 def table_records(loaded: LoadedModel, source: NativeCheckpoint, errors: Mapping[str, float]) -> tuple[ModelTable, ...]:

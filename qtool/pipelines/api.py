@@ -37,6 +37,7 @@ from qtool.reports.bench_report import BenchReport
 from qtool.reports.comparison import Comparison
 from qtool.reports.records import Metric
 from qtool.reports.report import Report
+from qtool.system.environment import machine
 from qtool.system.errors import InputError
 from qtool.system.paths import expand
 from qtool.system.tensors import dtype_name
@@ -258,6 +259,7 @@ def _measured(
         device=str(loaded.device),
         backend=recipe.eval.backend if packed_linears(loaded.model) else None,
         seed=recipe.seed,
+        machine=machine(),
     )
     if output is not None:
         report.write(output)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qtool.reports.report import Report
 from qtool.system import peaks, progress
+from qtool.system.environment import machine
 
 
 @dataclass
@@ -37,7 +38,8 @@ class PhaseTimer:
 
     def measured(self) -> dict[str, Any]:
         """Return the fields of a report that this timer fills."""
-        return {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "peak_gpu_bytes": self.peak_gpu_bytes}
+        held = {"peak_bytes": self.peak_bytes, "peak_gpu_bytes": self.peak_gpu_bytes}
+        return {"seconds": self.seconds, **held, "machine": machine()}
 
     def added_to(self, report: Report) -> Report:
         """Return ``report`` with the phases of this process added to those of earlier starts of the run."""

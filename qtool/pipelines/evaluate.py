@@ -9,6 +9,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import is_marked
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
+from qtool.config.yaml_loader import dump
 from qtool.data import sources, windows
 from qtool.evaluation import tasks, weights
 from qtool.evaluation.contamination import CalibrationSeen
@@ -118,11 +119,21 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         quantized_bytes=source.num_bytes(),
         calibration=described(manifest.recorded.data) if manifest.data else None,
         multimodal=is_multimodal(loaded.model.config),
-        linears=weights.linear_records(weights.block_linears(loaded), source.specs, manifest.weight_errors),
+        linears=weights.linear_records(weights.block_linears(loaded), source, manifest.weight_errors),
         tables=weights.table_records(loaded, source, manifest.weight_errors),
         series=manifest.series,
         lock=manifest.lock,
+        command=manifest.command,
+        recipe=_recipe(folder, manifest),
     )
+
+
+def _recipe(folder: Path, manifest: Manifest) -> str:
+    """Return the recipe of a checkpoint as YAML: as it was given, if its report has that, else with every default."""
+    with suppress(InputError):
+        if (report := read_report(folder)) is not None and report.recipe is not None:
+            return report.recipe
+    return dump(manifest.recipe)
 
 
 def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) -> CalibrationSeen | None:

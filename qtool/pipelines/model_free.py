@@ -111,7 +111,7 @@ def run(recipe: Recipe, method: Method[Any], state: RunState, timer: PhaseTimer)
         device=str(model.device),
         seed=recipe.seed,
         expected=beside_published(recipe.expected, ()),
-        linears=weights.linear_records({**chosen.shapes, **chosen.floats}, chosen.specs, errors),
+        linears=weights.linear_records({**chosen.shapes, **chosen.floats}, source, errors),
         tables=weights.named_tables(by_name.float_tables(model.source.described, chosen), source),
         lock=state.lock,
         **timer.measured(),

@@ -1,9 +1,11 @@
-"""The outcome that ``quantize`` and ``evaluate`` return, and the calibration text as reports describe it."""
+"""The outcome that ``quantize`` and ``evaluate`` return, its files, and the calibration text as reports describe it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtool.checkpoints.native import MANIFEST
 from qtool.config.sections import DataConfig
+from qtool.reports import html, model_card
 from qtool.reports.records import CalibrationText
 from qtool.reports.report import Report
 
@@ -25,3 +27,10 @@ class Outcome:
 def described(config: DataConfig) -> CalibrationText:
     """Return the record of a report for the section ``data`` of a recipe."""
     return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
+
+
+def publish(folder: Path, report: Report, plots: bool) -> None:
+    """Write the report, the model card and the HTML page into the folder of a checkpoint."""
+    report.write(folder)
+    model_card.write(folder, report, MANIFEST, folder.name)
+    html.write(folder, report, plots)

@@ -22,8 +22,8 @@ from qtool.checkpoints.native import MANIFEST, NativeCheckpoint, PlannedCheckpoi
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantSpec
-from qtool.config.recipe import Recipe, resolved
-from qtool.config.sections import MethodConfig, OutputConfig
+from qtool.config.recipe import Recipe, as_yaml, resolved
+from qtool.config.sections import MethodConfig
 from qtool.data import windows
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks, weights
@@ -49,13 +49,13 @@ from qtool.pipelines.export_manifest import exported_already
 from qtool.pipelines.kept_forecast import kept
 from qtool.pipelines.lock import LOCKED_SECTIONS, differences, lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest, read_manifest
-from qtool.pipelines.outcome import Outcome, described
+from qtool.pipelines.outcome import Outcome, described, publish
 from qtool.pipelines.plan import kept_plan
 from qtool.pipelines.run_state import RunState, read_lock, run_state
 from qtool.pipelines.verify import verify
 from qtool.pipelines.workspace import RunWorkspace
 from qtool.quant.packed_weight import FORMAT_VERSION
-from qtool.reports import html, model_card
+from qtool.reports import model_card
 from qtool.reports.records import Exported, Lock, beside_published
 from qtool.reports.report import Report, read_report
 from qtool.system import distributed, progress
@@ -262,7 +262,9 @@ def _keep(
     plan: BitPlan | None = None,
 ) -> None:
     """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
-    report = report.model_copy(update={"licence": model_card.licence_of(resolve(run.recipe.model.path))})
+    licence = model_card.licence_of(resolve(run.recipe.model.path))
+    made = {"licence": licence, "command": run.method.command, "recipe": as_yaml(run.recipe)}
+    report = report.model_copy(update=made)
     _manifest(run, report, weight_errors, text, plan).write(run.state.model)
     model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
     run.state.keep_written(report)
@@ -286,7 +288,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         seed=recipe.seed,
         calibration=None if prepared.text is None else described(recipe.data),
         expected=beside_published(recipe.expected, ()),
-        linears=weights.linear_records(prepared.linears, prepared.specs, weight_errors),
+        linears=weights.linear_records(prepared.linears, source, weight_errors),
         tables=weights.table_records(loaded, source, weight_errors),
         series=result.series,
         planned=kept(recipe),
@@ -345,7 +347,7 @@ def evaluate(run: Run) -> None:
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
     report = run.timer.added_to(report)
     state.keep_evaluated(asked, report)
-    _publish(recipe.output, report)
+    publish(recipe.output.path, report, recipe.output.plots)
 
 
 def export_all(run: Run) -> Report:
@@ -359,15 +361,8 @@ def export_all(run: Run) -> Report:
     if not exports:
         return state.written.report
     report = run.timer.added_to(state.written.report.model_copy(update={"exports": tuple(exports)}))
-    _publish(recipe.output, report)
+    publish(recipe.output.path, report, recipe.output.plots)
     return report
-
-
-def _publish(output: OutputConfig, report: Report) -> None:
-    """Write the report, the model card and the HTML page into the folder of the checkpoint."""
-    report.write(output.path)
-    model_card.write(output.path, report, MANIFEST, output.path.name)
-    html.write(output.path, report, output.plots)
 
 
 def complete_already(recipe: Recipe, lock: Lock) -> Report | None:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Count, Number, Record, Seconds
+from qtool.reports.text import rate
 from qtool.system.environment import environment
 from qtool.system.units import size
 
@@ -84,6 +85,9 @@ class BenchReport(Record, Printable):
     remarks: tuple[str, ...] = Field((), description="Further notes.")
     seconds: Seconds = 0.0
     environment: dict[str, str] = Field(default_factory=lambda: environment())
+    machine: dict[str, str] = Field(
+        default_factory=dict, description="Processor, cores and memory that the process may use, and GPUs."
+    )
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def variant(self, name: str) -> Variant:
@@ -122,13 +126,17 @@ class BenchReport(Record, Printable):
         ]
         return [f"packed head against float head: {', '.join(ratios)}"]
 
+    def of_repeats(self) -> str:
+        """Return the line on how much repeats of one measurement differ."""
+        worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
+        return f"repeats of one measurement differ by up to {worst:.0%} of their median"
+
     def notes(self) -> list[str]:
         """Return the notes under the table."""
-        worst = max(speed.spread for variant in self.variants for speed in variant.speeds.values())
         lines = [*self.no_help(), *self.of_head(), f"fast: {self.variant(FAST).linears}", *self.shapes]
         if self.logit_difference is not None:
             lines.append(f"the logits of fast and exact differ by {self.logit_difference:.2%} of the largest logit")
-        lines.append(f"repeats of one measurement differ by up to {worst:.0%} of their median")
+        lines.append(self.of_repeats())
         if not any(speed.joules_per_token for variant in self.variants for speed in variant.speeds.values()):
             lines.append(f"energy {self.energy}")
         return [*lines, *self.remarks]
@@ -153,8 +161,7 @@ class BenchReport(Record, Printable):
         return [*rows, ["weights on disk", *(size(variant.file_bytes) for variant in self.variants)]]
 
     def _cell(self, variant: Variant, measure: str) -> str:
-        found = variant.speeds[measure].tokens_per_second
-        text = f"{found:.{0 if found >= 100 else 1 if found >= 10 else 2}f}"
+        text = rate(variant.speeds[measure].tokens_per_second)
         return text if variant.name == DENSE else f"{text} ({self.ratio(variant.name, measure):.2f} x)"
 
     def document(self) -> Document:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from qtool.system.printable import one_line
+from qtool.system.printable import one_line, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,15 @@ class Table:
     narrow: "Table | None" = None  # replaces this table in a terminal, where 80 columns must do
 
 
+@dataclass(frozen=True)
+class Code:
+    """Text that is copied as it is, such as a recipe or commands."""
+
+    title: str
+    language: str  # as Markdown names it
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """The content of a report, in the order of the fields."""
@@ -47,6 +56,7 @@ class Document:
     legend: str = ""  # explains the marks of the tables
     notes: Sequence[str] = ()
     samples: Sequence[Table] = ()  # tables of long texts; not in a terminal
+    code: Sequence[Code] = ()  # not in a terminal
     environment: Mapping[str, str] = field(default_factory=dict)  # software versions; in Markdown only
 
 
@@ -75,6 +85,8 @@ def _shown(value: Any) -> Any:  # Any: a document or a part of one
     match value:
         case str():
             return one_line(value)
+        case Code():
+            return replace(value, text=shown(value.text))
         case Document() | Table():
             return replace(value, **{each.name: _shown(getattr(value, each.name)) for each in fields(value)})
         case Mapping():
@@ -105,9 +117,17 @@ def _markdown_blocks(document: Document) -> Iterator[str]:
     yield _bullets(document.notes)
     for table in document.samples:
         yield from _markdown_table(table)
+    for each in document.code:
+        yield f"## {as_markdown(each.title)}"
+        yield f"{(fence := _fence(each.text))}{each.language}\n{each.text}\n{fence}"
     if document.environment:
         software = ", ".join(f"{name} {text}" for name, text in document.environment.items())
         yield as_markdown(f"Environment: {software}.")
+
+
+def _fence(text: str) -> str:
+    """Return a fence of code that ``text`` does not end: longer than each run of backticks in it."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _markdown_table(table: Table) -> Iterator[str]:
@@ -143,6 +163,8 @@ def _html_blocks(document: Document) -> Iterator[Markup]:
         yield Markup("<table><thead>{}</thead><tbody>{}</tbody></table>").format(head, rows)
         yield _html_list("ol", table.footnotes)
     yield from (Markup("<p>{}</p>").format(line) for line in (document.legend, *document.notes) if line)
+    for each in document.code:
+        yield Markup("<h4>{}</h4><pre>{}</pre>").format(each.title, each.text)
 
 
 def _html_row(tag: str, cells: Sequence[str], align: str) -> Markup:

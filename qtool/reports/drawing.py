@@ -5,6 +5,7 @@ follows the reader's theme; in a file of its own the figure keeps them, on white
 """
 
 import html
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from qtool.reports.report import PLOTS_FOLDER
 from qtool.system.printable import shown
@@ -26,6 +27,7 @@ from qtool.system.writing import write_bytes, write_text
 WIDTH = 4.6  # inches of 72 units; narrow, so that a phone shows text in its drawn size
 PNG_DPI = 200
 MAX_TICKS = 6  # ticks per axis; fixed, because a number computed from the layout would change the layout
+WIDE = 5  # spread of numbers, as a factor, above which an axis is logarithmic
 COLOURS: dict[str, tuple[str, str]] = {  # light, dark
     "page": ("#fdfdfe", "#13161b"),
     "panel": ("#f4f6f8", "#1c2027"),
@@ -118,6 +120,19 @@ def shortened(text: str, length: int) -> str:
 def whole_numbers(axes: Axes) -> None:
     """Put the ticks of the horizontal axis at whole numbers only."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
+    """Make the vertical axis logarithmic if ``values`` spread more than ``WIDE`` times; return whether they do."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known or min(known) <= 0 or max(known) <= WIDE * min(known):
+        return False
+    axes.set_yscale("log")
+    axes.set_ylim(min(known) / 1.2, max(known) * 1.2)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=2 * MAX_TICKS))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    return True
 
 
 def text_on(colour: tuple[float, float, float]) -> str:

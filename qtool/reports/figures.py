@@ -1,6 +1,6 @@
 """The figures of a report; a figure is drawn only if its numbers were measured.
 
-Errors are recorded as squares and shown as their root, ``|q - f| / |f|`` in percent; error bars are one standard error.
+Errors are recorded as squares and shown as their root, ``|q - f| / |f|`` in percent.
 """
 
 import math
@@ -14,12 +14,24 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from qtool.config.sections import PERCENTILES
-from qtool.reports.drawing import LIGHT, MAX_TICKS, Plot, blank, freeze_layout, shortened, style, text_on, whole_numbers
+from qtool.reports.change_figure import draw_changes
+from qtool.reports.drawing import (
+    LIGHT,
+    MAX_TICKS,
+    Plot,
+    blank,
+    freeze_layout,
+    log_if_wide,
+    shortened,
+    style,
+    text_on,
+    whole_numbers,
+)
 from qtool.reports.expert_figure import draw_coverage
 from qtool.reports.records import Linear, Series
 from qtool.reports.report import Report
-from qtool.reports.text import number, relative
+from qtool.reports.size_figure import draw_sizes
+from qtool.reports.text import relative
 from qtool.system.units import duration, size
 
 MAX_POINTS = 400  # points per curve; if there are more steps, each point is the mean of several
@@ -72,52 +84,6 @@ def curves(report: Report) -> list[tuple[Series, Series | None]]:
     """The losses by step of each training of the whole model, and those of its validations."""
     validations = {each.name: each for each in report.series if each.per == "validation"}
     return [(each, validations.get(each.name)) for each in report.series if each.per == "step" and len(each.values) > 1]
-
-
-def _metrics(report: Report) -> Plot | None:
-    rows = [row for row in report.shown() if row.value is not None and math.isfinite(row.value)]
-    rows = [row for row in rows if row.metric not in PERCENTILES]  # the table has them
-    if not rows:
-        return None
-    figure, all_axes = blank(0.45 + 0.72 * len(rows), len(rows))
-    said = []
-    for row, axes in zip(rows, all_axes, strict=True):
-        sides = [("quantized" if report.quantized else "measured", row.value, row.stderr, "accent", "o", 0.0)]
-        if row.float_value is not None and math.isfinite(row.float_value):
-            sides.insert(0, ("float", row.float_value, row.float_stderr, "second", "D", 1.0))
-        for name, value, error, colour, marker, at in sides:
-            known = error if error is not None and math.isfinite(error) else None
-            bars = {"fmt": marker, "color": LIGHT[colour], "capsize": 3, "markersize": 5}
-            axes.errorbar([value], [at], xerr=known, label=name, **bars)  # type: ignore[arg-type]
-            said.append(f"{row.task} {row.metric} {name} {number(value, error)}")
-        better = {True: ", higher is better", False: ", lower is better", None: ""}[row.higher_is_better]
-        task = row.metric if row.task == row.metric else f"{row.task}: {row.metric}"
-        axes.set_title(f"{shortened(task, 42)}{better}")
-        axes.set_ylim(-0.8, 1.8 if len(sides) > 1 else 0.8)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.margins(x=0.18)
-        axes.grid(axis="x")
-        axes.locator_params(axis="x", nbins=5)
-        axes.ticklabel_format(axis="x", useOffset=False)
-    most = max(all_axes, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
-    figure.legend(*most.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    caption = "Error bars are one standard error of each number. Both models read the same text, so the error of their "
-    caption += "difference is smaller; the table shows it."
-    return Plot("metrics", "Quality", figure, "; ".join(said) + ".", caption if report.quantized else "")
-
-
-def _sizes(report: Report) -> Plot | None:
-    if report.quantized_bytes is None or report.float_bytes is None:
-        return None
-    bars = [("float", report.float_bytes, "second"), ("quantized", report.quantized_bytes, "accent")]
-    bars += [(f"as {export.format}", export.num_bytes, "accent") for export in report.exports]
-    figure, (axes,) = blank(0.5 + 0.32 * len(bars))
-    _bars(axes, bars, lambda count: f"{count / 1e6:.2f} MB")
-    axes.set_xlabel("MB of weights on disk")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
-    said = ", ".join(f"{name} {count / 1e6:.2f} MB" for name, count, _ in bars)
-    return Plot("size", "Weights on disk", figure, f"{said}.")
 
 
 def _bits(report: Report) -> Plot | None:
@@ -184,7 +150,8 @@ def _blocks(report: Report) -> Plot | None:
     figure, (axes,) = blank(2.1)
     axes.plot(range(len(errors)), errors, "o-", color=LIGHT["accent"], markersize=4, linewidth=1.2)
     finite = [error for error in errors if math.isfinite(error)]
-    axes.set_ylim(0, 1.12 * max(finite) or 1)
+    if not log_if_wide(axes, errors):
+        axes.set_ylim(0, 1.12 * max(finite) or 1)
     axes.set_xlabel("block")
     axes.set_ylabel("|q(x) - f(x)| / |f(x)|, %")
     axes.grid(axis="y")
@@ -213,6 +180,7 @@ def _loss(report: Report) -> Plot | None:
             style_ = {"color": LIGHT["second"], "markersize": 4, "linewidth": 1, "label": "validation"}
             axes.plot(validation.at, held, "D--", **style_)  # type: ignore[arg-type] # values of many kinds
             said[-1] += f"; validation from {held[0]:.4g} to {min(held):.4g} at its best"
+        log_if_wide(axes, [*means, *(() if validation is None else validation.values)])
         axes.set_xlabel("step")
         axes.set_ylabel("loss" if len(found) == 1 else name)
         axes.grid(axis="y")
@@ -243,7 +211,7 @@ def _phases(report: Report) -> Plot | None:
     return Plot("phases", "Time and memory", figure, "; ".join(said) + ".")
 
 
-DRAWERS = (_metrics, _sizes, _bits, _errors, _blocks, draw_coverage, _loss, _phases)
+DRAWERS = (draw_changes, draw_sizes, _bits, _errors, _blocks, draw_coverage, _loss, _phases)
 
 
 def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], shown: Callable[[float], str]) -> None:

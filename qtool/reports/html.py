@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qtool.reports import model_card, parts
+from qtool.reports import model_card, parts, serving
+from qtool.reports.bench_report import DENSE, FAST, decode
 from qtool.reports.document import Table
-from qtool.reports.quality import judge, loss
+from qtool.reports.quality import judge, judgements, loss
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
-from qtool.reports.text import PUBLISHED_COLUMNS, published_cells, relative
+from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, published_cells, rate, relative
 from qtool.reports.verdict import RULE, words
 from qtool.system.printable import shown
-from qtool.system.units import duration, size
+from qtool.system.units import duration, file_size, size
 from qtool.system.version import __version__
 from qtool.system.writing import write_text
 
@@ -54,11 +55,13 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
         tiles=list(_tiles(report)),
         quality=_results(report, report.shown()),
         details=_results(report, [row for row in report.results if row.detail]),
-        judged=judge(report.shown()) is not None,
+        judged=judge(report.results) is not None,
         rule=RULE,
         linears=_linears(report),
         parts=parts.table(report),
-        float_lines=parts.float_lines(report),
+        size_lines=parts.lines(report),
+        serving=serving.table(report.bench) if report.bench else None,
+        serving_notes=serving.notes(report.bench) if report.bench else [],
         phases=_phases(report),
         published=_published(report),
         evaluating=f"qtool eval {shlex.quote(report.quantized)}" if report.quantized else None,
@@ -103,11 +106,14 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         of_file = "" if whole is None else f"; whole file {whole:.2f}"
         yield "bits per weight", f"{report.bits_per_weight:.2f}", f"scales and zero points counted{of_file}"
     if report.float_bytes and report.quantized_bytes:
-        sizes = f"{report.float_bytes / 1e6:.2f} MB to {report.quantized_bytes / 1e6:.2f} MB"
+        sizes = f"{file_size(report.float_bytes)} to {file_size(report.quantized_bytes)}"
         yield "size on disk", report.size_ratio(), sizes
-    if (judged := judge(report.shown())) is not None:
+    for judged in judgements(report.results):
         remark = ": ".join(part for part in (judged.where, judged.words.partition(" (")[0]) if part)
         yield judged.metric, judged.change.replace(" ", NBSP), remark
+    if report.bench is not None:
+        speeds = [report.bench.variant(name).speeds[decode(1)].tokens_per_second for name in (DENSE, FAST)]
+        yield "speed of decoding", f"{speeds[1] / speeds[0]:.2f} x", f"{rate(speeds[0])} to {rate(speeds[1])} tokens/s"
     if "quantize" in report.seconds:
         held = max(report.peak_bytes.values(), default=0)
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
@@ -115,8 +121,9 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
 
 def _results(report: Report, rows: Sequence[TaskResult]) -> Table:
     words_column = ["in words"] if len(report.columns()) > 1 else []
-    columns = ["task", "metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
-    return Table(columns, [_cells(report, row) for row in rows], "ll" + "r" * (len(columns) - 2))
+    columns = ["metric", *report.columns(), *words_column, *_shots(report, "shots"), "n"]
+    align = "l" + "r" * len(report.columns()) + "l" * len(words_column) + "rr"
+    return Table(columns, [_cells(report, row) for row in rows], align[: len(columns)])
 
 
 def _shots(report: Report, cell: object) -> list[str]:
@@ -129,9 +136,9 @@ def _shots(report: Report, cell: object) -> list[str]:
 def _cells(report: Report, row: TaskResult) -> list[str]:
     found = loss(row)
     said = [] if len(report.columns()) == 1 else [words(*found).partition(" (")[0] if found else ""]
-    task = row.task if row.detail else row.task + report.mark(row)
+    name = metric_name(row.task, row.metric) + ("" if row.detail else report.mark(row))
     n = "" if row.n is None else str(row.n)
-    return [task, row.metric, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
+    return [name, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
 
 
 def _linears(report: Report) -> Table | None:
@@ -142,15 +149,15 @@ def _linears(report: Report) -> Table | None:
         return None
     blocks, parts = figures.blocks_and_parts(linears)
     rows = []
-    for part in parts:
-        cells = [part]
-        for block in blocks:
+    for block in blocks:
+        cells = [f"block {block}"]
+        for part in parts:
             linear = linears.get((part, block))
             bits = "" if linear is None else "float" if linear.num_bits is None else str(linear.num_bits)
             error = None if linear is None else linear.weight_error
             cells.append(bits if error is None else f"{bits} / {relative(error):.2f}")
         rows.append(cells)
-    return Table(["linear", *(f"block {block}" for block in blocks)], rows, "l" + "r" * len(blocks))
+    return Table(["", *parts], rows, "l" + "r" * len(parts))
 
 
 def _phases(report: Report) -> Table | None:

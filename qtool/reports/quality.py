@@ -8,6 +8,8 @@ from qtool.reports.records import OVERLAP_TOKENS, OVERLAP_WARNING, Series, TaskR
 from qtool.reports.text import number, percent
 from qtool.reports.verdict import relative_loss, words
 
+ACCURACIES = "acc", "exact_match"  # what the names of metrics begin with that are a share of right answers
+
 
 class Judgement(NamedTuple):
     """The result that quality is judged by."""
@@ -20,21 +22,32 @@ class Judgement(NamedTuple):
     @property
     def change(self) -> str:
         """The change against the float model, as a number with its standard error."""
-        if self.metric == "KL divergence":
-            return f"{number(self.loss, self.stderr)} nats"
-        return percent(-self.loss if self.metric == "accuracy" else self.loss, self.stderr)
+        return _change(self.metric == "KL divergence", self.metric == "accuracy", self.loss, self.stderr)
 
     @property
     def words(self) -> str:
         """The name of the loss, by ``verdict.RULE``."""
         return words(self.loss, self.stderr)
 
+    def __str__(self) -> str:
+        """The metric, its change, where it was measured, and the words."""
+        return f"{self.metric} {self.change}{f' on {self.where}' if self.where else ''}: {self.words}"
+
+
+def judgements(rows: Sequence[TaskResult]) -> list[Judgement]:
+    """Return what the results ``rows`` say of quality: the judgement by text, and that by the accuracy on tasks."""
+    return [judged for judged in (_on_text(rows), _mean_accuracy(rows)) if judged is not None]
+
 
 def judge(rows: Sequence[TaskResult]) -> Judgement | None:
-    """Return the judgement by the most telling of ``rows``; ``None`` if none was compared with a float model.
+    """Return the first of ``judgements``; ``None`` if no row was compared with a float model."""
+    return next(iter(judgements(rows)), None)
 
-    That is perplexity, preferably on real text (not generated) that is not in the calibration text; else KL divergence;
-    else the mean accuracy over tasks.
+
+def _on_text(rows: Sequence[TaskResult]) -> Judgement | None:
+    """Return the judgement by perplexity, preferably on real text (not generated) that is not in the calibration text.
+
+    Without perplexity it is that by KL divergence.
     """
     rows = [row for row in rows if loss(row) is not None]
     rows.sort(key=lambda row: ((row.overlap or 0) >= OVERLAP_WARNING, row.task == "generated"))
@@ -42,13 +55,15 @@ def judge(rows: Sequence[TaskResult]) -> Judgement | None:
         for row in rows:
             if row.metric == metric and (found := loss(row)):
                 return Judgement(metric, row.task, *found) if metric != "kl" else Judgement("KL divergence", "", *found)
-    return _mean_accuracy(rows)
+    return None
 
 
 def _mean_accuracy(rows: Sequence[TaskResult]) -> Judgement | None:
+    """Return the judgement by the mean accuracy over tasks; a group counts once, and its members do not count again."""
+    members = {row.task for row in rows if row.detail}
     tasks: dict[str, TaskResult] = {}
     for row in rows:
-        if row.metric.startswith("acc"):
+        if row.metric.startswith(ACCURACIES) and row.task not in members and loss(row) is not None:
             tasks.setdefault(row.task, row)
     if not tasks:
         return None
@@ -73,6 +88,19 @@ def loss(row: TaskResult) -> tuple[float, float | None] | None:
         relative_loss(row.value, row.float_value, row.higher_is_better),
         None if error is None else error / abs(row.float_value),
     )
+
+
+def change(row: TaskResult) -> str:
+    """Return the change of a row relative to the float model as text; empty if it was not compared."""
+    found = loss(row)
+    return "" if found is None else _change(row.metric == "kl", bool(row.higher_is_better), *found)
+
+
+def _change(is_divergence: bool, higher_is_better: bool, loss: float, stderr: float | None) -> str:
+    """Return a loss as the change of its metric in percent; of KL divergence the divergence in nats."""
+    if is_divergence:
+        return f"{number(loss, stderr)} nats"
+    return percent(0.0 - loss if higher_is_better else loss, stderr)
 
 
 def overlaps(rows: Sequence[TaskResult]) -> dict[str, float]:

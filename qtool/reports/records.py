@@ -92,7 +92,8 @@ class TaskResult(Record):
     float_stderr: Number | None = None
     delta: Number | None = Field(None, description="value - float_value.")
     delta_stderr: Number | None = Field(
-        None, description="Standard error of delta, from the differences on the same windows; perplexity only."
+        None,
+        description="Standard error of delta, from the differences on the same windows or items; null: unknown.",
     )
     higher_is_better: bool | None = None
     num_fewshot: Count | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
@@ -122,7 +123,7 @@ def task_result(
 
 
 def change_error(row: TaskResult) -> float | None:
-    """Standard error of a row's change: of the difference on the same windows, else as if both were independent."""
+    """Standard error of a row's change: from the differences if it is known, else as if both were independent."""
     if row.delta_stderr is not None:
         return row.delta_stderr
     if row.stderr is None or row.float_stderr is None:
@@ -218,6 +219,9 @@ class Linear(Record):
         None, description="Width of its codes; null: it stays in floating point."
     )
     grid: str = Field("", description="Short name of the grid, e.g. w4g128.")
+    float_bytes: Count | None = Field(
+        None, description="Size in the weight files of a linear that stays in floating point; null: quantized, unknown."
+    )
     weight_error: Number | None = Field(
         None,
         description="|Q(w) - w|**2 / |w|**2 with w the float weight, or what a method made of it before it was rounded "

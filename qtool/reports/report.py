@@ -1,12 +1,14 @@
 """The report of a run: the schema of ``report.json``, and its content as a document."""
 
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import Field
 
-from qtool.reports import parts, quality, samples
-from qtool.reports.document import Document, Printable, Table
+from qtool.reports import parts, quality, samples, serving
+from qtool.reports.bench_report import BenchReport
+from qtool.reports.document import Code, Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
 from qtool.reports.records import (
     OVERLAP_TOKENS,
@@ -24,10 +26,10 @@ from qtool.reports.records import (
     Series,
     TaskResult,
 )
-from qtool.reports.text import PUBLISHED_COLUMNS, metric_name, note_of, number, published_cells
+from qtool.reports.text import PUBLISHED_COLUMNS, machine_in_words, metric_name, note_of, number, published_cells
 from qtool.system import reading
 from qtool.system.environment import environment
-from qtool.system.units import duration, size
+from qtool.system.units import duration, file_size, size
 from qtool.system.writing import write_text
 
 JSON_NAME = "report.json"
@@ -73,6 +75,11 @@ class Report(Record, Printable):
     )
     planned: Planned | None = Field(None, description="What qtool plan --keep predicted; null: nothing was kept.")
     exports: tuple[Exported, ...] = ()
+    bench: BenchReport | None = Field(
+        None, description="Speed and memory, by qtool bench --report; null: not measured."
+    )
+    command: str | None = Field(None, description="Command of qtool that runs the recipe, e.g. ptq.")
+    recipe: str | None = Field(None, description="The recipe as YAML.")
     lock: Lock | None = Field(None, description="What the bytes of the quantized model depend on.")
     dtype: str | None = Field(None, description="Precision of computation, for both models.")
     device: str | None = None
@@ -85,6 +92,9 @@ class Report(Record, Printable):
     )
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
+    machine: dict[str, str] = Field(
+        default_factory=dict, description="Processor, cores and memory that the process may use, and GPUs."
+    )
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def document(self) -> Document:
@@ -98,9 +108,11 @@ class Report(Record, Printable):
                 *([_results(self)] if self.results else []),
                 *filter(None, [parts.table(self)]),
                 *([_published(self)] if self.expected else []),
+                *([serving.table(self.bench)] if self.bench else []),
             ],
-            notes=parts.float_lines(self),
+            notes=[*parts.lines(self), *(serving.notes(self.bench) if self.bench else [])],
             samples=[*filter(None, [samples.table(self.continuations)])],
+            code=self.again(),
             environment=self.environment,
         )
 
@@ -118,12 +130,14 @@ class Report(Record, Printable):
         """Return size and quality in one sentence; its words for a loss follow ``verdict.RULE``."""
         parts = []
         if self.bits_per_weight is not None:
-            parts.append(f"{self.bits_per_weight:.2f} bits per weight")
+            whole = self.file_bits_per_weight
+            parts.append(
+                f"{self.bits_per_weight:.2f} bits per weight" + (f" ({whole:.2f} of the file)" if whole else "")
+            )
         if ratio := self.size_ratio():
             parts.append(ratio)
-        if (judged := quality.judge(self.shown())) is not None:
-            where = f" on {judged.where}" if judged.where else ""
-            return ", ".join([*parts, f"{judged.metric} {judged.change}{where}: {judged.words}"])
+        if judged := quality.judgements(self.results):
+            return ", ".join([*parts, "; ".join(str(each) for each in judged)])
         measured = next((row for row in self.shown() if row.value is not None), None)
         if measured is None:
             return ", ".join([*parts, "quality was not measured"])
@@ -149,10 +163,10 @@ class Report(Record, Printable):
             of_file = "" if whole is None else f"; whole file {whole:.3f}"
             facts.append(("bits per weight", f"{self.bits_per_weight:.3f} (scales and zero points counted){of_file}"))
         sizes = [(self.float_bytes, "float"), (self.quantized_bytes, "quantized")]
-        if known := [f"{count / 1e6:.2f} MB {name}" for count, name in sizes if count is not None]:
+        if known := [f"{file_size(count)} {name}" for count, name in sizes if count is not None]:
             facts.append(("weights on disk", ", ".join(known)))
         if self.seconds:
-            facts.append(("seconds", ", ".join(f"{phase} {taken:.1f}" for phase, taken in self.seconds.items())))
+            facts.append(("time", ", ".join(f"{phase} {duration(taken)}" for phase, taken in self.seconds.items())))
         peaks = [(self.peak_bytes, ""), (self.peak_gpu_bytes, " on the GPU")]
         if held := [f"{size(max(peak.values()))}{where}" for peak, where in peaks if peak]:
             facts.append(("peak memory", ", ".join(held)))
@@ -161,6 +175,8 @@ class Report(Record, Printable):
         computed = [part for part in (self.dtype, self.device and f"on {self.device}", fast) if part]
         if computed:
             facts.append(("computed in", " ".join(computed)))
+        if self.machine:
+            facts.append(("machine", machine_in_words(self.machine)))
         if (seen := coverage(self.series)) is not None:
             facts.append(("calibration of experts", str(seen)))
         if (text := self.calibration) is not None:
@@ -173,7 +189,23 @@ class Report(Record, Printable):
             )
         if agreement := samples.agreement(self.continuations):
             facts.append(("same text as the float model", agreement))
+        if licence := self.licence.get("license_name") or self.licence.get("license"):
+            facts.append(("licence of the float model", licence))
         return [*facts, ("date", self.date)]
+
+    def again(self) -> list[Code]:
+        """Return the recipe, and the commands that make the quantized model again; nothing if they are not known."""
+        if self.recipe is None or self.command is None:
+            return []
+        commands = [f"qtool {self.command} recipe.yaml  # the recipe above, in a file of this name"]
+        if self.quantized:
+            commands.append(
+                f"qtool reproduce {shlex.quote(self.quantized)}  # makes it again, and compares every tensor"
+            )
+        return [
+            Code("Recipe", "yaml", self.recipe.rstrip()),
+            Code("Make it again", "console", "\n".join(f"$ {each}" for each in commands)),
+        ]
 
     def _planned(self) -> list[tuple[str, str]]:
         """Return the fact that says what was planned, beside what was measured of the same phases."""
@@ -183,7 +215,7 @@ class Report(Record, Printable):
         peaks = [self.peak_bytes[name] for name in phases if name in self.peak_bytes]
         pairs = [(size(plan.peak_bytes), size(max(peaks)))] if peaks else []
         if self.quantized_bytes is not None:
-            pairs.insert(0, (f"{plan.num_bytes / 1e6:.2f} MB on disk", f"{self.quantized_bytes / 1e6:.2f} MB"))
+            pairs.insert(0, (f"{file_size(plan.num_bytes)} on disk", file_size(self.quantized_bytes)))
         if phases:
             taken = sum(self.seconds[name] for name in phases)
             pairs.append((duration(sum(plan.seconds[name] for name in phases)), duration(taken)))

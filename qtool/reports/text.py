@@ -1,6 +1,7 @@
 """Numbers, percentages, names and notes as text."""
 
 import math
+from collections.abc import Mapping
 
 from qtool.reports.records import Published, TaskResult
 
@@ -65,3 +66,14 @@ def number(value: float | None, stderr: float | None, sign: str = "") -> str:
         return f"{value:{sign}{digits}}"
     decimals = 4 if stderr == 0 else min(6, max(2, 1 - math.floor(math.log10(stderr))))
     return f"{value:{sign}.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def rate(per_second: float) -> str:
+    """Return tokens per second with three digits or more."""
+    return f"{per_second:.{0 if per_second >= 100 else 1 if per_second >= 10 else 2}f}"
+
+
+def machine_in_words(machine: Mapping[str, str]) -> str:
+    """Return what ``system.environment.machine`` found, in one line."""
+    words = {"processor": "{}", "cores": "{} cores", "memory": "{} memory", "GPU": "GPU {}"}
+    return ", ".join(words.get(name, f"{name} {{}}").format(text) for name, text in machine.items())

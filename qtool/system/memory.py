@@ -14,14 +14,12 @@ from mmap import PAGESIZE
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qtool.system.meminfo import GROUP_LIMITS, meminfo
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 ENOUGH = 3 * 2**28  # resident bytes below which nothing is returned; Python and torch take half of them
-GROUP_LIMITS = (  # files with the limit and the use of memory of the process's control group
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 _WILL_NEED, _DO_NOT_NEED = 3, 4  # MADV_WILLNEED and MADV_DONTNEED of Linux's madvise
 
 
@@ -59,10 +57,7 @@ class Pages:
 
 def free_bytes() -> int:
     """Return the memory in bytes that the process may still take, within the limit of its group; 0: unknown."""
-    free = 0
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    free = meminfo("MemAvailable")
     for limit, used in GROUP_LIMITS:
         with suppress(OSError, ValueError):  # "max" is no number: no limit
             room = int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))

@@ -10,6 +10,7 @@ import qtool
 from qtool.blocks.job import load_method
 from qtool.config import files, recipe
 from qtool.config.quant import TableGrid
+from qtool.config.yaml_loader import parse
 
 FOLDER = Path(qtool.__file__).parent / "recipes"
 PATHS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")  # tables are sweeps
@@ -27,6 +28,15 @@ def test_none_is_forgotten() -> None:
     assert len([path for path in PAPERS if path.parent.name == "lrqat"]) == 5 * 6
     assert len([path for path in PAPERS if path.parent.name == "peqa"]) == 6
     assert files.packaged() == {name(path): path for path in PATHS}
+
+
+def test_each_as_yaml_is_the_same_recipe_without_defaults() -> None:
+    for path in PATHS:
+        checked = recipe.load(path, ["output.overwrite=true"])
+        text = recipe.as_yaml(checked)
+        again = recipe.check(recipe.Recipe, parse(text), name(path))
+        assert again == recipe.load(path), name(path)
+        assert "memory_budget" not in text
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name)

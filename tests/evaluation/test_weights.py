@@ -16,7 +16,8 @@ from qtool.blocks.job import Job
 from qtool.checkpoints.files import file_hashes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.config.quant import QuantConfig, QuantSpec
-from qtool.config.recipe import Recipe
+from qtool.config.recipe import Recipe, check
+from qtool.config.yaml_loader import parse
 from qtool.evaluation import weights
 from qtool.models.loaded import LoadedModel
 from qtool.pipelines import quantize as pipeline
@@ -194,3 +195,22 @@ def test_time_and_memory_are_there_for_each_phase(models: Path, tmp_path: Path) 
     peaks = list(report.peak_bytes.values())
     assert peaks == sorted(peaks), "a peak so far never goes down"
     assert peaks[0] > 10 << 20
+
+
+def test_linears_that_stay_float_have_their_size_and_the_report_its_recipe(models: Path, tmp_path: Path) -> None:
+    recipe = make(models, tmp_path / "out", "rtn", overrides={"*.0.mlp.*": {"skip": True}})
+    outcome = pipeline.quantize(recipe)
+    assert outcome is not None
+    report = outcome.report
+    left = {each.name: each.float_bytes for each in report.linears if each.num_bits is None}
+    stored = {
+        name: tensor.nbytes
+        for file in (tmp_path / "out").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    assert len(left) == 3
+    assert left == {name: stored[f"{name}.weight"] for name in left}
+    assert all(each.float_bytes is None for each in report.linears if each.num_bits is not None)
+    assert report.command == "ptq"
+    assert report.recipe is not None
+    assert check(Recipe, parse(report.recipe), "the report") == recipe

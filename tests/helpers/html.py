@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 
 HOSTILE = "</style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp; $\\frac{a}$ {{ 7 * 7 }}"
-VOID = {"meta", "img", "link", "br", "hr", "input"}
+VOID = {"meta", "img", "link", "br", "hr", "input", "wbr"}
 
 
 class Tree(HTMLParser):

@@ -36,20 +36,20 @@ def report(*tables: ModelTable, **fields: Any) -> Report:
 def rows(of: Report) -> dict[str, list[str]]:
     made = parts.table(of)
     assert made is not None
-    assert list(made.columns) == ["weights on disk", "grid", "bits/weight", "MB", "of file", "weight error"]
+    assert list(made.columns) == ["weights on disk", "grid", "bits/weight", "size", "of file", "weight error"]
     return {row[0]: list(row[1:]) for row in made.rows}
 
 
 def test_the_parts_add_up_to_the_file() -> None:
     assert rows(report(table(**PACKED))) == {
-        "linears": ["w4g64", "4.250", "0.02", "8 %", ""],
-        "embedding and head (tied)": ["w8pc", "8.160", "0.10", "41 %", "2.00 %"],
-        "other tensors": ["", "", "0.13", "51 %", ""],
-        "all quantized": ["", f"{(0.4 * 4.25 + 8.16) / 1.4:.3f}", "0.12", "49 %", ""],
-        "whole file": ["", "14.100", "0.25", "100 %", ""],
+        "linears": ["w4g64", "4.250", "0.02 MB", "8 %", ""],
+        "embedding and head (tied)": ["w8pc", "8.160", "0.10 MB", "41 %", "2.00 %"],
+        "other tensors": ["", "", "0.13 MB", "51 %", ""],
+        "all quantized": ["", f"{(0.4 * 4.25 + 8.16) / 1.4:.3f}", "0.12 MB", "49 %", ""],
+        "whole file": ["", "14.100", "0.25 MB", "100 %", ""],
     }
     found = rows(report(table(**FLOAT)))
-    assert found["embedding and head (tied)"] == ["float16", "16.000", "0.20", "80 %", ""]
+    assert found["embedding and head (tied)"] == ["float16", "16.000", "0.20 MB", "80 %", ""]
     assert "all quantized" not in found, "it would be the linears again"
 
 
@@ -61,6 +61,27 @@ def test_linears_on_several_grids_are_mixed() -> None:
     assert rows(made.model_copy(update={"linears": (*made.linears, other)}))["linears"][0] == "mixed"
 
 
+def test_linears_that_stay_float_have_a_row_of_their_own() -> None:
+    left = [Linear(name=f"model.layers.0.{i}", shape=(100, 50), float_bytes=10_000) for i in range(2)]
+    made = report(table(**FLOAT))
+    found = rows(made.model_copy(update={"linears": (*made.linears, *left)}))
+    assert found["2 float linears"] == ["float", "16.000", "0.02 MB", "8 %", ""]
+    assert found["other tensors"][2] == "0.01 MB"
+
+
+def test_a_line_says_why_the_file_shrinks_less_than_its_linears() -> None:
+    float_bytes = 2 * (40_000 + 100_000)
+    whole = 250_000 * 8 / 140_000
+    made = report(table(**FLOAT), float_bytes=float_bytes, file_bits_per_weight=whole)
+    (line,) = set(parts.lines(made)) - set(parts.float_lines(made))
+    assert line == (
+        "the quantized linears are 3.8 x smaller than in the float model, and the whole file is 1.1 x smaller, because "
+        "these linears are 8 % of it; the rest: embedding and head (tied) 80 % (float16), other tensors 12 %"
+    )
+    small = report(table(**FLOAT | {"num_bytes": 200}), float_bytes=80_000, quantized_bytes=22_000)
+    assert not set(parts.lines(small)) - set(parts.float_lines(small))
+
+
 @pytest.mark.parametrize(
     ("tables", "lines"),
     [
@@ -68,40 +89,40 @@ def test_linears_on_several_grids_are_mixed() -> None:
         (
             [table(**FLOAT)],
             [
-                "embedding and head stay float16: 0.20 of 0.25 MB, 80 % of the file; quant.embedding: {num_bits: 8} "
+                "embedding and head stay float16: 0.20 MB of 0.25 MB, 80 % of the file; quant.embedding: {num_bits: 8} "
                 "makes them 0.10 MB"
             ],
         ),
         (
             [table("embedding", **FLOAT), table("head", **FLOAT)],
             [
-                "embedding and head stay float16: 0.40 of 0.25 MB, 160 % of the file; quant.embedding: {num_bits: 8} "
-                "and quant.head: {num_bits: 8} make them 0.20 MB"
+                "embedding and head stay float16: 0.40 MB of 0.25 MB, 160 % of the file; quant.embedding: {num_bits: 8}"
+                " and quant.head: {num_bits: 8} make them 0.20 MB"
             ],
         ),
         (
             [table("embedding", **PACKED), table("head", **FLOAT)],
-            ["head stays float16: 0.20 of 0.25 MB, 80 % of the file; quant.head: {num_bits: 8} makes it 0.10 MB"],
+            ["head stays float16: 0.20 MB of 0.25 MB, 80 % of the file; quant.head: {num_bits: 8} makes it 0.10 MB"],
         ),
         (
             [table("embedding", **FLOAT), table("head", **PACKED)],
             [
-                "embedding stays float16: 0.20 of 0.25 MB, 80 % of the file; quant.embedding: {num_bits: 8} makes it "
-                "0.10 MB"
+                "embedding stays float16: 0.20 MB of 0.25 MB, 80 % of the file; quant.embedding: {num_bits: 8} makes it"
+                " 0.10 MB"
             ],
         ),
         (
             [table(**FLOAT), table("embedding wpe", **FLOAT | {"grid": "float32"})],
             [
-                "embedding and head, embedding wpe stay float16/float32: 0.40 of 0.25 MB, 160 % of the file; "
+                "embedding and head, embedding wpe stay float16/float32: 0.40 MB of 0.25 MB, 160 % of the file; "
                 "quant.embedding: {num_bits: 8} makes them 0.20 MB"
             ],
         ),
         (
             [table("embedding", **FLOAT | {"int8_bytes": None}), table("head", **FLOAT)],
             [
-                "head stays float16: 0.20 of 0.25 MB, 80 % of the file; quant.head: {num_bits: 8} makes it 0.10 MB",
-                "embedding stays float16: 0.20 of 0.25 MB, 80 % of the file",
+                "head stays float16: 0.20 MB of 0.25 MB, 80 % of the file; quant.head: {num_bits: 8} makes it 0.10 MB",
+                "embedding stays float16: 0.20 MB of 0.25 MB, 80 % of the file",
             ],
         ),
     ],
@@ -118,7 +139,11 @@ def test_pages_and_the_terminal_show_table_and_line() -> None:
     made = report(table(**FLOAT))
     text = Tree(html.page(made, [])).text
     (line,) = parts.float_lines(made)
-    for part in ("embedding and head (tied) float16 16.000 0.20 80 %", f"{line}.", "whole file 14.10"):
+    for part in (
+        "embedding and head (tied) float16 16.000 0.20 MB 80 %",
+        f"{line[0].upper()}{line[1:]}.",
+        "whole file 14.10",
+    ):
         assert part in text, part
     written = io.StringIO()
     made.render(Console(file=written, width=80, force_terminal=False))

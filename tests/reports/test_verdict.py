@@ -84,6 +84,11 @@ REAL = row("wikitext2", "perplexity", 10.3, 10.0, 0.02, False)
 OWN = row("generated", "perplexity", 12.0, 10.0, 0.02, False)
 KL = row("kl", "kl", 0.1, None, 0.001, False)
 BOOLQ, PIQA = (row(task, "acc", 0.601, 0.64, 0.003, True) for task in ("boolq", "piqa"))
+BAD = row("mmlu_stem", "acc", 0.1, 0.64, 0.003, True)
+MEMBER = BAD.model_copy(update={"detail": True})
+GSM8K = row("gsm8k", "exact_match (strict-match)", 0.601, 0.64, 0.003, True)
+PAIRED = BOOLQ.model_copy(update={"delta_stderr": 0.0005})
+EQUAL = row("boolq", "acc", 0.64, 0.64, 0.003, True)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +96,18 @@ BOOLQ, PIQA = (row(task, "acc", 0.601, 0.64, 0.003, True) for task in ("boolq", 
     [
         ((OWN, KL, REAL), "perplexity +3.0 % ± 0.2 % on wikitext2: a small loss"),
         ((KL, OWN), "perplexity +20.0 % ± 0.2 % on generated: between a clear loss and a large loss"),
-        ((BOOLQ, KL), "KL divergence 0.1000 ± 0.0010 nats: a clear loss"),
+        (
+            (BOOLQ, KL),
+            "KL divergence 0.1000 ± 0.0010 nats: a clear loss; accuracy -6.1 % ± 0.7 % on boolq: between a small loss",
+        ),
         ((BOOLQ,), "accuracy -6.1 % ± 0.7 % on boolq: between a small loss and a clear loss"),
         ((BOOLQ, PIQA), "accuracy -6.1 % ± 0.5 % on 2 tasks: a clear loss"),
+        # a group of tasks counts once, and its members do not, even where a member was asked for by itself
+        ((BOOLQ, PIQA, MEMBER), "accuracy -6.1 % ± 0.5 % on 2 tasks"),
+        ((BOOLQ, PIQA, MEMBER, BAD), "accuracy -6.1 % ± 0.5 % on 2 tasks"),
+        ((BOOLQ, GSM8K), "accuracy -6.1 % ± 0.5 % on 2 tasks"),
+        ((PAIRED,), "accuracy -6.09 % ± 0.08 % on boolq: a clear loss"),
+        ((EQUAL,), "accuracy +0.0 % ± 0.7 % on boolq"),
         (
             (row("t", "perplexity", 9.0, None, 0.1, False),),
             "perplexity 9.00 ± 0.10 on t; not compared with a float model",
