@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPU_ONLY := $(shell [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: help demo test test-slow test-gpu test-versions check fix bench clean
+.PHONY: help demo test test-slow test-gpu test-versions check fix bench dist clean
 
 help:
 	@echo "make demo       install, quantize the built-in model, show the report"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-gpu   tests that need a CUDA GPU"
 	@echo "make test-versions  a part of the tests with the oldest and newest supported packages"
 	@echo "make bench      timings; docs/benchmarks.md says what was measured"
+	@echo "make dist       wheel and sdist in dist/, installed in a fresh environment and tried there"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,10 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable ".[test,dev]"
+	touch $@
+
+$(VENV)/.dist: $(VENV)/.torch
+	$(PIP) "build>=1.3,<2" "twine>=6.2,<8"
 	touch $@
 
 demo: $(VENV)/.run
@@ -73,6 +78,18 @@ fix: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python scripts/bench/table.py
+
+# the wheel is built from the sdist; it is tried in an environment and a folder that know nothing of this tree
+dist: $(VENV)/.dist
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	set -e; trial=$$(mktemp -d); trap 'rm -rf "$$trial"' EXIT; \
+	$(MAKE) --no-print-directory VENV="$$trial/venv" "$$trial/venv/.torch"; \
+	"$$trial/venv/bin/pip" install --quiet --disable-pip-version-check dist/*.whl; \
+	"$$trial/venv/bin/pip" check; \
+	(cd "$$trial"; env -u PYTHONPATH venv/bin/qtool ptq quickstart; test -s out/quickstart/report.html); \
+	ls -l dist; du -sh "$$trial/venv"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

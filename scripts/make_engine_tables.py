@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, load_commands
 from qtool.config.loadable import described
+from qtool.system.distribution import install
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"README.md": ("formats",), "docs/engines.md": ("engines", "pairs", "loading")}  # tables of each page, by mark
@@ -59,7 +60,7 @@ def ways(grids: tuple[Grids, ...]) -> str:
 
 
 def _named(name: str) -> str:
-    extra = f" (`pip install qtool[{EXTRA[name]}]`)" if name in EXTRA else ""
+    extra = f" (`{install(EXTRA[name])}`)" if name in EXTRA else ""
     return f"`{name}`{extra}" if name != "native" else "native"
 
 

@@ -95,7 +95,7 @@ class EvalConfig(Section):
         ("wikitext2",),
         min_length=1,
         description="wikitext2, c4 and generated (token perplexity), kl (KL divergence from the float model), or any "
-        "lm-eval task, e.g. boolq, mmlu.",
+        "lm-eval task, e.g. boolq, mmlu (these need the extra tasks of qtool).",
     )
     num_fewshot: int | dict[str, int] = Field(
         default_factory=dict,

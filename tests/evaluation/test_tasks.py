@@ -124,6 +124,17 @@ def test_our_own_tasks_do_not_import_lm_eval(
     assert len(evaluate(loaded, config, reference, seed=0)) == 8
 
 
+def test_tasks_of_lm_eval_are_refused_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtool.evaluation.tasks.find_spec", lambda name: None if name == "lm_eval" else object())
+    with pytest.raises(InputError) as found:
+        check_tasks(EvalConfig(tasks=("kl", "boolq", "wikitex2")))
+    assert str(found.value) == (
+        "eval.tasks: boolq, wikitex2: only wikitext2, c4, generated, kl are measured without lm-eval, which is not "
+        'installed; install it with: pip install "qtool-llm[tasks]", or name only these; instead of wikitex2, did you '
+        "mean wikitext2?"
+    )
+
+
 # -------------------------------------------------------------------------------------------- lm-eval tasks
 
 
