@@ -26,8 +26,10 @@ help:
 	@echo "make bench      timings; docs/benchmarks.md says what was measured"
 	@echo "make dist       wheel and sdist in dist/, installed in a fresh environment and tried there"
 
-$(VENV)/.torch:
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/pip
 ifneq ($(TORCH),)
 	$(PIP) $(TORCH)
 else ifeq ($(CPU_ONLY),yes)
@@ -45,7 +47,7 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable ".[test,dev]"
 	touch $@
 
-$(VENV)/.dist: $(VENV)/.torch
+$(VENV)/.dist: | $(BIN)/pip
 	$(PIP) "build>=1.3,<2" "twine>=6.2,<8"
 	touch $@
 
