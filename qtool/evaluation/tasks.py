@@ -41,9 +41,10 @@ def check_tasks(config: EvalConfig) -> None:
     """Check that every task can be measured, before any long work; downloads the data of lm-eval's tasks.
 
     Raises:
-        InputError: a task is unknown or repeated, its data or lm-eval is not available, or ``num_fewshot`` names a
-            task that is not in ``tasks``.
+        InputError: a task is unknown or repeated, its data, lm-eval or what ``backend`` needs is not there, or
+            ``num_fewshot`` names a task that is not in ``tasks``.
     """
+    backend.check(config.backend)
     repeated = {task for task in config.tasks if config.tasks.count(task) > 1}
     if repeated:
         raise InputError(f"eval.tasks: {', '.join(sorted(repeated))} is named more than once")

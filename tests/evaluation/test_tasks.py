@@ -135,6 +135,14 @@ def test_tasks_of_lm_eval_are_refused_without_it(monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_a_backend_whose_packages_are_missing_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtool.quant.ort_kernel.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'^backend ort: onnxruntime and onnx not installed: pip install "qtool-llm\['):
+        check_tasks(EvalConfig(tasks=("kl",), backend="ort"))
+    for other in ("fast", "exact", "dense", "torch"):
+        check_tasks(EvalConfig(tasks=("kl",), backend=other))
+
+
 # -------------------------------------------------------------------------------------------- lm-eval tasks
 
 
