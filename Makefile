@@ -9,6 +9,7 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?=
+TRIAL := build/trial
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPU_ONLY := $(shell [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -84,14 +85,15 @@ bench: $(VENV)/.dev
 # the wheel is built from the sdist; it is tried in an environment and a folder that know nothing of this tree
 dist: $(VENV)/.dist
 	rm -rf build dist
-	$(BIN)/python -m build
+	$(BIN)/python -m build --quiet
 	$(BIN)/twine check --strict dist/*
-	set -e; trial=$$(mktemp -d); trap 'rm -rf "$$trial"' EXIT; \
-	$(MAKE) --no-print-directory VENV="$$trial/venv" "$$trial/venv/.torch"; \
-	"$$trial/venv/bin/pip" install --quiet --disable-pip-version-check dist/*.whl; \
-	"$$trial/venv/bin/pip" check; \
-	(cd "$$trial"; env -u PYTHONPATH venv/bin/qtool ptq quickstart; test -s out/quickstart/report.html); \
-	ls -l dist; du -sh "$$trial/venv"
+	$(MAKE) --no-print-directory VENV=$(TRIAL) $(TRIAL)/.torch
+	$(TRIAL)/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	$(TRIAL)/bin/pip check
+	cd "$$(mktemp -d)" && env -u PYTHONPATH "$(CURDIR)/$(TRIAL)/bin/qtool" ptq quickstart && ls -l "$$PWD"/out/quickstart/report.html
+	ls -l dist
+	du -sh $(TRIAL)
+	@echo "$$($(TRIAL)/bin/pip list --format=freeze | wc -l) packages"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -90,7 +90,7 @@ def of_library(*names: str) -> list[Backend]:
 def missing(library: str) -> str | None:
     """Return the reason why this machine cannot run any kernel of ``library``; ``None`` if it can, or it has none."""
     reasons = [_device_missing(backend.device) or backend.missing() for backend in of_library(library)]
-    return reasons[-1] if reasons and all(reasons) else None
+    return reasons[0] if reasons and all(reasons) else None
 
 
 @torch.no_grad()
