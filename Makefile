@@ -9,11 +9,12 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?=
+TRIAL := build/trial
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CPU_ONLY := $(shell [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: help demo test test-slow test-gpu test-versions check docs fix bench clean
+.PHONY: help demo test test-slow test-gpu test-versions check docs fix bench dist clean
 
 help:
 	@echo "make demo       install, quantize the built-in model, show the report"
@@ -25,9 +26,12 @@ help:
 	@echo "make test-gpu   tests that need a CUDA GPU"
 	@echo "make test-versions  a part of the tests with the oldest and newest supported packages"
 	@echo "make bench      timings; docs/benchmarks.md says what was measured"
+	@echo "make dist       wheel and sdist in dist/, installed in a fresh environment and tried there"
 
-$(VENV)/.torch:
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/pip
 ifneq ($(TORCH),)
 	$(PIP) $(TORCH)
 else ifeq ($(CPU_ONLY),yes)
@@ -47,6 +51,10 @@ $(VENV)/.dev: $(VENV)/.run
 
 $(VENV)/.docs: $(VENV)/.run
 	$(PIP) --editable ".[docs]"
+	touch $@
+
+$(VENV)/.dist: | $(BIN)/pip
+	$(PIP) "build>=1.3,<2" "twine>=6.2,<8"
 	touch $@
 
 demo: $(VENV)/.run
@@ -82,6 +90,19 @@ fix: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python scripts/bench/table.py
+
+# the wheel is built from the sdist; it is tried in an environment and a folder that know nothing of this tree
+dist: $(VENV)/.dist
+	rm -rf build dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(MAKE) --no-print-directory VENV=$(TRIAL) $(TRIAL)/.torch
+	$(TRIAL)/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	$(TRIAL)/bin/pip check
+	cd "$$(mktemp -d)" && env -u PYTHONPATH "$(CURDIR)/$(TRIAL)/bin/qtool" ptq quickstart && ls -l "$$PWD"/out/quickstart/report.html
+	ls -l dist
+	du -sh $(TRIAL)
+	@echo "$$($(TRIAL)/bin/pip list --format=freeze | wc -l) packages"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

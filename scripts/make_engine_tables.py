@@ -15,6 +15,7 @@ from qtool.config.engines import ENGINES, FORMATS, READS, Grids, Reads, load_com
 from qtool.config.loadable import Weights, best, described
 from qtool.config.quant import QuantConfig
 from qtool.config.yaml_loader import parse
+from qtool.system.distribution import install
 
 ROOT = Path(__file__).parents[1]
 # tables of each page, by mark
@@ -81,7 +82,7 @@ def ways(grids: tuple[Grids, ...]) -> str:
 
 
 def _named(name: str) -> str:
-    extra = f" (`pip install qtool[{EXTRA[name]}]`)" if name in EXTRA else ""
+    extra = f" (`{install(EXTRA[name])}`)" if name in EXTRA else ""
     return f"`{name}`{extra}" if name != "native" else "native"
 
 

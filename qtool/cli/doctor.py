@@ -10,14 +10,25 @@ from typing import Any
 from urllib.request import getproxies
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
+from qtool.system.distribution import NAME, TESTED_TORCH, install
 from qtool.system.environment import processor
 from qtool.system.units import size
 from qtool.system.version import __version__
 
 TIMED_SIZE, TIMED_GROUP = 4096, 128  # channels of the weights that kernels are timed on, and of their groups
 
+EXTRAS = {  # extra of qtool that installs an optional package
+    "gguf": "gguf",
+    "lm-eval": "tasks",
+    "onnx": "onnx",
+    "onnxruntime": "ort",
+    "onnxruntime-genai": "onnx",
+    "submitit": "cluster",
+}
 OPTIONAL = {
+    "lm-eval": "tasks such as boolq and mmlu",
     "compressed-tensors": "reads our folders without qtool",
     "gptqmodel": "outside reader of gptq and awq exports",
     "auto-round": "outside reader of auto-round and gptq exports",
@@ -28,7 +39,7 @@ OPTIONAL = {
     "onnxruntime-genai": "builds the graphs of onnx exports, and runs them",
     "bitsandbytes": "8-bit optimizers",
     "gemlite": "fast kernels on CUDA",
-    "onnxruntime": "fast kernels on a processor: pip install 'qtool[ort]'",
+    "onnxruntime": "fast kernels on a processor",
     "submitit": "sweeps on a Slurm cluster",
     "ray": "sweeps on a Ray cluster",
     "tensorboard": "training curves",
@@ -38,11 +49,14 @@ OPTIONAL = {
 
 
 def doctor() -> dict[str, Any]:
-    """Return versions, devices, data, hub and optional packages as plain data; ``problems`` says what to correct."""
+    """Return versions, devices, data, hub and optional packages as plain data.
+
+    ``problems`` says what to correct, ``notes`` what was not tested.
+    """
     packages = _required()
     problems = [
         f"{name} {'is missing' if row['version'] is None else row['version'] + ' does not fit'}"
-        f"{', it must be ' + row['needs'] if row['needs'] else ''}: pip install '{name}{row['needs']}'"
+        f'{", it must be " + row["needs"] if row["needs"] else ""}: pip install "{name}{row["needs"]}"'
         for name, row in packages.items()
         if not row["ok"]
     ]
@@ -60,8 +74,16 @@ def doctor() -> dict[str, Any]:
         "data": _data(),
         "hub": _hub(),
         "optional": {name: _version(name) for name in OPTIONAL},
+        "notes": _untested(packages.get("torch", {}).get("version")),
         "problems": problems + ([fault] if fault else []),
     }
+
+
+def _untested(torch: str | None) -> list[str]:
+    """Return a note if the version of torch is newer than the newest that qtool was tested with."""
+    if torch is None or Version(Version(torch).public) <= Version(TESTED_TORCH):
+        return []
+    return [f"torch {torch} is newer than {TESTED_TORCH}, the newest that qtool was tested with"]
 
 
 def _version(name: str) -> str | None:
@@ -75,7 +97,7 @@ def _required() -> dict[str, dict[str, Any]]:
     """Return each required package with its version, the range that qtool needs, and whether the version is in it."""
     rows: dict[str, dict[str, Any]] = {}
     try:
-        lines = metadata.requires("qtool") or ()
+        lines = metadata.requires(NAME) or ()
     except metadata.PackageNotFoundError:
         return rows
     for want in map(Requirement, lines):
@@ -208,6 +230,11 @@ def _kernel_name(row: dict[str, Any]) -> str:
     return f"{own}, {row['device'] or 'any'}"
 
 
+def _use(name: str, there: bool) -> str:
+    """Return what an optional package is for, and how an extra of qtool installs it if it is not there."""
+    return OPTIONAL[name] if there or name not in EXTRAS else f"{OPTIONAL[name]}: {install(EXTRAS[name])}"
+
+
 def render(found: dict[str, Any]) -> str:
     """Return the findings of ``doctor`` as text."""
     devices, data, hub = found["devices"], found["data"], found["hub"]
@@ -243,7 +270,7 @@ def render(found: dict[str, Any]) -> str:
             ("local", where, ""),
             ("hub", f"{_reached(hub)}, cache {hub['cache']}", ""),
         ],
-        "optional": [(name, here.get(name, "-"), use) for name, use in OPTIONAL.items()],
+        "optional": [(name, here.get(name, "-"), _use(name, name in here)) for name in OPTIONAL],
     }
     lines = []
     for title, rows in sections.items():
@@ -251,5 +278,6 @@ def render(found: dict[str, Any]) -> str:
         names = max(20, *(len(name) + 2 for name, _, _ in rows), 0)
         wide = max((len(value) for _, value, note in rows if note), default=0)
         lines += [f"  {name:<{names}}{value:<{wide}}  {note}".rstrip() for name, value, note in rows]
+    lines += ["notes", *[f"  {line}" for line in found["notes"]]] if found["notes"] else []
     lines += ["problems", *[f"  {line}" for line in found["problems"]]] if found["problems"] else ["all is well"]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from qtool.config.section import OutputPath, Section
+from qtool.system.distribution import install
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BackendName = Literal["exact", "fast", "dense", "torch", "ort", "gemlite"]
@@ -95,7 +96,7 @@ class EvalConfig(Section):
         ("wikitext2",),
         min_length=1,
         description="wikitext2, c4 and generated (token perplexity), kl (KL divergence from the float model), or any "
-        "lm-eval task, e.g. boolq, mmlu.",
+        f"lm-eval task, e.g. boolq, mmlu ({install('tasks')}).",
     )
     num_fewshot: int | dict[str, int] = Field(
         default_factory=dict,

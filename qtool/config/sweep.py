@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from qtool.config.section import OutputPath, Section
 from qtool.config.sections import Dtype
+from qtool.system.distribution import install
 from qtool.system.errors import InputError
 
 # parameters of launchers that ask for resources and names and run no command; slurm_ may stand before those of submitit
@@ -82,10 +83,10 @@ class LauncherConfig(Section):
             InputError: The package is not installed.
         """
         if self.name != "local" and find_spec(self.name) is None:
-            extra = "qtool[cluster]" if self.name == "submitit" else self.name
+            command = install("cluster") if self.name == "submitit" else f"pip install {self.name}"
             raise InputError(
                 f"launcher.name: {self.name} needs the package {self.name}, which is not installed; "
-                f"pip install '{extra}', or use local"
+                f"{command}, or use local"
             )
 
 

@@ -26,7 +26,7 @@ from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.sections import ModelConfig
 from qtool.config.sweep import BenchConfig
-from qtool.models.backend import held_bytes, use_backend
+from qtool.models.backend import check, held_bytes, use_backend
 from qtool.models.cache_argument import cache_of, with_cache
 from qtool.models.expanded import expand
 from qtool.models.linears import packed_weights, weight_of
@@ -88,11 +88,13 @@ def bench(path: str, device: str, plan: BenchConfig) -> BenchReport:
     """Measure the native checkpoint at ``path``, as much and in the precision that ``plan`` says.
 
     Raises:
-        InputError: the folder is no native checkpoint, or sequences would be longer than the model's context.
+        InputError: the folder is no native checkpoint, this machine cannot run the backend, or sequences would be
+            longer than the model's context.
     """
     started = time.perf_counter()
     config = ModelConfig(path=path, dtype=plan.dtype, device=device)
     source = NativeCheckpoint(Path(path))
+    check(plan.backend)
     held = _Memory(choose_device(config.device))
     with progress.stage(f"loading {config.path}"):
         loaded = load_model(config, quantized=True)

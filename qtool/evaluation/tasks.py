@@ -6,6 +6,7 @@ pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from qtool.models import backend
 from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
 from qtool.reports.records import Metric, TaskResult, task_result
+from qtool.system.distribution import install
 from qtool.system.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -44,9 +46,10 @@ def check_tasks(config: EvalConfig) -> None:
     """Check that every task can be measured, before any long work; downloads the data of lm-eval's tasks.
 
     Raises:
-        InputError: a task is unknown or repeated, its data is not available, or ``num_fewshot`` names a task that is
-            not in ``tasks``.
+        InputError: a task is unknown or repeated, its data, lm-eval or what ``backend`` needs is not there, or
+            ``num_fewshot`` names a task that is not in ``tasks``.
     """
+    backend.check(config.backend)
     repeated = {task for task in config.tasks if config.tasks.count(task) > 1}
     if repeated:
         raise InputError(f"eval.tasks: {', '.join(sorted(repeated))} is named more than once")
@@ -57,9 +60,19 @@ def check_tasks(config: EvalConfig) -> None:
                 raise InputError(f"eval.num_fewshot: {task!r} is not one of eval.tasks that take examples{hint}")
     theirs = [task for task in config.tasks if task not in OWN_TASKS]
     if theirs:
+        if find_spec("lm_eval") is None:
+            raise InputError(_without_lm_eval(theirs))
         from qtool.evaluation import harness
 
         harness.check(theirs, config.num_fewshot)
+
+
+def _without_lm_eval(tasks: Sequence[str]) -> str:
+    hints = [nearest(task, OWN_TASKS, f"; instead of {task}, did you mean {{}}?") for task in tasks]
+    return (
+        f"eval.tasks: {', '.join(tasks)}: only {', '.join(OWN_TASKS)} are measured without lm-eval, which is not "
+        f"installed; install it with: {install('tasks')}, or name only these{''.join(hints)}"
+    )
 
 
 def check_model(config: EvalConfig, loaded: LoadedModel) -> None:

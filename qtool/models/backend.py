@@ -80,6 +80,16 @@ class Backends:
         return f" ({low if low == high else f'{low} to {high}'} x dense)"
 
 
+def check(name: str) -> None:
+    """Check that this machine has what the backend ``name``, one of ``MODES``, needs: packages and a device.
+
+    Raises:
+        InputError: none of its kernels can be used; the message says why.
+    """
+    if reason := kernels.missing(name):
+        raise InputError(f"backend {name}: {reason}; or use fast, the fastest of what is here")
+
+
 def use_backend(model: nn.Module, name: str) -> Backends:
     """Let every packed linear of ``model`` compute with the backend ``name``, one of ``MODES``.
 

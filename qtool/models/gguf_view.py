@@ -25,6 +25,7 @@ from qtool.models.gguf_config import completed
 from qtool.models.gguf_header import Header, read_header
 from qtool.models.gguf_splits import SPLITS, pre_tokenizer
 from qtool.models.quiet import without_progress_bars
+from qtool.system.distribution import install
 from qtool.system.errors import InputError, first_line
 from qtool.system.scratch import process_folder
 from qtool.system.writing import write_text
@@ -76,7 +77,7 @@ def _view(file: Path, name: str, modified: int, size: int) -> Path:
             f"llama-gguf-split --merge {name} whole.gguf, and give the path of the result"
         )
     if find_spec("gguf") is None:
-        raise InputError(f"{file} is read with the package gguf; install it with: pip install 'qtool[gguf]'")
+        raise InputError(f"{file} is read with the package gguf; install it with: {install('gguf')}")
     header = read_header(file)
     _check(file, header)
     folder = process_folder() / f"{file.stem}-{modified}-{size}"

@@ -22,7 +22,7 @@ def refuses(spec: QuantSpec, out: int, in_: int) -> str | None:
 
 def missing() -> str | None:
     """Return the reason why gemlite cannot be used, or ``None``."""
-    return None if find_spec("gemlite") else "gemlite is not installed"
+    return None if find_spec("gemlite") else "gemlite is not installed: pip install gemlite"
 
 
 def prepare(weight: QuantizedWeight) -> tuple[Any, ...]:

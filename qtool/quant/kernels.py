@@ -87,6 +87,12 @@ def of_library(*names: str) -> list[Backend]:
     return [backend for backend in BACKENDS if backend.library in names]
 
 
+def missing(library: str) -> str | None:
+    """Return the reason why this machine cannot run any kernel of ``library``; ``None`` if it can, or it has none."""
+    reasons = [_device_missing(backend.device) or backend.missing() for backend in of_library(library)]
+    return reasons[0] if reasons and all(reasons) else None
+
+
 @torch.no_grad()
 def prepare(weight: QuantizedWeight, among: Sequence[Backend] | None = None) -> tuple[Kernel | None, str]:
     """Return a kernel of the first backend that takes ``weight`` and passes its test, or ``None`` and the reasons.

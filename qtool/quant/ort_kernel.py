@@ -30,6 +30,7 @@ from torch import Tensor
 from qtool.config.quant import QuantSpec
 from qtool.quant import affine
 from qtool.quant.affine import QuantizedWeight
+from qtool.system.distribution import install
 
 BLOCKS = (
     128,
@@ -39,7 +40,6 @@ BLOCKS = (
 )  # channels with one scale that the kernels know; larger groups are cut, their scales repeated
 WIDTHS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of a grid -> bits in the kernel
 OLDEST = "1.28"  # the first version that multiplies 2-bit codes by an 8-bit input
-INSTALL = "pip install 'qtool[ort]'"
 INT8 = 4  # accuracy_level of MatMulNBits: 8-bit input, 32-bit sums
 SIGMAS = 8.0
 FLOAT_ERROR = 2.0**-16  # rounding of float32 sums, relative to the sum of the absolute values of all their terms
@@ -52,11 +52,11 @@ def missing() -> str | None:
     """Return the reason why the packages cannot be used, or ``None``."""
     absent = [name for name in ("onnxruntime", "onnx") if find_spec(name) is None]
     if absent:
-        return f"{' and '.join(absent)} not installed: {INSTALL}"
+        return f"{' and '.join(absent)} not installed: {install('ort')}"
     import onnxruntime as ort
 
     old = Version(ort.__version__) < Version(OLDEST)
-    return f"onnxruntime {ort.__version__} is older than {OLDEST}: {INSTALL}" if old else None
+    return f"onnxruntime {ort.__version__} is older than {OLDEST}: {install('ort')}" if old else None
 
 
 def refuses(spec: QuantSpec, out: int, in_: int) -> str | None:

@@ -12,6 +12,7 @@ from qtool.config.engines import READS
 from qtool.reports.document import as_markdown
 from qtool.reports.report import Report
 from qtool.reports.verification import EngineCheck, ReaderCheck
+from qtool.system.distribution import install
 from qtool.system.errors import InputError
 from qtool.system.printable import one_line, printable, redacted
 from qtool.system.reading import read_text
@@ -44,6 +45,7 @@ def loading_code(name: str, multimodal: bool = False) -> str:
     text = printable(json.dumps(redacted(name), ensure_ascii=False))  # a string of Python too, whatever is in the name
     return "\n".join(
         [
+            f"# {install()}",
             "import qtool  # lets transformers read this folder; without it, loading fails with a size mismatch",
             f"from transformers import {model}, {text_to_tokens}",
             "",

@@ -10,12 +10,14 @@ from typing import Any
 from qtool.system import meminfo
 from qtool.system.units import size
 
-PACKAGES = ("qtool", "torch", "transformers", "lm_eval", "datasets")
+from qtool.system.version import __version__
+
+PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 
 
 def environment() -> dict[str, str]:
-    """Return the versions of Python, the platform and the packages that results depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    """Return the versions of Python, the platform, qtool and the packages that results depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True), "qtool": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

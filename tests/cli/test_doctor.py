@@ -45,8 +45,8 @@ def test_doctor_finds_what_is_missing_or_does_not_fit(
     assert set(found["packages"]) == {"torch", "rich", "typer"}
     assert found["packages"]["torch"] == {"version": "2.13.0+cpu", "needs": ">=2.6,<3", "ok": True}
     assert found["problems"] == [
-        "rich is missing: pip install 'rich'",
-        "typer 0.29.2 does not fit, it must be >=1: pip install 'typer>=1'",
+        'rich is missing: pip install "rich"',
+        'typer 0.29.2 does not fit, it must be >=1: pip install "typer>=1"',
     ]
 
 
@@ -59,6 +59,27 @@ def test_doctor_is_content_where_all_is_there(
     for each in ("A GPU, 24.0 GB, 20.0 GB free", "2 cores, 2 threads, 16.0 GB", "set QTOOL_DATA_DIR", "all is well"):
         assert each in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("torch", "newer"), [("2.13.0", False), ("2.13.0+cpu", False), ("2.9.1", False), ("2.13.1", True)]
+)
+def test_doctor_says_that_torch_is_newer_than_what_was_tested(
+    monkeypatch: pytest.MonkeyPatch, torch: str, newer: bool
+) -> None:
+    monkeypatch.setattr(doctor, "TESTED_TORCH", "2.13.0")
+    _distribution(monkeypatch, ["torch>=2.6"], {"torch": torch})
+    found = doctor.doctor()
+    note = f"torch {torch} is newer than 2.13.0, the newest that qtool was tested with"
+    assert found["notes"] == ([note] if newer else [])
+    assert (f"notes\n  {note}\nall is well" in doctor.render(found)) is newer
+
+
+def test_doctor_says_how_an_extra_is_installed_only_where_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    _distribution(monkeypatch, [], {"gguf": "0.19.0"})
+    lines = doctor.render(doctor.doctor()).splitlines()
+    assert any(line.endswith('tasks such as boolq and mmlu: pip install "qtool-llm[tasks]"') for line in lines)
+    assert any(line.endswith("writes and reads gguf exports") for line in lines)
 
 
 def test_doctor_shows_which_kernel_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

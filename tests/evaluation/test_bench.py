@@ -151,6 +151,15 @@ def test_dense_and_fast_take_turns_and_exact_goes_first(folder: Path, monkeypatc
     assert timed == [(EXACT, measure, steps[measure]) for _ in range(3) for measure in MEASURES] + 3 * turn
 
 
+def test_a_backend_that_this_machine_cannot_run_is_refused_before_loading(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtool.quant.ort_kernel.find_spec", lambda name: None)
+    monkeypatch.setattr("qtool.evaluation.bench.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match=r'backend ort: onnxruntime and onnx not installed: pip install "qtool-llm\['):
+        bench_module.bench(str(folder), "cpu", BenchConfig(backend="ort"))
+
+
 def test_a_slow_path_decodes_fewer_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {DENSE: 2.0, FAST: 0.1, EXACT: 60.0}
     timed = watch(monkeypatch, times.__getitem__)

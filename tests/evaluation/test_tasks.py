@@ -124,6 +124,25 @@ def test_our_own_tasks_do_not_import_lm_eval(
     assert len(evaluate(loaded, config, reference, seed=0)) == 8
 
 
+def test_tasks_of_lm_eval_are_refused_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtool.evaluation.tasks.find_spec", lambda name: None if name == "lm_eval" else object())
+    with pytest.raises(InputError) as found:
+        check_tasks(EvalConfig(tasks=("kl", "boolq", "wikitex2")))
+    assert str(found.value) == (
+        "eval.tasks: boolq, wikitex2: only wikitext2, c4, generated, kl are measured without lm-eval, which is not "
+        'installed; install it with: pip install "qtool-llm[tasks]", or name only these; instead of wikitex2, did you '
+        "mean wikitext2?"
+    )
+
+
+def test_a_backend_whose_packages_are_missing_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtool.quant.ort_kernel.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'^backend ort: onnxruntime and onnx not installed: pip install "qtool-llm\['):
+        check_tasks(EvalConfig(tasks=("kl",), backend="ort"))
+    for other in ("fast", "exact", "dense", "torch"):
+        check_tasks(EvalConfig(tasks=("kl",), backend=other))
+
+
 # -------------------------------------------------------------------------------------------- lm-eval tasks
 
 

@@ -339,7 +339,7 @@ def test_without_the_package_it_says_what_to_install(
     native: Natives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "find_spec", lambda name: None)
-    assert "pip install 'qtool[gguf]'" in refusal(native(), tmp_path / "out")
+    assert 'pip install "qtool-llm[gguf]"' in refusal(native(), tmp_path / "out")
 
 
 def test_it_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_another_dtype_is_refused(native: Natives, tmp_path: Path) -> None:
 
 def test_without_its_packages_it_says_what_to_install(native: Natives, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtool.exporters.onnx.find_spec", lambda name: None if name == "onnxruntime_genai" else name)
-    with pytest.raises(InputError, match=r"needs the package onnxruntime-genai; .*pip install 'qtool\[onnx\]'"):
+    with pytest.raises(InputError, match=r'needs the package onnxruntime-genai; .*pip install "qtool-llm\[onnx\]"'):
         exported(native(), "onnx", native.at / "never")
 
 

@@ -270,7 +270,7 @@ def test_types_that_cannot_be_read_are_refused(small: Path, monkeypatch: pytest.
 
 def test_without_the_package_it_says_what_to_install(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtool.models.gguf_view.find_spec", lambda name: None)
-    assert "install it with: pip install 'qtool[gguf]'" in refusal(small)
+    assert 'install it with: pip install "qtool-llm[gguf]"' in refusal(small)
 
 
 def test_the_header_is_that_of_the_package(small: Path) -> None:

@@ -122,13 +122,13 @@ def test_a_refusal_says_what_does_not_fit(spec: QuantSpec, reason: str) -> None:
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_kernel, "find_spec", lambda name: None)
     reason = layer_of(random_weight(w(4), 16, 64)).accelerate(among=ORT)
-    assert reason == "ort: onnxruntime and onnx not installed: pip install 'qtool[ort]'"
+    assert reason == 'ort: onnxruntime and onnx not installed: pip install "qtool-llm[ort]"'
 
 
 def test_a_version_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.__version__", "1.27.0")
     reason = layer_of(random_weight(w(4), 16, 64)).accelerate(among=ORT)
-    assert reason == "ort: onnxruntime 1.27.0 is older than 1.28: pip install 'qtool[ort]'"
+    assert reason == 'ort: onnxruntime 1.27.0 is older than 1.28: pip install "qtool-llm[ort]"'
 
 
 # nothing else of the layer changes

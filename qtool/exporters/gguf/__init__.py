@@ -48,6 +48,7 @@ from qtool.exporters.gguf import blocks, families, layout, rotary, sampling, tok
 from qtool.exporters.gguf.families import FAMILIES, metadata
 from qtool.exporters.gguf.layout import ROUTER, row_order
 from qtool.models.folders import read_config
+from qtool.system.distribution import install
 from qtool.system.tensors import dtype_name
 from qtool.system.version import __version__
 
@@ -63,7 +64,7 @@ def _model(folder: Path) -> Any:
 def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse models and tokenizers that llama.cpp would compute otherwise, and grids and scales that no type holds."""
     if find_spec("gguf") is None:
-        return "this format needs the package gguf; install it with: pip install 'qtool[gguf]'"
+        return f"this format needs the package gguf; install it with: {install('gguf')}"
     if refusal := float_zeros(source, "GGUF") or families.refuses(_model(source.folder)):
         return refusal
     names, there = published_names(source), tensor_map(source.folder)

@@ -34,6 +34,7 @@ from qtool.exporters._folder import (
 from qtool.exporters.onnx import building, packing
 from qtool.exporters.onnx.marks import LIMIT
 from qtool.exporters.onnx.reading import FILE, GENAI, ONNXFolder, logits
+from qtool.system.distribution import install
 
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
 # model types whose graphs, as onnxruntime-genai 0.18 builds them, compute what transformers computes
@@ -45,9 +46,7 @@ def refuses(source: NativeCheckpoint, config: ExportConfig) -> str | None:
     """Refuse models that are not tested, zero points between codes, small blocks, and dtypes other than float32."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        return (
-            f"this format needs the package {missing[0].replace('_', '-')}; install it with: pip install 'qtool[onnx]'"
-        )
+        return f"this format needs the package {missing[0].replace('_', '-')}; install it with: {install('onnx')}"
     if refusal := _model_refuses(skeleton(source.folder)):
         return refusal
     if refusal := float_zeros(source, "the onnx export") or conv1d(source, "whose weight is transposed"):
