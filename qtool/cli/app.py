@@ -12,12 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli.arguments import Dtype, Folder, Fresh, Json, Overwrite, Quiet, RecipeArgument, Set, is_recipe, path
+from qtool.cli.arguments import (
+    Dtype,
+    Folder,
+    Fresh,
+    Json,
+    MaxKl,
+    MaxLoss,
+    Overwrite,
+    Quiet,
+    RecipeArgument,
+    Set,
+    is_recipe,
+    path,
+)
 from qtool.cli.chat import chat
+from qtool.cli.compare import compare
 from qtool.cli.help import DescribedCommand, RecipeCommand, SweepCommand, format_names, recipe_names, table_names
-from qtool.cli.output import print_either, print_json, print_text, show, show_table
+from qtool.cli.output import check_gate, print_either, print_text, show
 from qtool.cli.plan import plan
 from qtool.cli.push import Private, Repo, destination, push, pushed
+from qtool.cli.schema import schema
 from qtool.cli.session import running
 from qtool.cli.verify import verify
 from qtool.config import catalog
@@ -69,12 +84,16 @@ def _add_method_command(name: str, summary: str) -> None:
         set_: Set = [],  # noqa: B006 (typer copies it)
         overwrite: Overwrite = False,
         fresh: Fresh = False,
+        max_loss: MaxLoss = None,
+        max_kl: MaxKl = None,
         repo: Repo = None,
         private: Private = False,
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
         overrides = [*set_, *(["output.overwrite=true"] if overwrite else [])]
+        limits = {"gate.max_loss": max_loss, "gate.max_kl": max_kl}
+        overrides += [f"{key}={value}" for key, value in limits.items() if value is not None]
         _quantize(name, recipe, overrides, fresh, repo, private, quiet, as_json)
 
 
@@ -104,7 +123,8 @@ def _quantize(
 
         to = destination(repo, private)
         outcome = quantize.quantize(checked, fresh)
-        address, fault = pushed(checked.output.path, to)
+        failed = check_gate(outcome, to)
+        address, fault = (None, failed) if failed else pushed(checked.output.path, to)
     if outcome is not None:  # else another of several processes shows it
         more = {} if to is None else {"pushed": address}
         show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds, more)
@@ -134,6 +154,8 @@ def evaluate(
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
     backend: Annotated[str | None, typer.Option("--backend", metavar="NAME")] = None,
+    max_loss: MaxLoss = None,
+    max_kl: MaxKl = None,
     float_model: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +180,7 @@ def evaluate(
             "bos": bos,
             "backend": backend,
         },
+        "gate": {"max_loss": max_loss, "max_kl": max_kl},
     }
     checked = _evaluation(target, options)
     where = output or (checked.output.path if checked.output else None)
@@ -167,6 +190,7 @@ def evaluate(
         outcome = pipeline.evaluate(
             checked.model,
             checked.eval,
+            gate=checked.gate,
             float_model=float_model,
             output=where,
             seed=checked.seed,
@@ -174,6 +198,8 @@ def evaluate(
             plots=checked.output is not None and checked.output.plots,
         )
     show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
+    if (fault := check_gate(outcome)) is not None:
+        raise fault
 
 
 def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe":
@@ -313,31 +339,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.", parser=path)
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.", parser=path),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show runs side by side, and the best for their size."""
-    from qtool.reports import comparison as comparing
-
-    found = comparing.compare(runs)
-    if output is not None:
-        found.write(output)
-    if as_json:
-        print_json({"path": str(output) if output else None, **found.as_dict()})
-    else:
-        show_table(found)
-        if output is not None:
-            print_text(f"\n{output}")
-
-
+app.command()(compare)
 app.command()(verify)
 
 
@@ -375,15 +377,7 @@ def recipes(
         raise InputError(f"no packaged recipe {name}; there are: {', '.join(packaged)}")
 
 
-@app.command()
-def schema(
-    of_sweep: Annotated[bool, typer.Option("--sweep", help="Print the schema of a sweep instead.")] = False,
-) -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    from qtool.config import describe as description
-    from qtool.sweeps import grid
-
-    print_json(grid.schema() if of_sweep else description.schema(), indent=2)
+app.command()(schema)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -46,7 +47,10 @@ def _file_path(path: str) -> str:
 
 # JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
 Number = Annotated[
-    float, BeforeValidator(_number), PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")
+    float,
+    BeforeValidator(_number),
+    PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none"),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}),
 ]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # a number of things or bytes
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -2,12 +2,15 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from qtool.config.describe import DIALECT
 from qtool.reports import parts, quality, samples
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
+from qtool.reports.gate import GateVerdict
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
@@ -33,11 +36,24 @@ from qtool.system.writing import write_text
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PLOTS_FOLDER = "plots"  # folder of the figures as files, beside the report
+SCHEMA_VERSION = 1
+
+
+def _readable(version: int) -> int:
+    if version > SCHEMA_VERSION:
+        raise ValueError(f"should be at most {SCHEMA_VERSION}: a newer qtool wrote it; update qtool to read it")
+    return version
 
 
 class Report(Record, Printable):
     """The settings, sizes and measured quality of a run."""
 
+    schema_version: Annotated[int, Field(ge=1), AfterValidator(_readable)] = Field(
+        SCHEMA_VERSION,
+        description="Version of this schema. It rises when a key is removed or gets another meaning, not when one is "
+        "added.",
+        json_schema_extra={"const": SCHEMA_VERSION},
+    )
     model: str = Field(description="The float model, as named by the user.")
     quantized: str | None = Field(
         None, description="Folder of the quantized model; null: only the float model was evaluated."
@@ -57,6 +73,9 @@ class Report(Record, Printable):
         None, description="Text that the method learned from; null: none, or unknown."
     )
     results: tuple[TaskResult, ...] = ()
+    gate: GateVerdict | None = Field(
+        None, description="Verdict of the recipe's quality gate; null: the recipe sets no limit."
+    )
     continuations: tuple[Continuation, ...] = Field(
         (), description="Text that the model writes after fixed prompts, beside the float model's."
     )
@@ -144,6 +163,8 @@ class Report(Record, Printable):
         facts = []
         if self.quantized:
             facts.append(("quantized model", self.quantized))
+        if self.gate is not None and self.gate.passed:
+            facts.append(("quality gate", self.gate.line()))
         if self.bits_per_weight is not None:
             whole = self.file_bits_per_weight
             of_file = "" if whole is None else f"; whole file {whole:.3f}"
@@ -190,9 +211,10 @@ class Report(Record, Printable):
         return [("planned (and measured)", ", ".join(f"{ours} ({real})" for ours, real in pairs))]
 
     def warnings(self) -> list[str]:
-        """Return warnings of evaluation text that occurs in the calibration text, and of trainings without effect."""
+        """Return warnings of a failed gate, of evaluated text that calibrated, and of trainings without effect."""
+        gate = [] if self.gate is None or self.gate.passed else [f"quality gate {self.gate.line()}"]
         text = quality.warnings(self.results, self.calibration.source if self.calibration else "")
-        return [*text, *quality.unimproved(self.series)]
+        return [*gate, *text, *quality.unimproved(self.series)]
 
     def shown(self) -> list[TaskResult]:
         """Return the rows that tables show: all but the members of task groups."""
@@ -219,6 +241,11 @@ class Report(Record, Printable):
     def notes(self) -> list[str]:
         """Return the notes of the rows that are shown, each once."""
         return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of ``report.json`` as this version writes it."""
+    return {"$schema": DIALECT, **Report.model_json_schema(mode="serialization"), "title": "qtool report"}
 
 
 def read_report(folder: Path) -> Report | None:
