@@ -26,9 +26,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Show runs side by side, and the best for their size."""
-    from qtool.reports import comparison as comparing
+    from qtool.reports import compared_paths
 
-    found = comparing.compare(runs)
+    found = compared_paths.compare(runs)
     if output is not None:
         found.write(output)
     if as_json:

@@ -109,10 +109,20 @@ class TaskResult(Record):
         "null: not measured.",
     )
     note: str = Field("", description="Facts needed to compare this number with others.")
+    windows: tuple[Number, ...] = Field(
+        (),
+        description="Mean over the predictions of each window of text: negative log-likelihood of a perplexity, KL "
+        "divergence, or agreement. Models that read the same windows are compared window by window.",
+    )
+    text: Sha256 | None = Field(None, description="SHA-256 of the tokens of the windows; null: no windows.")
 
 
 def task_result(
-    task: str, metric: str, measured: Metric, reference: Metric | None, **fields: bool | int | float | str | None
+    task: str,
+    metric: str,
+    measured: Metric,
+    reference: Metric | None,
+    **fields: bool | int | float | str | Sequence[float] | None,
 ) -> TaskResult:
     """A row from the model's number and the float model's; ``fields`` are further fields of the row."""
     row = {"task": task, "metric": metric, "value": measured.value, "stderr": measured.stderr, "n": measured.n}
