@@ -52,6 +52,7 @@ from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
 from qtool.quant.packed_weight import FORMAT_VERSION
 from qtool.reports import html, model_card
+from qtool.reports.base_card import base_card
 from qtool.reports.gate import verdict
 from qtool.reports.records import Exported, Lock, beside_published
 from qtool.reports.report import Report
@@ -260,7 +261,8 @@ def _keep(
     plan: BitPlan | None = None,
 ) -> None:
     """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
-    report = report.model_copy(update={"licence": model_card.licence_of(resolve(run.recipe.model.path))})
+    path = run.recipe.model.path
+    report = report.model_copy(update={"base_card": base_card(resolve(path), path)})
     _manifest(run, report, weight_errors, text, plan).write(run.state.model)
     model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
     run.state.keep_written(report)

@@ -171,6 +171,11 @@ def _markdown_blocks(document: Document) -> Iterator[str]:
         yield as_markdown(f"Environment: {software}.")
 
 
+def markdown_table(table: Table) -> str:
+    """Return a table in Markdown, with its title, footnotes and legend."""
+    return "\n\n".join(filter(None, _markdown_table(_mapped(table, one_line))))
+
+
 def _markdown_table(table: Table) -> Iterator[str]:
     yield f"## {as_markdown(table.title)}" if table.title else ""
     rule = "| " + " | ".join("---" if side == "l" else "---:" for side in table.align) + " |"

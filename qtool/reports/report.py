@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
+from pydantic.json_schema import GenerateJsonSchema
 
-from qtool.config.describe import DIALECT
 from qtool.reports import parts, quality, samples
+from qtool.reports.base_card import BaseCard
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
 from qtool.reports.gate import GateVerdict
@@ -99,9 +100,7 @@ class Report(Record, Printable):
         None, description="Arithmetic of packed linears, by its name: exact, fast, ort, ...; null: no packed linears."
     )
     seed: Count | None = None
-    licence: dict[str, str] = Field(
-        default_factory=dict, description="Keys license, license_name and license_link of the float model's card."
-    )
+    base_card: BaseCard = Field(BaseCard(), description="What the model card carries over from the float model's.")
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -114,7 +113,7 @@ class Report(Record, Printable):
             facts=self.facts(),
             warnings=self.warnings(),
             tables=[
-                *([_results(self)] if self.results else []),
+                *([results_table(self)] if self.results else []),
                 *filter(None, [parts.table(self)]),
                 *([_published(self)] if self.expected else []),
             ],
@@ -245,7 +244,11 @@ class Report(Record, Printable):
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of ``report.json`` as this version writes it."""
-    return {"$schema": DIALECT, **Report.model_json_schema(mode="serialization"), "title": "qtool report"}
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        **Report.model_json_schema(mode="serialization"),
+        "title": "qtool report",
+    }
 
 
 def read_report(folder: Path) -> Report | None:
@@ -260,7 +263,8 @@ def read_report(folder: Path) -> Report | None:
         return None
 
 
-def _results(report: Report) -> Table:
+def results_table(report: Report) -> Table:
+    """Return the table of measured numbers."""
     columns, rows, narrow = report.columns(), [], []
     for row in report.shown():
         mark, numbers = report.mark(row), report.numbers(row)
