@@ -43,8 +43,9 @@ def sentence(runs: Sequence[ComparedRun], measure: Measure, title: str) -> str:
             winners.append(_winner(first, tied))
         else:
             others += [each.name for each in same]
-    some = "" if len(found) == len(runs) else f" of the {len(found)} runs that have it"
-    lines = [f"Best {title} at each size{some}: {', '.join(reversed(winners))}."]
+    some = "" if len(found) == len(runs) else f", of {len(found)} runs"
+    how = ", with the change against the float model" if all(judge([each.row]) for each in found) else ""
+    lines = [f"Best at each size by {title}{some}{how}: {', '.join(reversed(winners))}."]
     if others:
         lines.append(f"Larger than a run that is as good or better: {', '.join(others)}.")
     return " ".join(lines)
@@ -80,7 +81,5 @@ def _tied(a: Candidate, b: Candidate) -> bool:
 def _winner(first: Candidate, tied: Sequence[str]) -> str:
     judged = judge([first.row])
     said = number(first.row.value, first.row.stderr) if judged is None else judged.change
-    if judged is not None and judged.metric != "KL divergence":
-        said += " against the float model"
     also = f"; as good within {SIGMAS} standard errors: {', '.join(tied)}" if tied else ""
     return f"{first.name} at {file_size(first.size)} ({said}{also})"

@@ -72,6 +72,7 @@ class Comparison(Printable):
             beside += range(len(columns) + 1, len(columns) + len(names))
             columns += names
         columns += ["quantize", "peak memory"]
+        beside.append(len(columns) - 1)
         rows = [
             [label, "", "", *([""] if whole else []), _size(run.report.float_bytes), *self._float_cells(run), "", ""]
             for label, run in self._floats()

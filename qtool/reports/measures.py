@@ -17,6 +17,7 @@ from typing import NamedTuple
 from qtool.config.sections import METRICS
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
+from qtool.reports.text import metric_name
 
 OF_ONE_MODEL = ("perplexity", *METRICS["kl"])  # metrics that need the same float model to be comparable
 
@@ -78,7 +79,13 @@ def compared_runs(reports: Mapping[str, Report], files: Mapping[str, Path]) -> l
 def measures_of(runs: Sequence[ComparedRun]) -> list[Measure]:
     """Return all measures: first those of most runs, and among these perplexity on real text first."""
     known = Counter(measure for run in runs for measure in run.results)
-    return sorted(known, key=lambda m: (-known[m], _rank(m), *(str(each) for each in m)))
+    return sorted(known, key=lambda m: (-known[m], _rank(m), m.task, _place(m), *(str(each) for each in m)))
+
+
+def _place(measure: Measure) -> int:
+    """Return the place of a metric among those of its task, as far as qtool measures the task itself."""
+    metrics = METRICS.get(measure.task, ())
+    return metrics.index(measure.metric) if measure.metric in metrics else len(metrics)
 
 
 def _rank(measure: Measure) -> int:
@@ -145,13 +152,17 @@ def notes(runs: Sequence[ComparedRun], measures: Sequence[Measure]) -> Iterator[
     alike: dict[tuple[str, str, str], list[Measure]] = {}
     for measure in measures:
         alike.setdefault((measure.task, measure.metric, measure.model), []).append(measure)
+    differing: dict[str, list[str]] = {}
     for (task, metric, _), same in alike.items():
         if len(same) > 1:
             ways = []
             for measure in same:
                 names = ", ".join(run.name for run in runs if measure in run.results)
                 ways.append(f"{', '.join(measure.differing(same))} ({names})")
-            yield f"{task} {metric} was measured in different ways, which are not comparable: {'; '.join(ways)}."
+            differing.setdefault("; ".join(ways), []).append(metric_name(task, metric))
+    for each, metrics in differing.items():
+        was = "was" if len(metrics) == 1 else "were"
+        yield f"{', '.join(metrics)} {was} measured in different ways, which are not comparable: {each}."
     for what in ("device", "backend"):
         found = {getattr(run.report, what) for run in runs if run.results} - {None}
         if len(found) > 1:

@@ -37,6 +37,7 @@ LABEL_OFFSETS = [  # offsets of a label from its point, in points, and its align
 
 
 LOG_SPREAD = 5  # an axis whose largest number is more than so many times the smallest is logarithmic
+FEW_DECADES = 100
 CALLOUT_DISTANCE = 10  # in points; a label further from its point gets a line to it
 FLOAT_LABEL_PLACES = (  # places of "float" on the float model's line: fraction of its length, offset, alignment
     (1.0, -2, "right"),
@@ -95,10 +96,10 @@ def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
         ys = [point.y for point in points] + ([] if plane.reference is None else [plane.reference])
         if sizes_log := _wide([point.x for point in points]):
             axes.set_xscale("log")
-            _plain_ticks(axes.xaxis)
+            _plain_ticks(axes.xaxis, [point.x for point in points])
         if quality_log := _wide(ys):
             axes.set_yscale("log")
-            _plain_ticks(axes.yaxis)
+            _plain_ticks(axes.yaxis, ys)
         better = "higher" if plane.higher_is_better else "lower"
         axes.set_title(f"{shortened(plane.quality, 40)}, {better} is better")
         axes.set_xlabel(f"{plane.size}, lower is better")
@@ -126,9 +127,10 @@ def _wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > LOG_SPREAD * min(values)
 
 
-def _plain_ticks(axis: Axis) -> None:
-    """Put ticks of a logarithmic axis at 1, 2 and 5 times powers of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Put ticks of a logarithmic axis at powers of ten, or at 1, 2 and 5 times these, as plain numbers."""
+    few = max(values) < FEW_DECADES * min(values)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
