@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from qtool.reports.records import TaskResult
+from qtool.system.printable import one_line
 
 DATASETS: dict[str, dict[str, Any]] = {  # keys of EvalResult
     "wikitext2": {
@@ -32,8 +33,8 @@ def results(rows: Sequence[TaskResult]) -> list[EvalResult]:
             task_type="text-generation",
             **dataset,
             dataset_args=_known(num_few_shot=row.num_fewshot, limit=row.limit),
-            metric_type=METRICS.get(row.metric, row.metric),
-            metric_name=f"{row.metric}, against the float model" if row.task == "kl" else row.metric,
+            metric_type=METRICS.get(row.metric, one_line(row.metric)),
+            metric_name=one_line(f"{row.metric}, against the float model" if row.task == "kl" else row.metric),
             metric_value=row.value,
             metric_args=_known(stderr=row.stderr, n=row.n),
         )
@@ -47,7 +48,7 @@ def _listed(rows: Sequence[TaskResult]) -> Iterator[tuple[TaskResult, dict[str, 
         if row.value is None or not math.isfinite(row.value) or row.metric in FIGURES:
             continue
         if row.task not in OWN:
-            yield row, {"dataset_type": row.task, "dataset_name": row.task}
+            yield row, {"dataset_type": one_line(row.task), "dataset_name": one_line(row.task)}
         elif (name := "wikitext2" if " of wikitext2" in row.note else row.task) in DATASETS:
             yield row, DATASETS[name]
 

@@ -50,13 +50,13 @@ def test_every_perplexity_counts_and_accuracies_by_their_mean() -> None:
     ]
     found = passes(rows, max_loss=0.02)
     assert not found.passed
-    losses = {check.measure: (check.value, check.passed) for check in found.checks}
-    assert losses == {
-        "perplexity on wikitext2": (pytest.approx(0.01), True),
-        "perplexity on c4": (pytest.approx(0.05), False),
-        "exact_match (strict-match) on gsm8k": (pytest.approx(0.1), False),
-        "accuracy on 2 tasks": (pytest.approx(0.0), True),
+    assert {check.measure: check.passed for check in found.checks} == {
+        "perplexity on wikitext2": True,
+        "perplexity on c4": False,
+        "exact_match (strict-match) on gsm8k": False,
+        "accuracy on 2 tasks": True,
     }
+    assert [check.value for check in found.checks] == pytest.approx([0.01, 0.05, 0.1, 0.0])
     assert "c4: loss +5.0 % ± 0.1 %, and gate.max_loss allows 2 %" in found.line()
     assert "wikitext2" not in found.line(), "only what failed is listed"
 
