@@ -86,13 +86,13 @@ def test_every_command_has_a_method_and_every_method_a_command() -> None:
 def test_options() -> None:
     commands = group().commands
     options = {name: [param.opts[0] for param in command.params] for name, command in commands.items()}
-    hub = ["--push-to-hub", "--private"]
-    ends = ["--set", "--overwrite", "--fresh", *hub, "--help-method", "--quiet", "--json"]
-    assert options["ptq"] == options["qat"] == ["recipe", *ends]
+    hub, gate = ["--push-to-hub", "--private"], ["--max-loss", "--max-kl"]
+    ends = ["--set", "--overwrite", "--fresh", *gate, *hub, "--help-method", "--quiet", "--json"]
+    assert options["ptq"] == options["qat"] == options["efficientqat"] == options["lrqat"] == ["recipe", *ends]
     assert options["quantize"] == ["what", "--method", "--bits", "--group-size", "--output", *ends]
     assert options["recipes"] == ["name", "--all", "--json"]
     evaluation = "target --tasks --limit --batch-size --num-fewshot --context --bos --dtype --device --backend"
-    evaluation += " --float-model --output"
+    evaluation += " --max-loss --max-kl --float-model --output"
     assert options["eval"] == [*evaluation.split(), "--quiet", "--json"]
     own = ["--target", "--memory", "--context", "--probe", "--keep", "--output", "--overwrite"]
     assert options["plan"] == ["what", "--set", *own, "--quiet", "--json"]
@@ -138,6 +138,7 @@ def test_recipe_keys() -> None:
         "data": ["source", "num_samples", "seq_len", "bos", "memory_budget"],
         "eval": ["tasks", "num_fewshot", "limit", "batch_size", "context", "bos", "backend", "continuations"],
         "target": ["engine", "version"],
+        "gate": ["max_loss", "max_kl"],
         "gguf": ["grid"],
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],

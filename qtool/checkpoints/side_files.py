@@ -1,11 +1,12 @@
 """The files that a model folder has beside its config and weights, copied byte for byte into every folder made of it.
 
-They are the tokenizer, chat templates, processors of images and sound, and the generation config, known by their names:
-a folder may hold anything else, which is nobody's to copy. A link is followed inside the folder, and into the hub's
-cache of the same model, where every file is a link. Any other link is refused: the file that it leads to may be
-private, and would be published with the checkpoint.
+They are the tokenizer, chat templates, processors of images and sound, the generation config, and the licence with
+its notices, known by their names: a folder may hold anything else, which is nobody's to copy. A link is followed inside
+the folder, and into the hub's cache of the same model, where every file is a link. Any other link is refused: the file
+that it leads to may be private, and would be published with the checkpoint.
 """
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -43,7 +44,13 @@ PROCESSOR = (
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )
-PATTERNS = (*GENERATION, *TOKENIZER, *PROCESSOR)  # patterns of the names of all such files
+PATTERNS = (*GENERATION, *TOKENIZER, *PROCESSOR)  # patterns of the names of the files that readers compute with
+# names of the licence and what must go with it, of any case
+LEGAL = re.compile(
+    r"((MODEL|THIRD[-_]PARTY)[-_])?(LICEN[CS]ES?|NOTICES?|COPYING|COPYRIGHT|(ACCEPTABLE_)?USE_POLICY)"
+    r"([-_](MODEL|CODE|DATA|WEIGHTS|AGREEMENT|APACHE|MIT))?(\.(txt|md|rst|html|pdf))?",
+    re.IGNORECASE,
+)
 # patterns of the files whose hashes a manifest has: all that a reader computes with
 HASHED = ("*.safetensors", "config.json", "model.safetensors.index.json", *PATTERNS)
 
@@ -51,6 +58,7 @@ HASHED = ("*.safetensors", "config.json", "model.safetensors.index.json", *PATTE
 def names(folder: Path) -> list[str]:
     """Return the names of such files of ``folder``, relative to it."""
     found = {file for pattern in PATTERNS for file in folder.glob(pattern) if not file.is_dir()}
+    found |= {file for file in folder.iterdir() if LEGAL.fullmatch(file.name) and not file.is_dir()}
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 

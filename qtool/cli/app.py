@@ -16,12 +16,15 @@ from qtool.cli.arguments import (
     Dtype,
     Folder,
     Json,
+    MaxKl,
+    MaxLoss,
     Overwrite,
     Quiet,
     is_recipe,
     path,
 )
 from qtool.cli.chat import chat
+from qtool.cli.compare import compare
 from qtool.cli.help import (
     DescribedCommand,
     SweepCommand,
@@ -30,10 +33,11 @@ from qtool.cli.help import (
     table_names,
     task_names,
 )
-from qtool.cli.output import print_either, print_json, print_text, show, show_table
+from qtool.cli.output import check_gate, print_either, print_text, show
 from qtool.cli.plan import plan
 from qtool.cli.push import Private, Repo, destination, push, pushed
 from qtool.cli.recipes import recipes
+from qtool.cli.schema import schema
 from qtool.cli.session import running, starting
 from qtool.cli.verify import verify
 from qtool.system.errors import InputError
@@ -90,6 +94,8 @@ def evaluate(
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
     backend: Annotated[str | None, typer.Option("--backend", metavar="NAME")] = None,
+    max_loss: MaxLoss = None,
+    max_kl: MaxKl = None,
     float_model: Annotated[
         str | None,
         typer.Option(
@@ -114,6 +120,7 @@ def evaluate(
             "bos": bos,
             "backend": backend,
         },
+        "gate": {"max_loss": max_loss, "max_kl": max_kl},
     }
     with starting(quiet):
         checked = _evaluation(target, options)
@@ -123,6 +130,7 @@ def evaluate(
         outcome = pipeline.evaluate(
             checked.model,
             checked.eval,
+            gate=checked.gate,
             float_model=float_model,
             output=where,
             seed=checked.seed,
@@ -130,6 +138,8 @@ def evaluate(
             plots=checked.output is not None and checked.output.plots,
         )
     show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
+    if (fault := check_gate(outcome)) is not None:
+        raise fault
 
 
 def _evaluation(target: str, options: dict[str, dict[str, Any]]) -> "EvalRecipe":
@@ -272,31 +282,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files.", parser=path)
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="Folder for the page, its table and figures.", parser=path),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show runs side by side, and the best for their size."""
-    from qtool.reports import comparison as comparing
-
-    found = comparing.compare(runs)
-    if output is not None:
-        found.write(output)
-    if as_json:
-        print_json({"path": str(output) if output else None, **found.as_dict()})
-    else:
-        show_table(found)
-        if output is not None:
-            print_text(f"\n{output}")
-
-
+app.command()(compare)
 app.command()(verify)
 
 
@@ -314,15 +300,7 @@ def reproduce(folder: Folder, quiet: Quiet = False, as_json: Json = False) -> No
 app.command()(recipes)
 
 
-@app.command()
-def schema(
-    of_sweep: Annotated[bool, typer.Option("--sweep", help="Print the schema of a sweep instead.")] = False,
-) -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    from qtool.config import describe as description
-    from qtool.sweeps import grid
-
-    print_json(grid.schema() if of_sweep else description.schema(), indent=2)
+app.command()(schema)
 
 
 @app.command()

@@ -60,3 +60,5 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, on
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, also for errors.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that qtool wrote.", parser=path)]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME")]
+MaxLoss = Annotated[str | None, typer.Option("--max-loss", metavar="PERCENT")]
+MaxKl = Annotated[str | None, typer.Option("--max-kl", metavar="NATS")]

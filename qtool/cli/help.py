@@ -18,15 +18,16 @@ class DescribedCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:  # Any: typer keeps these types private
         """Fill in the descriptions, then write the options as typer does."""
         from qtool.config import catalog, describe
+        from qtool.config.gate import GateConfig
         from qtool.config.section import Section
         from qtool.config.sections import EvalConfig, ExportConfig, ModelConfig, OutputConfig
         from qtool.config.sweep import BenchConfig
 
         sections: dict[str, tuple[type[Section], ...]] = {
-            "eval": (EvalConfig, ModelConfig),
+            "eval": (EvalConfig, ModelConfig, GateConfig),
             "bench": (BenchConfig, ModelConfig),
         }
-        of_command = sections.get(str(self.name), (ExportConfig, OutputConfig))
+        of_command = sections.get(str(self.name), (ExportConfig, OutputConfig, GateConfig))
         fields = {name: field for section in of_command for name, field in section.model_fields.items()}
         for param in self.params:
             field = fields.get(str(param.name).rstrip("_"))

@@ -8,15 +8,19 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 from qtool.cli.session import Interrupted
 from qtool.cli.streams import unescaped
 from qtool.system import interrupts
-from qtool.system.errors import InputError, RunError
+from qtool.system.errors import InputError, RunError, listing
 from qtool.system.printable import without_secrets
+
+if TYPE_CHECKING:
+    from qtool.pipelines.outcome import Outcome
+    from qtool.pipelines.push import Destination
 
 
 class Shown(Protocol):
@@ -58,6 +62,22 @@ def show(
         print_text("\n".join(["", *folders]))
     if then and sys.stdout.isatty():
         print_text("\n".join(["", *then]))
+
+
+def check_gate(outcome: "Outcome | None", to: "Destination | None" = None) -> RunError | None:
+    """Return the error of a result that its quality gate does not pass, to be raised when the result is printed.
+
+    Such a result is not pushed ``to`` the hub.
+    """
+    gate = outcome.report.gate if outcome is not None else None
+    if outcome is None or gate is None or gate.passed:
+        return None
+    lines = [each.line() for each in gate.checks if not each.passed]
+    if outcome.path is not None:
+        lines.append(f"everything was written to {outcome.path}")
+        if to is not None:
+            lines.append(f"nothing was pushed; to push it all the same: {to.command(outcome.path)}")
+    return RunError(listing("the result does not pass its quality gate:", lines))
 
 
 def show_table(report: Any) -> None:

@@ -14,6 +14,8 @@ from qtool.cli.arguments import (
     Fresh,
     HelpMethod,
     Json,
+    MaxKl,
+    MaxLoss,
     Overwrite,
     Quiet,
     RecipeArgument,
@@ -23,7 +25,7 @@ from qtool.cli.arguments import (
 )
 from qtool.cli.help import QuantizeCommand, RecipeCommand, method_names, recipe_names
 from qtool.cli.next_steps import next_steps
-from qtool.cli.output import show
+from qtool.cli.output import check_gate, show
 from qtool.cli.push import Private, Repo, destination, pushed
 from qtool.cli.session import running, starting
 from qtool.config import catalog
@@ -137,6 +139,8 @@ def _add_method_command(app: typer.Typer, name: str, summary: str) -> None:
         set_: Set = [],  # noqa: B006 (typer copies it)
         overwrite: Overwrite = False,
         fresh: Fresh = False,
+        max_loss: MaxLoss = None,
+        max_kl: MaxKl = None,
         repo: Repo = None,
         private: Private = False,
         help_method: HelpMethod = None,
@@ -147,15 +151,17 @@ def _add_method_command(app: typer.Typer, name: str, summary: str) -> None:
         from qtool.config.recipe import load
 
         with starting(quiet):
-            checked = load(recipe, _overrides(set_, overwrite))
+            checked = load(recipe, _overrides(set_, overwrite, max_loss, max_kl))
         right = plugins.get(checked.method.name).command
         if right != name:
             raise InputError(f"method {checked.method.name} runs as: qtool {right}, not qtool {name}")
         _quantize(checked, fresh, repo, private, quiet, as_json)
 
 
-def _overrides(set_: Sequence[str], overwrite: bool) -> list[str]:
-    return [*set_, *(["output.overwrite=true"] if overwrite else [])]
+def _overrides(set_: Sequence[str], overwrite: bool, max_loss: str | None, max_kl: str | None) -> list[str]:
+    limits = {"gate.max_loss": max_loss, "gate.max_kl": max_kl}
+    given = [f"{key}={value}" for key, value in limits.items() if value is not None]
+    return [*set_, *(["output.overwrite=true"] if overwrite else []), *given]
 
 
 def quantize(
@@ -167,6 +173,8 @@ def quantize(
     set_: Set = [],  # noqa: B006 (typer copies it)
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    max_loss: MaxLoss = None,
+    max_kl: MaxKl = None,
     repo: Repo = None,
     private: Private = False,
     help_method: HelpMethod = None,
@@ -175,7 +183,7 @@ def quantize(
 ) -> None:
     """Quantize a model by any method, with or without a recipe."""
     with starting(quiet):
-        checked = recipe_of(what, method, bits, group_size, output, _overrides(set_, overwrite))
+        checked = recipe_of(what, method, bits, group_size, output, _overrides(set_, overwrite, max_loss, max_kl))
     _quantize(checked, fresh, repo, private, quiet, as_json)
 
 
@@ -185,7 +193,8 @@ def _quantize(recipe: "Recipe", fresh: bool, repo: str | None, private: bool, qu
     with running(quiet, recipe.output.path):
         to = destination(repo, private)
         outcome = pipeline.quantize(recipe, fresh)
-        address, fault = pushed(recipe.output.path, to)
+        failed = check_gate(outcome, to)
+        address, fault = (None, failed) if failed else pushed(recipe.output.path, to)
     if outcome is not None:  # else another of several processes shows it
         more = {} if to is None else {"pushed": address}
         assert outcome.path is not None

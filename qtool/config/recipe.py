@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from qtool.config import catalog, plugins, validation
 from qtool.config.files import read_yaml
+from qtool.config.gate import GateConfig
 from qtool.config.grids import MIXED_GRIDS
 from qtool.config.overrides import overridden
 from qtool.config.quant import QuantConfig
@@ -82,6 +83,7 @@ class Recipe(Section):
     quant: QuantConfig = Field(default_factory=QuantConfig, description="The grid of the quantized weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration text.")
     eval: EvalConfig | None = Field(None, description="Evaluation after quantization; left out: none.")
+    gate: GateConfig = Field(GateConfig(), description="The largest loss of quality that passes; left out: any.")
     target: TargetConfig | None = Field(
         None, description="The engine that will load the result; left out: no grid is refused for an engine's sake."
     )
@@ -110,6 +112,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _gate_is_measured(self) -> "Recipe":
+        self.gate.check(self.eval)
+        return self
+
+    @model_validator(mode="after")
     def _signs_fit(self) -> "Recipe":
         grids = (self.quant, *self.quant.overrides.values())
         if self.method.positive_scales and any(grid.negative_scales for grid in grids):
@@ -131,11 +138,17 @@ class EvalRecipe(Section):
 
     model: ModelConfig = Field(description="The model, the precision of computation, and the device.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="The tasks to evaluate, and their options.")
+    gate: GateConfig = Field(GateConfig(), description="The largest loss of quality that passes; left out: any.")
     expected: tuple[ExpectedConfig, ...] = Field(
         (), description="Published numbers, which the report shows beside the measured ones."
     )
     output: OutputConfig | None = Field(None, description="The folder of the report; left out: it is only printed.")
     seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="Seed of all random numbers.")
+
+    @model_validator(mode="after")
+    def _gate_is_measured(self) -> "EvalRecipe":
+        self.gate.check(self.eval)
+        return self
 
 
 def check(kind: type[S], raw: Mapping[str, object], source: str | Path, wrong: Sequence[str] = ()) -> S:
@@ -196,12 +209,18 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
             raw[section] = {**base, **values}
     if "method" not in raw:
         return check(EvalRecipe, raw, path)
-    recipe = check(Recipe, with_plan(raw), path)
+    recipe = check(Recipe, with_plan({**raw, "eval": raw.get("eval") or {}}), path)
     if not recipe.output.path.is_dir():
         command = plugins.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which does not exist yet; run: qtool {command} {path}")
     model = recipe.model.model_copy(update={"path": paths.path_text(recipe.output.path), "free": False})
-    return EvalRecipe(model=model, eval=recipe.eval or EvalConfig(), expected=recipe.expected, seed=recipe.seed)
+    return EvalRecipe(
+        model=model,
+        eval=recipe.eval or EvalConfig(),
+        gate=recipe.gate,
+        expected=recipe.expected,
+        seed=recipe.seed,
+    )
 
 
 def with_plan(raw: dict[str, Any]) -> dict[str, Any]:

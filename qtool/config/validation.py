@@ -52,7 +52,7 @@ def explain(kind: type[Section], raw: Mapping[str, object], error: ValidationErr
                 lines += [f"{'.'.join([*path, *rest])}: missing; {text}" for rest, text in _required(place)]
                 continue
             case "value_error" if isinstance(value, Mapping):  # a rule between the keys of a section
-                lines.append(f"{'.'.join(path)}: {what}")
+                lines.append(": ".join(filter(None, (".".join(path), what))))
                 continue
             case "extra_forbidden":
                 new = place.owner.renamed.get(path[-1])

@@ -16,7 +16,7 @@ from qtool.data.drawn_windows import C4
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
 from qtool.data.vocabulary import check_ids
-from qtool.data.windows import perplexity_windows
+from qtool.data.windows import perplexity_windows, token_hash
 from qtool.evaluation.contamination import CalibrationSeen, overlap, relation
 from qtool.evaluation.paired import change_error
 from qtool.evaluation.perplexity import (
@@ -214,6 +214,8 @@ def _perplexity_row(
         higher_is_better=False,
         limit=config.limit,
         note=note,
+        windows=scores.nll.tolist(),
+        text=token_hash(windows),
     )
 
 
@@ -223,12 +225,21 @@ def _divergence_rows(name: str, scores: WindowScores, windows: Tensor, config: E
     assert scores.token_kl is not None
     note = f"against the float model on {windows.shape[0]} windows of {windows.shape[1]} tokens of {name}"
     columns = {"kl": mean_metric(scores.kl, scores.num_predictions)}
+    by_window = {"kl": scores.kl, AGREEMENT: scores.agreement}
     for metric, share in PERCENTILES.items():
         columns[metric] = Metric(value=percentile(scores.token_kl, share), n=scores.num_predictions)
     columns[AGREEMENT] = mean_metric(scores.agreement, scores.num_predictions)
     return [
         task_result(
-            DIVERGENCE, metric, measured, None, higher_is_better=metric == AGREEMENT, limit=config.limit, note=note
+            DIVERGENCE,
+            metric,
+            measured,
+            None,
+            higher_is_better=metric == AGREEMENT,
+            limit=config.limit,
+            note=note,
+            windows=by_window[metric].tolist() if metric in by_window else (),
+            text=token_hash(windows),
         )
         for metric, measured in columns.items()
     ]

@@ -25,8 +25,11 @@ from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
-# files of a model that are downloaded; its card says the licence
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
+# files of a model that are downloaded; its card says the licence, and other files have its text
+HUB_FILES = [
+    *("*.safetensors", "*.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "README.md"),
+    *("*LICENSE*", "*LICENCE*", "*NOTICE*", "COPYING*", "*USE_POLICY*"),
+]
 # files of a model folder that are read whole: config, tokenizer, chat templates, index of shards, our manifest
 SMALL = (
     *("*config.json", "*index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),

@@ -32,7 +32,7 @@ from qtool.pipelines import plan as planning
 from qtool.pipelines import quantize as pipeline
 from qtool.pipelines.in_memory import check_tokens, check_vocabularies, in_memory
 from qtool.pipelines.outcome import Outcome
-from qtool.reports import comparison, html
+from qtool.reports import compared_paths, html
 from qtool.reports.bench_report import BenchReport
 from qtool.reports.comparison import Comparison
 from qtool.reports.records import Metric
@@ -341,10 +341,12 @@ def bench(folder: str | Path, *, dtype: str = "bfloat16", device: str = "auto", 
 def compare(runs: str | Path | Sequence[str | Path]) -> Comparison:
     """Return runs side by side, from the ``report.json`` in their folders, and which are best for their size.
 
+    What holds no report is left out; ``left_out`` names it.
+
     Raises:
-        InputError: a folder without a report.
+        InputError: a path that does not exist, a damaged report, or no report at all.
     """
-    return comparison.compare([expand(run, "runs") for run in ([runs] if isinstance(runs, str | Path) else runs)])
+    return compared_paths.compare([expand(run, "runs") for run in ([runs] if isinstance(runs, str | Path) else runs)])
 
 
 def use_backend(model: nn.Module, name: str = "fast") -> Backends:

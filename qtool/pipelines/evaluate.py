@@ -8,6 +8,7 @@ from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import is_marked
 from qtool.checkpoints.quantization_config import grids_label
+from qtool.config.gate import GateConfig
 from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
 from qtool.config.yaml_loader import dump
 from qtool.data import sources, windows
@@ -27,11 +28,14 @@ from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
+from qtool.reports.gate import verdict
 from qtool.reports.records import beside_published
 from qtool.reports.report import JSON_NAME, MARKDOWN_NAME, PLOTS_FOLDER, Report, read_report
 from qtool.system import progress, writing
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
+
+NO_GATE = GateConfig()
 
 
 @without_progress_bars()
@@ -39,6 +43,7 @@ def evaluate(
     model: ModelConfig,
     config: EvalConfig,
     *,
+    gate: GateConfig = NO_GATE,
     float_model: str | None = None,
     output: Path | None = None,
     seed: int = 0,
@@ -47,22 +52,28 @@ def evaluate(
 ) -> Outcome:
     """Measure a native, exported or plain model, and beside it its float model, if that is known and available.
 
-    ``expected`` are published numbers to compare with; by default those in the recipe of a native checkpoint. With
-    ``plots`` the figures of the report are also written as files.
+    A ``gate`` needs the float model; its verdict is in the report, whatever it is. ``expected`` are published numbers
+    to compare with; by default those in the recipe of a native checkpoint. With ``plots`` the figures of the report are
+    also written as files.
 
     Raises:
-        InputError: a task, the model or the output folder cannot be used.
+        InputError: a task, the model or the output folder cannot be used, or a gate has no float model.
     """
     timer = PhaseTimer()
     tasks.check_tasks(config)
     folder = resolve(model.path, key="TARGET")
-    if output is not None:
-        make_folder(output)
     manifest = read_manifest(folder)
     origin = float_model or (manifest.recorded.model.path if manifest else None)
+    if gate.asked and origin is None:
+        raise InputError(
+            f"gate: a loss is relative to a float model, and {model.path} does not name the one it was made from; name "
+            "it with --float-model"
+        )
+    if output is not None:
+        make_folder(output)
     with timer.phase("load", f"loading {model.path}"):
         loaded = load_exported(model) or load_model(model, quantized=True)
-        reference = _reference(origin, model, required=float_model is not None)
+        reference = _reference(origin, model, required=float_model is not None or gate.asked)
         if reference is not None:
             share_equal(loaded, reference)
     with timer.phase("eval", "evaluating"):
@@ -79,6 +90,7 @@ def evaluate(
         "seed": seed,
     }
     report = report.model_copy(update=measured | timer.measured())
+    report = report.model_copy(update={"gate": verdict(gate, report.shown())})
     if output is not None:
         report.write(output)
         html.write(output, report, plots)

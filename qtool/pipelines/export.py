@@ -14,9 +14,14 @@ from qtool.models.quiet import without_progress_bars
 from qtool.pipelines.checks import check_export
 from qtool.pipelines.export_manifest import exported_already, write_manifest
 from qtool.pipelines.manifest import read_manifest
+from qtool.pipelines.ways import ways
 from qtool.reports import model_card
+from qtool.reports.base_card import base_card
+from qtool.reports.document import Table
 from qtool.reports.records import Exported
+from qtool.reports.report import read_report, results_table
 from qtool.system import progress
+from qtool.system.errors import InputError
 
 
 def export(folder: Path, config: ExportConfig, overwrite: bool) -> Path:
@@ -47,6 +52,7 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
         notes = exporter.write(source, partial, config) + written_config.notes(read_config(partial))
         may_round = exporter.dtype_may_round and config.dtype != "auto"
         differences = read_back(source, partial, exporter, may_round=may_round)
+        card = base_card(folder, folder.name, quantized=False)
         model_card.write_export(
             partial,
             base=manifest.recorded.model.path if manifest else folder.name,
@@ -55,7 +61,9 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
             library=exporter.library,
             notes=notes,
             differences=differences,
-            licence=model_card.licence_of(folder),
+            card=card,
+            ways=ways(source, config.format, partial, multimodal=card.pipeline_tag not in (None, "text-generation")),
+            measured=_measured(folder),
         )
         exported = Exported(
             format=config.format,
@@ -69,3 +77,12 @@ def write_export(folder: Path, config: ExportConfig, overwrite: bool, anew: bool
     for note in notes:
         progress.note(f"{config.format}: {note}")
     return exported
+
+
+def _measured(folder: Path) -> Table | None:
+    """Return the table of what was measured with a checkpoint; ``None`` without such a report."""
+    try:
+        report = read_report(folder)
+    except InputError:
+        return None
+    return results_table(report) if report is not None and report.results else None

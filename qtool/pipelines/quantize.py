@@ -11,15 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
 from qtool.blocks.tables import pack_embeddings
 from qtool.checkpoints import files, native, output_folder, side_files, sizes
 from qtool.checkpoints.native import MANIFEST, NativeCheckpoint, PlannedCheckpoint
-from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.quant import QuantSpec
 from qtool.config.recipe import Recipe, as_yaml, resolved
@@ -44,23 +41,23 @@ from qtool.models.targets import select_targets
 from qtool.pipelines import expected, model_free, scale_dtype, target, trial
 from qtool.pipelines.checks import check_early, check_exports, check_text, needs_text
 from qtool.pipelines.clock import PhaseTimer
+from qtool.pipelines.complete import complete_already
 from qtool.pipelines.export import write_export
-from qtool.pipelines.export_manifest import exported_already
 from qtool.pipelines.kept_forecast import kept
-from qtool.pipelines.lock import LOCKED_SECTIONS, differences, lock_of
-from qtool.pipelines.manifest import CalibrationTokens, Manifest, read_manifest
+from qtool.pipelines.lock import lock_of
+from qtool.pipelines.manifest import CalibrationTokens, Manifest
 from qtool.pipelines.outcome import Outcome, described, publish
 from qtool.pipelines.plan import kept_plan
-from qtool.pipelines.run_state import RunState, read_lock, run_state
-from qtool.pipelines.verify import verify
+from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
 from qtool.quant.packed_weight import FORMAT_VERSION
 from qtool.reports import model_card
+from qtool.reports.base_card import base_card
+from qtool.reports.gate import verdict
 from qtool.reports.records import Exported, Lock, beside_published
-from qtool.reports.report import Report, read_report
+from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
-from qtool.system.errors import InputError
 from qtool.system.paths import path_text
 from qtool.system.tensors import dtype_name
 
@@ -114,6 +111,8 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
         progress.say(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
+        if distributed.is_first():
+            report = _judged_again(recipe, report)
         return _outcome(recipe, report, timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None and recipe.model.free:
@@ -262,8 +261,8 @@ def _keep(
     plan: BitPlan | None = None,
 ) -> None:
     """Write manifest and model card of the checkpoint whose other files are written; keep its report."""
-    licence = model_card.licence_of(resolve(run.recipe.model.path))
-    made = {"licence": licence, "command": run.method.command, "recipe": as_yaml(run.recipe)}
+    path = run.recipe.model.path
+    made = {"base_card": base_card(resolve(path), path), "command": run.method.command, "recipe": as_yaml(run.recipe)}
     report = report.model_copy(update=made)
     _manifest(run, report, weight_errors, text, plan).write(run.state.model)
     model_card.write(run.state.model, report, MANIFEST, run.recipe.output.path.name)
@@ -345,7 +344,7 @@ def evaluate(run: Run) -> None:
             texts = continuations(written, recipe.eval, reference)
         found = {"results": tuple(results), "continuations": texts, "backend": recipe.eval.backend}
         report = report.model_copy(update=found | {"expected": beside_published(recipe.expected, results)})
-    report = run.timer.added_to(report)
+    report = run.timer.added_to(report).model_copy(update={"gate": verdict(recipe.gate, report.shown())})
     state.keep_evaluated(asked, report)
     publish(recipe.output.path, report, recipe.output.plots)
 
@@ -365,31 +364,9 @@ def export_all(run: Run) -> Report:
     return report
 
 
-def complete_already(recipe: Recipe, lock: Lock) -> Report | None:
-    """Return the report of an earlier run of the same recipe that ended; ``None`` if there is something left to do."""
-    output = recipe.output
-    if output.overwrite or not output.path.is_dir() or read_lock(partial_of(output.path)) is not None:
-        return None
-    try:
-        manifest, report = read_manifest(output.path), read_report(output.path)
-    except InputError:
-        return None
-    if manifest is None or report is None or differences(manifest.lock, lock):
-        return None
-    if _unlocked(manifest.recipe) != _unlocked(resolved(recipe)):
-        return None
-    if (recipe.eval is not None and not report.results) or len(report.exports) != len(recipe.export):
-        return None
-    if not all(exported_already(output.path, entry) for entry in recipe.export):
-        return None
-    verify(output.path)
-    OutputFolder(output.path).clear_abandoned()
-    return report
-
-
-def _unlocked(recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the sections of a recipe that are in no lock: the evaluation, the exports and the output."""
-    output = recipe["output"]
-    assert isinstance(output, dict)
-    kept = {key: value for key, value in recipe.items() if key not in LOCKED_SECTIONS}
-    return kept | {"output": {key: value for key, value in output.items() if key != "overwrite"}}
+def _judged_again(recipe: Recipe, report: Report) -> Report:
+    """Return the report of a complete run with the verdict of the recipe's gate; if it is another one, write it."""
+    now = report.model_copy(update={"gate": verdict(recipe.gate, report.shown())})
+    if now.gate != report.gate:
+        publish(recipe.output.path, now, recipe.output.plots)
+    return now

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from qtool.checkpoints.files import SafetensorsFolder
+from qtool.config.gate import GateConfig
 from qtool.models.folders import resolve
 from qtool.pipelines.lock import differences, lock_of
 from qtool.pipelines.quantize import quantize
@@ -33,7 +34,7 @@ def reproduce(folder: Path) -> list[str]:
     with temporary_folder(folder.absolute().parent) as temporary:
         again = temporary / "again"
         output = recipe.output.model_copy(update={"path": again, "overwrite": False})
-        quantize(recipe.model_copy(update={"output": output, "eval": None, "export": ()}))
+        quantize(recipe.model_copy(update={"output": output, "eval": None, "gate": GateConfig(), "export": ()}))
         if (place := _first_difference(folder, again)) is not None:
             why = f" (changed since: {'; '.join(changes)})" if changes else ""
             raise RunError(f"the new run differs from {folder}; the first difference is in {place}{why}")

@@ -7,7 +7,7 @@ Each renderer shows names and notes as text: without control characters and secr
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,73 @@ class Table:
     align: str  # one letter per column: l or r
     title: str = ""
     footnotes: Sequence[str] = ()  # numbered from 1; cells refer to them as [1]
+    legend: str = ""  # explains the marks of cells
     narrow: "Table | None" = None  # replaces this table in a terminal, where 80 columns must do
+    keys: int = 1  # number of first columns that name a row; each part of a table that is split has them
+    beside: Collection[int] = ()  # indices of columns that are never split from the one before
+
+
+GAP = 2  # blanks between columns
+LONGEST_WORD = 20  # characters; a longer word of a column of text is broken
+
+
+def parts(table: Table, width: int) -> list[Table]:
+    """Return ``table`` in parts of at most ``width`` characters; each begins with the columns that name a row.
+
+    Columns of numbers are at least as wide as their longest cell; other columns, and all headers, wrap at blanks. One
+    that does not fit beside the names is a part of its own.
+    """
+    widths = _least_widths(table)
+    if sum(_whole_widths(table)) + GAP * (len(widths) - 1) <= width:
+        return [table]
+    groups: list[list[int]] = []
+    for index in range(table.keys, len(table.columns)):
+        if groups and index in table.beside:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    names = list(range(table.keys))
+    chosen = [list(names)]
+    for group in groups:
+        wide = sum(widths[index] + GAP for index in (*chosen[-1], *group)) - GAP
+        if wide > width and chosen[-1] != names:
+            chosen.append(list(names))
+        chosen[-1] += group
+    return [_part(table, columns, index, len(chosen)) for index, columns in enumerate(chosen)]
+
+
+def _part(table: Table, columns: Sequence[int], index: int, count: int) -> Table:
+    """Return the part ``index`` of ``count``, without rows that are empty there.
+
+    The first has the title, and the last the footnotes and the legend.
+    """
+    rows = [[row[each] for each in columns] for row in table.rows]
+    return replace(
+        table,
+        columns=[table.columns[each] for each in columns],
+        rows=[row for row in rows if any(row[table.keys :])],
+        align="".join(table.align[each] for each in columns),
+        title=table.title if index == 0 else "",
+        footnotes=table.footnotes if index == count - 1 else (),
+        legend=table.legend if index == count - 1 else "",
+        beside=[place for place, each in enumerate(columns) if each in table.beside],
+    )
+
+
+def _whole_widths(table: Table) -> list[int]:
+    """Return the widths of the columns without any wrapping."""
+    return [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+
+
+def _least_widths(table: Table) -> list[int]:
+    """Return the widths of the columns with headers, and cells of text, wrapped at blanks."""
+    found = []
+    for index, column in enumerate(zip(table.columns, *table.rows, strict=True)):
+        words = max((len(word) for cell in column for word in cell.split()), default=0)
+        header = max(map(len, column[0].split()), default=0)
+        wraps = table.align[index] == "l" and index >= table.keys
+        found.append(max(min(words, LONGEST_WORD), header) if wraps else max(header, *map(len, column[1:]), 0))
+    return found
 
 
 @dataclass(frozen=True)
@@ -53,7 +119,6 @@ class Document:
     facts: Sequence[tuple[str, str]] = ()  # name and text
     warnings: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    legend: str = ""  # explains the marks of the tables
     notes: Sequence[str] = ()
     samples: Sequence[Table] = ()  # tables of long texts; not in a terminal
     code: Sequence[Code] = ()  # not in a terminal
@@ -69,30 +134,31 @@ class Printable(ABC):
 
     def markdown(self) -> str:
         """Return the report as a Markdown page."""
-        return "\n\n".join(filter(None, _markdown_blocks(_shown(self.document())))) + "\n"
+        return "\n\n".join(filter(None, _markdown_blocks(_mapped(self.document(), one_line)))) + "\n"
 
     def render(self, console: "Console") -> None:
         """Print the report in a terminal; ``±`` becomes ``+-`` where the encoding has no such character."""
-        _print(_shown(self.document()), console)
+        plain = one_line if console.encoding.startswith("utf") else lambda text: one_line(text).replace("±", "+-")
+        _print(_mapped(self.document(), plain), console)
 
     def _repr_html_(self) -> str:
         """Return the report as HTML without figures, for a notebook."""
-        return str(Markup("\n").join(_html_blocks(_shown(self.document()))))
+        return str(Markup("\n").join(_html_blocks(_mapped(self.document(), one_line))))
 
 
-def _shown(value: Any) -> Any:  # Any: a document or a part of one
-    """Return the same content with every text as it may be shown, in one line."""
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:  # Any: a document or a part of one
+    """Return the same content with every text as ``change`` makes it."""
     match value:
         case str():
-            return one_line(value)
+            return change(value)
         case Code():
             return replace(value, text=shown(value.text))
         case Document() | Table():
-            return replace(value, **{each.name: _shown(getattr(value, each.name)) for each in fields(value)})
+            return replace(value, **{each.name: _mapped(getattr(value, each.name), change) for each in fields(value)})
         case Mapping():
-            return {_shown(name): _shown(each) for name, each in value.items()}
+            return {_mapped(name, change): _mapped(each, change) for name, each in value.items()}
         case list() | tuple():
-            return [_shown(each) for each in value]
+            return [_mapped(each, change) for each in value]
     return value
 
 
@@ -113,7 +179,6 @@ def _markdown_blocks(document: Document) -> Iterator[str]:
     yield from (f"> **Warning:** {as_markdown(warning)}" for warning in document.warnings)
     for table in document.tables:
         yield from _markdown_table(table)
-    yield as_markdown(document.legend)
     yield _bullets(document.notes)
     for table in document.samples:
         yield from _markdown_table(table)
@@ -130,12 +195,18 @@ def _fence(text: str) -> str:
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
+def markdown_table(table: Table) -> str:
+    """Return a table in Markdown, with its title, footnotes and legend."""
+    return "\n\n".join(filter(None, _markdown_table(_mapped(table, one_line))))
+
+
 def _markdown_table(table: Table) -> Iterator[str]:
     yield f"## {as_markdown(table.title)}" if table.title else ""
     rule = "| " + " | ".join("---" if side == "l" else "---:" for side in table.align) + " |"
     header, *rows = map(_markdown_row, (table.columns, *table.rows))
     yield "\n".join([header, rule, *rows])
     yield "\n".join(_numbered([as_markdown(note) for note in table.footnotes]))
+    yield as_markdown(table.legend)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -162,7 +233,8 @@ def _html_blocks(document: Document) -> Iterator[Markup]:
         rows = Markup("").join(_html_row("td", row, table.align) for row in table.rows)
         yield Markup("<table><thead>{}</thead><tbody>{}</tbody></table>").format(head, rows)
         yield _html_list("ol", table.footnotes)
-    yield from (Markup("<p>{}</p>").format(line) for line in (document.legend, *document.notes) if line)
+        yield Markup("<p>{}</p>").format(table.legend) if table.legend else Markup("")
+    yield from (Markup("<p>{}</p>").format(line) for line in document.notes)
     for each in document.code:
         yield Markup("<h4>{}</h4><pre>{}</pre>").format(each.title, each.text)
 
@@ -181,10 +253,7 @@ def _html_list(tag: str, lines: Sequence[str]) -> Markup:
 def _print(document: Document, console: "Console") -> None:
     from rich.text import Text
 
-    plus_minus = "±" if console.encoding.startswith("utf") else "+-"
-
-    def plain(text: str, style: str = "") -> Text:
-        return Text(text.replace("±", plus_minus), style)  # a Text: Rich reads markup in a str
+    plain = Text  # Rich reads markup in a str
 
     lines = [plain(document.title, "bold")]
     lines += [plain(document.headline)] if document.headline else []
@@ -192,25 +261,38 @@ def _print(document: Document, console: "Console") -> None:
     lines += [plain(f"  {name}: {text}") for name, text in document.facts]
     lines += [plain(f"warning: {warning}", "bold") for warning in document.warnings]
     console.print(*lines, sep="\n")
-    for table in document.tables:
+    for table in (part for each in document.tables for part in parts(_for_terminal(each), console.width)):
         console.print(plain(f"\n{table.title}" if table.title else ""))
-        console.print(_rich_table(table.narrow or table, plain))
+        console.print(_rich_table(table, plain, console.width))
         if table.footnotes:
             console.print(*map(plain, ("", *_numbered(table.footnotes))), sep="\n")
-    if document.tables and not document.tables[-1].footnotes:
+        if table.legend:
+            console.print(plain(f"\n{table.legend}"))
+    if document.notes and document.tables and not document.tables[-1].footnotes:
         console.print()
-    bullet = "" if document.legend else "* "  # a legend explains the mark *
-    for line in filter(None, (document.legend, *(f"{bullet}{note}" for note in document.notes))):
-        console.print(plain(line))
+    bullet = "" if any(table.legend for table in document.tables) else "* "  # a legend explains the mark *
+    for note in document.notes:
+        console.print(plain(f"{bullet}{note}"))
 
 
-def _rich_table(table: Table, plain: "Callable[..., Text]") -> "RichTable":
+def _for_terminal(table: Table) -> Table:
+    """Return the narrow table, if there is one, with the title and the footnotes of ``table``."""
+    narrow = table.narrow
+    return table if narrow is None else replace(narrow, title=table.title, footnotes=table.footnotes)
+
+
+def _rich_table(table: Table, plain: "Callable[..., Text]", width: int) -> "RichTable":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
     made = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for name, side in zip(table.columns, table.align, strict=True):
-        made.add_column(plain(name), justify="left" if side == "l" else "right", overflow="fold")
+    whole, least = _whole_widths(table), _least_widths(table)
+    fits = sum(whole) + GAP * (len(whole) - 1) <= width
+    small = sum(least) + GAP * (len(least) - 1) <= width
+    for index, (name, side) in enumerate(zip(table.columns, table.align, strict=True)):
+        wraps = side == "l" and index >= table.keys
+        fixed = None if fits or wraps or not small else least[index]
+        made.add_column(plain(name), justify="left" if side == "l" else "right", overflow="fold", width=fixed)
     for row in table.rows:
         made.add_row(*(plain(cell, "bold" if cell.endswith(" *") else "") for cell in row))
     return made

@@ -7,14 +7,17 @@ tokenizer or are measured against the float model are comparable only between ru
 import hashlib
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from qtool.config.sections import METRICS
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
+from qtool.reports.text import metric_name
 
 OF_ONE_MODEL = ("perplexity", *METRICS["kl"])  # metrics that need the same float model to be comparable
 
@@ -49,6 +52,7 @@ class ComparedRun:
     report: Report
     model: str  # identity of the float model
     results: dict[Measure, TaskResult] = field(repr=False)
+    file: Path | None = None  # the report.json it was read from
 
     @property
     def grid(self) -> str:
@@ -56,8 +60,8 @@ class ComparedRun:
         return " ".join(part for part in (self.report.method, self.report.label) if part) or "float"
 
 
-def compared_runs(reports: Mapping[str, Report]) -> list[ComparedRun]:
-    """Return ``reports``, by name, as runs from large to small."""
+def compared_runs(reports: Mapping[str, Report], files: Mapping[str, Path]) -> list[ComparedRun]:
+    """Return ``reports``, by name, as runs from large to small; ``files`` are those they were read from, by name."""
     models = _models(reports.values())
     runs = []
     for (name, report), model in zip(reports.items(), models, strict=True):
@@ -67,7 +71,7 @@ def compared_runs(reports: Mapping[str, Report]) -> list[ComparedRun]:
             measure = Measure(row.task, row.metric, row.num_fewshot, row.limit, row.n, report.dtype or "", own)
             if row.value is not None:
                 results[measure] = row
-        runs.append(ComparedRun(name, report, model, results))
+        runs.append(ComparedRun(name, report, model, results, files.get(name)))
     runs.sort(key=lambda run: (-(run.report.bits_per_weight or 33), -(weight_bytes(run.report) or 0), run.name))
     return runs
 
@@ -75,7 +79,13 @@ def compared_runs(reports: Mapping[str, Report]) -> list[ComparedRun]:
 def measures_of(runs: Sequence[ComparedRun]) -> list[Measure]:
     """Return all measures: first those of most runs, and among these perplexity on real text first."""
     known = Counter(measure for run in runs for measure in run.results)
-    return sorted(known, key=lambda m: (-known[m], _rank(m), *(str(each) for each in m)))
+    return sorted(known, key=lambda m: (-known[m], _rank(m), m.task, _place(m), *(str(each) for each in m)))
+
+
+def _place(measure: Measure) -> int:
+    """Return the place of a metric among those of its task, as far as qtool measures the task itself."""
+    metrics = METRICS.get(measure.task, ())
+    return metrics.index(measure.metric) if measure.metric in metrics else len(metrics)
 
 
 def _rank(measure: Measure) -> int:
@@ -86,11 +96,28 @@ def _rank(measure: Measure) -> int:
 
 
 def difference_error(a: TaskResult, b: TaskResult) -> float | None:
-    """Return the standard error of the difference of two runs' numbers; ``None`` if unknown."""
+    """Return the standard error of the difference of two runs' numbers; ``None`` if unknown.
+
+    Of numbers on the same windows it is that of the differences by window; else it is computed from the errors of both
+    changes against the float model, or of both numbers, as if the two were independent.
+    """
+    if a.text is not None and a.text == b.text and len(a.windows) == len(b.windows) > 1:
+        return _paired_error(a, b)
     for x, y in ((a.delta_stderr, b.delta_stderr), (a.stderr, b.stderr)):
         if x is not None and y is not None:
             return math.hypot(x, y)
     return None
+
+
+def _paired_error(a: TaskResult, b: TaskResult) -> float | None:
+    """Return the standard error of ``a - b`` from their values by window; of perplexities by the delta method."""
+    factors = (1.0, 1.0)
+    if a.metric == "perplexity":
+        factors = (a.value or math.nan, b.value or math.nan)
+    differences = [factors[0] * x - factors[1] * y for x, y in zip(a.windows, b.windows, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return None
+    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def weight_bytes(report: Report) -> int | None:
@@ -125,13 +152,17 @@ def notes(runs: Sequence[ComparedRun], measures: Sequence[Measure]) -> Iterator[
     alike: dict[tuple[str, str, str], list[Measure]] = {}
     for measure in measures:
         alike.setdefault((measure.task, measure.metric, measure.model), []).append(measure)
+    differing: dict[str, list[str]] = {}
     for (task, metric, _), same in alike.items():
         if len(same) > 1:
             ways = []
             for measure in same:
                 names = ", ".join(run.name for run in runs if measure in run.results)
                 ways.append(f"{', '.join(measure.differing(same))} ({names})")
-            yield f"{task} {metric} was measured in different ways, which are not comparable: {'; '.join(ways)}."
+            differing.setdefault("; ".join(ways), []).append(metric_name(task, metric))
+    for each, metrics in differing.items():
+        was = "was" if len(metrics) == 1 else "were"
+        yield f"{', '.join(metrics)} {was} measured in different ways, which are not comparable: {each}."
     for what in ("device", "backend"):
         found = {getattr(run.report, what) for run in runs if run.results} - {None}
         if len(found) > 1:

@@ -10,7 +10,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from qtool.reports.drawing import LIGHT, Plot, blank, freeze_layout, shortened, style
@@ -34,6 +36,8 @@ LABEL_OFFSETS = [  # offsets of a label from its point, in points, and its align
 ]
 
 
+LOG_SPREAD = 5  # an axis whose largest number is more than so many times the smallest is logarithmic
+FEW_DECADES = 100
 CALLOUT_DISTANCE = 10  # in points; a label further from its point gets a line to it
 FLOAT_LABEL_PLACES = (  # places of "float" on the float model's line: fraction of its length, offset, alignment
     (1.0, -2, "right"),
@@ -89,6 +93,13 @@ def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
         axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=LIGHT["accent"], linewidth=1.1, zorder=1)
         axes.margins(0.16)
         axes.grid()
+        ys = [point.y for point in points] + ([] if plane.reference is None else [plane.reference])
+        if sizes_log := _wide([point.x for point in points]):
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis, [point.x for point in points])
+        if quality_log := _wide(ys):
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis, ys)
         better = "higher" if plane.higher_is_better else "lower"
         axes.set_title(f"{shortened(plane.quality, 40)}, {better} is better")
         axes.set_xlabel(f"{plane.size}, lower is better")
@@ -99,11 +110,29 @@ def plot(name: str, points: Sequence[Point], plane: Plane) -> Plot:
     caption += "Error bars are one standard error" + (
         " of the change against the float model." if plane.paired else "."
     )
+    if sizes_log or quality_log:
+        which = (
+            "Both axes are" if sizes_log and quality_log else f"The axis of {'sizes' if sizes_log else 'quality'} is"
+        )
+        caption += f" {which} logarithmic."
     if unlabelled:
         caption += f" No room for the names of {len(unlabelled)} points: see the table."
     said = "; ".join(f"{point.name} {point.x:.4g}, {point.y:.5g}" for point in points)
     text = f"On the Pareto front: {', '.join(point.name for point in best)}. All runs: {said}."
     return Plot(name, f"{plane.quality} against {plane.size}", figure, text, caption)
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Return whether the spread of ``values`` asks for a logarithmic axis."""
+    return min(values) > 0 and max(values) > LOG_SPREAD * min(values)
+
+
+def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Put ticks of a logarithmic axis at powers of ten, or at 1, 2 and 5 times these, as plain numbers."""
+    few = max(values) < FEW_DECADES * min(values)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def figures(runs: Sequence[ComparedRun], measure: Measure, title: str) -> list[Plot]:
@@ -114,9 +143,11 @@ def figures(runs: Sequence[ComparedRun], measure: Measure, title: str) -> list[P
     reference = floats.pop() if len(floats) == 1 else None
     paired = reference is not None and all(_finite(row.delta_stderr) is not None for row in rows.values())
     drawn = []
+    largest = max((weight_bytes(run.report) or 0 for run in runs), default=0)
+    unit, scale = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
     for name, axis, of in (
         ("pareto-bits", "bits per weight", lambda report: report.bits_per_weight),
-        ("pareto-size", "MB on disk", lambda report: None if (b := weight_bytes(report)) is None else b / 1e6),
+        ("pareto-size", f"{unit} on disk", lambda report: None if (b := weight_bytes(report)) is None else b / scale),
     ):
         points = [
             Point(index + 1, run.name, x, y, _finite(row.delta_stderr if paired else row.stderr))

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -46,7 +47,10 @@ def _file_path(path: str) -> str:
 
 # JSON has no infinity and no NaN: they are written as "inf" and "nan", and read back as what they are
 Number = Annotated[
-    float, BeforeValidator(_number), PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none")
+    float,
+    BeforeValidator(_number),
+    PlainSerializer(_strict, return_type=float | str, when_used="json-unless-none"),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}),
 ]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # a number of things or bytes
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -106,10 +110,20 @@ class TaskResult(Record):
         "null: not measured.",
     )
     note: str = Field("", description="Facts needed to compare this number with others.")
+    windows: tuple[Number, ...] = Field(
+        (),
+        description="Mean over the predictions of each window of text: negative log-likelihood of a perplexity, KL "
+        "divergence, or agreement. Models that read the same windows are compared window by window.",
+    )
+    text: Sha256 | None = Field(None, description="SHA-256 of the tokens of the windows; null: no windows.")
 
 
 def task_result(
-    task: str, metric: str, measured: Metric, reference: Metric | None, **fields: bool | int | float | str | None
+    task: str,
+    metric: str,
+    measured: Metric,
+    reference: Metric | None,
+    **fields: bool | int | float | str | Sequence[float] | None,
 ) -> TaskResult:
     """A row from the model's number and the float model's; ``fields`` are further fields of the row."""
     row = {"task": task, "metric": metric, "value": measured.value, "stderr": measured.stderr, "n": measured.n}

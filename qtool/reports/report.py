@@ -3,13 +3,17 @@
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic.json_schema import GenerateJsonSchema
 
 from qtool.reports import parts, quality, samples, serving
+from qtool.reports.base_card import BaseCard
 from qtool.reports.bench_report import BenchReport
 from qtool.reports.document import Code, Document, Printable, Table
 from qtool.reports.expert_tokens import coverage
+from qtool.reports.gate import GateVerdict
 from qtool.reports.records import (
     OVERLAP_TOKENS,
     CalibrationText,
@@ -35,11 +39,24 @@ from qtool.system.writing import write_text
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PLOTS_FOLDER = "plots"  # folder of the figures as files, beside the report
+SCHEMA_VERSION = 1
+
+
+def _readable(version: int) -> int:
+    if version > SCHEMA_VERSION:
+        raise ValueError(f"should be at most {SCHEMA_VERSION}: a newer qtool wrote it; update qtool to read it")
+    return version
 
 
 class Report(Record, Printable):
     """The settings, sizes and measured quality of a run."""
 
+    schema_version: Annotated[int, Field(ge=1), AfterValidator(_readable)] = Field(
+        SCHEMA_VERSION,
+        description="Version of this schema. It rises when a key is removed or gets another meaning, not when one is "
+        "added.",
+        json_schema_extra={"const": SCHEMA_VERSION},
+    )
     model: str = Field(description="The float model, as named by the user.")
     quantized: str | None = Field(
         None, description="Folder of the quantized model; null: only the float model was evaluated."
@@ -59,6 +76,9 @@ class Report(Record, Printable):
         None, description="Text that the method learned from; null: none, or unknown."
     )
     results: tuple[TaskResult, ...] = ()
+    gate: GateVerdict | None = Field(
+        None, description="Verdict of the recipe's quality gate; null: the recipe sets no limit."
+    )
     continuations: tuple[Continuation, ...] = Field(
         (), description="Text that the model writes after fixed prompts, beside the float model's."
     )
@@ -87,9 +107,7 @@ class Report(Record, Printable):
         None, description="Arithmetic of packed linears, by its name: exact, fast, ort, ...; null: no packed linears."
     )
     seed: Count | None = None
-    licence: dict[str, str] = Field(
-        default_factory=dict, description="Keys license, license_name and license_link of the float model's card."
-    )
+    base_card: BaseCard = Field(BaseCard(), description="What the model card carries over from the float model's.")
     multimodal: bool = Field(False, description="The model reads pictures or sound beside text.")
     environment: dict[str, str] = Field(default_factory=lambda: environment())
     machine: dict[str, str] = Field(
@@ -105,7 +123,7 @@ class Report(Record, Printable):
             facts=self.facts(),
             warnings=self.warnings(),
             tables=[
-                *([_results(self)] if self.results else []),
+                *([results_table(self)] if self.results else []),
                 *filter(None, [parts.table(self)]),
                 *([_published(self)] if self.expected else []),
                 *([serving.table(self.bench)] if self.bench else []),
@@ -158,6 +176,8 @@ class Report(Record, Printable):
         facts = []
         if self.quantized:
             facts.append(("quantized model", self.quantized))
+        if self.gate is not None and self.gate.passed:
+            facts.append(("quality gate", self.gate.line()))
         if self.bits_per_weight is not None:
             whole = self.file_bits_per_weight
             of_file = "" if whole is None else f"; whole file {whole:.3f}"
@@ -222,9 +242,10 @@ class Report(Record, Printable):
         return [("planned (and measured)", ", ".join(f"{ours} ({real})" for ours, real in pairs))]
 
     def warnings(self) -> list[str]:
-        """Return warnings of evaluation text that occurs in the calibration text, and of trainings without effect."""
+        """Return warnings of a failed gate, of evaluated text that calibrated, and of trainings without effect."""
+        gate = [] if self.gate is None or self.gate.passed else [f"quality gate {self.gate.line()}"]
         text = quality.warnings(self.results, self.calibration.source if self.calibration else "")
-        return [*text, *quality.unimproved(self.series)]
+        return [*gate, *text, *quality.unimproved(self.series)]
 
     def shown(self) -> list[TaskResult]:
         """Return the rows that tables show: all but the members of task groups."""
@@ -253,6 +274,15 @@ class Report(Record, Printable):
         return list(dict.fromkeys(note_of(row) for row in self.shown() if note_of(row)))
 
 
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of ``report.json`` as this version writes it."""
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        **Report.model_json_schema(mode="serialization"),
+        "title": "qtool report",
+    }
+
+
 def read_report(folder: Path) -> Report | None:
     """Return the report in a folder; ``None`` if it has none.
 
@@ -265,7 +295,8 @@ def read_report(folder: Path) -> Report | None:
         return None
 
 
-def _results(report: Report) -> Table:
+def results_table(report: Report) -> Table:
+    """Return the table of measured numbers."""
     columns, rows, narrow = report.columns(), [], []
     for row in report.shown():
         mark, numbers = report.mark(row), report.numbers(row)

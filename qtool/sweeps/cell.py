@@ -168,7 +168,7 @@ def result(cell: Cell) -> CellResult:
         float_bytes=manifest.float_bytes,
         quantized_bytes=manifest.quantized_bytes,
         seconds=report.seconds | manifest.seconds,
-        results=report.results,
+        results=tuple(row.model_copy(update={"windows": ()}) for row in report.results),
         expected=beside_published(made.expected, report.results),
         bench=benched(cell, None),
         dtype=report.dtype,

@@ -200,6 +200,8 @@ def check(
             checked, found = None, [str(error)]
         if checked is not None and checked.export:
             found = ["export: a sweep writes no exports; remove this section, and run qtool export on a cell's folder"]
+        if checked is not None and checked.gate.asked:
+            found = [*found, "gate: a sweep shows every cell, whatever its loss; remove this section"]
         for fault in found:
             wrong.setdefault(fault, []).append(cell.name)
         if checked is not None:

@@ -28,6 +28,7 @@ from qtool.models.targets import select_targets
 from qtool.pipelines.checks import check_early
 from qtool.pipelines.lock import lock_of
 from qtool.reports import comparison
+from qtool.reports.compared_paths import compare
 from qtool.sweeps import launchers, table
 from qtool.sweeps.cell import (
     QTOOL,
@@ -294,7 +295,7 @@ def _compare(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Write the page that compares the cells that are done."""
     done = [cell.folder for cell in cells if not cell.reason]
     if done:
-        writing.write_text(sweep.output / comparison.HTML_NAME, comparison.compare(done).html())
+        writing.write_text(sweep.output / comparison.HTML_NAME, compare(done).html(sweep.output))
 
 
 def _summary(sweep: Sweep, cells: Sequence[Cell]) -> SweepReport:

@@ -10,9 +10,10 @@ from pydantic import Field
 from qtool.reports.bench_report import FAST, PREFILL, BenchReport, decode
 from qtool.reports.document import Document, Printable, Table
 from qtool.reports.records import Record, TaskResult
-from qtool.reports.text import bits, megabytes, note_of, number
+from qtool.reports.text import bits, note_of, number
 from qtool.sweeps.results import CellGroup, CellResult
 from qtool.system.environment import environment
+from qtool.system.units import duration, file_size
 from qtool.system.writing import write_text
 
 JSON_NAME = "sweep.json"
@@ -44,12 +45,12 @@ class SweepReport(Record, Printable):
     def sizes(self) -> list[str]:
         """Return the names of the columns of sizes; the bits per weight of the whole file only where they are known."""
         known = any(cell.file_bits_per_weight is not None for cell in self.cells)
-        return ["bits/weight", *(["of file"] if known else []), "MB"]
+        return ["bits/weight", *(["of file"] if known else []), "size"]
 
     def _sizes(self, of: CellResult | CellGroup) -> list[str]:
         """Return a cell for each of ``sizes()``."""
         whole = [bits(of.file_bits_per_weight)] if len(self.sizes()) > 2 else []
-        return [bits(of.bits_per_weight), *whole, megabytes(of.quantized_bytes)]
+        return [bits(of.bits_per_weight), *whole, _size(of.quantized_bytes)]
 
     def columns(self) -> list[str]:
         """Return the names of the columns that vary."""
@@ -64,12 +65,12 @@ class SweepReport(Record, Printable):
         benches = any(cell.bench is not None for cell in self.cells)
         complete = all(cell.status == "done" for cell in self.cells)
         columns, metrics = self.columns(), self.metrics()
-        right = [*self.sizes(), *metrics, "quantize s", *(SPEEDS if benches else ())]
+        right = [*self.sizes(), *metrics, "quantize", *(SPEEDS if benches else ())]
         right += [] if complete else ["status"]
         rows = []
         for label, cell in self._floats():
             found = {name: number(row.float_value, row.float_stderr) for name, row in cell.named()}
-            row = [label, *[""] * len([*columns[1:], *self.sizes()[1:]]), megabytes(cell.float_bytes)]
+            row = [label, *[""] * len([*columns[1:], *self.sizes()[1:]]), _size(cell.float_bytes)]
             row += [found.get(name, "") for name in metrics]
             rows.append([*row, *[""] * (len(columns) + len(right) - len(row))])
         for cell in self.cells:
@@ -113,9 +114,7 @@ class SweepReport(Record, Printable):
             means = [group.metrics.get(name) for name in metrics]
             row += ["" if mean is None else number(mean.mean, mean.deviation) for mean in means]
             rows.append([*row, _seconds(group.seconds.mean if group.seconds else None)])
-        return _table(
-            f"Over {', '.join(self.over)}", [*columns, "cells"], [*self.sizes(), *metrics, "quantize s"], rows
-        )
+        return _table(f"Over {', '.join(self.over)}", [*columns, "cells"], [*self.sizes(), *metrics, "quantize"], rows)
 
     def published_table(self) -> Table:
         """Return the table with a row for each published number."""
@@ -186,11 +185,16 @@ class SweepReport(Record, Printable):
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table with columns of labels, aligned left, and columns of numbers, aligned right."""
-    return Table([*map(_short, left), *right], rows, "l" * len(left) + "r" * len(right), title)
+    align = "l" * len(left) + "r" * len(right)
+    return Table([*map(_short, left), *right], rows, align, title, keys=len(left))
 
 
 def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+    return "" if value is None else duration(value)
+
+
+def _size(num_bytes: float | None) -> str:
+    return "" if num_bytes is None else file_size(num_bytes)
 
 
 def _value(row: TaskResult) -> str:

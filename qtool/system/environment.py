@@ -9,7 +9,6 @@ from typing import Any
 
 from qtool.system import meminfo
 from qtool.system.units import size
-
 from qtool.system.version import __version__
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")

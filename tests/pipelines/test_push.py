@@ -17,7 +17,7 @@ from huggingface_hub.utils import _http
 
 from qtool.cli.main import main
 from qtool.pipelines import push as pipeline
-from qtool.reports import model_card
+from qtool.reports.base_card import BaseCard, base_card
 from qtool.system.errors import RunError
 
 # huggingface_hub 2.4 gives the library below it content under a name of former times
@@ -140,12 +140,12 @@ def test_an_export_is_pushed(
 
 def test_cards_have_the_licence_of_the_float_model(made: Path, tmp_path: Path) -> None:
     keys = {"license": "other", "license_name": "Small", "license_link": "https://example.org/LICENSE"}
-    assert model_card.licence_of(made / "float") == keys
+    assert base_card(made / "float", str(made / "float")).keys() == keys
     assert main(["export", str(made / "q"), "-f", "dense", "-o", str(tmp_path / "dense"), "-q"]) == 0
     for folder in (made / "q", tmp_path / "dense"):
         card = huggingface_hub.ModelCard.load(folder / "README.md")
         assert {key: card.data.get(key) for key in keys} == keys
-        assert model_card.licence_of(folder) == keys
+        assert base_card(folder, folder.name, quantized=False).keys() == keys | {"pipeline_tag": "text-generation"}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_cards_have_the_licence_of_the_float_model(made: Path, tmp_path: Path) -
 )
 def test_a_card_without_a_licence_has_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    assert model_card.licence_of(tmp_path) == {}
+    assert base_card(tmp_path, str(tmp_path)) == BaseCard()
 
 
 # ------------------------------------------------------------------------------------------------ refused before

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from qtool.cli import main
 from qtool.reports import pareto
-from qtool.reports.comparison import Comparison, compare, comparison
+from qtool.reports.compared_paths import compare
+from qtool.reports.comparison import Comparison, comparison
 from qtool.reports.measures import difference_error
 from qtool.reports.pareto import Plane, Point, front
 from qtool.reports.records import Metric, TaskResult, task_result
@@ -52,8 +53,9 @@ def report(value: float, bits: float = 4.25, *, rows: tuple[TaskResult, ...] = (
 
 def cells(found: Comparison, start: str) -> list[str]:
     """Return the first column whose name starts with the given text; runs with more bits come first."""
-    (index,) = [i for i, name in enumerate(found.columns()) if name.startswith(start)]
-    return [line[index] for line in found.rows()]
+    table = found.table()
+    (index,) = [i for i, name in enumerate(table.columns) if name.startswith(start)]
+    return [line[index] for line in table.rows if line[0][0].isdigit()]  # without the float model
 
 
 def save(folder: Path, made: Report) -> Path:
@@ -178,8 +180,9 @@ def test_what_was_measured_otherwise_has_a_column_of_its_own(change: dict[str, A
     else:
         other = other.model_copy(update={"results": (other.results[0].model_copy(update=change),)})
     found = comparison({"a": report(10.0), "b": report(11.0, 2.25), "c": other})
-    assert [name for name in found.columns() if said in name]
-    columns = [cells(found, name) for name in found.columns() if name.startswith("wikitext2")]
+    names = found.table().columns
+    assert [name for name in names if said in name]
+    columns = [cells(found, name) for name in names if name.startswith("wikitext2")]
     assert ["10.00 ± 0.10 *", "", "11.00 ± 0.10"] in columns, "the better number of another measure is not the best"
     assert ["", "9.00 ± 0.10", ""] in columns
     (note,) = [note for note in found.notes if "not comparable" in note]
@@ -232,7 +235,7 @@ def test_the_page_is_whole_and_names_are_text() -> None:
     assert not {tag for tag, _ in tree.tags} & {"script", "img", "link", "iframe"}
     assert tree.text.count(" ".join(HOSTILE.split())) >= 3
     assert sum(tag == "svg" for tag, _ in tree.tags) == 2
-    for line in found.rows():
+    for line in found.table().rows:
         for cell in line:
             assert " ".join(cell.split()) in tree.text
 
@@ -240,22 +243,51 @@ def test_the_page_is_whole_and_names_are_text() -> None:
 # the command
 
 
-def test_every_path_without_a_report_is_named(tmp_path: Path) -> None:
+def test_every_path_that_is_wrong_is_named(tmp_path: Path) -> None:
     good = save(tmp_path / "good", report(10))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.json").write_text("{")
+    damaged = save(tmp_path / "damaged", report(10))
+    (damaged / "report.json").write_text("{")
     with pytest.raises(InputError) as caught:
-        compare([good, good, tmp_path / "empty", tmp_path / "none", tmp_path / "bad.json"])
+        compare([good, good, damaged, tmp_path / "none"])
     message = str(caught.value)
-    for part in (
-        "empty has no report.json",
-        "none cannot be read: No such file",
-        "bad.json is not a report",
-        "2 times",
-    ):
+    for part in ("damaged/report.json is not a report", "none cannot be read: No such file", "2 times"):
         assert part in message
     with pytest.raises(InputError, match="no run was given"):
         compare([])
+
+
+def test_what_lies_beside_runs_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 10.0), ("b", 11.0)):
+        save(tmp_path / name, report(value))
+    compare([tmp_path / "a", tmp_path / "b"]).write(tmp_path / "compared")
+    (tmp_path / "a.yaml").write_text("model: {}\n")
+    (tmp_path / "sweep.json").write_text("{}\n")
+    (tmp_path / "c.partial" / "state").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    paths = sorted(tmp_path.iterdir())
+    found = compare(paths)
+    assert [run.name for run in found.runs] == ["a", "b"]
+    expected = {
+        "a.yaml": "is not a report of a qtool run",
+        "c.partial": "it is an unfinished run",
+        "compared": "it is a comparison",
+        "empty": "a run (qtool ptq, qat, ...) or qtool eval -o writes one",
+        "sweep.json": "is not a report of a qtool run",
+    }
+    assert len(found.left_out) == len(expected)
+    for line, (name, what) in zip(found.left_out, expected.items(), strict=True):
+        assert f"/{name}" in line
+        assert what in line
+        assert f"left out: {line}" in found.markdown()
+        assert line in Tree(found.html()).text
+    assert main.main(["compare", *map(str, paths), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["left_out"] == list(found.left_out)
+    assert [line for line in printed.err.splitlines() if line.startswith("note: ")] == [
+        f"note: {line}" for line in found.left_out
+    ]
+    with pytest.raises(InputError, match="it is a comparison"):
+        compare([tmp_path / "compared", tmp_path / "empty"])
 
 
 def test_names_are_as_long_as_tells_them_apart(tmp_path: Path) -> None:
@@ -269,7 +301,9 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "out"
     assert main.main(["compare", *runs, "-o", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "| 1 a | gptq w4g64 | 4.250 | 4.25 | 10.00 ± 0.10 \\* |" in printed
+    assert "| float |  |  |  | 10.00 ± 0.10 |  |  |  |  |" in printed
+    assert "| 1 a | gptq w4g64 | 4.250 | 4.25 MB | 10.00 ± 0.10 \\* | +0.00 ± 0.14 |  |" in printed
+    assert "| 2 b | gptq w3g64 | 3.250 | 3.25 MB | 11.00 ± 0.10 | +1.00 ± 0.14 | +1.00 ± 0.14 |" in printed
     assert printed.rstrip().endswith(str(out))
     names = {str(path.relative_to(out)) for path in out.rglob("*.*")}
     figures = {f"plots/pareto-{kind}.{end}" for kind in ("bits", "size") for end in ("png", "svg")}
@@ -289,7 +323,7 @@ def test_a_terminal_shows_the_same_numbers(tmp_path: Path) -> None:
     with (tmp_path / "shown").open("w", encoding="utf-8") as file:
         found.render(Console(file=file, width=200, force_terminal=False))
     shown = (tmp_path / "shown").read_text(encoding="utf-8")
-    for text in itertools.chain(found.columns(), *found.rows()):
+    for text in itertools.chain(found.table().columns, *found.table().rows):
         assert text in shown
     assert PLOTS_FOLDER not in shown
 

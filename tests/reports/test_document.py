@@ -1,12 +1,15 @@
 """A document in its two forms: the same content as Markdown and in a terminal."""
 
 import io
+import itertools
 from typing import Any
 
 from helpers.html import Tree
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from qtool.reports.document import Document, Printable, Table
+from qtool.reports.document import Document, Printable, Table, parts
 
 
 class Sheet(Printable):
@@ -75,7 +78,7 @@ def test_samples_of_text_are_not_printed_in_a_terminal() -> None:
 
 
 def test_what_markdown_or_rich_would_take_for_markup_is_text() -> None:
-    sheet = Sheet(tables=[Table(["a|b"], [["[red]c|d *"]], "l")], legend="* best", notes=["[bold]n"])
+    sheet = Sheet(tables=[Table(["a|b"], [["[red]c|d *"]], "l", legend="* best")], notes=["[bold]n"])
     assert "| a\\|b |" in sheet.markdown()
     assert "| [red]c\\|d \\* |" in sheet.markdown()
     assert "\n\\* best\n" in sheet.markdown()
@@ -104,3 +107,40 @@ def test_a_notebook_shows_every_field_and_runs_nothing_of_it() -> None:
     assert (tags.count("tr"), tags.count("td"), tags.count("script")) == (3, 4, 0)
     assert '<td style="text-align: right">2</td>' in shown
     assert shown.startswith("<h3>a title</h3>")
+
+
+words = st.text("abcde", min_size=1, max_size=7)
+
+
+@given(
+    st.lists(st.lists(words, min_size=1, max_size=3).map(" ".join), min_size=2, max_size=9),
+    st.integers(1, 4),
+    st.integers(40, 100),
+    st.data(),
+)
+def test_parts_of_a_table_fit_and_lose_nothing(headers: list[str], rows: int, width: int, data: st.DataObject) -> None:
+    names = [f"run {index}" for index in range(rows)]
+    body = [[name, *(data.draw(words) for _ in headers[1:])] for name in names]
+    beside = data.draw(st.sets(st.sampled_from([2, 4, 6, 8])))  # pairs, which fit any width
+    table = Table(headers, body, "l" + "r" * (len(headers) - 1), "title", ["note"], "legend", beside=beside)
+    found = parts(table, width)
+    assert [part.title for part in found] == ["title", *[""] * (len(found) - 1)]
+    assert [bool(part.footnotes and part.legend) for part in found] == [*[False] * (len(found) - 1), True]
+    assert [name for part in found for name in part.columns[1:]] == headers[1:]
+    for index, row in enumerate(body):
+        assert [cell for part in found for cell in part.rows[index][1:]] == row[1:]
+        assert all(part.rows[index][0] == row[0] for part in found)
+    starts = list(itertools.accumulate((len(part.columns) - 1 for part in found), initial=1))[1:-1]
+    assert not beside.intersection(starts), "a column was split from the one before"
+    screen = io.StringIO()
+    Sheet(tables=[table]).render(Console(file=screen, width=width))
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for cell in itertools.chain(*body):
+        assert cell in screen.getvalue(), "a number is never wrapped"
+
+
+def test_a_part_of_a_table_leaves_out_rows_that_are_empty_there() -> None:
+    table = Table(["run", "a" * 30, "b" * 30], [["x", "1", ""], ["y", "", "2"]], "lrr")
+    assert [part.rows for part in parts(table, 40)] == [[["x", "1"]], [["y", "2"]]]
+    assert parts(table, 80) == [table]

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from rich.console import Console
 
 from qtool.reports import html, model_card
-from qtool.reports.comparison import compare
+from qtool.reports.base_card import BaseCard
+from qtool.reports.compared_paths import compare
 from qtool.reports.document import as_markdown
 from qtool.reports.records import TaskResult
 from qtool.reports.report import Report
@@ -74,12 +75,18 @@ def test_a_model_card_has_a_header_and_code_that_can_be_read(report: Report, tmp
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     check(card)
     _, header, body = card.split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["qtool"]}
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "quantized_by": "qtool",
+        "tags": ["qtool"],
+        "model-index": yaml.safe_load(header)["model-index"],
+    }
     code = body.split("```python\n")[1].split("\n```\n")[0]
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     names = [ast.literal_eval(call.args[0]) for call in calls]
-    assert names == ['a"; import os #\n```\x1b[2J\udc80'] * 2
-    base = {"base": HOSTILE, "label": "w4", "format": "gptq", "library": "x", "notes": [HOSTILE], "licence": {}}
+    assert names == ["."] * 2
+    base = {"base": HOSTILE, "label": "w4", "format": "gptq", "library": "x", "notes": [HOSTILE], "card": BaseCard()}
     model_card.write_export(tmp_path, **base, differences={"weight_difference": 0, "logit_difference": 0})  # type: ignore[arg-type] # of several types
     check((tmp_path / "README.md").read_text(encoding="utf-8"))
 
@@ -100,7 +107,7 @@ def test_files_of_a_comparison_are_written_for_any_names(report: Report, tmp_pat
         check((tmp_path / "out" / file).read_text(encoding="utf-8"))
     for plot in (tmp_path / "out" / "plots").glob("*.svg"):
         check(plot.read_text(encoding="utf-8"))
-    assert rendered(found.markdown()).count("<tr>") == 3
+    assert rendered(found.markdown()).count("<tr>") == 3, "no float model and no settings"
 
 
 def test_a_report_in_json_is_ascii_without_secrets_and_says_the_rest(report: Report, tmp_path: Path) -> None:

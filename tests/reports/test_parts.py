@@ -163,7 +163,10 @@ def test_a_report_that_lacks_a_number_has_no_such_table(missing: str) -> None:
 def test_a_comparison_has_the_bits_of_the_file_where_one_is_known() -> None:
     known, unknown = report(), report(file_bits_per_weight=None)
     found = comparison({"a": known, "b": unknown})
-    assert found.columns()[2:5] == ["bits/weight", "of file", "MB"]
-    assert sorted(row[2:5] for row in found.rows()) == [["4.250", "", "0.25"], ["4.250", "14.100", "0.25"]]
+    assert list(found.table().columns[2:5]) == ["bits/weight", "of file", "size"]
+    assert sorted(list(row[2:5]) for row in found.table().rows) == [
+        ["4.250", "", "0.25 MB"],
+        ["4.250", "14.100", "0.25 MB"],
+    ]
     assert {run["file_bits_per_weight"] for run in found.as_dict()["runs"]} == {14.1, None}
-    assert comparison({"b": unknown}).columns()[2:4] == ["bits/weight", "MB"]
+    assert list(comparison({"b": unknown}).table().columns[2:4]) == ["bits/weight", "size"]

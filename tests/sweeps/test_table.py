@@ -61,9 +61,9 @@ def test_a_mean_tells_of_how_many_cells_it_is() -> None:
     )
     made = SweepReport(name="s", over=("seed",), cells=cells, groups=groups(cells, ["seed"]))
     text = made.markdown()
-    assert "## Over seed\n\n| bits | cells | bits/weight | MB | wikitext2 perplexity | quantize s |" in text
-    assert "| 2 | 2 of 3 | 2.250 | 3.00 | 11.00 ± 1.41 |  |" in text
-    assert "| 2 | 0 | 2.250 | 3.00 | 10.00 ± 0.50 |  | done |" in text
+    assert "## Over seed\n\n| bits | cells | bits/weight | size | wikitext2 perplexity | quantize |" in text
+    assert "| 2 | 2 of 3 | 2.250 | 3.00 MB | 11.00 ± 1.41 |  |" in text
+    assert "| 2 | 0 | 2.250 | 3.00 MB | 10.00 ± 0.50 |  | done |" in text
     assert "| 2 | 2 |  |  |  |  | failed [1] |" in text
     assert "1. no memory" in text
     assert "| float |  |  |  | 9 |  |  |" in text
@@ -84,10 +84,10 @@ def test_the_bits_of_whole_files_have_a_column_where_they_are_known() -> None:
     )
     made = SweepReport(name="s", over=("seed",), cells=cells, groups=groups(cells, ["seed"]))
     text = made.markdown()
-    assert "| bits | cells | bits/weight | of file | MB | wikitext2 perplexity | quantize s |" in text
-    assert "| 2 | 2 | 2.250 | 4.500 | 3.00 | 11.00 ± 1.41 |" in text
-    assert "| 3 | 1 | 2.250 |  | 3.00 | 12 |" in text
-    assert "| 2 | 1 | 2.250 | 5.000 | 3.00 | 12.00 ± 0.50 |" in text
+    assert "| bits | cells | bits/weight | of file | size | wikitext2 perplexity | quantize |" in text
+    assert "| 2 | 2 | 2.250 | 4.500 | 3.00 MB | 11.00 ± 1.41 |" in text
+    assert "| 3 | 1 | 2.250 |  | 3.00 MB | 12 |" in text
+    assert "| 2 | 1 | 2.250 | 5.000 | 3.00 MB | 12.00 ± 0.50 |" in text
     assert "| float |  |  |  |  | 9 |  |" in text
     assert SweepReport.model_validate_json(made.model_dump_json()) == made
 

@@ -113,7 +113,7 @@ def test_the_report_is_complete_and_the_model_card_holds_its_numbers(whole: Resu
     for number in (f"{perplexity.value:.2f}", f"{divergence.value:.4f}", "4.500 (scales and zero points counted)"):
         assert number in readme
     assert "import qtool" in readme
-    assert 'from_pretrained("q")' in readme
+    assert 'from_pretrained(".")' in readme
     assert ".partial" not in readme
     assert [(export.format, export.path, export.num_bytes) for export in report.exports] == [
         (name, f"out/{name}", sum(p.stat().st_size for p in Path("out", name).glob("*.safetensors")))
