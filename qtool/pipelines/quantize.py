@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from qtool.allocation import k_mixture
 from qtool.allocation.plan import BitPlan, mixed, narrowest, units_of
 from qtool.blocks.job import Job, Method, Result, load_method
@@ -41,13 +39,13 @@ from qtool.models.quiet import without_progress_bars
 from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
-from qtool.pipelines import model_free, target, trial
+from qtool.pipelines import model_free, target, tracking, trial
 from qtool.pipelines.checks import check_early, check_exports, check_pictures, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.export import write_export
 from qtool.pipelines.export_manifest import exported_already
 from qtool.pipelines.kept_forecast import kept
-from qtool.pipelines.lock import LOCKED_SECTIONS, differences, lock_of
+from qtool.pipelines.lock import differences, lock_of, unlocked
 from qtool.pipelines.manifest import CalibrationTokens, Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.pipelines.plan import kept_plan
@@ -74,6 +72,7 @@ class Run:
     state: RunState
     timer: PhaseTimer
     first_blocks: int | None = None  # a probe quantizes the first blocks only (probe.py)
+    tracker: tracking.Tracker = tracking.NO_TRACKER
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         run.state.publish()
         evaluate(run)
         report = export_all(run)
+        run.tracker.result(tracking.result_figures(report))
     return _outcome(recipe, report, timer)
 
 
@@ -153,8 +153,9 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
             end_to_end=method.end_to_end(recipe.method),
         ) as state,
         quantized_sources.expanded_in(state.folder / "expanded"),
+        tracking.opened(recipe, state) as tracker,
     ):
-        yield Run(recipe, method, state, timer)
+        yield Run(recipe, method, state, timer, tracker=tracker)
 
 
 def prepare(run: Run) -> Prepared:
@@ -171,7 +172,7 @@ def prepare(run: Run) -> Prepared:
         start = quant if units is None else narrowest(quant)
         targets, tables = select_targets(loaded, start), select_tables(loaded, start)
     num_parts = len(loaded.blocks()) + len(tables.of_method)
-    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts)
+    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts, run.tracker)
     shapes = {target.name: target.weight_shape for target in targets} | tables.shapes
     specs = _specs(targets) | tables.specs | ({} if units is None else mixed(units))
     planned = PlannedCheckpoint(loaded, specs, shapes, tables)
@@ -381,7 +382,7 @@ def complete_already(recipe: Recipe, lock: Lock) -> Report | None:
         return None
     if manifest is None or report is None or differences(manifest.lock, lock):
         return None
-    if _unlocked(manifest.recipe) != _unlocked(resolved(recipe)):
+    if unlocked(manifest.recipe) != unlocked(resolved(recipe)):
         return None
     if (recipe.eval is not None and not report.results) or len(report.exports) != len(recipe.export):
         return None
@@ -390,11 +391,3 @@ def complete_already(recipe: Recipe, lock: Lock) -> Report | None:
     verify(output.path)
     OutputFolder(output.path).clear_abandoned()
     return report
-
-
-def _unlocked(recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the sections of a recipe that are in no lock: the evaluation, the exports and the output."""
-    output = recipe["output"]
-    assert isinstance(output, dict)
-    kept = {key: value for key, value in recipe.items() if key not in LOCKED_SECTIONS}
-    return kept | {"output": {key: value for key, value in output.items() if key != "overwrite"}}
