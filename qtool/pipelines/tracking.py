@@ -134,7 +134,7 @@ class WeightsAndBiases(Tracker):
             name=opening.run_name,
             id=opening.id,
             resume="allow" if opening.id else None,
-            config=opening.flat(),
+            config=None if opening.id else opening.flat(),
             dir=os.environ.get("WANDB_DIR") or opening.logs,
             settings=wandb.Settings(console="off"),  # the lines of progress are no log
         )

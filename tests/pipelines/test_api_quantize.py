@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import qtool
 from qtool.config.recipe import Recipe
-from qtool.pipelines import api
+from qtool.pipelines import quantize
 from qtool.pipelines.outcome import Outcome
 from qtool.reports.report import Report
 
@@ -23,7 +23,7 @@ LIMITS: dict[str, Any] = {"eval.limit": 1, "eval.context": 16, "eval.continuatio
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
     """A function that returns the recipe which ``qtool.quantize`` would run."""
     found: list[Recipe] = []
-    monkeypatch.setattr(api.pipeline, "quantize", lambda recipe, fresh: found.append(recipe))
+    monkeypatch.setattr(quantize, "quantize", lambda recipe, fresh: found.append(recipe))
 
     def asked(*arguments: Any, **keys: Any) -> Recipe:
         qtool.quantize(*arguments, **keys)
