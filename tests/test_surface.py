@@ -143,6 +143,7 @@ def test_recipe_keys() -> None:
         "export.N": ["format", "path", "dtype"],
         "expected.N": ["tasks", "metric", "value", "source"],
         "output": ["path", "overwrite", "plots"],
+        "tracker": ["name", "project", "run_name"],
         "": ["seed"],
     }
 
@@ -165,7 +166,7 @@ TRAINED = ["preset", *(f"rounding.{key}" for key in ROUNDING.split()), "init_fro
 END_TO_END = [
     *("loss", "temperature", "ce_share", "top_k", "epochs", "steps", "min_steps", "batch_size"),
     *(f"optim.{key}" for key in OPTIM.split()),
-    *("gradient_checkpointing", "sharding", "validation_samples", "validate_every", "save_every", "tracker"),
+    *("gradient_checkpointing", "sharding", "validation_samples", "validate_every", "save_every"),
     *("travel", "lr", "weight_decay"),
 ]
 GRID = ["scale_travel", "scale_lr"]

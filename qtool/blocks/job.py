@@ -46,9 +46,8 @@ class Workspace(Protocol):
     def scratch(self) -> Path:
         """Folder for hidden states that do not fit into ``memory_budget``."""
 
-    @property
-    def logs(self) -> Path:
-        """Folder for the logs of a training tracker, beside the output folder."""
+    def log(self, phase: str, step: int, figures: Mapping[str, float]) -> None:
+        """Send the figures of a step of ``phase`` to the tracker of the run, if it has one."""
 
     def phase(self, name: str) -> Path:
         """Return the folder of the state of the training phase ``name``."""

@@ -25,10 +25,7 @@ def is_recipe(target: str, argument: str) -> bool:
     """
     from qtool.config import files
 
-    suffix = Path(target).suffix
-    if suffix in (".yaml", ".yml") or target in files.packaged():
-        return True
-    return suffix != ".gguf" and paths.expand(target, argument).is_file()
+    return files.is_recipe(target, argument)
 
 
 RecipeArgument = Annotated[

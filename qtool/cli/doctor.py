@@ -42,9 +42,9 @@ OPTIONAL = {
     "onnxruntime": "fast kernels on a processor",
     "submitit": "sweeps on a Slurm cluster",
     "ray": "sweeps on a Ray cluster",
-    "tensorboard": "training curves",
-    "wandb": "training curves",
-    "mlflow": "training curves",
+    "tensorboard": "tracker: curves and recipes of runs",
+    "wandb": "tracker: curves and recipes of runs",
+    "mlflow": "tracker: curves and recipes of runs",
 }
 
 

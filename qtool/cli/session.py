@@ -75,6 +75,8 @@ QUIET = {  # environment variables that silence the progress bars and logs of li
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "LMEVAL_LOG_LEVEL": "ERROR",
+    "WANDB_SILENT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
 
 

@@ -32,6 +32,7 @@ def schema() -> dict[str, Any]:
     whole["$defs"]["QuantConfig"]["properties"]["overrides"]["type"] = ["object", "string"]  # or a file with overrides
     whole["$defs"]["ActivationGrid"]["type"] = ["object", "integer"]  # or its bits alone
     whole["$defs"]["TargetConfig"]["type"] = ["object", "string"]  # or the engine's name alone
+    whole["$defs"]["TrackerConfig"]["type"] = ["object", "string"]  # or the tracker's name alone
     whole["$defs"]["ExportConfig"]["properties"]["format"]["enum"] = list(catalog.export_formats())
     return {"$schema": DIALECT, **whole, "title": "qtool recipe"}
 

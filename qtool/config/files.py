@@ -63,6 +63,18 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     return raw
 
 
+def is_recipe(target: str | Path, argument: str) -> bool:
+    """Return whether ``target``, the value of ``argument``, is a recipe and not a model (folder, name or GGUF file).
+
+    Raises:
+        InputError: ``target`` is no path.
+    """
+    suffix = Path(target).suffix
+    if suffix in (".yaml", ".yml") or str(target) in packaged():
+        return True
+    return suffix != ".gguf" and paths.expand(target, argument).is_file()
+
+
 def find(name: str | Path, what: str = "recipe") -> Path:
     """Return the file that ``name`` means: a path, in which ``~`` and variables are expanded, or a packaged name.
 

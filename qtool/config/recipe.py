@@ -27,6 +27,7 @@ from qtool.config.sections import (
     MethodConfig,
     ModelConfig,
     OutputConfig,
+    TrackerConfig,
 )
 from qtool.config.target import TargetConfig
 from qtool.system import paths
@@ -93,6 +94,7 @@ class Recipe(Section):
         (), description="Published numbers, which the report shows beside the measured ones."
     )
     output: OutputConfig = Field(description="The folder of the checkpoint, and options.")
+    tracker: TrackerConfig = Field(TrackerConfig(), description="The experiment tracker; left out: none.")
     seed: int = Field(
         0,
         ge=0,

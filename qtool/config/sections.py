@@ -4,7 +4,7 @@ This module needs pydantic only. A method's own section derives from :class:`Met
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -195,5 +195,40 @@ class OutputConfig(Section):
     plots: bool = Field(False, description="Write the figures of report.html also as PNG and SVG files, in plots/.")
 
 
+class TrackerConfig(Section):
+    """The experiment tracker of a run; its name alone is short for ``{name: NAME}``."""
+
+    name: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        "none",
+        description="Experiment tracker that gets the recipe, the figures of each block, the losses and learning rate "
+        "of each step, and the final quality. tensorboard writes into OUT.logs. Its name alone, tracker: wandb, is "
+        "short.",
+    )
+    project: str | None = Field(
+        None,
+        min_length=1,
+        description="Project of Weights & Biases, or experiment of MLflow; unset: WANDB_PROJECT or "
+        "MLFLOW_EXPERIMENT_NAME, else qtool.",
+    )
+    run_name: str | None = Field(
+        None,
+        pattern=r"^[^/\\]{1,100}$",
+        description="Name of the run in the tracker, without slashes; unset: the name of the output folder.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _keys_act(self) -> Self:
+        if self.name == "none" and (idle := [key for key in ("project", "run_name") if getattr(self, key) is not None]):
+            raise ValueError(f"{' and '.join(idle)} need a tracker; set name: tensorboard, wandb or mlflow")
+        if self.name == "tensorboard" and self.project is not None:
+            raise ValueError("TensorBoard has no projects; leave project out, or use wandb or mlflow")
+        return self
+
+
 # recipe keys that do not change a bit of the result
-KEYS_WITHOUT_EFFECT = ("memory_budget", "save_every", "tracker", "gradient_checkpointing")
+KEYS_WITHOUT_EFFECT = ("memory_budget", "save_every", "gradient_checkpointing")

@@ -203,7 +203,9 @@ class LastBlockConfig(MethodConfig):
 
 
 class EndToEndConfig(Section):
-    """Training of the whole model on text: loss, duration, optimizer, validation and logging."""
+    """Training of the whole model on text: loss, duration, optimizer and validation."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"tracker": "a section of the recipe: write tracker: NAME beside method"}
 
     loss: Literal["ce", "kl", "reverse-kl", "mixed", "topk-kl", "cakld", "hidden"] = Field(
         "kl",
@@ -257,9 +259,6 @@ class EndToEndConfig(Section):
         100,
         ge=0,
         description="Steps between saved training states, from which a killed run goes on; 0: save only at the end.",
-    )
-    tracker: Literal["auto", "tensorboard", "wandb", "mlflow", "none"] = Field(
-        "auto", description="Logger of training losses; auto: tensorboard, in OUT.logs, if it is installed."
     )
 
     @model_validator(mode="after")

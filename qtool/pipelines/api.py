@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtool.allocation.plan import BitPlan
 from qtool.blocks.job import Result
 from qtool.config import catalog, files
+from qtool.config.keywords import merged, section, start_of, with_folder
 from qtool.config.overrides import changed
 from qtool.config.recipe import EvalRecipe, Recipe, check, check_export, resolved, two_widths, with_plan
 from qtool.config.sweep import BenchConfig
@@ -63,9 +64,7 @@ def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe
     if isinstance(recipe, Recipe):
         raw = resolved(recipe)
     else:
-        raw = (
-            files.read_yaml(recipe) if isinstance(recipe, str | Path) else _section("recipe", recipe, "a name or path")
-        )
+        raw = files.read_yaml(recipe) if isinstance(recipe, str | Path) else section("recipe", recipe, "a name or path")
     wrong = []
     for key, value in changes.items():
         try:
@@ -93,18 +92,64 @@ def formats() -> tuple[str, ...]:
     return catalog.export_formats()
 
 
-def quantize(recipe: str | Path | Keys | Recipe, *, fresh: bool = False, **changes: object) -> Outcome | None:
-    """Run a recipe as ``qtool ptq|qat|efficientqat|lrqat`` does: quantize, save, evaluate and export.
+def quantize(
+    source: str | Path | Keys | Recipe,
+    *,
+    method: str | Keys | None = None,
+    num_bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    data: str | Path | Keys | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    output: str | Path | None = None,
+    fresh: bool = False,
+    **changes: object,
+) -> Outcome | None:
+    """Quantize a model, or run a recipe, as ``qtool quantize`` does: quantize, save, evaluate and export.
 
-    ``recipe`` and ``changes`` are as in :func:`load_recipe`. A run that was stopped continues when the same call is
-    repeated; ``fresh`` deletes the unfinished run and starts again. Returns the folder, the report, the exports and the
-    seconds; of several processes that ``torchrun`` started, the first gets them and the others ``None``.
+    A run that was stopped continues when the same call is repeated. Of several processes that ``torchrun`` started, the
+    first gets the outcome and the others ``None``.
+
+    Args:
+        source: a model (a folder, a hub name, ``builtin:wiki-llama-3m``, a GGUF file), or a recipe as in
+            :func:`load_recipe`. Arguments that are left out have the recipe's values; of a model alone they are
+            ``gptq``, 4 bits, groups of 64, and no evaluation.
+        method: the name of a method, or its section: ``{"name": "gptq", "damp": 0.1}``.
+        num_bits: bits per weight, ``quant.num_bits``.
+        group_size: input channels that share a scale, ``quant.group_size``; -1: one group per row.
+        symmetric: hold the zero point at the middle of the grid, ``quant.symmetric``.
+        data: calibration text: a source or a file, ``data.source``, or the section ``data``.
+        num_samples: windows of calibration text, ``data.num_samples``.
+        seq_len: tokens in a window, ``data.seq_len``.
+        tasks: what to measure afterwards, ``eval.tasks``: ``"kl"``, ``["wikitext2", "boolq"]``.
+        output: the folder to write, ``output.path``; of a model alone ``out/MODEL-METHOD-GRID``.
+        fresh: delete what an unfinished run left, and start over.
+        changes: other keys of the recipe by dotted key: ``seed=1, **{"output.overwrite": True}``.
 
     Raises:
         InputError: anything in the recipe, the model or the data that cannot be used; nothing was written.
         RunError: the run could not be finished; what is done stays.
     """
-    return pipeline.quantize(load_recipe(recipe, **changes), fresh)
+    if isinstance(source, PreTrainedModel):
+        raise InputError("source: found a model in memory; give its folder or hub name, or call qtool.quantize_model")
+    arguments = {
+        "method.name": method,
+        "quant.num_bits": num_bits,
+        "quant.group_size": group_size,
+        "quant.symmetric": symmetric,
+        "data.source": str(data) if isinstance(data, Path) else data,
+        "data.num_samples": num_samples,
+        "data.seq_len": seq_len,
+        "eval.tasks": (tasks,) if isinstance(tasks, str) else tasks,
+        "output.path": output,
+    }
+    changes = merged(arguments, changes)
+    if not isinstance(source, str | Path) or files.is_recipe(source, "source"):
+        return pipeline.quantize(load_recipe(source, **changes), fresh)
+    checked = load_recipe(start_of(str(source), changes), **changes)
+    return pipeline.quantize(checked if {"output", "output.path"} & changes.keys() else with_folder(checked), fresh)
 
 
 def quantize_model(
@@ -147,30 +192,20 @@ def quantize_model(
         InputError: keys, a model or text that cannot be used; the model is as it was.
         RunError: the method failed; the model may be quantized in part.
     """
-    windows_of = {} if isinstance(data, Tensor) else _section("data", data, "source")
+    windows_of = {} if isinstance(data, Tensor) else section("data", data, "source")
     if not isinstance(data, Tensor):
         windows_of = {"num_samples": num_samples, "seq_len": seq_len, **windows_of}
     sections: dict[str, object] = {
         "model": {"path": "the model"},
-        "method": _section("method", method, "name"),
+        "method": section("method", method, "name"),
         "quant": {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric}
-        | _section("quant", quant or {}),
+        | section("quant", quant or {}),
         "data": windows_of,
         "output": {"path": "memory"},  # nothing is written
         "seed": seed,
     }
     checked = check(Recipe, with_plan(sections), "qtool.quantize_model")
     return pipeline_in_memory.quantize(model, tokenizer, checked, data if isinstance(data, Tensor) else None)
-
-
-def _section(key: str, value: object, name: str | None = None) -> dict[str, object]:
-    """Return the section ``key`` as a dict; a text is the value of its key ``name``."""
-    if isinstance(value, str) and name is not None:
-        return {name: value}
-    if isinstance(value, Mapping):
-        return dict(value)
-    text = f"a text ({name}) or " if name is not None else ""
-    raise InputError(f"{key}: found {type(value).__name__}; give {text}a dict of its keys")
 
 
 def evaluate(
@@ -202,10 +237,10 @@ def evaluate(
     Raises:
         InputError: a task, a model or a folder cannot be used, or the arguments do not fit each other.
     """
-    in_folder = isinstance(model, str | Path)
-    section = {"path": str(model) if in_folder else "the model", "dtype": dtype, "device": device}
+    path = str(model) if isinstance(model, str | Path) else "the model"
+    where = None if output is None else expand(output, "output")
     asked = {
-        "model": section,
+        "model": {"path": path, "dtype": dtype, "device": device},
         "eval": {"tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks), **keys},
         "seed": seed,
     }
@@ -219,18 +254,14 @@ def evaluate(
             checked.model,
             checked.eval,
             float_model=None if reference is None else str(reference),
-            output=_output(output),
+            output=where,
             seed=seed,
         ).report
     if isinstance(reference, str | Path):
         raise InputError(
             "reference: found a folder, but the model is in memory; load the reference and give that model"
         )
-    return _measured(model, reference, tokenizer, checked, _output(output))
-
-
-def _output(path: str | Path | None) -> Path | None:
-    return None if path is None else expand(path, "output")
+    return _measured(model, reference, tokenizer, checked, where)
 
 
 def _measured(

@@ -19,6 +19,7 @@ from qtool.data.windows import Calibration
 from qtool.evaluation import tasks
 from qtool.exporters import _base
 from qtool.models.folders import resolve
+from qtool.pipelines import tracking
 from qtool.pipelines.export_manifest import exported_already
 from qtool.system import distributed, progress
 from qtool.system.errors import InputError
@@ -44,6 +45,7 @@ def check_early(recipe: Recipe) -> None:
             sharding.check(section)
             plan_of(section, recipe.data.num_samples, where)
             check_batch(section.batch_size, where)
+    tracking.check(recipe.tracker)
     if recipe.quant.budget is not None:
         bit_plan.check(recipe.quant)
     if needs_text(recipe):

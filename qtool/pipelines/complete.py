@@ -1,11 +1,9 @@
 """Whether a run is over: its folder holds what its recipe asks for, so that the same command has nothing to do."""
 
-from pydantic import JsonValue
-
 from qtool.checkpoints.output_folder import OutputFolder, partial_of
 from qtool.config.recipe import Recipe, resolved
 from qtool.pipelines.export_manifest import exported_already
-from qtool.pipelines.lock import LOCKED_SECTIONS, differences
+from qtool.pipelines.lock import differences, unlocked
 from qtool.pipelines.manifest import read_manifest
 from qtool.pipelines.run_state import read_lock
 from qtool.pipelines.verify import verify
@@ -25,7 +23,7 @@ def complete_already(recipe: Recipe, lock: Lock) -> Report | None:
         return None
     if manifest is None or report is None or differences(manifest.lock, lock):
         return None
-    if _unlocked(manifest.recipe) != _unlocked(resolved(recipe)):
+    if unlocked(manifest.recipe) != unlocked(resolved(recipe)):
         return None
     if (recipe.eval is not None and not report.results) or len(report.exports) != len(recipe.export):
         return None
@@ -34,14 +32,3 @@ def complete_already(recipe: Recipe, lock: Lock) -> Report | None:
     verify(output.path)
     OutputFolder(output.path).clear_abandoned()
     return report
-
-
-def _unlocked(recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the sections of a recipe that are in no lock: the evaluation, the exports and the output.
-
-    The gate is left out: it judges a result, and makes none.
-    """
-    output = recipe["output"]
-    assert isinstance(output, dict)
-    kept = {key: value for key, value in recipe.items() if key not in (*LOCKED_SECTIONS, "gate")}
-    return kept | {"output": {key: value for key, value in output.items() if key != "overwrite"}}

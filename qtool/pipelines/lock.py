@@ -72,6 +72,17 @@ def _short(value: JsonValue) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def unlocked(recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return the keys of a recipe that its finished result depends on and no lock holds: evaluation, exports, output.
+
+    The result does not depend on the tracker, nor on whether a folder was replaced; the gate judges it.
+    """
+    output = recipe["output"]
+    assert isinstance(output, dict)
+    kept = {key: value for key, value in recipe.items() if key not in (*LOCKED_SECTIONS, "tracker", "gate")}
+    return kept | {"output": {key: value for key, value in output.items() if key != "overwrite"}}
+
+
 def _without(keys: dict[str, JsonValue], names: Collection[str]) -> dict[str, JsonValue]:
     """Return ``keys`` without the keys called ``names``, in nested sections too."""
     return {k: _without(v, names) if isinstance(v, dict) else v for k, v in keys.items() if k not in names}

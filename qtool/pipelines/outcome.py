@@ -1,13 +1,21 @@
 """The outcome that ``quantize`` and ``evaluate`` return, its files, and the calibration text as reports describe it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qtool.checkpoints.native import MANIFEST
-from qtool.config.sections import DataConfig
+from qtool.config.sections import DataConfig, ModelConfig
+from qtool.models.loaded import LoadedModel
+from qtool.models.loading import load_model
+from qtool.models.quiet import without_progress_bars
 from qtool.reports import html, model_card
 from qtool.reports.records import CalibrationText
 from qtool.reports.report import Report
+from qtool.system.errors import InputError
+from qtool.system.paths import path_text
 
 
 @dataclass
@@ -19,8 +27,25 @@ class Outcome:
     exports: list[Path]
     seconds: float
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The quantized model, loaded from ``path`` when it is first asked for; its weights stay packed."""
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the quantized model."""
+        return self._loaded.tokenizer
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        if self.path is None:
+            raise InputError("nothing was written, so there is no model to load")
+        with without_progress_bars():
+            return load_model(ModelConfig(path=path_text(self.path)), quantized=True)
+
     def _repr_html_(self) -> str:
-        """Return the page of the report as a frame, for a notebook."""
+        """Return the report without figures, for a notebook."""
         return self.report._repr_html_()
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qtool.config.recipe import Recipe, resolved
-from qtool.config.sections import MethodConfig, OutputConfig
+from qtool.config.sections import MethodConfig, OutputConfig, TrackerConfig
 from qtool.config.training import EndToEndConfig
 from qtool.data import generated, windows
 from qtool.models.described import described_model
@@ -222,8 +222,8 @@ def _shorter(method: MethodConfig, steps: int, num_windows: int) -> MethodConfig
 
     The training of a block keeps the passes that it makes over ``num_windows`` windows, those of the whole run.
     """
-    few: dict[str, object] = {"steps": steps, "min_steps": 0, "validation_samples": 0, "validate_every": None}
-    few |= {"tracker": "none", "save_every": 0}
+    few: dict[str, object] = {"steps": steps, "min_steps": 0, "save_every": 0}
+    few |= {"validation_samples": 0, "validate_every": None}
     if isinstance(method, EndToEndConfig):
         return method.model_copy(update=few)
     changes: dict[str, Any] = {}
@@ -255,6 +255,7 @@ def measure(recipe: Recipe, point: Point, names: Sequence[str], folder: Path) ->
             "eval": None,
             "export": (),
             "target": None,
+            "tracker": TrackerConfig(),
             "output": OutputConfig(path=output),
         }
     )

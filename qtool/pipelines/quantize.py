@@ -38,7 +38,7 @@ from qtool.models.quiet import without_progress_bars
 from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
-from qtool.pipelines import expected, model_free, scale_dtype, target, trial
+from qtool.pipelines import expected, model_free, scale_dtype, target, tracking, trial
 from qtool.pipelines.checks import check_early, check_exports, check_text, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.complete import complete_already
@@ -71,6 +71,7 @@ class Run:
     state: RunState
     timer: PhaseTimer
     first_blocks: int | None = None  # a probe quantizes the first blocks only (probe.py)
+    tracker: tracking.Tracker = tracking.NO_TRACKER
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
         run.state.publish()
         evaluate(run)
         report = export_all(run)
+        run.tracker.result(tracking.result_figures(report))
     return _outcome(recipe, report, timer)
 
 
@@ -152,8 +154,9 @@ def open_run(recipe: Recipe, folder: Path, lock: Lock, fresh: bool, timer: Phase
             end_to_end=method.end_to_end(recipe.method),
         ) as state,
         quantized_sources.expanded_in(state.folder / "expanded"),
+        tracking.opened(recipe, state) as tracker,
     ):
-        yield Run(recipe, method, state, timer)
+        yield Run(recipe, method, state, timer, tracker=tracker)
 
 
 def prepare(run: Run) -> Prepared:
@@ -170,7 +173,7 @@ def prepare(run: Run) -> Prepared:
         start = quant if units is None else narrowest(quant)
         targets, tables = select_targets(loaded, start), select_tables(loaded, start)
     num_parts = len(loaded.blocks()) + len(tables.of_method)
-    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts)
+    workspace = RunWorkspace(run.state, loaded, recipe.data.memory_budget, num_parts, run.tracker)
     shapes = {target.name: target.weight_shape for target in targets} | tables.shapes
     specs = _specs(targets) | tables.specs | ({} if units is None else mixed(units))
     planned = PlannedCheckpoint(loaded, specs, shapes, tables)

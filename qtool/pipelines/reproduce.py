@@ -6,6 +6,7 @@ import torch
 
 from qtool.checkpoints.files import SafetensorsFolder
 from qtool.config.gate import GateConfig
+from qtool.config.sections import TrackerConfig
 from qtool.models.folders import resolve
 from qtool.pipelines.lock import differences, lock_of
 from qtool.pipelines.quantize import quantize
@@ -34,7 +35,8 @@ def reproduce(folder: Path) -> list[str]:
     with temporary_folder(folder.absolute().parent) as temporary:
         again = temporary / "again"
         output = recipe.output.model_copy(update={"path": again, "overwrite": False})
-        quantize(recipe.model_copy(update={"output": output, "eval": None, "gate": GateConfig(), "export": ()}))
+        left_out = {"eval": None, "gate": GateConfig(), "export": (), "tracker": TrackerConfig()}
+        quantize(recipe.model_copy(update={"output": output, **left_out}))
         if (place := _first_difference(folder, again)) is not None:
             why = f" (changed since: {'; '.join(changes)})" if changes else ""
             raise RunError(f"the new run differs from {folder}; the first difference is in {place}{why}")

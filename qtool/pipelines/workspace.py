@@ -3,8 +3,10 @@
 This is the ``Workspace`` that a method sees (``blocks/job.py``); ``run_state.py`` has the layout of the folder.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from qtool.blocks.job import FinishedBlock
 from qtool.checkpoints.files import SafetensorsFolder, file_hashes, shard_name, write_durably, write_shard
@@ -12,6 +14,7 @@ from qtool.checkpoints.native import as_stored
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.pipelines.run_state import BlockRecord, RunState
+from qtool.pipelines.tracking import NO_TRACKER, Tracker
 from qtool.system import distributed, progress
 
 
@@ -23,16 +26,16 @@ class RunWorkspace:
     loaded: LoadedModel
     memory_budget: int  # bytes
     num_parts: int  # the number of blocks, and one more for a head that is quantized by itself
+    tracker: Tracker = NO_TRACKER  # of the first process
 
     @property
     def scratch(self) -> Path:
         """Folder for hidden states that do not fit into memory."""
         return self.state.folder
 
-    @property
-    def logs(self) -> Path:
-        """Folder for the logs of a training tracker, beside the output folder."""
-        return self.state.partial.with_name(f"{self.state.partial.name.removesuffix('.partial')}.logs")
+    def log(self, phase: str, step: int, figures: Mapping[str, float]) -> None:
+        """Send the figures of a step of ``phase`` to the tracker."""
+        self.tracker.log(phase, step, figures)
 
     def phase(self, name: str) -> Path:
         """Return the folder of the state of the training phase ``name``."""
@@ -62,4 +65,13 @@ class RunWorkspace:
             sha256 = file_hashes(shard.parent, shard.name)[shard.name]
             record = BlockRecord(sha256=sha256, figures=block.figures, weight_errors=block.weight_errors)
             write_durably(self.state.record_file(index), record.model_dump(mode="json"))
+            self.tracker.log("blocks", index, block_figures(block))
         distributed.barrier()
+
+
+def block_figures(block: FinishedBlock) -> dict[str, float]:
+    """Return the numbers of a block for a tracker: its figures but those of single experts, and its weight error."""
+    figures = {name: value for name, value in block.figures.items() if "/" not in name}
+    if block.weight_errors:
+        figures["weight_error"] = fmean(block.weight_errors.values())
+    return figures

@@ -1,4 +1,4 @@
-"""Training of the whole model on text: windows, losses, saved state and logs around ``fit.fit``.
+"""Training of the whole model on text: windows, losses and saved state around ``fit.fit``.
 
 A step's windows are a function of the seed and the step's number. Several processes share them and average their
 gradients: the result is that of one process on the same windows, up to the order of sums. The training state is saved
@@ -9,19 +9,17 @@ products are those of evaluation. Gradient checkpointing is torch's own, around 
 for it is not used, because it acts in training mode only, in which dropout is active too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qtool.blocks.job import Job, Workspace
+from qtool.blocks.job import Job
 from qtool.checkpoints.files import SafetensorsFolder, write_shard
 from qtool.config.sections import IGNORED
 from qtool.config.training import EndToEndConfig
@@ -46,8 +44,8 @@ def train_model(
 ) -> FitResult:
     """Train the parameters of ``groups`` on the text of the job, whose model must be whole in memory.
 
-    ``teacher`` is the float model, or ``None`` for cross entropy. ``phase`` names the folder of the training state.
-    Every window must have tokens that are learned.
+    ``teacher`` is the float model, or ``None`` for cross entropy. ``phase`` names the folder of the training state, and
+    the curves in a tracker. Every window must have tokens that are learned.
 
     Raises:
         InputError: Validation leaves no window to train on, the dtype cannot train, or processes outnumber a batch.
@@ -62,7 +60,6 @@ def train_model(
     keeper = _Kept(workspace.phase(phase) / TRAINING, config.sharding == "full") if workspace else None
     with (
         progress.counted(f"training on {plan.num_trained} windows", total) as reach,
-        _tracking(workspace, loaded.device, config, phase) as track,
         _rerun_blocks(loaded, config.gradient_checkpointing),
     ):
 
@@ -80,7 +77,7 @@ def train_model(
                 config.optim,
                 validate=training.validate if plan.num_held_out else None,
                 validate_every=plan.validate_every,
-                on_step=track,
+                on_step=partial(workspace.log, phase) if workspace else None,
                 keeper=keeper,
                 save_every=config.save_every,
             )
@@ -234,31 +231,3 @@ def _rerun_blocks(loaded: LoadedModel, wanted: bool) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
-
-
-@contextmanager
-def _tracking(
-    workspace: Workspace | None, device: torch.device, config: EndToEndConfig, phase: str
-) -> Iterator[Callable[[float], None]]:
-    """Yield a function that logs a step's loss to the tracker of ``config``; it does nothing without a workspace."""
-    name, available = config.tracker, [str(each.value) for each in get_available_trackers()]
-    if name == "auto":
-        name = "tensorboard" if "tensorboard" in available else "none"
-    elif name not in (*available, "none"):
-        raise InputError(f"tracker: {name} is not installed; install it, or set tracker: none")
-    if name == "none" or workspace is None or not distributed.is_first():
-        yield lambda loss: None
-        return
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=name, project_dir=workspace.logs)
-    accelerator.init_trackers(phase)
-    count = 0
-
-    def log(loss: float) -> None:
-        nonlocal count
-        count += 1
-        accelerator.log({"loss": loss}, step=count)
-
-    try:
-        yield log
-    finally:
-        accelerator.end_training()

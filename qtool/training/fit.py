@@ -19,6 +19,7 @@ from qtool.system.errors import InputError
 from qtool.system.seeds import derived_seed
 
 State = dict[str, Tensor]
+Figures = dict[str, float]
 
 
 class ParamGroup(NamedTuple):
@@ -171,7 +172,7 @@ def fit(
     *,
     validate: Callable[[], float] | None = None,
     validate_every: int = 0,
-    on_step: Callable[[float], None] | None = None,
+    on_step: Callable[[int, Figures], None] | None = None,
     keeper: Keeper | None = None,
     save_every: int = 0,
 ) -> FitResult:
@@ -181,34 +182,39 @@ def fit(
     taken before the next part is requested. With several processes each returns its share, and losses and gradients are
     averaged; of a sharded parameter each process moves its own shard. ``validate`` is called without gradients before
     the first step, after every ``validate_every`` steps and after the last; the parameters end in the state in which it
-    was lowest. ``on_step`` gets each loss. ``keeper`` gets the whole state every ``save_every`` steps and at the end;
-    if it holds a state at the start, training goes on from there.
+    was lowest. ``on_step`` gets the number of steps done and the ``loss``, ``learning_rate`` (the largest of the
+    groups) and ``grad_norm`` (before clipping) of the last one, and ``validation_loss`` where there was a validation.
+    ``keeper`` gets the whole state every ``save_every`` steps and at the end; if it holds a state at the start,
+    training goes on from there.
 
     Raises:
         NonFiniteError: A loss or gradient is NaN or infinite.
         InputError: The optimizer needs a package that is not installed.
     """
-    run = _Run(groups, num_steps, config)
+    run, told = _Run(groups, num_steps, config), on_step or _unheard
     found = keeper.read() if keeper else None
     if found is not None:
         run.load(found)
     elif validate is not None:
-        run.judge(validate)
+        told(0, {"validation_loss": run.judge(validate)})
     while run.step < num_steps:
-        loss = run.advance(loss_of_step)
+        figures = run.advance(loss_of_step)
         last = run.step == num_steps
         if validate is not None and (last or (validate_every and run.step % validate_every == 0)):
-            run.judge(validate)
+            figures["validation_loss"] = run.judge(validate)
         if last:
             run.end()
         if keeper is not None and (last or (save_every and run.step % save_every == 0)):
             keeper.write(run.state())
-        if on_step is not None:
-            on_step(loss)
+        told(run.step, figures)
     if num_steps == 0:
         run.end()
     at = validation_steps(num_steps, validate_every) if validate is not None else []
     return FitResult(run.losses, run.validation, run.best_step, at)
+
+
+def _unheard(step: int, figures: Figures) -> None:
+    """Take the figures of a step, and do nothing."""
 
 
 def validation_steps(num_steps: int, every: int) -> list[int]:
@@ -240,8 +246,8 @@ class _Run:
         self.best_step = num_steps
 
     @torch.enable_grad()
-    def advance(self, loss_of_step: Callable[[int], Tensor | Iterable[Tensor]]) -> float:
-        """Do one step and return its loss."""
+    def advance(self, loss_of_step: Callable[[int], Tensor | Iterable[Tensor]]) -> Figures:
+        """Do one step and return its loss, learning rate and gradient norm."""
         parts = loss_of_step(self.step)
         total: Tensor | None = None
         for part in [parts] if isinstance(parts, Tensor) else parts:
@@ -269,15 +275,17 @@ class _Run:
         self.optimizer.zero_grad()
         self.losses.append(loss)
         self.step += 1
-        return loss
+        rate = max(group.lr for group in self.groups) * factor
+        return {"loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
 
     @torch.no_grad()
-    def judge(self, validate: Callable[[], float]) -> None:
-        """Validate, and copy the parameters if the loss is the lowest so far; NaN is worse than any number."""
+    def judge(self, validate: Callable[[], float]) -> float:
+        """Return the validation loss; copy the parameters if it is the lowest so far. NaN is worse than any number."""
         found = validate()
         if not self.validation or found < min((value for value in self.validation if value == value), default=math.inf):
             self.best, self.best_step = [p.detach().to("cpu", copy=True) for p in self.parameters], self.step
         self.validation.append(found)
+        return found
 
     @torch.no_grad()
     def end(self) -> None:

@@ -178,7 +178,7 @@ class Bench:
             "factors": "zero",
             "range": "minmax",
         }
-        low_rank |= {"gradient_checkpointing": True, "tracker": "none", "validation_samples": 0}
+        low_rank |= {"gradient_checkpointing": True, "validation_samples": 0}
         self.trained("lrqat w4pc", low_rank, PC, 4, scale.length // 2)
         self.decoded("decode w4g128", "gptq-w4g128")
         self.decoded("decode w2g64", f"block-ap-w2g64-{scale.steps[0]}-steps")

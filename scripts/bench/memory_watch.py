@@ -130,18 +130,17 @@ class Watch:
         def watched_fit(
             groups: Any, num_steps: int, loss_of_step: Callable[..., Any], *rest: Any, **others: Any
         ) -> Any:
-            on_step, done = others.pop("on_step", None), itertools.count()
+            on_step, done = others.pop("on_step", None) or (lambda step, figures: None), itertools.count()
 
             def watched_loss(step: int) -> Any:
                 if step == WATCHED:
                     self.begin()
                 return loss_of_step(step)
 
-            def watched_step(loss: float) -> None:
-                if next(done) == WATCHED:
+            def watched_step(step: int, figures: dict[str, float]) -> None:
+                if step and next(done) == WATCHED:  # step 0 is the validation before the first
                     self.end()
-                if on_step is not None:
-                    on_step(loss)
+                on_step(step, figures)
 
             return real(groups, num_steps, watched_loss, *rest, on_step=watched_step, **others)
 

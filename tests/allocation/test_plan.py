@@ -184,7 +184,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},
     "gptq": {"name": "gptq"},
     "efficientqat": {"name": "efficientqat", "min_steps": 4, "epochs": 0.1, "e2e": {"steps": 3}},
-    "lrqat": {"name": "lrqat", "rank": 4, "steps": 3, "tracker": "none"},
+    "lrqat": {"name": "lrqat", "rank": 4, "steps": 3},
 }
 
 

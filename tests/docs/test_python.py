@@ -20,10 +20,11 @@ def test_the_snippets_run_as_they_stand(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = snippets("python.md")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for index, block in enumerate(blocks):
         exec(compile(block, f"docs/python.md, snippet {index}", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.startswith("out/w3 3.25\n")
+    assert printed.startswith("out/wiki-llama-3m-gptq-w3g64 3.25 bits per weight, ")
+    assert "\nout/w3 3.25\n" in printed
     assert "quant.num_bit: unknown key; the nearest is quant.num_bits; found 3" in printed
-    assert sorted(path.name for path in Path("out").iterdir()) == ["gptq", "saved", "w3"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["gptq", "saved", "w3", "wiki-llama-3m-gptq-w3g64"]

@@ -31,9 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"name": "gptq"},
     "signround": {"name": "signround", "iterations": 4},
     "hqq": {"name": "hqq"},
-    "lsq": {"name": "lsq", "steps": 2, "tracker": "none"},
-    "lrqat": {"name": "lrqat", "steps": 2, "tracker": "none"},
-    "efficientqat": {"name": "efficientqat", "min_steps": 2, "epochs": 0.1, "e2e": {"steps": 2, "tracker": "none"}},
+    "lsq": {"name": "lsq", "steps": 2},
+    "lrqat": {"name": "lrqat", "steps": 2},
+    "efficientqat": {"name": "efficientqat", "min_steps": 2, "epochs": 0.1, "e2e": {"steps": 2}},
     "awq": {"name": "awq", "num_ratios": 3, "clip_steps": 2, "search_samples": 4},
     "smoothquant": {"name": "smoothquant"},
 }

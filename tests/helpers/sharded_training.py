@@ -36,7 +36,7 @@ W2 = QuantConfig(num_bits=2, group_size=16, symmetric=False, scale_dtype="float3
 LEVELS = QuantConfig(num_bits=2, group_size=-1, symmetric=False, float_zero=True, scale_dtype="float32")
 TABLES = QuantConfig.model_validate(W2.model_dump(exclude={"overrides", "budget"}) | {"embedding": {"num_bits": 4}})
 STEPS = 4
-COMMON: dict[str, Any] = {"batch_size": 5, "steps": STEPS, "min_steps": 0, "save_every": 2, "tracker": "none"}
+COMMON: dict[str, Any] = {"batch_size": 5, "steps": STEPS, "min_steps": 0, "save_every": 2}
 # Adam divides by the size of a gradient and so makes much of rounding errors; with an eps as large as these it does not
 STEADY = {"eps": 1.0}
 CLIPPED = {"eps": 0.01, "max_grad_norm": 0.01, "accumulation": 3}
@@ -187,19 +187,12 @@ class Stopped(Exception):
 def stopping(after: int) -> Iterator[None]:
     """End a training after ``after`` steps."""
 
-    @contextmanager
-    def tracking(*args: Any) -> Iterator[Any]:
-        losses: list[float] = []
-
-        def log(loss: float) -> None:
-            losses.append(loss)
-            if len(losses) == after:
-                raise Stopped
-
-        yield log
+    def log(workspace: object, phase: str, step: int, figures: object) -> None:
+        if step == after:
+            raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(end_to_end, "_tracking", tracking)
+        patch.setattr(tiny.Kept, "log", log)
         yield
 
 

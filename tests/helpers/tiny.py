@@ -4,7 +4,7 @@ Blocks are 64 wide, so that every width packs without a remainder and GPTQ's lay
 """
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,11 @@ class Kept:
 
     def __init__(self, folder: Path) -> None:
         self.scratch = folder
-        self.logs = folder / "logs"
         self.blocks: dict[int, FinishedBlock] = {}
+        self.logged: list[tuple[str, int, dict[str, float]]] = []
+
+    def log(self, phase: str, step: int, figures: Mapping[str, float]) -> None:
+        self.logged.append((phase, step, dict(figures)))
 
     def phase(self, name: str) -> Path:
         return self.scratch / name

@@ -1,4 +1,4 @@
-"""Training of the whole model as a run does it: trackers, and processes that share it."""
+"""Training of the whole model as a run does it: processes that share it, and starts from a checkpoint."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.utils import LoggerType
 from helpers import tiny
 from helpers.methods import W4, recorded, train
 from torch import Tensor
@@ -23,7 +22,6 @@ from qtool.models.loading import load_model
 from qtool.pipelines import quantize
 from qtool.system import distributed
 from qtool.system.errors import InputError
-from qtool.training import end_to_end
 
 
 def written_recipe(folder: Path, name: str, **method: Any) -> Path:
@@ -41,36 +39,6 @@ def written_recipe(folder: Path, name: str, **method: Any) -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return file
-
-
-def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
-    checked = recipe.load(written_recipe(tmp_path, "out", tracker="wandb"))
-    with pytest.raises(InputError, match="tracker: wandb is not installed; install it, or set tracker: none"):
-        quantize.quantize(checked)
-
-
-def test_losses_go_to_the_tracker_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[dict[str, float], int]] = []
-
-    class Recorder:
-        def __init__(self, **options: Any) -> None:
-            assert options["log_with"] == "tensorboard"
-            assert options["project_dir"] == tmp_path / "out.logs"
-
-        def init_trackers(self, phase: str) -> None:
-            assert phase == "training"
-
-        def log(self, values: dict[str, float], step: int) -> None:
-            sent.append((values, step))
-
-        def end_training(self) -> None:
-            sent.append(({}, 0))
-
-    monkeypatch.setattr(end_to_end, "Accelerator", Recorder)
-    monkeypatch.setattr(end_to_end, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
-    quantize.quantize(recipe.load(written_recipe(tmp_path, "out")))
-    losses = recorded(tmp_path / "out" / "qtool.json")["loss"]
-    assert sent == [*(({"loss": loss}, step) for step, loss in enumerate(losses, 1)), ({}, 0)]
 
 
 def test_more_processes_than_windows_in_a_step_are_refused(

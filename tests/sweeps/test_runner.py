@@ -121,6 +121,23 @@ def test_a_cell_that_starts_from_another_runs_after_it_and_again_with_it(
     assert [command[1] for command in ran[2:]] == ["out/rounded.yaml", "out/tuned.yaml"]
 
 
+def test_each_cell_has_its_own_run_in_the_tracker(
+    base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
+) -> None:
+    """In one folder, which ``tensorboard --logdir out`` shows; another tracker makes no cell again."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    whole = {"recipe": base, "grid": {"quant.num_bits": [3, 4]}}
+    assert not run(whole, "tracker=tensorboard").failed
+    sizes = {}
+    for folder in Path("out").glob("*.logs/*"):
+        read = reader.EventAccumulator(str(folder))
+        read.Reload()
+        (event,) = read.Scalars("size/bits_per_weight")
+        sizes[folder.parent.name] = event.value
+    assert sizes == {"num_bits=3.logs": 3.5, "num_bits=4.logs": 4.5}
+    assert run(whole).ran == []
+
+
 def test_a_report_is_never_taken_for_another_evaluation_s(
     base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +287,7 @@ def without_times(folder: str) -> Any:
 def test_a_sweep_that_was_killed_goes_on_to_the_same_result(
     base: dict[str, Any], run: Callable[..., runner.SweepOutcome], ran: list[list[str]]
 ) -> None:
-    train = {"name": "lsq", "steps": 40, "batch_size": 1, "save_every": 2, "tracker": "none"}
+    train = {"name": "lsq", "steps": 40, "batch_size": 1, "save_every": 2}
     whole = {"recipe": base, "cells": {"first": {}, "second": {"method": train}, "third": {"seed": 1}}}
     reference = run(whole)
     weights = hashes()

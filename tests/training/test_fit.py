@@ -137,9 +137,9 @@ def test_no_steps_or_no_rate_change_nothing(num_steps: int) -> None:
 
 
 def test_training_lowers_the_loss_and_each_step_is_told() -> None:
-    told: list[float] = []
-    _, found = train(40, on_step=told.append)
-    assert told == found.losses
+    told: list[dict[str, float]] = []
+    _, found = train(40, on_step=lambda step, figures: told.append(figures))
+    assert [figures["loss"] for figures in told] == found.losses
     assert found.losses[-1] < 0.8 * found.losses[0]
     assert (found.validation, found.best_step) == ([], 40)
 

@@ -83,7 +83,7 @@ def test_labels_change_what_is_learned(name: str, llama_folder: Path, tmp_path: 
         DataConfig(source=str(tmp_path / "a.jsonl"), num_samples=4, seq_len=100), tiny.load(llama_folder), 0
     )
     assert text.labels is not None
-    settings: dict[str, Any] = {"loss": "ce", "steps": 1, "batch_size": 4, "tracker": "none"}
+    settings: dict[str, Any] = {"loss": "ce", "steps": 1, "batch_size": 4}
     series = "loss"
     if name == "efficientqat":  # the labels are those of its second phase
         settings, series = {"epochs": 0, "e2e": settings}, "e2e_loss"

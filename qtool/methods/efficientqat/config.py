@@ -114,7 +114,7 @@ class BlockConfig(LastBlockConfig, TrainedConfig):
 class ScaleConfig(EndToEndConfig):
     """The keys of E2E-QP."""
 
-    renamed: ClassVar[Mapping[str, str]] = RENAMED
+    renamed: ClassVar[Mapping[str, str]] = {**EndToEndConfig.renamed, **RENAMED}
 
     steps: int | None = Field(
         None,
