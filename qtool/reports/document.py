@@ -66,15 +66,15 @@ def parts(table: Table, width: int) -> list[Table]:
 
 
 def _part(table: Table, columns: Sequence[int], index: int, count: int) -> Table:
-    """Return the part ``index`` of ``count``, without rows that are empty there.
+    """Return the part ``index`` of ``count``.
 
-    The first has the title, and the last the footnotes and the legend.
+    The first has the title and all rows, others no rows that are empty there; the last has footnotes and legend.
     """
     rows = [[row[each] for each in columns] for row in table.rows]
     return replace(
         table,
         columns=[table.columns[each] for each in columns],
-        rows=[row for row in rows if any(row[table.keys :])],
+        rows=[row for row in rows if index == 0 or any(row[table.keys :])],
         align="".join(table.align[each] for each in columns),
         title=table.title if index == 0 else "",
         footnotes=table.footnotes if index == count - 1 else (),

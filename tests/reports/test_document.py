@@ -140,7 +140,7 @@ def test_parts_of_a_table_fit_and_lose_nothing(headers: list[str], rows: int, wi
         assert cell in screen.getvalue(), "a number is never wrapped"
 
 
-def test_a_part_of_a_table_leaves_out_rows_that_are_empty_there() -> None:
+def test_later_parts_of_a_table_leave_out_rows_that_are_empty_there() -> None:
     table = Table(["run", "a" * 30, "b" * 30], [["x", "1", ""], ["y", "", "2"]], "lrr")
-    assert [part.rows for part in parts(table, 40)] == [[["x", "1"]], [["y", "2"]]]
+    assert [part.rows for part in parts(table, 40)] == [[["x", "1"], ["y", ""]], [["y", "2"]]]
     assert parts(table, 80) == [table]
