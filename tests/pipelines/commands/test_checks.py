@@ -288,7 +288,7 @@ def test_one_fault_in_every_block_does_not_hide_another(
 ) -> None:
     model = own(models / "llama")
     edit_tensor("model.layers.1.mlp.down_proj.weight", spoil((3, 5), 1e30))(model)
-    quant = {"group_size": 48, "overrides": {"*.down_proj": {"group_size": 32}}}
+    quant = {"group_size": 48, "scale_dtype": "float16", "overrides": {"*.down_proj": {"group_size": 32}}}
     message = refused(qtool_("ptq", recipe(model={"path": "./model"}, quant=quant)))
     assert "does not divide" in message
     assert "down_proj.weight has weights up to 1e+30" in message

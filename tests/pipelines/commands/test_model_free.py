@@ -245,7 +245,7 @@ def test_weights_that_names_and_shapes_do_not_explain_are_refused(
     [
         ({"method": {"name": "gptq"}}, "method gptq runs the model, which needs its class; use hqq or rtn"),
         ({"eval": {"tasks": ["generated"]}}, "an evaluation runs the model"),
-        ({"quant": {"budget": {"average_bits": 4}}}, "quant.budget measures the model"),
+        ({"quant": {"budget": {"average_bits": 4}, "num_bits": None}}, "quant.budget measures the model"),
         ({"quant": {"embedding": {"num_bits": 8}}}, "quant.embedding needs the model's class"),
         ({"quant": {"head": {"num_bits": 8}}}, "let quant.overrides quantize a head by its name: {lm_head: {skip: "),
         ({"quant": {"preset": "a8"}}, "quant has activations"),
@@ -266,7 +266,7 @@ def test_what_needs_the_class_is_refused_before_any_work(
 
 def test_other_commands_refuse_a_recipe_that_asks_for_it(qtool_: Command, recipe: Recipe, models: Path) -> None:
     unknown(models)
-    path = recipe(model={"path": "model", "free": True}, quant={"budget": {"average_bits": 4}})
+    path = recipe(model={"path": "model", "free": True}, quant={"budget": {"average_bits": 4}, "num_bits": None})
     assert "model.free: only qtool ptq works without the model's class" in qtool_("plan", path).message
 
 
