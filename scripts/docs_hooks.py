@@ -11,12 +11,16 @@ import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 # the script that lets the search of a page run where the page is a file; the theme takes it from the network
 SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "javascripts/iframe-worker.js"
+LOADED = re.compile(
+    r"""(?:\bsrc=|<link [^>]*href=)["']?((?:https?:)?//[^"'>\s]+)"""
+)  # what a page loads from the network
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):(?=<code>)")  # marks of Sphinx in docstrings
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 # files of the repository that are pages, by their place in docs/
@@ -51,8 +55,15 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Return a page of HTML that takes the script of the search from the site itself."""
-    return output.replace(SHIM, posixpath.relpath(OWN_SHIM, posixpath.dirname(page.file.dest_uri) or "."))
+    """Return a page of HTML that takes the script of the search from the site itself.
+
+    Raises:
+        PluginError: the page still loads something from the network.
+    """
+    output = output.replace(SHIM, posixpath.relpath(OWN_SHIM, posixpath.dirname(page.file.dest_uri) or "."))
+    if found := LOADED.search(output):
+        raise PluginError(f"{page.file.src_uri} loads {found[1]} from the network; put it into docs/")
+    return output
 
 
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:

@@ -1,9 +1,9 @@
 """The pages that are made from the code have all keys and recipes, and the pages by hand name the data that is read."""
 
 import runpy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,12 +117,22 @@ def test_the_page_on_data_has_the_folders_of_tasks_and_of_c4() -> None:
     assert all(f"`{file}`" in DATA or Path(file).name in DATA for file in C4_FILES)
 
 
-def test_a_link_of_the_repository_becomes_one_of_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_of_the_repository_becomes_one_of_the_site() -> None:
     pytest.importorskip("mkdocs")
-    monkeypatch.setattr(sys, "path", [*sys.path])
     turned = runpy.run_path(str(ROOT / "scripts" / "docs_hooks.py"))["turned"]
     assert turned("../../CONTRIBUTING.md#tests", "inside/architecture.md") == "contributing.md#tests"
     assert turned("docs/inside/architecture.md", "inside/contributing.md") == "architecture.md"
     assert turned("tables.md", "recipes/index.md") == "tables.md"
     assert turned("https://arxiv.org/abs/2407.11062", "why.md") == "https://arxiv.org/abs/2407.11062"
     assert turned("#limits", "recipes/index.md") == "#limits"
+
+
+def test_a_page_that_loads_from_the_network_ends_the_build() -> None:
+    exceptions = pytest.importorskip("mkdocs.exceptions")
+    hooks = runpy.run_path(str(ROOT / "scripts" / "docs_hooks.py"))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="data.md", dest_uri="data.html"))
+    shim = '<script src="https://unpkg.com/iframe-worker/shim"></script><a href="https://arxiv.org">paper</a>'
+    assert 'src="javascripts/iframe-worker.js"' in hooks["on_post_page"](shim, page, None)
+    for loaded in ('<img src="https://a.org/b.png">', '<link rel="stylesheet" href="//fonts.org/c.css">'):
+        with pytest.raises(exceptions.PluginError, match="from the network"):
+            hooks["on_post_page"](loaded, page, None)
