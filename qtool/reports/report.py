@@ -209,7 +209,7 @@ class Report(Record, Printable):
             )
         if agreement := samples.agreement(self.continuations):
             facts.append(("same text as the float model", agreement))
-        if licence := self.licence.get("license_name") or self.licence.get("license"):
+        if licence := self.base_card.license_name or self.base_card.license:
             facts.append(("licence of the float model", licence))
         return [*facts, ("date", self.date)]
 
