@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from pydantic import ByteSize
 
 from qtool.config import catalog, describe, files, plugins
 from qtool.config.describe import Key
@@ -26,6 +25,7 @@ _KEYS_BY_UNIT = {
     "examples": "num_fewshot",
     "exponents": "num_ratios",
     "iterations": "hqq.iterations",
+    "nats per token": "max_kl",
     "parts": "accumulation slices",
     "passes": "epochs",
     "per code": "rounding.temperature temperature_end sharpness",
@@ -33,7 +33,7 @@ _KEYS_BY_UNIT = {
     "quantization steps": "travel scale_travel",
     "ranges": "clip_steps",
     "refinements": "svd_steps",
-    "a share": "clip ce_share damp final_share norm_travel outliers scale_share share warmup_share",
+    "a share": "clip ce_share damp final_share norm_travel max_loss outliers scale_share share warmup_share",
     "steps": "iterations min_steps save_every steps validate_every",
     "tokens": "context min_expert_tokens seq_len top_k",
     "windows": "batch_size check_samples num_samples search_samples validation_samples",
@@ -144,8 +144,6 @@ def shown(key: Key) -> str:
     """Return the default of a key as a recipe would have it."""
     if key.default == "required" or not key.default:
         return key.default
-    if key.kind.startswith("size"):
-        return f"`{ByteSize(key.default).human_readable(decimal=True)}`"
     return f"`{key.default}`"
 
 

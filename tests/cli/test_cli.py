@@ -26,6 +26,7 @@ class Demo(MethodConfig):
 
 class Report:
     results = ()
+    gate = None
 
     def markdown(self) -> str:
         return "| perplexity |\n|---|\n| inf |"

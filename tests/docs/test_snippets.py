@@ -54,7 +54,7 @@ def test_what_is_marked_slow_runs(found: list[Snippet], tmp_path: Path) -> None:
 
 def test_a_block_that_fails_is_seen(tmp_path: Path) -> None:
     [broken] = snippets.snippets_of("<!-- run -->\n```console\n$ qtool recipes nope | cat\n```\n", "page.md")
-    with pytest.raises(AssertionError, match="no packaged recipe nope"):
+    with pytest.raises(AssertionError, match="no packaged recipe has nope"):
         snippets.run(broken, tmp_path)
 
 
