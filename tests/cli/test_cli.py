@@ -229,6 +229,7 @@ def test_eval_of_a_folder_takes_its_options(run: Any, tmp_path: Path, capsys: py
     assert (model.path, model.dtype, model.device) == (str(tmp_path), "float32", "cpu")
     assert (config.tasks, config.limit, config.batch_size) == (("boolq", "mmlu"), 5, 8)
     assert (config.num_fewshot, config.context) == (2, 64)
+    assert not keys.pop("gate").asked
     assert keys == {"float_model": "org/m", "output": Path("out"), "seed": 0, "expected": (), "plots": False}
     assert capsys.readouterr().out.endswith("| inf |\n")
 

@@ -24,7 +24,7 @@ def test_the_snippets_run_as_they_stand(
     for index, block in enumerate(blocks):
         exec(compile(block, f"docs/python.md, snippet {index}", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.startswith("out/wiki-llama-3m-gptq-w3g64 3.25 bits per weight, ")
+    assert printed.startswith("out/wiki-llama-3m-gptq-w3g64 3.25 bits per weight (7.21 of the file), ")
     assert "\nout/w3 3.25\n" in printed
     assert "quant.num_bit: unknown key; the nearest is quant.num_bits; found 3" in printed
     assert sorted(path.name for path in Path("out").iterdir()) == ["gptq", "saved", "w3", "wiki-llama-3m-gptq-w3g64"]
