@@ -1,5 +1,4 @@
-# qtool for processors, from the wheel that `make dist` wrote. Not tested: there was no Docker daemon where this was
-# written. The commands of its RUN lines were run one by one, in a fresh environment.
+# qtool for processors, from the wheel that `make dist` wrote. Not tested: there was no Docker daemon where it was written.
 #
 #   make dist
 #   docker build -t qtool .                                  # with extras: --build-arg EXTRAS='[tasks,gguf]'
