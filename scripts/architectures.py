@@ -33,7 +33,7 @@ from helpers import architecture_checks, architectures
 from helpers.architecture_checks import EXPORTS, REQUIRED, STEPS
 
 PROCESSES = multiprocessing.get_context("forkserver")  # libraries are imported once, and each model has a process
-DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
+DOCS = Path(__file__).parents[1] / "docs" / "recipes" / "architectures.md"
 PACKAGES = ("transformers", "torch", "compressed-tensors", "gguf")
 TIMEOUT = 900  # seconds for one model
 SHORT = {"states": "states", "generated": "text", "efficientqat": "eqat", "export compressed-tensors": "ct"}

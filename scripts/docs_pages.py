@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-
 from qtool.config import catalog, describe, files, plugins
 from qtool.config.describe import Key
 from qtool.config.quant import QuantOverride, TableGrid

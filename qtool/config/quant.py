@@ -207,12 +207,18 @@ class QuantSpec(NamedGrid):
         """The number of input channels whose scales are stored together: a group, or a block of GGUF's types."""
         return in_features // self.num_groups(in_features) if self.blocks is None else self.blocks.block
 
+    @property
+    def _stored(self) -> ScaleDtype:
+        """The dtype that scales are stored in."""
+        return self.scale_dtype
+
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits per weight, including scales and zero points: ``b + (b + 16) / g``."""
         if self.blocks is not None:
             return self.blocks.bits_per_weight
-        zero_bits = SCALE_BITS[self.scale_dtype] if self.float_zero else self.num_bits
-        per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else zero_bits)
+        scale_bits = SCALE_BITS[self._stored]
+        zero_bits = scale_bits if self.float_zero else self.num_bits
+        per_group = scale_bits + (0 if self.symmetric else zero_bits)
         return self.num_bits + per_group * self.num_groups(in_features) / in_features
 
     def label(self) -> str:

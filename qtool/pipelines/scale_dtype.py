@@ -44,10 +44,14 @@ def _hold(recipe: Recipe, dtype: str) -> bool:
 
 
 def _own(folder: Path) -> torch.dtype:
-    """Return the dtype of most tensors in the files of a model, or of its ``config.json`` where there are no files."""
-    if any(folder.glob("*.safetensors")) or float_types(folder):
-        return most_common(check_files(folder))
+    """Return the dtype of most tensors in the files of a model; that of its ``config.json`` if there are none.
+
+    A model that is stored in FP8 is expanded to the dtype of its ``config.json``.
+    """
     raw = read_config(folder)
+    expanded = "quantization_config" in raw  # FP8 and its like, to the dtype of the config
+    if not expanded and (any(folder.glob("*.safetensors")) or float_types(folder)):
+        return most_common(check_files(folder))
     text = raw.get("text_config")
     sections = (text if isinstance(text, dict) else {}, raw)
     names = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]

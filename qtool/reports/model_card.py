@@ -78,6 +78,7 @@ def write(folder: Path, report: Report, manifest: str, name: str) -> None:
     task = "image-text-to-text" if report.multimodal else "text-generation"
     card = {"pipeline_tag": task, **report.base_card.keys()}
     found = model_index.results(report.shown())
+    shared = report.model_copy(update={"recipe": None, "command": None})  # their paths are of one machine
     _write(
         folder,
         ModelCardData(
@@ -89,7 +90,7 @@ def write(folder: Path, report: Report, manifest: str, name: str) -> None:
             tags=["qtool"],
         ),
         [
-            report.markdown().rstrip(),
+            shared.markdown().rstrip(),
             "",
             "## How to load it",
             "",

@@ -24,7 +24,7 @@ FAST = (  # of each kind: attention and rotary variants, transposed linears, sta
     "gemma3_vl_big_vision",
 )
 FAST_STEPS = (STATES, GENERATED, "rtn", "gptq")
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "architectures.md"
 NUM_RIGHT = 120  # fewest models that must be right in every step
 
 

@@ -109,7 +109,7 @@ def test_the_report_survives_json(report: BenchReport) -> None:
     assert BenchReport.model_validate_json(text) == report
     assert set(json.loads(text)) == {
         "path", "label", "dtype", "device", "threads", "prompt_tokens", "variants", "logit_difference", "shapes",
-        "energy", "remarks", "seconds", "environment", "date",
+        "energy", "remarks", "seconds", "environment", "machine", "date",
     }  # fmt: skip
     assert set(json.loads(text)["variants"][0]) == {
         "name", "title", "linears", "file_bytes", "weight_bytes", "peak_bytes", "speeds",

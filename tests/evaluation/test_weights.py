@@ -53,7 +53,7 @@ def make(models: Path, output: Path, method: str, family: str = "llama", **quant
     raw = {
         "model": {"path": str(models / family), "dtype": "float32"},
         "method": METHODS[method],
-        "quant": {"num_bits": 3, "group_size": 32} | quant,
+        "quant": {"num_bits": 3, "group_size": 32, "scale_dtype": "float16"} | quant,
         "data": {"source": str(models / "prose.txt"), "num_samples": 6, "seq_len": 24},
         "output": {"path": str(output)},
     }

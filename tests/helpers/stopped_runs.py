@@ -21,7 +21,7 @@ from qtool.pipelines import workspace
 from qtool.pipelines.outcome import Outcome
 
 Whole = Callable[[str], dict[str, str]]  # the hashes of an uninterrupted run, by method
-QUANT = {"num_bits": 4, "group_size": 32}
+QUANT = {"num_bits": 4, "group_size": 32, "scale_dtype": "float16"}
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},
     "gptq": {"name": "gptq"},
@@ -49,6 +49,8 @@ def make(folder: Path, output: Path, method: str = "gptq", **changes: object) ->
     for key, value in changes.items():
         section, name = key.split("__")
         raw[section] = raw[section] | {name: value}
+        if key == "quant__budget":  # it chooses the bits
+            raw[section].pop("num_bits", None)
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return recipe.load(str(file))

@@ -35,7 +35,7 @@ def recipe(model: Path, out: Path) -> dict[str, object]:
     return {
         "model": {"path": str(model), "dtype": "float32", "device": "cpu"},
         "method": {"name": "rtn"},
-        "quant": {"num_bits": 4, "group_size": 32},
+        "quant": {"num_bits": 4, "group_size": 32, "scale_dtype": "float16"},
         "output": {"path": str(out)},
     }
 

@@ -223,7 +223,7 @@ def test_a_tracker_changes_no_bit_and_no_identity_of_a_run(
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")}
     with progress.use(notes := Notes()):
         quantize(made({"name": "rtn"}, "none"))
-    assert any("is complete already" in note for note in notes.texts)
+    assert any("is complete already" in said for said in notes.said)
     quantize(made({"name": "rtn"}, "none", output={"path": str(tmp_path / "out"), "overwrite": True}))
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")} == before
     assert len(opened) == 1
