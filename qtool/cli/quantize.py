@@ -41,7 +41,6 @@ SUMMARIES = {  # help texts of the commands that run methods, in their order on 
     "efficientqat": "EfficientQAT: train block by block, then all scales.",
     "lrqat": "LR-QAT: train low-rank adapters inside the rounding.",
 }
-METHOD, BITS, GROUP_SIZE = "gptq", 4, 64  # of a model that is given without a recipe
 
 What = Annotated[
     str,
@@ -56,17 +55,22 @@ MethodName = Annotated[
     typer.Option(
         "--method",
         metavar="NAME",
-        help=f"Method, listed below. Default: the recipe's; of a model, {METHOD}.",
+        help=f"Method, listed below. Default: the recipe's; of a model, {catalog.ALONE_METHOD}.",
         autocompletion=method_names,
     ),
 ]
 Bits = Annotated[
-    int | None, typer.Option("--bits", metavar="N", help=f"quant.num_bits. Default: the recipe's; of a model, {BITS}.")
+    int | None,
+    typer.Option(
+        "--bits", metavar="N", help=f"quant.num_bits. Default: the recipe's; of a model, {catalog.ALONE_BITS}."
+    ),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        "--group-size", metavar="N", help=f"quant.group_size. Default: the recipe's; of a model, {GROUP_SIZE}."
+        "--group-size",
+        metavar="N",
+        help=f"quant.group_size. Default: the recipe's; of a model, {catalog.ALONE_GROUP_SIZE}.",
     ),
 ]
 Output = Annotated[
@@ -90,6 +94,7 @@ def recipe_of(
         InputError: the recipe or the options have faults.
     """
     from qtool.config import recipe
+    from qtool.config.keywords import start_of, with_folder
     from qtool.config.overrides import overridden
     from qtool.system.paths import path_text
 
@@ -102,26 +107,12 @@ def recipe_of(
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     if is_recipe(what, "RECIPE|MODEL"):
         return recipe.load(what, [*options, *set_])
-    chosen = any(text.startswith("quant.budget") for text in set_)  # a budget chooses the bits
-    start = {
-        "model": {"path": what},
-        "method": {"name": METHOD},
-        "quant": {"group_size": GROUP_SIZE} if chosen else {"num_bits": BITS, "group_size": GROUP_SIZE},
-        "output": {"path": "out"},
-    }
+    start = start_of(what, dict.fromkeys(text.partition("=")[0] for text in set_))
     raw, wrong = overridden(start, [*options, *set_])
     wrong += recipe.two_widths(raw)
     checked = recipe.check(recipe.Recipe, recipe.with_plan(raw), "the command line", wrong)
     named = output is not None or any(text.startswith(("output=", "output.path=")) for text in set_)
-    return checked if named else _with_folder(checked)
-
-
-def _with_folder(recipe: "Recipe") -> "Recipe":
-    """Return the recipe of a model with a folder named by model, method and grid."""
-    quant, name = recipe.quant, Path(recipe.model.path.removeprefix("builtin:")).resolve().name.removesuffix(".gguf")
-    grid = "mixed" if quant.budget is not None or quant.overrides else quant.label().replace(" ", "-")
-    folder = Path("out") / f"{name}-{recipe.method.name}-{grid}"
-    return recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": folder})})
+    return checked if named else with_folder(checked)
 
 
 def add_commands(app: typer.Typer) -> None:

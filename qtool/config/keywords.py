@@ -1,13 +1,12 @@
-"""Arguments of the Python API as keys of a recipe, and the recipe of a model that is given alone."""
+"""The recipe of a model that is given alone, on the command line or in Python, and arguments of Python as its keys."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtool.config.catalog import ALONE_BITS, ALONE_GROUP_SIZE, ALONE_METHOD
 from qtool.config.recipe import Recipe
 from qtool.system.errors import InputError
-
-METHOD, NUM_BITS, GROUP_SIZE = "gptq", 4, 64  # of a model that is given alone
 
 
 def section(key: str, value: object, name: str | None = None) -> dict[str, object]:
@@ -47,15 +46,15 @@ def start_of(model: str, changes: Mapping[str, object]) -> dict[str, Any]:
     chosen = any(key.startswith("quant.budget") for key in changes)
     return {
         "model": {"path": model},
-        "method": {"name": METHOD},
-        "quant": {"group_size": GROUP_SIZE} | ({} if chosen else {"num_bits": NUM_BITS}),
+        "method": {"name": ALONE_METHOD},
+        "quant": {"group_size": ALONE_GROUP_SIZE} | ({} if chosen else {"num_bits": ALONE_BITS}),
         "output": {"path": "out"},
     }
 
 
 def with_folder(recipe: Recipe) -> Recipe:
     """Return the recipe with a folder in ``out`` that is named by model, method and grid."""
-    quant, name = recipe.quant, Path(recipe.model.path.removeprefix("builtin:")).name.removesuffix(".gguf")
+    quant, name = recipe.quant, Path(recipe.model.path.removeprefix("builtin:")).resolve().name.removesuffix(".gguf")
     grid = "mixed" if quant.budget is not None or quant.overrides else quant.label().replace(" ", "-")
     folder = Path("out") / f"{name}-{recipe.method.name}-{grid}"
     return recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": folder})})
