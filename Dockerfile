@@ -2,7 +2,7 @@
 #
 #   make dist
 #   docker build -t qtool .                                  # with extras: --build-arg EXTRAS='[tasks,gguf]'
-#   docker run --rm -v "$PWD/out:/work/out" --user "$(id -u):$(id -g)" qtool ptq quickstart
+#   docker run --rm -v "$PWD/out:/runs/out" --user "$(id -u):$(id -g)" qtool ptq quickstart
 #
 # Models and data sets from the hub lie in /cache; keep them with -v qtool-cache:/cache.
 
@@ -17,9 +17,9 @@ RUN --mount=type=bind,source=dist,target=/dist \
     pip install --no-cache-dir "$(echo /dist/*.whl)$EXTRAS" && pip check
 
 # any user may write to these folders, so that --user gives files of one's own; USER: a name for a user without one
-RUN install -d -m 1777 /work /cache
+RUN install -d -m 1777 /runs /cache
 ENV HF_HOME=/cache/huggingface MPLCONFIGDIR=/tmp/matplotlib USER=qtool
 USER nobody
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["qtool"]
 CMD ["--help"]
