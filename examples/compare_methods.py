@@ -34,7 +34,8 @@ def main() -> None:
         qtool.quantize_model(model, tokenizer, method, num_bits=args.bits, num_samples=args.windows, seq_len=256)
         seconds = time.perf_counter() - started
         report = qtool.evaluate(model, ["kl"], reference=reference, tokenizer=tokenizer, limit=16, context=256)
-        kl, agreement = report.results
+        rows = {row.metric: row for row in report.results}
+        kl, agreement = rows["kl"], rows["top-1 agreement"]
         error = "" if kl.stderr is None else f" ± {kl.stderr:.4f}"
         print(f"{method:8} {f'{kl.value:.4f}{error}':>18} {agreement.value:>16.3f} {seconds:8.1f}")
 
