@@ -109,8 +109,7 @@ def recipe_of(
         return recipe.load(what, [*options, *set_])
     start = start_of(what, dict.fromkeys(text.partition("=")[0] for text in set_))
     raw, wrong = overridden(start, [*options, *set_])
-    wrong += recipe.two_widths(raw)
-    checked = recipe.check(recipe.Recipe, recipe.with_plan(raw), "the command line", wrong)
+    checked = recipe.written(raw, "the command line", wrong)
     named = output is not None or any(text.startswith(("output=", "output.path=")) for text in set_)
     return checked if named else with_folder(checked)
 

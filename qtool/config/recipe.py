@@ -181,11 +181,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: The file cannot be read, or the recipe has faults; the message lists all of them.
     """
     raw, wrong = overridden(read_yaml(path), overrides)
-    wrong += two_widths(raw)
-    return check(Recipe, with_plan(raw), f"{path} with --set" if overrides else path, wrong)
+    return written(raw, f"{path} with --set" if overrides else path, wrong)
 
 
-def two_widths(raw: Mapping[str, object]) -> list[str]:
+def written(raw: dict[str, Any], source: str | Path, wrong: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of sections as a user wrote them, with only the keys that were given.
+
+    Raises:
+        InputError: as for :func:`check`, and for a budget beside the width that it chooses.
+    """
+    return check(Recipe, with_plan(raw), source, [*wrong, *_two_widths(raw)])
+
+
+def _two_widths(raw: Mapping[str, object]) -> list[str]:
     """Return the fault of a recipe that gives both a budget and the width that the budget chooses."""
     quant = raw.get("quant")
     if not isinstance(quant, Mapping) or quant.get("budget") is None or quant.get("num_bits") is None:

@@ -17,7 +17,7 @@ from qtool.blocks.job import Result
 from qtool.config import catalog, files
 from qtool.config.keywords import merged, section, start_of, with_folder
 from qtool.config.overrides import changed
-from qtool.config.recipe import EvalRecipe, Recipe, check, check_export, resolved, two_widths, with_plan
+from qtool.config.recipe import EvalRecipe, Recipe, check, check_export, resolved, with_plan, written
 from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
@@ -71,10 +71,11 @@ def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe
             raw = changed(raw, key, value)
         except ValueError as error:
             wrong.append(f"{key}: {error}")
-    if not isinstance(recipe, Recipe):  # which has every key
-        wrong += two_widths(raw)
     name = recipe if isinstance(recipe, str | Path) else "the recipe"
-    return check(Recipe, with_plan(raw), f"{name} with changes" if changes else name, wrong)
+    source = f"{name} with changes" if changes else name
+    if isinstance(recipe, Recipe):  # which has every key
+        return check(Recipe, with_plan(raw), source, wrong)
+    return written(raw, source, wrong)
 
 
 def recipes() -> tuple[str, ...]:
