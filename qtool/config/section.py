@@ -15,6 +15,7 @@ from pydantic import (
     PlainSerializer,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from qtool.system import paths
@@ -39,6 +40,15 @@ class Section(BaseModel):
         metadata = cls.model_fields[str(info.field_name)].metadata
         _check_bounds(value, whole=not any(isinstance(each, Le | Lt) for each in metadata))
         return value
+
+
+def text_as(key: str) -> Any:  # Any: what pydantic makes of a validator
+    """Return a validator with which a text alone in place of a section is the value of its key ``key``."""
+
+    def section(values: Any) -> Any:
+        return {key: values} if isinstance(values, str) else values
+
+    return model_validator(mode="before")(section)
 
 
 def _check_bounds(value: object, *, whole: bool) -> None:

@@ -4,11 +4,11 @@ This module needs pydantic only. A method's own section derives from :class:`Met
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from qtool.config.section import OutputPath, Section
+from qtool.config.section import OutputPath, Section, text_as
 from qtool.system.distribution import install
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -216,10 +216,7 @@ class TrackerConfig(Section):
         description="Name of the run in the tracker, without slashes; unset: the name of the output folder.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, values: Any) -> Any:
-        return {"name": values} if isinstance(values, str) else values
+    _name_alone = text_as("name")
 
     @model_validator(mode="after")
     def _keys_act(self) -> Self:

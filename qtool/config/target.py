@@ -1,11 +1,9 @@
 """The ``target`` section of a recipe: the engine that will load the result."""
 
-from typing import Any
-
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from qtool.config.engines import ENGINES
-from qtool.config.section import Section
+from qtool.config.section import Section, text_as
 from qtool.system.errors import nearest
 
 
@@ -23,10 +21,7 @@ class TargetConfig(Section):
         description="Version of the engine; a note says if it is not the one whose formats are known.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, values: Any) -> Any:
-        return {"engine": values} if isinstance(values, str) else values
+    _name_alone = text_as("engine")
 
     @field_validator("version", mode="before")
     @classmethod
