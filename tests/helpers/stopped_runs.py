@@ -132,13 +132,13 @@ def after_each_kill(make_at: Callable[[Path], Recipe], folder: Path, after: bool
         yield output
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-    """Let a run fail when it has kept ``blocks`` blocks."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: type[BaseException] = Killed) -> None:
+    """Let a run fail with ``error`` when it has kept ``blocks`` blocks."""
     write = workspace.RunWorkspace.write
 
     def limited(self: workspace.RunWorkspace, index: int, block: FinishedBlock) -> None:
         write(self, index, block)
         if index + 1 == blocks:
-            raise Killed
+            raise error
 
     monkeypatch.setattr(workspace.RunWorkspace, "write", limited)

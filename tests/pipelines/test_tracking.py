@@ -12,10 +12,11 @@ import yaml
 from helpers import tiny
 from helpers.methods import recorded
 from helpers.notes import Notes
+from helpers.stopped_runs import stop_after
 
 from qtool.cli import main
 from qtool.config import recipe as recipes
-from qtool.pipelines import tracking, workspace
+from qtool.pipelines import tracking
 from qtool.pipelines.quantize import quantize
 from qtool.pipelines.tracking import Tracker
 from qtool.reports.report import read_report
@@ -131,14 +132,10 @@ def test_block_methods_send_the_figures_of_each_block(
 def test_a_run_that_goes_on_goes_on_in_its_tracker(
     made: Callable[..., recipes.Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, write = made({"name": "gptq"}), workspace.RunWorkspace.write
-
-    def stopping(self: workspace.RunWorkspace, index: int, *rest: Any) -> None:
-        write(self, index, *rest)
-        raise KeyboardInterrupt
+    recipe = made({"name": "gptq"})
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.RunWorkspace, "write", stopping)
+        stop_after(patch, 1, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             quantize(recipe)
     quantize(recipe)
@@ -240,14 +237,10 @@ def test_the_tracker_hears_how_a_run_ended_and_a_later_start_goes_on_by_its_id(
     error: type[BaseException],
     ending: str,
 ) -> None:
-    opened, recipe, write = recorder(), made({"name": "gptq"}, "wandb"), workspace.RunWorkspace.write
-
-    def stopping(self: workspace.RunWorkspace, index: int, *rest: Any) -> None:
-        write(self, index, *rest)
-        raise error
+    opened, recipe = recorder(), made({"name": "gptq"}, "wandb")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.RunWorkspace, "write", stopping)
+        stop_after(patch, 1, error)
         with pytest.raises(error):
             quantize(recipe)
     quantize(recipe)
