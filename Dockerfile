@@ -18,7 +18,7 @@ RUN --mount=type=bind,source=dist,target=/dist \
 
 # any user may write to these folders, so that --user gives files of one's own; USER: a name for a user without one
 RUN install -d -m 1777 /runs /cache
-ENV HF_HOME=/cache/huggingface MPLCONFIGDIR=/tmp/matplotlib USER=qtool
+ENV HF_HOME=/cache/huggingface MPLCONFIGDIR=/cache/matplotlib USER=qtool
 USER nobody
 WORKDIR /runs
 ENTRYPOINT ["qtool"]

@@ -62,7 +62,7 @@ def _record(name: str, summary: str, path: Path) -> dict[str, str]:
 def _lines(listed: dict[str, str], folded: dict[str, str], width: int | None) -> list[str]:
     """Return the list, wrapped to ``width`` columns (``None``: not wrapped), with a line for each of ``folded``."""
     shown = {name: text for name, text in listed.items() if not name.startswith(tuple(folded))}
-    widths: dict[str, int] = {}  # of the names in each folder
+    widths: dict[str, int] = {}  # folder -> length of the longest name in it
     for name in shown:
         folder = name.rpartition("/")[0]
         widths[folder] = max(widths.get(folder, 0), len(name))

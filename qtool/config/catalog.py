@@ -12,7 +12,7 @@ from pathlib import Path
 ROOMS = Path(__file__).parents[1]  # the package; importlib.resources would take a hundredth of the start of --help
 # the first two arguments of what a method exports: its command, and one line about it
 METHOD = re.compile(r"^METHOD\b[^(]*\(\s*\"([a-z]+)\",\s*\"([^\"]+)\"", re.MULTILINE)
-ALONE_METHOD, ALONE_BITS, ALONE_GROUP_SIZE = "gptq", 4, 64  # of a model that is given without a recipe
+ALONE_METHOD, ALONE_BITS, ALONE_GROUP_SIZE = "gptq", 4, 64  # defaults for a model without a recipe
 
 
 @cache

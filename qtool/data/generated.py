@@ -77,7 +77,7 @@ def generated_tokens(loaded: LoadedModel, num: int, length: int, seed: int) -> T
             def choose(
                 logits: Tensor, position: int, draw: Draw = draw, before: int = before, size: int = len(rows)
             ) -> Tensor:
-                reach(before + (position - first) * size)  # those drawn before this step
+                reach(before + (position - first) * size)  # counts the tokens drawn before this step
                 return draw(logits, position, position - first)
 
             tokens[rows] = continued(loaded, tokens[rows], range(first, length), choose, begin)

@@ -56,7 +56,7 @@ class Score:
     num_fewshot: int | None
     detail: bool  # True: a part of a group, which has a row of its own
     note: str
-    answers: tuple[Answers | None, ...]  # of the task, or of each task of the group
+    answers: tuple[Answers | None, ...]  # one for the task, or one for each task of the group
 
 
 def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:

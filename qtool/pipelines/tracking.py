@@ -38,8 +38,8 @@ from qtool.system.printable import without_secrets
 
 KEPT = "tracker.json"  # file of the run's id in the tracker
 PROJECT = "qtool"
-MOST_PARAMETERS = 100  # of one request to MLflow
-REMEDIES = {  # what to do where a tracker cannot be opened
+MOST_PARAMETERS = 100  # largest number of parameters in one request to MLflow
+REMEDIES = {  # tracker -> what its user can do if it cannot be opened
     "tensorboard": "see that this folder can be written",
     "wandb": "log in with wandb login, or set WANDB_MODE=offline",
     "mlflow": "set MLFLOW_TRACKING_URI to a server that answers; mlflow-skinny has no store, mlflow has",
