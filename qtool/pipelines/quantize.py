@@ -112,9 +112,7 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
         progress.say(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
-        if distributed.is_first():
-            report = _judged_again(recipe, report)
-        return _outcome(recipe, report, timer) if distributed.is_first() else None
+        return _outcome(recipe, _judged_again(recipe, report), timer) if distributed.is_first() else None
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None and recipe.model.free:
             _keep(run, *model_free.run(recipe, run.method, run.state, timer))
