@@ -10,9 +10,10 @@ peer out. What is compared:
 * Cost: the whole process its user starts (import, load, read the tokens or text, quantize, save), as the kernel counts
   it: wall seconds, CPU seconds, peak resident memory. Runs are interleaved (A B C A B C) so that a busy machine
   slows all alike, and an unmeasured run of each comes first: it fills caches and lets a peer compile its extensions.
-* Quality: WikiText-2 test perplexity in float32. A peer's own reader unpacks its result; the weights then go into one
-  plain transformers model, so that no tool is helped or hurt by the kernel that happens to serve it. Rounding moves a
-  perplexity by chance, so every repeat calibrates on text of its own and the mean over repeats is given.
+* Quality: WikiText-2 test perplexity and the divergence from the float model, in float32. A peer's own reader unpacks
+  its result; the weights then go into one plain transformers model, so that no tool is helped or hurt by the kernel
+  that happens to serve it. Rounding moves a perplexity by chance, so every repeat calibrates on text of its own and the
+  mean over repeats is given.
 
 Calibration is GPTQ's usual, weights are in groups and symmetric unless an option says otherwise, and each tool's
 defaults hold for all else. Peers get token windows; qtool gets the text that these were cut from: articles in order,
@@ -136,14 +137,17 @@ def cut(articles: Iterator[str], tokenizer: Any, stem: Path, num_samples: int, s
     return made
 
 
-def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval_len: int, num_windows: int) -> float:
-    """Return exp(mean NLL per token) over disjoint windows of a WikiText .jsonl; each predicts ``eval_len - 1`` tokens.
+def quality(
+    model_dir: Path, weights_file: Path | None, float_dir: Path, text_file: Path, eval_len: int, num_windows: int
+) -> tuple[float, float]:
+    """Return the perplexity and the mean KL(float || model), in nats per token, on windows of a WikiText .jsonl.
 
-    ``weights_file`` has dense weights that replace those of ``model_dir``; ``num_windows`` 0 takes every full window.
+    Windows are disjoint; each predicts ``eval_len - 1`` tokens. ``num_windows`` 0 takes every full one.
+    ``weights_file`` has dense weights that replace those of ``model_dir``.
     """
     import torch
     from safetensors.torch import load_file
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import nll_loss
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if json.loads((model_dir / "config.json").read_text()).get("quantization_config"):
@@ -151,6 +155,7 @@ def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, trust_remote_code=False
     )  # in evaluation mode
+    reference = AutoModelForCausalLM.from_pretrained(float_dir, dtype=torch.float32, trust_remote_code=False)
     if weights_file is not None:
         for name, weight in load_file(weights_file).items():
             model.get_parameter(name).data.copy_(weight)
@@ -160,12 +165,14 @@ def perplexity(model_dir: Path, weights_file: Path | None, text_file: Path, eval
     tokens = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False).input_ids[0]
     windows = tokens[: len(tokens) // eval_len * eval_len].reshape(-1, eval_len)[: num_windows or None]
 
-    total = 0.0
+    total, divergence = 0.0, 0.0
     with torch.inference_mode():
-        for batch in windows.split(4):
-            logits = model(input_ids=batch).logits[:, :-1].float()
-            total += cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / (len(windows) * (eval_len - 1)))
+        for window in windows.split(1):
+            mine, other = (each(input_ids=window).logits[0, :-1].log_softmax(-1) for each in (model, reference))
+            total += nll_loss(mine, window[0, 1:], reduction="sum").item()
+            divergence += torch.linalg.vecdot(other.exp(), other - mine).sum().item()
+    count = len(windows) * (eval_len - 1)
+    return math.exp(total / count), divergence / count
 
 
 def apart(function: Callable[..., Any], *arguments: object) -> Any:
@@ -245,16 +252,16 @@ def table(float_perplexity: float, rows: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table; times are medians."""
     reference = {row["num_bits"]: row["median"]["wall_s"] for row in rows if row["tool"] == rows[0]["tool"]}
     lines = [
-        "| tool | bits | perplexity | wall s | CPU s | peak MB | wall / first |",
-        "|---|---|---|---|---|---|---|",
-        f"| none | float | {float_perplexity:.2f} | | | | |",
+        "| tool | bits | perplexity | KL | wall s | CPU s | peak MB | wall / first |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| none | float | {float_perplexity:.2f} | | | | | |",
     ]
     for row in rows:
         cost, base = row["median"], reference.get(row["num_bits"])
         ratio = f"{cost['wall_s'] / base:.2f}" if base else ""
         lines.append(
-            f"| {row['tool']} | {row['num_bits']} | {row['perplexity']:.2f} | {cost['wall_s']:.1f} "
-            f"| {cost['cpu_s']:.1f} | {cost['peak_mb']:.0f} | {ratio} |"
+            f"| {row['tool']} | {row['num_bits']} | {row['perplexity']:.2f} | {row['kl']:.4f} "
+            f"| {cost['wall_s']:.1f} | {cost['cpu_s']:.1f} | {cost['peak_mb']:.0f} | {ratio} |"
         )
     return "\n".join(lines)
 
@@ -302,7 +309,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
     rows: list[dict[str, Any]] = []
     for num_bits in args.bits:
         costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
-        qualities: dict[Tool, list[float]] = {tool: [] for tool in tools}
+        qualities: dict[Tool, list[tuple[float, float]]] = {tool: [] for tool in tools}
         warm_ups = args.warm_ups if num_bits == args.bits[0] else 0
         for repeat in range(-warm_ups, args.repeats):
             text, shape = texts[max(repeat, 0)], (args.num_samples, args.seq_len)
@@ -313,16 +320,18 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
                 continue
             for tool, output in outputs.items():
                 folder, weights = expand(tool, job, output)
-                quality = apart(perplexity, folder, weights, wikitext, args.eval_len, args.eval_windows)
+                found = apart(quality, folder, weights, model, wikitext, args.eval_len, args.eval_windows)
                 costs[tool].append(measured[tool])
-                qualities[tool].append(quality)
-                done = f"w{num_bits} run {repeat + 1} {tool.label}: {measured[tool].wall_s:.1f} s, {quality:.2f}"
+                qualities[tool].append(found)
+                took = f"{measured[tool].wall_s:.1f} s, perplexity {found[0]:.2f}, KL {found[1]:.4f}"
+                done = f"w{num_bits} run {repeat + 1} {tool.label}: {took}"
                 print(done, file=sys.stderr, flush=True)
         for tool in tools:
             runs = [asdict(cost) for cost in costs[tool]]
             median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            quality = statistics.mean(qualities[tool])
-            row = {"tool": tool.label, "num_bits": num_bits, "perplexity": quality, "perplexities": qualities[tool]}
+            perplexities, divergences = zip(*qualities[tool], strict=True)
+            row = {"tool": tool.label, "num_bits": num_bits, "perplexity": statistics.mean(perplexities)}
+            row |= {"kl": statistics.mean(divergences), "perplexities": perplexities, "kls": divergences}
             rows.append(row | {"median": median, "runs": runs})
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -330,7 +339,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
         "versions": {tool.name: versions(tool) for tool in tools},
         "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
         | {"method": args.method, "preset": args.preset},
-        "float_perplexity": apart(perplexity, model, None, wikitext, args.eval_len, args.eval_windows),
+        "float_perplexity": apart(quality, model, None, model, wikitext, args.eval_len, args.eval_windows)[0],
         "results": rows,
     }
 

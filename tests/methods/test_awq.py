@@ -1,7 +1,8 @@
 """AWQ: what its scales and clips do, and that they never do harm."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.methods import W4, correlated_inputs, generator, random_weight, run, same
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qtool.blocks.driver import run_blocks
@@ -89,6 +92,26 @@ def test_awq_scales_loud_channels_up_and_moves_the_rest_into_the_norm(llama: Loa
         old = dense_weight(floats.model.get_submodule(linear)) * norms[0]
         new = packed_linears(loaded.model)[linear].dequantized() * norms[1]
         assert float((new - old).norm() / old.norm()) < 0.02
+
+
+@given(count=st.integers(1, 70), data=st.data())
+def test_coarse_to_fine_finds_the_lowest_of_errors_that_fall_and_rise(count: int, data: st.DataObject) -> None:
+    lowest = data.draw(st.integers(0, count - 1))
+    slopes = data.draw(st.tuples(*[st.floats(0.1, 10)] * 2))
+    asked: list[int] = []
+
+    def errors(places: Sequence[int]) -> list[float]:
+        asked.extend(places)
+        return [abs(place - lowest) * slopes[place > lowest] for place in places]
+
+    assert awq.coarse_to_fine(errors, count) == lowest
+    assert len(set(asked)) == len(asked) <= 2 * count.bit_length() + 2
+
+
+def test_coarse_to_fine_takes_the_first_of_equal_errors_and_no_error_that_is_not_a_number() -> None:
+    assert awq.coarse_to_fine(lambda places: [1.0] * len(places), 20) == 0
+    assert awq.coarse_to_fine(lambda places: [math.nan] * len(places), 20) == 0
+    assert awq.coarse_to_fine(lambda places: [math.nan if place < 8 else place for place in places], 20) == 8
 
 
 def test_awq_judges_by_the_module_around_the_readers(llama: LoadedModel, tokens: Tensor) -> None:
