@@ -1,4 +1,4 @@
-"""Write the tables of engines and formats into README.md and docs/deploy, from ``qtool/config/engines.py``.
+"""Write the tables of engines and formats into docs/deploy, from ``qtool/config/engines.py``.
 
     python scripts/make_engine_tables.py [--check]
 
@@ -19,7 +19,7 @@ from qtool.system.distribution import install
 
 ROOT = Path(__file__).parents[1]
 # tables of each page, by mark
-TABLES = {"README.md": ("formats",), "docs/deploy/index.md": ("grids", "engines")} | {
+TABLES = {"docs/deploy/formats.md": ("formats",), "docs/deploy/index.md": ("grids", "engines")} | {
     f"docs/deploy/{engine}.md": (f"formats of {engine}", f"loading in {engine}") for engine in ENGINES
 }
 # sections quant of the usual grids

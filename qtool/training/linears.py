@@ -1,5 +1,6 @@
 """Shared parts of methods that train linears in place: replacing them, their start, learning rates, and packing."""
 
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypeVar
@@ -9,6 +10,7 @@ from torch import nn
 
 from qtool.blocks.job import Job, Method, Result
 from qtool.checkpoints.native import NativeCheckpoint
+from qtool.config.quant import QuantSpec
 from qtool.config.training import EndToEnd, GridConfig, WeightsConfig
 from qtool.models.folders import resolve
 from qtool.models.linears import Target, packed_linears, replace_linear
@@ -43,6 +45,14 @@ def pack_linears(model: nn.Module, layers: dict[str, L]) -> None:
         replace_linear(model, name, layer.freeze())
 
 
+def _difference(found: QuantSpec, asked: QuantSpec) -> str:
+    """Return a sentence that names the keys of ``quant`` in which two grids differ, but for the signs of scales."""
+    theirs, ours = (spec.any_sign.model_dump(mode="json") for spec in (found, asked))
+    keys = [key for key, value in theirs.items() if value != ours[key]]
+    said = [" and ".join(f"{key}: {json.dumps(values[key])}" for key in keys) for values in (theirs, ours)]
+    return f"the checkpoint has {said[0]}, the recipe {said[1]}, and these must be the same"
+
+
 class Start:
     """A native checkpoint from which a training starts instead of the float weights, opened and checked."""
 
@@ -67,7 +77,7 @@ class Start:
             if found[name].any_sign != target.spec.any_sign:
                 raise InputError(
                     f"method.init_from: {folder} has {name} on {found[name].label()}, the recipe asks for "
-                    f"{target.spec.label()}, and all keys of quant must agree"
+                    f"{target.spec.label()}; {_difference(found[name], target.spec)}"
                 )
             if (shape := tuple(self.source.tensor(f"{name}.weight_shape").tolist())) != target.weight_shape:
                 raise InputError(

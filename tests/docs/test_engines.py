@@ -1,4 +1,4 @@
-"""The tables of engines in README.md and docs are those of the code."""
+"""The tables of engines in docs are those of the code."""
 
 import subprocess
 import sys

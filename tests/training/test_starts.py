@@ -91,6 +91,10 @@ def test_the_teacher_is_the_float_model_wherever_training_starts(
     [
         ({"num_bits": 3}, r"has model\.layers\.0\.self_attn\.q_proj on w4g16, the recipe asks for w3g16"),
         (
+            {"scale_dtype": "bfloat16", "symmetric": False},
+            'has symmetric: true and scale_dtype: "float16", the recipe symmetric: false and scale_dtype: "bfloat16"',
+        ),
+        (
             {"overrides": {"*.1.mlp.up_proj": {"skip": True}}},
             r"1\.mlp\.up_proj is a linear that the recipe leaves in f",
         ),
