@@ -210,7 +210,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
     For a recipe with a ``method`` section the model to measure is the checkpoint that the recipe writes.
 
     Raises:
-        InputError: The recipe has faults, or its checkpoint does not exist yet.
+        InputError: as for :func:`written`, or the recipe's checkpoint does not exist yet.
     """
     raw = read_yaml(path)
     for section, values in options.items():
@@ -219,7 +219,7 @@ def load_eval(path: str | Path, options: Mapping[str, Mapping[str, object]]) -> 
             raw[section] = {**base, **values}
     if "method" not in raw:
         return check(EvalRecipe, raw, path)
-    recipe = check(Recipe, with_plan({**raw, "eval": raw.get("eval") or {}}), path)
+    recipe = written({**raw, "eval": raw.get("eval") or {}}, path)
     if not recipe.output.path.is_dir():
         command = plugins.get(recipe.method.name).command
         raise InputError(f"{path} writes {recipe.output.path}, which does not exist yet; run: qtool {command} {path}")

@@ -133,7 +133,10 @@ def test_a_share_is_that_of_the_bytes_of_the_float_model(llama: LoadedModel, tok
     by_size = planned(llama, budgeted(size=int(0.5 * whole), **common), tokens)
     assert by_share.allotments == by_size.allotments
     assert 0.45 * whole < by_share.num_bytes <= 0.5 * whole
-    assert "within 0.5 of the float model's bytes" in by_share.yaml(budgeted(share=0.5))
+    written = by_share.yaml(budgeted(share=0.5))
+    assert "within 0.5 of the float model's bytes" in written
+    for text in (written, by_share.table()):
+        assert "squared error of outputs, modelled" in text  # the unit of this estimator's costs
     with pytest.raises(InputError, match=r"share is 0\.01, so the size is [0-9,]+, and the least that is possible is"):
         planned(llama, budgeted(share=0.01, **common), tokens)
 

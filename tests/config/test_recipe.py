@@ -92,6 +92,8 @@ def test_a_budget_beside_the_width_that_it_chooses_is_refused(write: Write) -> N
     path = write(GOOD + "quant: {num_bits: 3, budget: {share: 0.2}}")
     assert faults_of(path)[0].startswith("quant.num_bits: 3 beside quant.budget, which chooses the bits")
     assert recipe.load(path, ["quant.num_bits=null"]).quant.budget is not None
+    with pytest.raises(InputError, match=r"quant\.num_bits: 3 beside quant\.budget"):
+        recipe.load_eval(path, {})
 
 
 def test_all_faults_are_listed_at_once_with_key_value_and_nearest_key(write: Write) -> None:
