@@ -235,10 +235,11 @@ def expand(tool: Tool, job: Job, output: Path) -> tuple[Path, Path | None]:
 
 def versions(tool: Tool) -> dict[str, str]:
     """Return the versions of the packages that a result depends on, in the tool's own environment."""
-    ask = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    packages = [tool.name, "torch", "transformers"]
-    answer = subprocess.run([tool.python, "-c", ask, *packages], check=True, capture_output=True, text=True).stdout
-    return dict(zip(packages, answer.split(), strict=True))
+    own = "qtool.__version__" if tool.program is None else f"version({tool.name!r})"  # qtool may run from a checkout
+    start = "import qtool; " if tool.program is None else ""
+    ask = f"{start}from importlib.metadata import version; print({own}, version('torch'), version('transformers'))"
+    answer = subprocess.run([tool.python, "-c", ask], check=True, capture_output=True, text=True).stdout
+    return dict(zip((tool.name, "torch", "transformers"), answer.split(), strict=True))
 
 
 def cpu_name() -> str:
@@ -306,6 +307,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
     """Run all tools and return their cost and quality."""
     model, wikitext = chosen(args).resolve(), args.data / "wikitext2" / "test.jsonl"
     texts = apart(prepare, model, args.data, work, args.num_samples, args.seq_len, args.repeats)
+    found_versions = {tool.name: versions(tool) for tool in tools}
     rows: list[dict[str, Any]] = []
     for num_bits in args.bits:
         costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
@@ -323,7 +325,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
                 found = apart(quality, folder, weights, model, wikitext, args.eval_len, args.eval_windows)
                 costs[tool].append(measured[tool])
                 qualities[tool].append(found)
-                took = f"{measured[tool].wall_s:.1f} s, perplexity {found[0]:.2f}, KL {found[1]:.4f}"
+                took = f"{measured[tool]}, perplexity {found[0]:.2f}, KL {found[1]:.4f}"
                 done = f"w{num_bits} run {repeat + 1} {tool.label}: {took}"
                 print(done, file=sys.stderr, flush=True)
         for tool in tools:
@@ -336,7 +338,7 @@ def compare(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
-        "versions": {tool.name: versions(tool) for tool in tools},
+        "versions": found_versions,
         "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | list)}
         | {"method": args.method, "preset": args.preset},
         "float_perplexity": apart(quality, model, None, model, wikitext, args.eval_len, args.eval_windows)[0],
