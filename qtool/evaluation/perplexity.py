@@ -59,7 +59,6 @@ def divergence(
     return mean_metric(scores.kl, scores.num_predictions), mean_metric(scores.agreement, scores.num_predictions)
 
 
-@torch.inference_mode()
 def score_windows(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
@@ -72,18 +71,42 @@ def score_windows(
 
     ``compare`` adds the scores that need the logits of both: ``kl`` and ``agreement``.
     """
-    models = [model] if reference is None else [model, reference]
-    size = _batch_size(models, windows.shape[1]) if batch_size == "auto" else batch_size
+    return score_models([model], reference, windows, batch_size, compare, title)[0]
+
+
+@torch.inference_mode()
+def score_models(
+    models: Sequence[PreTrainedModel],
+    reference: PreTrainedModel | None,
+    windows: Tensor,
+    batch_size: BatchSize,
+    compare: bool,
+    title: str,
+) -> list[WindowScores]:
+    """Score ``windows`` ``[n, t]`` with each of ``models``, beside one pass of ``reference``.
+
+    The scores of each are those of :func:`score_windows`.
+    """
+    others = [] if reference is None else [reference]
+    size = _batch_size([*models, *others], windows.shape[1]) if batch_size == "auto" else batch_size
     batches = windows.split(min(size, len(windows)))
-    predictions = _predictions(models, batches[0])
-    columns: list[list[Tensor]] = []
-    found: list[Tensor] = []
+    predictions = _predictions([*models, *others], batches[0])
+    columns: list[list[list[Tensor]]] = [[] for _ in models]
+    found: list[list[Tensor]] = [[] for _ in models]
     for batch in progress.track(batches, title, len(batches)):
         logits = [each(batch) for each in predictions]
         for index, window in enumerate(batch):
-            sums, by_token = _score_window([one(index) for one in logits], window[1:].to(model.device), compare)
-            columns.append(sums)
-            found.append(by_token)
+            labels = window[1:].to(models[0].device)
+            for place in range(len(models)):
+                pair = [one(index) for one in (logits[place], *logits[len(models) :])]
+                sums, by_token = _score_window(pair, labels, compare)
+                columns[place].append(sums)
+                found[place].append(by_token)
+    return [_scores(*each, windows, compare) for each in zip(columns, found, strict=True)]
+
+
+def _scores(columns: list[list[Tensor]], found: list[Tensor], windows: Tensor, compare: bool) -> WindowScores:
+    """Return the scores of a model from the sums of each of ``windows`` and the divergence of each prediction."""
     table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
     nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
     assert nll is not None

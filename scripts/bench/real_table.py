@@ -6,11 +6,12 @@
     python scripts/bench/real_table.py --print               # measures nothing
 
 A cell is a model, a row (a method, and keys that it changes) and a grid, written ``model/row/grid``; ``--only`` takes
-patterns of such names. A cell has four steps, each a process of its own and a line of ``results.jsonl`` in the work
-folder when it is done, so a stopped run goes on with the step that is missing:
+patterns of such names. A cell has four steps, each a line of ``results.jsonl`` in the work folder when it is done,
+so a stopped run goes on with the step that is missing. Steps run in processes of their own:
 
 * ``quantize`` runs ``qtool``, and keeps the checkpoint;
 * ``text`` is the perplexity and the divergence from the float model on the first windows of WikiText-2's test split;
+  all cells of a model read them in one process, beside one pass of the float model;
 * ``tasks`` are multiple-choice tasks on their first questions, without the float model beside them, which is the row
   ``float`` of its own;
 * ``time`` quantizes again, into a folder that is removed, for wall seconds, CPU seconds and peak memory of the process.
@@ -92,21 +93,34 @@ class Table:
         """Return the checkpoint of a cell; of the row ``float`` the model itself."""
         return model_folder(cell.model) if cell.row == FLOAT else self.args.work / cell.name
 
-    def measure(self, cell: Cell) -> None:
-        """Take the steps of a cell that are asked for and missing."""
-        for step in STEPS:
-            if step not in self.args.steps or (cell.name, step) in self.found:
-                continue
-            if cell.row == FLOAT and step in ("quantize", "time"):
-                continue
-            if step in ("text", "tasks") and not self.folder(cell).exists():
-                print(f"{cell.name}: not quantized yet, no {step}", file=sys.stderr)
-                continue
-            kept = {"cell": cell.name, "step": step} | getattr(self, step)(cell)
-            self.found[cell.name, step] = kept
-            with self.file.open("a") as lines:
-                lines.write(json.dumps(kept) + "\n")
-            print(json.dumps(kept), flush=True)
+    def measure(self) -> None:
+        """Take the steps that are asked for and missing, model by model and step by step."""
+        for model in self.args.models:
+            cells = [cell for cell in self.cells() if cell.model == model]
+            for step in (step for step in STEPS if step in self.args.steps):
+                missing = [cell for cell in cells if self._misses(cell, step)]
+                if step == "text":
+                    self.texts(model, missing)
+                    continue
+                for cell in missing:
+                    self._keep(cell, step, getattr(self, step)(cell))
+
+    def _misses(self, cell: Cell, step: str) -> bool:
+        """Return whether a step of a cell is to be taken; says so where it cannot be."""
+        if (cell.name, step) in self.found or (cell.row == FLOAT and step in ("quantize", "time")):
+            return False
+        if step in ("text", "tasks") and not self.folder(cell).exists():
+            print(f"{cell.name}: not quantized yet, no {step}", file=sys.stderr)
+            return False
+        return True
+
+    def _keep(self, cell: Cell, step: str, result: dict[str, Any]) -> None:
+        """Write the result of a step."""
+        kept = {"cell": cell.name, "step": step} | result
+        self.found[cell.name, step] = kept
+        with self.file.open("a") as lines:
+            lines.write(json.dumps(kept) + "\n")
+        print(json.dumps(kept), flush=True)
 
     def quantize(self, cell: Cell, folder: Path | None = None) -> dict[str, Any]:
         """Write the checkpoint of a cell; return what it took, and its size."""
@@ -139,15 +153,18 @@ class Table:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(folder.with_name("timed.partial"), ignore_errors=True)
 
-    def text(self, cell: Cell) -> dict[str, Any]:
-        """Return perplexity and divergence on windows of text."""
-        asked = ["wikitext2"] if cell.row == FLOAT else ["wikitext2", "kl"]
-        windows = ["--context", "1024", "--limit", str(self.args.windows), *(["--bos"] if begins(cell) else [])]
-        report, _ = qtool("eval", str(self.folder(cell)), "--tasks", ",".join(asked), *windows)
-        found = {row["metric"]: row["value"] for row in report["results"]}
-        if None in found.values():
-            raise SystemExit(f"{cell.name}: {report['results'][0]['note']}")
-        return {"windows": self.args.windows, "scores": found}
+    def texts(self, model: str, cells: list[Cell]) -> None:
+        """Measure perplexity and divergence of ``cells`` of a model on windows of text."""
+        if not cells:
+            return
+        folders = [str(self.folder(cell)) for cell in cells if cell.row != FLOAT]
+        asked = {"floats": str(model_folder(model)), "folders": folders, "windows": self.args.windows}
+        asked["bos"] = begins(cells[0])
+        output, _ = measured([sys.executable, __file__, "--read", json.dumps(asked)])
+        found = json.loads(output.splitlines()[-1])
+        for cell in cells:
+            scores = found[str(self.folder(cell))]
+            self._keep(cell, "text", {"windows": self.args.windows, "scores": scores})
 
     def tasks(self, cell: Cell) -> dict[str, Any]:
         """Return the accuracy of each task on its first questions."""
@@ -209,6 +226,32 @@ def qtool(*arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
     return report, took
 
 
+def read(floats: str, folders: list[str], windows: int, bos: bool) -> dict[str, dict[str, float]]:
+    """Return the scores of the float model and of each quantized one on windows of WikiText-2, by folder."""
+    from qtool.config.sections import AGREEMENT, PERCENTILES, ModelConfig
+    from qtool.data.windows import perplexity_windows
+    from qtool.evaluation.perplexity import percentile, score_models
+    from qtool.models.loading import load_model
+
+    reference = load_model(ModelConfig(path=floats))
+    models = [load_model(ModelConfig(path=folder), quantized=True).model for folder in folders]
+    tokens = perplexity_windows("wikitext2", reference, 1024, windows, 0, bos)
+    if not models:
+        (alone,) = score_models([reference.model], None, tokens, 1, False, "reading")
+        return {floats: {"perplexity": alone.nll.mean().exp().item()}}
+    rows = {}
+    scores = score_models(models, reference.model, tokens, 1, True, "reading")
+    for folder, found in zip(folders, scores, strict=True):
+        assert found.kl is not None
+        assert found.agreement is not None
+        assert found.token_kl is not None
+        rows[folder] = {"perplexity": found.nll.mean().exp().item(), "kl": found.kl.mean().item()}
+        rows[folder] |= {name: percentile(found.token_kl, share) for name, share in PERCENTILES.items()}
+        rows[folder][AGREEMENT] = found.agreement.mean().item()
+    assert scores[0].reference_nll is not None
+    return rows | {floats: {"perplexity": scores[0].reference_nll.mean().exp().item()}}
+
+
 def score(folder: str, tasks: list[str], limit: int) -> dict[str, float | None]:
     """Return the accuracy of a model on each task: of lm-eval's ``acc`` where a task has several metrics."""
     from qtool.config.sections import EvalConfig, ModelConfig
@@ -236,14 +279,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="questions of each task")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     parser.add_argument("--score", help=argparse.SUPPRESS)
+    parser.add_argument("--read", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.score:
         print(json.dumps(score(**json.loads(args.score))))
         return
+    if args.read:
+        print(json.dumps(read(**json.loads(args.read))))
+        return
     table = Table(args)
     try:
-        for cell in () if args.print else table.cells():
-            table.measure(cell)
+        if not args.print:
+            table.measure()
     except NotThere as error:
         raise SystemExit(f"error: {error}") from None
     print(table.printed())

@@ -112,6 +112,33 @@ def test_logits_of_a_few_tokens_at_a_time_give_the_same_scores(
     assert torch.allclose(found.token_kl, expected.token_kl, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("logit_numbers", [15 * 3 * 4096, 1 << 30])
+def test_several_models_beside_one_pass_of_the_reference_have_the_scores_of_each_alone(
+    loaded: LoadedModel,
+    reference: LoadedModel,
+    windows: Tensor,
+    logit_numbers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = [loaded.model, reference.model]
+    expected = [perplexity.score_windows(each, reference.model, windows, 3, True, "") for each in models]
+    monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 4 * logit_numbers})
+    passes: list[int] = []
+    handle = reference.blocks()[0][1].register_forward_hook(lambda *args: passes.append(len(args[1])))
+    found = perplexity.score_models([loaded.model], reference.model, windows, 3, True, "")
+    alone = len(passes)
+    found += perplexity.score_models(models, reference.model, windows, 3, True, "")[1:]
+    handle.remove()
+    assert len(passes) - alone == 2 * alone, "as a model and as the reference"
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours[:4], theirs[:4], strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert found[1].kl is not None
+    assert found[1].kl.abs().max() < 1e-6, "a model beside itself"
+
+
 def test_a_model_of_infinities_has_a_perplexity_that_is_no_number(windows: Tensor) -> None:
     broken = tiny.with_spread_logits(0)
     with torch.no_grad():

@@ -77,6 +77,11 @@ def test_a_table_goes_on_with_the_missing_steps(tmp_path: Path) -> None:
     assert [each["step"] for each in lines(tmp_path)] == ["quantize"]
     table = run(tmp_path, *only, "--steps", "quantize", "text")
     assert [each["step"] for each in lines(tmp_path)] == ["quantize", "text"]
+    folder = tmp_path / "builtin" / "rtn" / "w2g64a"
+    command = [sys.executable, "-m", "qtool", "eval", str(folder), "--tasks", "wikitext2,kl", "--json", "-q"]
+    done = subprocess.run([*command, "--context", "1024", "--limit", "1"], capture_output=True, text=True, check=True)
+    asked = {row["metric"]: row["value"] for row in json.loads(done.stdout)["report"]["results"]}
+    assert lines(tmp_path)[1]["scores"] == pytest.approx(asked, rel=1e-4)
     assert run(tmp_path, *only, "--print") == table[table.index("| model") :]
 
 
