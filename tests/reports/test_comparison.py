@@ -152,6 +152,12 @@ def test_the_best_and_what_cannot_be_told_from_it_are_marked(values: list[tuple[
             assert (marks.get(index) == " ~") == (value - lowest <= SIGMAS * math.hypot(own, error))
 
 
+def test_the_metrics_of_a_divergence_are_beside_each_other() -> None:
+    more = (row(0.6, 0.001, "acc", task="boolq"), row(0.1, None, "median", task="kl"), row(0.2, 0.1, "kl", task="kl"))
+    columns = comparison({"a": report(10, rows=more), "b": report(11, rows=more)}).table().columns
+    assert [name for name in columns if name in ("kl", "kl median", "boolq acc")] == ["kl", "kl median", "boolq acc"]
+
+
 def test_higher_is_better_where_it_is() -> None:
     rows = {name: report(10, rows=(row(acc, 0.001, "acc", task="boolq"),)) for name, acc in (("a", 0.6), ("b", 0.7))}
     assert [cell[-1] for cell in cells(comparison(rows), "boolq acc")] == ["0", "*"]
