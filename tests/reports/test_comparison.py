@@ -101,7 +101,7 @@ def test_labels_cover_neither_each_other_nor_a_point_nor_the_edge(
         assert inside.x0 - 1 <= box.x0
         assert box.x1 <= inside.x1 + 1
     for a, b in itertools.combinations(boxes, 2):
-        assert not a.padded(-1).overlaps(b.padded(-1))
+        assert not a.padded(pareto.LABEL_GAP - 1, -1).overlaps(b.padded(0, -1))
     for run, box in itertools.product(runs, boxes):
         x, y = axes.transData.transform((run.x, run.y))
         assert not box.padded(-1).contains(x, y)
