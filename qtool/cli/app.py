@@ -33,7 +33,7 @@ from qtool.cli.help import (
     table_names,
     task_names,
 )
-from qtool.cli.output import check_gate, print_either, print_text, show
+from qtool.cli.output import check_gate, fitted, print_either, print_text, show
 from qtool.cli.plan import plan
 from qtool.cli.push import Private, Repo, destination, push, pushed
 from qtool.cli.recipes import recipes
@@ -309,6 +309,6 @@ def doctor(as_json: Json = False) -> None:
     from qtool.cli import doctor as examination
 
     found = examination.doctor()
-    print_either(found, examination.render(found), as_json, indent=2)
+    print_either(found, fitted(examination.render(found), sys.stdout), as_json, indent=2)
     if found["problems"]:
         raise typer.Exit(1)

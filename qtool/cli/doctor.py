@@ -239,7 +239,8 @@ def render(found: dict[str, Any]) -> str:
     """Return the findings of ``doctor`` as text."""
     devices, data, hub = found["devices"], found["data"], found["hub"]
     memory = size(devices["memory_bytes"]) if devices["memory_bytes"] else "unknown"
-    threads = "torch cannot be imported" if devices["torch_threads"] is None else f"{devices['torch_threads']} threads"
+    count = devices["torch_threads"]
+    threads = "torch cannot be imported" if count is None else f"{count} thread{'s' if count != 1 else ''}"
     gpus = [f"{gpu['name']}, {size(gpu['memory_bytes'])}, {size(gpu['free_bytes'])} free" for gpu in devices["gpus"]]
     no_gpu = "none" if devices["cuda"] else "none (this torch is built without CUDA)"
     if data["folder"] is None:

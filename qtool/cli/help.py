@@ -141,7 +141,7 @@ def _wrapped(left: str, right: str, width: int, column: int) -> str:
     """Return ``right`` wrapped from ``column`` on, beside ``left``, or below it where ``left`` is too long."""
     from textwrap import wrap
 
-    lines = wrap(right, max(width - column, 20)) or [""]
+    lines = wrap(right, max(width - column, 20), break_on_hyphens=False) or [""]
     if len(left) >= column:
         return "".join(line.rstrip() + "\n" for line in (left, *(f"{'':<{column}}{each}" for each in lines)))
     return "".join(f"{left if i == 0 else '':<{column - 1}} {line}".rstrip() + "\n" for i, line in enumerate(lines))

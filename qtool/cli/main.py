@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from qtool.cli.app import app
-from qtool.cli.output import explain_error, json_text
+from qtool.cli.output import explain_error, fitted, json_text
 from qtool.cli.streams import Guarded, guarded
 from qtool.system import distributed, interrupts
 
@@ -45,7 +45,8 @@ def _fail(error: BaseException, args: Sequence[str], out: Guarded) -> int:
         traceback.print_exception(error)
     if code == 2 and not distributed.is_first():
         return code  # rank 0 prints the same message
-    print(f"error: {message}" if kind != "interrupted" else message, file=sys.stderr)
+    said = f"error: {message}" if kind != "interrupted" else message
+    print(fitted(said, sys.stderr), file=sys.stderr)
     if context := getattr(error, "ctx", None):  # only a usage error has one
         print(f"{context.get_usage()}\nSee: {context.command_path} --help", file=sys.stderr)
     if "--json" in args and not out.written:

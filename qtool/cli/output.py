@@ -8,7 +8,8 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import typer
 
@@ -17,6 +18,7 @@ from qtool.cli.streams import unescaped
 from qtool.system import interrupts
 from qtool.system.errors import InputError, RunError, listing
 from qtool.system.printable import without_secrets
+from qtool.system.wrapping import folded
 
 if TYPE_CHECKING:
     from qtool.pipelines.outcome import Outcome
@@ -100,6 +102,11 @@ def print_text(text: str, end: str = "\n") -> None:
     """Print a result."""
     _begin()
     print(text, end=end)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Return ``text`` with its lines folded if ``stream`` is a terminal that is narrower."""
+    return folded(text, get_terminal_size().columns) if stream.isatty() else text
 
 
 def print_either(value: Any, text: str, as_json: bool, indent: int | None = None) -> None:

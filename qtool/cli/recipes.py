@@ -72,10 +72,10 @@ def _lines(listed: dict[str, str], folded: dict[str, str], width: int | None) ->
         if width is None:
             lines.append(f"{name:<{column}}{text}")
         elif width - column >= 40:
-            first, *rest = wrap(text, width - column)
+            first, *rest = wrap(text, width - column, break_on_hyphens=False)
             lines += [f"{name:<{column}}{first}", *(" " * column + line for line in rest)]
         else:
-            lines += [name, *wrap(text, width, initial_indent="    ", subsequent_indent="    ")]
+            lines += [name, *(f"    {line}" for line in wrap(text, width - 4, break_on_hyphens=False))]
     for prefix, what in folded.items():
         count = sum(name.startswith(prefix) for name in listed)
         lines += ["", f"{prefix}  {count} {what}; list them: qtool recipes {prefix}"]

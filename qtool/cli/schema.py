@@ -12,7 +12,7 @@ def schema(
     of_sweep: Annotated[bool, typer.Option("--sweep", help="Print the schema of a sweep instead.")] = False,
     of_report: Annotated[bool, typer.Option("--report", help="Print the schema of report.json instead.")] = False,
 ) -> None:
-    """Print the JSON schema of a recipe, a sweep or report.json, for editors."""
+    """Print the JSON schema of recipes, sweeps or report.json."""
     if of_sweep and of_report:
         raise InputError("--sweep and --report ask for two schemas; give one of them")
     if of_report:

@@ -48,7 +48,7 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Check a checkpoint's files against its manifest, and an export by other software."""
+    """Check a folder's files, and an export by other software."""
     with starting(quiet):
         from qtool.pipelines import verify as pipeline
         from qtool.pipelines.export_manifest import EXPORT_MANIFEST

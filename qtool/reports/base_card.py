@@ -58,7 +58,10 @@ def hub_name(folder: Path, name: str) -> str | None:
 def _header(folder: Path) -> dict[str, Any]:
     """Return the known keys in the header of the card in ``folder``; none, and a note, if it cannot be read."""
     try:
-        data = vars(ModelCard(read_text(folder / "README.md"), ignore_metadata_errors=True).data)
+        text = read_text(folder / "README.md")
+        if not text.lstrip().startswith("---"):
+            return {}  # no header; the library would log that
+        data = vars(ModelCard(text, ignore_metadata_errors=True).data)
     except FileNotFoundError:
         return {}
     except Exception as error:  # a card is the text of others, and its parser raises errors of many kinds

@@ -15,7 +15,8 @@ from qtool.reports.verdict import CLASSES, SIGMAS
 LOSSLESS = 100 * CLASSES[1][0]  # percent; what is nearer to zero is nearly lossless
 CAPTION = (
     "Loss relative to the float model, in percent; of KL divergence in nats, times 100. Bars are "
-    f"{SIGMAS} standard errors to each side; the band is the range of losses that count as {CLASSES[1][1]}."
+    f"{SIGMAS} standard errors to each side; the band is the range of losses that count as {CLASSES[1][1]}. The "
+    "numbers are the changes of the metrics themselves, with one standard error."
 )
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from qtool.reports import best, settings
 from qtool.reports.document import Document, Printable, Table, parts
 from qtool.reports.html import HTML_NAME as PAGE
-from qtool.reports.html import render
+from qtool.reports.html import render, unbroken
 from qtool.reports.measures import (
     ComparedRun,
     Measure,
@@ -81,7 +81,7 @@ class Comparison(Printable):
         for index, run in enumerate(self.runs):
             report = run.report
             of_file = [bits(report.file_bits_per_weight)] if whole else []
-            held, taken = max(report.peak_bytes.values(), default=0), report.seconds.get("quantize")
+            held, taken = report.quantize_peak(), report.seconds.get("quantize")
             cells = [cell for measure in self.measures for cell in self._cells(index, measure, marks[measure])]
             costs = ["" if taken is None else duration(taken), size(held) if held else ""]
             sizes = [bits(report.bits_per_weight), *of_file, _size(weight_bytes(report))]
@@ -196,7 +196,7 @@ class Comparison(Printable):
             "compare.html",
             plots,
             title=self.heading(),
-            sentence=self.sentence(),
+            sentence=unbroken(self.sentence()),
             left_out=self.left_out,
             tables=parts(self.table(), PAGE_WIDTH),
             links={f"{index} {run.name}": _link(run, folder) for index, run in enumerate(self.runs, 1)},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from qtool.system.printable import one_line, shown
+from qtool.system.wrapping import folded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -258,7 +259,7 @@ def _print(document: Document, console: "Console") -> None:
     lines = [plain(document.title, "bold")]
     lines += [plain(document.headline)] if document.headline else []
     lines += [plain(f"  {document.status}")] if document.status else []
-    lines += [plain(f"  {name}: {text}") for name, text in document.facts]
+    lines += [plain(folded(f"  {name}: {text}", console.width)) for name, text in document.facts]
     lines += [plain(f"warning: {warning}", "bold") for warning in document.warnings]
     console.print(*lines, sep="\n")
     for table in (part for each in document.tables for part in parts(_for_terminal(each), console.width)):
@@ -272,7 +273,7 @@ def _print(document: Document, console: "Console") -> None:
         console.print()
     bullet = "" if any(table.legend for table in document.tables) else "* "  # a legend explains the mark *
     for note in document.notes:
-        console.print(plain(f"{bullet}{note}"))
+        console.print(plain(folded(f"{bullet}{note}", console.width)))
 
 
 def _for_terminal(table: Table) -> Table:

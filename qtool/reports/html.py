@@ -5,6 +5,7 @@ only our own figures are inserted as they are.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qtool.reports import model_card, parts, serving
+from qtool.reports import model_card, parts, samples, serving
 from qtool.reports.bench_report import DENSE, FAST, decode
 from qtool.reports.document import Table
 from qtool.reports.quality import judge, judgements, loss
@@ -51,12 +52,13 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
         plots,
         title=report.title(),
         report=report,
-        headline=report.headline().replace(" %", f"{NBSP}%").replace(" ± ", f"{NBSP}±{NBSP}"),
+        headline=unbroken(report.headline()),
         tiles=list(_tiles(report)),
         quality=_results(report, report.shown()),
         details=_results(report, [row for row in report.results if row.detail]),
         judged=judge(report.results) is not None,
         rule=RULE,
+        same=samples.same,
         linears=_linears(report),
         parts=parts.table(report),
         size_lines=parts.lines(report),
@@ -70,6 +72,11 @@ def page(report: Report, plots: Sequence["Plot"]) -> str:
         else None,
         lock=list(_flat(report.lock.model_dump(mode="json") if report.lock else {})),
     )
+
+
+def unbroken(text: str) -> str:
+    """Return ``text`` with numbers that keep their units and errors their signs; a line may end before ``±``."""
+    return re.sub(r"(?<=±) | (?=%|nats)", NBSP, text)
 
 
 def render(template: str, plots: Sequence["Plot"], **values: Any) -> str:  # Any: the variables of a template
@@ -110,12 +117,12 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "size on disk", report.size_ratio(), sizes
     for judged in judgements(report.results):
         remark = ": ".join(part for part in (judged.where, judged.words.partition(" (")[0]) if part)
-        yield judged.metric, judged.change.replace(" ", NBSP), remark
+        yield judged.metric, unbroken(judged.change), remark
     if report.bench is not None:
         speeds = [report.bench.variant(name).speeds[decode(1)].tokens_per_second for name in (DENSE, FAST)]
         yield "speed of decoding", f"{speeds[1] / speeds[0]:.2f} x", f"{rate(speeds[0])} to {rate(speeds[1])} tokens/s"
     if "quantize" in report.seconds:
-        held = max(report.peak_bytes.values(), default=0)
+        held = report.quantize_peak()
         yield "time to quantize", duration(report.seconds["quantize"]), f"peak memory {size(held)}" if held else ""
 
 
@@ -136,7 +143,7 @@ def _shots(report: Report, cell: object) -> list[str]:
 def _cells(report: Report, row: TaskResult) -> list[str]:
     found = loss(row)
     said = [] if len(report.columns()) == 1 else [words(*found).partition(" (")[0] if found else ""]
-    name = metric_name(row.task, row.metric) + ("" if row.detail else report.mark(row))
+    name = metric_name(row.task, row.metric) + ("" if row.detail else report.mark(row).replace(" ", NBSP))
     n = "" if row.n is None else str(row.n)
     return [name, *report.numbers(row), *said, *_shots(report, row.num_fewshot), n]
 

@@ -89,10 +89,10 @@ def _place(measure: Measure) -> int:
 
 
 def _rank(measure: Measure) -> int:
-    """Rank a measure: perplexity on real text, then on generated text, then KL divergence, then others."""
+    """Rank a measure: perplexity on real text, then on generated text, then metrics of KL divergence, then others."""
     if measure.metric == "perplexity":
         return int(measure.task == "generated")
-    return 2 if measure.metric == "kl" else 3
+    return 2 if measure.task == "kl" else 3
 
 
 def difference_error(a: TaskResult, b: TaskResult) -> float | None:

@@ -38,6 +38,7 @@ LABEL_OFFSETS = [  # offsets of a label from its point, in points, and its align
 
 LOG_SPREAD = 5  # an axis whose largest number is more than so many times the smallest is logarithmic
 FEW_DECADES = 100
+LABEL_GAP = 5  # least distance of two labels in a line, in pixels of the figure's canvas
 CALLOUT_DISTANCE = 10  # in points; a label further from its point gets a line to it
 FLOAT_LABEL_PLACES = (  # places of "float" on the float model's line: fraction of its length, offset, alignment
     (1.0, -2, "right"),
@@ -185,7 +186,7 @@ def place_labels(axes: Axes, points: Sequence[Point], best: Sequence[Point], ref
         box = Text.get_window_extent(drawn, renderer)  # the box of the text without the line to its point
         fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
         if fits and not box.count_overlaps(taken):
-            taken.append(box)
+            taken.append(box.padded(LABEL_GAP, 0))
             return True
         drawn.remove()
         return False

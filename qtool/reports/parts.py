@@ -68,7 +68,8 @@ def table(report: "Report") -> Table | None:
         rows.append(_row("all quantized", "", bits, sum(part.num_bytes for part in packed), total))
     rows.append(_row("whole file", "", report.file_bits_per_weight, total, total))
     columns = ["weights on disk", "grid", "bits/weight", "size", "of file", "weight error"]
-    return Table(columns, rows, "llrrrr")
+    width = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    return Table(columns[:width], [row[:width] for row in rows], "llrrrr"[:width])
 
 
 def _row(name: str, grid: str, bits: float | None, size: int, total: int, error: str = "") -> list[str]:

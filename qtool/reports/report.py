@@ -171,6 +171,10 @@ class Report(Record, Printable):
         ratio = self.float_bytes / self.quantized_bytes
         return f"{ratio:.1f} x smaller" if ratio >= 1 else f"{1 / ratio:.1f} x larger"
 
+    def quantize_peak(self) -> int:
+        """Return the peak memory in bytes up to the end of quantization, else that of the whole run, else 0."""
+        return self.peak_bytes.get("quantize") or max(self.peak_bytes.values(), default=0)
+
     def facts(self) -> list[tuple[str, str]]:
         """Return everything known of the run, as pairs of name and text."""
         facts = []

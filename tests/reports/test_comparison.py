@@ -101,7 +101,7 @@ def test_labels_cover_neither_each_other_nor_a_point_nor_the_edge(
         assert inside.x0 - 1 <= box.x0
         assert box.x1 <= inside.x1 + 1
     for a, b in itertools.combinations(boxes, 2):
-        assert not a.padded(-1).overlaps(b.padded(-1))
+        assert not a.padded(pareto.LABEL_GAP - 1, -1).overlaps(b.padded(0, -1))
     for run, box in itertools.product(runs, boxes):
         x, y = axes.transData.transform((run.x, run.y))
         assert not box.padded(-1).contains(x, y)
@@ -150,6 +150,12 @@ def test_the_best_and_what_cannot_be_told_from_it_are_marked(values: list[tuple[
         value, own = values[int(run.name[1:])]
         if value != lowest:
             assert (marks.get(index) == " ~") == (value - lowest <= SIGMAS * math.hypot(own, error))
+
+
+def test_the_metrics_of_a_divergence_are_beside_each_other() -> None:
+    more = (row(0.6, 0.001, "acc", task="boolq"), row(0.1, None, "median", task="kl"), row(0.2, 0.1, "kl", task="kl"))
+    columns = comparison({"a": report(10, rows=more), "b": report(11, rows=more)}).table().columns
+    assert [name for name in columns if name in ("kl", "kl median", "boolq acc")] == ["kl", "kl median", "boolq acc"]
 
 
 def test_higher_is_better_where_it_is() -> None:

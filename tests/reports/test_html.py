@@ -13,7 +13,7 @@ from helpers.records import per_block, per_step
 from matplotlib import colormaps, colors
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from qtool.reports import drawing, figures, html
+from qtool.reports import drawing, figures, html, samples
 from qtool.reports.records import (
     Continuation,
     Metric,
@@ -133,9 +133,35 @@ def test_texts_of_both_models_are_beside_each_other(report: Report, made: str) -
     for each in report.continuations:
         for text in filter(None, (each.prompt, each.text, each.float_text)):
             assert " ".join(text.split()) in tree.text
-        assert f"first {each.num_same} of {each.num_tokens} tokens" in tree.text
+        assert samples.same(each) in tree.text
     grids = [attrs for tag, attrs in tree.tags if attrs.get("class") == "texts"]
     assert len(grids) == len(report.continuations)
+
+
+@pytest.mark.parametrize(
+    ("num_same", "said"),
+    [
+        (0, "The first token is another than the float model's"),
+        (1, "The first token is that of the float model"),
+        (2, "The first 2 of 3 tokens are those of the float model"),
+        (3, "All 3 tokens are those of the float model"),
+    ],
+)
+def test_the_number_of_common_tokens_is_a_sentence(num_same: int, said: str) -> None:
+    assert samples.same(Continuation(prompt="p", text="t", num_tokens=3, float_text="f", num_same=num_same)) == said
+
+
+def test_numbers_keep_their_units_and_lines_may_end_before_an_error() -> None:
+    assert html.unbroken("up by +0.7 % ± 0.1 %, 1.86 ± 0.03 nats") == (
+        "up by +0.7\xa0% ±\xa00.1\xa0%, 1.86 ±\xa00.03\xa0nats"
+    )
+
+
+def test_the_memory_beside_the_time_to_quantize_is_without_evaluation() -> None:
+    made = Report(model="m", seconds={"quantize": 1.0}, peak_bytes={"quantize": 733 * 10**6, "eval": 1_500 * 10**6})
+    text = Tree(html.page(made, [])).text
+    assert "time to quantize 1.0 s peak memory 733 MB" in " ".join(text.split())
+    assert made.model_copy(update={"peak_bytes": {"eval": 5}}).quantize_peak() == 5
 
 
 def test_text_of_a_model_alone_is_one_column() -> None:
