@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from qtool.reports.document import Table
 from qtool.reports.measures import ComparedRun
 from qtool.reports.report import Report
+from qtool.system.errors import counted
 
 SECTIONS = ("method", "quant", "data", "model", "seed", "versions", "processor", "threads", "processes")
 OF_EVALUATION = ("dtype", "device", "backend")
@@ -16,11 +17,20 @@ LONGEST = 24  # characters of a value; a longer one is shown by its hash
 
 
 def differing(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
-    """Return the value of each run, empty if it has none, for each setting in which runs that have it differ."""
+    """Return the value of each run, empty if it has none, for each setting in which runs that have it differ.
+
+    A setting of the grid that only some of the quantized runs have counts too: in the others it is unset.
+    """
     of_runs = [dict(_settings(run.report)) for run in runs]
     keys = list(dict.fromkeys(key for settings in of_runs for key in settings))
-    values = {key: [settings.get(key, "") for settings in of_runs] for key in keys}
-    return {key: each for key, each in values.items() if len(set(each) - {""}) > 1}
+    found = {}
+    for key in keys:
+        values = [settings.get(key, "") for settings in of_runs]
+        with_grid = [value for value, run in zip(values, runs, strict=True) if run.report.lock is not None]
+        compared = set(with_grid) if key.startswith("quant.") else set(values) - {""}
+        if len(compared) > 1:
+            found[key] = values
+    return found
 
 
 def table(runs: Sequence[ComparedRun]) -> Table | None:
@@ -33,9 +43,11 @@ def table(runs: Sequence[ComparedRun]) -> Table | None:
 def _settings(report: Report) -> Iterator[tuple[str, str]]:
     """Yield the dotted key and the value of each setting; a path of the model is none, because it names a place."""
     lock = {} if report.lock is None else report.lock.model_dump(mode="json")
+    quant = lock.get("quant") or {}
+    not_used = {"model.path"} | ({"quant.num_bits"} if quant.get("budget") else set())  # a budget chooses the bits
     for section in SECTIONS:
         for key, value in _flat(section, lock.get(section)):
-            if key != "model.path":
+            if key not in not_used:
                 yield key, value
     for name in OF_EVALUATION:
         if (value := getattr(report, name)) is not None:
@@ -56,4 +68,6 @@ def _shown(value: JsonValue) -> str:
     if len(text) <= LONGEST:
         return text
     mark = hashlib.sha256(text.encode()).hexdigest()[:6]
-    return f"{len(value)} patterns, {mark}" if isinstance(value, dict) else f"{text[: LONGEST - 9]}... {mark}"
+    if isinstance(value, dict):
+        return f"{counted(len(value), 'pattern')}, {mark}"
+    return f"{text[: LONGEST - 9]}... {mark}"

@@ -150,11 +150,15 @@ def test_settings_in_which_runs_differ_are_listed() -> None:
         "method.name": ["gptq", "gptq", "rtn", ""],
         "method.damp": ["0.1", "0.2", "", ""],
         "quant.num_bits": ["4", "3", "3", ""],
+        "quant.overrides": ["", '{"*.q": {"num_bits": 8}}', "", ""],
     }
     text = comparison(made).markdown()
     assert "## Settings that differ\n\n| setting | 1 a | 2 b | 3 c | 4 d |" in text
     assert "| method.damp | 0.1 | 0.2 |  |  |" in text
     assert "Settings that differ" not in comparison({"a": made["a"], "e": made["a"]}).markdown()
+    made["b"] = run(12.0, 10 * MB, lock=lock({"name": "gptq", "damp": 0.1}, 4, budget={"average_bits": 3.0}))
+    found = comparison({"a": made["a"], "b": made["b"], "d": made["d"]}).as_dict()["settings"]
+    assert found == {"quant.num_bits": ["4", "", ""], "quant.budget.average_bits": ["", "3.0", ""]}
 
 
 # links
