@@ -95,7 +95,10 @@ def find(name: str | Path, what: str = "recipe") -> Path:
     asked = path.stem if what == "recipe" else str(path)
     hint = nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
     is_path = path.suffix in (".yaml", ".yml") or str(name).startswith((".", "/", "~", "$"))
-    raise InputError(f"{path} does not exist; {hint}{'' if is_path else _model_hint(name, what)}")
+    of_model = "" if is_path else _model_hint(name, what)
+    if hint.endswith("?"):
+        of_model = of_model.replace("; to", " To", 1)
+    raise InputError(f"{path} does not exist; {hint}{of_model}")
 
 
 def _model_hint(name: str | Path, what: str) -> str:

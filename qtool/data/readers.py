@@ -17,6 +17,7 @@ from qtool.system.reading import kind_of
 # functions that open compressed files, by suffix
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")  # suffixes of files with one JSON object in each line
+OF_CONVERSATIONS = ", or for a conversation 'messages', 'conversations', or 'instruction' and 'output'"
 LONGEST_LINE = 1 << 28  # most bytes of a line that is read: a compressed file can hold one without end
 SURROGATE = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs
 
@@ -126,6 +127,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             fields = ", ".join(row) or "none"
             raise InputError(
                 f"{path}: line {number} has the fields {fields}; a field 'text' with a string was expected"
+                f"{'' if 'text' in row else OF_CONVERSATIONS}"
             )
         check_text(text, f"{path}: line {number}")
         yield text

@@ -24,6 +24,7 @@ from qtool.system import paths, reading
 from qtool.system.errors import InputError, first_line
 
 BUILTIN = Path(__file__).parent / "builtin"  # the folder of built-in models
+ADAPTER = "adapter_config.json"  # config of a LoRA adapter and its kind, which peft writes
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # pattern of a model's name on the hub
 # files of a model that are downloaded; its card says the licence, and other files have its text
 HUB_FILES = [
@@ -110,6 +111,16 @@ def _of_hub(name: str, error: Exception) -> str:
     )
 
 
+def _adapter(folder: Path) -> str:
+    """Return why the folder of an adapter is no model, and what to do."""
+    base = reading.read_object(folder / ADAPTER).get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return (
+        f"{folder} holds an adapter{of} ({ADAPTER}), not a whole model; merge it into its model "
+        "(merge_and_unload of peft), save that with its tokenizer, and give the folder"
+    )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of ``config.json`` of a model folder.
 
@@ -119,6 +130,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = reading.read_object(folder / "config.json")
     except FileNotFoundError:
+        if (folder / ADAPTER).is_file():
+            raise InputError(_adapter(folder)) from None
         raise InputError(
             f"{folder} has no config.json; is it a Hugging Face model folder? Of a GGUF model of the hub, download the "
             "file and give its path"

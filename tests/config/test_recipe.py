@@ -228,6 +228,10 @@ def test_a_path_that_is_no_file_says_what_there_is(tmp_path: Path) -> None:
         recipe.load(tmp_path)
     with pytest.raises(InputError, match="does not exist; did you mean the packaged recipe quickstart"):
         recipe.load(tmp_path / "quickstrat.yaml")
+    with pytest.raises(
+        InputError, match=r"recipe quickstart\? To quantize a model of that name: qtool quantize quickstrat"
+    ):
+        recipe.load("quickstrat")
     with pytest.raises(InputError, match="does not exist; qtool recipes lists"):
         recipe.load("zzz.yaml")
 

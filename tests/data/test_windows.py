@@ -292,7 +292,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     [
         ('{"text": "a"', "line 2 is not JSON"),
         ('["a"]', "line 2 holds a list"),
-        ('{"content": "a"}', "line 2 has the fields content; a field 'text' with a string was expected"),
+        (
+            '{"content": "a"}',
+            "line 2 has the fields content; a field 'text' with a string was expected, or for a conversation 'messages'",
+        ),
         ('{"text": 3}', "line 2 has the fields text"),
     ],
 )

@@ -115,6 +115,17 @@ def test_what_is_no_json_is_refused_with_the_name_of_the_file(folder: Path, name
         load_model(ModelConfig(path=str(folder)))
 
 
+def test_an_adapter_is_named_as_one(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model", "r": 8}')
+    with pytest.raises(InputError, match=r"adapter holds an adapter of org/model \(.*merge it into its model"):
+        load_model(ModelConfig(path=str(adapter)))
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"adapter holds an adapter \(adapter_config\.json\), not a whole model"):
+        load_model(ModelConfig(path=str(adapter)))
+
+
 @pytest.mark.parametrize("weight_map", [[], {"a": 1}, {"a": None}, "x", None])
 def test_an_index_of_another_form_is_refused(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -135,7 +135,7 @@ def test_an_adapter_that_is_not_merged_is_refused_the_same_with_and_without_peft
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     refuse(folder, r"holds an adapter \(adapter_config\.json\) that is not merged into the model; merge it first")
     (folder / "config.json").unlink()  # a folder with nothing but an adapter
-    refuse(folder, "merge it first")
+    refuse(folder, r"holds an adapter \(adapter_config\.json\), not a whole model; merge it into its model")
 
 
 def test_weights_of_an_adapter_without_its_config_are_refused(folder: Path) -> None:
