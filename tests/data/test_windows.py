@@ -294,7 +294,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         ('["a"]', "line 2 holds a list"),
         (
             '{"content": "a"}',
-            "line 2 has the fields content; a field 'text' with a string was expected, or for a conversation 'messages'",
+            "has the fields content; a field 'text' with a string was expected, or for a conversation 'messages'",
         ),
         ('{"text": 3}', "line 2 has the fields text"),
     ],
