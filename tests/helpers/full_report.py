@@ -56,6 +56,7 @@ def benched(name: str = "some/model") -> BenchReport:
         variants=(variant("dense", 1.5, 6_800_000), variant("fast", 1.0, 2_000_000)),
         energy=name,
         remarks=(name,),
+        environment={"torch": name},
         machine={"processor": name},
         date="2025-01-01T00:00:00+00:00",
     )

@@ -88,3 +88,14 @@ def correlated_inputs(tokens: int, channels: int, seed: int = 0, rank: int = 12)
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator(seed)) * 0.05
+
+
+def with_outliers(loaded: LoadedModel, strength: float = 30.0) -> LoadedModel:
+    """A few channels of what each block's linears read are loud, as in real models."""
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+                parameter[torch.tensor([3, 17, 40])] *= strength
+            elif name.endswith("up_proj.weight"):
+                parameter[torch.tensor([5, 50])] *= strength
+    return loaded

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
-from helpers.methods import W4, correlated_inputs, generator, random_weight, run, same
+from helpers.methods import W4, correlated_inputs, generator, random_weight, run, same, with_outliers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,17 +25,6 @@ from qtool.models.linears import Target, dense_weight, packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.quant.affine import dequantize, minmax_qparams, quantize
-
-
-def with_outliers(loaded: LoadedModel, strength: float = 30.0) -> LoadedModel:
-    """A few channels of what each block's linears read are loud, as in real models."""
-    with torch.no_grad():
-        for name, parameter in loaded.model.named_parameters():
-            if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
-                parameter[torch.tensor([3, 17, 40])] *= strength
-            elif name.endswith("up_proj.weight"):
-                parameter[torch.tensor([5, 50])] *= strength
-    return loaded
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
