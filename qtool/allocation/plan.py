@@ -22,7 +22,7 @@ from qtool.allocation.solvers import SOLVERS
 from qtool.allocation.units import Unit, all_units
 from qtool.blocks.job import Job
 from qtool.checkpoints import sizes as checkpoint_sizes
-from qtool.config.budget import COST_UNITS, BudgetConfig
+from qtool.config.budget import BudgetConfig
 from qtool.config.quant import QuantConfig, QuantOverride, QuantSpec, TableGrid
 from qtool.config.section import Section
 from qtool.models.linears import stored_weight
@@ -111,7 +111,8 @@ class BitPlan(Section):
         rows.append(("all, as stored", f"{weights:,}", f"{self.bits_per_weight:.3f}", f"{self.cost:.3g}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))) for row in rows]
-        cost = f"cost: {COST_UNITS[self.budget.estimator]}, with that unit alone rounded; the last line is the sum"
+        measured = COST_ESTIMATORS[self.budget.estimator].unit
+        cost = f"cost: {measured}, with that unit alone rounded; the last line is the sum"
         return "\n".join([*lines, "", cost, f"weight files: at most {self.num_bytes:,} bytes"])
 
     def yaml(self, quant: QuantConfig) -> str:
@@ -123,8 +124,8 @@ class BitPlan(Section):
         lines = [
             f"# Widths for {self.model} within {limit}, by qtool {__version__}.",
             f"# Estimator {budget.estimator}, solver {budget.solver}: predicted cost {self.cost:.3g} "
-            f"({COST_UNITS[budget.estimator]}), {self.bits_per_weight:.4f} bits per weight, weight files of at most "
-            f"{self.num_bytes:,} bytes.",
+            f"({COST_ESTIMATORS[budget.estimator].unit}), {self.bits_per_weight:.4f} bits per weight, "
+            f"weight files of at most {self.num_bytes:,} bytes.",
             "# Above each unit: the cost of each of its widths. To use this, as it is or edited: give the recipe",
             "# quant.overrides: PATH_OF_THIS_FILE, or paste the section into it, and leave out quant.budget.",
             "quant:",

@@ -305,15 +305,16 @@ class CostEstimator(NamedTuple):
     measure: Callable[[Job, Sequence[Unit], Weights], Costs]
     whole: bool  # True if the whole model must be in memory
     outputs: bool  # True if it measures outputs, in which errors of weights can cancel
+    unit: str  # quantity and unit of the costs
 
 
 COST_ESTIMATORS = {
-    "variance": CostEstimator(variance, whole=False, outputs=False),
-    "hessian": CostEstimator(hessian, whole=False, outputs=False),
-    "block": CostEstimator(block, whole=False, outputs=True),
-    "fisher": CostEstimator(fisher, whole=True, outputs=False),
-    "loss": CostEstimator(loss, whole=True, outputs=True),
-    "delta-loss": CostEstimator(delta_loss, whole=True, outputs=False),
+    "variance": CostEstimator(variance, whole=False, outputs=False, unit="squared error of outputs, modelled"),
+    "hessian": CostEstimator(hessian, whole=False, outputs=False, unit="squared error of outputs, estimated"),
+    "block": CostEstimator(block, whole=False, outputs=True, unit="squared error, share of the block's output"),
+    "fisher": CostEstimator(fisher, whole=True, outputs=False, unit="growth of the loss, nats per token"),
+    "loss": CostEstimator(loss, whole=True, outputs=True, unit="KL divergence, nats per token"),
+    "delta-loss": CostEstimator(delta_loss, whole=True, outputs=False, unit="growth of the loss, nats per token"),
 }
 
 

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from qtool.system.distribution import NAME, TESTED_TORCH, install
 from qtool.system.environment import processor
+from qtool.system.errors import counted
 from qtool.system.units import size
 from qtool.system.version import __version__
 
@@ -240,7 +241,7 @@ def render(found: dict[str, Any]) -> str:
     devices, data, hub = found["devices"], found["data"], found["hub"]
     memory = size(devices["memory_bytes"]) if devices["memory_bytes"] else "unknown"
     count = devices["torch_threads"]
-    threads = "torch cannot be imported" if count is None else f"{count} thread{'s' if count != 1 else ''}"
+    threads = "torch cannot be imported" if count is None else counted(count, "thread")
     gpus = [f"{gpu['name']}, {size(gpu['memory_bytes'])}, {size(gpu['free_bytes'])} free" for gpu in devices["gpus"]]
     no_gpu = "none" if devices["cuda"] else "none (this torch is built without CUDA)"
     if data["folder"] is None:

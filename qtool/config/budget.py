@@ -8,14 +8,6 @@ from qtool.config.section import Section
 
 Width = Literal[2, 3, 4, 8]
 CostEstimatorName = Literal["variance", "hessian", "block", "fisher", "loss", "delta-loss"]
-COST_UNITS: dict[CostEstimatorName, str] = {
-    "variance": "squared error of outputs, modelled",
-    "hessian": "squared error of outputs, estimated",
-    "block": "squared error, share of the block's output",
-    "fisher": "growth of the loss, nats per token",
-    "loss": "KL divergence, nats per token",
-    "delta-loss": "growth of the loss, nats per token",
-}  # estimator -> quantity and unit of its costs
 Solver = Literal["dp", "lagrangian", "greedy"]
 
 

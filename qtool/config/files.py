@@ -95,14 +95,12 @@ def find(name: str | Path, what: str = "recipe") -> Path:
     asked = path.stem if what == "recipe" else str(path)
     hint = nearest(asked, names, f"did you mean the packaged {what} {{}}?") or "qtool recipes lists those that exist"
     is_path = path.suffix in (".yaml", ".yml") or str(name).startswith((".", "/", "~", "$"))
-    of_model = "" if is_path else _model_hint(name, what)
-    if hint.endswith("?"):
-        of_model = of_model.replace("; to", " To", 1)
+    of_model = "" if is_path else _model_hint(name, what, " To" if hint.endswith("?") else "; to")
     raise InputError(f"{path} does not exist; {hint}{of_model}")
 
 
-def _model_hint(name: str | Path, what: str) -> str:
-    """Return what to run if ``name`` is meant as a model."""
+def _model_hint(name: str | Path, what: str, opening: str = "; to") -> str:
+    """Return what to run if ``name`` is meant as a model, in words that begin with ``opening``."""
     if what != "recipe":
         return ""
-    return f"; to quantize a model of that name: qtool quantize {name}, or --set model.path={name} after a recipe"
+    return f"{opening} quantize a model of that name: qtool quantize {name}, or --set model.path={name} after a recipe"

@@ -111,9 +111,15 @@ def _of_hub(name: str, error: Exception) -> str:
     )
 
 
+def has_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, alone or beside a model."""
+    return (folder / ADAPTER).exists() or any(folder.glob("adapter_model.*"))
+
+
 def _adapter(folder: Path) -> str:
     """Return why the folder of an adapter is no model, and what to do."""
-    base = reading.read_object(folder / ADAPTER).get("base_model_name_or_path")
+    config = reading.read_object(folder / ADAPTER) if (folder / ADAPTER).exists() else {}
+    base = config.get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) and base else ""
     return (
         f"{folder} holds an adapter{of} ({ADAPTER}), not a whole model; merge it into its model "
@@ -130,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = reading.read_object(folder / "config.json")
     except FileNotFoundError:
-        if (folder / ADAPTER).is_file():
+        if has_adapter(folder):
             raise InputError(_adapter(folder)) from None
         raise InputError(
             f"{folder} has no config.json; is it a Hugging Face model folder? Of a GGUF model of the hub, download the "

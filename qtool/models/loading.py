@@ -20,7 +20,7 @@ from qtool.config.sections import ModelConfig
 from qtool.models import quantized_sources
 from qtool.models.auto_class import auto_class, is_known
 from qtool.models.experts import ExpertsLinear
-from qtool.models.folders import ADAPTER, check_files, read_config, resolve, stored_tensor
+from qtool.models.folders import ADAPTER, check_files, has_adapter, read_config, resolve, stored_tensor
 from qtool.models.loaded import LoadedModel, Streaming, from_files, most_common
 from qtool.models.tokenizer import load_tokenizer
 from qtool.system import matmul, memory, progress
@@ -143,9 +143,7 @@ def check_adapter(path: str, folder: Path) -> None:
 
     Of a folder with an adapter alone, ``read_config`` says so.
     """
-    if not (folder / "config.json").exists():
-        return
-    if (folder / ADAPTER).exists() or any(folder.glob("adapter_model.*")):
+    if has_adapter(folder) and (folder / "config.json").exists():
         raise InputError(
             f"{path} holds an adapter ({ADAPTER}) that is not merged into the model; merge it first, with "
             "peft: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder); or, to "

@@ -1,24 +1,24 @@
 """scripts/bench/peers.py measures qtool by itself; peers need environments of their own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.local_data import needs
 
 import qtool
+from qtool.data import sources
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 
 @pytest.mark.slow
+@needs("enwiki/train.txt.xz", "wikitext2/test.jsonl")
 def test_a_method_is_measured_and_its_quality_is_that_of_its_checkpoint(tmp_path: Path) -> None:
-    needed = ("enwiki", "wikitext2")
-    known = Path(os.environ.get("QTOOL_DATA_DIR", BENCH.parents[2] / "shared" / "data"))
-    if not all((known / name).is_dir() for name in needed):
-        pytest.skip("needs enwiki and wikitext2 below QTOOL_DATA_DIR")
+    known = sources.data_dir()
+    assert known is not None
     command = [sys.executable, str(BENCH / "peers.py"), "--model", "builtin", "--data", str(known), "--bits", "8", "2"]
     command += ["--num-samples", "4", "--seq-len", "64", "--eval-len", "64", "--eval-windows", "4", "--repeats", "1"]
     found = tmp_path / "found.json"
