@@ -158,7 +158,7 @@ def test_a_cost_that_is_no_number_ends_the_run(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = sensitivity.CostEstimator(
-        lambda _, units, *rest: [dict.fromkeys(u.choices, math.nan) for u in units], False, False
+        lambda _, units, *rest: [dict.fromkeys(u.choices, math.nan) for u in units], False, False, "unit"
     )
     monkeypatch.setitem(COST_ESTIMATORS, "variance", broken)
     with pytest.raises(RunError, match=r"layers\.0\.self_attn: q_proj, k_proj, v_proj: estimator variance found"):
