@@ -57,7 +57,7 @@ def evaluate(
     also written as files.
 
     Raises:
-        InputError: a task, the model or the output folder cannot be used, or a gate has no float model.
+        InputError: a task, the model or the output folder cannot be used, or ``kl`` or a gate has no float model.
     """
     timer = PhaseTimer()
     tasks.check_tasks(config)
@@ -69,11 +69,12 @@ def evaluate(
             f"gate: a loss is relative to a float model, and {model.path} does not name the one it was made from; name "
             "it with --float-model"
         )
+    tasks.check_reference(config, model.path, "its folder does not name it" if origin is None else None)
     if output is not None:
         make_folder(output)
     with timer.phase("load", f"loading {model.path}"):
+        reference = _reference(origin, model, config, required=float_model is not None or gate.asked)
         loaded = load_exported(model) or load_model(model, quantized=True)
-        reference = _reference(origin, model, required=float_model is not None or gate.asked)
         if reference is not None:
             share_equal(loaded, reference)
     with timer.phase("eval", "evaluating"):
@@ -165,8 +166,12 @@ def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) ->
     return CalibrationSeen(recorded.source, text.tokens)
 
 
-def _reference(path: str | None, model: ModelConfig, *, required: bool) -> LoadedModel | None:
-    """Return the float model; ``None`` and a note if it is not ``required`` and cannot be loaded."""
+def _reference(path: str | None, model: ModelConfig, config: EvalConfig, *, required: bool) -> LoadedModel | None:
+    """Return the float model; ``None`` and a note if nothing that is asked for needs it and it cannot be loaded.
+
+    Raises:
+        InputError: it cannot be loaded, and is ``required`` or a task needs it.
+    """
     if path is None:
         return None
     try:
@@ -174,5 +179,6 @@ def _reference(path: str | None, model: ModelConfig, *, required: bool) -> Loade
     except InputError as error:
         if required:
             raise
+        tasks.check_reference(config, model.path, f"that cannot be loaded ({error})")
         progress.note(f"the float model is not measured: {error}")
         return None

@@ -102,10 +102,9 @@ def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded: LoadedModel, refe
 
 
 @pytest.mark.usefixtures("nothing_local")
-def test_kl_without_a_float_model_has_a_row_that_says_so(loaded: LoadedModel) -> None:
-    [row] = evaluate(loaded, EvalConfig(tasks=("kl",)), None, seed=0)
-    assert row.value is None
-    assert row.note == "not measured: there is no float model to compare with"
+def test_kl_without_a_float_model_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(InputError, match=r"kl compares .* with the float model .*name it with --float-model"):
+        evaluate(loaded, EvalConfig(tasks=("generated", "kl")), None, seed=0)
 
 
 def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded: LoadedModel, local: Path) -> None:
