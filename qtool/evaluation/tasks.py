@@ -283,6 +283,7 @@ def _lm_eval_row(score: "Score", reference: "Score | None", limit: int | None) -
         higher_is_better=score.higher_is_better,
         num_fewshot=score.num_fewshot,
         limit=limit,
+        num_subtasks=len(score.answers) if len(score.answers) > 1 else None,
         detail=score.detail,
         note=score.note,
     )

@@ -102,6 +102,9 @@ class TaskResult(Record):
     higher_is_better: bool | None = None
     num_fewshot: Count | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
     limit: Count | None = Field(None, description="Limit of windows, or of examples of each subtask; null: none.")
+    num_subtasks: Count | None = Field(
+        None, description="Number of subtasks of a group, each with the limit, that the number is of; null: no group."
+    )
     n: Count | None = Field(None, description="Number of predicted tokens, or of examples.")
     detail: bool = Field(False, description="Whether its group has a row for all; then tables leave it out.")
     overlap: Number | None = Field(

@@ -18,6 +18,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation import harness, local_tasks, perplexity
 from qtool.evaluation.tasks import _own_tasks, check_tasks, evaluate
 from qtool.models.loaded import LoadedModel
+from qtool.reports.text import note_of
 from qtool.system.errors import InputError
 
 
@@ -187,6 +188,16 @@ def test_mmlu_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> Non
         "mmlu_social_sciences",
         "mmlu_humanities",
     ]
+
+
+@needs("mmlu/anatomy/test.jsonl")
+def test_the_limit_of_a_group_is_said_for_each_of_its_subtasks(loaded: LoadedModel) -> None:
+    rows = evaluate(loaded, EvalConfig(tasks=("mmlu", "mmlu_anatomy"), limit=1, num_fewshot=0), None, seed=0)
+    shown = {row.task: (row.n, row.num_subtasks, note_of(row)) for row in rows}
+    assert shown["mmlu"][:2] == (57, 57)
+    assert "limit 1 for each of 57 subtasks" in shown["mmlu"][2]
+    assert shown["mmlu_anatomy"][:2] == (1, None)
+    assert "limit 1;" in f"{shown['mmlu_anatomy'][2]};"
 
 
 @needs("mmlu/anatomy/test.jsonl", "mmlu/anatomy/dev.jsonl")
