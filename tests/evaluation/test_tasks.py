@@ -289,12 +289,23 @@ def test_data_out_of_reach_is_told_before_any_work() -> None:
         check_tasks(EvalConfig(tasks=("boolq",)))
 
 
-def test_an_unknown_task_is_told_the_nearest_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = dataclasses.make_dataclass("Few", ["all_tasks"])(["boolq", "boolq-seq2seq", "mmlu"])
+def test_an_unknown_task_is_told_the_nearest_names_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_manager", None)
+    with pytest.raises(InputError, match=r"no task 'boolqq'; the nearest names are boolq, boolqa_bn"):
+        check_tasks(EvalConfig(tasks=("boolq", "boolqq")))
+
+
+def test_a_name_that_files_of_tasks_contain_is_looked_up_in_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dataclasses.make_dataclass("Few", ["all_tasks"])(["boolq", "dataset_paths", "mmlu"])
     monkeypatch.setattr(harness, "_full_manager", lambda: few)
     monkeypatch.setattr(harness, "_manager", lambda task: few)
-    with pytest.raises(InputError, match=r"no task 'bolq'; the nearest names are boolq"):
-        check_tasks(EvalConfig(tasks=("bolq",)))
+    with pytest.raises(InputError, match=r"no task 'dataset_path'; the nearest names are dataset_paths"):
+        check_tasks(EvalConfig(tasks=("dataset_path",)))
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "flores_eng-afr", "tmmluplus_education_(profession_level)", "gpqa"])
+def test_tasks_groups_and_tags_are_found_in_the_files(name: str) -> None:
+    harness._check_written([name])
 
 
 def test_faults_of_the_section_are_told() -> None:
