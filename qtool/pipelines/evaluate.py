@@ -83,7 +83,7 @@ def evaluate(
     report = _report(model.path, folder, origin, manifest, loaded)
     published = expected or (manifest.recorded.expected if manifest else ())
     measured = {
-        "float_bytes": files.folder_bytes(reference.folder) if reference else None,
+        "float_bytes": reference.num_bytes if reference else None,
         "results": tuple(results),
         "continuations": texts,
         "expected": beside_published(published, results),

@@ -82,7 +82,7 @@ def of_recipe(
             "bits_per_weight": sizes.bits_per_weight(
                 planned.tables.linears(planned.specs) or planned.specs, planned.shapes
             ),
-            "file_bits_per_weight": 8 * made[0].num_bytes / _num_weights(loaded),
+            "file_bits_per_weight": 8 * made[0].num_bytes / loaded.num_weights,
             "sizes": made,
             "cost": cost,
             "data": data,
@@ -119,22 +119,18 @@ def _of_model(
     loaded: LoadedModel, memory: int | None, context: int | None, engine: str | None = None, *, shown: bool = True
 ) -> Forecast:
     """Return what is known of a model without a recipe."""
-    weights = _num_weights(loaded)
+    weights = loaded.num_weights
     cache = None if context is None else cache_size(loaded.model, context)
     return Forecast(
         model=loaded.path,
         num_weights=weights,
-        float_bytes=weights * loaded.storage_dtype.itemsize,
+        float_bytes=loaded.num_bytes,
         memory=memory,
         context=context,
         cache_bytes=None if cache is None else cache.num_bytes,
         cache_layers={} if cache is None else cache.layers,
         grids=tuple(_grids(loaded, memory, 0 if cache is None else cache.num_bytes, engine)) if shown else (),
     )
-
-
-def _num_weights(loaded: LoadedModel) -> int:
-    return sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
 def _grids(loaded: LoadedModel, memory: int | None, cache: int, engine: str | None) -> Iterator[Fits]:
@@ -196,7 +192,7 @@ def _parts(loaded: LoadedModel, found: Selection) -> Iterator[Part]:
             number = math.prod(shapes[name])
             counted += number
             yield _part(name, 1, spec, number, _bytes(spec, number, shapes[name][1], itemsize))
-    rest = _num_weights(loaded) - counted
+    rest = loaded.num_weights - counted
     yield _part("all other tensors", 1, None, rest, rest * itemsize)
 
 
@@ -224,7 +220,7 @@ def _sizes(recipe: Recipe, loaded: LoadedModel, found: Selection) -> tuple[Size,
     packed = sum(
         math.prod(shapes[name]) * spec.bits_per_weight(shapes[name][1]) for name, spec in planned.specs.items()
     )
-    floats = _num_weights(loaded) - sum(math.prod(shapes[name]) for name in planned.specs)
+    floats = loaded.num_weights - sum(math.prod(shapes[name]) for name in planned.specs)
     own = dtype_name(loaded.storage_dtype)
     for entry in recipe.export:
         exporter, written = _base.get(entry.format), packed

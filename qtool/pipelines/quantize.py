@@ -206,10 +206,9 @@ def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
 
 def _check_space_and_exports(recipe: Recipe, loaded: LoadedModel, planned: PlannedCheckpoint) -> int:
     """Check the space on disk and the exports; return the bytes of the float weights."""
-    float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
-    output_folder.check_space(recipe.output.path, float_bytes)  # an upper bound of the checkpoint
+    output_folder.check_space(recipe.output.path, loaded.num_bytes)  # an upper bound of the checkpoint
     check_exports(recipe, planned)
-    return float_bytes
+    return loaded.num_bytes
 
 
 def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:

@@ -69,7 +69,9 @@ class Report(Record, Printable):
     file_bits_per_weight: float | None = Field(
         None, ge=0, le=64, description="Bits of all weight files for each weight of the float model; null: unknown."
     )
-    float_bytes: Count | None = Field(None, description="Size of the float model's weights on disk.")
+    float_bytes: Count | None = Field(
+        None, description="Size of the float model's weights in the dtype of its files, without headers."
+    )
     quantized_bytes: Count | None = Field(None, description="Size of the quantized model's weights on disk.")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="Wall time by phase.")
     calibration: CalibrationText | None = Field(

@@ -162,6 +162,7 @@ def test_eval_measures_the_folder_the_recipe_and_the_exports_alike(
     report = json.loads(native.out)["report"]
     assert (report["quantized"], report["label"], report["method"]) == ("out/q", "w4g32", "gptq")
     assert report["bits_per_weight"] == 4.5
+    assert report["float_bytes"] == json.loads(whole.out)["report"]["float_bytes"]
     for name in ("gptq", "dense"):
         report_at = tmp_path / name
         other = qtool_("eval", f"out/{name}", *options, "--float-model", models / "llama", "--output", report_at)
