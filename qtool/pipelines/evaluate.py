@@ -29,7 +29,7 @@ from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
 from qtool.reports.gate import verdict
-from qtool.reports.records import beside_published
+from qtool.reports.records import CalibrationText, beside_published
 from qtool.reports.report import JSON_NAME, MARKDOWN_NAME, PLOTS_FOLDER, Report, read_report
 from qtool.system import progress, writing
 from qtool.system.errors import InputError
@@ -130,7 +130,7 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         bits_per_weight=sizes.linear_bits(source),
         file_bits_per_weight=sizes.file_bits(source),
         quantized_bytes=source.num_bytes(),
-        calibration=described(manifest.recorded.data) if manifest.data else None,
+        calibration=_calibration(manifest),
         multimodal=is_multimodal(loaded.model.config),
         linears=weights.linear_records(weights.block_linears(loaded), source, manifest.weight_errors),
         tables=weights.table_records(loaded, source, manifest.weight_errors),
@@ -139,6 +139,11 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         command=manifest.command,
         recipe=_recipe(folder, manifest),
     )
+
+
+def _calibration(manifest: Manifest) -> CalibrationText | None:
+    data = manifest.data
+    return None if data is None else described(manifest.recorded.data, data.rendering, data.num_learned)
 
 
 def _recipe(folder: Path, manifest: Manifest) -> str:

@@ -46,7 +46,7 @@ from qtool.pipelines.export import write_export
 from qtool.pipelines.kept_forecast import kept
 from qtool.pipelines.lock import lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest
-from qtool.pipelines.outcome import Outcome, described, publish
+from qtool.pipelines.outcome import Outcome, described_text, publish
 from qtool.pipelines.plan import kept_plan
 from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
@@ -54,7 +54,7 @@ from qtool.quant.packed_weight import FORMAT_VERSION
 from qtool.reports import model_card
 from qtool.reports.base_card import base_card
 from qtool.reports.gate import verdict
-from qtool.reports.records import Exported, Lock, beside_published
+from qtool.reports.records import CalibrationText, Exported, Lock, beside_published
 from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
@@ -80,6 +80,7 @@ class Prepared:
 
     job: Job
     text: Calibration | None
+    described: CalibrationText | None  # the text, for reports
     plan: BitPlan | None  # bit widths chosen for a budget, if there is one
     specs: dict[str, QuantSpec]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each target
@@ -179,11 +180,12 @@ def prepare(run: Run) -> Prepared:
     progress.say(expected.in_words(recipe, loaded, planned, float_bytes))
     if distributed.is_first():
         trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes, tables)
-    text = plan = None
+    text = read = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
             check_text(recipe, text, shapes)
+            read = described_text(recipe.data, loaded, text)
     tokens, labels, pictures = text or (None, None, ())
     job = Job(loaded, targets + tables.of_method, tokens, labels, recipe.seed, workspace, pictures, tables)
     if units is not None:
@@ -196,7 +198,7 @@ def prepare(run: Run) -> Prepared:
         check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes, tables))  # they may refuse a width
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
-    return Prepared(job, text, plan, specs, shapes, weights.block_linears(loaded), float_bytes)
+    return Prepared(job, text, read, plan, specs, shapes, weights.block_linears(loaded), float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
@@ -285,7 +287,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         device=str(loaded.device),
         multimodal=is_multimodal(loaded.model.config),
         seed=recipe.seed,
-        calibration=None if prepared.text is None else described(recipe.data),
+        calibration=prepared.described,
         expected=beside_published(recipe.expected, ()),
         linears=weights.linear_records(prepared.linears, source, weight_errors),
         tables=weights.table_records(loaded, source, weight_errors),
@@ -300,7 +302,15 @@ def _manifest(
     run: Run, report: Report, weight_errors: dict[str, float], text: Calibration | None, plan: BitPlan | None
 ) -> Manifest:
     """Return the manifest of the checkpoint, whose files have been written."""
-    tokens = None if text is None else CalibrationTokens(tokens=text.tokens.shape, sha256=windows.token_hash(*text))
+    tokens = None
+    if text is not None:
+        read = report.calibration
+        tokens = CalibrationTokens(
+            tokens=text.tokens.shape,
+            sha256=windows.token_hash(*text),
+            rendering=None if read is None else read.rendering,
+            num_learned=None if read is None else read.num_learned,
+        )
     assert report.label is not None
     assert report.bits_per_weight is not None
     assert report.float_bytes is not None

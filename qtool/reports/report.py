@@ -205,9 +205,8 @@ class Report(Record, Printable):
             facts.append(("machine", machine_in_words(self.machine)))
         if (seen := coverage(self.series)) is not None:
             facts.append(("calibration of experts", str(seen)))
-        if (text := self.calibration) is not None:
-            shape = f"{text.num_samples} windows of {text.seq_len} tokens"
-            facts.append(("calibrated on", f"{text.source}, {shape}"))
+        if self.calibration is not None:
+            facts.append(("calibrated on", self.calibration.said))
         if shares := quality.overlaps(self.results):
             parts = ", ".join(f"{share:.2g} of {task}" for task, share in shares.items())
             facts.append(
