@@ -39,7 +39,7 @@ from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
 from qtool.pipelines import expected, model_free, scale_dtype, target, tracking, trial
-from qtool.pipelines.checks import check_early, check_exports, check_text, needs_text
+from qtool.pipelines.checks import check_early, check_exports, check_output, check_text, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.complete import complete_already
 from qtool.pipelines.export import write_export
@@ -58,6 +58,7 @@ from qtool.reports.records import CalibrationText, Exported, Lock, beside_publis
 from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
+from qtool.system.errors import InputError
 from qtool.system.paths import path_text
 from qtool.system.tensors import dtype_name
 
@@ -107,13 +108,18 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     timer = PhaseTimer()
     if recipe.model.free:
         model_free.check(recipe)
-    recipe = target.applied(scale_dtype.chosen(recipe))
-    check_early(recipe)
+    faults: list[str] = []
+    try:
+        recipe = target.applied(scale_dtype.chosen(recipe))
+    except InputError as error:
+        faults.append(str(error))
+    check_early(recipe, faults, output=True)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
         progress.say(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, _judged_again(recipe, report), timer) if distributed.is_first() else None
+    check_output(recipe, fresh=fresh)
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None and recipe.model.free:
             _keep(run, *model_free.run(recipe, run.method, run.state, timer))
