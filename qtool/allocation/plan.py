@@ -302,7 +302,7 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], quant: QuantConfig) -> tu
             limit, given = int(budget.size), "size"
         else:
             assert budget.share is not None
-            limit, given = math.floor(budget.share * _float_bytes(loaded)), f"share is {budget.share:g}, so the size"
+            limit, given = math.floor(budget.share * loaded.num_bytes), f"share is {budget.share:g}, so the size"
         capacity, smallest = limit - rest, sum(each[0] for each in sizes)
         least = f"{smallest + rest:,} bytes, of which {rest:,} are for all tensors but the packed weights"
         asked = f"{given} is {limit:,}", least + _of_tables(loaded, units)
@@ -312,11 +312,6 @@ def _sizes(loaded: LoadedModel, units: Sequence[Unit], quant: QuantConfig) -> tu
             "choices, floors or pins, or use a larger quant.group_size"
         )
     return sizes, capacity
-
-
-def _float_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes of the float model's weights, tied ones once."""
-    return sum(parameter.numel() for parameter in loaded.model.parameters()) * loaded.storage_dtype.itemsize
 
 
 def _of_tables(loaded: LoadedModel, units: Sequence[Unit]) -> str:

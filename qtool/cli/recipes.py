@@ -17,6 +17,8 @@ FOLDED = {  # folders whose files are listed only where they are asked for, and 
     "papers/": "recipes of published results",
     "tables/": "sweeps, which qtool sweep runs",
 }
+MARK = " [offline]"
+MEANING = "[offline]: needs no network: the built-in model, and text that it writes"
 
 
 def recipes(
@@ -39,6 +41,7 @@ def recipes(
         print_text(files.text_of(packaged[name]), end="")
         return
     listed = {each: files.summary(path) for each, path in packaged.items()}
+    offline = {each for each, path in packaged.items() if files.runs_offline(path)}
     if name in packaged:
         listed = {name: listed[name]}
     elif name is not None:
@@ -47,16 +50,18 @@ def recipes(
             hint = nearest(name, packaged, "; the nearest is {}")
             raise InputError(f"no packaged recipe has {name} in its name or description{hint}; qtool recipes lists all")
     if as_json:
-        print_json([_record(each, text, packaged[each]) for each, text in listed.items()], indent=2)
+        print_json([_record(each, text, packaged[each], each in offline) for each, text in listed.items()], indent=2)
     else:
         folded = {} if all_ or name is not None else FOLDED
-        print_text("\n".join(_lines(listed, folded, get_terminal_size().columns if sys.stdout.isatty() else None)))
+        marked = {each: f"{text}{MARK if each in offline else ''}" for each, text in listed.items()}
+        lines = _lines(marked, folded, get_terminal_size().columns if sys.stdout.isatty() else None)
+        print_text("\n".join([*lines, *(["", MEANING] if offline & listed.keys() else [])]))
 
 
-def _record(name: str, summary: str, path: Path) -> dict[str, str]:
+def _record(name: str, summary: str, path: Path, offline: bool) -> dict[str, str | bool]:
     """Return what ``--json`` says of a recipe."""
     kind = "sweep" if name.startswith("tables/") else "recipe"
-    return {"name": name, "kind": kind, "description": summary, "path": str(path)}
+    return {"name": name, "kind": kind, "description": summary, "path": str(path), "offline": offline}
 
 
 def _lines(listed: dict[str, str], folded: dict[str, str], width: int | None) -> list[str]:

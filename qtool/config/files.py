@@ -42,6 +42,22 @@ def summary(path: Path) -> str:
         return file.readline().lstrip("# ").rstrip()
 
 
+def runs_offline(path: Path) -> bool:
+    """Return whether a packaged recipe needs no network: it has the built-in model, and text that the model writes.
+
+    A task on text of the hub is allowed: where it is out of reach, the report says that it was not measured.
+    """
+    text = path.read_text(encoding="utf-8")
+    if "builtin:" not in text or path.parent.name == TABLES.strip("/"):  # cells of a sweep may change model and text
+        return False
+    from qtool.config.sections import METRICS, DataConfig
+    from qtool.config.yaml_loader import parse
+
+    raw: Any = parse(text)
+    source = raw.get("data", {}).get("source", DataConfig().source)
+    return source == "generated" and {*raw.get("eval", {}).get("tasks", ())} <= METRICS.keys()
+
+
 def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """Read the sections of a recipe (or sweep), a file or the name of a packaged one, without checking them.
 

@@ -103,7 +103,10 @@ class EvalConfig(Section):
         description="Examples in the prompt of lm-eval tasks: one number, or task -> number; unset: the task's own.",
     )
     limit: int | None = Field(
-        None, ge=1, description="Evaluate only the first N windows or examples of each task; unset: all."
+        None,
+        ge=1,
+        description="Evaluate only the first N windows or examples of each task, of a group such as mmlu of each "
+        "subtask; unset: all.",
     )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Windows or lm-eval requests in one forward pass; auto: as many as fit the memory."

@@ -19,6 +19,7 @@ can attend to the conversations before its own; the loss never crosses a border,
 context. A window in which nothing is learned is left out.
 """
 
+import hashlib
 from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -43,6 +44,14 @@ PLAIN = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
 )
+
+
+def rendering(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name of the way in which conversations become text."""
+    if not tokenizer.chat_template:
+        return "qtool's plain format (### User:, ### Assistant:), since the tokenizer has no chat template"
+    digest = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+    return f"the tokenizer's chat template (SHA-256 {digest[:12]}...)"
 
 
 class Packed(NamedTuple):

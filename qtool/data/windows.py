@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qtool.config.sections import DataConfig
+from qtool.config.sections import IGNORED, DataConfig
+from qtool.data import conversations
 from qtool.data.conversations import is_conversation, pack
 from qtool.data.drawn_windows import C4, c4_windows
 from qtool.data.generated import check_length, generated_tokens
@@ -37,6 +38,12 @@ LOOKED_AT = 32  # first rows of a file that are looked at for pictures
 MOST_TOKENS = 1 << 32  # most tokens of all windows: 32 GiB as int64
 
 
+def rendering(data: DataConfig, loaded: LoadedModel) -> str | None:
+    """Return how conversations with labels were written as text; ``None`` for a file of tokens, which has its own."""
+    path = source_path(data)
+    return None if data.source not in SOURCES and path.suffix in SUFFIXES else conversations.rendering(loaded.tokenizer)
+
+
 class Calibration(NamedTuple):
     """Calibration windows ``[n, t]`` int64, on the CPU.
 
@@ -48,6 +55,11 @@ class Calibration(NamedTuple):
     tokens: Tensor
     labels: Tensor | None = None
     pictures: tuple[Inputs, ...] = ()
+
+    @property
+    def num_learned(self) -> int | None:
+        """The number of tokens that are learned; ``None``: all of them."""
+        return None if self.labels is None else int((self.labels != IGNORED).sum())
 
 
 def calibration(data: DataConfig, loaded: LoadedModel, seed: int) -> Calibration:

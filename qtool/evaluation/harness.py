@@ -7,11 +7,13 @@ into lm-eval, progress is shown as qtool's own, nothing is printed to standard o
 import copy
 import logging
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,6 +44,8 @@ FOLDERS = {
     "winogrande": "winogrande",
     "openbookqa": "openbookqa",
 }
+# the name of a task, a group or a tag in a file of lm-eval's tasks
+NAMED = re.compile(r"""^[ -]*(?:task|group|tag): *["']?([\w.-]+)["']? *$""", re.MULTILINE)
 LOGIT_BYTES = 128 << 20  # largest size of the float32 logits of one forward on a CPU
 
 
@@ -65,9 +69,10 @@ def check(tasks: Sequence[str], num_fewshot: int | dict[str, int]) -> None:
     Raises:
         InputError: there is such a task.
     """
+    _check_written(tasks)
     unknown = [task for task in tasks if task not in _manager(task).all_tasks]
     if unknown:
-        raise InputError(listing("eval.tasks:", map(_unknown, unknown)))
+        raise InputError(listing("eval.tasks:", (_unknown(task, _full_manager().all_tasks) for task in unknown)))
     for task in tasks:
         shots = num_fewshot if isinstance(num_fewshot, int) else num_fewshot.get(task)
         with _harness():
@@ -94,8 +99,32 @@ def reads_pictures(task: str) -> bool:
     return reads(task)
 
 
-def _unknown(task: str) -> str:
-    hint = nearest(task, [*_full_manager().all_tasks, "wikitext2", "c4", "generated"], "; the nearest names are {}", 3)
+def _check_written(tasks: Iterable[str]) -> None:
+    """Refuse names that no file of lm-eval's tasks contains: a second of work, where its index takes eleven.
+
+    Raises:
+        InputError: there is such a name.
+    """
+    spec = find_spec("lm_eval.tasks")
+    assert spec is not None
+    assert spec.origin is not None
+    missing = {task: re.compile(rf"(?<![\w.-]){re.escape(task)}(?![\w.-])") for task in tasks if task not in FOLDERS}
+    names: set[str] = set()
+    for file in Path(spec.origin).parent.rglob("*") if missing else ():
+        if file.suffix in (".py", ".pyc", ".md") or not file.is_file():  # a file that others include has any suffix
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        names.update(NAMED.findall(text))
+        for task in [task for task, written in missing.items() if written.search(text)]:
+            del missing[task]
+        if not missing:
+            return
+    if missing:
+        raise InputError(listing("eval.tasks:", (_unknown(task, names) for task in missing)))
+
+
+def _unknown(task: str, known: Iterable[str]) -> str:
+    hint = nearest(task, [*known, "wikitext2", "c4", "generated"], "; the nearest names are {}", 3)
     return f"lm-eval has no task {task!r}{hint}"
 
 

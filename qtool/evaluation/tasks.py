@@ -94,6 +94,19 @@ def check_model(config: EvalConfig, loaded: LoadedModel) -> None:
         )
 
 
+def check_reference(config: EvalConfig, path: str, why: str | None) -> None:
+    """Refuse ``kl`` where there is no float model; ``why``: what is known of its absence, ``None``: there is one.
+
+    Raises:
+        InputError: it is asked for, and there is no float model.
+    """
+    if DIVERGENCE in config.tasks and why is not None:
+        raise InputError(
+            f"eval.tasks: {DIVERGENCE} compares {path} with the float model it was made from, and {why}; name it with "
+            f"--float-model (from Python: reference), or leave {DIVERGENCE} out"
+        )
+
+
 def evaluate(
     loaded: LoadedModel,
     config: EvalConfig,
@@ -109,13 +122,15 @@ def evaluate(
     ``keep`` is called with each task and its rows as they become known.
 
     ``kl`` is measured on windows of WikiText-2, or of generated text if WikiText-2 is not available. The row of a task
-    that cannot be measured (WikiText-2 or C4 is not available, ``kl`` without a reference) says why. Rows on windows of
-    text also have the share of the windows that occurs in the calibration text ``seen``.
+    that cannot be measured because WikiText-2 or C4 is not available says so. Rows on windows of text also have the
+    share of the windows that occurs in the calibration text ``seen``.
 
     Raises:
-        InputError: a task of lm-eval is unknown, has no data, or asks a model about pictures that reads text only.
+        InputError: a task of lm-eval is unknown, has no data, or asks a model about pictures that reads text only;
+            or ``kl`` is asked for without a reference.
     """
     check_model(config, loaded)
+    check_reference(config, loaded.path, "none was given" if reference is None else None)
     rows = {task: list(found) for task, found in (done or {}).items()}
     with backend.using(loaded.model, config.backend):
         if any(task in OWN_TASKS and task not in rows for task in config.tasks):
@@ -147,14 +162,13 @@ def _own_tasks(
     rows: dict[str, list[TaskResult]] = {}
     windows: dict[str, Tensor] = {}
     for name in (WIKITEXT, C4):
-        if name in wanted or (name == WIKITEXT and DIVERGENCE in wanted and reference is not None):
+        if name in wanted or (name == WIKITEXT and DIVERGENCE in wanted):
             try:
                 windows[name] = perplexity_windows(name, loaded, config.context, config.limit, seed, config.bos)
             except UnreachableError as error:
-                rows[name] = [_not_measured(name, "perplexity", str(error), config)]
-    kl_on = (WIKITEXT if WIKITEXT in windows else GENERATED) if DIVERGENCE in wanted and reference is not None else None
-    if DIVERGENCE in wanted and kl_on is None:
-        rows[DIVERGENCE] = [_not_measured(DIVERGENCE, "kl", "there is no float model to compare with", config)]
+                reason = f"not measured: {error}"
+                rows[name] = [TaskResult(task=name, metric="perplexity", value=None, limit=config.limit, note=reason)]
+    kl_on = (WIKITEXT if WIKITEXT in windows else GENERATED) if DIVERGENCE in wanted else None
     if GENERATED in wanted or kl_on == GENERATED:
         writer = reference or loaded
         windows[GENERATED] = perplexity_windows(GENERATED, writer, config.context, config.limit, seed)
@@ -189,10 +203,6 @@ def _check_same_vocabulary(loaded: LoadedModel, reference: LoadedModel) -> None:
             f"kl: {loaded.path} has {loaded.num_embeddings} tokens, and its float model {reference.path} has "
             f"{reference.num_embeddings}; compare with the float model that it was made from, or leave kl out"
         )
-
-
-def _not_measured(task: str, metric: str, reason: str, config: EvalConfig) -> TaskResult:
-    return TaskResult(task=task, metric=metric, value=None, limit=config.limit, note=f"not measured: {reason}")
 
 
 def _perplexity_row(
@@ -273,6 +283,7 @@ def _lm_eval_row(score: "Score", reference: "Score | None", limit: int | None) -
         higher_is_better=score.higher_is_better,
         num_fewshot=score.num_fewshot,
         limit=limit,
+        num_subtasks=len(score.answers) if len(score.answers) > 1 else None,
         detail=score.detail,
         note=score.note,
     )

@@ -62,6 +62,16 @@ class LoadedModel:
         return most_common(self.file_dtypes)
 
     @property
+    def num_weights(self) -> int:
+        """The number of weights of a float model; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the weights of a float model in the dtype of its files, without headers."""
+        return self.num_weights * self.storage_dtype.itemsize
+
+    @property
     def device(self) -> torch.device:
         """The device that computes."""
         return self.streaming.device if self.streaming else self.model.device

@@ -280,6 +280,7 @@ def _measured(
     if other is not None:
         check_vocabularies(loaded.model, other.model)
     evaluation_tasks.check_tasks(recipe.eval)
+    evaluation_tasks.check_reference(recipe.eval, loaded.path, "none was given" if other is None else None)
     if output is not None:
         evaluation.make_folder(output)
     results = evaluation_tasks.evaluate(loaded, recipe.eval, other, recipe.seed)

@@ -3,8 +3,9 @@
 A fault of the recipe is reported before the model is quantized, not after hours of work.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from qtool.allocation import k_mixture
 from qtool.allocation import plan as bit_plan
 from qtool.allocation.sensitivity import COST_ESTIMATORS
 from qtool.blocks.job import load_method
@@ -18,26 +19,71 @@ from qtool.data import sources
 from qtool.data.windows import Calibration
 from qtool.evaluation import tasks
 from qtool.exporters import _base
+from qtool.models.described import described_model
 from qtool.models.folders import resolve
-from qtool.pipelines import tracking
+from qtool.pipelines import target, tracking
 from qtool.pipelines.export_manifest import exported_already
+from qtool.pipelines.run_state import read_lock
 from qtool.system import distributed, progress
-from qtool.system.errors import InputError
+from qtool.system.errors import InputError, listing
 from qtool.system.paths import expand
 from qtool.training import sharding
 from qtool.training.end_to_end import check_batch
 from qtool.training.plan import plan_of
 
 
-def check_early(recipe: Recipe) -> None:
-    """Check everything in a recipe that can be checked without the model.
+def check_early(recipe: Recipe, before: Sequence[str] = (), *, output: bool = False) -> None:
+    """Check everything in a recipe that can be checked without the model, and tell all faults at once.
+
+    ``before`` are faults that were found already. If there is a fault, those of shapes are looked for too, and with
+    ``output`` those of the output folder, which are otherwise found later and cost more.
 
     Raises:
         InputError: the number of processes, the data, a task or a folder cannot be used.
     """
+    found = [*before]
+    for check in (_check_processes, _check_method, _check_text, _check_tasks, check_paths, _check_exports):
+        found += _faults(lambda check=check: check(recipe))  # type: ignore[misc] # mypy does not infer the default
+    if found and not before:  # else the model or the grids are at fault already
+        found += _faults(lambda: _check_shapes(recipe))
+    if found and output and read_lock(output_folder.partial_of(recipe.output.path)) is None:
+        found += _faults(lambda: _check_output(recipe))
+    _refuse(found)
+
+
+def check_output(recipe: Recipe, *, fresh: bool) -> None:
+    """Check the output folder of a run that continues no other; of one at fault, tell those of shapes too.
+
+    Raises:
+        InputError: the folder may not be written or replaced.
+    """
+    if fresh or read_lock(output_folder.partial_of(recipe.output.path)) is None:
+        found = _faults(lambda: _check_output(recipe))
+        _refuse([*found, *(_faults(lambda: _check_shapes(recipe)) if found else ())])
+
+
+def _faults(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    """Raise an error with all faults, of which none is told twice."""
+    lines = [fault.replace("\n", "\n  ") for fault in dict.fromkeys(faults)]
+    if lines:
+        raise InputError(listing(f"this run has {len(lines)} faults:", lines) if len(lines) > 1 else faults[0])
+
+
+def _check_processes(recipe: Recipe) -> None:
     processes = distributed.world_size()
     if processes > 1 and recipe.model.free:
         raise InputError(f"model.free runs in one process, but {processes} were started; start it without a launcher")
+
+
+def _check_method(recipe: Recipe) -> None:
     if isinstance(recipe.method, TrainedConfig) and recipe.method.init_from is not None:
         NativeCheckpoint(resolve(recipe.method.init_from, key="method.init_from"))
     for where, section in (("method", recipe.method), *((f"method.{key}", value) for key, value in recipe.method)):
@@ -48,15 +94,37 @@ def check_early(recipe: Recipe) -> None:
     tracking.check(recipe.tracker)
     if recipe.quant.budget is not None:
         bit_plan.check(recipe.quant)
+
+
+def _check_text(recipe: Recipe) -> None:
     if needs_text(recipe):
         sources.check_source(recipe.data)
-        check_enough(recipe.data.num_samples, processes)
+        check_enough(recipe.data.num_samples, distributed.world_size())
+
+
+def _check_tasks(recipe: Recipe) -> None:
     if recipe.eval is not None:
         tasks.check_tasks(recipe.eval)
-    check_paths(recipe)
+
+
+def _check_exports(recipe: Recipe) -> None:
     for entry in recipe.export:
         if exported_already(recipe.output.path, entry) is None:
             output_folder.check_folder(entry.path, overwrite=recipe.output.overwrite, source=recipe.output.path)
+
+
+def _check_output(recipe: Recipe) -> None:
+    output_folder.check_folder(recipe.output.path, overwrite=recipe.output.overwrite, source=None)
+
+
+def _check_shapes(recipe: Recipe) -> None:
+    """Check that each linear and table can have its grid, from ``config.json`` alone."""
+    if recipe.model.free:
+        return
+    loaded = described_model(recipe.model)
+    with progress.use(progress.Sink()):  # the run itself says what it makes of a mixture
+        quant = k_mixture.quant_of(recipe, loaded)
+    target.selection(loaded, quant if quant.budget is None else bit_plan.narrowest(quant))
 
 
 def check_paths(recipe: Recipe) -> None:

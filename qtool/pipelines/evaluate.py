@@ -29,7 +29,7 @@ from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
 from qtool.reports.gate import verdict
-from qtool.reports.records import beside_published
+from qtool.reports.records import CalibrationText, beside_published
 from qtool.reports.report import JSON_NAME, MARKDOWN_NAME, PLOTS_FOLDER, Report, read_report
 from qtool.system import progress, writing
 from qtool.system.errors import InputError
@@ -57,7 +57,7 @@ def evaluate(
     also written as files.
 
     Raises:
-        InputError: a task, the model or the output folder cannot be used, or a gate has no float model.
+        InputError: a task, the model or the output folder cannot be used, or ``kl`` or a gate has no float model.
     """
     timer = PhaseTimer()
     tasks.check_tasks(config)
@@ -69,11 +69,12 @@ def evaluate(
             f"gate: a loss is relative to a float model, and {model.path} does not name the one it was made from; name "
             "it with --float-model"
         )
+    tasks.check_reference(config, model.path, "its folder does not name it" if origin is None else None)
     if output is not None:
         make_folder(output)
     with timer.phase("load", f"loading {model.path}"):
+        reference = _reference(origin, model, config, required=float_model is not None or gate.asked)
         loaded = load_exported(model) or load_model(model, quantized=True)
-        reference = _reference(origin, model, required=float_model is not None or gate.asked)
         if reference is not None:
             share_equal(loaded, reference)
     with timer.phase("eval", "evaluating"):
@@ -82,7 +83,7 @@ def evaluate(
     report = _report(model.path, folder, origin, manifest, loaded)
     published = expected or (manifest.recorded.expected if manifest else ())
     measured = {
-        "float_bytes": files.folder_bytes(reference.folder) if reference else None,
+        "float_bytes": reference.num_bytes if reference else None,
         "results": tuple(results),
         "continuations": texts,
         "expected": beside_published(published, results),
@@ -129,7 +130,7 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         bits_per_weight=sizes.linear_bits(source),
         file_bits_per_weight=sizes.file_bits(source),
         quantized_bytes=source.num_bytes(),
-        calibration=described(manifest.recorded.data) if manifest.data else None,
+        calibration=_calibration(manifest),
         multimodal=is_multimodal(loaded.model.config),
         linears=weights.linear_records(weights.block_linears(loaded), source, manifest.weight_errors),
         tables=weights.table_records(loaded, source, manifest.weight_errors),
@@ -138,6 +139,11 @@ def _report(path: str, folder: Path, origin: str | None, manifest: Manifest | No
         command=manifest.command,
         recipe=_recipe(folder, manifest),
     )
+
+
+def _calibration(manifest: Manifest) -> CalibrationText | None:
+    data = manifest.data
+    return None if data is None else described(manifest.recorded.data, data.rendering, data.num_learned)
 
 
 def _recipe(folder: Path, manifest: Manifest) -> str:
@@ -165,8 +171,12 @@ def _seen(manifest: Manifest | None, loaded: LoadedModel, config: EvalConfig) ->
     return CalibrationSeen(recorded.source, text.tokens)
 
 
-def _reference(path: str | None, model: ModelConfig, *, required: bool) -> LoadedModel | None:
-    """Return the float model; ``None`` and a note if it is not ``required`` and cannot be loaded."""
+def _reference(path: str | None, model: ModelConfig, config: EvalConfig, *, required: bool) -> LoadedModel | None:
+    """Return the float model; ``None`` and a note if nothing that is asked for needs it and it cannot be loaded.
+
+    Raises:
+        InputError: it cannot be loaded, and is ``required`` or a task needs it.
+    """
     if path is None:
         return None
     try:
@@ -174,5 +184,6 @@ def _reference(path: str | None, model: ModelConfig, *, required: bool) -> Loade
     except InputError as error:
         if required:
             raise
+        tasks.check_reference(config, model.path, f"that cannot be loaded ({error})")
         progress.note(f"the float model is not measured: {error}")
         return None

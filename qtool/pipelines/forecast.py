@@ -16,8 +16,8 @@ from qtool.allocation.plan import BitPlan
 from qtool.checkpoints import sizes
 from qtool.checkpoints.native import PlannedCheckpoint
 from qtool.checkpoints.quantization_config import grids_label
-from qtool.config.engines import ENGINES, READS
-from qtool.config.loadable import best, version_note
+from qtool.config.engines import ENGINES, FORMATS, READS
+from qtool.config.loadable import Verdict, best, version_note
 from qtool.config.quant import QuantConfig, QuantSpec, TableGrid
 from qtool.config.recipe import Recipe
 from qtool.config.sections import GgufConfig, ModelConfig
@@ -41,6 +41,11 @@ from qtool.system.tensors import dtype_name
 # the grids that a model's sizes are shown for: bits and group size
 GRIDS = ((8, -1), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 64), (2, 128))
 TABLE = TableGrid(num_bits=8)
+# scales of 8 significant bits, in float16: exact above its smallest number, 2**-24, times 2**7
+SCALES_FIT = (
+    "scales are stored in float16, which holds those of bfloat16 exactly from 7.63e-6 to 65280; the export refuses a "
+    "checkpoint with others. With quant.scale_dtype: float16 all fit"
+)
 
 
 def of_recipe(
@@ -77,11 +82,11 @@ def of_recipe(
             "bits_per_weight": sizes.bits_per_weight(
                 planned.tables.linears(planned.specs) or planned.specs, planned.shapes
             ),
-            "file_bits_per_weight": 8 * made[0].num_bytes / _num_weights(loaded),
+            "file_bits_per_weight": 8 * made[0].num_bytes / loaded.num_weights,
             "sizes": made,
             "cost": cost,
             "data": data,
-            "engines": tuple(_engines(found)),
+            "engines": tuple(_engines(loaded, recipe.quant, found)),
             "refused": refused,
         }
     )
@@ -114,22 +119,18 @@ def _of_model(
     loaded: LoadedModel, memory: int | None, context: int | None, engine: str | None = None, *, shown: bool = True
 ) -> Forecast:
     """Return what is known of a model without a recipe."""
-    weights = _num_weights(loaded)
+    weights = loaded.num_weights
     cache = None if context is None else cache_size(loaded.model, context)
     return Forecast(
         model=loaded.path,
         num_weights=weights,
-        float_bytes=weights * loaded.storage_dtype.itemsize,
+        float_bytes=loaded.num_bytes,
         memory=memory,
         context=context,
         cache_bytes=None if cache is None else cache.num_bytes,
         cache_layers={} if cache is None else cache.layers,
         grids=tuple(_grids(loaded, memory, 0 if cache is None else cache.num_bytes, engine)) if shown else (),
     )
-
-
-def _num_weights(loaded: LoadedModel) -> int:
-    return sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
 def _grids(loaded: LoadedModel, memory: int | None, cache: int, engine: str | None) -> Iterator[Fits]:
@@ -144,19 +145,27 @@ def _grids(loaded: LoadedModel, memory: int | None, cache: int, engine: str | No
         plain = found.planned
         size = _packed_size(loaded, plain)
         loads = None if engine is None else best(engine, found.weights)
-        try:
-            small = _packed_size(loaded, target.selection(loaded, both).planned)
-        except InputError:  # a table that cannot be quantized
-            small = size
+        small = _size_with_tables(loaded, both, loads)
         yield Fits(
             grid=quant.label(),
             bits_per_weight=sizes.bits_per_weight(plain.specs, plain.shapes),
             num_bytes=size,
             with_tables=small,
             fits=None if memory is None else size + cache <= memory,
-            fits_with_tables=None if memory is None else small + cache <= memory,
+            fits_with_tables=None if memory is None or small is None else small + cache <= memory,
             format=None if loads is None else loads.format if loads.loads else "",
         )
+
+
+def _size_with_tables(loaded: LoadedModel, quant: QuantConfig, loads: Verdict | None) -> int | None:
+    """Return the size with quantized tables; ``None`` if the model has none, or the target does not load them."""
+    try:
+        found = target.selection(loaded, quant)
+    except InputError:
+        return None
+    if loads is not None and not best(loads.engine, found.weights, (loads.format,)).loads:
+        return None
+    return _packed_size(loaded, found.planned)
 
 
 def _packed_size(loaded: LoadedModel, planned: PlannedCheckpoint) -> int:
@@ -183,7 +192,7 @@ def _parts(loaded: LoadedModel, found: Selection) -> Iterator[Part]:
             number = math.prod(shapes[name])
             counted += number
             yield _part(name, 1, spec, number, _bytes(spec, number, shapes[name][1], itemsize))
-    rest = _num_weights(loaded) - counted
+    rest = loaded.num_weights - counted
     yield _part("all other tensors", 1, None, rest, rest * itemsize)
 
 
@@ -211,7 +220,7 @@ def _sizes(recipe: Recipe, loaded: LoadedModel, found: Selection) -> tuple[Size,
     packed = sum(
         math.prod(shapes[name]) * spec.bits_per_weight(shapes[name][1]) for name, spec in planned.specs.items()
     )
-    floats = _num_weights(loaded) - sum(math.prod(shapes[name]) for name in planned.specs)
+    floats = loaded.num_weights - sum(math.prod(shapes[name]) for name in planned.specs)
     own = dtype_name(loaded.storage_dtype)
     for entry in recipe.export:
         exporter, written = _base.get(entry.format), packed
@@ -252,10 +261,17 @@ def _checked(name: str, check: Callable[[], object], said: str) -> Data:
     return Data(name=name, there=True, said=said)
 
 
-def _engines(found: Selection) -> Iterator[Loads]:
-    """Yield whether each engine loads the result in each format that it reads."""
+def _engines(loaded: LoadedModel, quant: QuantConfig, found: Selection) -> Iterator[Loads]:
+    """Yield whether each engine loads the result in each format that it reads.
+
+    Scales of bfloat16 are exact in a format that holds float16 if none is too small or too large, which its export
+    checks: such a format is judged with scales of float16, under that condition.
+    """
+    narrow = quant.scale_dtype == "bfloat16"
+    half = target.selection(loaded, quant.model_copy(update={"scale_dtype": "float16"})) if narrow else found
     for row in READS:
-        each = target.checked(row.engine, row.format, found)
+        conditional = narrow and "bfloat16" not in FORMATS[row.format].scale_dtypes
+        each = target.checked(row.engine, row.format, half if conditional else found)
         yield Loads(
             engine=row.engine,
             version=ENGINES[row.engine].version,
@@ -264,5 +280,6 @@ def _engines(found: Selection) -> Iterator[Loads]:
             how=row.how,
             note=row.note,
             loads=each.loads,
+            condition=SCALES_FIT if conditional and each.loads else "",
             reasons=each.reasons,
         )

@@ -56,6 +56,8 @@ class CalibrationTokens(_Recorded):
 
     tokens: tuple[Count, Count]  # their shape [n, t]
     sha256: Sha256  # SHA-256 of tokens and labels
+    rendering: str | None = None  # as in a report's CalibrationText
+    num_learned: Count | None = None
 
 
 class Manifest(BaseModel):

@@ -8,12 +8,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtool.checkpoints.native import MANIFEST
 from qtool.config.sections import DataConfig, ModelConfig
+from qtool.data import windows
+from qtool.data.windows import Calibration
 from qtool.models.loaded import LoadedModel
 from qtool.models.loading import load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.reports import html, model_card
 from qtool.reports.records import CalibrationText
 from qtool.reports.report import Report
+from qtool.system import progress
 from qtool.system.errors import InputError
 from qtool.system.paths import path_text
 
@@ -49,9 +52,23 @@ class Outcome:
         return self.report._repr_html_()
 
 
-def described(config: DataConfig) -> CalibrationText:
+def described(config: DataConfig, rendering: str | None = None, num_learned: int | None = None) -> CalibrationText:
     """Return the record of a report for the section ``data`` of a recipe."""
-    return CalibrationText(source=config.source, num_samples=config.num_samples, seq_len=config.seq_len)
+    return CalibrationText(
+        source=config.source,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        rendering=rendering,
+        num_learned=num_learned,
+    )
+
+
+def described_text(config: DataConfig, loaded: LoadedModel, text: Calibration) -> CalibrationText:
+    """Return the record of calibration windows that were read, and note what is learned of conversations."""
+    found = described(config, None if text.labels is None else windows.rendering(config, loaded), text.num_learned)
+    if text.labels is not None:
+        progress.note(f"data: {found.said}")
+    return found
 
 
 def publish(folder: Path, report: Report, plots: bool) -> None:

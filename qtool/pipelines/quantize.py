@@ -39,14 +39,14 @@ from qtool.models.shared import share_equal
 from qtool.models.tables import select_tables
 from qtool.models.targets import select_targets
 from qtool.pipelines import expected, model_free, scale_dtype, target, tracking, trial
-from qtool.pipelines.checks import check_early, check_exports, check_text, needs_text
+from qtool.pipelines.checks import check_early, check_exports, check_output, check_text, needs_text
 from qtool.pipelines.clock import PhaseTimer
 from qtool.pipelines.complete import complete_already
 from qtool.pipelines.export import write_export
 from qtool.pipelines.kept_forecast import kept
 from qtool.pipelines.lock import lock_of
 from qtool.pipelines.manifest import CalibrationTokens, Manifest
-from qtool.pipelines.outcome import Outcome, described, publish
+from qtool.pipelines.outcome import Outcome, described_text, publish
 from qtool.pipelines.plan import kept_plan
 from qtool.pipelines.run_state import RunState, run_state
 from qtool.pipelines.workspace import RunWorkspace
@@ -54,10 +54,11 @@ from qtool.quant.packed_weight import FORMAT_VERSION
 from qtool.reports import model_card
 from qtool.reports.base_card import base_card
 from qtool.reports.gate import verdict
-from qtool.reports.records import Exported, Lock, beside_published
+from qtool.reports.records import CalibrationText, Exported, Lock, beside_published
 from qtool.reports.report import Report
 from qtool.system import distributed, progress
 from qtool.system.environment import environment
+from qtool.system.errors import InputError
 from qtool.system.paths import path_text
 from qtool.system.tensors import dtype_name
 
@@ -80,6 +81,7 @@ class Prepared:
 
     job: Job
     text: Calibration | None
+    described: CalibrationText | None  # the text, for reports
     plan: BitPlan | None  # bit widths chosen for a budget, if there is one
     specs: dict[str, QuantSpec]
     shapes: dict[str, tuple[int, int]]  # (out, in) of each target
@@ -106,13 +108,18 @@ def quantize(recipe: Recipe, fresh: bool = False) -> Outcome | None:
     timer = PhaseTimer()
     if recipe.model.free:
         model_free.check(recipe)
-    recipe = target.applied(scale_dtype.chosen(recipe))
-    check_early(recipe)
+    faults: list[str] = []
+    try:
+        recipe = target.applied(scale_dtype.chosen(recipe))
+    except InputError as error:
+        faults.append(str(error))
+    check_early(recipe, faults, output=True)
     folder = resolve(recipe.model.path)
     lock = lock_of(recipe, folder)
     if not fresh and (report := complete_already(recipe, lock)) is not None:
         progress.say(f"{recipe.output.path} is complete already, made by this recipe; --overwrite makes it again")
         return _outcome(recipe, _judged_again(recipe, report), timer) if distributed.is_first() else None
+    check_output(recipe, fresh=fresh)
     with open_run(recipe, folder, lock, fresh, timer) as run:
         if run.state.written is None and recipe.model.free:
             _keep(run, *model_free.run(recipe, run.method, run.state, timer))
@@ -179,11 +186,12 @@ def prepare(run: Run) -> Prepared:
     progress.say(expected.in_words(recipe, loaded, planned, float_bytes))
     if distributed.is_first():
         trial.try_out(run.state.folder / "trial", recipe, loaded, specs, shapes, tables)
-    text = plan = None
+    text = read = plan = None
     if needs_text(recipe):
         with timer.phase("data", f"reading calibration text: {recipe.data.source}"):
             text = calibration_text(recipe, loaded, run.state)
             check_text(recipe, text, shapes)
+            read = described_text(recipe.data, loaded, text)
     tokens, labels, pictures = text or (None, None, ())
     job = Job(loaded, targets + tables.of_method, tokens, labels, recipe.seed, workspace, pictures, tables)
     if units is not None:
@@ -196,7 +204,7 @@ def prepare(run: Run) -> Prepared:
         check_exports(recipe, PlannedCheckpoint(loaded, specs, shapes, tables))  # they may refuse a width
     if not run.method.needs_data(recipe.method):
         job = replace(job, tokens=None, labels=None, pictures=())
-    return Prepared(job, text, plan, specs, shapes, weights.block_linears(loaded), float_bytes)
+    return Prepared(job, text, read, plan, specs, shapes, weights.block_linears(loaded), float_bytes)
 
 
 def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
@@ -206,10 +214,9 @@ def _specs(targets: tuple[Target, ...]) -> dict[str, QuantSpec]:
 
 def _check_space_and_exports(recipe: Recipe, loaded: LoadedModel, planned: PlannedCheckpoint) -> int:
     """Check the space on disk and the exports; return the bytes of the float weights."""
-    float_bytes = sum(p.numel() for p in loaded.model.parameters()) * loaded.storage_dtype.itemsize
-    output_folder.check_space(recipe.output.path, float_bytes)  # an upper bound of the checkpoint
+    output_folder.check_space(recipe.output.path, loaded.num_bytes)  # an upper bound of the checkpoint
     check_exports(recipe, planned)
-    return float_bytes
+    return loaded.num_bytes
 
 
 def calibration_text(recipe: Recipe, loaded: LoadedModel, state: RunState) -> Calibration:
@@ -286,7 +293,7 @@ def _report(run: Run, prepared: Prepared, result: Result, weight_errors: dict[st
         device=str(loaded.device),
         multimodal=is_multimodal(loaded.model.config),
         seed=recipe.seed,
-        calibration=None if prepared.text is None else described(recipe.data),
+        calibration=prepared.described,
         expected=beside_published(recipe.expected, ()),
         linears=weights.linear_records(prepared.linears, source, weight_errors),
         tables=weights.table_records(loaded, source, weight_errors),
@@ -301,7 +308,15 @@ def _manifest(
     run: Run, report: Report, weight_errors: dict[str, float], text: Calibration | None, plan: BitPlan | None
 ) -> Manifest:
     """Return the manifest of the checkpoint, whose files have been written."""
-    tokens = None if text is None else CalibrationTokens(tokens=text.tokens.shape, sha256=windows.token_hash(*text))
+    tokens = None
+    if text is not None:
+        read = report.calibration
+        tokens = CalibrationTokens(
+            tokens=text.tokens.shape,
+            sha256=windows.token_hash(*text),
+            rendering=None if read is None else read.rendering,
+            num_learned=None if read is None else read.num_learned,
+        )
     assert report.label is not None
     assert report.bits_per_weight is not None
     assert report.float_bytes is not None

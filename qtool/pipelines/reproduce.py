@@ -35,7 +35,7 @@ def reproduce(folder: Path) -> list[str]:
     with temporary_folder(folder.absolute().parent) as temporary:
         again = temporary / "again"
         output = recipe.output.model_copy(update={"path": again, "overwrite": False})
-        left_out = {"eval": None, "gate": GateConfig(), "export": (), "tracker": TrackerConfig()}
+        left_out = {"eval": None, "gate": GateConfig(), "target": None, "export": (), "tracker": TrackerConfig()}
         quantize(recipe.model_copy(update={"output": output, **left_out}))
         if (place := _first_difference(folder, again)) is not None:
             why = f" (changed since: {'; '.join(changes)})" if changes else ""

@@ -183,7 +183,7 @@ def _device_missing(device: str) -> str | None:
 # the table, in order of preference -----------------------------------------------------------------------------------
 
 _W4, _W8 = QuantSpec(num_bits=4, group_size=128), QuantSpec(num_bits=8, group_size=128)
-_BFLOAT16 = "input and scales rounded to bfloat16, about 0.3 % a layer"
+_BFLOAT16 = "input and scales rounded to bfloat16, about 0.3 % of a layer's output"
 _SMALL, _PAIRS = "2, 3 and 4 bits", "8 bits in groups, as two int4 halves"
 
 BACKENDS = (
@@ -270,7 +270,7 @@ BACKENDS = (
         library="ort",
         device="cpu",
         serves="2, 3, 4 and 8 bits",
-        error="not exact: input rounded to 8 bits, about 0.7 % a layer",
+        error="not exact: input rounded to 8 bits, about 0.7 % of a layer's output",
         sample=_W4,
         max_rows=48,
         missing=ort_kernel.missing,

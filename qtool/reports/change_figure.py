@@ -29,10 +29,9 @@ def draw_changes(report: Report) -> Plot | None:
     losses = [100 * value for _, (value, _) in rows]
     bars = [100 * SIGMAS * error if error is not None and math.isfinite(error) else 0.0 for _, (_, error) in rows]
     wide = _scale(axes, losses, bars)
-    axes.axvspan(-LOSSLESS, LOSSLESS, color=LIGHT["line"], alpha=0.45, linewidth=0)
-    axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
     said = []
     for at, ((row, _), value, bar) in enumerate(zip(rows, losses, bars, strict=True)):
+        _lane(axes, at)
         axes.errorbar([value], [at], xerr=bar or None, fmt="o", color=LIGHT["accent"], capsize=3, markersize=5)
         name = metric_name(row.task, row.metric)
         place = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
@@ -42,9 +41,16 @@ def draw_changes(report: Report) -> Plot | None:
     axes.set_ylim(len(rows) - 0.6, -0.9)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x")
     axes.set_xlabel("loss, % (negative: better)" + (", logarithmic" if wide else ""))
     return Plot("changes", "Loss against the float model", figure, "; ".join(said) + ".", CAPTION)
+
+
+def _lane(axes: Axes, at: int) -> None:
+    """Draw grid lines, zero and the band behind the bar of a row only: names and numbers stand between the rows."""
+    low, high = at - 0.14, at + 0.32
+    axes.fill_betweenx([low, high], -LOSSLESS, LOSSLESS, color=LIGHT["line"], alpha=0.45, linewidth=0)
+    axes.vlines(axes.get_xticks(), low, high, color=LIGHT["line"], linewidth=0.6)
+    axes.vlines(0, low, high, color=LIGHT["muted"], linewidth=0.8)
 
 
 def _scale(axes: Axes, losses: Sequence[float], bars: Sequence[float]) -> bool:

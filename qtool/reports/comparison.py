@@ -191,16 +191,18 @@ class Comparison(Printable):
         return self._page(self.plots(), folder)
 
     def _page(self, plots: "Sequence[Plot]", folder: Path | None) -> str:
-        others = settings.table(self.runs)
+        whole, others = self.table(), settings.table(self.runs)
         return render(
             "compare.html",
             plots,
             title=self.heading(),
             sentence=unbroken(self.sentence()),
             left_out=self.left_out,
-            tables=parts(self.table(), PAGE_WIDTH),
+            beside=whole,
+            beside_parts=parts(whole, PAGE_WIDTH),
             links={f"{index} {run.name}": _link(run, folder) for index, run in enumerate(self.runs, 1)},
-            settings=parts(others, PAGE_WIDTH) if others else [],
+            settings=others,
+            settings_parts=parts(others, PAGE_WIDTH) if others else [],
             legend=LEGEND,
             notes=self.notes,
         )

@@ -28,6 +28,7 @@ class Loads(Record):
     version: str = Field(description="The version that this is known of.")
     format: str
     loads: bool
+    condition: str = Field("", description="What the scales must be for that, which is known after the run.")
     reasons: tuple[str, ...] = Field((), description="Why not, with the key to change.")
     packages: tuple[str, ...] = Field((), description="Packages that the engine needs besides itself.")
     how: str = Field(description="How it is known: run, source or docs.")
@@ -55,7 +56,9 @@ class Fits(Record):
     grid: str
     bits_per_weight: float
     num_bytes: Count = Field(description="Weight files, with embedding and head in floating point.")
-    with_tables: Count = Field(description="Weight files, with embedding and head at 8 bits.")
+    with_tables: Count | None = Field(
+        description="Weight files, with embedding and head at 8 bits; null: the model or the target has no such tables."
+    )
     fits: bool | None = Field(None, description="The first size and the cache fit; null: no memory was named.")
     fits_with_tables: bool | None = Field(None, description="The second size and the cache fit.")
     format: str | None = Field(
@@ -152,7 +155,8 @@ class Forecast(Record, Printable):
         rows = []
         for each in self.engines:
             packages = f" with {', '.join(each.packages)}" if each.packages else ""
-            why = each.reasons[0] if each.reasons else f"yes{packages}"
+            fits = ", if its scales fit" if each.condition else ""
+            why = each.reasons[0] if each.reasons else f"yes{packages}{fits}"
             rows.append([f"{each.engine} {each.version}", each.format, why])
         return Table(["engine", "written as", "loads it"], rows, "lll")
 
@@ -162,7 +166,7 @@ class Forecast(Record, Printable):
                 each.grid,
                 f"{each.bits_per_weight:.2f}",
                 _marked(each.num_bytes, each.fits),
-                _marked(each.with_tables, each.fits_with_tables),
+                _marked(each.with_tables, each.fits_with_tables, "none" if each.format is None else "not loaded"),
             ]
             for each in self.grids
         ]
@@ -180,6 +184,14 @@ class Forecast(Record, Printable):
                 f"fits: the weights and a cache of {size(cache)} take at most {size(self.memory)}; the engine's own "
                 "memory and that of a product come on top"
             )
+        conditions: dict[str, list[str]] = {}
+        for each in self.engines:
+            if each.condition:
+                conditions.setdefault(each.condition, []).append(each.format)
+        notes += [
+            f"if its scales fit ({', '.join(dict.fromkeys(formats))}): {condition}"
+            for condition, formats in conditions.items()
+        ]
         notes += [f"{each.engine}, {each.format}: {each.note}" for each in self.engines if each.loads and each.note]
         if self.cost is not None:
             notes.append(f"time and memory are extrapolated from a probe of {duration(self.cost.probe_seconds)}")
@@ -190,5 +202,7 @@ class Forecast(Record, Printable):
         return self.model_dump(mode="json") | {"usable": self.usable}
 
 
-def _marked(num_bytes: int, fits: bool | None) -> str:
+def _marked(num_bytes: int | None, fits: bool | None, otherwise: str = "") -> str:
+    if num_bytes is None:
+        return otherwise
     return text.megabytes(num_bytes) + ("" if fits is None else ", fits" if fits else ", too large")

@@ -102,6 +102,9 @@ class TaskResult(Record):
     higher_is_better: bool | None = None
     num_fewshot: Count | None = Field(None, description="Examples in the prompt; null where there is no prompt.")
     limit: Count | None = Field(None, description="Limit of windows, or of examples of each subtask; null: none.")
+    num_subtasks: Count | None = Field(
+        None, description="Number of subtasks of a group, each with the limit, that the number is of; null: no group."
+    )
     n: Count | None = Field(None, description="Number of predicted tokens, or of examples.")
     detail: bool = Field(False, description="Whether its group has a row for all; then tables leave it out.")
     overlap: Number | None = Field(
@@ -151,6 +154,23 @@ class CalibrationText(Record):
     source: str
     num_samples: Count
     seq_len: Count
+    rendering: str | None = Field(
+        None, description="How conversations were written as text; null: there are none, or it is unknown."
+    )
+    num_learned: Count | None = Field(
+        None, description="Tokens that training on next tokens learns; null: all of them, or it is unknown."
+    )
+
+    @property
+    def said(self) -> str:
+        """The size of the text, and of conversations what is learned and how they were written."""
+        shape = f"{self.source}, {self.num_samples} windows of {self.seq_len} tokens"
+        if self.num_learned is None:
+            return shape
+        whole = self.num_samples * self.seq_len
+        learned = f"{self.num_learned:,} of {whole:,} tokens count in the loss of a training"
+        written = "" if self.rendering is None else f"; conversations written by {self.rendering}"
+        return f"{shape}: {learned}{written}"
 
 
 class Continuation(Record):

@@ -69,7 +69,9 @@ class Report(Record, Printable):
     file_bits_per_weight: float | None = Field(
         None, ge=0, le=64, description="Bits of all weight files for each weight of the float model; null: unknown."
     )
-    float_bytes: Count | None = Field(None, description="Size of the float model's weights on disk.")
+    float_bytes: Count | None = Field(
+        None, description="Size of the float model's weights in the dtype of its files, without headers."
+    )
     quantized_bytes: Count | None = Field(None, description="Size of the quantized model's weights on disk.")
     seconds: dict[str, Seconds] = Field(default_factory=dict, description="Wall time by phase.")
     calibration: CalibrationText | None = Field(
@@ -203,9 +205,8 @@ class Report(Record, Printable):
             facts.append(("machine", machine_in_words(self.machine)))
         if (seen := coverage(self.series)) is not None:
             facts.append(("calibration of experts", str(seen)))
-        if (text := self.calibration) is not None:
-            shape = f"{text.num_samples} windows of {text.seq_len} tokens"
-            facts.append(("calibrated on", f"{text.source}, {shape}"))
+        if self.calibration is not None:
+            facts.append(("calibrated on", self.calibration.said))
         if shares := quality.overlaps(self.results):
             parts = ", ".join(f"{share:.2g} of {task}" for task, share in shares.items())
             facts.append(

@@ -41,9 +41,16 @@ def table(runs: Sequence[ComparedRun]) -> Table | None:
 
 
 def _settings(report: Report) -> Iterator[tuple[str, str]]:
-    """Yield the dotted key and the value of each setting; a path of the model is none, because it names a place."""
+    """Yield the dotted key and the value of each setting; a path of the model is none, because it names a place.
+
+    Keys of the section data are settings of runs that read calibration text only.
+    """
     lock = {} if report.lock is None else report.lock.model_dump(mode="json")
+    if report.calibration is None:
+        lock.pop("data", None)
     quant = lock.get("quant") or {}
+    if quant:
+        lock["quant"] = {"grid": "affine"} | quant  # the default is in no lock
     not_used = {"model.path"} | ({"quant.num_bits"} if quant.get("budget") else set())  # a budget chooses the bits
     for section in SECTIONS:
         for key, value in _flat(section, lock.get(section)):

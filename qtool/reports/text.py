@@ -24,10 +24,16 @@ def note_of(row: TaskResult) -> str:
     """Return the settings of a row's measurement, and its note."""
     parts = [
         "" if row.num_fewshot is None else f"{row.num_fewshot}-shot",
-        "" if row.limit is None else f"limit {row.limit}",
+        _limit(row),
         row.note,
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _limit(row: TaskResult) -> str:
+    if row.limit is None:
+        return ""
+    return f"limit {row.limit}" + (f" for each of {row.num_subtasks} subtasks" if row.num_subtasks else "")
 
 
 def percent(share: float, stderr: float | None) -> str:

@@ -270,7 +270,8 @@ def test_export_calls_the_exporter(run: Any, tmp_path: Path, capsys: pytest.Capt
 
 def test_recipes_lists_all_and_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["recipes", "--all"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, empty, meaning = capsys.readouterr().out.splitlines()
+    assert (empty, meaning[:9]) == ("", "[offline]")
     assert [line.split()[0] for line in lines] == [*packaged(), *tables()]
     assert all(len(line) <= 120 and len(line.split()) > 4 for line in lines)
     assert main.main(["recipes", "quickstart"]) == 0

@@ -14,7 +14,9 @@ from qtool.cli.next_steps import next_steps
 from qtool.cli.quantize import recipe_of
 from qtool.cli.recipes import FOLDED, _lines
 from qtool.config import catalog, describe, files, plugins
+from qtool.config import recipe as recipes
 from qtool.config.recipe import Recipe
+from qtool.config.sections import METRICS
 from qtool.system.errors import InputError
 
 
@@ -134,8 +136,25 @@ def test_recipes_are_filtered_by_a_word_and_given_as_json(capsys: pytest.Capture
     for row in rows:
         assert "w3g64" in f"{row['name']} {row['description']}"
         assert files.summary(Path(row["path"])) == row["description"]
+        assert row["offline"] is False
     assert main.main(["recipes", "quickstrat"]) == 2
     assert "the nearest is quickstart" in capsys.readouterr().err
+
+
+def test_recipes_that_need_no_network_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["recipes", "--all", "--json"]) == 0
+    marked = {row["name"] for row in json.loads(capsys.readouterr().out) if row["offline"]}
+    assert {"quickstart", "builtin-w8a8"} <= marked
+    for name in files.packaged():
+        found = recipes.load(name)
+        own = found.model.path.startswith("builtin:") and found.data.source == "generated"
+        assert (name in marked) == (own and {*(found.eval.tasks if found.eval else ())} <= METRICS.keys()), name
+    assert main.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line.endswith(" [offline]")} == marked
+    assert lines[-1].startswith("[offline]: needs no network")
+    assert main.main(["recipes", "awq"]) == 0
+    assert "offline" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

@@ -208,6 +208,9 @@ def made(fast: float, dense: float, fast_peak: int | None = 1, dense_peak: int |
 
 
 def test_it_says_where_low_bits_do_not_help() -> None:
+    columns, ratios, *_ = made(fast=3.0, dense=1.0).notes()
+    assert [word in columns for word in ("dense: ", "fast: ", "exact: ")] == [True] * 3
+    assert ratios.startswith("(1.50 x): one and a half times as many tokens/s as dense")
     assert made(fast=3.0, dense=1.0).no_help() == []
     assert made(fast=1.02, dense=1.0).no_help() == [
         "decode, batch 1: low bits do not help on this machine, 1.02 x dense",

@@ -18,6 +18,7 @@ from qtool.data.windows import perplexity_windows
 from qtool.evaluation import harness, local_tasks, perplexity
 from qtool.evaluation.tasks import _own_tasks, check_tasks, evaluate
 from qtool.models.loaded import LoadedModel
+from qtool.reports.text import note_of
 from qtool.system.errors import InputError
 
 
@@ -102,10 +103,9 @@ def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded: LoadedModel, refe
 
 
 @pytest.mark.usefixtures("nothing_local")
-def test_kl_without_a_float_model_has_a_row_that_says_so(loaded: LoadedModel) -> None:
-    [row] = evaluate(loaded, EvalConfig(tasks=("kl",)), None, seed=0)
-    assert row.value is None
-    assert row.note == "not measured: there is no float model to compare with"
+def test_kl_without_a_float_model_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(InputError, match=r"kl compares .* with the float model .*name it with --float-model"):
+        evaluate(loaded, EvalConfig(tasks=("generated", "kl")), None, seed=0)
 
 
 def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded: LoadedModel, local: Path) -> None:
@@ -188,6 +188,16 @@ def test_mmlu_equals_simple_evaluate_called_directly(loaded: LoadedModel) -> Non
         "mmlu_social_sciences",
         "mmlu_humanities",
     ]
+
+
+@needs("mmlu/anatomy/test.jsonl")
+def test_the_limit_of_a_group_is_said_for_each_of_its_subtasks(loaded: LoadedModel) -> None:
+    rows = evaluate(loaded, EvalConfig(tasks=("mmlu", "mmlu_anatomy"), limit=1, num_fewshot=0), None, seed=0)
+    shown = {row.task: (row.n, row.num_subtasks, note_of(row)) for row in rows}
+    assert shown["mmlu"][:2] == (57, 57)
+    assert "limit 1 for each of 57 subtasks" in shown["mmlu"][2]
+    assert shown["mmlu_anatomy"][:2] == (1, None)
+    assert "limit 1;" in f"{shown['mmlu_anatomy'][2]};"
 
 
 @needs("mmlu/anatomy/test.jsonl", "mmlu/anatomy/dev.jsonl")
@@ -279,12 +289,23 @@ def test_data_out_of_reach_is_told_before_any_work() -> None:
         check_tasks(EvalConfig(tasks=("boolq",)))
 
 
-def test_an_unknown_task_is_told_the_nearest_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = dataclasses.make_dataclass("Few", ["all_tasks"])(["boolq", "boolq-seq2seq", "mmlu"])
+def test_an_unknown_task_is_told_the_nearest_names_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_manager", None)
+    with pytest.raises(InputError, match=r"no task 'boolqq'; the nearest names are boolq, boolqa_bn"):
+        check_tasks(EvalConfig(tasks=("boolq", "boolqq")))
+
+
+def test_a_name_that_files_of_tasks_contain_is_looked_up_in_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dataclasses.make_dataclass("Few", ["all_tasks"])(["boolq", "dataset_paths", "mmlu"])
     monkeypatch.setattr(harness, "_full_manager", lambda: few)
     monkeypatch.setattr(harness, "_manager", lambda task: few)
-    with pytest.raises(InputError, match=r"no task 'bolq'; the nearest names are boolq"):
-        check_tasks(EvalConfig(tasks=("bolq",)))
+    with pytest.raises(InputError, match=r"no task 'dataset_path'; the nearest names are dataset_paths"):
+        check_tasks(EvalConfig(tasks=("dataset_path",)))
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "flores_eng-afr", "tmmluplus_education_(profession_level)", "gpqa"])
+def test_tasks_groups_and_tags_are_found_in_the_files(name: str) -> None:
+    harness._check_written([name])
 
 
 def test_faults_of_the_section_are_told() -> None:

@@ -50,7 +50,8 @@ def test_each_shape_is_asked_for_and_the_fastest_way_is_taken_and_said(
     assert set(asked) == SHAPES
     assert dict(found.kernels) == {"ort (cpu)": 14}
     assert str(found).startswith(
-        "14 linears by ort (cpu) (4.0 x dense); ort: not exact: input rounded to 8 bits, about 0.7 % a layer; "
+        "14 linears by ort (cpu) (4.0 x dense); ort: not exact: input rounded to 8 bits, about 0.7 % of a layer's "
+        "output; "
     )
     assert {(choice.timing.out_features, choice.timing.in_features) for choice in found.choices} == SHAPES
     lines = set(map(str, found.choices))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers import tiny
 from hypothesis import given
@@ -17,6 +18,7 @@ from qtool.config import recipe as recipes
 from qtool.config.recipe import Recipe
 from qtool.config.sections import ModelConfig
 from qtool.exporters import _base
+from qtool.exporters._folder import inexact
 from qtool.methods import efficientqat, gsq
 from qtool.pipelines import forecast, kept_forecast, probe, quantize
 from qtool.pipelines.probe import Measured
@@ -95,6 +97,21 @@ def test_the_target_decides_the_exit_code(tmp_path: Path, capsys: pytest.Capture
     assert "the nearest is vllm" in capsys.readouterr().err
 
 
+def test_scales_of_bfloat16_are_loaded_where_float16_holds_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written(tmp_path)
+    _, found = planned(recipe, "--no-probe", capsys=capsys)
+    rows = {(each["engine"], each["format"]): each for each in found["engines"]}
+    assert (rows["llama.cpp", "gguf"]["loads"], rows["llama.cpp", "gguf"]["reasons"]) == (True, [])
+    assert "bfloat16 exactly from 7.63e-6 to 65280" in rows["llama.cpp", "gguf"]["condition"]
+    assert not rows["vllm", "compressed-tensors"]["condition"]
+    quantize.quantize(recipes.load(recipe))
+    assert main.main(["export", str(tmp_path / "out"), "--format", "gguf", "-o", str(tmp_path / "gguf"), "-q"]) == 0
+    ends = torch.tensor([2.0**-17 * 127.5 / 128, 2.0**-17, 65280.0, 65536.0]).bfloat16()
+    assert [bool(inexact([end], "float16")) for end in ends] == [True, False, False, True]
+
+
 def test_text_that_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = str(tmp_path / "text.txt")
     recipe = written(tmp_path, method={"name": "gptq"}, data={"source": text})
@@ -133,6 +150,16 @@ def test_a_model_is_planned_from_its_config_alone(
     assert "w4g128" not in {each["grid"] for each in found["grids"]}  # rows of 64 channels
     sizes = [each["num_bytes"] for each in found["grids"]]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_tables_of_8_bits_are_shown_where_the_target_loads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = planned("builtin:wiki-llama-3m", "--target", "vllm", "--memory", "9MB", capsys=capsys)
+    assert code == 0
+    assert {(each["with_tables"], each["fits_with_tables"]) for each in found["grids"]} == {(None, None)}
+    _, found = planned("builtin:wiki-llama-3m", "--target", "mlx", capsys=capsys)
+    assert all(each["with_tables"] < each["num_bytes"] for each in found["grids"] if each["format"])
+    assert main.main(["plan", "builtin:wiki-llama-3m", "--target", "vllm", "-q"]) == 0
+    assert capsys.readouterr().out.count("not loaded") == len(found["grids"])
 
 
 def test_the_size_of_a_grid_is_that_of_a_checkpoint(tmp_path: Path) -> None:

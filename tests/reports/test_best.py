@@ -135,6 +135,21 @@ def test_the_float_model_is_the_first_row_unless_a_run_is_of_it() -> None:
 # settings
 
 
+def test_the_grid_of_each_run_is_named_and_the_text_of_those_that_read_none_is_not() -> None:
+    def made(samples: int, calibration: dict[str, Any] | None, **quant: Any) -> Report:
+        data = {"source": "enwiki", "num_samples": samples, "seq_len": 32}
+        lock = locked(method={"name": "m"}, quant={"num_bits": 4} | quant, data=data)
+        return run(11.0, MB, lock=lock, calibration=calibration)
+
+    def found(*runs: Report) -> dict[str, list[str]]:
+        return dict(comparison(dict(zip("ab", runs, strict=True))).as_dict()["settings"])
+
+    text = {"source": "enwiki", "num_samples": 8, "seq_len": 32}
+    assert found(made(8, None), made(16, None, grid="q4_k")) == {"quant.grid": ["affine", "q4_k"]}
+    assert found(made(8, text), made(16, text)) == {"data.num_samples": ["8", "16"]}
+    assert found(made(8, text), made(16, None)) == {}
+
+
 def test_settings_in_which_runs_differ_are_listed() -> None:
     def lock(method: dict[str, Any], bits: int, **more: Any) -> Any:
         return locked(method=method, quant={"num_bits": bits, "group_size": 64} | more)

@@ -246,6 +246,19 @@ def test_the_page_is_whole_and_names_are_text() -> None:
             assert " ".join(cell.split()) in tree.text
 
 
+@pytest.mark.parametrize("count", [0, 12])
+def test_a_phone_lists_the_runs_once(count: int) -> None:
+    rows = tuple(row(0.6, metric="acc", task=f"task{index}") for index in range(count))
+    runs = {name: report(10).model_copy(update={"results": rows}) for name in "ab"}
+    tree = Tree(comparison(runs).html())
+    shown = [attrs["class"] for tag, attrs in tree.tags if tag == "div" and attrs.get("role") == "region"]
+    assert len([each for each in shown if each != "scroll on-wide"]) == 1
+    assert (len(shown) > 1) == (count > 0)
+    narrow = tree.style[tree.style.index("@media (max-width: 52rem)") :]
+    assert ".on-wide { display: none; }" in narrow
+    assert ".on-narrow { display: block; }" in narrow
+
+
 # the command
 
 

@@ -1,5 +1,6 @@
 """What the figures of losses, sizes and series show."""
 
+import numpy as np
 import pytest
 from helpers.full_report import full, row
 from helpers.records import per_block, per_step
@@ -51,6 +52,21 @@ def test_the_axis_of_losses_is_logarithmic_if_they_spread_more_than_five_times(l
     assert axes.get_xscale() == scale
     assert ("logarithmic" in axes.get_xlabel()) == (scale == "symlog")
     assert axes.get_xlim()[1] > 100 * loss
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_no_line_goes_through_the_words_and_numbers(count: int) -> None:
+    results = ([PERPLEXITY, ACCURACY, DIVERGENCE] * 3)[:count]
+    rows = [each.model_copy(update={"task": f"{each.task} {index}"}) for index, each in enumerate(results)]
+    (axes,) = drawn(Report(model="m", results=tuple(rows)), "changes").figure.axes
+    axes.figure.canvas.draw()
+    paths = [np.asarray(path.vertices) for each in axes.collections for path in each.get_paths()]
+    spans = [np.sort(axes.transData.transform(path)[:, 1])[[0, -1]] for path in paths]
+    assert len(spans) > 3 * count
+    assert not axes.xaxis.get_gridlines()[0].get_visible()
+    for text in axes.texts:
+        words = text.get_window_extent().shrunk(1, 0.8)  # without the room for accents
+        assert not any(words.y0 < high and low < words.y1 for low, high in spans), text.get_text()
 
 
 def test_rows_without_a_float_number_are_not_in_it() -> None:

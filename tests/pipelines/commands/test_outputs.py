@@ -76,7 +76,8 @@ def test_the_manifest_says_how_the_checkpoint_was_made(whole: Result, models: Pa
     assert Recipe.model_validate(resolved).model_dump(mode="json") == resolved
     floats = tiny.load(models / "llama")
     tokens = calibration(Recipe.model_validate(resolved).data, floats, 3).tokens
-    assert manifest["data"] == {"tokens": [8, 32], "sha256": token_hash(tokens)}
+    known = {"tokens": [8, 32], "sha256": token_hash(tokens)}
+    assert manifest["data"] == known | {"rendering": None, "num_learned": None}  # no conversations
     assert [each["name"] for each in manifest["series"]] == ["block_error"]
     assert len(manifest["series"][0]["values"]) == 2
     assert all(0 < error < 0.1 for error in manifest["series"][0]["values"])
@@ -162,6 +163,7 @@ def test_eval_measures_the_folder_the_recipe_and_the_exports_alike(
     report = json.loads(native.out)["report"]
     assert (report["quantized"], report["label"], report["method"]) == ("out/q", "w4g32", "gptq")
     assert report["bits_per_weight"] == 4.5
+    assert report["float_bytes"] == json.loads(whole.out)["report"]["float_bytes"]
     for name in ("gptq", "dense"):
         report_at = tmp_path / name
         other = qtool_("eval", f"out/{name}", *options, "--float-model", models / "llama", "--output", report_at)

@@ -90,10 +90,26 @@ def test_eval_without_the_float_model_says_so_and_goes_on(
     model = own(models / "llama")
     assert qtool_("ptq", recipe(model={"path": "./model"})).code == 0
     shutil.rmtree(model)
-    result = qtool_("eval", "out/q", "--tasks", "generated,kl", "--limit", "1", "--context", "16", "--device", "cpu")
+    limits = ("--limit", "1", "--context", "16", "--device", "cpu")
+    result = qtool_("eval", "out/q", "--tasks", "generated", *limits)
     assert result.code == 0, result.err
     assert "note: the float model is not measured: model.path: there is no folder ./model" in result.err
-    assert "not measured: there is no float model to compare with" in result.out
+
+
+def test_kl_without_the_float_model_is_refused_before_anything_is_measured(
+    qtool_: Callable[..., Result], recipe: Callable[..., str], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = own(models / "llama")
+    assert qtool_("ptq", recipe(model={"path": "./model"})).code == 0
+    assert qtool_("export", "out/q", "--format", "dense", "-o", "out/dense").code == 0
+    shutil.rmtree(model)
+    monkeypatch.setattr("qtool.evaluation.tasks.score_windows", None)
+    for folder, why in (("out/q", "there is no folder ./model"), ("out/dense", "its folder does not name it")):
+        result = qtool_("eval", folder, "--tasks", "generated,kl", "-o", "out/report")
+        assert result.code == 2, result.err
+        assert f"kl compares {folder} with the float model it was made from, and" in result.message
+        assert why in result.message
+        assert "name it with --float-model" in result.message
 
 
 @pytest.mark.parametrize("family", ["gpt2"])

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.stopped_runs import make, quantize
 
+from qtool.cli import main
+from qtool.config.target import TargetConfig
 from qtool.pipelines import reproduce
 from qtool.system.errors import InputError, RunError
 
@@ -12,6 +15,17 @@ from qtool.system.errors import InputError, RunError
 def test_reproduce_makes_the_same_bytes(written: Path) -> None:
     assert reproduce.reproduce(written) == []
     assert [path.name for path in written.parent.iterdir() if path.is_dir()] == ["out"]
+
+
+def test_reproduce_makes_no_export_for_a_target(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make(folder, tmp_path / "out").model_copy(update={"target": TargetConfig(engine="mlx")})
+    quantize(recipe)
+    assert (tmp_path / "out-mlx").is_dir()
+    capsys.readouterr()
+    assert main.main(["reproduce", str(tmp_path / "out")]) == 0
+    assert "an export to" not in capsys.readouterr().err
 
 
 def test_reproduce_names_the_first_block_that_differs(written: Path) -> None:
