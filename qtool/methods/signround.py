@@ -20,7 +20,6 @@ docs/benchmarks.md has the figures.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import ClassVar, Literal
 
 import torch
@@ -40,7 +39,8 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.system import distributed, progress
 from qtool.system.seeds import derived_seed
-from qtool.training.block_loss import BlockLoss, loss_of
+from qtool.training.block_loss import BlockLoss, Windows, loss_of
+from qtool.training.fit import windows_of_step
 from qtool.training.guided import EndLoss, block_weights, end_loss
 
 PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
@@ -131,50 +131,35 @@ class SignRoundLinear(QuantLinear):
         self.factors.clamp_(*FACTORS)
 
 
-def minibatches(num_batches: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield the indices of ``size`` batches, without end; every batch is used once before any is used again."""
-
-    def indices() -> Iterator[int]:
-        while True:
-            yield from torch.randperm(num_batches, generator=generator).tolist()
-
-    every = indices()
-    while True:
-        yield list(islice(every, size))
-
-
 class RoundingTraining:
     """The training of one block: its layers, and the distance of its output from the float block's."""
 
     def __init__(self, task: BlockTask, distance: BlockLoss, layers: list[SignRoundLinear], config: Config) -> None:
         """Lower ``distance``, the loss of the block's outputs of ``task.inputs``."""
         self.task, self.distance, self.layers, self.config = task, distance, layers, config
+        self.inputs = Windows(task.inputs)
 
-    def loss(self, index: int) -> Tensor:
-        """Return the summed loss of one batch, in float32."""
-        return self.distance.summed(self.distance.goal.of_batch(index), self.task.forward(self.task.inputs[index]))
-
-    def held(self, numbers: Sequence[int]) -> list[int]:
-        """Return the indices of those of some batches of the text that this process holds."""
-        own = self.task.inputs.share.numbers
-        return [own.index(number) for number in numbers if number in own]
+    def losses(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the summed losses, in float32, of parts of some windows; a call was recorded for a part's size."""
+        for part in self.inputs.parts(indices, self.task.calls):
+            yield self.distance.summed(part, self.task.forward(self.inputs[part]))
 
     @torch.no_grad()
-    def measure(self, numbers: list[int]) -> float:
-        """Return the summed loss of some batches of the text."""
+    def measure(self, indices: Sequence[int]) -> float:
+        """Return the summed loss of some windows."""
         for layer in self.layers:
             layer.expanded = layer.quantized_weight().to(self.task.compute)
-        return distributed.summed(sum(float(self.loss(index)) for index in self.held(numbers)))[0]
+        return distributed.summed(sum(map(float, self.losses(indices))))[0]
 
     @torch.enable_grad()
-    def step(self, numbers: list[int], share: float) -> None:
-        """Move every parameter by ``share`` of its travel, against the gradient of some batches of the text."""
-        # each weight is rounded once for all batches, and differentiated once after them
+    def step(self, indices: Sequence[int], share: float) -> None:
+        """Move every parameter by ``share`` of its travel, against the gradient of some windows."""
+        # each weight is rounded once for all parts, and differentiated once after them
         weights = [layer.quantized_weight() for layer in self.layers]
         for layer, weight in zip(self.layers, weights, strict=True):
             layer.expanded = weight.detach().to(self.task.compute).requires_grad_()
-        for index in self.held(numbers):
-            self.loss(index).backward()
+        for loss in self.losses(indices):
+            loss.backward()
         for layer, weight, gradient in zip(self.layers, weights, self._gradients(), strict=True):
             if gradient is None:  # its output only chooses, as an indexer's chooses keys: it stays rounded
                 continue
@@ -194,19 +179,18 @@ class RoundingTraining:
         distributed.sum_all(sums)
         return list(sums)
 
-    def run(self, generator: torch.Generator) -> list[QuantizedWeight]:
-        """Train, and return the best state of each layer."""
-        num_batches, batch = len(self.task.inputs.share.sizes), self.task.inputs.share.sizes[0]
-        size = min(num_batches, max(1, round(self.config.batch_size / batch)))
-        num_checked = min(num_batches, max(1, round(self.config.check_samples / batch)))
-        checked = [i * num_batches // num_checked for i in range(num_checked)]
+    def run(self, seed: int) -> list[QuantizedWeight]:
+        """Train, and return the best state of each layer; the seed determines the windows of each step."""
+        num_windows, total = self.inputs.num_windows, self.config.iterations
+        size, num_checked = min(num_windows, self.config.batch_size), min(num_windows, self.config.check_samples)
+        checked = [i * num_windows // num_checked for i in range(num_checked)]
         best = [layer.quantized for layer in self.layers]
         lowest = self.measure(checked)
-        total = self.config.iterations
         marks = {total * (i + 1) // NUM_CHECKS for i in range(NUM_CHECKS)}
-        steps = islice(minibatches(num_batches, size, generator), total)
-        for done, indices in enumerate(progress.track(steps, "training", total), start=1):
-            self.step(indices, 2 * (total - done + 1) / (total * (total + 1)))  # the shares fall linearly and sum to 1
+        for done in progress.track(range(1, total + 1), "training", total):
+            # the shares fall linearly and sum to 1
+            share = 2 * (total - done + 1) / (total * (total + 1))
+            self.step(windows_of_step(done - 1, size, num_windows, seed), share)
             if done in marks and (found := self.measure(checked)) < lowest:
                 lowest, best = found, [layer.quantized for layer in self.layers]
         return best
@@ -233,16 +217,15 @@ def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | 
             replace_linear(task.block, task.local_name(target), layers[target])
     if not layers:  # every linear of the block is skipped
         return
-    generator = torch.Generator().manual_seed(derived_seed(seed, task.index))
     outliers = outliers_of(layers.values(), config)
     distance = loss_of(task, config.last_block_loss, outliers, block_weights(guide, task))
-    best = RoundingTraining(task, distance, list(layers.values()), config).run(generator)
+    best = RoundingTraining(task, distance, list(layers.values()), config).run(derived_seed(seed, task.index))
     for target, quantized in zip(layers, best, strict=True):
         task.pack(target, quantized)
 
 
 def run(job: Job, config: Config) -> Result:
-    """Quantize the blocks in order on the text of the job; the seed and a block's index determine the minibatches."""
+    """Quantize the blocks in order on the text of the job; the seed and a block's index draw the windows of steps."""
     step = partial(quantize_block, config=config, seed=job.seed, guide=end_loss(job, config.guided))
     return run_blocks(job, step, with_float_states=True)
 

@@ -5,7 +5,7 @@ the mean square of the float block's output, so that learning rates suit every b
 takes its loss from here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,9 +37,13 @@ class Windows(Sequence[Tensor]):
         """Return those of ``indices`` that this process holds."""
         return [window for window in indices if window in self.places]
 
-    def of_batch(self, index: int) -> list[int]:
-        """Return the windows of the batch ``index`` among those that this process holds."""
-        return [*self.batches[index]]
+    def parts(self, indices: Sequence[int], sizes: Iterable[int]) -> Iterator[list[int]]:
+        """Split those of ``indices`` that this process holds into parts of the largest of ``sizes``, one of them 1."""
+        left, descending = self.held(indices), sorted(sizes, reverse=True)
+        while left:
+            size = next(size for size in descending if size <= len(left))
+            yield left[:size]
+            left = left[size:]
 
     def shapes(self, indices: Sequence[int]) -> list[torch.Size]:
         """Return the shape ``[t, d]`` of each window; hidden states on disk are not read."""

@@ -113,15 +113,10 @@ class BlockTraining:
         """Lower ``distance``, the loss of the block's outputs of ``task.inputs``."""
         self.task, self.distance, self.layers, self.norms = task, distance, layers, norms
         self.inputs = Windows(task.inputs)
-        self.sizes = sorted(task.calls, reverse=True)
 
     def parts(self, indices: list[int]) -> Iterator[list[int]]:
         """Split those of ``indices`` that this process holds into parts of a size for which a call was recorded."""
-        indices = self.inputs.held(indices)
-        while indices:
-            size = next(size for size in self.sizes if size <= len(indices))
-            yield indices[:size]
-            indices = indices[size:]
+        return self.inputs.parts(indices, self.task.calls)
 
     def part_loss(self, indices: list[int]) -> Tensor:
         """Return the summed loss of some windows, which the block processes at once, in float32."""
