@@ -43,7 +43,10 @@ from qtool.training.block_loss import BlockLoss, Windows, loss_of
 from qtool.training.fit import windows_of_step
 from qtool.training.guided import EndLoss, block_weights, end_loss
 
-PRESETS: Presets = {"light": {"iterations": 50}, "best": {"iterations": 1000, "data": {"num_samples": 512}}}
+PRESETS: Presets = {
+    "light": {"iterations": 50, "travel": 0.25, "range_travel": 0.25},  # half the travel: a step is twice a step of default
+    "best": {"iterations": 1000, "data": {"num_samples": 512}},
+}
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
 NUM_CHECKS = 8  # number of states that are compared with the start
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
