@@ -43,8 +43,9 @@ from qtool.training.block_loss import BlockLoss, Windows, loss_of
 from qtool.training.fit import windows_of_step
 from qtool.training.guided import EndLoss, block_weights, end_loss
 
+# light: half the travel in a quarter of the steps, so a step is twice one of default
 PRESETS: Presets = {
-    "light": {"iterations": 50, "travel": 0.25, "range_travel": 0.25},  # half the travel: a step is twice a step of default
+    "light": {"iterations": 50, "travel": 0.25, "range_travel": 0.25},
     "best": {"iterations": 1000, "data": {"num_samples": 512}},
 }
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
