@@ -41,7 +41,6 @@ def recipes(
         print_text(files.text_of(packaged[name]), end="")
         return
     listed = {each: files.summary(path) for each, path in packaged.items()}
-    offline = {each for each, path in packaged.items() if files.runs_offline(path)}
     if name in packaged:
         listed = {name: listed[name]}
     elif name is not None:
@@ -49,13 +48,14 @@ def recipes(
         if not listed:
             hint = nearest(name, packaged, "; the nearest is {}")
             raise InputError(f"no packaged recipe has {name} in its name or description{hint}; qtool recipes lists all")
+    offline = {each for each in listed if files.runs_offline(packaged[each])}
     if as_json:
         print_json([_record(each, text, packaged[each], each in offline) for each, text in listed.items()], indent=2)
     else:
         folded = {} if all_ or name is not None else FOLDED
         marked = {each: f"{text}{MARK if each in offline else ''}" for each, text in listed.items()}
         lines = _lines(marked, folded, get_terminal_size().columns if sys.stdout.isatty() else None)
-        print_text("\n".join([*lines, *(["", MEANING] if offline & listed.keys() else [])]))
+        print_text("\n".join([*lines, *(["", MEANING] if offline else [])]))
 
 
 def _record(name: str, summary: str, path: Path, offline: bool) -> dict[str, str | bool]:

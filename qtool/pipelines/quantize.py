@@ -310,12 +310,12 @@ def _manifest(
     """Return the manifest of the checkpoint, whose files have been written."""
     tokens = None
     if text is not None:
-        read = report.calibration
+        assert report.calibration is not None
         tokens = CalibrationTokens(
             tokens=text.tokens.shape,
             sha256=windows.token_hash(*text),
-            rendering=None if read is None else read.rendering,
-            num_learned=None if read is None else read.num_learned,
+            rendering=report.calibration.rendering,
+            num_learned=report.calibration.num_learned,
         )
     assert report.label is not None
     assert report.bits_per_weight is not None

@@ -26,9 +26,9 @@ class Windows(Sequence[Tensor]):
 
     def __init__(self, hidden: HiddenStates) -> None:
         """Number the windows of all batches of the text whose hidden states are ``hidden``."""
-        self.hidden, self.batches = hidden, hidden.share.windows
+        self.hidden = hidden
         self.num_windows = sum(hidden.share.sizes)
-        self.places = {window: (i, j) for i, batch in enumerate(self.batches) for j, window in enumerate(batch)}
+        self.places = {window: (i, j) for i, batch in enumerate(hidden.share.windows) for j, window in enumerate(batch)}
 
     def __len__(self) -> int:
         return self.num_windows
