@@ -5,7 +5,8 @@ group's range get factors, one at the start. Both follow only the sign of their 
 a learning rate that falls linearly to zero: the distance that they can move is known beforehand, whatever the size of
 the loss (Cheng et al., arXiv 2309.05516). All linears of a block are trained at once. The loss is the squared
 difference between the quantized block on the hidden states of the quantized model and the float block on those of the
-float model, so a block also corrects errors of the blocks before it.
+float model, so a block also corrects errors of the blocks before it; each token counts by its error relative to its own
+size (``training/block_loss.py``).
 
 From SignRoundV2 (arXiv 2512.04746) come two options: symmetric ranges can be searched first, with each input channel
 weighted by its mean square (``range: search``), and below 4 bits the loss can leave out the largest differences
@@ -14,8 +15,8 @@ at every width.
 
 Where we differ: the best of several states is kept, judged on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; and the search lowers the third power of errors, because squares clip so much that 2 bits get much worse.
-docs/benchmarks.md has the figures.
+8; the loss is relative to each token; and the search lowers the third power of errors, because squares clip so much
+that 2 bits get much worse. docs/benchmarks.md has the figures.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +50,8 @@ PRESETS: Presets = {
     "best": {"iterations": 1000, "data": {"num_samples": 512}},
 }
 FACTORS = (0.05, 2.0)  # bounds of the factor of a range
-NUM_CHECKS = 8  # number of states that are compared with the start
+NUM_CHECKS = 8  # largest number of states that are compared with the start
+CHECK_STEPS = 12  # fewest steps from one of them to the next
 FEW_BITS = 3  # largest width at which outliers are left out of the loss
 
 
@@ -190,7 +192,7 @@ class RoundingTraining:
         checked = [i * num_windows // num_checked for i in range(num_checked)]
         best = [layer.quantized for layer in self.layers]
         lowest = self.measure(checked)
-        marks = {total * (i + 1) // NUM_CHECKS for i in range(NUM_CHECKS)}
+        marks = checked_after(total)
         for done in progress.track(range(1, total + 1), "training", total):
             # the shares fall linearly and sum to 1
             share = 2 * (total - done + 1) / (total * (total + 1))
@@ -198,6 +200,12 @@ class RoundingTraining:
             if done in marks and (found := self.measure(checked)) < lowest:
                 lowest, best = found, [layer.quantized for layer in self.layers]
         return best
+
+
+def checked_after(iterations: int) -> set[int]:
+    """Return the numbers of steps after which the state is compared with the best one; the last state always is."""
+    count = max(1, min(NUM_CHECKS, iterations // CHECK_STEPS))
+    return {iterations * (i + 1) // count for i in range(count)}
 
 
 def outliers_of(layers: Iterable[SignRoundLinear], config: Config) -> float:

@@ -1,8 +1,11 @@
 """The loss of training one block: the distance of its output from the float block's, on calibration windows.
 
-It is a sum over tokens and channels and not a mean, so that half-precision gradients do not underflow, as a share of
-the mean square of the float block's output, so that learning rates suit every block. Every method that trains a block
-takes its loss from here.
+Each token's squared difference is a share of the mean square of its own float output. The norms that read the output
+divide it by that, so an error of a tenth costs the model much the same whatever the size of the token's state; and
+models have tokens, the first of a window above all, whose squares are ten thousand times those of others ("massive
+activations", arXiv 2402.17762) and would be all that a sum of plain squares sees. It is a sum over tokens and channels
+and not a mean, so that half-precision gradients do not underflow. Every method that trains a block takes its loss from
+here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +19,8 @@ from qtool.blocks.task import BlockTask
 from qtool.system import distributed
 from qtool.training.losses import kl
 from qtool.training.sliced import slices_of, summed
+
+TINY = 1e-6  # smallest mean square of a token, as a share of that of all: a state of zeros has no relative error
 
 
 class Windows(Sequence[Tensor]):
@@ -55,13 +60,14 @@ class Windows(Sequence[Tensor]):
 
 
 class BlockLoss:
-    """The squared difference of the outputs of a block from those of the float block, ``goal``."""
+    """The squared relative difference of the outputs of a block from those of the float block, ``goal``."""
 
     def __init__(self, goal: HiddenStates, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None) -> None:
         """Train towards ``goal``, the float block's output for each batch of the calibration text.
 
         The share ``outliers`` of the differences, the largest ones, is left out of the sum. ``weights`` of tokens
-        ``[n, t]``, of all windows, and of channels ``[d]`` multiply the squares; their means are 1 (``guided.py``).
+        ``[n, t]``, of all windows, and of channels ``[d]`` multiply the plain squares, as a share of the mean square
+        of the whole goal: gradients know what a token's error costs (``guided.py``). Their means are 1.
         """
         self.goal, self.outliers, self.weights = Windows(goal), outliers, weights
         squares = sum(len(batch) * float(batch.float().square().mean()) for batch in goal)
@@ -70,16 +76,20 @@ class BlockLoss:
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
         """Return the loss of ``outputs`` ``[b, t, d]``, the block's outputs of the windows ``indices``, in float32."""
-        difference = outputs.float() - self.goal[indices].float()
+        goal = self.goal[indices].float()
+        difference = outputs.float() - goal
+        if self.weights is None:
+            size = goal.square().mean(-1, keepdim=True).clamp_min(TINY * self.mean_square)
+            difference = difference * size.rsqrt()
         dropped = round(self.outliers * difference.numel())
         if dropped:
             size = difference.detach().abs()
             difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
         squares = difference.square()
-        if self.weights is not None:
-            tokens, channels = (each.to(squares.device) for each in self.weights)
-            squares = squares * tokens[list(indices)].unsqueeze(-1) * channels
-        return squares.sum() / self.mean_square
+        if self.weights is None:
+            return squares.sum()
+        tokens, channels = (each.to(squares.device) for each in self.weights)
+        return (squares * tokens[list(indices)].unsqueeze(-1) * channels).sum() / self.mean_square
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""

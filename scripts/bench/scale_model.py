@@ -260,7 +260,7 @@ def of_efficientqat(block: Block, text: Text, ranks: int, rates: Rates) -> Cost:
 def of_signround(block: Block, text: Text, ranks: int, rates: Rates) -> Cost:
     """Return the cost of SignRound with its defaults."""
     config = signround.Config()
-    checks = signround.NUM_CHECKS + 1
+    checks = len(signround.checked_after(config.iterations)) + 1
     return training(block, text, ranks, rates, config.iterations, config.batch_size, config.check_samples, checks)
 
 

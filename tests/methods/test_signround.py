@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from qtool.blocks.task import BlockTask
 from qtool.config import recipe
 from qtool.config.quant import BITS, QuantConfig, QuantSpec
 from qtool.methods import rtn, signround
-from qtool.methods.signround import RoundingTraining, SignRoundLinear
+from qtool.methods.signround import RoundingTraining, SignRoundLinear, checked_after
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, quantize
@@ -224,13 +225,21 @@ def test_a_step_reads_as_many_windows_as_the_recipe_says(
     assert all(len({*indices}) == len(indices) for indices in steps)
 
 
+@given(st.integers(1, 2000))
+def test_the_last_state_is_always_compared_and_others_are_some_steps_apart(iterations: int) -> None:
+    marks = sorted(checked_after(iterations))
+    assert marks[-1] == iterations
+    assert len(marks) <= 8
+    assert len(marks) == 1 or min(b - a for a, b in pairwise([0, *marks])) >= 12
+
+
 @pytest.mark.parametrize(("bits", "kept"), [(2, 90), (3, 90), (4, 100), (8, 100)])
 def test_the_largest_differences_are_left_out_below_four_bits(bits: int, kept: int) -> None:
     x = torch.randn(1, 10, 10, generator=torch.Generator().manual_seed(0))
-    task: Any = SimpleNamespace(inputs=HiddenStates(None, [x]), forward=lambda hidden: hidden, calls={1: None})
+    task: Any = SimpleNamespace(inputs=HiddenStates(None, [x]), forward=lambda hidden: hidden + 1, calls={1: None})
     layer = random_layer(QuantSpec(num_bits=bits, group_size=16))
     config = signround.Config(outliers=0.1)
-    distance = BlockLoss(HiddenStates(None, [torch.zeros_like(x)]), signround.outliers_of([layer], config))
+    distance = BlockLoss(HiddenStates(None, [torch.ones_like(x)]), signround.outliers_of([layer], config))
     training = RoundingTraining(task, distance, [layer], config)
     expected = x.flatten().square().sort().values[:kept].sum()
     assert float(next(training.losses([0]))) == pytest.approx(float(expected), rel=1e-5)
