@@ -23,6 +23,7 @@ from qtool.blocks.shares import check_same
 from qtool.blocks.states import PROBED_WINDOWS, BlockStates
 from qtool.blocks.tables import WINDOWS_PER_BATCH, HeadBlock
 from qtool.blocks.task import BlockTask, Rows, rows_of
+from qtool.blocks.token_errors import relative_squares
 from qtool.models import expert_files
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
@@ -145,7 +146,7 @@ def _quantize(
         for counts in task.expert_tokens.values():
             figures |= expert_figures(distributed.summed(*counts.tolist()))
         if before is not None:
-            figures["block_error"] = relative_change(states.inputs[0][: len(before)], before)
+            figures["block_error"] = float(relative_squares(states.inputs[0][: len(before)], before).mean())
     tensors = {task.full_name(part): value for part, value in task.block.state_dict().items()}
     return FinishedBlock(tensors, distributed.of_first(lambda: figures), task.weight_errors)
 
@@ -236,11 +237,6 @@ def _restore(task: BlockTask, tensors: dict[str, Tensor]) -> None:
         replace_linear(task.block, task.local_name(target), layer)
     for name, tensor in task.block.state_dict(keep_vars=True).items():
         tensor.data = tensors[f"{task.name}.{name}"].to(tensor)
-
-
-def relative_change(found: Tensor, expected: Tensor) -> float:
-    """Return ``|found - expected|**2 / |expected|**2``, computed in float32."""
-    return float((found.float() - expected.float()).square().sum() / expected.float().square().sum())
 
 
 @torch.no_grad()

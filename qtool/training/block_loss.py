@@ -1,11 +1,8 @@
 """The loss of training one block: the distance of its output from the float block's, on calibration windows.
 
-Each token's squared difference is a share of the mean square of its own float output. The norms that read the output
-divide it by that, so an error of a tenth costs the model much the same whatever the size of the token's state; and
-models have tokens, the first of a window above all, whose squares are ten thousand times those of others ("massive
-activations", arXiv 2402.17762) and would be all that a sum of plain squares sees. It is a sum over tokens and channels
-and not a mean, so that half-precision gradients do not underflow. Every method that trains a block takes its loss from
-here.
+Each token counts by its error relative to its own size (``blocks/token_errors.py``). The loss is a sum over tokens and
+channels and not a mean, so that half-precision gradients do not underflow. Every method that trains a block takes its
+loss from here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +13,10 @@ from torch import Tensor
 from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates, joined
 from qtool.blocks.task import BlockTask
+from qtool.blocks.token_errors import relative_squares
 from qtool.system import distributed
 from qtool.training.losses import kl
 from qtool.training.sliced import slices_of, summed
-
-TINY = 1e-6  # smallest mean square of a token, as a share of that of all: a state of zeros has no relative error
 
 
 class Windows(Sequence[Tensor]):
@@ -76,20 +72,19 @@ class BlockLoss:
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
         """Return the loss of ``outputs`` ``[b, t, d]``, the block's outputs of the windows ``indices``, in float32."""
-        goal = self.goal[indices].float()
-        difference = outputs.float() - goal
+        goal = self.goal[indices]
         if self.weights is None:
-            size = goal.square().mean(-1, keepdim=True).clamp_min(TINY * self.mean_square)
-            difference = difference * size.rsqrt()
-        dropped = round(self.outliers * difference.numel())
+            squares = relative_squares(outputs, goal, self.mean_square)
+        else:
+            squares = (outputs.float() - goal.float()).square() / self.mean_square
+        dropped = round(self.outliers * squares.numel())
         if dropped:
-            size = difference.detach().abs()
-            difference = difference.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
-        squares = difference.square()
-        if self.weights is None:
-            return squares.sum()
-        tokens, channels = (each.to(squares.device) for each in self.weights)
-        return (squares * tokens[list(indices)].unsqueeze(-1) * channels).sum() / self.mean_square
+            size = squares.detach()
+            squares = squares.masked_fill(size >= size.flatten().topk(dropped).values[-1], 0)
+        if self.weights is not None:
+            tokens, channels = (each.to(squares.device) for each in self.weights)
+            squares = squares * tokens[list(indices)].unsqueeze(-1) * channels
+        return squares.sum()
 
     def count(self, indices: Sequence[int]) -> int:
         """Return the number of terms in the sum over the windows ``indices``; the sum divided by it is the mean."""

@@ -89,6 +89,24 @@ def test_hessian_is_the_trace_times_the_error(llama: LoadedModel, tokens: Tensor
         assert cost[3] == pytest.approx(expected, rel=1e-4)
 
 
+def test_block_is_the_mean_over_tokens_of_the_relative_change_of_the_blocks_output(
+    llama: LoadedModel, tokens: Tensor
+) -> None:
+    units = units_with(llama)
+    costs = COST_ESTIMATORS["block"].measure(job(llama, units, tokens), units, nearest)
+    first = [(unit, cost) for unit, cost in zip(units, costs, strict=True) if unit.targets[0].block == 0]
+    outputs: list[Tensor] = []
+    llama.blocks()[0][1].register_forward_hook(
+        lambda module, args, out: outputs.append(out[0] if tuple is type(out) else out)
+    )
+    llama.model(tokens)
+    for unit, cost in first:
+        with rounded_unit(llama, unit, 3):
+            llama.model(tokens)
+        change = (outputs[-1] - outputs[0]).double().square().sum(-1)  # [n, t]
+        assert cost[3] == pytest.approx(float((change / outputs[0].double().square().sum(-1)).mean()), rel=1e-3)
+
+
 def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:
     units = units_with(llama)
     costs = COST_ESTIMATORS["fisher"].measure(job(llama, units, tokens), units, nearest)
