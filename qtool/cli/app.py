@@ -33,7 +33,7 @@ from qtool.cli.help import (
     table_names,
     task_names,
 )
-from qtool.cli.output import check_gate, fitted, print_either, print_text, show
+from qtool.cli.output import check_gate, check_measured, fitted, print_either, print_text, show
 from qtool.cli.plan import plan
 from qtool.cli.push import Private, Repo, destination, push, pushed
 from qtool.cli.recipes import recipes
@@ -138,7 +138,7 @@ def evaluate(
             plots=checked.output is not None and checked.output.plots,
         )
     show(outcome.report, as_json, outcome.path, outcome.exports, outcome.seconds)
-    if (fault := check_gate(outcome)) is not None:
+    if (fault := check_gate(outcome) or check_measured(outcome)) is not None:
         raise fault
 
 

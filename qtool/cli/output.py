@@ -82,6 +82,13 @@ def check_gate(outcome: "Outcome | None", to: "Destination | None" = None) -> Ru
     return RunError(listing("the result does not pass its quality gate:", lines))
 
 
+def check_measured(outcome: "Outcome") -> RunError | None:
+    """Return the error of an evaluation in which a task was not measured, to be raised when the result is printed."""
+    missing = {row.task: row.note.partition("not measured: ")[2] for row in outcome.report.results if row.value is None}
+    lines = [f"{task}: {reason}" for task, reason in missing.items()]
+    return RunError(listing("not every task was measured:", lines)) if lines else None
+
+
 def show_table(report: Any) -> None:
     """Print a report, or a comparison, as a table for a terminal or as Markdown."""
     _begin()

@@ -96,6 +96,20 @@ def test_eval_without_the_float_model_says_so_and_goes_on(
     assert "note: the float model is not measured: model.path: there is no folder ./model" in result.err
 
 
+def test_an_evaluation_whose_text_is_out_of_reach_fails_when_the_rest_is_printed(
+    qtool_: Callable[..., Result], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own(models / "llama")
+    monkeypatch.delenv("QTOOL_DATA_DIR", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    limits = ("--limit", "1", "--context", "16", "--device", "cpu")
+    result = qtool_("eval", "model", "--tasks", "generated,c4", *limits, "-o", "out/report")
+    assert result.code == 1
+    assert "| generated" in result.out
+    assert "not every task was measured:\n  c4: c4 is not on this machine" in result.message
+    assert (Path("out/report") / "report.json").is_file()
+
+
 def test_kl_without_the_float_model_is_refused_before_anything_is_measured(
     qtool_: Callable[..., Result], recipe: Callable[..., str], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
