@@ -32,7 +32,10 @@ NUM_WINDOWS = 7  # the last batch has one; one process holds four windows, the o
 W3 = QuantConfig(num_bits=3, group_size=16, symmetric=False, scale_dtype="float32")
 W8A8 = QuantConfig.model_validate({"num_bits": 4, "group_size": 16, "activations": {"num_bits": 8}})
 HEAD = QuantConfig.model_validate(W3.model_dump(exclude={"overrides", "budget"}) | {"head": {"num_bits": 4}})
-STEADY = {"optimizer": "adamw", "eps": 1.0}  # Adam makes much of rounding errors of small gradients; not with this eps
+STEADY = {
+    "optimizer": "adamw",
+    "eps": 1.0,
+}  # Adam and signs make much of rounding errors of small gradients; not with this eps
 TRAINED = {"epochs": 2, "min_steps": 8, "batch_size": 3, "e2e": {"steps": 0}, "optim": STEADY, "validation_samples": 2}
 
 
@@ -63,7 +66,7 @@ CASES = {
     "gptq guided": Case("gptq", {"guided": {"power": 0.5, "slices": 2}}),
     "signround guided": Case("signround", {"iterations": 12, "guided": {"power": 0.5}}),
     "predictions": Case("signround", {"iterations": 12, "last_block_loss": "kl"}),
-    "gsq": Case("gsq", {"epochs": 2, "min_steps": 6}),
+    "gsq": Case("gsq", {"epochs": 2, "min_steps": 6, "optim": STEADY}),
     "few windows": Case("efficientqat", TRAINED | {"batch_size": 1, "weight_lr": 0.05, "quant_lr": 0.01}),
 }
 
