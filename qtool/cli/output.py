@@ -84,8 +84,8 @@ def check_gate(outcome: "Outcome | None", to: "Destination | None" = None) -> Ru
 
 def check_measured(outcome: "Outcome") -> RunError | None:
     """Return the error of an evaluation in which a task was not measured, to be raised when the result is printed."""
-    missing = {row.task: row.note.partition("not measured: ")[2] for row in outcome.report.results if row.value is None}
-    lines = [f"{task}: {reason}" for task, reason in missing.items()]
+    missing = [row for row in outcome.report.results if row.value is None]
+    lines = [f"{row.task}: {row.note.removeprefix('not measured: ')}" for row in missing]
     return RunError(listing("not every task was measured:", lines)) if lines else None
 
 

@@ -32,10 +32,8 @@ NUM_WINDOWS = 7  # the last batch has one; one process holds four windows, the o
 W3 = QuantConfig(num_bits=3, group_size=16, symmetric=False, scale_dtype="float32")
 W8A8 = QuantConfig.model_validate({"num_bits": 4, "group_size": 16, "activations": {"num_bits": 8}})
 HEAD = QuantConfig.model_validate(W3.model_dump(exclude={"overrides", "budget"}) | {"head": {"num_bits": 4}})
-STEADY = {
-    "optimizer": "adamw",
-    "eps": 1.0,
-}  # Adam and signs make much of rounding errors of small gradients; not with this eps
+# Adam and signs make much of rounding errors of small gradients; Adam with this eps does not
+STEADY = {"optimizer": "adamw", "eps": 1.0}
 TRAINED = {"epochs": 2, "min_steps": 8, "batch_size": 3, "e2e": {"steps": 0}, "optim": STEADY, "validation_samples": 2}
 
 

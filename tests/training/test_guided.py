@@ -269,39 +269,33 @@ def test_the_loss_of_a_block_weighs_tokens_and_channels() -> None:
     torch.testing.assert_close(found.summed([4, 1], output), expected / goal.square().mean())
 
 
-def flat(real: Callable[..., EndLoss | None]) -> Callable[..., EndLoss | None]:
+def flat(real: Callable[..., EndLoss | None], square: float = 1.0) -> Callable[..., EndLoss | None]:
     """Return ``end_loss`` with the same squared gradient everywhere."""
 
-    def ones(of: Callable[[str], Tensor], name: str) -> Tensor:
-        return torch.ones_like(of(name))
+    def constant(of: Callable[[str], Tensor], name: str) -> Tensor:
+        return torch.full_like(of(name), square)
 
     def found(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
         measured = real(job, config, slices)
         assert measured is not None
-        return EndLoss(config, [partial(ones, of) for of in measured.batches])
+        return EndLoss(config, [partial(constant, of) for of in measured.batches])
 
     return found
 
 
-@pytest.mark.parametrize("module", [signround, efficientqat])
-def test_weights_of_a_block_change_what_it_learns(module: Any, folder: Path, tokens: Tensor) -> None:
+@pytest.mark.parametrize("module", [gptq, signround, efficientqat])
+def test_equal_weights_change_no_bit(
+    module: Any, folder: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large they are. To GPTQ they are as none; a block without weights counts tokens by their own sizes."""
     method, found = module.METHOD, []
     name = method.config.model_fields["name"].default
     quick = QUICK.get(name, {}) | ({"e2e": {"steps": 0}} if name == "efficientqat" else {})
-    for settings in ({}, {"guided": {"power": 1.0}}):
+    none = module is gptq
+    for power, measured in ((0.0 if none else 1.0, flat(end_loss, 4.0)), (1.0, flat(end_loss)), (1.0, end_loss)):
+        monkeypatch.setattr(module, "end_loss", measured if power else end_loss)
         job = job_of(folder, tokens)
-        method.run(job, method.config(**quick | settings))
-        found.append({name: layer.quantized for name, layer in packed_linears(job.loaded.model).items()})
-    assert not same(found[0], found[1])
-
-
-def test_equal_weights_change_no_bit(folder: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    real = end_loss
-    for settings in ({}, {"guided": {"power": 1.0}}, {"guided": {"power": 1.0}, "real": True}):
-        monkeypatch.setattr(gptq, "end_loss", real if settings.pop("real", False) or not settings else flat(real))
-        job = job_of(folder, tokens)
-        gptq.run(job, gptq.Config(**QUICK.get("gptq", {}) | settings))
+        method.run(job, method.config(**quick | {"guided": {"power": power}}))
         found.append({name: layer.quantized for name, layer in packed_linears(job.loaded.model).items()})
     assert same(found[0], found[1])
     assert not same(found[0], found[2])
