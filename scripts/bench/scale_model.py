@@ -56,10 +56,11 @@ PUBLISHED: dict[str, Callable[[], PreTrainedConfig]] = {  # shapes from the mode
 class Rates:
     """What a machine does in a second; each process has such a machine for itself."""
 
-    product: float  # FLOP/s of products of a block's forward, in the model's dtype
+    product: float  # FLOP/s of a block's forward, in the model's dtype
     gram: float  # FLOP/s of Hessians
     factor: float  # FLOP/s of Cholesky factorisation and triangular inverse, float32
     update: float  # FLOP/s of the products that correct later columns, float32
+    nearest: float  # weights/s that are rounded to nearest in the range of their extremes
     search: float  # weights/s whose range is searched
     column: float  # seconds that a column takes beside its FLOPs: kernel starts
     train: float  # weights/s that are rounded, differentiated and moved in a training step
@@ -79,6 +80,7 @@ def gpu(share: float, between: bool) -> Rates:
         gram=494e12 * share,
         factor=67e12 * share,
         update=67e12 * share,
+        nearest=memory / (6 * 8),  # 6 passes over 4 bytes read and 4 written
         search=memory / (40 * 8 * 8),  # 40 candidates, 8 passes over 4 bytes read and 4 written
         column=10 * 5e-6,
         train=memory / (25 * 8),  # 25 passes: rounding, its gradient, Adam's moments
@@ -227,9 +229,9 @@ def of_gptq(block: Block, text: Text, ranks: int, rates: Rates) -> Cost:
 
 
 def of_rtn(block: Block, text: Text, ranks: int, rates: Rates) -> Cost:
-    """Return the cost of round to nearest in searched ranges, which reads no text."""
+    """Return the cost of round to nearest in the range of extremes, which reads no text."""
     cost = common(block, text, ranks, rates) | {"forward": 0.0}
-    return cost | {"search": block.weights / ranks / rates.search}
+    return cost | {"rounding": block.weights / ranks / rates.nearest}
 
 
 def training(block: Block, text: Text, ranks: int, rates: Rates, steps: int, size: int, held: int, checks: int) -> Cost:
@@ -325,19 +327,27 @@ def rows_of(
 
 
 def beside(name: str, model: Counter[Block], measured: list[dict[str, Any]], rates: Rates) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of the runs that ``ranks.py`` measured on this model, beside what it measured."""
-    for row in measured:
-        if row["model"] == name and row["method"] in METHODS:
+    """Yield the predictions of the runs that ``ranks.py`` measured on this model, beside what it measured.
+
+    Where it kept the first blocks only, these are predicted. Predicted memory is that of a method; measured memory is
+    that of a process, less what ``rtn`` takes in one process, which is libraries and the model.
+    """
+    own = [row for row in measured if row["model"] == name]
+    base = min((max(row["rank_bytes"]) for row in own if (row["method"], row["ranks"]) == ("rtn", 1)), default=0)
+    for row in own:
+        if row["method"] in METHODS:
             text = Text(row["windows"], row["length"])
-            for found in rows_of(name, model, text, [row["ranks"]], lambda count: rates, [row["method"]]):
-                yield found | {"measured_seconds": row["seconds"], "measured_bytes": max(row["rank_bytes"])}
+            kept = Counter([*model.elements()][: row["blocks"] or None])
+            for found in rows_of(name, kept, text, [row["ranks"]], lambda count: rates, [row["method"]]):
+                taken = {"measured_seconds": row["seconds"], "measured_bytes": max(row["rank_bytes"]) - base}
+                yield found | taken | {"blocks": row["blocks"] or model.total()}
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
     """Return rows as a table in Markdown."""
     measured = any("measured_seconds" in row for row in rows)
     head = ["model", "method", "processes", "predicted s", "largest parts", "sent GB", "memory GB"]
-    head += ["measured s", "measured memory GB"] if measured else []
+    head += ["blocks", "measured s", "measured memory GB"] if measured else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         parts = sorted(row["parts"].items(), key=lambda each: -each[1])[:3]
@@ -345,7 +355,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
         cells = [row["model"], row["method"], str(row["ranks"]), f"{row['seconds']:.3g}", said]
         cells += [f"{row['sent'] / 1e9:.3g}", f"{sum(row['memory'].values()) / 1e9:.3g}"]
         if measured:
-            cells += [f"{row['measured_seconds']:.3g}", f"{row['measured_bytes'] / 1e9:.3g}"]
+            cells += [str(row["blocks"]), f"{row['measured_seconds']:.3g}", f"{row['measured_bytes'] / 1e9:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
