@@ -13,13 +13,14 @@ from qtool.allocation.units import Unit
 from qtool.blocks import tables
 from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job
+from qtool.blocks.moments import Statistics, collect
+from qtool.blocks.stages import Stage
 from qtool.blocks.states import BlockStates
 from qtool.methods import gptq
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, weight_of
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight, dequantize, quantize
-from qtool.quant.hessian import gram
 from qtool.quant.ranges import search_qparams
 
 Weights = Callable[[Target, int], Tensor]  # returns a weight rounded to a width, float32 [out, in]
@@ -59,7 +60,7 @@ def compensated(job: Job, units: Sequence[Unit]) -> Weights:
     states = BlockStates(job, job.loaded.dtype, with_float_states=False)
     for task in walk(job, states):
         for group, inputs in group_inputs(task):
-            statistics = gptq.Statistics(gram(rows.x for rows in inputs), None)
+            statistics = collect(Stage(group, inputs, None), config.token_weights)
             for target in group:
                 specs = [at_width(target, bits).spec for bits in choices[target.name]]
                 if num_experts(target.linear) > 1:
@@ -74,7 +75,7 @@ def compensated(job: Job, units: Sequence[Unit]) -> Weights:
             if unit.table == "embedding":
                 keep(target, (tables.nearest(copy, device) for copy in copies))
             else:
-                statistics = gptq.Statistics(head_hessian(states), None)
+                statistics = Statistics(head_hessian(states), None)
                 factor = gptq.factorise(statistics, target.spec, config, target.name)
                 weight = target.weight.to(device)
                 keep(target, (gptq.solve(weight, factor, copy.spec, config) for copy in copies))

@@ -16,6 +16,8 @@ GPTAQ (arXiv 2504.02692) also steers towards the float model's outputs: it adds 
 
 ``guided`` weighs the tokens of ``H`` by gradients of the model's loss (``training/guided.py``).
 
+With ``token_weights: relative`` tokens count alike in ``H`` and ``D``, whatever the size of their inputs.
+
 Where we differ: a dead channel (never active in calibration) keeps its weights and is rounded to nearest, where the
 reference zeroes them; column blocks always end where groups end, so a group's grid is fitted on weights that carry
 every correction made so far; one factorisation serves all linears of a group.
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, Method, Result
+from qtool.blocks.moments import Statistics, TokenWeights, collect, moment, weighed
 from qtool.blocks.shares import by_rows, gathered, no_rows, own_part, own_rows, parts_of, pooled, stacked
 from qtool.blocks.stages import Stage, stages
 from qtool.blocks.tables import HeadBlock
@@ -41,11 +44,10 @@ from qtool.config.sections import MethodConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target
 from qtool.quant.affine import QuantizedWeight, minmax_qparams, on_grid
-from qtool.quant.hessian import add_gram, column_order, grams, invert_lower, mirror, parts, reverse, row_chunks
+from qtool.quant.hessian import column_order, grams, invert_lower, parts, reverse
 from qtool.quant.ranges import search_qparams
 from qtool.system import distributed, memory, progress
 from qtool.system.errors import RunError
-from qtool.system.matmul import exact_products
 from qtool.training.guided import EndLoss, end_loss, weighted
 
 DAMP_LADDER = (1, 2, 5, 10, 30, 100)  # multiples of damp, tried in turn until the Hessian can be factorised
@@ -85,6 +87,12 @@ class Config(MethodConfig):
     gptaq: float = Field(
         0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."
     )
+    token_weights: TokenWeights = Field(
+        "plain",
+        description="Weight of a token in the Hessian. plain: tokens with larger inputs count more, as in the paper; "
+        "relative: an error counts relative to the size of the token's input. guided has weights of its own, and a "
+        "head needs none.",
+    )
     guided: GuidedHessian = Field(
         GuidedHessian(), description="End-loss weights of tokens in the Hessian of each linear; a head has none."
     )
@@ -101,12 +109,11 @@ class Config(MethodConfig):
             raise ValueError("act_order: full needs static_groups: true, or groups would not be contiguous on disk")
         return self
 
-
-class Statistics(NamedTuple):
-    """Second moments, over the calibration text, of an input of ``in`` channels that some linears share."""
-
-    hessian: Tensor  # [in, in] float32, 2/n sum x x^T
-    drift: Tensor | None  # [in, in] float32, 2/n sum (x_float - x) x^T
+    @model_validator(mode="after")
+    def _one_kind_of_token_weights(self) -> "Config":
+        if self.token_weights == "relative" and self.guided.power > 0:
+            raise ValueError("token_weights: relative and guided both weigh tokens; leave one of them out")
+        return self
 
 
 class Factor(NamedTuple):
@@ -115,38 +122,6 @@ class Factor(NamedTuple):
     order: Tensor  # [in]
     upper: Tensor  # U [in, in]: upper Cholesky factor of the inverse of the damped, ordered Hessian
     drift: Tensor | None  # P [in, in], GPTAQ's correction
-
-
-def _moment(inputs: Iterable[Rows]) -> Tensor:
-    """Return ``2/n sum x x^T`` ``[in, in]`` of the inputs of all processes."""
-    ((moment, count),) = grams([rows.x] for rows in inputs)
-    distributed.pool(count, moment)
-    return moment
-
-
-def collect(stage: Stage) -> Statistics:
-    """Return the statistics of the input that the linears of ``stage`` share, over the text of all processes."""
-    if stage.float_inputs is None:
-        return Statistics(_moment(stage.inputs), None)
-    hessian = drift = None
-    count = 0
-    for (batch, _), (batch_float, _) in zip(stage.inputs, stage.float_inputs, strict=True):
-        count, size = count + len(batch), batch.shape[1]
-        if hessian is None or drift is None:
-            hessian = batch.new_zeros(size, size, dtype=torch.float32)
-            drift = torch.zeros_like(hessian)
-        for rows in row_chunks(batch):
-            x = batch[rows].float()
-            with exact_products(batch.dtype):
-                add_gram(hessian, x)
-            drift.addmm_((batch_float[rows].float() - x).T, x)
-            del x  # frees its memory before the next chunk is cast
-    assert hessian is not None, "statistics need a batch"
-    assert drift is not None
-    mirror(hessian.mul_(2 / count))
-    drift.mul_(2 / count)
-    distributed.pool(count, hessian, drift)
-    return Statistics(hessian, drift)
 
 
 def factorise(statistics: Statistics, spec: QuantSpec, config: Config, name: str) -> Factor:
@@ -318,11 +293,12 @@ def solve_experts(
     memory.return_freed()
     experts = num_experts(target.linear)
     rows = target.weight_shape[0] // experts
-    shared = _moment(inputs)
+    shared = moment(weighed(inputs, config.token_weights))
     found: list[list[QuantizedWeight]] = [[] for _ in specs]
     few = []
     for group in parts(experts, max(distributed.place()[1], HESSIANS_BYTES // shared.nbytes)):
-        own_parts = (batch.x.split(batch.counts or [])[group] for batch in inputs)
+        rows_of_all = weighed(inputs, config.token_weights)
+        own_parts = (batch.x.split(batch.counts or [])[group] for batch in rows_of_all)
         hessians = pooled(grams(own_parts))
         few += [group.start + i for i, (_, count) in enumerate(hessians) if count < config.min_expert_tokens]
         mine = own_part(len(hessians))
@@ -379,7 +355,9 @@ def quantize_stage(task: BlockTask, stage: Stage, config: Config, guide: EndLoss
         quantize_guided(task, stage, config, guide)
         return
     if num_experts(stage.targets[0].linear) == 1:
-        quantize_group(task, stage.targets, collect(stage), config)
+        # the inputs of a head are made up, with the second moment of the text's
+        token_weights = "plain" if isinstance(task.block, HeadBlock) else config.token_weights
+        quantize_group(task, stage.targets, collect(stage, token_weights), config)
         return
     for target in stage.targets:
         (solved,) = solve_experts(target, stage.inputs, [target.spec], config)

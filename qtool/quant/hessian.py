@@ -4,6 +4,7 @@ The matrix ``[in, in]`` is the largest tensor of a run. So only its lower triang
 a few rows at a time, and the upper triangle is filled in place.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -14,6 +15,18 @@ from qtool.system.matmul import exact_products
 
 MIN_ROWS, MAX_ELEMENTS = 512, 2**22  # inputs are cast to float32 in chunks of max(MIN_ROWS, MAX_ELEMENTS // in) rows
 PART = 256  # number of columns handled at once when a matrix is changed in place
+
+
+def even_scale(x: Tensor) -> Tensor:
+    """Return the power of two ``[tokens, 1]``, in the dtype of ``x``, that brings each token's mean square to [0.5, 2).
+
+    A product with it is exact. Tokens then count alike in a sum of squares, where plain squares may see little but the
+    few tokens whose inputs are a hundred times as large ("massive activations", arXiv 2402.17762). A token of zeros
+    keeps its zeros. In float16 the scale is at most 2**15, less than tokens below 2**-15 would need.
+    """
+    exponent = torch.frexp(x.float().square().mean(-1, keepdim=True)).exponent
+    power = exponent.div(2, rounding_mode="floor").neg().clamp(max=int(math.log2(torch.finfo(x.dtype).max)))
+    return torch.ldexp(torch.ones_like(power, dtype=x.dtype), power)
 
 
 def gram(inputs: Iterable[Tensor]) -> Tensor:

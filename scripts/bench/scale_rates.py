@@ -27,6 +27,7 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaModel
 
+from qtool.blocks.moments import Statistics
 from qtool.blocks.states import TOKENS_PER_BATCH
 from qtool.config.quant import QuantSpec
 from qtool.methods import gptq, rtn
@@ -82,7 +83,7 @@ def measure(columns: int, rows: int, dtype: torch.dtype) -> Rates:
     x = torch.randn(TOKENS_PER_BATCH, columns).to(dtype)
     weight = torch.randn(rows, columns)
     spec, config = QuantSpec(num_bits=BITS, group_size=64), gptq.Config()
-    of_text = gptq.Statistics(gram([torch.randn(4 * columns, columns)]), None)
+    of_text = Statistics(gram([torch.randn(4 * columns, columns)]), None)
     factor = gptq.factorise(of_text, spec, config, "a linear")
     searching = seconds_of(lambda: search_qparams(weight, spec, 3.0))
     few, all_rows = (seconds_of(partial(gptq.solve, w, factor, spec, config)) for w in (weight[:16], weight))

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from qtool.blocks.driver import run_blocks
 from qtool.blocks.job import Job, load_method
+from qtool.blocks.moments import Statistics, collect
 from qtool.blocks.stages import Stage, stages
 from qtool.blocks.task import BlockTask, Rows
 from qtool.config.quant import BITS, QuantSpec
 from qtool.methods import gptq, rtn
-from qtool.methods.gptq import Statistics, collect, factorise, solve
+from qtool.methods.gptq import factorise, solve
 from qtool.models.linears import packed_linears
 from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
@@ -195,6 +196,23 @@ def test_full_order_without_static_groups_is_refused() -> None:
         gptq.Config(act_order="full")
 
 
+def test_two_kinds_of_token_weights_are_refused() -> None:
+    with pytest.raises(ValidationError, match="token_weights: relative and guided both weigh tokens"):
+        gptq.Config.model_validate({"token_weights": "relative", "guided": {"power": 1}})
+
+
+def test_a_run_reads_its_inputs_with_the_chosen_weights(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
+    """Every linear but those of a norm's outputs, which are even, may come out otherwise."""
+    found = []
+    for chosen in ("plain", "relative", "relative"):
+        loaded = make_llama()
+        gptq.run(Job.select(loaded, W4, tokens), gptq.Config(token_weights=chosen))
+        found.append({name: layer.quantized.codes for name, layer in packed_linears(loaded.model).items()})
+    down = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(found[0][down], found[1][down])
+    assert all(torch.equal(found[1][name], found[2][name]) for name in found[1])
+
+
 @pytest.mark.parametrize("static", [True, False])
 def test_static_groups_are_the_grids_of_the_original_weights(static: bool) -> None:
     weight, spec = random_weight(8, 64), QuantSpec(num_bits=3, group_size=16, symmetric=False)
@@ -315,7 +333,7 @@ def test_linears_that_share_an_input_are_solved_together_as_each_alone(
     def one_by_one(task: BlockTask) -> None:
         for stage in stages(task):
             for target in stage.targets:
-                gptq.quantize_group(task, [target], collect(stage), config)
+                gptq.quantize_group(task, [target], collect(stage, config.token_weights), config)
 
     run_blocks(Job(alone, tuple(targets), tokens), one_by_one)
     first, second = packed_linears(together.model), packed_linears(alone.model)

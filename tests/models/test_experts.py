@@ -11,6 +11,7 @@ from helpers.notes import Notes
 from transformers import AutoModelForCausalLM
 
 from qtool.blocks.job import Job
+from qtool.blocks.moments import TokenWeights
 from qtool.config.quant import QuantConfig
 from qtool.config.sections import ModelConfig
 from qtool.methods import gptq, signround
@@ -118,20 +119,24 @@ def test_experts_below_the_least_number_of_tokens_are_rounded_in_a_searched_rang
         assert torch.equal(layer.quantized.codes, codes)
 
 
-def test_the_hessian_of_an_expert_counts_by_its_tokens(mixture: LoadedModel, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize("token_weights", ["plain", "relative"])
+def test_the_hessian_of_an_expert_counts_by_its_tokens(token_weights: TokenWeights) -> None:
     """With the tokens of one expert only, its result is that of a plain linear on them and on the others' blend."""
+    from qtool.blocks.moments import Statistics
     from qtool.blocks.task import Rows
-    from qtool.methods.gptq import Statistics, factorise, solve, solve_experts
+    from qtool.methods.gptq import factorise, solve, solve_experts
     from qtool.models.linears import Target
-    from qtool.quant.hessian import gram
+    from qtool.quant.hessian import even_scale, gram
 
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(2 * 8, 32, generator=generator)
-    own, other = torch.randn(40, 32, generator=generator), 3 * torch.randn(24, 32, generator=generator)
+    own, other = torch.randn(40, 32, generator=generator), 9 * torch.randn(24, 32, generator=generator)
     linear = ExpertsLinear(weight, 2)
     target = Target.of("experts", linear, W4.spec_for("experts"), 0)  # type: ignore[arg-type]
-    config = gptq.Config(min_expert_tokens=0)
+    config = gptq.Config(min_expert_tokens=0, token_weights=token_weights)
     (found,) = solve_experts(target, [Rows(torch.cat([own, other]), [40, 24])], [target.spec], config)
+    if token_weights == "relative":
+        own, other = own * even_scale(own), other * even_scale(other)
     shared = gram([torch.cat([own, other])])
     for expert, x in enumerate((own, other)):
         share = len(x) / (len(x) + 32)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from qtool.blocks.moments import Statistics
 from qtool.config.grids import BLOCK_GRIDS
 from qtool.config.quant import QuantConfig, QuantSpec
 from qtool.quant import affine, block_scales
@@ -152,7 +153,7 @@ def test_gptq_lowers_the_output_error_of_a_block_grid_in_any_order(name: str) ->
     nearest = error(rtn.round_to_nearest(weight, spec, rtn.Config(range="search", norm=2)))
     for settings in ({}, {"act_order": "off"}, {"static_groups": True, "act_order": "full"}):
         config = gptq.Config.model_validate(settings)
-        factor = gptq.factorise(gptq.Statistics(gram([x]), None), spec, config, "linear")
+        factor = gptq.factorise(Statistics(gram([x]), None), spec, config, "linear")
         found = gptq.solve(weight, factor, spec, config)
         assert torch.equal(affine.stored_scale(found.scale, spec), found.scale)
         assert error(found) < 0.8 * nearest, settings

@@ -9,11 +9,11 @@ from helpers.methods import correlated_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtool.blocks.moments import Statistics, TokenWeights, collect
 from qtool.blocks.stages import Stage
 from qtool.blocks.task import Rows
-from qtool.methods.gptq import collect
 from qtool.quant import hessian as hessian_module
-from qtool.quant.hessian import add_gram, gram, mirror
+from qtool.quant.hessian import add_gram, even_scale, gram, mirror
 from qtool.system import matmul
 
 # Any: torch does not declare the settings of either
@@ -75,3 +75,49 @@ def test_gram_does_not_depend_on_how_many_rows_are_cast_at_once(rows: int, at_on
         patch.setattr(hessian_module, "MIN_ROWS", at_once)
         patch.setattr(hessian_module, "MAX_ELEMENTS", 1)
         assert torch.equal(gram(iter([x])), x.T @ x * (2 / rows))
+
+
+@given(st.integers(0, 99), st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), st.integers(-12, 12))
+def test_a_token_is_scaled_by_a_power_of_two_to_a_mean_square_near_one(seed: int, dtype: torch.dtype, by: int) -> None:
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)).mul(2.0**by).to(dtype)
+    x[3] = 0
+    scale = even_scale(x)
+    assert scale.dtype == dtype
+    assert torch.equal(torch.frexp(scale.float()).mantissa, torch.full((5, 1), 0.5))
+    found = (x * scale).float()
+    sizes = found.square().mean(1)
+    assert sizes[3] == 0
+    others = sizes[[0, 1, 2, 4]]
+    assert (others >= 0.49).all()
+    assert (others < 2.01).all()
+    if dtype != torch.float16:  # whose smallest numbers are rounded
+        assert torch.equal(found, x.float() * scale.float())
+
+
+def test_tokens_at_the_ends_of_float16_stay_finite() -> None:
+    x = torch.tensor([[60000.0] * 8, [2.0**-20] * 8, [0.0] * 8]).half()
+    sizes = (x * even_scale(x)).float().square().mean(1)
+    assert 0.5 <= float(sizes[0]) < 2
+    assert 0 < float(sizes[1]) < 2
+    assert float(sizes[2]) == 0
+    assert even_scale(x[:0]).shape == (0, 1), "an expert that no token chose"
+
+
+@given(st.lists(st.integers(-9, 9), min_size=6, max_size=6), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_relative_statistics_do_not_see_how_large_a_token_is(powers: list[int], dtype: torch.dtype) -> None:
+    """Of the input, and of its drift from the float model: a token times a power of two changes no bit of them."""
+    x = correlated_inputs(6, 32, seed=5)
+    x, floats = ((each / x.square().mean(1, keepdim=True).sqrt()).to(dtype) for each in (x, x + 0.1 * x.flip(0)))
+
+    def statistics(by: list[int], kind: TokenWeights) -> Statistics:
+        size = torch.tensor(by).exp2().unsqueeze(1).to(dtype)
+        return collect(Stage([], [Rows(x * size)], [Rows(floats * size)]), kind)
+
+    for found, expected in zip(statistics(powers, "relative"), statistics([0] * 6, "relative"), strict=True):
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
+    alone = collect(Stage([], [Rows(x)], None), "relative")
+    assert torch.equal(statistics(powers, "relative").hessian, alone.hessian)
+    if any(powers):
+        assert not torch.equal(statistics(powers, "plain").hessian, statistics([0] * 6, "plain").hessian)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Job
+from qtool.blocks.moments import collect
 from qtool.blocks.stages import Stage
 from qtool.blocks.tables import pack_embeddings
 from qtool.blocks.task import Rows
@@ -233,7 +234,7 @@ def test_a_weighted_hessian_is_the_weighted_sum() -> None:
     x, floats = correlated_inputs(40, 12), correlated_inputs(40, 12, seed=7)
     m = torch.rand(40, generator=generator(1))
     stage = Stage([], [Rows(x[:15]), Rows(x[15:])], [Rows(floats[:15]), Rows(floats[15:])])
-    found = gptq.collect(weighted(stage, m))
+    found = collect(weighted(stage, m))
     assert found.drift is not None
     hessian = sum(2 / 40 * m[t] * torch.outer(x[t], x[t]) for t in range(40))
     drift = sum(2 / 40 * m[t] * torch.outer(floats[t] - x[t], x[t]) for t in range(40))
@@ -249,7 +250,7 @@ def test_weights_lower_the_weighted_error_of_outputs() -> None:
     errors = []
     for stage in (plain, given):
         config = gptq.Config(damp=0.01)
-        found = gptq.solve(weight, gptq.factorise(gptq.collect(stage), spec, config, "layer"), spec, config)
+        found = gptq.solve(weight, gptq.factorise(collect(stage), spec, config, "layer"), spec, config)
         errors.append(float((m.unsqueeze(1) * (x @ (dequantize(*found) - weight).T).square()).sum()))
     assert errors[1] < 0.9 * errors[0]
 
@@ -287,11 +288,12 @@ def flat(real: Callable[..., EndLoss | None], square: float = 1.0) -> Callable[.
 def test_equal_weights_change_no_bit(
     module: Any, folder: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However large they are. To GPTQ they are as none; a block without weights counts tokens by their own sizes."""
+    """However large they are. To GPTQ they are as plain squares; without weights tokens count by their own sizes."""
     method, found = module.METHOD, []
     name = method.config.model_fields["name"].default
     quick = QUICK.get(name, {}) | ({"e2e": {"steps": 0}} if name == "efficientqat" else {})
     none = module is gptq
+    quick |= {"token_weights": "plain"} if none else {}
     for power, measured in ((0.0 if none else 1.0, flat(end_loss, 4.0)), (1.0, flat(end_loss)), (1.0, end_loss)):
         monkeypatch.setattr(module, "end_loss", measured if power else end_loss)
         job = job_of(folder, tokens)
