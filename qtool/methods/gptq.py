@@ -16,11 +16,10 @@ GPTAQ (arXiv 2504.02692) also steers towards the float model's outputs: it adds 
 
 ``guided`` weighs the tokens of ``H`` by gradients of the model's loss (``training/guided.py``).
 
-With ``token_weights: relative`` tokens count alike in ``H`` and ``D``, whatever the size of their inputs.
-
-Where we differ: a dead channel (never active in calibration) keeps its weights and is rounded to nearest, where the
-reference zeroes them; column blocks always end where groups end, so a group's grid is fitted on weights that carry
-every correction made so far; one factorisation serves all linears of a group.
+Where we differ: tokens count alike in ``H`` and ``D``, whatever the size of their inputs (``token_weights``); a dead
+channel (never active in calibration) keeps its weights and is rounded to nearest, where the reference zeroes them;
+column blocks always end where groups end, so a group's grid is fitted on weights that carry every correction made so
+far; one factorisation serves all linears of a group.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -88,9 +87,9 @@ class Config(MethodConfig):
         0.0, ge=0, le=1, description="Strength of GPTAQ's correction towards the outputs of the float model; 0: off."
     )
     token_weights: TokenWeights = Field(
-        "plain",
-        description="Weight of a token in the Hessian. plain: tokens with larger inputs count more, as in the paper; "
-        "relative: an error counts relative to the size of the token's input. guided has weights of its own, and a "
+        "relative",
+        description="Weight of a token in the Hessian. relative: an error counts relative to the size of the token's "
+        "input; plain: tokens with larger inputs count more, as in the paper. guided has weights of its own, and a "
         "head needs none.",
     )
     guided: GuidedHessian = Field(
@@ -111,7 +110,7 @@ class Config(MethodConfig):
 
     @model_validator(mode="after")
     def _one_kind_of_token_weights(self) -> "Config":
-        if self.token_weights == "relative" and self.guided.power > 0:
+        if "token_weights" in self.model_fields_set and self.token_weights == "relative" and self.guided.power > 0:
             raise ValueError("token_weights: relative and guided both weigh tokens; leave one of them out")
         return self
 
