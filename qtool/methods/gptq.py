@@ -89,8 +89,8 @@ class Config(MethodConfig):
     token_weights: TokenWeights = Field(
         "relative",
         description="Weight of a token in the Hessian. relative: an error counts relative to the size of the token's "
-        "input; plain: tokens with larger inputs count more, as in the paper. guided has weights of its own, and a "
-        "head needs none.",
+        "input; plain: tokens with larger inputs count more, as in the paper. With guided, its weights count "
+        "instead; a head needs none.",
     )
     guided: GuidedHessian = Field(
         GuidedHessian(), description="End-loss weights of tokens in the Hessian of each linear; a head has none."
@@ -106,12 +106,6 @@ class Config(MethodConfig):
     def _full_order_needs_static_groups(self) -> "Config":
         if self.act_order == "full" and not self.static_groups:
             raise ValueError("act_order: full needs static_groups: true, or groups would not be contiguous on disk")
-        return self
-
-    @model_validator(mode="after")
-    def _one_kind_of_token_weights(self) -> "Config":
-        if "token_weights" in self.model_fields_set and self.token_weights == "relative" and self.guided.power > 0:
-            raise ValueError("token_weights: relative and guided both weigh tokens; leave one of them out")
         return self
 
 

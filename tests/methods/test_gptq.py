@@ -196,9 +196,9 @@ def test_full_order_without_static_groups_is_refused() -> None:
         gptq.Config(act_order="full")
 
 
-def test_two_kinds_of_token_weights_are_refused() -> None:
-    with pytest.raises(ValidationError, match="token_weights: relative and guided both weigh tokens"):
-        gptq.Config.model_validate({"token_weights": "relative", "guided": {"power": 1}})
+def test_end_loss_weights_count_instead_of_token_weights_and_a_full_section_is_read_back() -> None:
+    config = gptq.Config.model_validate({"guided": {"power": 1}})
+    assert gptq.Config.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_run_reads_its_inputs_with_the_chosen_weights(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
