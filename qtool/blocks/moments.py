@@ -1,13 +1,11 @@
 """Second moments of the inputs of linears, for GPTQ and GPTAQ.
 
-The output error of a weight change ``d`` is ``d H d^T`` with ``H = 2/n sum x x^T`` over tokens. In many models a few
-tokens, the first of a window above all, have inputs of some linears that are a hundred times as large as those of all
-others ("massive activations", arXiv 2402.17762), and nearly all of that sum: ``H`` then says nothing of other tokens.
-Norms divide by the size of a token's state, so what an error costs depends on its size relative to the token's: with
-``relative`` weights tokens count alike, whatever their size.
+The output error of a weight change ``d`` is ``d H d^T`` with ``H = 2/n sum x x^T`` over tokens, so a token with larger
+inputs counts more. Norms divide by the size of a token's state, so what an error costs depends on its size relative to
+the token's: with ``relative`` weights tokens count alike, whatever their size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,14 +27,14 @@ class Statistics(NamedTuple):
     drift: Tensor | None  # [in, in] float32, 2/n sum (x_float - x) x^T
 
 
-def weighed(inputs: Iterable[Rows], token_weights: TokenWeights) -> Iterator[Rows]:
-    """Yield the inputs of each batch as they count in sums."""
-    return (Rows(x * even_scale(x) if token_weights == "relative" else x, counts) for x, counts in inputs)
+def weighed(x: Tensor, token_weights: TokenWeights) -> Tensor:
+    """Return the inputs ``x`` ``[tokens, in]`` as they count in sums."""
+    return x * even_scale(x) if token_weights == "relative" else x
 
 
-def moment(inputs: Iterable[Rows]) -> Tensor:
+def moment(inputs: Iterable[Rows], token_weights: TokenWeights) -> Tensor:
     """Return ``2/n sum x x^T`` ``[in, in]`` of the inputs of all processes."""
-    ((found, count),) = grams([rows.x] for rows in inputs)
+    ((found, count),) = grams([weighed(rows.x, token_weights)] for rows in inputs)
     distributed.pool(count, found)
     return found
 
@@ -47,7 +45,7 @@ def collect(stage: Stage, token_weights: TokenWeights = "plain") -> Statistics:
     A token's input in the float model is scaled as its input in the quantized one.
     """
     if stage.float_inputs is None:
-        return Statistics(moment(weighed(stage.inputs, token_weights)), None)
+        return Statistics(moment(stage.inputs, token_weights), None)
     hessian = drift = None
     count = 0
     for (batch, _), (batch_float, _) in zip(stage.inputs, stage.float_inputs, strict=True):

@@ -286,13 +286,12 @@ def solve_experts(
     memory.return_freed()
     experts = num_experts(target.linear)
     rows = target.weight_shape[0] // experts
-    shared = moment(weighed(inputs, config.token_weights))
+    shared = moment(inputs, config.token_weights)
     found: list[list[QuantizedWeight]] = [[] for _ in specs]
     few = []
     for group in parts(experts, max(distributed.place()[1], HESSIANS_BYTES // shared.nbytes)):
-        rows_of_all = weighed(inputs, config.token_weights)
-        own_parts = (batch.x.split(batch.counts or [])[group] for batch in rows_of_all)
-        hessians = pooled(grams(own_parts))
+        own_parts = (batch.x.split(batch.counts or [])[group] for batch in inputs)
+        hessians = pooled(grams([weighed(x, config.token_weights) for x in each] for each in own_parts))
         few += [group.start + i for i, (_, count) in enumerate(hessians) if count < config.min_expert_tokens]
         mine = own_part(len(hessians))
         solved = [[no_rows(shared, spec)] for spec in specs]

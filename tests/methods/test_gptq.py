@@ -25,7 +25,6 @@ from qtool.models.loaded import LoadedModel
 from qtool.models.targets import select_targets
 from qtool.quant import hessian as sums
 from qtool.quant.affine import QuantizedWeight, dequantize, minmax_qparams, quantize
-from qtool.quant.hessian import column_order
 from qtool.quant.ranges import search_qparams
 from qtool.system import progress
 from qtool.system.errors import RunError
@@ -128,7 +127,7 @@ def test_gptq_is_the_plain_formula(order: dict[str, Any], group_size: int, symme
     spec = QuantSpec(num_bits=3, group_size=group_size, symmetric=symmetric)
     weight, x = random_weight(6, 48), correlated_inputs(200, 48)
     stats = statistics(x)
-    columns = column_order(stats.hessian.diagonal(), spec, order["act_order"]).tolist()
+    columns = sums.column_order(stats.hessian.diagonal(), spec, order["act_order"]).tolist()
     expected = reference_gptq(weight, x, spec, columns, order.get("static_groups", False))
     assert not torch.equal(expected, rtn.round_to_nearest(weight, spec, rtn.Config()).codes)
     for block_size in (128, 8, 1):
@@ -175,7 +174,7 @@ def test_statistics_do_not_depend_on_how_tokens_are_batched() -> None:
 def test_group_order_keeps_groups_whole_and_takes_loud_channels_first(seed: int, group_size: int) -> None:
     diagonal = torch.rand(48, generator=generator(seed))
     spec = QuantSpec(group_size=group_size)
-    order = column_order(diagonal, spec, "group")
+    order = sums.column_order(diagonal, spec, "group")
     assert sorted(order.tolist()) == list(range(48))
     size = 48 if group_size == -1 else group_size
     groups = order.view(-1, size)
@@ -187,30 +186,13 @@ def test_group_order_keeps_groups_whole_and_takes_loud_channels_first(seed: int,
 
 def test_the_other_orders_are_as_they_lie_and_by_activation() -> None:
     diagonal = torch.tensor([1.0, 4.0, 2.0, 2.0])
-    assert column_order(diagonal, QuantSpec(group_size=2), "off").tolist() == [0, 1, 2, 3]
-    assert column_order(diagonal, QuantSpec(group_size=2), "full").tolist() == [1, 2, 3, 0]
+    assert sums.column_order(diagonal, QuantSpec(group_size=2), "off").tolist() == [0, 1, 2, 3]
+    assert sums.column_order(diagonal, QuantSpec(group_size=2), "full").tolist() == [1, 2, 3, 0]
 
 
 def test_full_order_without_static_groups_is_refused() -> None:
     with pytest.raises(ValidationError, match="act_order: full needs static_groups: true"):
         gptq.Config(act_order="full")
-
-
-def test_end_loss_weights_count_instead_of_token_weights_and_a_full_section_is_read_back() -> None:
-    config = gptq.Config.model_validate({"guided": {"power": 1}})
-    assert gptq.Config.model_validate(config.model_dump(mode="json")) == config
-
-
-def test_a_run_reads_its_inputs_with_the_chosen_weights(make_llama: Callable[[], LoadedModel], tokens: Tensor) -> None:
-    """Every linear but those of a norm's outputs, which are even, may come out otherwise."""
-    found = []
-    for chosen in ("plain", "relative", "relative"):
-        loaded = make_llama()
-        gptq.run(Job.select(loaded, W4, tokens), gptq.Config(token_weights=chosen))
-        found.append({name: layer.quantized.codes for name, layer in packed_linears(loaded.model).items()})
-    down = "model.layers.0.mlp.down_proj"
-    assert not torch.equal(found[0][down], found[1][down])
-    assert all(torch.equal(found[1][name], found[2][name]) for name in found[1])
 
 
 @pytest.mark.parametrize("static", [True, False])
