@@ -22,6 +22,7 @@ from qtool.system import progress
 from qtool.system.tensors import size_for
 
 LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # largest size of the logits of one forward
+LEAST_PART = 128  # least number of predictions in a part: products of fewer are bound by reading the weight of the head
 CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}  # number of logits in float32 at once; a CPU's caches hold 2**18
 BatchSize = int | Literal["auto"]
 
@@ -90,24 +91,24 @@ def score_models(
     others = [] if reference is None else [reference]
     size = _batch_size([*models, *others], windows.shape[1]) if batch_size == "auto" else batch_size
     batches = windows.split(min(size, len(windows)))
-    predictions = _predictions([*models, *others], batches[0])
-    columns: list[list[list[Tensor]]] = [[] for _ in models]
+    predictions, part, rows = _predictions(models, others, batches[0])
+    sums: list[list[Tensor]] = [[] for _ in models]
     found: list[list[Tensor]] = [[] for _ in models]
     for batch in progress.track(batches, title, len(batches)):
         logits = [each(batch) for each in predictions]
         for index, window in enumerate(batch):
-            labels = window[1:].to(models[0].device)
-            for place in range(len(models)):
-                pair = [one(index) for one in (logits[place], *logits[len(models) :])]
-                sums, by_token = _score_window(pair, labels, compare)
-                columns[place].append(sums)
-                found[place].append(by_token)
-    return [_scores(*each, windows, compare) for each in zip(columns, found, strict=True)]
+            parts = [one(index) for one in logits]
+            beside = parts.pop() if others else None
+            scores = _score_window(parts, beside, window[1:].to(models[0].device).split(part), rows, compare)
+            for place, (own_sums, token_kl) in enumerate(scores):
+                sums[place].append(own_sums)
+                found[place].append(token_kl)
+    return [_scores(*each, windows, compare) for each in zip(sums, found, strict=True)]
 
 
-def _scores(columns: list[list[Tensor]], found: list[Tensor], windows: Tensor, compare: bool) -> WindowScores:
+def _scores(sums: list[Tensor], found: list[Tensor], windows: Tensor, compare: bool) -> WindowScores:
     """Return the scores of a model from the sums of each of ``windows`` and the divergence of each prediction."""
-    table = torch.stack([torch.stack(column) for column in columns]).cpu() / (windows.shape[1] - 1)
+    table = torch.stack(sums).cpu() / (windows.shape[1] - 1)
     nll, reference_nll, kl, agreement, *_ = [*table.unbind(1), None, None, None]
     assert nll is not None
     num_predictions = windows.shape[0] * (windows.shape[1] - 1)
@@ -115,71 +116,95 @@ def _scores(columns: list[list[Tensor]], found: list[Tensor], windows: Tensor, c
     return WindowScores(nll, reference_nll, kl, agreement, num_predictions, token_kl)
 
 
-Chunks = Iterator[Tensor]  # logits ``[rows, vocabulary]`` of the predictions of a window, some at a time, in order
-Predictions = Callable[[Tensor], Callable[[int], Chunks]]  # windows [b, t] -> index of a window -> chunks
+Parts = Iterator[Tensor]  # logits ``[part, vocabulary]`` of the predictions of a window, some at a time, in order
+Predictions = Callable[[Tensor], Callable[[int], Parts]]  # windows [b, t] -> index of a window -> its parts
 
 
-def _predictions(models: Sequence[PreTrainedModel], batch: Tensor) -> list[Predictions]:
-    """Return how each of ``models`` predicts ``batch`` and others like it; the chunks of all have the same sizes."""
-    device, vocabulary = models[0].device, max(model.config.get_text_config().vocab_size for model in models)
+def _predictions(
+    models: Sequence[PreTrainedModel], others: Sequence[PreTrainedModel], batch: Tensor
+) -> tuple[list[Predictions], int, int]:
+    """Return how each of ``models``, then of ``others``, predicts ``batch`` and others like it.
+
+    Also return the number of predictions in a part, and how many of them to score at once. Where the logits of a batch
+    do not fit whole, a part is as large as the logits of one of ``models`` and of ``others`` permit, but not too small.
+    """
+    every = [*models, *others]
+    length = batch.shape[1] - 1
+    device = models[0].device
+    vocabulary: int = max(model.config.get_text_config().vocab_size for model in every)
     rows = max(1, size_for(device, CHUNK_NUMBERS) // vocabulary)
-    per_row = sum(vocabulary * model.dtype.itemsize for model in models)
-    fitting = max(1, size_for(device, LOGIT_BYTES) // per_row)
-    if batch.numel() <= fitting:
-        return [partial(_whole, model, rows) for model in models]
-    ends = [readout_of(model, batch.to(model.device)) for model in models]
-    for model, end in zip(models, ends, strict=True):
+    if batch.numel() <= _fitting(device, vocabulary, every):
+        return [partial(_whole, model, length) for model in every], length, rows
+    fitting = _fitting(device, vocabulary, [models[0], *others])
+    count = math.ceil(length / max(fitting, LEAST_PART, rows))
+    part = rows * math.ceil(length / count / rows)  # a multiple, so that what is scored at once does not depend on it
+    ends = [readout_of(model, batch.to(model.device)) for model in every]
+    for model, end in zip(every, ends, strict=True):
         if end is None:
             progress.note(
                 f"the logits of {type(model).__name__} are made of more than its final hidden states; those of a whole "
                 "batch are held at once"
             )
-    return [
-        partial(_whole, model, rows) if end is None else partial(_read, end, rows, fitting)
-        for model, end in zip(models, ends, strict=True)
+    predictions: list[Predictions] = [
+        partial(_whole, model, part) if end is None else partial(_read, end, part)
+        for model, end in zip(every, ends, strict=True)
     ]
+    return predictions, part, rows
 
 
-def _whole(model: PreTrainedModel, rows: int, batch: Tensor) -> Callable[[int], Chunks]:
-    """Predict ``batch`` ``[b, t]`` by one forward; a window's predictions come ``rows`` at a time."""
+def _fitting(device: torch.device, vocabulary: int, models: Sequence[PreTrainedModel]) -> int:
+    """Return for how many tokens the logits of all ``models`` fit into ``LOGIT_BYTES``; at least one."""
+    return max(1, size_for(device, LOGIT_BYTES) // sum(vocabulary * model.dtype.itemsize for model in models))
+
+
+def _whole(model: PreTrainedModel, part: int, batch: Tensor) -> Callable[[int], Parts]:
+    """Predict ``batch`` ``[b, t]`` by one forward; a window's predictions come ``part`` at a time."""
     logits = model(batch.to(model.device), use_cache=False).logits
-    return lambda index: iter(logits[index, :-1].split(rows))
+    return lambda index: iter(logits[index, :-1].split(part))
 
 
-def _read(end: Readout, rows: int, fitting: int, batch: Tensor) -> Callable[[int], Chunks]:
-    """Predict ``batch`` ``[b, t]`` with the logits of about ``fitting`` tokens at once, and yield ``rows`` of them."""
+def _read(end: Readout, part: int, batch: Tensor) -> Callable[[int], Parts]:
+    """Predict ``batch`` ``[b, t]`` with the logits of ``part`` tokens at once."""
     hidden = end.hidden({"input_ids": batch.to(end.device)})
-
-    def chunks(index: int) -> Chunks:
-        own = hidden[index, :-1]
-        parts = math.ceil(len(own) / max(fitting, rows))
-        several = rows * math.ceil(len(own) / parts / rows)  # a multiple, so that chunks are those of whole logits
-        for part in own.split(several):
-            yield from end.logits(part).split(rows)
-
-    return chunks
+    return lambda index: (end.logits(some) for some in hidden[index, :-1].split(part))
 
 
-def _score_window(predicted: Sequence[Chunks], labels: Tensor, compare: bool) -> tuple[list[Tensor], Tensor]:
-    """Return sums over the predictions ``predicted`` of each model: nll of each, then kl and agreement; and each kl.
+def _score_window(
+    predicted: Sequence[Parts], reference: Parts | None, labels: Sequence[Tensor], rows: int, compare: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what :func:`_score_part` returns of each of ``predicted``, for a whole window.
 
-    ``labels`` ``[t - 1]`` are the true tokens. Without ``compare`` there are no kl and agreement.
+    ``labels`` are the true tokens of each part. One part of ``reference`` serves all models, whose parts exist one
+    after the other.
     """
-    device, start = labels.device, 0
-    sums = torch.zeros(len(predicted) + 2 * compare, dtype=torch.float64, device=device)
+    scores: list[list[tuple[Tensor, Tensor]]] = [[] for _ in predicted]
+    for label in labels:
+        beside = None if reference is None else next(reference)
+        for found, parts in zip(scores, predicted, strict=True):
+            found.append(_score_part(next(parts), beside, label, rows, compare))
+    return [(torch.stack([one for one, _ in found]).sum(0), torch.cat([kl for _, kl in found])) for found in scores]
+
+
+def _score_part(mine: Tensor, beside: Tensor | None, labels: Tensor, rows: int, compare: bool) -> tuple[Tensor, Tensor]:
+    """Return sums over the predictions with the logits ``mine`` ``[n, vocabulary]``, and the kl of each of them.
+
+    The sums, in float64, are nll, nll of the logits ``beside`` if there are any, then, with ``compare``, kl and
+    agreement. ``labels`` ``[n]`` are the true tokens; ``rows`` of them are scored at once.
+    """
+    device = labels.device
+    pair = [mine] if beside is None else [mine, beside]
+    sums = torch.zeros(len(pair) + 2 * compare, dtype=torch.float64, device=device)
     found = []
-    for chunks in zip(*predicted, strict=True):
-        label = labels[start : start + len(chunks[0])]
-        start += len(label)
+    for label, *chunks in zip(labels.split(rows), *(logits.split(rows) for logits in pair), strict=True):
         logs = [F.log_softmax(chunk.to(device).float(), -1) for chunk in chunks]
         for index, log in enumerate(logs):
             sums[index] += F.nll_loss(log, label, reduction="sum")
         if compare:
-            mine, other = logs
-            sums[-1] += (mine.argmax(-1) == other.argmax(-1)).sum()
-            found.append(torch.linalg.vecdot(other.exp(), other - mine))
+            own, other = logs
+            sums[-1] += (own.argmax(-1) == other.argmax(-1)).sum()
+            found.append(torch.linalg.vecdot(other.exp(), other - own))
             sums[-2] += found[-1].sum()
-    return list(sums), torch.cat(found).cpu() if compare else labels.new_empty(0)
+    return sums, torch.cat(found).cpu() if compare else labels.new_empty(0)
 
 
 def percentile(ordered: Tensor, share: float) -> float:

@@ -98,6 +98,7 @@ def test_logits_of_a_few_tokens_at_a_time_give_the_same_scores(
     heads = [each.model.get_output_embeddings() for each in (loaded, reference)]
     handles = [head.register_forward_hook(lambda *args: seen.append(args[2].shape[-2])) for head in heads]
     monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 15 * 2 * 4 * 4096})
+    monkeypatch.setattr(perplexity, "LEAST_PART", 1)
     monkeypatch.setattr(perplexity, "CHUNK_NUMBERS", {"cpu": 4 * 4096})
     found = perplexity.score_windows(loaded.model, reference.model, windows, size, True, "")
     for handle in handles:
@@ -123,13 +124,21 @@ def test_several_models_beside_one_pass_of_the_reference_have_the_scores_of_each
     models = [loaded.model, reference.model]
     expected = [perplexity.score_windows(each, reference.model, windows, 3, True, "") for each in models]
     monkeypatch.setattr(perplexity, "LOGIT_BYTES", {"cpu": 4 * logit_numbers})
+    monkeypatch.setattr(perplexity, "LEAST_PART", 1)
     passes: list[int] = []
+    head: list[int] = []
     handle = reference.blocks()[0][1].register_forward_hook(lambda *args: passes.append(len(args[1])))
+    of_head = reference.model.get_output_embeddings().register_forward_hook(
+        lambda *args: head.append(args[2].shape[-2])
+    )
     found = perplexity.score_models([loaded.model], reference.model, windows, 3, True, "")
-    alone = len(passes)
+    alone, predictions, largest = len(passes), sum(head), max(head)
     found += perplexity.score_models(models, reference.model, windows, 3, True, "")[1:]
     handle.remove()
+    of_head.remove()
     assert len(passes) - alone == 2 * alone, "as a model and as the reference"
+    assert sum(head) == 3 * predictions, "each logit once, however many models there are"
+    assert max(head) == largest, "as many logits at once as for one model"
     for ours, theirs in zip(found, expected, strict=True):
         for a, b in zip(ours[:4], theirs[:4], strict=True):
             assert a is not None
