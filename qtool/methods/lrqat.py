@@ -44,7 +44,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import ParamGroup
 from qtool.training.linears import train_linears
-from qtool.training.rates import ends_to_scale, rate
+from qtool.training.rates import ends_to_scale, rate, scale_group
 
 OBSERVED = 2**14  # number of tokens on which the main directions of inputs are measured
 OVERSAMPLING, POWER_ITERATIONS = 8, 4  # subspace iteration: extra directions, and multiplications by the matrix
@@ -258,11 +258,9 @@ def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[st
 
 def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[ParamGroup]:
     """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
-    scale = float(layer.scale.detach().abs().mean())
-    distance = ends_to_scale(config.scale_travel, scale, layer.spec.qmax)
     return [
         ParamGroup([layer.a, layer.b], rate(config.travel, total, config.lr)),
-        ParamGroup([layer.scale], rate(distance, total, config.scale_lr)),
+        scale_group(layer.scale, ends_to_scale(config.scale_travel, layer.spec.qmax), total, config.scale_lr),
     ]
 
 

@@ -28,6 +28,7 @@ class ParamGroup(NamedTuple):
     parameters: list[nn.Parameter]
     lr: float  # at the top of the schedule
     weight_decay: float = 0.0  # decoupled: each step shrinks a parameter by lr * weight_decay
+    relative: bool = False  # lr is a share of the size that each number of the parameters has at the start
 
 
 class FitResult(NamedTuple):
@@ -238,6 +239,12 @@ class _Run:
         self.groups = [group._replace(parameters=[_held(each) for each in group.parameters]) for group in groups]
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
         self.sharded = any(ours is not given for ours, given in zip(self.parameters, self.given, strict=True))
+        self.sizes = [  # pairs of a parameter with relative rates, and its size at the start
+            (parameter, parameter.detach().abs())
+            for group in self.groups
+            if group.relative
+            for parameter in group.parameters
+        ]
         self.optimizer = make_optimizer(self.groups, config)
         self.step = 0
         self.losses: list[float] = []
@@ -271,12 +278,20 @@ class _Run:
         factor = lr_factor(self.step, self.num_steps, self.config)
         for group, row in zip(self.groups, self.optimizer.param_groups, strict=True):
             row["lr"] = group.lr * factor
-        self.optimizer.step()
+        self._move()
         self.optimizer.zero_grad()
         self.losses.append(loss)
         self.step += 1
         rate = max(group.lr for group in self.groups) * factor
         return {"loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        """Move the parameters by a step of the optimizer, those with relative rates by the size of each number."""
+        before = [parameter.clone() for parameter, _ in self.sizes]
+        self.optimizer.step()
+        for (parameter, size), old in zip(self.sizes, before, strict=True):
+            torch.lerp(old, parameter, size, out=parameter)
 
     @torch.no_grad()
     def judge(self, validate: Callable[[], float]) -> float:

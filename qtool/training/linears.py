@@ -24,7 +24,7 @@ from qtool.training.end_to_end import train_model
 from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
 from qtool.training.plan import plan_of
-from qtool.training.rates import ends_to_scale, rate
+from qtool.training.rates import ends_to_scale, rate, scale_group
 from qtool.training.sharding import train_by_block
 
 L = TypeVar("L", bound=QuantLinear)
@@ -133,12 +133,10 @@ def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> Par
 
 def grid_groups(layer: QuantLinear, config: GridConfig, total: float) -> list[ParamGroup]:
     """Return the weights, scales and, if they train, zero points of ``layer`` with their learning rates."""
-    lr = ends = rate(config.scale_travel, total, config.scale_lr)  # per step, in codes: also the unit of zero points
-    if config.scale_lr is None:
-        lr = ends_to_scale(ends, float(layer.scale.detach().abs().mean()), layer.spec.qmax)
-    groups = [weight_group(layer, config, total), ParamGroup([layer.scale], lr)]
+    share = ends_to_scale(config.scale_travel, layer.spec.qmax)
+    groups = [weight_group(layer, config, total), scale_group(layer.scale, share, total, config.scale_lr)]
     if layer.zero_point.requires_grad:
-        groups.append(ParamGroup([layer.zero_point], ends))
+        groups.append(ParamGroup([layer.zero_point], rate(config.scale_travel, total, config.scale_lr)))
     return groups
 
 

@@ -6,6 +6,10 @@ schedule and any number of steps from ``min_steps`` up (``plan.py``; in fewer st
 converts it from the unit of its key to the parameter's own unit.
 """
 
+from torch import nn
+
+from qtool.training.fit import ParamGroup
+
 LEAST_TOTAL = 1e-9  # stands in for the sum of the factors of a training without steps
 
 
@@ -17,10 +21,19 @@ def rate(distance: float, total: float, override: float | None) -> float:
     return distance / max(total, LEAST_TOTAL) if override is None else override
 
 
-def ends_to_scale(ends: float, scale: float, qmax: int) -> float:
-    """Convert a travel or learning rate of the ends of a range, in quantization steps, to that of its scale.
+def scale_group(scale: nn.Parameter, share: float, total: float, override: float | None = None) -> ParamGroup:
+    """Return the group of the scales of a linear, each of which can move by ``share`` of its own size at the start.
 
-    An end lies ``qmax / 2`` steps of size ``scale`` from the middle of the range, so it moves by one step where the
-    scale changes by ``2 / qmax`` of itself.
+    The scales of a linear differ: those of a Gemma 3 go from a thirtieth of their mean to seventeen times it, and the
+    same rate for all would take the smallest through zero. An ``override`` is such a rate.
     """
-    return ends * scale * 2 / qmax
+    return ParamGroup([scale], rate(share, total, override), relative=override is None)
+
+
+def ends_to_scale(ends: float, qmax: int) -> float:
+    """Convert a travel of the ends of a range, in quantization steps, to that of its scale, as a share of the scale.
+
+    An end lies ``qmax / 2`` steps from the middle of the range, so it moves by one step where the scale changes by
+    ``2 / qmax`` of itself.
+    """
+    return ends * 2 / qmax

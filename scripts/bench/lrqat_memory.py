@@ -170,7 +170,9 @@ def measured_table(shape: Shape, rows: list[tuple[Cell, dict[str, Any]]]) -> str
     for cell, row in rows:
         blocks = 1 if cell.method == "efficientqat" else shape.blocks
         held, n = row["held"], blocks * shape.num_weights
-        rest = sum(held.get(kind, 0) for kind in ("float weights", "expanded", "start", "best state"))
+        rest = sum(
+            held.get(kind, 0) for kind in ("float weights", "expanded", "start", "best state", "starting scales")
+        )
         numbers = [held["weights"], held.get("factors", 0) + held["grid"], held["optimizer"], rest]
         numbers.append(row["saved"].get("weight path", 0))
         differs = row["held"] != row["held computed"] or row["saved"] != row["saved computed"]

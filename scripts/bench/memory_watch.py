@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from qtool.methods.efficientqat.block_ap import StepsLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.trained_linear import QuantLinear
@@ -200,6 +201,7 @@ def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[
             for kind, names in OF_LAYER.items():
                 parts.append((kind, [named[name] for name in names if name in named]))
             parts.append(("expanded", [layer.expanded] if isinstance(layer, block_training.BlockLinear) else []))
+            parts.append(("starting scales", [layer.unit] if isinstance(layer, StepsLinear) else []))
     for each in objects:
         if isinstance(each, torch.optim.Optimizer):
             parts.append(("optimizer", [value for state in each.state.values() for value in state.values()]))
@@ -207,6 +209,7 @@ def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[
             parts.append(("start", each[:3]))
         elif isinstance(each, _Run):
             parts.append(("best state", each.best))
+            parts.append(("starting scales", [size for _, size in each.sizes]))
         elif isinstance(each, block_training.Norm):
             parts.append(("norms", [each.master]))
     parts.append(("float weights", [each.weight for each in objects if type(each) is nn.Linear and each is not head]))

@@ -27,7 +27,7 @@ from qtool.methods.efficientqat.config import PARTS, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
-from qtool.quant.affine import minmax_qparams
+from qtool.quant.affine import grouped, minmax_qparams
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 from qtool.training.block_loss import BlockLoss
@@ -212,10 +212,9 @@ def test_rates_are_travels_over_the_schedule() -> None:
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
     layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
     norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
-    step = float(layer.scale.detach().mean())
     groups = block_ap.groups_of([layer], [norm], total, settings)
     found = {id(group.parameters[0]): group.lr * total for group in groups}
-    asked = {layer.weight: 0.5 * step, layer.scale: 0.2 * step, layer.zero_point: 3.0, norm.master: 0.1 * 2}
+    asked = {layer.weight: 0.5, layer.scale: 0.2, layer.zero_point: 3.0, norm.master: 0.1 * 2}
     assert found == pytest.approx({id(parameter): value for parameter, value in asked.items()})
     absolute = settings.model_copy(update={"weight_lr": 2e-5, "quant_lr": 1e-4})
     rates = {id(group.parameters[0]): group.lr for group in block_ap.groups_of([layer], [norm], total, absolute)}
@@ -226,10 +225,11 @@ def test_rates_of_the_second_phase_are_travels_over_the_schedule() -> None:
     packed = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)).freeze()
     layer = ScaleLinear.of(packed, True, True)
     settings = ScaleConfig(scale_share=0.2, zero_travel=3)
-    step = float(packed.weight_scale.float().mean())
-    assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, settings)] == pytest.approx([0.02 * step, 0.3])
-    fixed = settings.model_copy(update={"lr": 2e-5})
-    assert [group.lr for group in e2e_qp.groups_of(layer, 10.0, fixed)] == [2e-5, 2e-5]
+    groups = e2e_qp.groups_of(layer, 10.0, settings)
+    assert [group.lr for group in groups] == pytest.approx([0.02, 0.3])
+    assert [group.relative for group in groups] == [True, False]
+    fixed = e2e_qp.groups_of(layer, 10.0, settings.model_copy(update={"lr": 2e-5}))
+    assert [(group.lr, group.relative) for group in fixed] == [(2e-5, False)] * 2
 
 
 @pytest.mark.parametrize("key", ["scale_travel", "e2e.scale_travel"])
@@ -237,7 +237,7 @@ def test_the_former_name_of_a_share_is_refused_with_the_new_one(key: str) -> Non
     with pytest.raises(InputError) as refusal:
         recipe.load("efficientqat-w2g64-asym", [f"method.{key}=0.15"])
     assert str(refusal.value).splitlines()[1:] == [
-        f"  method.{key}: this key is now scale_share, a share of the linear's mean scale (scale_travel of other "
+        f"  method.{key}: this key is now scale_share, a share of the scale itself (scale_travel of other "
         "methods is in quantization steps); found 0.15"
     ]
 
@@ -245,14 +245,14 @@ def test_the_former_name_of_a_share_is_refused_with_the_new_one(key: str) -> Non
 def test_no_weight_goes_far_beyond_its_travel(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adam's step can be a little more than its rate, when gradients grow."""
+    """Adam's step can be a little more than its rate, when gradients grow; weights are in steps of their groups."""
     trainings, floats = captured(monkeypatch), copy.deepcopy(llama.model)
     run(llama, tokens, W2A, travel=0.2)
     for training in trainings:
         for target, layer in zip(training.task.targets, training.layers, strict=True):
             weight = floats.get_parameter(f"{target.name}.weight")
-            step = float(minmax_qparams(weight.detach(), layer.spec)[0].mean())
-            assert 0.05 < float((layer.weight.detach() - weight).abs().max()) / step < 0.3
+            steps = grouped(weight, layer.spec) / minmax_qparams(weight.detach(), layer.spec)[0].unsqueeze(-1)
+            assert 0.05 < float((layer.weight.detach() - steps.flatten(1)).abs().max()) < 0.3
 
 
 @pytest.mark.parametrize("bits", [2, 4])

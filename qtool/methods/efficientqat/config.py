@@ -20,8 +20,7 @@ from qtool.methods.gsq.config import AssignmentConfig
 Part = Literal["weights", "norms", "scales", "zero_points"]
 PARTS: tuple[Part, ...] = get_args(Part)
 RENAMED = {  # former keys of both phases, see Section.renamed
-    "scale_travel": "scale_share, a share of the linear's mean scale (scale_travel of other methods is in quantization "
-    "steps)"
+    "scale_travel": "scale_share, a share of the scale itself (scale_travel of other methods is in quantization steps)"
 }
 
 PRESETS: Presets = {
@@ -59,14 +58,14 @@ class BlockConfig(LastBlockConfig, TrainedConfig):
     travel: float = Field(
         0.5,
         ge=0,
-        description="Distance that a weight can move over all steps, in quantization steps (the mean scale of its "
-        "linear); sets the learning rate of weights.",
+        description="Distance that a weight can move over all steps, in quantization steps of its group; sets the "
+        "learning rate of weights.",
     )
     scale_share: float = Field(
         0.1,
         ge=0,
-        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear; sets "
-        "the learning rate of scales.",
+        description="Distance that a scale can move over all steps, as a share of its size at the start; sets the "
+        "learning rate of scales.",
     )
     zero_travel: float = Field(
         0.5,
@@ -130,8 +129,8 @@ class ScaleConfig(EndToEndConfig):
     scale_share: float = Field(
         0.2,
         ge=0,
-        description="Distance that a scale can move over all steps, as a share of the mean scale of its linear; sets "
-        "the learning rate of scales.",
+        description="Distance that a scale can move over all steps, as a share of its size at the start; sets the "
+        "learning rate of scales.",
     )
     zero_travel: float = Field(
         0.5,

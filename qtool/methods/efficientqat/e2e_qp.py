@@ -26,7 +26,7 @@ from qtool.training.end_to_end import train_model
 from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
 from qtool.training.plan import plan_of
-from qtool.training.rates import rate
+from qtool.training.rates import rate, scale_group
 from qtool.training.sharding import train_by_block
 
 PHASE = "e2e-qp"  # name of the folder of the training state
@@ -100,12 +100,11 @@ class ScaleLinear(PackedLinear):
 
 def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[ParamGroup]:
     """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
-    step = float(layer.scale.detach().abs().mean())
-    groups = []
-    for parameter, distance in ((layer.scale, config.scale_share * step), (layer.zero_point, config.zero_travel)):
-        if parameter.requires_grad:
-            groups.append(ParamGroup([parameter], rate(distance, total, config.lr)))
-    return groups
+    groups = [
+        scale_group(layer.scale, config.scale_share, total, config.lr),
+        ParamGroup([layer.zero_point], rate(config.zero_travel, total, config.lr)),
+    ]
+    return [group for group in groups if group.parameters[0].requires_grad]
 
 
 def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:

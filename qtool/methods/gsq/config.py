@@ -21,7 +21,7 @@ class AssignmentConfig(Section):
     scale_share: float = Field(
         0.1,
         ge=0,
-        description="Distance that a scale can move over all steps, as a share of its linear's mean step.",
+        description="Distance that a scale can move over all steps, as a share of its size at the start.",
     )
     strength: tuple[PositiveFloat, PositiveFloat] = Field(
         (3.0, 15.0), description="Factor of the logits beside the Gumbel noise, at the start and at the end."

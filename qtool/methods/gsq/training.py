@@ -16,7 +16,7 @@ from qtool.system.seeds import derived_seed
 from qtool.training.block_loss import BlockLoss
 from qtool.training.block_training import BlockTraining, split_windows, steps_of
 from qtool.training.fit import NonFiniteError, ParamGroup, total_factor
-from qtool.training.rates import rate
+from qtool.training.rates import rate, scale_group
 
 # losses of hard codes on validation windows at the start and in the best state, those of soft and of hard codes in the
 # last state, and the share of codes that the best state has changed
@@ -111,6 +111,5 @@ def groups_of(layers: Sequence[AssignmentLinear], total: float, config: Assignme
     groups = []
     for layer in layers:
         groups.append(ParamGroup([layer.logits], rate(config.travel, total, None)))
-        distance = config.scale_share * float(layer.scale.detach().abs().mean())
-        groups.append(ParamGroup([layer.scale], rate(distance, total, None)))
+        groups.append(scale_group(layer.scale, config.scale_share, total))
     return groups
