@@ -28,7 +28,7 @@ class ParamGroup(NamedTuple):
     parameters: list[nn.Parameter]
     lr: float  # at the top of the schedule
     weight_decay: float = 0.0  # decoupled: each step shrinks a parameter by lr * weight_decay
-    relative: bool = False  # lr is a share of the size that each number of the parameters has at the start
+    relative: bool = False  # lr is a share of the size of each number at the start; there is no weight decay
 
 
 class FitResult(NamedTuple):
@@ -287,11 +287,16 @@ class _Run:
 
     @torch.no_grad()
     def _move(self) -> None:
-        """Move the parameters by a step of the optimizer, those with relative rates by the size of each number."""
+        """Move the parameters by a step of the optimizer, times the size of each number where rates are relative.
+
+        These are zero while the optimizer moves them, so that no digit of a small step is lost beside a large number.
+        """
         before = [parameter.clone() for parameter, _ in self.sizes]
+        for parameter, _ in self.sizes:
+            parameter.zero_()
         self.optimizer.step()
         for (parameter, size), old in zip(self.sizes, before, strict=True):
-            torch.lerp(old, parameter, size, out=parameter)
+            torch.addcmul(old, size, parameter, out=parameter)
 
     @torch.no_grad()
     def judge(self, validate: Callable[[], float]) -> float:

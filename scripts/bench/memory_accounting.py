@@ -73,7 +73,7 @@ def held_bytes(shape: Shape, cell: Cell) -> dict[str, int]:
     blocks, d = 1 if per_block else shape.blocks, shape.hidden
     weights, scales = blocks * shape.num_weights, blocks * cell.num_groups(shape)
     found = {"weights": 4 * weights, "grid": 8 * scales}
-    found["starting scales"] = 4 * scales * (2 if per_block else 1)  # units of rates, in Block-AP of weights too
+    found["starting scales"] = 4 * scales  # units of their learning rates
     if cell.method == "lrqat":
         factors = blocks * sum(min(cell.rank, *pair) * sum(pair) for pair in shape.linears)
         words = blocks * sum(rows * num_words(columns, cell.num_bits) for rows, columns in shape.linears)
@@ -139,8 +139,7 @@ def saved_bytes(shape: Shape, cell: Cell) -> dict[str, int]:
     if cell.method == "efficientqat":
         # norms train, so what they multiply is kept; the loss keeps the difference to its goal and the tokens' sizes
         at_the_loss = activations(shape, cell, first=True) + (2 * cell.item + 4) * tokens * d + 4 * tokens
-        shares = 4 * cell.num_groups(shape)  # scales as shares of those at the start
-        return {"weight path": weight_path(shape, cell) + shares, "activations": at_the_loss}
+        return {"weight path": weight_path(shape, cell), "activations": at_the_loss}
     if cell.blocks_again:
         return {"activations": shape.blocks * cell.item * tokens * d + final + head(shape)}
     each = [activations(shape, cell, first=index == 0) for index in range(shape.blocks)]
@@ -194,7 +193,7 @@ def _peak_of_a_block(shape: Shape, cell: Cell) -> int:
     n, scales, item = shape.num_weights, 4 * cell.num_groups(shape), cell.item
     value = 0 if item == 4 else 4  # of a weight, float32; where the block computes in that it is what is multiplied by
     tokens, (rows, columns) = shape.batch * shape.length, shape.linears[-1]
-    kept = 4 * n + 3 * scales
+    kept = 4 * n + 2 * scales
     loss = activations(shape, cell, first=True) + (2 * item + 4) * tokens * shape.hidden
     loss += item * (rows * columns + tokens * (rows + columns))  # the first product's gradients, before anything goes
     # later every weight's gradient is in float32, and that of the last weight goes on to the grid first

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from qtool.methods.efficientqat.block_ap import StepsLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant.affine import QuantizedWeight
 from qtool.quant.trained_linear import QuantLinear
@@ -201,7 +200,6 @@ def everything(model: PreTrainedModel, device: torch.device) -> dict[int, tuple[
             for kind, names in OF_LAYER.items():
                 parts.append((kind, [named[name] for name in names if name in named]))
             parts.append(("expanded", [layer.expanded] if isinstance(layer, block_training.BlockLinear) else []))
-            parts.append(("starting scales", [layer.unit] if isinstance(layer, StepsLinear) else []))
     for each in objects:
         if isinstance(each, torch.optim.Optimizer):
             parts.append(("optimizer", [value for state in each.state.values() for value in state.values()]))

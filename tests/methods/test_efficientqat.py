@@ -27,7 +27,7 @@ from qtool.methods.efficientqat.config import PARTS, ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
 from qtool.models.loaded import LoadedModel
 from qtool.quant import affine
-from qtool.quant.affine import grouped, minmax_qparams
+from qtool.quant.affine import minmax_qparams
 from qtool.quant.packed_linear import PackedLinear
 from qtool.system.errors import InputError
 from qtool.training.block_loss import BlockLoss
@@ -98,7 +98,7 @@ def test_training_lowers_the_error_of_every_block(
     start = run(make_llama(), tokens, quant, epochs=0)
     trained = run(make_llama(), tokens, quant, min_steps=60, **settings)
     pairs = list(zip(trained["block_error"], start["block_error"], strict=True))
-    most = 1.1 if "low_rank" in settings else 0.7  # the second block's inputs are those of a worse first one
+    most = 1.2 if "low_rank" in settings else 0.7  # the second block's inputs are those of a worse first one
     assert all(ours < most * theirs for ours, theirs in pairs), pairs
     assert pairs[0][0] < 0.5 * pairs[0][1]
     assert all(ours <= theirs for ours, theirs in zip(trained["loss"], trained["start_loss"], strict=True))
@@ -120,7 +120,7 @@ def test_the_second_phase_brings_the_model_closer(make_llama: Make, tokens: Tens
 def test_the_second_phase_changes_scales_alone(make_llama: Make, tokens: Tensor, loss: str) -> None:
     first, both = make_llama(), make_llama()
     run(first, tokens, W2A)
-    run(both, tokens, W2A, e2e={"batch_size": 2, "loss": loss})
+    run(both, tokens, W2A, e2e={"batch_size": 2, "loss": loss, "trains": ["scales"]})
     before, after = first.model.state_dict(), both.model.state_dict()
     assert before.keys() == after.keys()
     for name in before:
@@ -212,9 +212,10 @@ def test_rates_are_travels_over_the_schedule() -> None:
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1, optim=optim)
     layer, total = random_layer(QuantSpec(num_bits=2, group_size=16, symmetric=False)), total_factor(40, optim)
     norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
+    step = float(layer.scale.detach().mean())
     groups = block_ap.groups_of([layer], [norm], total, settings)
     found = {id(group.parameters[0]): group.lr * total for group in groups}
-    asked = {layer.weight: 0.5, layer.scale: 0.2, layer.zero_point: 3.0, norm.master: 0.1 * 2}
+    asked = {layer.weight: 0.5 * step, layer.scale: 0.2, layer.zero_point: 3.0, norm.master: 0.1 * 2}
     assert found == pytest.approx({id(parameter): value for parameter, value in asked.items()})
     absolute = settings.model_copy(update={"weight_lr": 2e-5, "quant_lr": 1e-4})
     rates = {id(group.parameters[0]): group.lr for group in block_ap.groups_of([layer], [norm], total, absolute)}
@@ -245,14 +246,14 @@ def test_the_former_name_of_a_share_is_refused_with_the_new_one(key: str) -> Non
 def test_no_weight_goes_far_beyond_its_travel(
     llama: LoadedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adam's step can be a little more than its rate, when gradients grow; weights are in steps of their groups."""
+    """Adam's step can be a little more than its rate, when gradients grow."""
     trainings, floats = captured(monkeypatch), copy.deepcopy(llama.model)
     run(llama, tokens, W2A, travel=0.2)
     for training in trainings:
         for target, layer in zip(training.task.targets, training.layers, strict=True):
             weight = floats.get_parameter(f"{target.name}.weight")
-            steps = grouped(weight, layer.spec) / minmax_qparams(weight.detach(), layer.spec)[0].unsqueeze(-1)
-            assert 0.05 < float((layer.weight.detach() - steps.flatten(1)).abs().max()) < 0.3
+            step = float(minmax_qparams(weight.detach(), layer.spec)[0].mean())
+            assert 0.05 < float((layer.weight.detach() - weight).abs().max()) / step < 0.3
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -13,12 +13,9 @@ from torch import nn
 from qtool.config.quant import BITS, QuantSpec
 from qtool.config.training import OptimConfig
 from qtool.methods import lrqat, lsq
-from qtool.methods._starts import PLAIN
 from qtool.methods.efficientqat import block_ap, e2e_qp
 from qtool.methods.efficientqat.config import ScaleConfig
 from qtool.methods.efficientqat.e2e_qp import ScaleLinear
-from qtool.methods.rtn import round_to_nearest
-from qtool.models.linears import Target
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.block_training import Norm
 from qtool.training.fit import ParamGroup, fit, total_factor
@@ -58,7 +55,7 @@ def test_the_ends_of_a_range_move_by_their_steps(ends: float, scale: float, bits
     assert (moved - scale) * qmax / 2 == pytest.approx(ends * scale)
 
 
-SIZES = st.floats(1e-6, 1e3).flatmap(lambda size: st.sampled_from([size, -size]))
+SIZES = st.floats(1e-6, 1e6).flatmap(lambda size: st.sampled_from([size, -size]))
 
 
 @given(st.lists(SIZES, min_size=1, max_size=8), st.floats(0.01, 0.9), st.sampled_from(["adamw", "signsgd", "lion"]))
@@ -66,10 +63,10 @@ def test_a_scale_moves_by_a_share_of_its_own_size_and_never_through_zero(
     sizes: list[float], share: float, optimizer: Any
 ) -> None:
     optim = OptimConfig(optimizer=optimizer, eps=1e-30)
-    scale = nn.Parameter(torch.tensor(sizes, dtype=torch.float64))
+    scale = nn.Parameter(torch.tensor(sizes))
     start = scale.detach().clone()
     fit([scale_group(scale, share, total_factor(9, optim))], 9, lambda step: scale.abs().sum(), optim)
-    assert (scale.detach() / start).tolist() == pytest.approx([1 - share] * len(sizes))
+    assert (scale.detach() / start).tolist() == pytest.approx([1 - share] * len(sizes), rel=1e-5)
 
 
 def test_a_given_rate_is_that_of_all_scales() -> None:
@@ -77,23 +74,6 @@ def test_a_given_rate_is_that_of_all_scales() -> None:
     scale = nn.Parameter(torch.tensor([1.0, -2.0, 1e-3]))
     fit([scale_group(scale, 0.1, TOTAL, 0.25)], 2, lambda step: -scale.sum(), optim)
     assert scale.tolist() == pytest.approx([1.5, -1.5, 0.501])
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_weight_of_block_ap_moves_by_its_steps_in_every_group(symmetric: bool) -> None:
-    spec, optim = QuantSpec(num_bits=8, group_size=16, symmetric=symmetric), OptimConfig(optimizer="signsgd")
-    wide = WEIGHT * torch.logspace(-3, 0, 2).repeat_interleave(16)
-    linear = nn.Linear(32, 6)
-    linear.weight.data = wide.clone()
-    target = Target.of("", linear, spec, 0)
-    start = round_to_nearest(wide, spec, PLAIN)
-    layer = block_ap.make_layer(target, start, config(travel=0.5))
-    assert torch.equal(layer.quantized.codes, start.codes), "the start is that of a weight in its own unit"
-    groups = block_ap.groups_of([layer], [], total_factor(9, optim), config(travel=0.5))
-    before = layer.grid_weight(*layer.qparams()).detach()
-    fit(groups[:1], 9, lambda step: -layer.weight.sum(), optim)
-    moved = layer.grid_weight(*layer.qparams()).detach() - before
-    assert torch.allclose(moved, torch.full_like(moved, 0.5), atol=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -127,11 +107,12 @@ def test_rates_of_block_ap_are_those_of_its_formula_bit_for_bit(rank: int, symme
     assert bool((layer.scale < 0).any()) == symmetric
     norm = Norm(nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([1.0, -3.0])), torch.float32)
     settings = config(travel=0.5, scale_share=0.2, zero_travel=3, norm_travel=0.1)
-    of_weight = 0.5 / TOTAL
+    step = float(layer.scale.detach().abs().mean())
+    of_weight = 0.5 * step / TOTAL
     expected = [] if rank else [of_weight]
     expected += [0.2 / TOTAL] if symmetric else [0.2 / TOTAL, 3 / TOTAL]
     if rank:
-        expected += [of_weight, of_weight * float(layer.get_parameter("down").detach().abs().mean())]
+        expected += [of_weight / step, of_weight / step * float(layer.get_parameter("down").detach().abs().mean())]
     expected.append(0.1 * float(norm.master.detach().abs().mean()) / TOTAL)
     assert [group.lr for group in block_ap.groups_of([layer], [norm], TOTAL, settings)] == expected
 

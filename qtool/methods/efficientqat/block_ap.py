@@ -24,7 +24,6 @@ from qtool.methods.rtn import round_to_nearest
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.models.loaded import LoadedModel
-from qtool.quant import fused_rounding
 from qtool.quant.affine import QuantizedWeight, dequantize, grouped
 from qtool.quant.expert_product import block_product
 from qtool.system import progress
@@ -37,26 +36,6 @@ from qtool.training.linears import Start
 from qtool.training.rates import rate, scale_group
 
 RETRIES = (1.0, 0.25, 0.0625)  # factors of the learning rates, each tried after a loss that is not finite
-
-
-class StepsLinear(BlockLinear):
-    """A linear whose weight trains in quantization steps of its group.
-
-    The scales of a linear differ by a factor of ten and more; in steps, one learning rate moves all weights by the
-    same share of the distance between two codes.
-    """
-
-    unit: Tensor  # [out, groups]: size of a step at the start, of which ``weight`` is a multiple
-
-    @torch.no_grad()
-    def take(self, weight: Tensor) -> None:
-        """Take ``weight`` ``[out, in]`` in steps of the present scales."""
-        self.unit = self.scale.detach().abs().clone()
-        self.weight.copy_((grouped(weight, self.spec) / self.unit.unsqueeze(-1)).flatten(1))
-
-    def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return the weight in grid units, before rounding: ``[out, groups, group_size]``."""
-        return fused_rounding.to_grid(grouped(self.weight, self.spec), scale / self.unit, zero_point)
 
 
 class LowRankBlockLinear(BlockLinear):
@@ -130,16 +109,12 @@ def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> B
     the weights start in the middle of their cells, and leave only if their gradients keep their sign.
     """
     arguments = target.weight, linear_bias(target.linear), target.spec, config.rounding
-    layer: BlockLinear
+    layer = BlockLinear(*arguments)
     if config.low_rank:
         layer = LowRankBlockLinear(*arguments, config.low_rank, num_experts(target.linear))
-    else:
-        layer = (StepsLinear if config.weight_lr is None else BlockLinear)(*arguments)
     layer.start_from(start)
     if config.init == "gptq" or config.init_from is not None:
         layer.weight.data = dequantize(*start)
-    if isinstance(layer, StepsLinear):
-        layer.take(layer.weight)
     weights = "weights" in config.trains
     if isinstance(layer, LowRankBlockLinear):
         layer.up.requires_grad_(weights)
@@ -157,17 +132,16 @@ def groups_of(
     """Return the parameters that train, with learning rates; ``total`` is the sum of the schedule's factors."""
     groups = []
     for layer in layers:
-        of_weight = rate(config.travel, total, config.weight_lr)  # without weight_lr in steps, as a term in codes
+        step = float(layer.scale.detach().abs().mean())
+        of_weight = rate(config.travel * step, total, config.weight_lr)
         found = [
             ParamGroup([layer.weight], of_weight),
             scale_group(layer.scale, config.scale_share, total, config.quant_lr),
             ParamGroup([layer.zero_point], rate(config.zero_travel, total, config.quant_lr)),
         ]
         if isinstance(layer, LowRankBlockLinear):
-            if config.weight_lr is not None:
-                of_weight /= float(layer.scale.detach().abs().mean())
-            found.append(ParamGroup([layer.up], of_weight))
-            found.append(ParamGroup([layer.down], of_weight * float(layer.down.detach().abs().mean())))
+            found.append(ParamGroup([layer.up], of_weight / step))
+            found.append(ParamGroup([layer.down], of_weight / step * float(layer.down.detach().abs().mean())))
         groups += [group for group in found if group.parameters[0].requires_grad]
     for _, master, _ in norms:
         distance = config.norm_travel * float(master.detach().abs().mean())
@@ -210,7 +184,9 @@ def quantize_block(
                 groups, num_steps, windows, held, config.batch_size, config.optim, derived_seed(seed, task.index)
             )
         except NonFiniteError as error:
-            progress.note(f"{task.name}: {error} at {share:g} times the learning rates")
+            left = RETRIES[retries + 1 :]
+            again = f"; the block is trained again, at {left[0]:g} of its learning rates" if left else ""
+            progress.note(f"{task.name}: {error}{again}")
             for parameter, value in first:
                 parameter.data.copy_(value)
                 parameter.requires_grad_(False)
@@ -221,7 +197,7 @@ def quantize_block(
         figures |= {"start_loss": fitted.validation[0], "loss": min(measured, default=math.nan)}
         break
     else:
-        progress.note(f"{task.name}: no attempt had a finite loss; the block stays at its start, untrained")
+        progress.note(f"{task.name}: no attempt had a finite loss; the block keeps the codes that it started with")
         found = starts
         figures["fallback"] = 1.0
     if config.gsq.epochs:

@@ -58,8 +58,8 @@ class BlockConfig(LastBlockConfig, TrainedConfig):
     travel: float = Field(
         0.5,
         ge=0,
-        description="Distance that a weight can move over all steps, in quantization steps of its group; sets the "
-        "learning rate of weights.",
+        description="Distance that a weight can move over all steps, in quantization steps (the mean scale of its "
+        "linear); sets the learning rate of weights.",
     )
     scale_share: float = Field(
         0.1,
