@@ -211,8 +211,8 @@ def test_weights_have_mean_one_and_do_not_depend_on_the_size_of_the_loss(
     found = weights(squares, config)
     torch.testing.assert_close(found.mean(), torch.tensor(1.0))
     torch.testing.assert_close(weights(squares * factor, config), found, rtol=1e-3, atol=1e-6)
-    order = squares.argsort()
-    assert bool((found[order].diff() >= 0).all())
+    rising = found[squares.argsort()]
+    assert bool((rising.diff() >= -1e-6 * rising[1:]).all()), "a vector and its rest can round a power differently"
 
 
 def test_weights_are_powers_of_squares_up_to_the_quantile() -> None:
