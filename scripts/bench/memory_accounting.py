@@ -72,8 +72,8 @@ def held_bytes(shape: Shape, cell: Cell) -> dict[str, int]:
     per_block = cell.method == "efficientqat"
     blocks, d = 1 if per_block else shape.blocks, shape.hidden
     weights, scales = blocks * shape.num_weights, blocks * cell.num_groups(shape)
-    found = {"weights": 4 * weights, "grid": 8 * scales}
-    found["starting scales"] = 4 * scales  # units of their learning rates
+    # starting scales: the units of their learning rates
+    found = {"weights": 4 * weights, "grid": 8 * scales, "starting scales": 4 * scales}
     if cell.method == "lrqat":
         factors = blocks * sum(min(cell.rank, *pair) * sum(pair) for pair in shape.linears)
         words = blocks * sum(rows * num_words(columns, cell.num_bits) for rows, columns in shape.linears)
