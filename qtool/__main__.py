@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from qtool.system import interrupts
+from qtool.system import interrupts, memory
 
 SPINS = "10000"  # spin iterations of a waiting thread of GNU OpenMP before it sleeps (default 300,000)
 
@@ -18,10 +18,11 @@ def main() -> None:
     Importing torch and transformers makes many objects and no garbage; garbage collection at its usual thresholds takes
     a fifth of the import time. Skip interpreter teardown, which takes one to two seconds; nothing of ours is left to be
     closed. Threads of torch wait by spinning, which on a shared machine takes time from the threads that they wait for
-    (docs/benchmarks.md), so let them spin less.
+    (docs/benchmarks.md), so let them spin less. Keep freed memory for the next tensor (``memory.keep_freed``).
     """
     try:
         interrupts.install()
+        memory.keep_freed()
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
         gc.set_threshold(50_000, 20, 20)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from qtool.system.tensors import size_for
 
-SLICE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # largest size of the logits of a slice, of one model in float32
+SLICE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}  # largest size of the logits of a slice, of one model in float32
+LEAST_TOKENS = 64  # least number of tokens in a slice: products of fewer are bound by reading the weight of the head
 
 
 def slices_of(count: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Return slices of ``count`` tokens whose logits are within ``SLICE_BYTES``, of one token at least."""
-    size = max(1, size_for(device, SLICE_BYTES) // (4 * vocabulary))
+    """Return slices of ``count`` tokens whose logits are within ``SLICE_BYTES``, or of ``LEAST_TOKENS`` tokens."""
+    size = max(LEAST_TOKENS, size_for(device, SLICE_BYTES) // (4 * vocabulary))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 

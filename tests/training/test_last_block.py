@@ -41,6 +41,7 @@ def test_the_loss_is_the_divergence_of_the_whole_model(
 ) -> None:
     """A packed table is the student's, and the float one the teacher's; a head among the targets is float still."""
     monkeypatch.setattr(sliced, "SLICE_BYTES", {"cpu": size})
+    monkeypatch.setattr(sliced, "LEAST_TOKENS", 1)
     folder = tiny.llama(tmp_path / "model", dtype=torch.float32, tied=case.startswith("tied"))
     job, seen = job_of(folder, TABLES[case], tokens), []
 

@@ -68,7 +68,20 @@ def summed(
 def few_at_a_time(patch: pytest.MonkeyPatch, size: int = FEW) -> Iterator[None]:
     with patch.context() as inner:
         inner.setattr(sliced, "SLICE_BYTES", {"cpu": size})
+        inner.setattr(sliced, "LEAST_TOKENS", 1)
         yield
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "sizes"),
+    [(1 << 15, [256, 44]), (1 << 16, [128, 128, 44]), (1 << 18, [64, 64, 64, 64, 44])],
+    ids=["bytes decide", "half as many", "enough tokens to be worth a product"],
+)
+def test_a_slice_has_few_logits_and_not_too_few_tokens(vocabulary: int, sizes: list[int]) -> None:
+    slices = sliced.slices_of(300, vocabulary, torch.device("cpu"))
+    tokens = torch.arange(300)
+    assert torch.equal(torch.cat([tokens[each] for each in slices]), tokens)
+    assert [len(tokens[each]) for each in slices] == sizes
 
 
 @pytest.mark.parametrize(("loss", "head"), [*((loss, "packed tied") for loss in LOSSES), *(("kl", h) for h in HEADS)])
