@@ -82,8 +82,9 @@ def keep_freed() -> None:
     """Let glibc keep freed memory for the next tensor, however large; ``return_freed`` returns it.
 
     By itself glibc returns a large block as soon as it is freed, and the system fills each page of the next one with
-    zeros when it is first written: 40 % of the time of training a model with a large vocabulary. A variable of the
-    environment that sets the allocator is left to decide. Call this before torch is imported.
+    zeros when it is first written: 40 % of the time where most of a training is a head of many tokens
+    (docs/log/speed.md). A variable of the environment that sets the allocator is left to decide. Call this before
+    torch is imported.
     """
     mallopt = getattr(_libc, "mallopt", None)  # musl and macOS have none
     if mallopt is not None and not any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
