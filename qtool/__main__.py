@@ -7,7 +7,8 @@ import os
 import sys
 from contextlib import suppress
 
-from qtool.system import interrupts, memory
+from qtool.system import interrupts
+from qtool.system.post_import import when_imported
 
 SPINS = "10000"  # spin iterations of a waiting thread of GNU OpenMP before it sleeps (default 300,000)
 
@@ -18,11 +19,11 @@ def main() -> None:
     Importing torch and transformers makes many objects and no garbage; garbage collection at its usual thresholds takes
     a fifth of the import time. Skip interpreter teardown, which takes one to two seconds; nothing of ours is left to be
     closed. Threads of torch wait by spinning, which on a shared machine takes time from the threads that they wait for
-    (docs/benchmarks.md), so let them spin less. Keep freed memory for the next tensor (``memory.keep_freed``).
+    (docs/benchmarks.md), so let them spin less. From then on freed memory is kept for the next tensor.
     """
     try:
         interrupts.install()
-        memory.keep_freed()
+        when_imported("torch", _keep_freed)
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
         gc.set_threshold(50_000, 20, 20)
@@ -39,6 +40,12 @@ def main() -> None:
         with suppress(Exception):
             atexit._run_exitfuncs()  # they remove temporary folders of libraries
     os._exit(code)
+
+
+def _keep_freed() -> None:
+    from qtool.system import memory  # it loads ctypes, which commands without torch do not need
+
+    memory.keep_freed()
 
 
 def _interrupted(as_json: bool) -> int:

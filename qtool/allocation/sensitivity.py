@@ -24,8 +24,8 @@ from qtool.allocation.tables import head_hessian, row_weights
 from qtool.allocation.units import Unit
 from qtool.blocks.driver import walk
 from qtool.blocks.job import Job
+from qtool.blocks.state_errors import Sizes, relative_squares
 from qtool.blocks.states import BlockStates, windows_per_batch
-from qtool.blocks.token_errors import relative_squares
 from qtool.config.budget import BudgetConfig
 from qtool.config.sections import IGNORED
 from qtool.models.experts import num_experts
@@ -125,9 +125,10 @@ def hessian(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
 
 @torch.no_grad()
 def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
-    """Return ``|f(x; Q(W)) - f(x; W)|**2 / |f(x; W)|**2``, with ``f`` the unit's block, residual stream included.
+    """Return the squared error ``f(x; Q(W)) - f(x; W)``, with ``f`` the unit's block, residual stream included.
 
-    It is the mean over tokens, relative to the block's whole output, and therefore comparable between units. Of
+    It is relative to the sizes of tokens and channels of the block's whole output (``blocks/state_errors.py``), and
+    therefore comparable between units. Of
     embeddings it is the change of their outputs, of a head that of the logits, and of a tied table the sum of both.
     """
     costs: Costs = [{} for _ in units]
@@ -136,13 +137,13 @@ def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     for task in walk(job, states):
         task.outputs = task.through(task.inputs)
         count = sum(out.numel() for out in task.outputs)
-        mean_square = sum(float(out.float().square().sum()) for out in task.outputs) / count
+        sizes = Sizes.of(task.outputs)
         mine = [index for index, unit in enumerate(units) if unit.targets[0].block == task.index]
         jobs = [(index, bits) for index in mine for bits in units[index].choices]
         for index, bits in progress.track(jobs, "rounding units", len(jobs)):
             with rounded_unit(job.loaded, units[index], bits, weights):
                 found = zip(map(task.forward, task.inputs), task.outputs, strict=True)
-                costs[index][bits] = sum(float(relative_squares(a, b, mean_square).sum()) for a, b in found) / count
+                costs[index][bits] = sum(float(relative_squares(a, b, sizes).sum()) for a, b in found) / count
     for unit, cost in zip(units, costs, strict=True):
         if unit.table == "embedding":
             cost |= _relative(job, unit, weights, lambda t, x: rows[t.name].to(x) @ x.square().sum(1))

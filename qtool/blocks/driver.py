@@ -20,10 +20,10 @@ from qtool.blocks.calls import BlockCall
 from qtool.blocks.hidden_states import HiddenStates
 from qtool.blocks.job import Figures, FinishedBlock, Job, Result, Workspace, block_series, expert_figures
 from qtool.blocks.shares import check_same
+from qtool.blocks.state_errors import Sizes, relative_squares
 from qtool.blocks.states import PROBED_WINDOWS, BlockStates
 from qtool.blocks.tables import WINDOWS_PER_BATCH, HeadBlock
 from qtool.blocks.task import BlockTask, Rows, rows_of
-from qtool.blocks.token_errors import relative_squares
 from qtool.models import expert_files
 from qtool.models.linears import Target, packed_linears, replace_linear
 from qtool.models.loaded import LoadedModel
@@ -50,8 +50,9 @@ def run_blocks(
     blocks that an earlier start of the run finished, ``quantize_block`` is not called.
 
     The result has the figures of every block: those that ``quantize_block`` returned and, with text, ``block_error`` on
-    the first windows: ``|q(x) - f(x)|**2 / |f(x)|**2``, with ``f`` the float block, ``q`` the quantized block and ``x``
-    the hidden states that the quantized blocks before it made.
+    the first windows: the mean of ``(q(x) - f(x))**2`` relative to tokens and channels (``state_errors.py``), with
+    ``f`` the float block, ``q`` the quantized block and ``x`` the hidden states that the quantized blocks before it
+    made.
 
     Several processes share the text (``shares.py``), and end with the same bits: a block in which they do not is an
     error.
@@ -146,7 +147,9 @@ def _quantize(
         for counts in task.expert_tokens.values():
             figures |= expert_figures(distributed.summed(*counts.tolist()))
         if before is not None:
-            figures["block_error"] = float(relative_squares(states.inputs[0][: len(before)], before).mean())
+            with distributed.alone():  # the other processes do not measure
+                sizes = Sizes.of([before])
+            figures["block_error"] = float(relative_squares(states.inputs[0][: len(before)], before, sizes).mean())
     tensors = {task.full_name(part): value for part, value in task.block.state_dict().items()}
     return FinishedBlock(tensors, distributed.of_first(lambda: figures), task.weight_errors)
 

@@ -196,10 +196,10 @@ class LastBlockConfig(MethodConfig):
 
     last_block_loss: Literal["mse", "kl"] = Field(
         "mse",
-        description="Loss of the last block. mse: squared difference of its outputs, relative to the size of each "
-        "token's, as in the other blocks; kl: KL divergence of the model's predictions from the float model's, through "
-        "the final norm and the output head; this loss has no end-loss weights, so guided weighs the other blocks "
-        "alone.",
+        description="Loss of the last block. mse: squared difference of its outputs, relative to the sizes of tokens "
+        "and channels, as in the other blocks; kl: KL divergence of the model's predictions from the float model's, "
+        "through the final norm and the output head; this loss has no end-loss weights, so guided weighs the other "
+        "blocks alone.",
     )
 
 

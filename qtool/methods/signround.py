@@ -5,8 +5,8 @@ group's range get factors, one at the start. Both follow only the sign of their 
 a learning rate that falls linearly to zero: the distance that they can move is known beforehand, whatever the size of
 the loss (Cheng et al., arXiv 2309.05516). All linears of a block are trained at once. The loss is the squared
 difference between the quantized block on the hidden states of the quantized model and the float block on those of the
-float model, so a block also corrects errors of the blocks before it; each token counts by its error relative to its own
-size (``training/block_loss.py``).
+float model, so a block also corrects errors of the blocks before it; tokens and channels count by their errors relative
+to their own sizes (``training/block_loss.py``).
 
 From SignRoundV2 (arXiv 2512.04746) come two options: symmetric ranges can be searched first, with each input channel
 weighted by its mean square (``range: search``), and below 4 bits the loss can leave out the largest differences
@@ -15,8 +15,8 @@ at every width.
 
 Where we differ: the best of several states is kept, judged on windows that stay the same, where the reference compares
 losses of different minibatches, which differ more by their windows than by their state; a step takes 4 windows and not
-8; the loss is relative to each token; and the search lowers the third power of errors, because squares clip so much
-that 2 bits get much worse. docs/benchmarks.md has the figures.
+8; errors are relative to tokens and channels; and the search lowers the third power of errors, because squares clip so
+much that 2 bits get much worse. docs/benchmarks.md has the figures.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -153,11 +153,14 @@ def _blocks(report: Report) -> Plot | None:
     if not log_if_wide(axes, errors):
         axes.set_ylim(0, 1.12 * max(finite) or 1)
     axes.set_xlabel("block")
-    axes.set_ylabel("|q(x) - f(x)| / |f(x)|, %")
+    axes.set_ylabel("relative error, %")
     axes.grid(axis="y")
     whole_numbers(axes)
     said = f"{len(errors)} blocks, {min(finite):.2f} % to {max(finite):.2f} %, the last one {errors[-1]:.2f} %."
-    caption = "Both the quantized and the float block read the output of the quantized blocks before them."
+    caption = (
+        "Root of the mean square of q(x) - f(x), of each token and channel relative to its size in f(x). Quantized "
+        "block q and float block f read the same x, the output of the quantized blocks before them."
+    )
     return Plot("block-errors", "Output error of each block", figure, said, caption)
 
 

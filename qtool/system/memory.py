@@ -83,8 +83,7 @@ def keep_freed() -> None:
 
     By itself glibc returns a large block as soon as it is freed, and the system fills each page of the next one with
     zeros when it is first written: 40 % of the time where most of a training is a head of many tokens
-    (docs/log/speed.md). A variable of the environment that sets the allocator is left to decide. Call this before
-    torch is imported.
+    (docs/log/speed.md). A variable of the environment that sets the allocator is left to decide.
     """
     mallopt = getattr(_libc, "mallopt", None)  # musl and macOS have none
     if mallopt is not None and not any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):

@@ -1,8 +1,8 @@
 """The loss of training one block: the distance of its output from the float block's, on calibration windows.
 
-Each token counts by its error relative to its own size (``blocks/token_errors.py``). The loss is a sum over tokens and
-channels and not a mean, so that half-precision gradients do not underflow. Every method that trains a block takes its
-loss from here.
+Each token counts by its error relative to its own size, and each channel relative to its share of that
+(``blocks/state_errors.py``). The loss is a sum over tokens and channels and not a mean, so that half-precision
+gradients do not underflow. Every method that trains a block takes its loss from here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates, joined
+from qtool.blocks.state_errors import Sizes, relative_squares
+from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask
-from qtool.blocks.token_errors import relative_squares
-from qtool.system import distributed
 from qtool.training.losses import kl
 from qtool.training.sliced import slices_of, summed
 
@@ -58,25 +58,31 @@ class Windows(Sequence[Tensor]):
 class BlockLoss:
     """The squared relative difference of the outputs of a block from those of the float block, ``goal``."""
 
-    def __init__(self, goal: HiddenStates, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        goal: HiddenStates,
+        outliers: float = 0.0,
+        weights: tuple[Tensor, Tensor] | None = None,
+        plain: bool = False,
+    ) -> None:
         """Train towards ``goal``, the float block's output for each batch of the calibration text.
 
         The share ``outliers`` of the differences, the largest ones, is left out of the sum. ``weights`` of tokens
         ``[n, t]``, of all windows, and of channels ``[d]`` multiply the plain squares, as a share of the mean square
-        of the whole goal: gradients know what a token's error costs (``guided.py``). Their means are 1.
+        of the whole goal: gradients know what a token's error costs (``guided.py``). Their means are 1. With
+        ``plain`` the squares have no weights: those of rows that stand for the tokens of a text in the sum alone.
         """
         self.goal, self.outliers, self.weights = Windows(goal), outliers, weights
-        squares = sum(len(batch) * float(batch.float().square().mean()) for batch in goal)
-        total, count = distributed.summed(squares, sum(len(batch) for batch in goal))
-        self.mean_square = total / max(1, count) or 1.0
+        self.relative = weights is None and not plain
+        self.sizes = Sizes.of(goal)
 
     def summed(self, indices: Sequence[int], outputs: Tensor) -> Tensor:
         """Return the loss of ``outputs`` ``[b, t, d]``, the block's outputs of the windows ``indices``, in float32."""
         goal = self.goal[indices]
-        if self.weights is None:
-            squares = relative_squares(outputs, goal, self.mean_square)
+        if self.relative:
+            squares = relative_squares(outputs, goal, self.sizes)
         else:
-            squares = (outputs.float() - goal.float()).square() / self.mean_square
+            squares = (outputs.float() - goal.float()).square() / self.sizes.mean_square
         dropped = round(self.outliers * squares.numel())
         if dropped:
             size = squares.detach()
@@ -122,16 +128,24 @@ class PredictionLoss(BlockLoss):
 
 
 def loss_of(
-    task: BlockTask, last_block: str, outliers: float = 0.0, weights: tuple[Tensor, Tensor] | None = None
+    task: BlockTask,
+    last_block: str,
+    outliers: float = 0.0,
+    weights: tuple[Tensor, Tensor] | None = None,
+    goal: HiddenStates | None = None,
 ) -> BlockLoss:
-    """Return the loss of the block of ``task``, whose float outputs are known; ``last_block`` is ``mse`` or ``kl``.
+    """Return the loss of the block of ``task``; ``last_block`` is ``mse`` or ``kl``.
+
+    Unset, ``goal`` is the float block's outputs, which are known. Rows that a head reads have the second moment of the
+    inputs of all tokens only in the plain sum over them.
 
     Raises:
         InputError: The model does not show how it makes logits; the first block finds out.
     """
-    assert task.float_outputs is not None
+    goal = task.float_outputs if goal is None else goal
+    assert goal is not None
     if last_block == "kl" and task.ending is not None:
         task.ending.check("last_block_loss: kl")
         if task.is_last:
-            return PredictionLoss(task.float_outputs, task.ending)
-    return BlockLoss(task.float_outputs, outliers, weights)
+            return PredictionLoss(goal, task.ending)
+    return BlockLoss(goal, outliers, weights, plain=isinstance(task.block, HeadBlock))

@@ -137,8 +137,9 @@ def saved_bytes(shape: Shape, cell: Cell) -> dict[str, int]:
     tokens, d = shape.batch * shape.length, shape.hidden
     final = tokens * (4 * d + 4)  # of the norm before the head
     if cell.method == "efficientqat":
-        # norms train, so what they multiply is kept; the loss keeps the difference to its goal and the tokens' sizes
-        at_the_loss = activations(shape, cell, first=True) + (2 * cell.item + 4) * tokens * d + 4 * tokens
+        # norms train, so what they multiply is kept; the loss keeps the difference to its goal, and the sizes of tokens
+        # and channels
+        at_the_loss = activations(shape, cell, first=True) + (2 * cell.item + 4) * tokens * d + 4 * (tokens + d)
         return {"weight path": weight_path(shape, cell), "activations": at_the_loss}
     if cell.blocks_again:
         return {"activations": shape.blocks * cell.item * tokens * d + final + head(shape)}

@@ -89,7 +89,7 @@ def test_hessian_is_the_trace_times_the_error(llama: LoadedModel, tokens: Tensor
         assert cost[3] == pytest.approx(expected, rel=1e-4)
 
 
-def test_block_is_the_mean_over_tokens_of_the_relative_change_of_the_blocks_output(
+def test_block_is_the_mean_change_of_the_blocks_output_relative_to_tokens_and_channels(
     llama: LoadedModel, tokens: Tensor
 ) -> None:
     units = units_with(llama)
@@ -103,8 +103,11 @@ def test_block_is_the_mean_over_tokens_of_the_relative_change_of_the_blocks_outp
     for unit, cost in first:
         with rounded_unit(llama, unit, 3):
             llama.model(tokens)
-        change = (outputs[-1] - outputs[0]).double().square().sum(-1)  # [n, t]
-        assert cost[3] == pytest.approx(float((change / outputs[0].double().square().sum(-1)).mean()), rel=1e-3)
+        size = outputs[0].double().square().mean(-1, keepdim=True).sqrt()  # of each token, [n, t, 1]
+        change, share = (
+            (x.double() / size).square().flatten(0, 1).mean(0) for x in (outputs[-1] - outputs[0], outputs[0])
+        )
+        assert cost[3] == pytest.approx(float((change / share).mean()), rel=1e-3)
 
 
 def test_fisher_is_the_mean_square_of_gradients_times_the_error(llama: LoadedModel, tokens: Tensor) -> None:

@@ -249,8 +249,9 @@ def test_the_errors_are_relative_output_errors_on_the_first_windows(llama: Loade
         before = run_copy(task.block, task)[0][0][:PROBED_WINDOWS].double()
         pack_in_stages(task)
         after = run_copy(task.block, task)[0][0][:PROBED_WINDOWS].double()
-        change, size = (after - before).square().sum(-1), before.square().sum(-1)  # [b, t]
-        expected.append(float((change / size).mean()))
+        size = before.square().mean(-1, keepdim=True)  # of each token, [b, t, 1]
+        error, share = ((x / size.sqrt()).square().flatten(0, 1).mean(0) for x in (after - before, before))  # [d]
+        expected.append(float((error / share).mean()))
 
     errors = run_blocks(Job.select(llama, W2, tokens), quantize_block).values("block_error")
     assert errors == pytest.approx(expected, rel=1e-4)

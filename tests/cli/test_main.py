@@ -7,7 +7,6 @@ import pytest
 
 from qtool import __main__
 from qtool.cli import main
-from qtool.system import memory
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(given))
         patch.setattr(main, "main", command)
-        patch.setattr(memory, "keep_freed", lambda: None)  # it would change the process of the tests
+        patch.setattr(__main__, "_keep_freed", lambda: None)  # it would change the process of the tests
         patch.setattr(os, "_exit", seen.append)
         __main__.main()
     gc.set_threshold(*thresholds)

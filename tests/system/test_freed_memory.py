@@ -9,10 +9,10 @@ import pytest
 
 NEW_PAGES = """
 import resource, sys
+import torch
 from qtool.system import memory
 if "keep" in sys.argv:
     memory.keep_freed()
-import torch
 def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):

@@ -24,7 +24,15 @@ RENAMED = {  # former keys of both phases, see Section.renamed
 }
 
 PRESETS: Presets = {
-    "light": {"epochs": 0.5, "min_steps": 25, "e2e": {"steps": 24, "validation_samples": 2}},
+    "light": {
+        "epochs": 0.5,
+        "min_steps": 25,
+        "travel": 0.2,
+        "scale_share": 0.04,
+        "zero_travel": 0.2,
+        "norm_travel": 0.02,
+        "e2e": {"steps": 24, "validation_samples": 2},
+    },
     "best": {"epochs": 8, "min_steps": 400, "e2e": {"epochs": 12, "min_steps": 128}},
 }
 

@@ -34,7 +34,7 @@ from qtool.methods._starts import Init, starting_points
 from qtool.methods.gsq.config import AssignmentConfig
 from qtool.methods.gsq.training import train_assignments
 from qtool.quant.affine import to_grid
-from qtool.training.block_loss import BlockLoss, loss_of
+from qtool.training.block_loss import loss_of
 from qtool.training.guided import EndLoss, block_weights, end_loss
 
 PRESETS: Presets = {"light": {"epochs": 1, "min_steps": 25}, "best": {"epochs": 16, "min_steps": 400}}
@@ -80,7 +80,7 @@ def quantize_block(task: BlockTask, config: Config, seed: int, guide: EndLoss | 
     if config.init != "gptq":
         positions = {t.name: to_grid(t.weight, *starts[t.name][1:]).flatten(1) for t in task.targets}
     weights = block_weights(guide, task)
-    loss = loss_of(task, config.last_block_loss, weights=weights) if own is None else BlockLoss(own, weights=weights)
+    loss = loss_of(task, config.last_block_loss, weights=weights, goal=own)
     found, figures = train_assignments(task, starts, loss, config, seed, positions)
     for target in task.targets:
         task.pack(target, found[target.name])
