@@ -148,4 +148,4 @@ def loss_of(
         task.ending.check("last_block_loss: kl")
         if task.is_last:
             return PredictionLoss(goal, task.ending)
-    return BlockLoss(goal, outliers, weights, plain=isinstance(task.block, HeadBlock))
+    return BlockLoss(goal, outliers=outliers, weights=weights, plain=isinstance(task.block, HeadBlock))
