@@ -128,8 +128,8 @@ def block(job: Job, units: Sequence[Unit], weights: Weights) -> Costs:
     """Return the squared error ``f(x; Q(W)) - f(x; W)``, with ``f`` the unit's block, residual stream included.
 
     It is relative to the sizes of tokens and channels of the block's whole output (``blocks/state_errors.py``), and
-    therefore comparable between units. Of
-    embeddings it is the change of their outputs, of a head that of the logits, and of a tied table the sum of both.
+    therefore comparable between units. Of embeddings it is the change of their outputs, of a head that of the logits,
+    and of a tied table the sum of both.
     """
     costs: Costs = [{} for _ in units]
     states = BlockStates(job, job.loaded.dtype, with_float_states=False)

@@ -5,8 +5,8 @@ size is; and models have tokens, the first of a window above all, whose squares 
 ("massive activations", arXiv 2402.17762), which would be all that a sum of plain squares sees.
 
 The same holds of channels. After most blocks of Gemma 3 270M one of 640 channels has 0.8 to 0.9 of the squares of a
-token, and the median channel a millionth of them to a hundred-thousandth. It is the other channels by which tokens
-differ, and a norm's weights bring them to one size, so each channel has the same part in the error.
+token, and the median channel a millionth of them to a hundred-thousandth. An error that follows the squares sees that
+one channel, and the next block reads all of them, so each channel has the same part in the error.
 """
 
 from collections.abc import Iterable
