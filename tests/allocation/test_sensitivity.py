@@ -103,7 +103,7 @@ def test_block_is_the_mean_change_of_the_blocks_output_relative_to_tokens_and_ch
     for unit, cost in first:
         with rounded_unit(llama, unit, 3):
             llama.model(tokens)
-        size = outputs[0].double().square().mean(-1, keepdim=True).sqrt()  # of each token, [n, t, 1]
+        size = outputs[0].double().square().mean(-1, keepdim=True).sqrt()  # root mean square of each token, [n, t, 1]
         change, share = (
             (x.double() / size).square().flatten(0, 1).mean(0) for x in (outputs[-1] - outputs[0], outputs[0])
         )

@@ -249,7 +249,7 @@ def test_the_errors_are_relative_output_errors_on_the_first_windows(llama: Loade
         before = run_copy(task.block, task)[0][0][:PROBED_WINDOWS].double()
         pack_in_stages(task)
         after = run_copy(task.block, task)[0][0][:PROBED_WINDOWS].double()
-        size = before.square().mean(-1, keepdim=True)  # of each token, [b, t, 1]
+        size = before.square().mean(-1, keepdim=True)  # mean square of each token, [b, t, 1]
         error, share = ((x / size.sqrt()).square().flatten(0, 1).mean(0) for x in (after - before, before))  # [d]
         expected.append(float((error / share).mean()))
 
