@@ -166,7 +166,9 @@ def _quantize_head(
     stored_dtypes = bring_in(block, loaded, compute)
     calls = {size: BlockCall((), {}) for size in (1, WINDOWS_PER_BATCH)}
     streamed = loaded.streaming is not None
-    task = BlockTask(index, parent, block, inputs, float_inputs, [target], calls, compute, streamed=streamed)
+    task = BlockTask(
+        index, parent, block, inputs, float_inputs, [target], calls, compute, is_head=True, streamed=streamed
+    )
     with distributed.alone():  # its few rows are the same in all processes
         done = _quantize(task, quantize_block, None)
     check_same(target.name, done.tensors)

@@ -51,7 +51,8 @@ class BlockTask:
     compute: torch.dtype  # dtype of the block while the method has it
     pausing: bool = True  # True if memory allows every batch's forward to pause in the middle of the block
     ending: Ending | None = None  # final norm and head of the model; ``None`` if the task has no hidden states
-    is_last: bool = False  # True of the last block
+    is_last: bool = False  # True of the last decoder block
+    is_head: bool = False  # True of the output head, whose inputs share only their second moment with a text's
     streamed: bool = False  # True if float weights may be freed as soon as they are packed
     outputs: HiddenStates | None = None  # hidden states after the quantized block; ``None``: the driver makes them
     float_outputs: HiddenStates | None = None  # hidden states after the float block

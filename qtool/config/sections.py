@@ -93,10 +93,10 @@ class EvalConfig(Section):
     """The evaluation of the quantized model and the float model."""
 
     tasks: tuple[str, ...] = Field(
-        ("wikitext2",),
+        ("wikitext2", "kl"),
         min_length=1,
         description="wikitext2, c4 and generated (token perplexity), kl (KL divergence from the float model), or any "
-        f"lm-eval task, e.g. boolq, mmlu ({install('tasks')}).",
+        f"lm-eval task, e.g. boolq, mmlu ({install('tasks')}); unset, kl is left out if the float model is not known.",
     )
     num_fewshot: int | dict[str, int] = Field(
         default_factory=dict,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtool.config.sections import AGREEMENT, PERCENTILES
 from qtool.models.readout import Readout, readout_of
 from qtool.reports.records import Metric
 from qtool.system import progress
@@ -49,15 +50,25 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: BatchSize) -
 
 def divergence(
     model: PreTrainedModel, reference: PreTrainedModel, windows: Tensor, batch_size: BatchSize
-) -> tuple[Metric, Metric]:
-    """Return the mean KL(reference || model) in nats per token, and the share of tokens with the same top-1 prediction.
+) -> dict[str, Metric]:
+    """Return the metrics of KL(reference || model), in nats per token, as :func:`divergence_metrics` does.
 
-    Predictions are those of :func:`perplexity`; standard errors are over windows.
+    Predictions are those of :func:`perplexity`.
     """
-    scores = score_windows(model, reference, windows, batch_size, True, "divergence")
+    return divergence_metrics(score_windows(model, reference, windows, batch_size, True, "divergence"))
+
+
+def divergence_metrics(scores: WindowScores) -> dict[str, Metric]:
+    """Return the mean KL divergence, its percentiles over predictions, and the share of equal top-1 predictions.
+
+    Standard errors are over windows; percentiles have none.
+    """
     assert scores.kl is not None
     assert scores.agreement is not None
-    return mean_metric(scores.kl, scores.num_predictions), mean_metric(scores.agreement, scores.num_predictions)
+    assert scores.token_kl is not None
+    n = scores.num_predictions
+    percentiles = {name: Metric(value=percentile(scores.token_kl, share), n=n) for name, share in PERCENTILES.items()}
+    return {"kl": mean_metric(scores.kl, n), **percentiles, AGREEMENT: mean_metric(scores.agreement, n)}
 
 
 def score_windows(

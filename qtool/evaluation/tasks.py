@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from qtool.config.sections import AGREEMENT, METRICS, PERCENTILES, EvalConfig
+from qtool.config.sections import AGREEMENT, METRICS, EvalConfig
 from qtool.data.drawn_windows import C4
 from qtool.data.hub import UnreachableError
 from qtool.data.sources import GENERATED
@@ -22,15 +22,14 @@ from qtool.evaluation.paired import change_error
 from qtool.evaluation.perplexity import (
     WindowScores,
     change_stderr,
-    mean_metric,
-    percentile,
+    divergence_metrics,
     perplexity_metric,
     score_windows,
 )
 from qtool.models import backend
 from qtool.models.auto_class import is_multimodal
 from qtool.models.loaded import LoadedModel
-from qtool.reports.records import Metric, TaskResult, task_result
+from qtool.reports.records import TaskResult, task_result
 from qtool.system.distribution import install
 from qtool.system.errors import InputError, nearest
 
@@ -97,10 +96,12 @@ def check_model(config: EvalConfig, loaded: LoadedModel) -> None:
 def check_reference(config: EvalConfig, path: str, why: str | None) -> None:
     """Refuse ``kl`` where there is no float model; ``why``: what is known of its absence, ``None``: there is one.
 
+    Tasks that are unset have ``kl`` only beside a float model.
+
     Raises:
         InputError: it is asked for, and there is no float model.
     """
-    if DIVERGENCE in config.tasks and why is not None:
+    if why is not None and DIVERGENCE in config.tasks and "tasks" in config.model_fields_set:
         raise InputError(
             f"eval.tasks: {DIVERGENCE} compares {path} with the float model it was made from, and {why}; name it with "
             f"--float-model (from Python: reference), or leave {DIVERGENCE} out"
@@ -131,6 +132,8 @@ def evaluate(
     """
     check_model(config, loaded)
     check_reference(config, loaded.path, "none was given" if reference is None else None)
+    if reference is None:
+        config = config.model_copy(update={"tasks": tuple(task for task in config.tasks if task != DIVERGENCE)})
     rows = {task: list(found) for task, found in (done or {}).items()}
     with backend.using(loaded.model, config.backend):
         if any(task in OWN_TASKS and task not in rows for task in config.tasks):
@@ -232,13 +235,8 @@ def _perplexity_row(
 def _divergence_rows(name: str, scores: WindowScores, windows: Tensor, config: EvalConfig) -> list[TaskResult]:
     assert scores.kl is not None
     assert scores.agreement is not None
-    assert scores.token_kl is not None
     note = f"against the float model on {windows.shape[0]} windows of {windows.shape[1]} tokens of {name}"
-    columns = {"kl": mean_metric(scores.kl, scores.num_predictions)}
     by_window = {"kl": scores.kl, AGREEMENT: scores.agreement}
-    for metric, share in PERCENTILES.items():
-        columns[metric] = Metric(value=percentile(scores.token_kl, share), n=scores.num_predictions)
-    columns[AGREEMENT] = mean_metric(scores.agreement, scores.num_predictions)
     return [
         task_result(
             DIVERGENCE,
@@ -251,7 +249,7 @@ def _divergence_rows(name: str, scores: WindowScores, windows: Tensor, config: E
             windows=by_window[metric].tolist() if metric in by_window else (),
             text=token_hash(windows),
         )
-        for metric, measured in columns.items()
+        for metric, measured in divergence_metrics(scores).items()
     ]
 
 

@@ -35,7 +35,6 @@ from qtool.blocks.job import Job, Method, Result
 from qtool.blocks.moments import Statistics, TokenWeights, collect, moment, weighed
 from qtool.blocks.shares import by_rows, gathered, no_rows, own_part, own_rows, parts_of, pooled, stacked
 from qtool.blocks.stages import Stage, stages
-from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
 from qtool.config.guided import GuidedHessian
 from qtool.config.quant import QuantSpec
@@ -343,12 +342,11 @@ def quantize_guided(task: BlockTask, stage: Stage, config: Config, guide: EndLos
 
 def quantize_stage(task: BlockTask, stage: Stage, config: Config, guide: EndLoss | None = None) -> None:
     """Quantize the linears of a stage, or the experts of a layer; ``guide`` weighs the tokens of a decoder block."""
-    if guide is not None and not isinstance(task.block, HeadBlock):
+    if guide is not None and not task.is_head:
         quantize_guided(task, stage, config, guide)
         return
     if num_experts(stage.targets[0].linear) == 1:
-        # the inputs of a head are made up, with the second moment of the text's
-        token_weights = "plain" if isinstance(task.block, HeadBlock) else config.token_weights
+        token_weights = "plain" if task.is_head else config.token_weights
         quantize_group(task, stage.targets, collect(stage, token_weights), config)
         return
     for target in stage.targets:

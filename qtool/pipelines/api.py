@@ -18,6 +18,7 @@ from qtool.config import catalog, files
 from qtool.config.keywords import merged, section, start_of, with_folder
 from qtool.config.overrides import changed
 from qtool.config.recipe import EvalRecipe, Recipe, check, check_export, resolved, with_plan, written
+from qtool.config.sections import AGREEMENT
 from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
@@ -51,6 +52,7 @@ class Divergence(NamedTuple):
 
     kl: Metric  # mean KL(reference || model), in nats per token
     agreement: Metric  # share of tokens whose most likely successor is the same in both
+    percentiles: dict[str, Metric]  # over predictions: median, 99th percentile, 99.9th percentile, maximum
 
 
 def load_recipe(recipe: str | Path | Keys | Recipe, **changes: object) -> Recipe:
@@ -319,7 +321,7 @@ def kl(
     *,
     batch_size: int | Literal["auto"] = "auto",
 ) -> Divergence:
-    """Measure KL(reference || model) on windows ``tokens`` ``[n, t]`` int64, and the top-1 agreement.
+    """Measure KL(reference || model) on windows ``tokens`` ``[n, t]`` int64: mean, percentiles, top-1 agreement.
 
     The divergence is the mean over ``n (t - 1)`` predictions, in nats per token.
 
@@ -329,7 +331,8 @@ def kl(
     check_tokens("tokens", tokens, in_memory(model, None))
     check_tokens("tokens", tokens, in_memory(reference, None, "reference"))
     check_vocabularies(model, reference)
-    return Divergence(*scores.divergence(model, reference, tokens, batch_size))
+    found = scores.divergence(model, reference, tokens, batch_size)
+    return Divergence(found.pop("kl"), found.pop(AGREEMENT), found)
 
 
 def export(

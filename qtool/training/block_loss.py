@@ -13,7 +13,6 @@ from torch import Tensor
 from qtool.blocks.ending import Ending
 from qtool.blocks.hidden_states import HiddenStates, joined
 from qtool.blocks.state_errors import Sizes, relative_squares
-from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask
 from qtool.training.losses import kl
 from qtool.training.sliced import slices_of, summed
@@ -148,4 +147,4 @@ def loss_of(
         task.ending.check("last_block_loss: kl")
         if task.is_last:
             return PredictionLoss(goal, task.ending)
-    return BlockLoss(goal, outliers=outliers, weights=weights, plain=isinstance(task.block, HeadBlock))
+    return BlockLoss(goal, outliers=outliers, weights=weights, plain=task.is_head)

@@ -34,7 +34,6 @@ from qtool.blocks.job import Job
 from qtool.blocks.shares import owner
 from qtool.blocks.stages import Stage
 from qtool.blocks.states import BlockStates, windows_per_batch
-from qtool.blocks.tables import HeadBlock
 from qtool.blocks.task import BlockTask, Rows
 from qtool.checkpoints.files import SafetensorsFolder, write_shard
 from qtool.config.guided import GuidedConfig
@@ -129,7 +128,7 @@ def end_loss(job: Job, config: GuidedConfig, slices: int = 0) -> EndLoss | None:
 
 def block_weights(guide: EndLoss | None, task: BlockTask) -> tuple[Tensor, Tensor] | None:
     """Return the weights of the loss of a block; a head, whose inputs are no tokens, has none."""
-    return None if guide is None or isinstance(task.block, HeadBlock) else guide.of_block(task.name)
+    return None if guide is None or task.is_head else guide.of_block(task.name)
 
 
 def weighted(stage: Stage, weights: Tensor) -> Stage:

@@ -135,7 +135,7 @@ class Bench:
         quant = QuantConfig.model_validate(self.quant.model_dump() | {"overrides": overrides} | (grid or {}))
         config = plugin.config(name=self.args.method)
         plugin.run(Job.select(loaded, quant, self.text.tokens if plugin.needs_data(config) else None), config)
-        kl, _ = perplexity.divergence(loaded.model, self.reference.model, self.windows, "auto")
+        kl = perplexity.divergence(loaded.model, self.reference.model, self.windows, "auto")["kl"]
         return {"perplexity": perplexity.perplexity(loaded.model, self.windows, "auto").value, "kl": kl.value}
 
     def alone(self, units: list[Unit], width: int) -> list[float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from real_models import model_folder
+from real_models import BUILTIN, NAMES, model_folder
 
 import qtool
 from qtool.config.recipe import check_export
@@ -113,7 +113,13 @@ def _verified(out: Path, made: Path, engine: str, text: Text) -> tuple[str, ...]
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", "--model", nargs="+", default=["builtin", *RANDOM])
+    parser.add_argument(
+        "--models",
+        "--model",
+        nargs="+",
+        default=[BUILTIN, *RANDOM],
+        help=f"{', '.join(NAMES)}, {', '.join(RANDOM)}, or folders",
+    )
     parser.add_argument("--grids", nargs="+", default=[*GRIDS], choices=GRIDS)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)

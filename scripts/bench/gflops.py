@@ -11,12 +11,11 @@ Then each product that was recorded is run by itself, and the time of all of the
 nothing else. ``share`` is this time by the measured one, so 1.0 is a phase of products alone. Elementwise work,
 ``addr`` and reductions count as no products: they lower the share.
 
-``smollm2-135m`` has the shape of SmolLM2-135M and random weights, as the speed does not depend on values; of a folder
-the weights are read. With one thread times are CPU seconds, which other processes disturb less; otherwise seconds.
+Text is random, as the speed does not depend on it. With one thread times are CPU seconds, which other processes disturb
+less; otherwise seconds.
 """
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -29,10 +28,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from real_models import add_model, chosen
 from table import keyed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtool.blocks.job import Job, load_method
 from qtool.blocks.task import BlockTask
@@ -41,23 +40,10 @@ from qtool.config.sections import ModelConfig
 from qtool.evaluation.perplexity import score_windows
 from qtool.methods import awq, efficientqat, gptq, lrqat, signround
 from qtool.models.described import keep_first
-from qtool.models.folders import BUILTIN
 from qtool.models.loaded import LoadedModel
-from qtool.models.loading import compute_dtype, load_model
-from qtool.pipelines.in_memory import in_memory
-from qtool.system import matmul
+from qtool.models.loading import load_model
 from qtool.training import fit
 
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 TRAINING = ((fit._Run, "advance", "training steps"), (fit._Run, "judge", "validation"))
 # by method: where a function is looked up, its name, and the phase that it is
 PHASES: dict[str, tuple[tuple[Any, str, str], ...]] = {
@@ -208,28 +194,18 @@ def seconds_alone(product: Product, clock: Callable[[], float]) -> float:
     return best * share
 
 
-def loaded_model(name: str, dtype: str, blocks: int, seed: int) -> LoadedModel:
-    """Return the model ``name`` with its first ``blocks`` blocks (0: all), in ``dtype``."""
-    if name != "smollm2-135m":
-        path = BUILTIN / "wiki-llama-3m" if name == "builtin" else Path(name)
-        loaded = load_model(ModelConfig(path=str(path), dtype=dtype, device="cpu"))
-        if blocks:
-            keep_first(loaded, blocks)
-        return loaded
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = SMOLLM2 | ({"num_hidden_layers": blocks} if blocks else {})
-    chosen = compute_dtype(dtype, torch.bfloat16, torch.device("cpu"))
-    model: Any = LlamaForCausalLM(LlamaConfig(**settings))  # Any: the types of transformers' to() are wrong
-    model = model.to(torch.bfloat16).to(chosen).eval().requires_grad_(False)
-    matmul.choose_library(chosen)
-    loaded = in_memory(model, None)
-    loaded.pristine = copy.deepcopy(model)  # the teacher of a second phase, which a folder would be read for
+def loaded_model(folder: Path, dtype: str, blocks: int) -> LoadedModel:
+    """Return the model in ``folder`` with its first ``blocks`` blocks (0: all), in ``dtype``."""
+    loaded = load_model(ModelConfig(path=str(folder), dtype=dtype, device="cpu"))
+    if blocks:
+        keep_first(loaded, blocks)
     return loaded
 
 
 def run(args: argparse.Namespace, phases: Phases) -> None:
     """Run the method, and evaluate what it made, with ``phases`` in the places of its functions."""
-    loaded = loaded_model(args.model, args.dtype, args.blocks, args.seed)
+    folder = chosen(args)
+    loaded = loaded_model(folder, args.dtype, args.blocks)
     method = load_method(args.method)
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.windows, args.length)
@@ -239,7 +215,7 @@ def run(args: argparse.Namespace, phases: Phases) -> None:
         {"num_bits": args.bits, "group_size": args.group_size, "symmetric": args.symmetric}
     )
     job = Job.select(loaded, quant, tokens, seed=args.seed)
-    reference = loaded_model(args.model, args.dtype, args.blocks, args.seed) if args.eval_windows else None
+    reference = loaded_model(folder, args.dtype, args.blocks) if args.eval_windows else None
     with ExitStack() as stack:
         for place, name, phase in (*PHASES[args.method], *OTHER):
             stack.enter_context(patch.object(place, name, phases.wrapped(getattr(place, name), phase)))
@@ -282,7 +258,7 @@ def main() -> None:
     """Count, take the time, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=PHASES)
-    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, builtin or a folder")
+    add_model(parser, "smollm2-135m")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of the model that are kept; 0: all")
     parser.add_argument("--windows", type=int, default=16)

@@ -10,15 +10,20 @@ over the norm of that, for a normal input.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
+from real_models import add_model, chosen
 from torch import Tensor
 from torch.nn import functional as F
 
 from qtool.config.quant import BITS, QuantSpec
+from qtool.config.sections import ModelConfig
+from qtool.models.described import described_model
+from qtool.models.linears import linear_shapes
 from qtool.quant import affine, kernels
 from qtool.quant.affine import QuantizedWeight
 
@@ -82,17 +87,30 @@ def measure(shape: tuple[int, int], group: int, symmetric: bool, megabytes: int,
 
 
 @torch.inference_mode()
+def text_of(shapes: Iterable[tuple[int, int]]) -> str:
+    """Return ``shapes`` as ``--shapes`` takes them."""
+    return ",".join(f"{out_features}x{in_features}" for out_features, in_features in shapes)
+
+
+def shapes_of(folder: Path) -> list[tuple[int, int]]:
+    """Return the different shapes ``(out, in)`` of the linears of the model in ``folder``, the largest first."""
+    model = described_model(ModelConfig(path=str(folder)), weights=False)
+    return sorted(set(linear_shapes(model.blocks()).values()), key=lambda shape: (-shape[0] * shape[1], shape))
+
+
 def main() -> None:
     """Measure each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(f"{out}x{in_}" for out, in_ in SHAPES))
+    parser.add_argument("--shapes", help=f"default: those of --model, else {text_of(SHAPES)}")
+    add_model(parser, None)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--megabytes", type=int, default=256, help="of float32 weights in each chain")
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, groups of {args.group}")
-    for text in args.shapes.split(","):
+    shapes = args.shapes or text_of(shapes_of(chosen(args)) if args.model else SHAPES)
+    for text in shapes.split(","):
         out_features, in_features = map(int, text.split("x"))
         measure((out_features, in_features), args.group, not args.asymmetric, args.megabytes, args.turns)
 

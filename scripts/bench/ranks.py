@@ -1,13 +1,12 @@
 """Quantizes a model in one process and in several, and compares time, memory of each process, and checkpoints.
 
-    python scripts/bench/ranks.py MODEL --text TEXT --methods gptq,awq --ranks 1,2 --blocks 4 --json ranks.json
+    python scripts/bench/ranks.py --model smollm2-135m --text TEXT --methods gptq,awq --ranks 1,2 --blocks 4
 
-``MODEL`` is the folder of a float model, of which the first ``--blocks`` decoder blocks are kept; ``TEXT`` is a text
-file to calibrate on. Each run is ``torchrun --nproc-per-node N -m qtool`` (one process: ``python -m qtool``) with
-``--threads`` threads in each process. The table has, for each run, the seconds of its phase ``quantize``, the peak of
-the memory of each process that is not a file's (``RssAnon`` of Linux, read ten times a second), the share of the codes
-that differ from those of one process, and the perplexity on windows of the text that calibration did not read, or of
-``--held``.
+The first ``--blocks`` decoder blocks of the model are kept; ``TEXT`` is a text file to calibrate on. Each run is
+``torchrun --nproc-per-node N -m qtool`` (one process: ``python -m qtool``) with ``--threads`` threads in each process.
+The table has, for each run, the seconds of its phase ``quantize``, the peak of the memory of each process that is not a
+file's (``RssAnon`` of Linux, read ten times a second), the share of the codes that differ from those of one process,
+and the perplexity on windows of the text that calibration did not read, or of ``--held``.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from real_models import add_model, chosen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtool.config.sections import ModelConfig
@@ -38,7 +38,7 @@ COMMANDS = {"efficientqat": "efficientqat"}  # methods whose command is not ptq
 SETTINGS: dict[str, dict[str, Any]] = {"efficientqat": {"e2e": {"steps": 0}}}  # block by block only
 
 
-def truncated(model: str, blocks: int, folder: Path) -> Path:
+def truncated(model: Path, blocks: int, folder: Path) -> Path:
     """Write the model with its first decoder blocks only."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
     config = whole.config
@@ -126,7 +126,8 @@ def written(folder: Path, model: Path, text: Path, method: str, ranks: int, args
 
 def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Run every method in every number of processes, and return a row for each."""
-    model = truncated(args.model, args.blocks, folder / "float") if args.blocks else Path(args.model)
+    whole = chosen(args)
+    model = truncated(whole, args.blocks, folder / "float") if args.blocks else whole
     rows = []
     for method in args.methods.split(","):
         first: dict[str, torch.Tensor] | None = None
@@ -137,7 +138,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             loaded = load_model(ModelConfig(path=str(output), dtype="float32", device="cpu"), quantized=True)
             codes = codes_of(loaded)
             first = codes if first is None else first
-            row = {"model": Path(args.model).name, "blocks": args.blocks, "method": method, "ranks": ranks}
+            row = {"model": whole.name, "blocks": args.blocks, "method": method, "ranks": ranks}
             row |= {"windows": args.windows, "length": args.length, "threads": args.threads}
             row |= {"seconds": json.loads((output / "qtool.json").read_text())["seconds"]["quantize"]}
             row |= {"rank_bytes": peaks, "codes_differing": differing(first, codes)}
@@ -150,7 +151,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run all, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a float model")
+    add_model(parser)
     parser.add_argument("--text", type=Path, required=True, help="text file to calibrate on")
     parser.add_argument("--held", type=Path, help="text file to measure perplexity on; default: the end of --text")
     parser.add_argument("--methods", default="rtn,gptq,awq,signround,efficientqat")

@@ -74,9 +74,10 @@ def cache_folder(given: Path | None = None) -> Path:
     return given or Path(os.environ.get("QTOOL_BENCH_CACHE") or Path.home() / ".cache" / "qtool-bench")
 
 
-def add_model(parser: argparse.ArgumentParser, default: str = BUILTIN) -> None:
+def add_model(parser: argparse.ArgumentParser, default: str | None = BUILTIN) -> None:
     """Add the option ``--model``, whose value ``model_folder`` takes."""
-    parser.add_argument("--model", default=default, help=f"{', '.join(NAMES)}, or a folder (default: {default})")
+    unset = "" if default is None else f" (default: {default})"
+    parser.add_argument("--model", default=default, help=f"{', '.join(NAMES)}, or a folder{unset}")
 
 
 def chosen(args: argparse.Namespace) -> Path:

@@ -2,7 +2,7 @@
 
     python scripts/bench/real_table.py [--work FOLDER] [--models smollm2-135m gemma3-270m] [--only 'gemma3*/gptq/*']
     python scripts/bench/real_table.py --steps time          # on a quiet machine, after the other steps
-    python scripts/bench/real_table.py --row 'gptaq=gptq method.gptaq=true' --only '*/gptaq/*'
+    python scripts/bench/real_table.py --row 'gptaq=gptq method.gptaq=0.25' --only '*/gptaq/*'
     python scripts/bench/real_table.py --print               # measures nothing
 
 A cell is a model, a row (a method, and keys that it changes) and a grid, written ``model/row/grid``; ``--only`` takes
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from child_cost import wait
-from real_models import SOURCES, NotThere, model_folder
+from real_models import NAMES, SOURCES, NotThere, model_folder
 
 FLOAT = "float"  # the row of the model that is not quantized
 GRIDS = {
@@ -47,6 +47,7 @@ ROWS = {"rtn": "rtn", "gptq": "gptq", "awq": "awq", "signround": "signround", "e
     "lrqat": "lrqat method.init_from=@gptq"
 }  # name -> method, and the keys that it changes; @ROW stands for the checkpoint of that row
 COMMANDS = ("efficientqat", "lrqat")  # methods whose command has their name; others run as ptq
+MODELS_HELP = f"{', '.join(NAMES)}, or folders (default: {' '.join(SOURCES)})"
 STEPS = ("quantize", "text", "tasks", "time")
 TASKS = ("arc_easy", "piqa", "winogrande", "boolq")
 
@@ -174,7 +175,9 @@ class Table:
 
     def printed(self) -> str:
         """Return all that is known as a table in Markdown."""
-        lines = ["| model | grid | method | bits | MB | perplexity | KL | top-1 | " + " | ".join(TASKS)]
+        lines = [
+            "| model | grid | method | bits | MB | perplexity | KL | KL 99 % | KL 99.9 % | top-1 | " + " | ".join(TASKS)
+        ]
         lines[0] += " | mean | s | CPU s | peak GB |"
         lines.append("|---|---|---|" + "---:|" * (lines[0].count("|") - 4))
         for cell in self.cells():
@@ -191,6 +194,8 @@ class Table:
             (made["bytes"] / 1e6 if made else None, ".1f"),
             (scores.get("perplexity"), ".2f"),
             (scores.get("kl"), ".4f"),
+            (scores.get("99th percentile"), ".3f"),
+            (scores.get("99.9th percentile"), ".3f"),
             (scores.get("top-1 agreement"), ".3f"),
             *((answers.get(task), ".3f") for task in TASKS),
             (mean, ".3f"),
@@ -267,7 +272,7 @@ def main() -> None:
     """Measure the missing steps of the cells that are asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/real-table"))
-    parser.add_argument("--models", "--model", nargs="+", default=[*SOURCES], help=f"default: {' '.join(SOURCES)}")
+    parser.add_argument("--models", "--model", nargs="+", default=[*SOURCES], help=MODELS_HELP)
     parser.add_argument("--row", action="append", default=[], metavar="NAME=METHOD KEY=VALUE ...", help="another row")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of model/row/grid; default: all")

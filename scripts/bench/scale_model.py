@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from real_models import add_model, chosen
 from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig
 
 from qtool.blocks.shares import owner
@@ -363,7 +364,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, or predict and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a model")
+    add_model(parser)
     parser.add_argument("--rates", type=Path, help="file of scale_rates.py")
     parser.add_argument("--measured", type=Path, help="file of ranks.py, shown beside the predictions")
     parser.add_argument("--published", action="store_true", help="7B, 70B and 671B on GPUs, predicted only")
@@ -383,8 +384,9 @@ def main() -> None:
             rows += rows_of(name, model, text, ranks, lambda count: gpu(args.share, count > 8), methods)
     else:
         rates = Rates(**json.loads(args.rates.read_text()))
-        name = Path(args.model).name
-        model = blocks_of(described_model(ModelConfig(path=args.model), weights=False))
+        folder = chosen(args)
+        name = folder.name
+        model = blocks_of(described_model(ModelConfig(path=str(folder)), weights=False))
         if args.measured is None:
             rows += rows_of(name, model, text, ranks, lambda count: rates, methods)
         else:

@@ -1,6 +1,6 @@
 """Measures the rates of this machine that ``scale_model.py`` predicts runs from, with the functions that runs use.
 
-    python scripts/bench/scale_rates.py rates.json [--shape 576x1536] [--dtype float32]
+    python scripts/bench/scale_rates.py rates.json [--model smollm2-135m | --shape 576x1536] [--dtype float32]
 
 Measure with the number of threads that each process of a run will have (``OMP_NUM_THREADS``), on an idle machine. The
 rate and the delay of a collective are those of two processes that sum tensors with gloo.
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import add_model, chosen
 from scale_model import BITS, Rates, blocks_of, described, ring
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, LlamaConfig, LlamaModel
 
 from qtool.blocks.moments import Statistics
 from qtool.blocks.states import TOKENS_PER_BATCH
@@ -139,14 +140,21 @@ def _training_step(weight: torch.Tensor, spec: QuantSpec) -> float:
     return seconds_of(step)
 
 
+def block_shape(folder: Path) -> tuple[int, int]:
+    """Return the columns and rows of the first MLP linear of the model in ``folder``, from its configuration."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return config.hidden_size, config.intermediate_size
+
+
 def main() -> None:
     """Measure, and write the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--shape", default="576x1536", help="columns and rows of the linear that is measured")
+    parser.add_argument("--shape", help="columns and rows of the linear that is measured; default: from the model")
+    add_model(parser)
     parser.add_argument("--dtype", default="float32", help="dtype of products")
     args = parser.parse_args()
-    columns, rows = (int(each) for each in args.shape.split("x"))
+    columns, rows = map(int, args.shape.split("x")) if args.shape else block_shape(chosen(args))
     args.file.write_text(json.dumps(asdict(measure(columns, rows, getattr(torch, args.dtype))), indent=1))
     print(args.file.read_text())
 

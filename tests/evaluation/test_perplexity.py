@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtool.config.sections import PERCENTILES, EvalConfig
+from qtool.config.sections import AGREEMENT, PERCENTILES, EvalConfig
 from qtool.data.windows import perplexity_windows
 from qtool.evaluation import perplexity
 from qtool.evaluation.tasks import evaluate
@@ -46,15 +46,18 @@ def test_one_window_has_no_standard_error(loaded: LoadedModel, windows: Tensor) 
 
 
 def test_a_model_does_not_diverge_from_itself(loaded: LoadedModel, windows: Tensor) -> None:
-    kl, agreement = perplexity.divergence(loaded.model, loaded.model, windows, 3)
-    assert (kl.value, kl.stderr) == (0, 0)
+    found = perplexity.divergence(loaded.model, loaded.model, windows, 3)
+    agreement = found.pop(AGREEMENT)
     assert (agreement.value, agreement.stderr) == (1, 0)
+    assert found["kl"].stderr == 0
+    assert {metric.value for metric in found.values()} == {0}
 
 
 def test_divergence_is_kl_from_the_float_model_in_float64(
     loaded: LoadedModel, reference: LoadedModel, windows: Tensor
 ) -> None:
-    kl, agreement = perplexity.divergence(loaded.model, reference.model, windows, 3)
+    found = perplexity.divergence(loaded.model, reference.model, windows, 3)
+    kl, agreement = found["kl"], found[AGREEMENT]
     with torch.no_grad():
         mine, other = (m(windows).logits[:, :-1].double() for m in (loaded.model, reference.model))
     expected = torch.distributions.kl_divergence(
@@ -64,6 +67,8 @@ def test_divergence_is_kl_from_the_float_model_in_float64(
     assert kl.stderr == pytest.approx((expected.mean(1).std() / math.sqrt(7)).item(), rel=1e-4)
     assert agreement.value == pytest.approx((mine.argmax(-1) == other.argmax(-1)).double().mean().item())
     assert kl.n == agreement.n == 7 * 39
+    for name, share in PERCENTILES.items():
+        assert found[name].value == pytest.approx(expected.flatten().quantile(share).item(), rel=1e-4)
 
 
 @given(st.lists(st.floats(-1, 1e6, width=32), min_size=1, max_size=50), st.sampled_from([0.0, 0.5, 0.99, 0.999, 1.0]))

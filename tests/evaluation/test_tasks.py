@@ -63,12 +63,12 @@ def test_both_models_are_measured_in_one_pass_as_they_are_alone(loaded: LoadedMo
     assert row.float_value == pytest.approx(other.value, rel=1e-6)
     assert row.delta == pytest.approx(mine.value - other.value, rel=1e-5)
     assert row.delta_stderr is not None
-    kl, agreement = perplexity.divergence(loaded.model, reference.model, words, 2)
+    found = perplexity.divergence(loaded.model, reference.model, words, 2)
     scores = perplexity.score_windows(loaded.model, reference.model, words, 3, True, "")
     assert scores.kl is not None
     assert scores.agreement is not None
-    assert scores.kl.mean().item() == pytest.approx(kl.value)
-    assert scores.agreement.mean().item() == pytest.approx(agreement.value)
+    assert scores.kl.mean().item() == pytest.approx(found["kl"].value)
+    assert scores.agreement.mean().item() == pytest.approx(found["top-1 agreement"].value)
 
 
 @pytest.mark.usefixtures("local")
@@ -106,6 +106,13 @@ def test_wikitext2_out_of_reach_has_a_row_that_says_so(loaded: LoadedModel, refe
 def test_kl_without_a_float_model_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(InputError, match=r"kl compares .* with the float model .*name it with --float-model"):
         evaluate(loaded, EvalConfig(tasks=("generated", "kl")), None, seed=0)
+
+
+@pytest.mark.usefixtures("local")
+def test_tasks_that_are_unset_have_kl_beside_a_float_model_alone(loaded: LoadedModel, reference: LoadedModel) -> None:
+    config = EvalConfig(limit=2, context=16)
+    assert {row.task for row in evaluate(loaded, config, reference, seed=0)} == {"wikitext2", "kl"}
+    assert {row.task for row in evaluate(loaded, config, None, seed=0)} == {"wikitext2"}
 
 
 def test_a_damaged_local_file_is_a_fault_and_not_a_missing_one(loaded: LoadedModel, local: Path) -> None:

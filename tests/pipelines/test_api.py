@@ -116,7 +116,9 @@ def test_what_is_saved_can_be_exported_and_measured(loaded: Model, tmp_path: Pat
     windows = torch.randint(2, tiny.VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
     dense = AutoModelForCausalLM.from_pretrained(exported)
     assert qtool.kl(dense, model, windows).kl.value == pytest.approx(0, abs=1e-6)
-    assert qtool.kl(dense, model, windows).agreement.value == 1
+    divergence = qtool.kl(dense, model, windows)
+    assert divergence.agreement.value == 1
+    assert list(divergence.percentiles) == ["median", "99th percentile", "99.9th percentile", "maximum"]
     assert qtool.perplexity(dense, windows).value == pytest.approx(qtool.perplexity(model, windows).value, rel=1e-5)
 
 
