@@ -128,7 +128,7 @@ def preset_field(presets: Presets) -> Any:
     return Field(
         "default",
         description=f"Length of the training, where its keys are not given. light takes about a quarter of the time of "
-        f"default ({light}); best takes about four times as long ({best}).",
+        f"default ({light}); best takes four to five times as long ({best}).",
     )
 
 
