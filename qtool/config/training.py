@@ -203,6 +203,10 @@ class LastBlockConfig(MethodConfig):
     )
 
 
+DISTANCE_BLOCKS = 4  # decoder blocks of a model in which distances of an end-to-end training are those of the recipe
+OF_DEPTH = f"Of a model of n decoder blocks, more than {DISTANCE_BLOCKS}, it is {DISTANCE_BLOCKS}/n of that."
+
+
 class EndToEndConfig(Section):
     """Training of the whole model on text: loss, duration, optimizer and validation."""
 
@@ -300,7 +304,8 @@ class WeightsConfig(EndToEnd):
     travel: float = Field(
         0.2,
         ge=0,
-        description="Distance that a weight can move over all steps, in quantization steps; sets its learning rate.",
+        description="Distance that a weight can move over all steps, in quantization steps; sets its learning rate. "
+        + OF_DEPTH,
     )
     lr: float | None = Field(
         None, ge=0, description="Learning rate of weights, in place of travel; unset: travel decides."
@@ -315,7 +320,7 @@ class GridConfig(WeightsConfig):
         0.15,
         ge=0,
         description="Distance that the ends of a range can move over all steps, in quantization steps; sets the "
-        "learning rate of scales and zero points.",
+        "learning rate of scales and zero points. " + OF_DEPTH,
     )
     scale_lr: float | None = Field(
         None,

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from qtool.blocks.driver import group_inputs, walk
 from qtool.blocks.job import Job, Method, Result
 from qtool.config.quant import QuantSpec
-from qtool.config.training import EndToEnd, OptimConfig
+from qtool.config.training import OF_DEPTH, EndToEnd, OptimConfig
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias
 from qtool.quant import affine
@@ -86,13 +86,13 @@ class Config(EndToEnd):
         1.0,
         ge=0,
         description="Distance that an entry of A or B can move over all steps, in its own unit; sets their learning "
-        "rate.",
+        "rate. " + OF_DEPTH,
     )
     scale_travel: float = Field(
         0.15,
         ge=0,
         description="Distance that the ends of a range can move over all steps, in quantization steps; sets the "
-        "learning rate of scales.",
+        "learning rate of scales. " + OF_DEPTH,
     )
     lr: float | None = Field(
         None, ge=0, description="Learning rate of A and B, in place of travel; unset: travel decides."

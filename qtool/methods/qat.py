@@ -41,7 +41,7 @@ def make_linear(target: Target, config: Config) -> QuantLinear:
 
 
 def groups_of(layer: QuantLinear, config: WeightsConfig, total: float) -> list[ParamGroup]:
-    """Return the parameters of a layer that train, its weights; ``total`` is the sum of the schedule's factors."""
+    """Return the parameters of a layer that train, its weights; distances are divided by ``total``."""
     return [weight_group(layer, config, total)]
 
 

@@ -24,7 +24,7 @@ from qtool.training.end_to_end import train_model
 from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
 from qtool.training.plan import plan_of
-from qtool.training.rates import ends_to_scale, rate, scale_group
+from qtool.training.rates import end_to_end_total, ends_to_scale, rate, scale_group
 from qtool.training.sharding import train_by_block
 
 L = TypeVar("L", bound=QuantLinear)
@@ -126,7 +126,7 @@ C = TypeVar("C", bound=EndToEnd)
 
 
 def weight_group(layer: QuantLinear, config: WeightsConfig, total: float) -> ParamGroup:
-    """Return the weights of ``layer`` with their learning rate; ``total`` is the sum of the schedule's factors."""
+    """Return the weights of ``layer`` with their learning rate; distances are divided by ``total``."""
     step = float(layer.qparams()[0].detach().abs().mean())
     return ParamGroup([layer.weight], rate(config.travel * step, total, config.lr), config.weight_decay)
 
@@ -148,10 +148,11 @@ def train_linears(
 ) -> Result:
     """Train a layer in the place of each target on the text of the job, all layers at once, and pack them.
 
-    ``groups_of(layer, config, total)`` returns the parameters of a layer with their learning rates; ``total`` is the
-    sum of the schedule's factors, see ``rates.rate``.
+    ``groups_of(layer, config, total)`` returns the parameters of a layer with their learning rates; distances are
+    divided by ``total``, see ``rates.end_to_end_total``.
     """
-    loaded, total = job.loaded, plan_of(config, len(job.text)).total
+    loaded = job.loaded
+    total = end_to_end_total(plan_of(config, len(job.text)).total, len(loaded.blocks()))
     loaded.gather(on_device=config.sharding == "none")
     start = None if config.init_from is None else Start(config.init_from, job)
     teacher = None if config.loss == CE else loaded.float_copy()

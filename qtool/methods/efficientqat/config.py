@@ -7,6 +7,7 @@ from pydantic import Field
 
 from qtool.config.guided import GuidedConfig
 from qtool.config.training import (
+    OF_DEPTH,
     EndToEndConfig,
     LastBlockConfig,
     OptimConfig,
@@ -138,13 +139,13 @@ class ScaleConfig(EndToEndConfig):
         0.2,
         ge=0,
         description="Distance that a scale can move over all steps, as a share of its size at the start; sets the "
-        "learning rate of scales.",
+        "learning rate of scales. " + OF_DEPTH,
     )
     zero_travel: float = Field(
         0.5,
         ge=0,
         description="Distance that a zero point can move over all steps, in codes; sets the learning rate of zero "
-        "points.",
+        "points. " + OF_DEPTH,
     )
     lr: float | None = Field(
         None,

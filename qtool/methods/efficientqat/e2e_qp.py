@@ -26,7 +26,7 @@ from qtool.training.end_to_end import train_model
 from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
 from qtool.training.plan import plan_of
-from qtool.training.rates import rate, scale_group
+from qtool.training.rates import end_to_end_total, rate, scale_group
 from qtool.training.sharding import train_by_block
 
 PHASE = "e2e-qp"  # name of the folder of the training state
@@ -99,7 +99,7 @@ class ScaleLinear(PackedLinear):
 
 
 def groups_of(layer: ScaleLinear, total: float, config: ScaleConfig) -> list[ParamGroup]:
-    """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
+    """Return the parameters of a layer that train, with learning rates; distances are divided by ``total``."""
     groups = [
         scale_group(layer.scale, config.scale_share, total, config.lr),
         ParamGroup([layer.zero_point], rate(config.zero_travel, total, config.lr)),
@@ -111,7 +111,7 @@ def train_scales(job: Job, config: ScaleConfig) -> tuple[Series, ...]:
     """Train the scales of all packed linears on the text of the job; return the losses of steps and validations."""
     loaded = job.loaded
     teacher = None if config.loss == CE else loaded.float_copy()
-    total = plan_of(config, len(job.text), "method.e2e").total
+    total = end_to_end_total(plan_of(config, len(job.text), "method.e2e").total, len(loaded.blocks()))
     blocks = [*(name for name, _ in loaded.blocks()), *(target.name for target in job.tables.of_method)]
     layers: list[dict[str, ScaleLinear]] = []
 
