@@ -204,7 +204,7 @@ class LastBlockConfig(MethodConfig):
 
 
 DISTANCE_BLOCKS = 4  # decoder blocks of a model in which distances of an end-to-end training are those of the recipe
-OF_DEPTH = f"Of a model of n decoder blocks, more than {DISTANCE_BLOCKS}, it is {DISTANCE_BLOCKS}/n of that."
+OF_DEPTH = f"In a model of n > {DISTANCE_BLOCKS} decoder blocks it is {DISTANCE_BLOCKS}/n of this value."
 
 
 class EndToEndConfig(Section):
