@@ -142,7 +142,7 @@ def _training_step(weight: torch.Tensor, spec: QuantSpec) -> float:
 
 def block_shape(folder: Path) -> tuple[int, int]:
     """Return the columns and rows of the first MLP linear of the model in ``folder``, from its configuration."""
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     return config.hidden_size, config.intermediate_size
 
 

@@ -104,13 +104,19 @@ def test_a_limit_is_a_percentage_or_a_fraction(written: object, limit: float) ->
         ({"max_loss": -0.1}, "gate.max_loss"),
         ({"max_loss": True}, "gate.max_loss"),
         ({"max_kl": -1}, "gate.max_kl"),
-        ({"max_kl": 1}, "gate.max_kl needs the task kl, and eval.tasks has wikitext2; add kl to eval.tasks"),
     ],
 )
 def test_a_limit_that_cannot_be_meant_is_refused(gate: dict[str, object], words: str) -> None:
     with pytest.raises(InputError) as caught:
         check(EvalRecipe, {"model": {"path": "m"}, "gate": gate}, "x")
     assert words in str(caught.value)
+
+
+def test_a_limit_of_divergence_needs_its_task_which_is_there_by_default() -> None:
+    asked = {"model": {"path": "m"}, "gate": {"max_kl": 1}}
+    with pytest.raises(InputError, match=r"max_kl needs the task kl, and eval\.tasks has wikitext2; add kl to eval"):
+        check(EvalRecipe, asked | {"eval": {"tasks": ["wikitext2"]}}, "x")
+    check(EvalRecipe, asked, "x")
 
 
 def test_a_loss_needs_more_than_the_divergence() -> None:
