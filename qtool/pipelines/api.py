@@ -22,11 +22,8 @@ from qtool.config.sections import AGREEMENT
 from qtool.config.sweep import BenchConfig
 from qtool.evaluation import bench as speed
 from qtool.evaluation import perplexity as scores
-from qtool.evaluation import tasks as evaluation_tasks
-from qtool.evaluation.continuations import continuations
 from qtool.models import backend
 from qtool.models.backend import Backends
-from qtool.models.linears import packed_linears
 from qtool.pipelines import evaluate as evaluation
 from qtool.pipelines import export as exporting
 from qtool.pipelines import in_memory as pipeline_in_memory
@@ -34,15 +31,13 @@ from qtool.pipelines import plan as planning
 from qtool.pipelines import quantize as pipeline
 from qtool.pipelines.in_memory import check_tokens, check_vocabularies, in_memory
 from qtool.pipelines.outcome import Outcome
-from qtool.reports import compared_paths, html
+from qtool.reports import compared_paths
 from qtool.reports.bench_report import BenchReport
 from qtool.reports.comparison import Comparison
 from qtool.reports.records import Metric
 from qtool.reports.report import Report
-from qtool.system.environment import machine
 from qtool.system.errors import InputError
 from qtool.system.paths import expand
-from qtool.system.tensors import dtype_name
 
 Keys = Mapping[str, object]
 
@@ -264,42 +259,7 @@ def evaluate(
         raise InputError(
             "reference: found a folder, but the model is in memory; load the reference and give that model"
         )
-    return _measured(model, reference, tokenizer, checked, where)
-
-
-def _measured(
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    recipe: EvalRecipe,
-    output: Path | None,
-) -> Report:
-    """Return the report of a model in memory, and write it into the folder ``output``."""
-    if tokenizer is None:
-        raise InputError("tokenizer: a model in memory is measured with its tokenizer, and none was given")
-    loaded = in_memory(model, tokenizer)
-    other = None if reference is None else in_memory(reference, tokenizer, "reference")
-    if other is not None:
-        check_vocabularies(loaded.model, other.model)
-    evaluation_tasks.check_tasks(recipe.eval)
-    evaluation_tasks.check_reference(recipe.eval, loaded.path, "none was given" if other is None else None)
-    if output is not None:
-        evaluation.make_folder(output)
-    results = evaluation_tasks.evaluate(loaded, recipe.eval, other, recipe.seed)
-    report = Report(
-        model=loaded.path,
-        results=tuple(results),
-        continuations=continuations(loaded, recipe.eval, other),
-        dtype=dtype_name(loaded.dtype),
-        device=str(loaded.device),
-        backend=recipe.eval.backend if packed_linears(loaded.model) else None,
-        seed=recipe.seed,
-        machine=machine(),
-    )
-    if output is not None:
-        report.write(output)
-        html.write(output, report)
-    return report
+    return evaluation.evaluate_in_memory(model, reference, tokenizer, checked, where)
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, *, batch_size: int | Literal["auto"] = "auto") -> Metric:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qtool.checkpoints import files, sizes
 from qtool.checkpoints.native import NativeCheckpoint
 from qtool.checkpoints.output_folder import is_marked
 from qtool.checkpoints.quantization_config import grids_label
 from qtool.config.gate import GateConfig
+from qtool.config.recipe import EvalRecipe
 from qtool.config.sections import EvalConfig, ExpectedConfig, ModelConfig
 from qtool.config.yaml_loader import dump
 from qtool.data import sources, windows
@@ -25,6 +28,7 @@ from qtool.models.loading import load_model
 from qtool.models.quiet import without_progress_bars
 from qtool.models.shared import share_equal
 from qtool.pipelines.clock import PhaseTimer
+from qtool.pipelines.in_memory import check_vocabularies, in_memory
 from qtool.pipelines.manifest import Manifest, read_manifest
 from qtool.pipelines.outcome import Outcome, described
 from qtool.reports import html
@@ -32,6 +36,7 @@ from qtool.reports.gate import verdict
 from qtool.reports.records import CalibrationText, beside_published
 from qtool.reports.report import JSON_NAME, MARKDOWN_NAME, PLOTS_FOLDER, Report, read_report
 from qtool.system import progress, writing
+from qtool.system.environment import machine
 from qtool.system.errors import InputError
 from qtool.system.tensors import dtype_name
 
@@ -96,6 +101,41 @@ def evaluate(
         report.write(output)
         html.write(output, report, plots)
     return Outcome(output, report, [], timer.total)
+
+
+def evaluate_in_memory(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: EvalRecipe,
+    output: Path | None,
+) -> Report:
+    """Return the report of a model in memory, and write it into the folder ``output``."""
+    if tokenizer is None:
+        raise InputError("tokenizer: a model in memory is measured with its tokenizer, and none was given")
+    loaded = in_memory(model, tokenizer)
+    other = None if reference is None else in_memory(reference, tokenizer, "reference")
+    if other is not None:
+        check_vocabularies(loaded.model, other.model)
+    tasks.check_tasks(recipe.eval)
+    tasks.check_reference(recipe.eval, loaded.path, "none was given" if other is None else None)
+    if output is not None:
+        make_folder(output)
+    results = tasks.evaluate(loaded, recipe.eval, other, recipe.seed)
+    report = Report(
+        model=loaded.path,
+        results=tuple(results),
+        continuations=continuations(loaded, recipe.eval, other),
+        dtype=dtype_name(loaded.dtype),
+        device=str(loaded.device),
+        backend=recipe.eval.backend if packed_linears(loaded.model) else None,
+        seed=recipe.seed,
+        machine=machine(),
+    )
+    if output is not None:
+        report.write(output)
+        html.write(output, report)
+    return report
 
 
 def make_folder(output: Path) -> None:

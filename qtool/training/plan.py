@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     num_trained: int  # windows to train on, the first ones
     num_held_out: int  # windows to validate on, the last ones; 0: the last state is kept
     validate_every: int  # steps between validations; 0: only before and after training
-    total: float  # what a travel is divided by: the sum of the schedule's factors, of min_steps steps or more
+    total: float  # sum of the schedule's factors, of min_steps steps or more; see rates.end_to_end_total
     notes: tuple[str, ...] = ()  # what a user should know of a short training
 
 

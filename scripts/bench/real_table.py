@@ -233,9 +233,9 @@ def qtool(*arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
 
 def read(floats: str, folders: list[str], windows: int, bos: bool) -> dict[str, dict[str, float]]:
     """Return the scores of the float model and of each quantized one on windows of WikiText-2, by folder."""
-    from qtool.config.sections import AGREEMENT, PERCENTILES, ModelConfig
+    from qtool.config.sections import ModelConfig
     from qtool.data.windows import perplexity_windows
-    from qtool.evaluation.perplexity import percentile, score_models
+    from qtool.evaluation.perplexity import divergence_metrics, score_models
     from qtool.models.loading import load_model
 
     reference = load_model(ModelConfig(path=floats))
@@ -247,12 +247,8 @@ def read(floats: str, folders: list[str], windows: int, bos: bool) -> dict[str, 
     rows = {}
     scores = score_models(models, reference.model, tokens, 1, True, "reading")
     for folder, found in zip(folders, scores, strict=True):
-        assert found.kl is not None
-        assert found.agreement is not None
-        assert found.token_kl is not None
-        rows[folder] = {"perplexity": found.nll.mean().exp().item(), "kl": found.kl.mean().item()}
-        rows[folder] |= {name: percentile(found.token_kl, share) for name, share in PERCENTILES.items()}
-        rows[folder][AGREEMENT] = found.agreement.mean().item()
+        rows[folder] = {"perplexity": found.nll.mean().exp().item()}
+        rows[folder] |= {name: metric.value for name, metric in divergence_metrics(found).items()}
     assert scores[0].reference_nll is not None
     return rows | {floats: {"perplexity": scores[0].reference_nll.mean().exp().item()}}
 

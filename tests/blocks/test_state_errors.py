@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.methods import generator
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,10 +24,12 @@ def test_tokens_are_relative_to_their_own_size_and_channels_to_their_share_of_it
     torch.testing.assert_close(relative(FOUND, EXPECTED), expected)
 
 
-@given(st.lists(st.floats(0, 2), min_size=6, max_size=6))
+@given(st.lists(st.floats(-1, 2), min_size=6, max_size=6))
 def test_a_tokens_size_does_not_matter(powers: list[float]) -> None:
     """The first token of a window can have ten thousand times the squares of the others."""
     size = 10 ** torch.tensor(powers).view(2, 3, 1)
+    squares = (EXPECTED * size).square().mean(-1)
+    assume(squares.min() > TINY * squares.mean())  # a smaller token counts as a tiny one
     plain, scaled = relative(FOUND, EXPECTED), relative(FOUND * size, EXPECTED * size)
     torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-6)
 

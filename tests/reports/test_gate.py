@@ -114,7 +114,9 @@ def test_a_limit_that_cannot_be_meant_is_refused(gate: dict[str, object], words:
 
 def test_a_limit_of_divergence_needs_its_task_which_is_there_by_default() -> None:
     asked = {"model": {"path": "m"}, "gate": {"max_kl": 1}}
-    with pytest.raises(InputError, match=r"max_kl needs the task kl, and eval\.tasks has wikitext2; add kl to eval"):
+    with pytest.raises(
+        InputError, match=r"gate\.max_kl needs the task kl, and eval\.tasks has wikitext2; add kl to eval\.tasks"
+    ):
         check(EvalRecipe, asked | {"eval": {"tasks": ["wikitext2"]}}, "x")
     check(EvalRecipe, asked, "x")
 
