@@ -22,6 +22,7 @@ changes its sign moves by ``travel`` in the whole training, the ends of a range 
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,7 +45,7 @@ from qtool.quant.ranges import search_qparams
 from qtool.quant.trained_linear import QuantLinear
 from qtool.training.fit import ParamGroup
 from qtool.training.linears import train_linears
-from qtool.training.rates import ends_to_scale, rate, scale_group
+from qtool.training.rates import ends_to_scale, of_depth, rate, scale_group
 
 OBSERVED = 2**14  # number of tokens on which the main directions of inputs are measured
 OVERSAMPLING, POWER_ITERATIONS = 8, 4  # subspace iteration: extra directions, and multiplications by the matrix
@@ -85,8 +86,8 @@ class Config(EndToEnd):
     travel: float = Field(
         1.0,
         ge=0,
-        description="Distance that an entry of A or B can move over all steps, in its own unit; sets their learning "
-        "rate. " + OF_DEPTH,
+        description="Distance that an entry of A or B can move over all steps, in its own unit, whatever the depth of "
+        "the model; sets their learning rate.",
     )
     scale_travel: float = Field(
         0.15,
@@ -197,22 +198,27 @@ class LowRankLinear(QuantLinear):
         return grid + factor * block_product(self.a, self.b, self.experts)
 
     @torch.no_grad()
-    def start_from(self, quantized: QuantizedWeight) -> None:
+    def start_from(self, quantized: QuantizedWeight, margin: float = 0.0) -> None:
         """Start at exactly the codes of ``quantized``, on its grid, with a low-rank term of zero.
+
+        ``margin`` is the least distance of a weight from the edges of its code's cell, in codes.
 
         Raises:
             InputError: ``quantized`` has another grid.
         """
         weight = affine.from_codes(affine.grouped(self.phi(), self.spec), self.scale, self.zero_point, self.spec)
         moved = QuantLinear(weight, None, self.spec)
-        moved.start_from(quantized)
+        moved.start_from(quantized, margin)
         self.scale.copy_(moved.scale)
         self.zero_point.copy_(moved.zero_point)
         self.a.zero_()
         grid = affine.to_grid(moved.weight, self.scale, self.zero_point, self.spec).flatten(1)
         self.phi = Phi(grid, self.spec, self.config.phi)
-        off = self.quantized.codes != quantized.codes  # True where the form of Phi rounds a position to another code
-        self.phi = Phi(torch.where(off, quantized.codes.float(), self.phi()), self.spec, self.config.phi)
+        codes = quantized.codes.float()
+        # True where the form of Phi rounds a position to the edge of its code's cell or beyond
+        place = self.phi()
+        off = (place.clamp(self.spec.qmin, self.spec.qmax) - codes).abs() >= 0.5
+        self.phi = Phi(torch.where(off, codes, place), self.spec, self.config.phi)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return ``Phi + alpha / r * A B`` in codes, ``[out, groups, group_size]``; it ignores the scale (eq. 5)."""
@@ -256,10 +262,13 @@ def input_directions(job: Job, rank: int, generator: torch.Generator) -> dict[st
     return found
 
 
-def groups_of(layer: LowRankLinear, config: Config, total: float) -> list[ParamGroup]:
-    """Return the parameters of a layer that train, with learning rates; ``total`` is the sum of schedule factors."""
+def groups_of(layer: LowRankLinear, config: Config, total: float, num_blocks: int = 1) -> list[ParamGroup]:
+    """Return the parameters of a layer that train, with learning rates; distances are divided by ``total``.
+
+    It grows with the ``num_blocks`` that train at once (``rates.end_to_end_total``); A and B move as far in all models.
+    """
     return [
-        ParamGroup([layer.a, layer.b], rate(config.travel, total, config.lr)),
+        ParamGroup([layer.a, layer.b], rate(config.travel, of_depth(total, num_blocks), config.lr)),
         scale_group(layer.scale, ends_to_scale(config.scale_travel, layer.spec.qmax), total, config.scale_lr),
     ]
 
@@ -276,7 +285,7 @@ def run(job: Job, config: Config) -> Result:
         found, experts = directions.pop(target.name, None), num_experts(target.linear)
         return LowRankLinear(target.weight, bias, target.spec, config, generator, found, experts)
 
-    return train_linears(job, config, make, groups_of)
+    return train_linears(job, config, make, partial(groups_of, num_blocks=len(job.loaded.blocks())))
 
 
 METHOD = Method(

@@ -101,8 +101,10 @@ class SeqLinear(QuantLinear):
         """The factor ``1 / sqrt(numel(W) (2**(num_bits - 1) - 1))``."""
         return 1 / math.sqrt(self.num_weights * (self.spec.middle - 1))
 
-    def start_from(self, quantized: QuantizedWeight) -> None:
+    def start_from(self, quantized: QuantizedWeight, margin: float = 0.0) -> None:
         """Start at exactly the codes of ``quantized``, whose zero points must be ``qmax / 2``.
+
+        ``margin`` is the least distance of a weight from the edges of its code's cell, in codes.
 
         Raises:
             InputError: ``quantized`` has another grid.
@@ -112,7 +114,7 @@ class SeqLinear(QuantLinear):
                 f"the weights to start from have zero points other than {self.spec.qmax / 2}, the value that this "
                 "method fixes; start from a checkpoint of the same method, or from the float model"
             )
-        super().start_from(quantized)
+        super().start_from(quantized, margin)
 
     def grid_weight(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the weight in grid units, clipped at ``|w / alpha| = 0.99``, ``[out, groups, group_size]``."""

@@ -25,7 +25,7 @@ POSITIVE = (  # the end of the refusal of negative scales
     "and this run has positive ones (by default where inputs are rounded); set quant.negative_scales: true, or make "
     "the weights to start from anew with false"
 )
-HALF_CODE = 0.499  # start_from clamps to code +- this; below 0.5, so that float32 cannot round it to the next code
+HALF_CODE = 0.499  # start_from puts no weight further from its code; float32 cannot round it to the next code
 
 
 class QuantLinear(ActivationRounding):
@@ -53,10 +53,14 @@ class QuantLinear(ActivationRounding):
         self.surrogate = self.rounding.at(share)
 
     @torch.no_grad()
-    def start_from(self, quantized: QuantizedWeight) -> None:
+    def start_from(self, quantized: QuantizedWeight, margin: float = 0.0) -> None:
         """Take the grid of ``quantized``, and move each weight so that it rounds to its code there.
 
-        A weight up to one code away is clamped to its code plus or minus ``HALF_CODE``; any other is put on its code.
+        A weight beyond the edge of its code's cell is mirrored at that edge, or put on its code if it is a code away or
+        further; beyond the last code there is no edge, and a weight is clamped there. Then all are drawn towards their
+        codes until none is nearer to an edge than ``margin``, 0 .. 0.5, in codes. GPTQ's codes correct each other's
+        errors, and many are not the nearest: with these weights at the edges, the first step of a training takes half
+        of them back.
 
         Raises:
             InputError: ``quantized`` has other settings than this layer: another width, group size or zero point, or
@@ -73,10 +77,11 @@ class QuantLinear(ActivationRounding):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         target = affine.grouped(codes, spec).to(scale.dtype)
-        grid = affine.to_grid(self.weight, scale, zero_point, spec)
-        inside = grid.clamp(target - HALF_CODE, target + HALF_CODE)
-        near = torch.where((grid - target).abs() <= 1, inside, target)
-        self.weight.copy_(affine.from_codes(near, scale, zero_point, spec))
+        away = affine.to_grid(self.weight, scale, zero_point, spec) - target
+        distance, last = away.abs(), target == torch.where(away > 0, spec.qmax, spec.qmin)
+        inside = torch.where(last, distance, torch.minimum(distance, 1 - distance)).where(distance <= 1, 0)
+        place = target + away.sign() * ((1 - 2 * margin) * inside).clamp(max=HALF_CODE)
+        self.weight.copy_(affine.from_codes(place, scale, zero_point, spec))
 
     @property
     def scale_gradient_factor(self) -> float:

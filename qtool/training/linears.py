@@ -24,7 +24,7 @@ from qtool.training.end_to_end import train_model
 from qtool.training.fit import FitResult, ParamGroup
 from qtool.training.losses import CE
 from qtool.training.plan import plan_of
-from qtool.training.rates import end_to_end_total, ends_to_scale, rate, scale_group
+from qtool.training.rates import START_MARGIN, end_to_end_total, ends_to_scale, of_depth, rate, scale_group
 from qtool.training.sharding import train_by_block
 
 L = TypeVar("L", bound=QuantLinear)
@@ -116,10 +116,10 @@ class Start:
                 if not torch.equal(value, own):
                     setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
-    def take_codes(self, layers: dict[str, L]) -> None:
-        """Start each of ``layers`` at the checkpoint's codes."""
+    def take_codes(self, layers: dict[str, L], margin: float = 0.0) -> None:
+        """Start each of ``layers`` at the checkpoint's codes, ``margin`` from the edges of their cells, in codes."""
         for name, layer in layers.items():
-            layer.start_from(self.source.quantized(name))
+            layer.start_from(self.source.quantized(name), margin)
 
 
 C = TypeVar("C", bound=EndToEnd)
@@ -152,7 +152,8 @@ def train_linears(
     divided by ``total``, see ``rates.end_to_end_total``.
     """
     loaded = job.loaded
-    total = end_to_end_total(plan_of(config, len(job.text)).total, len(loaded.blocks()))
+    num_blocks = len(loaded.blocks())
+    total = end_to_end_total(plan_of(config, len(job.text)).total, num_blocks)
     loaded.gather(on_device=config.sharding == "none")
     start = None if config.init_from is None else Start(config.init_from, job)
     teacher = None if config.loss == CE else loaded.float_copy()
@@ -164,7 +165,7 @@ def train_linears(
     def put(index: int) -> list[ParamGroup]:
         layers.append(put_linears(loaded.model, job.of_block(index), lambda target: make(target, config)))
         if start is not None:
-            start.take_codes(layers[index])
+            start.take_codes(layers[index], of_depth(START_MARGIN, num_blocks))
         return [group for layer in layers[index].values() for group in groups_of(layer, config, total)]
 
     def train(groups: list[ParamGroup]) -> FitResult:

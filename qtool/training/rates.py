@@ -15,6 +15,7 @@ from torch import nn
 from qtool.config.training import DISTANCE_BLOCKS
 from qtool.training.fit import ParamGroup
 
+START_MARGIN = 0.15  # distance from the edges of their cells at which weights start from given codes, in codes
 LEAST_TOTAL = 1e-9  # stands in for the sum of the factors of a training without steps
 
 
@@ -26,13 +27,21 @@ def rate(distance: float, total: float, override: float | None) -> float:
     return distance / max(total, LEAST_TOTAL) if override is None else override
 
 
+def of_depth(distance: float, num_blocks: int) -> float:
+    """Return a distance of a recipe in a model whose ``num_blocks`` decoder blocks all train at once.
+
+    Distances of recipes are those of a model of ``DISTANCE_BLOCKS`` blocks or fewer; in one of ``n`` blocks they are
+    ``DISTANCE_BLOCKS / n`` of that.
+    """
+    return distance / max(1.0, num_blocks / DISTANCE_BLOCKS)
+
+
 def end_to_end_total(total: float, num_blocks: int) -> float:
     """Return what distances are divided by where all ``num_blocks`` decoder blocks of a model train at once.
 
-    ``total`` is the sum of the schedule's factors. Distances of recipes are those of a model of ``DISTANCE_BLOCKS``
-    blocks or fewer; in one of ``n`` blocks they are ``DISTANCE_BLOCKS / n`` of that.
+    ``total`` is the sum of the schedule's factors; see ``of_depth``.
     """
-    return total * max(1.0, num_blocks / DISTANCE_BLOCKS)
+    return total / of_depth(1.0, num_blocks)
 
 
 def scale_group(scale: nn.Parameter, share: float, total: float, override: float | None = None) -> ParamGroup:

@@ -13,7 +13,8 @@ from qtool.blocks.job import Job, load_method
 from qtool.config.quant import QuantConfig
 from qtool.models.described import keep_first
 from qtool.training.fit import ParamGroup
-from qtool.training.rates import end_to_end_total
+from qtool.training.linears import Start
+from qtool.training.rates import START_MARGIN, end_to_end_total, of_depth
 
 QUANT = QuantConfig(num_bits=3, group_size=32, symmetric=False)
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,28 @@ class Begun(Exception):
 def test_a_model_of_n_blocks_has_four_nths_of_the_distances(total: float, num_blocks: int) -> None:
     expected = total if num_blocks <= 4 else total * num_blocks / 4
     assert end_to_end_total(total, num_blocks) == pytest.approx(expected)
+
+
+@given(st.floats(0, 10), st.integers(1, 200))
+def test_a_distance_and_the_total_that_divides_it_follow_depth_alike(distance: float, num_blocks: int) -> None:
+    assert of_depth(distance, num_blocks) / 7.0 == pytest.approx(distance / end_to_end_total(7.0, num_blocks))
+
+
+def test_starts_are_nearer_to_the_edges_of_their_cells_in_deep_models(
+    tmp_path: Path, tokens: Tensor, rates: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    margins: list[float] = []
+
+    def take(start: Start, layers: Any, margin: float) -> None:
+        margins.append(margin)
+
+    monkeypatch.setattr(Start, "take_codes", take)
+    for blocks in (2, 8):
+        folder = tiny.llama(tmp_path / f"model-{blocks}", blocks=blocks)
+        tiny.quantize(folder, tmp_path / f"start-{blocks}", QUANT)
+        begin_training(folder, blocks, "lsq", tokens, {"init_from": str(tmp_path / f"start-{blocks}")})
+    assert set(margins[:2]) == {START_MARGIN}
+    assert set(margins[2:]) == {START_MARGIN / 2}
 
 
 @pytest.fixture
@@ -58,14 +81,16 @@ def begin_training(folder: Path, blocks: int, method: str, tokens: Tensor, keys:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_twice_as_many_blocks_have_half_of_each_rate(
+def test_twice_as_many_blocks_have_half_of_each_rate_but_of_low_rank_factors(
     method: str, tmp_path: Path, tokens: Tensor, rates: list[list[float]]
 ) -> None:
     folder = tiny.llama(tmp_path / "model", blocks=8)
     for blocks in (4, 8):
         begin_training(folder, blocks, method, tokens, METHODS[method])
     shallow, deep = rates
-    assert deep[: len(shallow)] == pytest.approx([rate / 2 for rate in shallow])
+    # the groups of a linear of lrqat: A and B, and its scales
+    factors = [1.0, 0.5] * (len(shallow) // 2) if method == "lrqat" else [0.5] * len(shallow)
+    assert deep[: len(shallow)] == pytest.approx([rate * by for rate, by in zip(shallow, factors, strict=True)])
 
 
 def test_a_rate_that_is_given_does_not_depend_on_depth(

@@ -24,7 +24,7 @@ from qtool.methods.rtn import round_to_nearest
 from qtool.models.experts import num_experts
 from qtool.models.linears import Target, linear_bias, replace_linear
 from qtool.models.loaded import LoadedModel
-from qtool.quant.affine import QuantizedWeight, dequantize, grouped
+from qtool.quant.affine import QuantizedWeight, grouped
 from qtool.quant.expert_product import block_product
 from qtool.system import progress
 from qtool.system.seeds import derived_seed
@@ -35,6 +35,7 @@ from qtool.training.guided import EndLoss, block_weights
 from qtool.training.linears import Start
 from qtool.training.rates import rate, scale_group
 
+MIDDLE = 0.5  # distance of a code from the edges of its cell, in codes
 RETRIES = (1.0, 0.25, 0.0625)  # factors of the learning rates, each tried after a loss that is not finite
 
 
@@ -112,9 +113,7 @@ def make_layer(target: Target, start: QuantizedWeight, config: BlockConfig) -> B
     layer = BlockLinear(*arguments)
     if config.low_rank:
         layer = LowRankBlockLinear(*arguments, config.low_rank, num_experts(target.linear))
-    layer.start_from(start)
-    if config.init == "gptq" or config.init_from is not None:
-        layer.weight.data = dequantize(*start)
+    layer.start_from(start, MIDDLE if config.init == "gptq" or config.init_from is not None else 0.0)
     weights = "weights" in config.trains
     if isinstance(layer, LowRankBlockLinear):
         layer.up.requires_grad_(weights)
