@@ -59,7 +59,7 @@ class QuantLinear(ActivationRounding):
         A weight beyond the edge of its code's cell is mirrored at that edge, or put on its code if it is a code away or
         further; beyond the last code there is no edge, and a weight is clamped there. Then all are drawn towards their
         codes until none is nearer to an edge than ``margin``, 0 .. 0.5, in codes. GPTQ's codes correct each other's
-        errors, and many are not the nearest: with these weights at the edges, the first step of a training takes half
+        errors, and many are not the nearest: with these weights at the edges, the first step of a training takes many
         of them back.
 
         Raises:
