@@ -214,9 +214,8 @@ class LowRankLinear(QuantLinear):
         self.a.zero_()
         grid = affine.to_grid(moved.weight, self.scale, self.zero_point, self.spec).flatten(1)
         self.phi = Phi(grid, self.spec, self.config.phi)
-        codes = quantized.codes.float()
+        codes, place = quantized.codes.float(), self.phi()
         # True where the form of Phi rounds a position to the edge of its code's cell or beyond
-        place = self.phi()
         off = (place.clamp(self.spec.qmin, self.spec.qmax) - codes).abs() >= 0.5
         self.phi = Phi(torch.where(off, codes, place), self.spec, self.config.phi)
 

@@ -1,10 +1,12 @@
-"""Rounding and clamping as papers define them, term by term."""
+"""Rounding and clamping as papers define them, term by term, and grids to try them on."""
 
 import math
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
+from qtool.config.quant import BITS, SCALE_BITS, QuantSpec
 from qtool.quant import rounding
 
 GATES = sorted(rounding.GATES)
@@ -47,3 +49,24 @@ def gate_of(t: Tensor, gate: str) -> Tensor:
 def softclamp(x: Tensor, low: float, high: float, sharpness: float, gate: str) -> Tensor:
     k = sharpness
     return low + (x - low) * gate_of(k * (x - low), gate) - (x - high) * gate_of(k * (x - high), gate)
+
+
+specs = st.builds(
+    lambda bits, group, symmetric, scale_dtype, float_zero: QuantSpec(
+        num_bits=bits,
+        group_size=group,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        float_zero=float_zero and not symmetric,
+    ),
+    st.sampled_from(BITS),
+    st.sampled_from([-1, 1, 4, 8]),
+    st.booleans(),
+    st.sampled_from(sorted(SCALE_BITS)),
+    st.booleans(),
+)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal numbers, the same for each ``seed``."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.methods import correlated_inputs
-from helpers.weights import gradient
+from helpers.weights import gradient, per_weight
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -160,16 +160,11 @@ def test_svd_makes_up_for_what_phi_lost() -> None:
     assert off(again) < errors[1]
 
 
-def spread(scale: Tensor) -> Tensor:
-    """Return the scale of every weight, ``[out, 64]``."""
-    return scale.repeat_interleave(64 // scale.shape[1], 1)
-
-
 @given(spec=specs, form=st.sampled_from(FORMS), seed=st.integers(0, 50))
 def test_starts_at_exactly_the_codes_of_a_checkpoint(spec: QuantSpec, form: Any, seed: int) -> None:
     w = weight(seed=seed)
     scale, zero_point = minmax_qparams(w * 0.8, spec)
-    near = quantize(w + 0.4 * spread(scale), scale, zero_point, spec)
+    near = quantize(w + 0.4 * per_weight(scale, 64).float(), scale, zero_point, spec)
     layer = make(spec, w, phi=form)
     layer.start_from(QuantizedWeight(near, scale, zero_point, spec))
     found = layer.quantized
@@ -182,7 +177,8 @@ def test_starts_at_exactly_the_codes_of_a_checkpoint(spec: QuantSpec, form: Any,
 def test_no_code_of_a_start_changes_by_a_term_of_a_hundredth(spec: QuantSpec, form: Any, seed: int) -> None:
     w = weight(seed=seed)
     scale, zero_point = minmax_qparams(w * 0.8, spec)
-    start = QuantizedWeight(quantize(w + 0.4 * spread(scale), scale, zero_point, spec), scale, zero_point, spec)
+    near = quantize(w + 0.4 * per_weight(scale, 64).float(), scale, zero_point, spec)
+    start = QuantizedWeight(near, scale, zero_point, spec)
     layer = make(spec, w, phi=form)
     layer.start_from(start, margin=0.02)
     layer.a.data.normal_(generator=torch.Generator().manual_seed(seed))
